@@ -1,0 +1,110 @@
+"""`python -m sedtrain`: compose, check, run the task. Nothing heavy is imported before the configuration has passed."""
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sedtrain.config import ConfigError, conf_dir, register
+from sedtrain.overrides import check_command_line, inherit_run
+
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+HALF_WRITTEN = ("PytorchStreamWriter failed", "iostream error", "No space left")
+NO_CONCERN = (
+    ".*does not have many workers.*",  # small audio is decoded faster than it travels between processes
+    ".*Experiment logs directory.*",  # the run's folder is new: open_run_folder made it
+    ".*LeafSpec.*",  # between Lightning and PyTorch
+)
+
+
+def main() -> None:
+    """Runs the command line; exit status 2 for what the user can repair, 130 after Ctrl-C."""
+    sys.path.insert(0, "")  # a user's own classes, found from the console script as from `python -m`
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    register()
+    try:
+        sys.argv[1:] = check_command_line(sys.argv[1:])
+    except ConfigError as error:
+        fail(str(error))
+    hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(run)()
+
+
+def run(cfg: DictConfig) -> None:
+    """One job: a configuration that has passed becomes a task that runs."""
+    try:
+        inherit_run(cfg, list(HydraConfig.get().overrides.task))
+        if cfg.task != "transcribe":
+            open_run_folder(Path(cfg.run_dir))
+        run_task(cfg)
+    except ConfigError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
+    except (OSError, RuntimeError) as error:
+        if not is_full_or_read_only(error):
+            raise
+        fail(f"run_dir={cfg.run_dir} cannot be written to: {error}\n  write run_dir=FOLDER on a disk with room")
+
+
+def run_task(cfg: DictConfig) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from sedtrain.batch import UserError
+    from sedtrain.tasks import TASKS, Interrupted
+
+    quieten()
+    try:
+        TASKS[cfg.task](cfg)
+    except UserError as error:
+        fail(str(error))
+    except Interrupted as stop:
+        fail(str(stop), status=130)
+
+
+def open_run_folder(folder: Path) -> None:
+    """Makes the run's folder and its log file. Raises ConfigError where a run is already kept or nothing can be written."""
+    if (folder / "config.yaml").exists():
+        raise ConfigError.single("run_dir", str(folder), "this folder already holds a run", "write run_dir=ANOTHER_FOLDER")
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / "sedtrain.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("sedtrain").addHandler(to_file)
+
+
+def quieten() -> None:
+    """Our own messages plainly on the console; of the libraries', warnings, and not those that do not concern the user."""
+    logger = logging.getLogger("sedtrain")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    to_console = logging.StreamHandler()
+    to_console.setLevel(logging.INFO)
+    to_console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(to_console)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in NO_CONCERN:
+        warnings.filterwarnings("ignore", message)
+
+
+def is_full_or_read_only(error: OSError | RuntimeError) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in CANNOT_WRITE
+    return any(words in str(error) for words in HALF_WRITTEN)
+
+
+def fail(message: str, status: int = 2) -> None:
+    logger = logging.getLogger("sedtrain")
+    if logger.handlers:
+        logger.error(message)
+    else:
+        print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What travels between the parts: utterances, batches, and the error that a user can repair.
+
+B batch, S samples, F features, T frames, U target tokens.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class UserError(ValueError):
+    """A fault that the user can repair: what is wrong, and what to write instead."""
+
+    def __init__(self, what_is_wrong: str, write_instead: str) -> None:
+        super().__init__(what_is_wrong, write_instead)
+        self.what_is_wrong = what_is_wrong
+        self.write_instead = write_instead
+
+    def __str__(self) -> str:
+        return f"{self.what_is_wrong}\n  write instead: {self.write_instead}"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One (speech, text) pair as it was read: `audio` is (S,) float32 in -1..1 at `sampling_rate` hertz."""
+
+    id: str
+    audio: Tensor
+    sampling_rate: int
+    text: str
+    language: str | None
+    speaker: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An utterance that is left out, and why: `reason` is one of few words, so that reasons can be counted."""
+
+    id: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded utterances, as the model takes them.
+
+    inputs:         (B, S) raw audio, or (B, T, F) or (B, F, T) features, in the layout of the encoder's feature extractor
+    attention_mask: (B, S) or (B, T), 1 where `inputs` is real
+    labels:         (B, U) token ids with the end token, IGNORE_INDEX where padded; not shifted: `losses.shift_right` does that
+    ids, texts:     per utterance, the identity and the reference
+    seconds:        audio in the batch, without padding
+    skipped:        utterances that could not be read and are not in the batch
+    """
+
+    inputs: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    ids: list[str]
+    texts: list[str]
+    seconds: float
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})

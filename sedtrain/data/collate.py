@@ -1,0 +1,63 @@
+"""Utterances become a padded batch: features one by one, so that no utterance depends on its neighbours, then padding.
+
+B batch, S samples, T frames, F features, U target tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, WhisperFeatureExtractor
+
+from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
+from sedtrain.text import encode_target
+
+
+class Collator:
+    """Turns utterances into a Batch with the encoder's feature extractor and the decoder's tokenizer."""
+
+    def __init__(
+        self,
+        feature_extractor: SequenceFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder_start_token_id: int,
+    ) -> None:
+        self.feature_extractor, self.tokenizer = feature_extractor, tokenizer
+        self.decoder_start_token_id = decoder_start_token_id
+        self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
+
+    @property
+    def sampling_rate(self) -> int:
+        return int(self.feature_extractor.sampling_rate)
+
+    def __call__(self, utterances: Sequence[Utterance], skipped: Sequence[Skipped] = ()) -> Batch:
+        """The padded Batch of `utterances`; of none, a Batch of length 0."""
+        if not utterances:
+            none = torch.zeros(0, 0, dtype=torch.long)
+            return Batch(none.float(), none, none, [], [], 0.0, list(skipped))
+        features = [self.features(utterance.audio) for utterance in utterances]
+        labels = [
+            torch.tensor(encode_target(self.tokenizer, utterance.text, self.decoder_start_token_id))
+            for utterance in utterances
+        ]
+        inputs = pad_sequence(features, batch_first=True)
+        masks = [torch.ones(len(frames), dtype=torch.long) for frames in features]
+        return Batch(
+            inputs=inputs.transpose(1, 2) if self.time_is_last else inputs,
+            attention_mask=pad_sequence(masks, batch_first=True),
+            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            ids=[utterance.id for utterance in utterances],
+            texts=[utterance.text for utterance in utterances],
+            seconds=sum(utterance.seconds for utterance in utterances),
+            skipped=list(skipped),
+        )
+
+    def features(self, audio: Tensor) -> Tensor:
+        """(S,) audio -> (S,) normalised audio or (T, F) features, time first, unpadded and not cut to 30 s."""
+        no_limit = {"truncation": False} if self.time_is_last else {}
+        extracted = self.feature_extractor(
+            audio.numpy(), sampling_rate=self.sampling_rate, padding="longest", return_tensors="np", **no_limit
+        )
+        features = torch.from_numpy(extracted[self.feature_extractor.model_input_names[0]][0])
+        return features.T if self.time_is_last else features

@@ -1,0 +1,181 @@
+"""The splits of one dataset as Lightning's loaders of Batch."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import lightning
+import soundfile
+from torch.utils.data import DataLoader, Dataset
+
+from sedtrain.batch import Batch, Skipped, UserError, Utterance
+from sedtrain.data.batching import DurationBatches
+from sedtrain.data.collate import Collator
+from sedtrain.data.sources import Columns, UtteranceRows, load_rows
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
+BadUtterance = Literal["skip", "error"]
+
+
+class SplitDataset(Dataset[Batch]):
+    """The utterances of one split that are neither too long, too short nor without text; item `[i, j, ...]` is their Batch."""
+
+    def __init__(
+        self, rows: UtteranceRows, kept: Mapping[int, float], collator: Collator, on_bad_utterance: BadUtterance
+    ) -> None:
+        self.rows, self.collator, self.on_bad_utterance = rows, collator, on_bad_utterance
+        self.indices, self.seconds = list(kept), list(kept.values())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def total_seconds(self) -> float:
+        return sum(self.seconds)
+
+    def __getitem__(self, numbers: list[int]) -> Batch:
+        read = [self.read(self.indices[number]) for number in numbers]
+        return self.collator(
+            [result for result in read if isinstance(result, Utterance)],
+            [result for result in read if isinstance(result, Skipped)],
+        )
+
+    def read(self, index: int) -> Utterance | Skipped:
+        try:
+            return self.rows.utterance(index, self.collator.sampling_rate)
+        except UNREADABLE as error:
+            skipped = Skipped(self.rows.id(index), "undecodable audio", str(error))
+            refuse(skipped, self.on_bad_utterance)
+            return skipped
+
+
+def refuse(skipped: Skipped, on_bad_utterance: BadUtterance) -> None:
+    """Raises UserError where bad utterances are to stop the run."""
+    if on_bad_utterance == "error":
+        raise UserError(
+            f"utterance {skipped.id!r}: {skipped.reason} {skipped.detail}".rstrip(),
+            "data.on_bad_utterance=skip to go on without it",
+        )
+
+
+class SpeechTextDataModule(lightning.LightningDataModule):
+    """Loads, filters and batches the splits of one dataset.
+
+    `collator` (features, labels, padding) is handed over by `build` before the first loader is asked for.
+
+    path, name: `spoken_digits`, a folder, a Parquet file or a Hub id; the Hub's name of a configuration
+    columns: which column holds what: audio, transcription, translation, and where they exist id, speaker, language, seconds
+    target: which of the columns transcription and translation is the text to learn
+    batch_seconds: audio per batch and rank, padding included
+    min_seconds, max_seconds: shorter and longer utterances are skipped
+    on_bad_utterance: `skip` counts them, lists them in `skipped.jsonl` and goes on; `error` stops at the first
+    """
+
+    def __init__(
+        self,
+        path: str,
+        columns: Mapping[str, str | None],
+        target: Literal["transcription", "translation"] = "transcription",
+        name: str | None = None,
+        train_split: str = "train",
+        validation_split: str = "validation",
+        test_split: str = "test",
+        batch_seconds: float = 24.0,
+        min_seconds: float = 0.05,
+        max_seconds: float = 30.0,
+        on_bad_utterance: Literal["skip", "error"] = "skip",
+        num_workers: int = 0,
+        seed: int = 0,
+        folder: str = ".",
+    ) -> None:
+        super().__init__()
+        if columns.get(target) is None:
+            raise UserError(f"data.columns.{target} is not set, but target={target}", f"data.columns.{target}=COLUMN")
+        given = {role: column for role, column in columns.items() if role not in ("transcription", "translation")}
+        self.columns = Columns(text=str(columns[target]), **given)  # type: ignore[arg-type]
+        self.path, self.name = path, name
+        self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
+        self.batch_seconds, self.min_seconds, self.max_seconds = batch_seconds, min_seconds, max_seconds
+        self.on_bad_utterance, self.num_workers, self.seed = on_bad_utterance, num_workers, seed
+        self.skipped_file = Path(folder) / "skipped.jsonl"
+        self.skipped: Counter[str] = Counter()
+        self.collator: Collator | None = None
+        self.rows = cache(self.load_rows)
+        self.split = cache(self.load_split)
+
+    def load_rows(self, split: str) -> UtteranceRows:
+        """`split` is train, validation or test."""
+        rows = load_rows(self.path, self.splits[split], self.name)
+        return UtteranceRows(rows, self.columns, f"{self.path} ({self.splits[split]})")
+
+    def load_split(self, split: str) -> SplitDataset:
+        """The filtered split; raises UserError when nothing is left of it."""
+        assert self.collator is not None, "build hands the collator over"
+        rows = self.rows(split)
+        kept: dict[int, float] = {}
+        skipped: list[Skipped] = []
+        for index, (seconds, text) in enumerate(zip(rows.seconds(), rows.texts(), strict=True)):
+            if reason := self.reason_to_skip(seconds, text):
+                skipped.append(Skipped(rows.id(index), *reason))
+            else:
+                assert seconds is not None
+                kept[index] = seconds
+        self.note_skipped(skipped)
+        if not kept:
+            raise UserError(
+                f"data.path={self.path}: none of the {len(rows)} utterances of {self.splits[split]!r} can be used "
+                f"({', '.join(f'{count} {reason}' for reason, count in self.skipped.items())})",
+                "data.min_seconds, data.max_seconds and data.columns that fit this dataset",
+            )
+        return SplitDataset(rows, kept, self.collator, self.on_bad_utterance)
+
+    def reason_to_skip(self, seconds: float | None, text: str) -> tuple[str, str] | None:
+        if seconds is None:
+            return "unreadable audio", ""
+        if seconds < self.min_seconds:
+            return "too short", f"{seconds:.2f} s < data.min_seconds={self.min_seconds}"
+        if seconds > self.max_seconds:
+            return "too long", f"{seconds:.2f} s > data.max_seconds={self.max_seconds}"
+        return None if text.strip() else ("empty text", "")
+
+    def note_skipped(self, skipped: list[Skipped]) -> None:
+        """Counts, lists and, once per reason, tells of utterances that are left out."""
+        for utterance in skipped:
+            refuse(utterance, self.on_bad_utterance)
+            if not self.skipped[utterance.reason]:
+                logger.warning("skipping utterances: %s (first: %s %s)", utterance.reason, utterance.id, utterance.detail)
+            self.skipped[utterance.reason] += 1
+        if skipped:
+            with self.skipped_file.open("a") as lines:
+                lines.writelines(json.dumps(asdict(utterance)) + "\n" for utterance in skipped)
+
+    def loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Batch]:
+        dataset = self.split(split)
+        in_ranks = self.trainer is not None and split != "test"
+        batches = DurationBatches(
+            dataset.seconds,
+            self.batch_seconds,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=self.trainer.global_rank if in_ranks else 0,
+            num_ranks=self.trainer.world_size if in_ranks else 1,
+        )
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=batches,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("validation")

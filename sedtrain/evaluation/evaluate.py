@@ -1,0 +1,65 @@
+"""A model's hypotheses on a set of batches, scored."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sedtrain.batch import Batch
+from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
+from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
+from sedtrain.evaluation.metrics import Counts, MetricSet
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One utterance's outcome."""
+
+    id: str
+    reference: str
+    hypothesis: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a split; `rtfx` is seconds of audio per second of decoding, `counts` (N, K) go with `hypotheses`."""
+
+    metrics: dict[str, Interval]
+    hypotheses: list[Hypothesis]
+    counts: Counts
+    audio_seconds: float
+    rtfx: float
+    skipped: Counter[str]
+
+
+def evaluate(
+    model: SpeechEncoderDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[Batch],
+    metric_set: MetricSet,
+    options: DecodingOptions,
+) -> Evaluation:
+    """Transcribes every batch and scores the hypotheses, with bootstrap 95 % intervals."""
+    hypotheses: list[Hypothesis] = []
+    audio_seconds = decoding_seconds = 0.0
+    skipped: Counter[str] = Counter()
+    device = next(model.parameters()).device
+    for batch in batches:
+        skipped.update(utterance.reason for utterance in batch.skipped)
+        if len(batch) == 0:
+            continue
+        start = time.perf_counter()
+        texts = transcribe_batch(model, tokenizer, batch.to(device), options)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        decoding_seconds += time.perf_counter() - start
+        audio_seconds += batch.seconds
+        hypotheses += map(Hypothesis, batch.ids, batch.texts, texts)
+    counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
+    metrics = bootstrap_intervals(metric_set, counts)
+    rtfx = audio_seconds / max(decoding_seconds, 1e-9)
+    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, skipped)

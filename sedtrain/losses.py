@@ -1,0 +1,79 @@
+"""The label shift and the losses; every loss is a sum beside the number of tokens it was summed over.
+
+B batch, T frames, U target tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sedtrain.batch import IGNORE_INDEX
+
+
+def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) -> Tensor:
+    """(B, U) labels -> (B, U) decoder inputs: the start token, then the labels without their last column.
+
+    The only place where labels are shifted: shifting twice still trains to a plausible, wrong loss.
+    """
+    shifted = torch.empty_like(labels)
+    shifted[:, 0] = decoder_start_token_id
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill(shifted == IGNORE_INDEX, pad_token_id)
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(B, U, V) logits, (B, U) labels -> summed loss in nats, number of target tokens (both scalars).
+
+    A batch without a target token gives a zero that still has a gradient, not NaN.
+    """
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return loss, (labels != IGNORE_INDEX).sum()
+
+
+def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int) -> tuple[Tensor, Tensor]:
+    """(B, T, V) logits, (B,) valid frames, (B, U) labels -> summed loss in nats, number of aligned tokens (both scalars).
+
+    The end token is not aligned. An utterance with fewer frames than its labels need has no alignment: it adds zero loss and
+    zero tokens. Source: Graves et al. 2006.
+    """
+    targets, num_targets = without_token(labels, end)
+    log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
+    losses = F.ctc_loss(
+        log_probabilities, targets, num_frames, num_targets, blank=blank, reduction="none", zero_infinity=True
+    )
+    repeats = ((targets[:, 1:] == targets[:, :-1]) & (positions(targets)[:, 1:] < num_targets[:, None])).sum(1)
+    alignable = num_frames >= num_targets + repeats
+    return losses.sum(), (num_targets * alignable).sum()
+
+
+def without_token(labels: Tensor, token: int) -> tuple[Tensor, Tensor]:
+    """(B, U) labels -> the labels other than `token` moved to the front (B, U), zeros behind, and their number (B,)."""
+    kept = (labels != IGNORE_INDEX) & (labels != token)
+    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
+    num_kept = kept.sum(1)
+    moved = labels.gather(1, order)
+    return moved.masked_fill(positions(moved) >= num_kept[:, None], 0), num_kept
+
+
+def positions(rows: Tensor) -> Tensor:
+    """(B, U) -> (1, U) column numbers."""
+    return torch.arange(rows.shape[1], device=rows.device)[None]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC.
+
+    ctc_weight: None stands for 0.3 where the encoder's weights start random (it is what makes cross-attention align), else 0
+    """
+
+    label_smoothing: float = 0.1
+    ctc_weight: float | None = None

@@ -1,0 +1,80 @@
+"""Where a part's weights come from: a published checkpoint, a folder, or chance."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from sedtrain.batch import UserError
+
+
+def published_name(part: str, size: str, checkpoint: str | None, published: Mapping[str, str | None]) -> str | None:
+    """The Hub id or folder to load: `checkpoint` if given, else the family's member of this size; None for size=tiny."""
+    if checkpoint is not None or size == "tiny":
+        return checkpoint
+    if published.get(size) is None:
+        sizes = ", ".join(["tiny", *(name for name, hub_id in published.items() if hub_id)])
+        raise UserError(f"size={size}: this {part} has no published checkpoint of this size", f"size=ONE_OF {sizes}")
+    return published[size]
+
+
+def load_config(part: str, name: str | None, model_type: str, tiny: Mapping[str, Any], **options: Any) -> PreTrainedConfig:
+    """The part's configuration: of checkpoint `name`, else the family's tiny member; `options` overwrite its values."""
+    if name is None:
+        config = AutoConfig.for_model(model_type)
+    else:
+        with loading(part, name):
+            config = AutoConfig.from_pretrained(name)
+    values = {**(tiny if name is None else {}), **options}
+    if unknown := [key for key in values if not hasattr(config, key)]:
+        close = difflib.get_close_matches(unknown[0], vars(config), n=1)
+        raise UserError(
+            f"{part}.options.{unknown[0]}: {type(config).__name__} has no such option"
+            + (f"; did you mean {close[0]!r}?" if close else ""),
+            f"{part}.options.NAME=VALUE with a NAME of {type(config).__name__}",
+        )
+    try:
+        return type(config).from_dict({**config.to_dict(), **values})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{part}.options: {' '.join(str(error).split())[:200]}", f"{part}.options.NAME=VALUE that fits") from error
+
+
+def load_weights(part: str, name: str, factory: Any, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    """`factory.from_pretrained` in float32, whatever precision the weights have on disk."""
+    with loading(part, name):
+        model = factory.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=attention)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+class loading:
+    """Turns the failures of loading `name` into a UserError that says which of three things is wrong."""
+
+    def __init__(self, part: str, name: str) -> None:
+        self.part, self.name = part, name
+
+    def __enter__(self) -> None:
+        folder = Path(self.name).expanduser()
+        looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        if looks_local and not folder.is_dir():
+            raise UserError(f"{self.part}.checkpoint={self.name}: there is no such folder", self.alternatives())
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{self.part}.checkpoint={self.name}: this folder is no model, it holds no config.json", self.alternatives()
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, UserError):
+            reason = " ".join(str(error).split())[:160]
+            where = "the folder" if Path(self.name).expanduser().is_dir() else "no such folder here, and the Hub"
+            raise UserError(f"{self.part} {self.name!r} cannot be loaded: {where} gave: {reason}", self.alternatives()) from error
+
+    def alternatives(self) -> str:
+        return (
+            f"{self.part}.checkpoint=FOLDER saved by save_pretrained, a Hub id where the Hub can be reached, "
+            "or size=tiny (random weights, needs no network)"
+        )

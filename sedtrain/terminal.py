@@ -1,0 +1,70 @@
+"""Tables for people: what will be trained, and what came out."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from sedtrain.evaluation.evaluate import Evaluation
+
+logger = logging.getLogger(__name__)
+
+
+def plan(parts: Mapping[str, nn.Module], facts: Mapping[str, str]) -> Table:
+    """The model's parts with their trainable and frozen parameters, and below them the facts of the run."""
+    table = Table(title="what will be trained", title_justify="left")
+    table.add_column("part")
+    for heading in ("class", "trainable", "frozen"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for name, part in parts.items():
+        trainable = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
+        frozen = sum(weight.numel() for weight in part.parameters() if not weight.requires_grad)
+        table.add_row(name, type(part).__name__, f"{trainable:,}", f"{frozen:,}")
+    table.add_section()
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    return table
+
+
+def scores(evaluation: Evaluation, split: str) -> Table:
+    table = Table(title=f"{split}: {len(evaluation.hypotheses)} utterances", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, interval in evaluation.metrics.items():
+        table.add_row(
+            name, f"{100 * interval.value:.2f} %", f"{100 * interval.low:.2f} to {100 * interval.high:.2f} %"
+        )
+    return table
+
+
+def examples(evaluation: Evaluation, number: int = 3) -> Table:
+    """References beside their hypotheses, spread over the split."""
+    table = Table(title="examples", title_justify="left")
+    for heading in ("utterance", "reference", "hypothesis"):
+        table.add_column(heading)
+    step = max(len(evaluation.hypotheses) // number, 1)
+    for each in evaluation.hypotheses[::step][:number]:
+        table.add_row(each.id, each.reference, each.hypothesis)
+    return table
+
+
+def places(folder: Path, names: Sequence[str]) -> Table:
+    table = Table(title=f"saved in {folder}", title_justify="left", show_header=False)
+    for name in names:
+        if (folder / name).exists():
+            table.add_row(name)
+    return table
+
+
+def show(*tables: Table) -> None:
+    """Prints tables to standard output and writes the same text to the log file."""
+    for table in tables:
+        Console().print(table)
+        plain = Console(width=120, file=None, force_terminal=False)
+        with plain.capture() as capture:
+            plain.print(table)
+        logger.debug("\n%s", capture.get())
