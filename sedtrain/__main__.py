@@ -70,8 +70,12 @@ def open_run_folder(folder: Path) -> None:
     """Makes the run's folder and its log file. Raises ConfigError where a run is already kept or nothing can be written."""
     if (folder / "config.yaml").exists():
         raise ConfigError.single("run_dir", str(folder), "this folder already holds a run", "write run_dir=ANOTHER_FOLDER")
-    folder.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(folder / "sedtrain.log")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(folder / "sedtrain.log")
+    except OSError as error:
+        write = "write run_dir=FOLDER that you may write to"
+        raise ConfigError.single("run_dir", str(folder), f"cannot be written to: {error}", write) from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("sedtrain").addHandler(to_file)
 

@@ -94,7 +94,7 @@ def register() -> None:
 
 def by_size(tiny: Any, base: Any, large: Any, *, _root_: DictConfig) -> Any:
     """`${by_size:1e-3,1e-4,3e-5}` in YAML: the value that goes with the root's `size`."""
-    return {"tiny": tiny, "base": base, "large": large}[_root_.size]
+    return {"base": base, "large": large}.get(_root_.size, tiny)
 
 
 def conf_dir() -> Path:

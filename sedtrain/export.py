@@ -34,7 +34,7 @@ class SavedModel:
         """From a run's folder (its `model/`), a Hugging Face folder or a Hub id; raises UserError when it is none."""
         inside = Path(checkpoint).expanduser() / "model"
         name = str(inside if inside.is_dir() else checkpoint)
-        with loading("", name):
+        with loading("checkpoint", name):
             model = SpeechEncoderDecoder.from_pretrained(name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(name)
             feature_extractor = AutoFeatureExtractor.from_pretrained(name)

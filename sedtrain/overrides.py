@@ -176,8 +176,8 @@ class _Check:
         """Sets one value as Hydra does; a new option of a target is set too, for its signature to judge."""
         key, value = override.key_or_group, override.value()
         node, path, lacking = _deepest(config, key)
-        is_target = isinstance(node, DictConfig) and "_target_" in node
-        if override.type is OverrideType.CHANGE and is_target and (lacking or isinstance(value, dict)):
+        is_open = isinstance(node, DictConfig) and ("_target_" in node or not node)  # an empty mapping takes any key
+        if override.type is OverrideType.CHANGE and is_open and (lacking or isinstance(value, dict)):
             OmegaConf.update(config, key, value, force_add=True)
             self.added.add(key)
             return

@@ -52,19 +52,16 @@ def examples(evaluation: Evaluation, number: int = 3) -> Table:
     return table
 
 
-def places(folder: Path, names: Sequence[str]) -> Table:
-    table = Table(title=f"saved in {folder}", title_justify="left", show_header=False)
-    for name in names:
-        if (folder / name).exists():
-            table.add_row(name)
-    return table
+def places(folder: Path, names: Sequence[str]) -> str:
+    """Where things were saved, of those that are there."""
+    return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())
 
 
-def show(*tables: Table) -> None:
-    """Prints tables to standard output and writes the same text to the log file."""
-    for table in tables:
-        Console().print(table)
-        plain = Console(width=120, file=None, force_terminal=False)
+def show(*contents: Table | str) -> None:
+    """Prints tables and lines to standard output and writes the same text to the log file."""
+    for content in contents:
+        Console(highlight=False, soft_wrap=isinstance(content, str)).print(content)
+        plain = Console(width=120, no_color=True, force_terminal=False)
         with plain.capture() as capture:
-            plain.print(table)
+            plain.print(content)
         logger.debug("\n%s", capture.get())

@@ -28,10 +28,16 @@ class SplitDataset(Dataset[Batch]):
     """The utterances of one split that are neither too long, too short nor without text; item `[i, j, ...]` is their Batch."""
 
     def __init__(
-        self, rows: UtteranceRows, kept: Mapping[int, float], collator: Collator, on_bad_utterance: BadUtterance
+        self,
+        rows: UtteranceRows,
+        kept: Mapping[int, float],
+        collator: Collator,
+        on_bad_utterance: BadUtterance,
+        keep_decoded_hours: float,
     ) -> None:
         self.rows, self.collator, self.on_bad_utterance = rows, collator, on_bad_utterance
         self.indices, self.seconds = list(kept), list(kept.values())
+        self.read = cache(self.decode) if self.total_seconds() <= 3600 * keep_decoded_hours else self.decode
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -46,7 +52,7 @@ class SplitDataset(Dataset[Batch]):
             [result for result in read if isinstance(result, Skipped)],
         )
 
-    def read(self, index: int) -> Utterance | Skipped:
+    def decode(self, index: int) -> Utterance | Skipped:
         try:
             return self.rows.utterance(index, self.collator.sampling_rate)
         except UNREADABLE as error:
@@ -74,6 +80,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     target: which of the columns transcription and translation is the text to learn
     batch_seconds: audio per batch and rank, padding included
     min_seconds, max_seconds: shorter and longer utterances are skipped
+    keep_decoded_hours: a split of at most so many hours is decoded once and kept in memory (230 MB an hour)
     on_bad_utterance: `skip` counts them, lists them in `skipped.jsonl` and goes on; `error` stops at the first
     """
 
@@ -89,6 +96,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         batch_seconds: float = 24.0,
         min_seconds: float = 0.05,
         max_seconds: float = 30.0,
+        keep_decoded_hours: float = 1.0,
         on_bad_utterance: Literal["skip", "error"] = "skip",
         num_workers: int = 0,
         seed: int = 0,
@@ -103,6 +111,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.batch_seconds, self.min_seconds, self.max_seconds = batch_seconds, min_seconds, max_seconds
         self.on_bad_utterance, self.num_workers, self.seed = on_bad_utterance, num_workers, seed
+        self.keep_decoded_hours = keep_decoded_hours
         self.skipped_file = Path(folder) / "skipped.jsonl"
         self.skipped: Counter[str] = Counter()
         self.collator: Collator | None = None
@@ -133,7 +142,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
                 f"({', '.join(f'{count} {reason}' for reason, count in self.skipped.items())})",
                 "data.min_seconds, data.max_seconds and data.columns that fit this dataset",
             )
-        return SplitDataset(rows, kept, self.collator, self.on_bad_utterance)
+        return SplitDataset(rows, kept, self.collator, self.on_bad_utterance, self.keep_decoded_hours)
 
     def reason_to_skip(self, seconds: float | None, text: str) -> tuple[str, str] | None:
         if seconds is None:

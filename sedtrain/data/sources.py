@@ -17,6 +17,7 @@ import soxr
 import torch
 
 from sedtrain.batch import UserError, Utterance
+from sedtrain.hub import go_offline_if_unreachable
 
 AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"}
 EMBEDDED = Path(__file__).parent / "spoken_digits"
@@ -45,6 +46,8 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
     looks_local = path.startswith((".", "/", "~")) or path.endswith(".parquet")
     if looks_local and not where.exists():
         raise UserError(f"data.path={path}: there is no such file or folder", "data.path=FOLDER_OR_PARQUET_OR_HUB_ID")
+    if not where.exists():
+        go_offline_if_unreachable()
     try:
         if where.is_file():
             rows = datasets.load_dataset("parquet", data_files={split: str(where)}, split=split)
@@ -81,8 +84,8 @@ class UtteranceRows:
         for role, column in vars(columns).items():
             if column is not None and column not in rows.column_names:
                 raise UserError(
-                    f"data.columns.{role}={column}: {where} has no such column, it has {', '.join(rows.column_names)}",
-                    f"data.columns.{role}=ONE_OF_THESE",
+                    f"data.columns: {where} has no column {column!r} for the {role}, it has {', '.join(rows.column_names)}",
+                    "data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker or seconds",
                 )
         if isinstance(rows.features[columns.audio], datasets.Audio):
             rows = rows.cast_column(columns.audio, datasets.Audio(decode=False))

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sedtrain.batch import UserError
+from sedtrain.hub import go_offline_if_unreachable
 
 
 def published_name(part: str, size: str, checkpoint: str | None, published: Mapping[str, str | None]) -> str | None:
@@ -27,7 +28,7 @@ def load_config(part: str, name: str | None, model_type: str, tiny: Mapping[str,
     if name is None:
         config = AutoConfig.for_model(model_type)
     else:
-        with loading(part, name):
+        with loading(f"{part}.checkpoint", name):
             config = AutoConfig.from_pretrained(name)
     values = {**(tiny if name is None else {}), **options}
     if unknown := [key for key in values if not hasattr(config, key)]:
@@ -45,36 +46,39 @@ def load_config(part: str, name: str | None, model_type: str, tiny: Mapping[str,
 
 def load_weights(part: str, name: str, factory: Any, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """`factory.from_pretrained` in float32, whatever precision the weights have on disk."""
-    with loading(part, name):
+    with loading(f"{part}.checkpoint", name):
         model = factory.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=attention)
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 class loading:
-    """Turns the failures of loading `name` into a UserError that says which of three things is wrong."""
+    """Turns the failures of loading `name` into a UserError that says which of three things is wrong.
 
-    def __init__(self, part: str, name: str) -> None:
-        self.part, self.name = part, name
+    option: what the user writes to name another one, such as `encoder.checkpoint`
+    """
+
+    def __init__(self, option: str, name: str) -> None:
+        self.option, self.name = option, name
+        self.folder = Path(name).expanduser()
 
     def __enter__(self) -> None:
-        folder = Path(self.name).expanduser()
         looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        if looks_local and not folder.is_dir():
-            raise UserError(f"{self.part}.checkpoint={self.name}: there is no such folder", self.alternatives())
-        if folder.is_dir() and not (folder / "config.json").is_file():
+        if looks_local and not self.folder.is_dir():
+            raise UserError(f"{self.option}={self.name}: there is no such folder", self.alternatives())
+        if self.folder.is_dir() and not (self.folder / "config.json").is_file():
             raise UserError(
-                f"{self.part}.checkpoint={self.name}: this folder is no model, it holds no config.json", self.alternatives()
+                f"{self.option}={self.name}: this folder is no model, it holds no config.json", self.alternatives()
             )
+        if not self.folder.is_dir():
+            go_offline_if_unreachable()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, (OSError, ValueError)) and not isinstance(error, UserError):
+            where = "the folder" if self.folder.is_dir() else "there is no such folder here, and the Hub or its cache"
             reason = " ".join(str(error).split())[:160]
-            where = "the folder" if Path(self.name).expanduser().is_dir() else "no such folder here, and the Hub"
-            raise UserError(f"{self.part} {self.name!r} cannot be loaded: {where} gave: {reason}", self.alternatives()) from error
+            raise UserError(f"{self.option}={self.name}: {where} gave: {reason}", self.alternatives()) from error
 
     def alternatives(self) -> str:
-        return (
-            f"{self.part}.checkpoint=FOLDER saved by save_pretrained, a Hub id where the Hub can be reached, "
-            "or size=tiny (random weights, needs no network)"
-        )
+        local = f"{self.option}=FOLDER saved by save_pretrained, or a Hub id where the Hub can be reached"
+        return local if self.option == "checkpoint" else f"{local}, or size=tiny (random weights, needs no network)"

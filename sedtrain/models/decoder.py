@@ -68,7 +68,7 @@ def tokenizer_of(size: str, checkpoint: str | None, published: Mapping[str, str 
     name = published_name("decoder", size, checkpoint, published)
     if name is None:
         return None
-    with loading("decoder", name):
+    with loading("decoder.checkpoint", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -123,7 +123,7 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
     """The feature extractor saved beside the encoder's weights, else the one that its family was defined with."""
     name = encoder.config._name_or_path
     if name:
-        with loading("encoder", name):
+        with loading("encoder.checkpoint", name):
             return AutoFeatureExtractor.from_pretrained(name)
     if encoder.config.model_type == "whisper":
         return WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
