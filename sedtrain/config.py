@@ -93,8 +93,13 @@ def register() -> None:
 
 
 def by_size(tiny: Any, base: Any, large: Any, *, _root_: DictConfig) -> Any:
-    """`${by_size:1e-3,1e-4,3e-5}` in YAML: the value that goes with the root's `size`."""
-    return {"base": base, "large": large}.get(_root_.size, tiny)
+    """`${by_size:1e-3,1e-4,3e-5}` in YAML: the value that goes with the root's `size`.
+
+    A model of size=tiny that starts from a checkpoint is not tiny: it gets the value of base.
+    """
+    parts = ("encoder.checkpoint", "decoder.checkpoint")
+    starts_random = all(OmegaConf.select(_root_, part, default=None) is None for part in parts)
+    return {"base": base, "large": large}.get(_root_.size, tiny if starts_random else base)
 
 
 def conf_dir() -> Path:

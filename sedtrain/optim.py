@@ -1,8 +1,11 @@
-"""Parameter groups of the optimizer."""
+"""Parameter groups of the optimizer, and how its learning rate rises and falls."""
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -12,3 +15,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trainable if parameter.ndim > 1]},
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def warmed_up(
+    optimizer: Optimizer,
+    num_training_steps: int,
+    decay: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
+    warmup_fraction: float = 0.1,
+) -> LRScheduler:
+    """A straight line up to the peak over the first `warmup_fraction` of the steps, then the decay to zero, or none."""
+    num_warmup_steps = round(warmup_fraction * num_training_steps)
+    return get_scheduler(decay, optimizer, num_warmup_steps, num_training_steps)

@@ -96,7 +96,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         batch_seconds: float = 24.0,
         min_seconds: float = 0.05,
         max_seconds: float = 30.0,
-        keep_decoded_hours: float = 1.0,
+        keep_decoded_hours: float = 2.0,
         on_bad_utterance: Literal["skip", "error"] = "skip",
         num_workers: int = 0,
         seed: int = 0,

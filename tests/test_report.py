@@ -1,0 +1,216 @@
+import base64
+import io
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+
+from sedtrain.evaluation.evaluate import Evaluation, Hypothesis
+from sedtrain.evaluation.intervals import bootstrap_intervals
+from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
+from sedtrain.evaluation.report import write_report
+from sedtrain.evaluation.results import Results, TrainingTotals
+
+PAIRS = [
+    ("one two three", "one two three"),
+    ("four five six", "four nine"),
+    ("seven", "seven eight zero"),
+    ("Two\tTWO two", "zero two two"),
+    ("", "one"),
+    ("nine nine nine nine", ""),
+]
+CURVES = "epoch,step,train/loss,val/loss,val/wer\n0,49,2.9,,\n0,99,,2.4,0.9\n1,149,2.1,,\n1,199,,1.7,0.5\n"
+VOID = {"meta"}
+
+
+def evaluated(pairs, names=TRANSCRIPTION):
+    metric_set = MetricSet(names)
+    counts = metric_set.count([reference for reference, _ in pairs], [hypothesis for _, hypothesis in pairs])
+    hypotheses = [Hypothesis(f"utterance-{number}", *pair) for number, pair in enumerate(pairs)]
+    metrics = bootstrap_intervals(metric_set, counts, num_resamples=20)
+    return Evaluation(metrics, hypotheses, counts, audio_seconds=90.0, rtfx=12.5, skipped=Counter())
+
+
+def results_of(evaluation, train=None):
+    return Results(
+        task="transcription",
+        split="test",
+        num_utterances=len(evaluation.hypotheses),
+        audio_seconds=evaluation.audio_seconds,
+        metrics=evaluation.metrics,
+        normaliser=MetricSet([]).normalise.label(),
+        decoding={"num_beams": 4},
+        rtfx=evaluation.rtfx,
+        train=train,
+        skipped={"too_long": 3},
+        versions={"python": "3.11.9", "lightning": None},
+    )
+
+
+@pytest.fixture
+def report(tmp_path):
+    def write(pairs, names=TRANSCRIPTION, metrics_csv=None, audio_of=None, train=None, **options):
+        evaluation = evaluated(pairs, names)
+        path = tmp_path / "report.html"
+        write_report(path, results_of(evaluation, train), evaluation, metrics_csv, audio_of, **options)
+        return path.read_text(encoding="utf-8")
+
+    return write
+
+
+class Page(HTMLParser):
+    """Attributes by tag, and the tags that were not closed in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.open, self.crossed = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if self.open.pop() != tag:
+            self.crossed.append(tag)
+
+
+def tone(identity):
+    return np.sin(np.linspace(0, 400, 8000)).astype(np.float32) * 0.5, 8000
+
+
+def test_every_tag_is_closed_in_order(report, tmp_path):
+    (tmp_path / "metrics.csv").write_text(CURVES)
+    page = Page(report(PAIRS, metrics_csv=tmp_path / "metrics.csv", audio_of=tone))
+    assert page.crossed == []
+    assert page.open == []
+
+
+def test_text_of_others_is_escaped(report):
+    script = "<script>alert('1')</script>"
+    for names in (TRANSCRIPTION, TRANSLATION):
+        html = report([(f"a & b {script}", f'"{script}" & c')], names, model=script)
+        assert "<script" not in html
+        assert "&lt;script&gt;" in html
+        assert "& " not in html.split("</style>")[1]
+        assert "&amp;" in html
+
+
+def test_the_page_links_to_nothing_outside_it(report, tmp_path):
+    (tmp_path / "metrics.csv").write_text(CURVES)
+    html = report(PAIRS, metrics_csv=tmp_path / "metrics.csv", audio_of=tone)
+    elements = Page(html).elements
+    links = [a[key] for _, a in elements for key in ("src", "href", "xlink:href", "srcset", "data") if key in a]
+    assert links
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert not {tag for tag, _ in elements} & {"script", "link", "iframe", "img", "object"}
+    assert "@import" not in html
+    assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_the_audio_is_in_the_page(report):
+    html = report(PAIRS, audio_of=tone)
+    players = [attributes for tag, attributes in Page(html).elements if tag == "audio"]
+    assert len(players) == 5
+    assert all("controls" in player for player in players)
+    encoded = players[0]["src"].removeprefix("data:audio/flac;base64,")
+    samples, sampling_rate = soundfile.read(io.BytesIO(base64.b64decode(encoded)), dtype="float32")
+    assert sampling_rate == 8000
+    np.testing.assert_allclose(samples, tone("")[0], atol=1 / 2**15)
+
+
+def test_audio_is_asked_for_only_where_it_is_shown(report):
+    asked = []
+
+    def audio_of(identity):
+        asked.append(identity)
+        return tone(identity)
+
+    report([("one", "one")] + [("one two", "one nine")] * 30, audio_of=audio_of)
+    assert len(asked) == 20
+    assert "utterance-0" not in asked
+
+
+def test_without_audio_there_is_no_player(report):
+    assert "<audio" not in report(PAIRS)
+
+
+def test_curves_are_drawn_where_the_log_is(report, tmp_path):
+    (tmp_path / "metrics.csv").write_text(CURVES)
+    html = report(PAIRS, metrics_csv=tmp_path / "metrics.csv")
+    assert "Learning curves" in html
+    assert all(name in html for name in ("train/loss", "val/loss", "val/wer"))
+
+
+@pytest.mark.parametrize("log", [None, "", "epoch,step,lr\n0,49,0.1\n"])
+def test_without_a_log_of_losses_there_are_no_curves(report, tmp_path, log):
+    path = tmp_path / "metrics.csv"
+    if log is not None:
+        path.write_text(log)
+    assert "Learning curves" not in report(PAIRS, metrics_csv=path)
+    assert "Learning curves" not in report(PAIRS, metrics_csv=None)
+
+
+def test_coloured_words_are_as_many_as_jiwer_counts(report):
+    html = report(PAIRS)
+    edits = jiwer.process_words([" ".join(r.lower().split()) for r, _ in PAIRS], [h.lower() for _, h in PAIRS])
+    counted = {"substitution": edits.substitutions, "deletion": edits.deletions, "insertion": edits.insertions}
+    assert min(counted.values()) > 0
+    assert {name: html.count(f'class="pair {name}"') for name in counted} == counted
+    for name, count in counted.items():
+        assert f'<td>{name}s</td><td class="number">{count}</td>' in html
+
+
+def test_the_most_frequent_error_comes_first(report):
+    html = report([("one two", "one nine")] * 3 + [("one", "")] * 2)
+    rows = re.findall(r"<td>([^<]*)</td><td>([^<]*)</td><td class=\"number\">(\d+)</td>", html)
+    assert rows == [("two", "nine", "3"), ("one", "–", "2")]
+
+
+def test_the_worst_come_first_and_those_without_fault_not_at_all(report):
+    html = report([("one two", "one two"), ("one two", "one nine"), ("one", ""), ("one two", "")])
+    assert re.findall(r"<b>(utterance-\d)</b>", html) == ["utterance-3", "utterance-2", "utterance-1"]
+
+
+def test_a_translation_is_ranked_by_chrf_and_has_no_kinds_of_error(report):
+    html = report([("ein Hund", "ein Hund"), ("eine Katze", "eine Tatze"), ("drei Vögel", "x")], TRANSLATION)
+    assert re.findall(r"<b>(utterance-\d)</b>", html) == ["utterance-2", "utterance-1"]
+    assert "by chrF" in html
+    assert "Errors by kind" not in html
+    assert "WER" not in html
+    assert "BLEU" in html
+    assert "Tatze" in html
+
+
+def test_scores_and_facts_are_those_of_the_results(report):
+    train = TrainingTotals(seconds=300.0, steps=1234, utterances=32000, audio_seconds_per_second=210.0)
+    evaluation = evaluated(PAIRS)
+    html = report(PAIRS, train=train, model="hubert + bert")
+    assert "<title>hubert + bert: transcription</title>" in html
+    for fact in (
+        "test",
+        "1.5 min",
+        "12.5",
+        "5.0 min",
+        "1,234 steps",
+        "lowercase",
+        "num_beams 4",
+        "3 too_long",
+        "3.11.9",
+    ):
+        assert fact in html
+    assert f"{100 * evaluation.metrics['wer'].value:.2f} %" in html
+
+
+@pytest.mark.parametrize("names", [TRANSCRIPTION, TRANSLATION])
+@pytest.mark.parametrize("pairs", [[], [("one two", "one two")]])
+def test_nothing_wrong_and_nothing_at_all_give_a_page_without_worst_utterances(report, pairs, names):
+    assert "worst" not in report(pairs, names)
