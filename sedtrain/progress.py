@@ -28,7 +28,7 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         super().__init__()
         self.log_every_seconds = log_every_seconds
         self.steps = self.utterances = 0
-        self.audio_seconds = self.seconds = 0.0
+        self.audio_seconds = self.seconds = self.validation_seconds = 0.0
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -70,13 +70,15 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         for name in ("wer", "bleu"):
             if f"val/{name}" in latest:
                 words.append(f"{name} {100 * latest[f'val/{name}']:.1f} %")
-        return "  ".join([*words, f"{self.audio_seconds / self.seconds:.0f} s/s"])
+        return "  ".join([*words, f"{self.totals().audio_seconds_per_second:.0f} s/s"])
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.validation_started = time.perf_counter()
         if self.bar is not None:
             self.bar.update(self.task, description="validating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.validation_seconds += time.perf_counter() - self.validation_started
         if self.bar is not None:
             self.bar.update(self.task, description="training")
         values = {name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -92,9 +94,9 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         self.stop()
 
     def totals(self) -> TrainingTotals:
-        return TrainingTotals(
-            self.seconds, self.steps, self.utterances, self.audio_seconds / self.seconds if self.seconds else 0.0
-        )
+        """Wall-clock seconds with validation; audio seconds per second of training alone."""
+        training_seconds = max(self.seconds - self.validation_seconds, 1e-9)
+        return TrainingTotals(self.seconds, self.steps, self.utterances, self.audio_seconds / training_seconds)
 
     def stop(self) -> None:
         if self.bar is not None:

@@ -40,7 +40,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.15rem; m
 table { border-collapse: collapse }
 th, td { padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
 td.number, th.number { text-align: right; white-space: nowrap } tr :last-child { padding-right: 0 }
-.row section, dd, .words { min-width: 0 }
+td { max-width: min(14rem, 32vw) } td.number { max-width: none } .row section, dd, .words { min-width: 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: .5rem 0 } dd { margin: 0 }
 dt { line-height: 1.5rem } .row { display: grid; gap: 0 2.5rem }
 @media (min-width: 46rem) { .row { grid-template-columns: 1fr 1fr } }
@@ -52,7 +52,8 @@ audio { display: block; width: 100%; max-width: 24rem; height: 2.25rem; margin: 
 .sides { display: grid; grid-template-columns: max-content 1fr; gap: 0 .9rem }
 .words { display: flex; flex-wrap: wrap; gap: .3rem .1rem }
 .pair span, .sides .quiet span { display: block; min-height: 1.5rem; line-height: 1.5rem }
-.pair span { padding: 0 .25rem } .pair, .key { border-radius: .2rem } .key { padding: .1rem .3rem }
+article b, dd, .pair { max-width: 100%; overflow-wrap: anywhere } .pair span { padding: 0 .25rem }
+.pair, .key { border-radius: .2rem } .key { padding: .1rem .3rem }
 .substitution { color: var(--sub); background: var(--sub-ground) }
 .deletion { color: var(--del); background: var(--del-ground); text-decoration: line-through }
 .insertion { color: var(--ins); background: var(--ins-ground); text-decoration: underline }
@@ -74,13 +75,13 @@ def write_report(
     """
     normalise = normaliser(results.normaliser["name"])
     metric_set = MetricSet(list(evaluation.metrics), normalise)
-    pairs = align(evaluation.hypotheses, normalise)
     ranking = "wer" if "wer" in evaluation.metrics else "chrf"
     title = f"{model or 'Speech encoder-decoder'}: {results.task}"
     sections = [f"<h1>{escape(title)}</h1>", _row(_scores(evaluation.metrics), _facts(results))]
     if metrics_csv and metrics_csv.exists():
         sections.append(_curves(metrics_csv))
-    if pairs:
+    if evaluation.hypotheses:
+        pairs = align(evaluation.hypotheses, normalise)
         by_length = _lengths(ranking, metric_set, evaluation.counts, pairs)
         values = metric_set.values(evaluation.counts)[ranking]
         sections += [
@@ -91,7 +92,7 @@ def write_report(
 
 
 def align(hypotheses: Sequence[Hypothesis], normalise: Normaliser) -> list[list[WordPair]]:
-    """The words of every utterance in pairs, as the word error rate pairs them."""
+    """The words of every utterance in pairs, as the word error rate pairs them; at least one utterance."""
     references = [collapse_whitespace(normalise(each.reference)) for each in hypotheses]
     words = jiwer.process_words(references, [collapse_whitespace(normalise(each.hypothesis)) for each in hypotheses])
     aligned = []

@@ -1,7 +1,9 @@
 """Where a part's weights come from: a published checkpoint, a folder, or chance."""
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,26 @@ def load_config(part: str, name: str | None, model_type: str, tiny: Mapping[str,
 
 def load_weights(part: str, name: str, factory: Any, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """`factory.from_pretrained` in float32, whatever precision the weights have on disk."""
-    with loading(f"{part}.checkpoint", name):
+    with loading(f"{part}.checkpoint", name), attention_of(part, config):
         model = factory.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=attention)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+@contextmanager
+def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
+    """While a model is made, its family's refusal of an attention implementation becomes a UserError."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        attention = config._attn_implementation
+        reason = " ".join(str(error).split())
+        if not re.search("attention|attn", reason, re.IGNORECASE):
+            raise
+        raise UserError(
+            f"{part}.attention={attention}: {config.model_type} cannot use it here: {reason[:160]}",
+            f"{part}.attention=eager, which every family has",
+        ) from error
 
 
 class loading:

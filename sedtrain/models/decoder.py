@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.batch import UserError
-from sedtrain.models.checkpoint import load_config, load_weights, loading, published_name
+from sedtrain.models.checkpoint import attention_of, load_config, load_weights, loading, published_name
 from sedtrain.text import start_end_pad
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn|enc_?dec", re.IGNORECASE)
@@ -34,17 +34,18 @@ def load_decoder(
     options: values of the family's configuration class, for any size
     """
     name = published_name("decoder", size, checkpoint, {"base": base, "large": large})
-    as_decoder = {"is_decoder": True, "add_cross_attention": True}
+    config = load_config("decoder", name, model_type, tiny, **(options or {}))
+    config.is_decoder = config.add_cross_attention = True
+    config._attn_implementation = attention
     if name is None:
         assert tokenizer is not None, "build hands the tokenizer over"
-        start, end, pad = start_end_pad(tokenizer)
-        as_decoder |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad, "vocab_size": len(tokenizer)}
-    config = load_config("decoder", name, model_type, tiny, **{**(options or {}), **as_decoder})
-    config._attn_implementation = attention
+        config.vocab_size = len(tokenizer)
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = start_end_pad(tokenizer)
     if name is not None and pretrained:
         decoder = load_weights("decoder", name, AutoModelForCausalLM, config, attention)
     else:
-        decoder = AutoModelForCausalLM.from_config(config)
+        with attention_of("decoder", config):
+            decoder = AutoModelForCausalLM.from_config(config)
     refuse_deaf(decoder)
     return decoder
 

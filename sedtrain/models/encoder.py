@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from sedtrain.batch import UserError
-from sedtrain.models.checkpoint import load_config, load_weights, loading, published_name
+from sedtrain.models.checkpoint import attention_of, load_config, load_weights, loading, published_name
 from sedtrain.models.feature_encoder import forward_as_matrix_products
 
 
@@ -46,6 +46,8 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
     ) -> BaseModelOutput:
         """(B, F, T) log-mel features -> (B, ceil(T / 2), D). Raises UserError for more frames than it has positions."""
         hidden_states = F.gelu(self.conv1(input_features))
+        if attention_mask is not None:
+            hidden_states = hidden_states * attention_mask[:, None]  # what the second convolution pads with, alone
         hidden_states = F.gelu(self.conv2(hidden_states)).transpose(1, 2)
         num_frames = hidden_states.shape[1]
         if num_frames > self.max_source_positions:
@@ -69,7 +71,8 @@ def encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """An encoder with random weights; of a sequence-to-sequence family, its encoder alone."""
     if config.model_type == "whisper":
         return VariableLengthWhisperEncoder(config)
-    model = AutoModel.from_config(config)
+    with attention_of("encoder", config):
+        model = AutoModel.from_config(config)
     return prepared(model.get_encoder() if config.is_encoder_decoder else model)
 
 

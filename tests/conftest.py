@@ -1,0 +1,109 @@
+"""What every test stands on: one thread, no network, a cache of its own, a small corpus and runs on it."""
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE = tempfile.mkdtemp(prefix="sedtrain-tests-")
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE, "MPLBACKEND": "Agg"}
+
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("sedtrain", deadline=None, derandomize=True)
+settings.load_profile("sedtrain")
+
+EMBEDDED = Path(__file__).parents[1] / "sedtrain/data/spoken_digits"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real recordings and real weights, which not every machine has."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared recordings and weights")
+    return SHARED
+
+
+def cut_corpus(source, folder, **num_rows):
+    """Parquet files of the first rows of each split of a corpus."""
+    folder.mkdir(exist_ok=True)
+    for split, number in num_rows.items():
+        rows = pyarrow.parquet.read_table(source / f"{split}.parquet").slice(0, number)
+        pyarrow.parquet.write_table(rows, folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of 24 + 6 + 6 spoken digit strings."""
+    return cut_corpus(EMBEDDED, tmp_path_factory.mktemp("data") / "digits", train=24, validation=6, test=6)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def sedtrain():
+    """The command `sedtrain ARGUMENTS` in this process; returns how it ended. Its problems raise, as in the shell."""
+    from sedtrain.__main__ import main
+
+    def command(*arguments):
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        argv, path, interrupt = sys.argv, list(sys.path), signal.getsignal(signal.SIGINT)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                sys.argv = ["sedtrain", *map(str, arguments)]
+                main()
+            except SystemExit as end:
+                status = end.code or 0
+            finally:
+                sys.argv, sys.path[:] = argv, path
+                signal.signal(signal.SIGINT, interrupt)
+                logger = logging.getLogger("sedtrain")
+                for handler in list(logger.handlers):
+                    logger.removeHandler(handler)
+                    handler.close()
+        return Ended(status, out.getvalue(), err.getvalue())
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def train(sedtrain, corpus):
+    """Trains for three steps on the small corpus, with overrides; returns the run's folder."""
+
+    def run(folder, *overrides):
+        short = ["trainer.max_steps=3", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=12"]
+        ended = sedtrain("data=parquet", f"data.path={corpus}", f"run_dir={folder}", *short, *overrides)
+        assert ended.status == 0, ended.err
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(train, tmp_path_factory):
+    """The folder of a run with the defaults, encoder=hubert decoder=bert."""
+    return train(tmp_path_factory.mktemp("runs") / "trained")
+
+
+def pytest_unconfigure():
+    import shutil
+
+    shutil.rmtree(CACHE, ignore_errors=True)
