@@ -14,6 +14,7 @@ from sedtrain.data.collate import Collator
 from sedtrain.data.sources import audio_paths, read_audio
 from sedtrain.decoding.generate import transcribe_batch
 from sedtrain.evaluation.evaluate import Evaluation, evaluate
+from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
 from sedtrain.export import SavedModel, write_model_card
 
@@ -63,6 +64,7 @@ def score(cfg: DictConfig, saved: SavedModel, data: build.SpeechTextDataModule, 
     """Evaluates on `cfg.split`; writes results.json and report.html, shows the tables."""
     metric_set, options = build.metric_set(cfg), build.decoding_options(cfg)
     evaluation = evaluate(saved.model, saved.tokenizer, data.loader(cfg.split), metric_set, options)
+    data.note_skipped(evaluation.skipped)
     results = Results(
         task=cfg.target,
         split=cfg.split,
@@ -73,11 +75,14 @@ def score(cfg: DictConfig, saved: SavedModel, data: build.SpeechTextDataModule, 
         decoding=asdict(options),
         rtfx=evaluation.rtfx,
         train=train,
-        skipped=data.skipped + evaluation.skipped,
+        skipped=data.skipped,
         versions=installed_versions(),
     )
     folder = Path(cfg.run_dir)
     results.write(folder / "results.json")
+    parts = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"
+    audio_of = data.split(cfg.split).audio_of
+    write_report(folder / "report.html", results, evaluation, folder / "metrics.csv", audio_of, parts)
     terminal.show(
         terminal.scores(evaluation, cfg.split), terminal.examples(evaluation), terminal.places(folder, LEFT_BEHIND)
     )

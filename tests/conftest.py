@@ -1,5 +1,7 @@
 """What every test stands on: one thread, no network, a cache of its own, a small corpus and runs on it."""
 
+# ruff: noqa: E402 - the environment is set before torch and datasets read it
+
 import contextlib
 import io
 import logging

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
+from sedtrain.batch import UserError
+
 
 def batches_by_seconds(order: Sequence[int], seconds: Sequence[float], batch_seconds: float) -> list[list[int]]:
     """`order` cut into batches of at most `batch_seconds` of audio, padding included; a longer utterance stands alone."""
@@ -21,12 +23,18 @@ def batches_by_seconds(order: Sequence[int], seconds: Sequence[float], batch_sec
 
 
 def split_evenly(batches: list[list[int]], num_ranks: int) -> list[list[int]]:
-    """As many batches as `num_ranks` divides, by halving the largest: no utterance is dropped or repeated."""
+    """As many batches as `num_ranks` divides, by halving the largest: no utterance is dropped or repeated.
+
+    Raises UserError where every batch holds one utterance and their number still does not suffice.
+    """
     batches = list(batches)
     while len(batches) % num_ranks:
         largest = max(range(len(batches)), key=lambda i: len(batches[i]))
         if len(batches[largest]) < 2:
-            raise ValueError(f"{len(batches)} utterances cannot be shared by {num_ranks} ranks")
+            raise UserError(
+                f"{len(batches)} batches of one utterance cannot be shared evenly by {num_ranks} devices",
+                f"trainer.devices=N with an N that divides {len(batches)}, or a larger data.batch_seconds",
+            )
         half = len(batches[largest]) // 2
         batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
     return batches

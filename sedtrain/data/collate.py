@@ -69,4 +69,7 @@ class Collator:
             audio.numpy(), sampling_rate=self.sampling_rate, padding="longest", return_tensors="np", **no_limit
         )
         features = torch.from_numpy(extracted[self.feature_extractor.model_input_names[0]][0])
-        return features.T if self.time_is_last else features
+        if self.time_is_last:
+            return features.T
+        # SeamlessM4TFeatureExtractor stacks frames in pairs and masks the last one where its pair is padding.
+        return features[: extracted["attention_mask"][0].sum()] if "attention_mask" in extracted else features

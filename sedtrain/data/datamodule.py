@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import lightning
+import numpy as np
 import soundfile
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from sedtrain.batch import Batch, Skipped, UserError, Utterance
@@ -51,6 +53,11 @@ class SplitDataset(Dataset[Batch]):
             [result for result in read if isinstance(result, Utterance)],
             [result for result in read if isinstance(result, Skipped)],
         )
+
+    def audio_of(self, id: str) -> tuple[NDArray[np.float32], int]:
+        """The decoded samples (S,) of an utterance and their rate."""
+        utterance = self.rows.utterance(self.rows.index_of[id], self.collator.sampling_rate)
+        return utterance.audio.numpy(), utterance.sampling_rate
 
     def decode(self, index: int) -> Utterance | Skipped:
         try:
@@ -114,6 +121,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.keep_decoded_hours = keep_decoded_hours
         self.skipped_file = Path(folder) / "skipped.jsonl"
         self.skipped: Counter[str] = Counter()
+        self.noted: set[Skipped] = set()
         self.collator: Collator | None = None
         self.rows = cache(self.load_rows)
         self.split = cache(self.load_split)
@@ -154,7 +162,9 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return None if text.strip() else ("empty text", "")
 
     def note_skipped(self, skipped: list[Skipped]) -> None:
-        """Counts, lists and, once per reason, tells of utterances that are left out."""
+        """Counts, lists and, once per reason, tells of utterances that are left out; each of them once."""
+        skipped = [utterance for utterance in skipped if utterance not in self.noted]
+        self.noted.update(skipped)
         for utterance in skipped:
             refuse(utterance, self.on_bad_utterance)
             if not self.skipped[utterance.reason]:
@@ -182,6 +192,10 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self.note_skipped(batch.skipped)
+        return batch
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self.loader("train", shuffle=True)

@@ -7,11 +7,13 @@ import glob
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import soundfile
 import soxr
 import torch
@@ -19,8 +21,10 @@ import torch
 from sedtrain.batch import UserError, Utterance
 from sedtrain.hub import go_offline_if_unreachable
 
-AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"}
+AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
+UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 EMBEDDED = Path(__file__).parent / "spoken_digits"
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,31 @@ class Columns:
 
 
 def load_rows(path: str, split: str, name: str | None = None) -> datasets.Dataset:
-    """The rows of one split, from `spoken_digits` (embedded), a folder, a Parquet file or a Hub id.
+    """The rows of one split, from `spoken_digits` (embedded), a file, a folder or a Hub id.
 
-    A folder may hold `train.parquet`, `validation.parquet`, `test.parquet` or anything else that `datasets.load_dataset` reads.
+    A file is Parquet, JSON lines or CSV, and holds whatever split is asked for. A folder holds one such file a split, named
+    after it, or anything else that `datasets.load_dataset` reads.
     Raises UserError where nothing is there, where the split is missing, or where the Hub cannot be reached.
     """
-    where = EMBEDDED if path == "spoken_digits" else Path(path).expanduser()
+    where = local_path(path)
     datasets.disable_progress_bars()
-    looks_local = path.startswith((".", "/", "~")) or path.endswith(".parquet")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or where.suffix in READERS
     if looks_local and not where.exists():
-        raise UserError(f"data.path={path}: there is no such file or folder", "data.path=FOLDER_OR_PARQUET_OR_HUB_ID")
+        raise UserError(f"data.path={path}: there is no such file or folder", "data.path=FOLDER_OR_FILE_OR_HUB_ID")
     if not where.exists():
         go_offline_if_unreachable()
     try:
-        if where.is_file():
-            rows = datasets.load_dataset("parquet", data_files={split: str(where)}, split=split)
-        elif (where / f"{split}.parquet").is_file():
-            rows = datasets.load_dataset("parquet", data_files={split: str(where / f"{split}.parquet")}, split=split)
-        else:
+        file = split_file(where, split)
+        if file is None:
             rows = datasets.load_dataset(str(where) if where.exists() else path, name, split=split)
+        elif file.suffix == ".parquet" and not pyarrow.parquet.read_metadata(file).num_rows:
+            rows = []
+        else:
+            rows = datasets.load_dataset(READERS.get(file.suffix, "parquet"), data_files=str(file), split="train")
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        what = "this folder holds no" if where.exists() else "neither a folder here nor a"
         raise UserError(
-            f"data.path={path}: neither a folder here nor a dataset that the Hub gives ({one_line(error)})",
+            f"data.path={path}: {what} dataset that can be read ({one_line(error)})",
             "data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network",
         ) from error
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -70,80 +77,108 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
     return rows
 
 
+def local_path(path: str) -> Path:
+    return EMBEDDED if path == "spoken_digits" else Path(path).expanduser()
+
+
+def split_file(where: Path, split: str) -> Path | None:
+    """`where` itself if it is a file, else the file in it that is named after the split."""
+    candidates = [where, *(where / f"{split}{suffix}" for suffix in READERS)]
+    return next((file for file in candidates if file.is_file()), None)
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 class UtteranceRows:
-    """Rows seen as utterances; `rows[i]` decodes row i.
+    """Rows seen as utterances, decoded one by one.
+
+    where:  how messages name the dataset
+    folder: what paths of audio files are relative to
 
     Raises UserError when a column is missing, listing those that are there.
     """
 
-    def __init__(self, rows: datasets.Dataset, columns: Columns, where: str) -> None:
+    def __init__(self, rows: datasets.Dataset, columns: Columns, where: str, folder: Path = Path()) -> None:
         for role, column in vars(columns).items():
             if column is not None and column not in rows.column_names:
                 raise UserError(
                     f"data.columns: {where} has no column {column!r} for the {role}, it has {', '.join(rows.column_names)}",
-                    "data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker or seconds",
+                    "data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, language or seconds",
                 )
         if isinstance(rows.features[columns.audio], datasets.Audio):
             rows = rows.cast_column(columns.audio, datasets.Audio(decode=False))
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.folder = rows, columns, folder
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def texts(self) -> list[str]:
         """Every text of the split; no audio is read."""
-        return [text or "" for text in self.rows[self.columns.text]]
+        return [as_text(value) for value in self.rows[self.columns.text]]
 
     def id(self, index: int) -> str:
-        return str(self.rows.select_columns([self.columns.id])[index][self.columns.id] if self.columns.id else index)
+        return str(self.rows[index][self.columns.id] if self.columns.id else index)
+
+    @cached_property
+    def index_of(self) -> dict[str, int]:
+        """The row of every id."""
+        ids = self.rows[self.columns.id] if self.columns.id else range(len(self))
+        return {str(id): index for index, id in enumerate(ids)}
 
     def seconds(self) -> Iterator[float | None]:
-        """The length of each utterance, from its column or from the audio's header; None where it cannot be read."""
-        if self.columns.seconds is not None:
-            yield from (float(value) for value in self.rows[self.columns.seconds])
-            return
-        for cell in self.rows.select_columns([self.columns.audio]):
-            try:
-                yield soundfile.info(audio_file(cell[self.columns.audio])).duration
-            except (soundfile.LibsndfileError, OSError, TypeError):
-                yield None
+        """The length of each utterance, from its column, else from the audio's header; None where neither tells."""
+        given = self.rows[self.columns.seconds] if self.columns.seconds else [None] * len(self)
+        for index, value in enumerate(given):
+            yield self.seconds_of_audio(index) if value is None else float(value)
+
+    def seconds_of_audio(self, index: int) -> float | None:
+        try:
+            return float(soundfile.info(audio_file(self.rows[index][self.columns.audio], self.folder)).duration)
+        except UNREADABLE:
+            return None
 
     def utterance(self, index: int, sampling_rate: int) -> Utterance:
         """Row `index`, decoded, mixed down and resampled to `sampling_rate`.
 
-        Raises soundfile.LibsndfileError or OSError when the audio cannot be decoded.
+        Raises one of UNREADABLE when the audio cannot be decoded.
         """
         row, columns = self.rows[index], self.columns
-        audio = read_audio(row[columns.audio], sampling_rate)
+        audio = read_audio(row[columns.audio], sampling_rate, self.folder)
         return Utterance(
             id=self.id(index),
             audio=audio,
             sampling_rate=sampling_rate,
-            text=row[columns.text] or "",
+            text=as_text(row[columns.text]),
             language=row[columns.language] if columns.language else None,
             speaker=row[columns.speaker] if columns.speaker else None,
             seconds=len(audio) / sampling_rate,
         )
 
 
-def audio_file(cell: Any) -> io.BytesIO | str:
-    """What soundfile opens: the bytes of an `Audio(decode=False)` cell, or its path, or a path in a text column."""
-    if isinstance(cell, dict) and cell.get("bytes") is not None:
-        return io.BytesIO(cell["bytes"])
+def as_text(value: Any) -> str:
+    """A cell of the text column; a CSV or JSON file with digits alone gives numbers."""
+    return "" if value is None else str(value)
+
+
+def audio_file(cell: Any, folder: Path = Path()) -> io.BytesIO | str:
+    """What soundfile opens: the bytes or the path of an `Audio(decode=False)` cell, or either as a plain value."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(content, bytes):
+        return io.BytesIO(content)
     path = cell.get("path") if isinstance(cell, dict) else cell
     if not path:
         raise OSError("the row has neither audio bytes nor a path")
-    return str(path)
+    return str(folder / path)
 
 
-def read_audio(cell: Any, sampling_rate: int) -> torch.Tensor:
-    """(S,) float32 in -1..1: one channel (the mean of all) at `sampling_rate` hertz."""
-    samples, stored_rate = soundfile.read(audio_file(cell), dtype="float32", always_2d=True)
+def read_audio(cell: Any, sampling_rate: int, folder: Path = Path()) -> torch.Tensor:
+    """(S,) float32 in -1..1: one channel (the mean of all) at `sampling_rate` hertz. Raises one of UNREADABLE."""
+    samples, stored_rate = soundfile.read(audio_file(cell, folder), dtype="float32", always_2d=True)
     mono = samples.mean(axis=1)
+    if not len(mono) or not np.isfinite(mono).all():
+        raise OSError("the audio has no samples, or some that are not numbers")
     if stored_rate != sampling_rate:
         mono = soxr.resample(mono, stored_rate, sampling_rate)
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))

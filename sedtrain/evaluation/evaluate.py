@@ -1,14 +1,13 @@
 """A model's hypotheses on a set of batches, scored."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch
+from sedtrain.batch import Batch, Skipped
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import Counts, MetricSet
@@ -33,7 +32,7 @@ class Evaluation:
     counts: Counts
     audio_seconds: float
     rtfx: float
-    skipped: Counter[str]
+    skipped: list[Skipped]
 
 
 def evaluate(
@@ -46,10 +45,10 @@ def evaluate(
     """Transcribes every batch and scores the hypotheses, with bootstrap 95 % intervals."""
     hypotheses: list[Hypothesis] = []
     audio_seconds = decoding_seconds = 0.0
-    skipped: Counter[str] = Counter()
+    skipped: list[Skipped] = []
     device = next(model.parameters()).device
     for batch in batches:
-        skipped.update(utterance.reason for utterance in batch.skipped)
+        skipped += batch.skipped
         if len(batch) == 0:
             continue
         start = time.perf_counter()
