@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from sedtrain.config import ConfigError, conf_dir, register
 from sedtrain.overrides import check_command_line, inherit_run
 
+RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 HALF_WRITTEN = ("PytorchStreamWriter failed", "iostream error", "No space left")
 NO_CONCERN = (
@@ -41,8 +42,11 @@ def run(cfg: DictConfig) -> None:
     """One job: a configuration that has passed becomes a task that runs."""
     try:
         inherit_run(cfg, list(HydraConfig.get().overrides.task))
-        if cfg.task != "transcribe":
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            cfg.run_dir = os.environ.get(RUN_DIR, cfg.run_dir)  # the first process of the run opened it
+        elif cfg.task != "transcribe":
             open_run_folder(Path(cfg.run_dir))
+            os.environ[RUN_DIR] = cfg.run_dir
         run_task(cfg)
     except ConfigError as error:
         fail(str(error))

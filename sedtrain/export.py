@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerBase, SequenceFeatureExtractor
+from transformers import AutoFeatureExtractor, PreTrainedTokenizerBase, SequenceFeatureExtractor
 
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.results import Results
-from sedtrain.models.checkpoint import loading
+from sedtrain.models.checkpoint import load_tokenizer, loading
 from sedtrain.models.encoder import prepared
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -36,8 +36,8 @@ class SavedModel:
         name = str(inside if inside.is_dir() else checkpoint)
         with loading("checkpoint", name):
             model = SpeechEncoderDecoder.from_pretrained(name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(name)
             feature_extractor = AutoFeatureExtractor.from_pretrained(name)
+        tokenizer = load_tokenizer("checkpoint", name)
         prepared(model.encoder)
         return cls(model.eval(), tokenizer, feature_extractor)
 

@@ -93,13 +93,13 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         loss_sum, num_tokens = self.over_ranks(self.validation_sums)
         self.metrics.set_counts(self.over_ranks(torch.from_numpy(self.metrics.counts())))
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
-        self.log_dict({"val/loss": float(loss_sum / num_tokens), **scores}, prog_bar=True)
+        self.log_dict({"val/loss": float(loss_sum / num_tokens), **scores}, prog_bar=True, sync_dist=True)
 
     def over_ranks(self, sums: Tensor) -> Tensor:
         """Sums of this rank -> sums of all ranks, on the CPU."""
         if self.trainer.world_size == 1:
             return sums
-        return self.all_gather(sums.to(self.device)).sum(0).cpu()
+        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(parameter_groups(self))

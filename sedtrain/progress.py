@@ -31,6 +31,9 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         self.audio_seconds = self.seconds = self.validation_seconds = 0.0
         self.bar: Progress | None = None
 
+    def disable(self) -> None:
+        """Called by Lightning on the other ranks, where nothing is drawn anyway."""
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.started = self.last_line = time.perf_counter()
         self.total = int(trainer.estimated_stepping_batches)

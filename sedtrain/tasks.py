@@ -41,16 +41,18 @@ class Interrupted(Exception):
 def train(cfg: DictConfig) -> None:
     """Trains, keeps the best weights as a Hugging Face folder, and scores them on the test split."""
     run = build.training_run(cfg)
-    OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
-    terminal.show(terminal.plan(*run.plan()))
+    if run.trainer.is_global_zero:
+        OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
+        terminal.show(terminal.plan(*run.plan()))
     run.trainer.fit(run.module, datamodule=run.data)
+    if not run.trainer.is_global_zero:
+        return
     run.load_best()
     run.saved.save(run.folder / "model", run.module.decoding)
     if run.interrupted():
         raise Interrupted(f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt")
-    if run.trainer.is_global_zero:
-        results = score(cfg, run.saved, run.data, run.totals())
-        write_model_card(run.folder / "model", run.saved, results, cfg.data.path)
+    results = score(cfg, run.saved, run.data, run.totals())
+    write_model_card(run.folder / "model", run.saved, results, cfg.data.path)
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> None:

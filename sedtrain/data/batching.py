@@ -9,7 +9,7 @@ from sedtrain.batch import UserError
 
 
 def batches_by_seconds(order: Sequence[int], seconds: Sequence[float], batch_seconds: float) -> list[list[int]]:
-    """`order` cut into batches of at most `batch_seconds` of audio, padding included; a longer utterance stands alone."""
+    """`order` cut into batches of at most `batch_seconds` of audio with padding; a longer utterance stands alone."""
     batches: list[list[int]] = []
     longest = 0.0
     for index in order:
@@ -43,9 +43,9 @@ def split_evenly(batches: list[list[int]], num_ranks: int) -> list[list[int]]:
 class DurationBatches(Sampler[list[int]]):
     """The batches of one rank, as lists of utterance numbers: every rank makes the same number of steps.
 
-    With `shuffle`, utterances are sorted by their length times a random factor within ±`jitter`, so that neighbours change from
-    epoch to epoch while padding stays small; the order is a function of (seed, epoch) alone. Without, the longest come first,
-    so that a memory that does not suffice shows at once.
+    With `shuffle`, utterances are sorted by their length times a random factor within ±`jitter`, so that neighbours
+    change from epoch to epoch while padding stays small; the order is a function of (seed, epoch) alone. Without, the
+    longest come first, so that a memory that does not suffice shows at once.
     """
 
     def __init__(

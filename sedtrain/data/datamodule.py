@@ -11,35 +11,31 @@ from typing import Literal
 
 import lightning
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from sedtrain.batch import Batch, Skipped, UserError, Utterance
 from sedtrain.data.batching import DurationBatches
 from sedtrain.data.collate import Collator
-from sedtrain.data.sources import Columns, UtteranceRows, load_rows
+from sedtrain.data.sources import UNREADABLE, Columns, UtteranceRows, load_rows
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
-BadUtterance = Literal["skip", "error"]
-
 
 class SplitDataset(Dataset[Batch]):
-    """The utterances of one split that are neither too long, too short nor without text; item `[i, j, ...]` is their Batch."""
+    """The utterances of one split that are not too long, too short or without text; item `[i, j, ...]` is a Batch."""
 
     def __init__(
         self,
         rows: UtteranceRows,
         kept: Mapping[int, float],
         collator: Collator,
-        on_bad_utterance: BadUtterance,
         keep_decoded_hours: float,
     ) -> None:
-        self.rows, self.collator, self.on_bad_utterance = rows, collator, on_bad_utterance
+        self.rows, self.collator = rows, collator
         self.indices, self.seconds = list(kept), list(kept.values())
-        self.read = cache(self.decode) if self.total_seconds() <= 3600 * keep_decoded_hours else self.decode
+        self.keeps_decoded = self.total_seconds() <= 3600 * keep_decoded_hours
+        self.decoded: dict[int, Utterance | Skipped] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -59,22 +55,19 @@ class SplitDataset(Dataset[Batch]):
         utterance = self.rows.utterance(self.rows.index_of[id], self.collator.sampling_rate)
         return utterance.audio.numpy(), utterance.sampling_rate
 
+    def read(self, index: int) -> Utterance | Skipped:
+        if not self.keeps_decoded:
+            return self.decode(index)
+        if index not in self.decoded:
+            self.decoded[index] = self.decode(index)
+        return self.decoded[index]
+
     def decode(self, index: int) -> Utterance | Skipped:
+        """In a worker an error would lose its class, so audio that cannot be decoded is a value."""
         try:
             return self.rows.utterance(index, self.collator.sampling_rate)
         except UNREADABLE as error:
-            skipped = Skipped(self.rows.id(index), "undecodable audio", str(error))
-            refuse(skipped, self.on_bad_utterance)
-            return skipped
-
-
-def refuse(skipped: Skipped, on_bad_utterance: BadUtterance) -> None:
-    """Raises UserError where bad utterances are to stop the run."""
-    if on_bad_utterance == "error":
-        raise UserError(
-            f"utterance {skipped.id!r}: {skipped.reason} {skipped.detail}".rstrip(),
-            "data.on_bad_utterance=skip to go on without it",
-        )
+            return Skipped(self.rows.id(index), "undecodable audio", str(error))
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):
@@ -82,8 +75,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     `collator` (features, labels, padding) is handed over by `build` before the first loader is asked for.
 
-    path, name: `spoken_digits`, a folder, a Parquet file or a Hub id; the Hub's name of a configuration
-    columns: which column holds what: audio, transcription, translation, and where they exist id, speaker, language, seconds
+    path, name: `spoken_digits`, a file, a folder or a Hub id; the Hub's name of a configuration
+    columns: which column holds audio, transcription, translation, and where they exist id, speaker, language, seconds
     target: which of the columns transcription and translation is the text to learn
     batch_seconds: audio per batch and rank, padding included
     min_seconds, max_seconds: shorter and longer utterances are skipped
@@ -110,10 +103,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         folder: str = ".",
     ) -> None:
         super().__init__()
-        if columns.get(target) is None:
-            raise UserError(f"data.columns.{target} is not set, but target={target}", f"data.columns.{target}=COLUMN")
-        given = {role: column for role, column in columns.items() if role not in ("transcription", "translation")}
-        self.columns = Columns(text=str(columns[target]), **given)  # type: ignore[arg-type]
+        self.columns = Columns.of(columns, target)
         self.path, self.name = path, name
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.batch_seconds, self.min_seconds, self.max_seconds = batch_seconds, min_seconds, max_seconds
@@ -129,7 +119,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def load_rows(self, split: str) -> UtteranceRows:
         """`split` is train, validation or test."""
         rows = load_rows(self.path, self.splits[split], self.name)
-        return UtteranceRows(rows, self.columns, f"{self.path} ({self.splits[split]})")
+        return UtteranceRows(rows, self.columns, self.path, self.splits[split])
 
     def load_split(self, split: str) -> SplitDataset:
         """The filtered split; raises UserError when nothing is left of it."""
@@ -150,7 +140,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
                 f"({', '.join(f'{count} {reason}' for reason, count in self.skipped.items())})",
                 "data.min_seconds, data.max_seconds and data.columns that fit this dataset",
             )
-        return SplitDataset(rows, kept, self.collator, self.on_bad_utterance, self.keep_decoded_hours)
+        return SplitDataset(rows, kept, self.collator, self.keep_decoded_hours)
 
     def reason_to_skip(self, seconds: float | None, text: str) -> tuple[str, str] | None:
         if seconds is None:
@@ -162,21 +152,30 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return None if text.strip() else ("empty text", "")
 
     def note_skipped(self, skipped: list[Skipped]) -> None:
-        """Counts, lists and, once per reason, tells of utterances that are left out; each of them once."""
+        """Counts, lists and, once per reason, tells of utterances that are left out; each of them once.
+
+        Raises UserError where bad utterances are to stop the run.
+        """
         skipped = [utterance for utterance in skipped if utterance not in self.noted]
         self.noted.update(skipped)
         for utterance in skipped:
-            refuse(utterance, self.on_bad_utterance)
+            if self.on_bad_utterance == "error":
+                raise UserError(
+                    f"utterance {utterance.id!r}: {utterance.reason} {utterance.detail}".rstrip(),
+                    "data.on_bad_utterance=skip to go on without it",
+                )
             if not self.skipped[utterance.reason]:
-                logger.warning("skipping utterances: %s (first: %s %s)", utterance.reason, utterance.id, utterance.detail)
+                first = f"{utterance.id} {utterance.detail}".rstrip()
+                logger.warning("skipping utterances: %s (first: %s)", utterance.reason, first)
             self.skipped[utterance.reason] += 1
         if skipped:
             with self.skipped_file.open("a") as lines:
                 lines.writelines(json.dumps(asdict(utterance)) + "\n" for utterance in skipped)
 
-    def loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Batch]:
+    def loader(self, split: str, *, shuffle: bool = False, over_ranks: bool = False) -> DataLoader[Batch]:
+        """The whole split in batches, or with `over_ranks` this rank's part of it."""
         dataset = self.split(split)
-        in_ranks = self.trainer is not None and split != "test"
+        in_ranks = over_ranks and self.trainer is not None
         batches = DurationBatches(
             dataset.seconds,
             self.batch_seconds,
@@ -198,7 +197,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return batch
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self.loader("train", shuffle=True)
+        return self.loader("train", shuffle=True, over_ranks=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self.loader("validation")
+        return self.loader("validation", over_ranks=True)

@@ -5,8 +5,8 @@ S samples. Audio is decoded by soundfile from the bytes as they are stored: neit
 
 import glob
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,25 @@ class Columns:
     language: str | None = None
     seconds: str | None = None
 
+    @classmethod
+    def of(cls, columns: Mapping[str, str | None], target: str) -> "Columns":
+        """`columns` by role, where `target`, transcription or translation, names the role of the text."""
+        roles = ["audio", "transcription", "translation", *(each.name for each in fields(cls)[2:])]
+        if unknown := [role for role in columns if role not in roles]:
+            instead = f"data.columns.NAME, NAME one of {', '.join(roles)}"
+            raise UserError(f"data.columns.{unknown[0]}: there is no such role", instead)
+        for role in ("audio", target):
+            if columns.get(role) is None:
+                raise UserError(f"data.columns.{role} is not set (target={target})", f"data.columns.{role}=COLUMN")
+        others = {role: columns.get(role) for role in roles[3:]}
+        return cls(audio=str(columns["audio"]), text=str(columns[target]), **others)
+
 
 def load_rows(path: str, split: str, name: str | None = None) -> datasets.Dataset:
     """The rows of one split, from `spoken_digits` (embedded), a file, a folder or a Hub id.
 
-    A file is Parquet, JSON lines or CSV, and holds whatever split is asked for. A folder holds one such file a split, named
-    after it, or anything else that `datasets.load_dataset` reads.
+    A file is Parquet, JSON lines or CSV, and holds whatever split is asked for. A folder holds one such file a split,
+    named after it, or anything else that `datasets.load_dataset` reads.
     Raises UserError where nothing is there, where the split is missing, or where the Hub cannot be reached.
     """
     where = local_path(path)
@@ -57,7 +70,7 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
         file = split_file(where, split)
         if file is None:
             rows = datasets.load_dataset(str(where) if where.exists() else path, name, split=split)
-        elif file.suffix == ".parquet" and not pyarrow.parquet.read_metadata(file).num_rows:
+        elif is_empty(file):
             rows = []
         else:
             rows = datasets.load_dataset(READERS.get(file.suffix, "parquet"), data_files=str(file), split="train")
@@ -70,7 +83,7 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(
             f"data.path={path}, split {split!r}: {one_line(error.__cause__ or error)}",
-            "a split that the dataset has (data.train_split, data.validation_split, data.test_split), in files that can be read",
+            "data.train_split, data.validation_split, data.test_split that the dataset has, in files that can be read",
         ) from error
     if len(rows) == 0:
         raise UserError(f"data.path={path}: the split {split!r} is empty", "a split with at least one row")
@@ -87,6 +100,13 @@ def split_file(where: Path, split: str) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
+def is_empty(file: Path) -> bool:
+    """Whether a file holds no rows; of those `datasets` gives errors that say something else."""
+    if not file.stat().st_size:
+        return True
+    return file.suffix == ".parquet" and not pyarrow.parquet.read_metadata(file).num_rows
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
@@ -94,22 +114,26 @@ def one_line(error: BaseException) -> str:
 class UtteranceRows:
     """Rows seen as utterances, decoded one by one.
 
-    where:  how messages name the dataset
-    folder: what paths of audio files are relative to
+    path, split: where the rows are from; paths of audio files are relative to that folder, and rows without an id are
+        named after the split
 
     Raises UserError when a column is missing, listing those that are there.
     """
 
-    def __init__(self, rows: datasets.Dataset, columns: Columns, where: str, folder: Path = Path()) -> None:
+    def __init__(self, rows: datasets.Dataset, columns: Columns, path: str, split: str) -> None:
         for role, column in vars(columns).items():
             if column is not None and column not in rows.column_names:
                 raise UserError(
-                    f"data.columns: {where} has no column {column!r} for the {role}, it has {', '.join(rows.column_names)}",
-                    "data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, language or seconds",
+                    f"data.columns: {path} ({split}) has no column {column!r} for the {role}, "
+                    f"it has {', '.join(rows.column_names)}",
+                    "data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, "
+                    "language or seconds",
                 )
         if isinstance(rows.features[columns.audio], datasets.Audio):
             rows = rows.cast_column(columns.audio, datasets.Audio(decode=False))
-        self.rows, self.columns, self.folder = rows, columns, folder
+        self.rows, self.columns, self.split = rows, columns, split
+        where = local_path(path)
+        self.folder = where if where.is_dir() else where.parent
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,13 +143,13 @@ class UtteranceRows:
         return [as_text(value) for value in self.rows[self.columns.text]]
 
     def id(self, index: int) -> str:
-        return str(self.rows[index][self.columns.id] if self.columns.id else index)
+        return str(self.rows[index][self.columns.id]) if self.columns.id else f"{self.split}-{index}"
 
     @cached_property
     def index_of(self) -> dict[str, int]:
         """The row of every id."""
-        ids = self.rows[self.columns.id] if self.columns.id else range(len(self))
-        return {str(id): index for index, id in enumerate(ids)}
+        ids = map(str, self.rows[self.columns.id]) if self.columns.id else map(self.id, range(len(self)))
+        return {id: index for index, id in enumerate(ids)}
 
     def seconds(self) -> Iterator[float | None]:
         """The length of each utterance, from its column, else from the audio's header; None where neither tells."""
@@ -185,16 +209,26 @@ def read_audio(cell: Any, sampling_rate: int, folder: Path = Path()) -> torch.Te
 
 
 def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
-    """The files that `audio` names: files, globs and folders (searched through). Raises UserError when there are none."""
+    """The files that `audio` names: files, globs and folders (searched through).
+
+    Raises UserError where a name stands for none, or for one that is no audio.
+    """
     if not audio:
         raise UserError("task=transcribe needs audio", "audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'")
     found: list[str] = []
     for name in [audio] if isinstance(audio, str) else audio:
-        if Path(name).is_dir():
-            matches = [str(path) for path in sorted(Path(name).rglob("*")) if path.suffix[1:].upper() in AUDIO_FORMATS]
+        where = Path(name).expanduser()
+        if where.is_dir():
+            matches = [str(path) for path in sorted(where.rglob("*")) if path.suffix[1:].upper() in AUDIO_FORMATS]
         else:
-            matches = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+            matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
         if not matches:
             raise UserError(f"audio={name}: there is no such audio file", "audio=FILE, a glob that matches or a folder")
         found += matches
+    for path in found:
+        try:
+            soundfile.info(path)
+        except UNREADABLE as error:
+            no_audio = f"audio={path}: this is no audio ({one_line(error)})"
+            raise UserError(no_audio, "audio=FILE that libsndfile can read") from error
     return found

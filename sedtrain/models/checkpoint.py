@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.batch import UserError
 from sedtrain.hub import go_offline_if_unreachable
@@ -52,6 +52,21 @@ def load_weights(part: str, name: str, factory: Any, config: PreTrainedConfig, a
         model = factory.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=attention)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in folder or Hub id `name`. Raises UserError where none is: transformers makes an empty one then."""
+    with loading(option, name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    files = ["tokenizer.json", *tokenizer.vocab_files_names.values()]
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise UserError(
+            f"{option}={name}: this folder has no tokenizer, it holds none of {', '.join(dict.fromkeys(files))}",
+            f"{option}=FOLDER into which the tokenizer was saved beside the model",
+        )
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 @contextmanager

@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.batch import UserError
-from sedtrain.models.checkpoint import attention_of, load_config, load_weights, loading, published_name
+from sedtrain.models.checkpoint import attention_of, load_config, load_tokenizer, load_weights, published_name
 from sedtrain.text import start_end_pad
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn|enc_?dec", re.IGNORECASE)
@@ -69,8 +69,7 @@ def tokenizer_of(size: str, checkpoint: str | None, published: Mapping[str, str 
     name = published_name("decoder", size, checkpoint, published)
     if name is None:
         return None
-    with loading("decoder.checkpoint", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer("decoder.checkpoint", name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

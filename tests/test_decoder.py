@@ -1,0 +1,184 @@
+"""Every family of text decoder, as its option file builds it."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from sedtrain.batch import UserError
+from sedtrain.config import conf_dir
+from sedtrain.models.decoder import load_decoder, tokenizer_of
+from sedtrain.text import train_tokenizer
+
+FAMILIES = ["bert", "roberta", "gpt2", "bart", "mbart"]
+TEXTS = ["one two three", "four five six", "seven eight nine"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, "char", 50)
+
+
+def family(name, tokenizer, **options):
+    """The decoder of conf/decoder/NAME.yaml at size=tiny, ready for inference."""
+    torch.manual_seed(0)
+    node = OmegaConf.load(conf_dir() / f"decoder/{name}.yaml")
+    root = OmegaConf.create({"decoder": node, "size": "tiny", "pretrained": True, "attention": {"implementation": "sdpa"}})
+    values = OmegaConf.to_container(root.decoder, resolve=True)
+    del values["_target_"], values["_partial_"]
+    return load_decoder(tokenizer, **{**values, **options}).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def decoder(request, tokenizer):
+    return family(request.param, tokenizer)
+
+
+@torch.inference_mode()
+def logits(decoder, ids, audio, **options):
+    return decoder(input_ids=ids, encoder_hidden_states=audio, **options).logits
+
+
+@pytest.fixture
+def ids():
+    return torch.tensor([[1, 5, 6, 7, 8, 9], [1, 9, 8, 7, 6, 5]])
+
+
+@pytest.fixture
+def audio():
+    """(B, T, D) encoder states."""
+    return torch.randn(2, 11, 144, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_list_of_families_is_the_folder():
+    assert sorted(FAMILIES) == sorted(path.stem for path in (conf_dir() / "decoder").glob("*.yaml"))
+
+
+def test_a_random_decoder_has_the_vocabulary_and_the_special_tokens_of_the_tokenizer(decoder, tokenizer, ids, audio):
+    config = decoder.config
+    assert logits(decoder, ids, audio).shape == (2, 6, len(tokenizer))
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+    assert config.is_decoder
+    assert config.add_cross_attention
+
+
+def test_a_later_token_changes_no_earlier_logit(decoder, ids, audio):
+    changed = ids.clone()
+    changed[:, 4] = 4
+    before, after = logits(decoder, ids, audio), logits(decoder, changed, audio)
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert (before[:, 4] - after[:, 4]).abs().max() > 1e-4
+
+
+def test_the_audio_is_heard(decoder, ids, audio):
+    """Finding no gradient to the encoder in a finite loss is how a deaf decoder was found."""
+    audio.requires_grad_()
+    output = decoder(input_ids=ids, encoder_hidden_states=audio).logits
+    output.log_softmax(-1)[..., 5].sum().backward()
+    assert audio.grad.abs().amax(dim=(0, 2)).min() > 0
+    other = logits(decoder, ids, audio.detach().flip(0))
+    assert (output.detach() - other).abs().max() > 1e-3
+
+
+def test_masked_frames_are_not_heard(decoder, ids, audio):
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[:, 7:] = 0
+    changed = audio.clone()
+    changed[:, 7:] = 100.0
+    torch.testing.assert_close(
+        logits(decoder, ids, audio, encoder_attention_mask=mask), logits(decoder, ids, changed, encoder_attention_mask=mask)
+    )
+
+
+@torch.inference_mode()
+def test_a_cache_gives_the_logits_of_teacher_forcing(decoder, ids, audio):
+    expected = logits(decoder, ids, audio)
+    cache, steps = None, []
+    for step in range(ids.shape[1]):
+        output = decoder(
+            input_ids=ids[:, step : step + 1], encoder_hidden_states=audio, past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- checkpoints
+
+
+def problem(name, tokenizer, **options):
+    with pytest.raises(UserError) as caught:
+        family(name, tokenizer, **options)
+    return caught.value
+
+
+TINY_LLM = {"vocab_size": 40, "hidden_size": 8, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "deaf",
+    [
+        LlamaForCausalLM(LlamaConfig(intermediate_size=8, num_hidden_layers=1, num_key_value_heads=2, **TINY_LLM)),
+        BloomForCausalLM(BloomConfig(n_layer=1, **TINY_LLM)),
+    ],
+    ids=["llama", "bloom"],
+)
+def test_a_decoder_without_cross_attention_is_refused(deaf, tokenizer, tmp_path):
+    deaf.save_pretrained(tmp_path)
+    error = problem("bert", tokenizer, checkpoint=str(tmp_path), attention="eager")
+    name = type(deaf).__name__
+    assert error.what_is_wrong == f"decoder {name} has no cross-attention: it would never hear the audio"
+    assert error.write_instead == "decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-attention layers"
+
+
+def test_an_encoder_s_checkpoint_becomes_causal_and_keeps_its_weights(tokenizer, tmp_path, ids, audio):
+    config = BertConfig(
+        vocab_size=40, hidden_size=144, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    encoder = BertModel(config)
+    encoder.half().save_pretrained(tmp_path)
+    decoder = family("bert", tokenizer, checkpoint=str(tmp_path))
+    kept, saved = (each.encoder.layer[0].attention.self.query.weight for each in (decoder.bert, encoder))
+    torch.testing.assert_close(kept, saved.float())
+    assert {weight.dtype for weight in decoder.parameters()} == {torch.float32}
+    assert decoder.config.vocab_size == 40
+    test_a_later_token_changes_no_earlier_logit(decoder, ids, audio)
+    test_the_audio_is_heard(decoder, ids, audio)
+
+
+def test_an_unknown_option_is_met_with_the_close_one(tokenizer):
+    error = problem("gpt2", tokenizer, options={"n_layers": 3})
+    assert error.what_is_wrong == "decoder.options.n_layers: GPT2Config has no such option; did you mean 'n_layer'?"
+
+
+def test_a_folder_that_is_no_model_is_refused(tokenizer, tmp_path):
+    error = problem("bert", tokenizer, checkpoint=str(tmp_path))
+    assert error.what_is_wrong == f"decoder.checkpoint={tmp_path}: this folder is no model, it holds no config.json"
+
+
+def test_an_attention_that_does_not_exist_is_refused(tokenizer):
+    error = problem("bert", tokenizer, attention="sdap")
+    assert error.what_is_wrong.startswith("decoder.attention=sdap: bert cannot use it here: ")
+
+
+# --- tokenizers
+
+
+def test_a_decoder_with_random_weights_has_no_tokenizer_of_its_own():
+    assert tokenizer_of("tiny", None, {"base": "openai-community/gpt2"}) is None
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tokenizer, tmp_path):
+    like_gpt2 = train_tokenizer(TEXTS, "char", 50)
+    like_gpt2.pad_token = None
+    like_gpt2.save_pretrained(tmp_path)
+    GPT2Config().save_pretrained(tmp_path)
+    own = tokenizer_of("tiny", str(tmp_path), {})
+    assert own.pad_token == own.eos_token == "</s>"
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"decoder.checkpoint={tmp_path}: this folder has no tokenizer"):
+        tokenizer_of("tiny", str(tmp_path), {})

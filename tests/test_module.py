@@ -1,0 +1,178 @@
+"""The training step on a tiny batch, frozen parts, and the weight of CTC that build chooses."""
+
+import copy
+
+import lightning
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from sedtrain import build
+from sedtrain.config import conf_dir, register
+from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.losses import LossWeights, ctc, shift_right
+from sedtrain.models.encoder import feature_extractor_of
+from sedtrain.module import SpeechSeq2SeqModule
+
+SMALL = ["encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5"]
+
+
+@pytest.fixture(scope="module")
+def built(corpus, tmp_path_factory):
+    """A function of overrides: the connected objects of a run on the small corpus."""
+
+    def run(*overrides):
+        register()
+        folder = tmp_path_factory.mktemp("run")
+        choices = ["data=parquet", f"data.path={corpus}", f"run_dir={folder}", "logger=none", "trainer.max_steps=2"]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return build.training_run(compose("train", [*choices, *SMALL, *overrides]))
+
+    return run
+
+
+@pytest.fixture
+def run(built):
+    return built()
+
+
+@pytest.fixture
+def batch(run):
+    return next(iter(run.data.loader("validation")))
+
+
+def test_the_loss_falls_within_five_steps(run, batch):
+    module = run.module.train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        loss, *_ = module.losses(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_cross_entropy_is_the_loss_of_the_model_in_evaluation(run, batch):
+    module = run.module.eval()
+    _, cross_entropy, _ = module.losses(batch)
+    expected = module.model(batch.inputs, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    torch.testing.assert_close(cross_entropy, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_the_weighted_sum_of_both(run, batch):
+    module = run.module.eval()
+    loss, cross_entropy, ctc_loss = module.losses(batch)
+    torch.testing.assert_close(loss, 0.7 * cross_entropy + 0.3 * ctc_loss)
+    config = module.model.config
+    output = module.model(
+        batch.inputs,
+        attention_mask=batch.attention_mask,
+        decoder_input_ids=shift_right(batch.labels, config.decoder_start_token_id, config.pad_token_id),
+    )
+    num_frames = module.model.encoder._get_feat_extract_output_lengths(batch.attention_mask.sum(1))
+    logits = module.ctc_head(output.encoder_last_hidden_state)
+    loss_sum, num_tokens = ctc(logits, num_frames, batch.labels, blank=config.pad_token_id, end=config.eos_token_id)
+    torch.testing.assert_close(ctc_loss, loss_sum / num_tokens)
+
+
+def test_smoothing_acts_in_training_only(run, batch):
+    module = run.module
+    assert module.weights.label_smoothing == 0.1
+    _, smoothed, _ = module.train().losses(batch)
+    _, plain, _ = module.eval().losses(batch)
+    assert (smoothed - plain).abs() > 1e-3
+
+
+def test_without_ctc_there_is_no_ctc_head(built, batch):
+    module = built("loss=cross_entropy").module
+    assert module.ctc_head is None
+    loss, cross_entropy, ctc_loss = module.losses(batch)
+    assert loss == cross_entropy
+    assert ctc_loss == 0
+
+
+def test_a_batch_with_nothing_readable_is_no_step(run):
+    empty = run.data.collator([])
+    assert run.module.training_step(empty, 0) is None
+
+
+# --- frozen parts
+
+
+class Watch(lightning.Callback):
+    """Notes after every backward which parts train and which have gradients."""
+
+    def __init__(self, part):
+        self.part, self.seen = part, []
+
+    def on_after_backward(self, trainer, pl_module):
+        part = pl_module.model.get_submodule(self.part)
+        modes = {module.training for module in part.modules()}
+        self.seen.append((modes, any(weight.grad is not None for weight in part.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("option", "part", "moving"),
+    [
+        ("encoder_frozen", "encoder", "decoder"),
+        ("feature_encoder_frozen", "encoder.feature_extractor", "encoder.feature_projection"),
+    ],
+)
+def test_frozen_parts_stay_in_evaluation_mode_without_gradient_and_do_not_move(built, option, part, moving):
+    run = built(f"finetune={option}", "trainer.val_check_interval=1", "trainer.log_every_n_steps=1")
+    watch = Watch(part)
+    run.trainer.callbacks.append(watch)
+    before = copy.deepcopy(run.module.model.state_dict())
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert watch.seen == [({False}, False)] * 2
+    after = run.module.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(part))
+    assert not all(torch.equal(before[name], after[name]) for name in before if name.startswith(moving))
+
+
+def test_a_part_that_is_not_there_is_refused(built):
+    with pytest.raises(build.UserError, match="the model has no part 'ears', it has encoder, decoder"):
+        built("finetune.parts=[ears]")
+
+
+# --- what build decides
+
+
+def test_ctc_helps_by_default_where_the_encoder_starts_random(run):
+    assert run.module.weights == LossWeights(label_smoothing=0.1, ctc_weight=0.3)
+
+
+@pytest.mark.parametrize(("pretrained", "expected"), [("true", 0.0), ("false", 0.3)])
+def test_ctc_is_off_by_default_where_the_encoder_is_pretrained(run, built, tmp_path, pretrained, expected):
+    encoder = run.module.model.encoder
+    encoder.save_pretrained(tmp_path)
+    feature_extractor_of(encoder).save_pretrained(tmp_path)
+    again = built(f"encoder.checkpoint={tmp_path}", f"pretrained={pretrained}")
+    assert again.module.weights.ctc_weight == expected
+
+
+def test_a_given_ctc_weight_is_kept(built):
+    assert built("loss.ctc_weight=0.5").module.weights.ctc_weight == 0.5
+
+
+def test_training_and_generation_start_end_and_pad_with_the_tokens_of_the_tokenizer(run):
+    for config in (run.saved.model.config, run.saved.model.generation_config):
+        assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+
+
+def test_unequal_widths_without_an_adapter_are_refused(built):
+    with pytest.raises(build.ConfigError) as caught:
+        built("adapter=none", "encoder.tiny.hidden_size=96")
+    [problem] = caught.value.problems
+    assert (problem.path, problem.value) == ("adapter", "none")
+    assert problem.wrong == "the encoder is 96 wide and the decoder 144"
+    assert problem.write == "write adapter=linear, which projects one to the other"
+
+
+def test_data_and_module_are_what_lightning_takes(run):
+    assert isinstance(run.data, SpeechTextDataModule)
+    assert isinstance(run.module, SpeechSeq2SeqModule)
+    assert run.data.collator.decoder_start_token_id == run.saved.model.config.decoder_start_token_id
