@@ -16,7 +16,8 @@ from sedtrain.overrides import check_command_line, inherit_run
 
 RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-HALF_WRITTEN = ("PytorchStreamWriter failed", "iostream error", "No space left")
+# How torch and safetensors, which raise classes of their own, say it.
+HALF_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "No space left")
 NO_CONCERN = (
     ".*does not have many workers.*",  # small audio is decoded faster than it travels between processes
     ".*Experiment logs directory.*",  # the run's folder is new: open_run_folder made it
@@ -30,6 +31,8 @@ def main() -> None:
     """Runs the command line; exit status 2 for what the user can repair, 130 after Ctrl-C."""
     sys.path.insert(0, "")  # a user's own classes, found from the console script as from `python -m`
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # Threads that wait by spinning bring two programs on the same cores to a near standstill.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register()
     try:
         sys.argv[1:] = check_command_line(sys.argv[1:])
@@ -52,7 +55,7 @@ def run(cfg: DictConfig) -> None:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted", status=130)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         if not is_full_or_read_only(error):
             raise
         fail(f"run_dir={cfg.run_dir} cannot be written to: {error}\n  write run_dir=FOLDER on a disk with room")
@@ -101,7 +104,7 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def is_full_or_read_only(error: OSError | RuntimeError) -> bool:
+def is_full_or_read_only(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in CANNOT_WRITE
     return any(words in str(error) for words in HALF_WRITTEN)

@@ -13,6 +13,7 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "int": (int,),
     "float": (int, float),
+    "Tensor": (),  # no plain value is one: lr is `float | Tensor` in torch.optim
 }
 
 

@@ -109,7 +109,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     module = SpeechSeq2SeqModule(
         saved.model,
         tokenizer,
-        loss_weights(create(cfg.loss), encoder),
+        loss_weights(create(cfg.loss), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))),
         metric_set(cfg),
         create(cfg.decoding),
         create(cfg.optimizer),
@@ -141,6 +141,7 @@ def joined(
     pretrained_start = getattr(decoder.config, "decoder_start_token_id", None)
     model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder)
     model.set_special_tokens(pretrained_start if decoder.config._name_or_path and pretrained_start is not None else start, end, pad)
+    model.train()  # from_pretrained gives evaluation mode, which Lightning keeps: dropout would never act
     return model
 
 
@@ -160,10 +161,10 @@ def connect(data: SpeechTextDataModule, saved: SavedModel) -> None:
     data.collator = Collator(saved.feature_extractor, saved.tokenizer, saved.model.config.decoder_start_token_id)
 
 
-def loss_weights(weights: LossWeights, encoder: PreTrainedModel) -> LossWeights:
+def loss_weights(weights: LossWeights, starts_random: bool) -> LossWeights:
+    """The weights with the default of CTC filled in, which depends on how the encoder starts."""
     if weights.ctc_weight is not None:
         return weights
-    starts_random = not encoder.config._name_or_path
     return LossWeights(weights.label_smoothing, RANDOM_CTC_WEIGHT if starts_random else 0.0)
 
 

@@ -58,7 +58,8 @@ A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with 
 Text normaliser for scoring: `{normaliser}`. {num_utterances} utterances, {minutes:.1f} minutes of audio.
 
 ```python
-from transformers import AutoFeatureExtractor, AutoTokenizer, SpeechEncoderDecoderModel
+from transformers import AutoFeatureExtractor, AutoTokenizer
+{import_model}
 
 model = SpeechEncoderDecoderModel.from_pretrained("{name}")
 feature_extractor, tokenizer = AutoFeatureExtractor.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
@@ -66,6 +67,13 @@ inputs = feature_extractor(audio, sampling_rate={sampling_rate}, return_tensors=
 print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
+
+
+STOCK = "from transformers import SpeechEncoderDecoderModel"
+OWN = """
+# transformers has no class for the encoder of this family alone
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
+""".strip()
 
 
 def write_model_card(folder: Path, saved: SavedModel, results: Results, data: str) -> None:
@@ -76,6 +84,7 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     ]
     card = CARD.format(
         name=folder,
+        import_model=OWN if saved.model.config.encoder.is_encoder_decoder else STOCK,
         encoder=saved.model.config.encoder.model_type,
         decoder=saved.model.config.decoder.model_type,
         data=data,

@@ -77,7 +77,7 @@ def score(cfg: DictConfig, saved: SavedModel, data: build.SpeechTextDataModule, 
         decoding=asdict(options),
         rtfx=evaluation.rtfx,
         train=train,
-        skipped=data.skipped,
+        skipped=dict(data.skipped),
         versions=installed_versions(),
     )
     folder = Path(cfg.run_dir)

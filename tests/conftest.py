@@ -68,6 +68,8 @@ def sedtrain():
     def command(*arguments):
         out, err, status = io.StringIO(), io.StringIO(), 0
         argv, path, interrupt = sys.argv, list(sys.path), signal.getsignal(signal.SIGINT)
+        logger = logging.getLogger("sedtrain")
+        handlers, logger.handlers = logger.handlers, []
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 sys.argv = ["sedtrain", *map(str, arguments)]
@@ -77,10 +79,9 @@ def sedtrain():
             finally:
                 sys.argv, sys.path[:] = argv, path
                 signal.signal(signal.SIGINT, interrupt)
-                logger = logging.getLogger("sedtrain")
-                for handler in list(logger.handlers):
-                    logger.removeHandler(handler)
+                for handler in logger.handlers:
                     handler.close()
+                logger.handlers = handlers
         return Ended(status, out.getvalue(), err.getvalue())
 
     return command
@@ -88,11 +89,11 @@ def sedtrain():
 
 @pytest.fixture(scope="session")
 def train(sedtrain, corpus):
-    """Trains for three steps on the small corpus, with overrides; returns the run's folder."""
+    """Trains for a few steps on the small corpus, with overrides; returns the run's folder."""
 
-    def run(folder, *overrides):
-        short = ["trainer.max_steps=3", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=12"]
-        ended = sedtrain("data=parquet", f"data.path={corpus}", f"run_dir={folder}", *short, *overrides)
+    def run(folder, *overrides, steps=3):
+        short = [f"trainer.max_steps={steps}", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=12"]
+        ended = sedtrain(*overrides, "data=parquet", f"data.path={corpus}", f"run_dir={folder}", *short)
         assert ended.status == 0, ended.err
         return folder
 

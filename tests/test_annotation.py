@@ -93,3 +93,9 @@ def test_fits_reads_the_spellings_of_an_annotation(value, annotation, expected):
 def test_literals_are_listed_in_order():
     assert literals("Optional[Literal['max', 'min', 3]]") == ["max", "min", 3]
     assert literals("int | None") == []
+
+
+def test_no_plain_value_is_a_tensor():
+    assert fits(0.1, "float | torch.Tensor")
+    assert not fits("fast", "float | torch.Tensor")
+    assert fits({"_target_": "torch.tensor"}, "float | torch.Tensor")

@@ -20,7 +20,8 @@ def family(name, **options):
     """The encoder of conf/encoder/NAME.yaml at size=tiny, ready for inference."""
     torch.manual_seed(0)
     node = OmegaConf.load(conf_dir() / f"encoder/{name}.yaml")
-    root = OmegaConf.create({"encoder": node, "size": "tiny", "pretrained": True, "attention": {"implementation": "sdpa"}})
+    tiny = {"size": "tiny", "pretrained": True, "attention": {"implementation": "sdpa"}}
+    root = OmegaConf.create({"encoder": node, **tiny})
     values = OmegaConf.to_container(root.encoder, resolve=True)
     del values["_target_"]
     return load_encoder(**{**values, **options}).eval()
@@ -184,7 +185,8 @@ def problem(name, **options):
 
 def test_an_unknown_option_is_met_with_the_close_one():
     error = problem("hubert", options={"hiden_size": 3})
-    assert error.what_is_wrong == "encoder.options.hiden_size: HubertConfig has no such option; did you mean 'hidden_size'?"
+    wrong = "encoder.options.hiden_size: HubertConfig has no such option; did you mean 'hidden_size'?"
+    assert error.what_is_wrong == wrong
     assert error.write_instead == "encoder.options.NAME=VALUE with a NAME of HubertConfig"
 
 
@@ -200,7 +202,8 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     Wav2Vec2Config().save_pretrained(tmp_path)
-    assert f"encoder.checkpoint={tmp_path}: the folder gave: " in problem("wav2vec2", checkpoint=str(tmp_path)).what_is_wrong
+    error = problem("wav2vec2", checkpoint=str(tmp_path))
+    assert error.what_is_wrong.startswith(f"encoder.checkpoint={tmp_path}: the folder gave: ")
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
+from torch import nn
 from transformers.models.speech_encoder_decoder.modeling_speech_encoder_decoder import shift_tokens_right
 
 from sedtrain.batch import IGNORE_INDEX
@@ -15,7 +15,7 @@ from sedtrain.losses import ctc, shift_right, token_cross_entropy, without_token
 BLANK, END = 0, 2
 
 
-def rows(draw_from, **size):
+def rows(draw_from):
     """Rectangular lists of label ids."""
     return st.integers(1, 6).flatmap(
         lambda width: st.lists(st.lists(draw_from, min_size=width, max_size=width), min_size=1, max_size=4)
@@ -50,7 +50,7 @@ def test_cross_entropy_is_the_sum_over_target_tokens_and_their_number(label_smoo
             by_hand -= (1 - label_smoothing) * log_probabilities[target] + label_smoothing * log_probabilities.mean()
     assert num_tokens == 7
     torch.testing.assert_close(loss.double(), by_hand, rtol=1e-5, atol=0)
-    mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing)
+    mean = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing)
     torch.testing.assert_close((loss / num_tokens).double(), mean, rtol=1e-5, atol=0)
 
 
@@ -81,10 +81,10 @@ def test_ctc_is_the_sum_of_torch_s_losses():
     for row, text in zip(labels, texts, strict=True):
         row[: len(text) + 1] = torch.tensor([*text, END])
     loss, num_tokens = ctc(logits, num_frames, labels, blank=BLANK, end=END)
-    expected = sum(
-        F.ctc_loss(logits[i, :n].log_softmax(-1)[:, None], torch.tensor([text]), (n,), (len(text),), reduction="sum")
-        for i, (n, text) in enumerate(zip(num_frames.tolist(), texts, strict=True))
-    )
+    expected = torch.zeros(())
+    for row, length, text in zip(logits.log_softmax(-1), num_frames.tolist(), texts, strict=True):
+        targets, lengths = torch.tensor([text]), ((length,), (len(text),))
+        expected = expected + nn.functional.ctc_loss(row[:length, None], targets, *lengths, reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert num_tokens == 6
     loss.backward()

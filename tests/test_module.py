@@ -154,6 +154,14 @@ def test_ctc_is_off_by_default_where_the_encoder_is_pretrained(run, built, tmp_p
     assert again.module.weights.ctc_weight == expected
 
 
+def test_pretrained_parts_start_in_training_mode(run, built, tmp_path):
+    """from_pretrained leaves evaluation mode, and Lightning does not change it: dropout would never act."""
+    encoder = run.module.model.encoder
+    encoder.save_pretrained(tmp_path)
+    feature_extractor_of(encoder).save_pretrained(tmp_path)
+    assert all(module.training for module in built(f"encoder.checkpoint={tmp_path}").module.modules())
+
+
 def test_a_given_ctc_weight_is_kept(built):
     assert built("loss.ctc_weight=0.5").module.weights.ctc_weight == 0.5
 

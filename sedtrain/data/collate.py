@@ -4,7 +4,9 @@ B batch, S samples, T frames, F features, U target tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +30,8 @@ class Collator:
         tokenizer: PreTrainedTokenizerBase,
         decoder_start_token_id: int,
     ) -> None:
-        self.feature_extractor, self.tokenizer = feature_extractor, tokenizer
+        self.feature_extractor: Any = feature_extractor
+        self.tokenizer = tokenizer
         self.decoder_start_token_id = decoder_start_token_id
         # What Wav2Vec2FeatureExtractor does, several times as fast.
         self.normalises_audio = type(feature_extractor) is Wav2Vec2FeatureExtractor and feature_extractor.do_normalize
@@ -65,10 +68,14 @@ class Collator:
         if self.normalises_audio:
             return (audio - audio.mean()) * torch.rsqrt(audio.var(correction=0) + 1e-7)
         no_limit = {"truncation": False} if self.time_is_last else {}
-        extracted = self.feature_extractor(
-            audio.numpy(), sampling_rate=self.sampling_rate, padding="longest", return_tensors="np", **no_limit
-        )
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # Speech2Text's extractor divides silence by its deviation, 0
+            extracted = self.feature_extractor(
+                audio.numpy(), sampling_rate=self.sampling_rate, padding="longest", return_tensors="np", **no_limit
+            )
         features = torch.from_numpy(extracted[self.feature_extractor.model_input_names[0]][0])
+        features = features.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.time_is_last:
             return features.T
         # SeamlessM4TFeatureExtractor stacks frames in pairs and masks the last one where its pair is padding.

@@ -67,7 +67,7 @@ class SplitDataset(Dataset[Batch]):
         try:
             return self.rows.utterance(index, self.collator.sampling_rate)
         except UNREADABLE as error:
-            return Skipped(self.rows.id(index), "undecodable audio", str(error))
+            return Skipped(self.rows.id(index), "undecodable audio", getattr(error, "error_string", str(error)))
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):
@@ -175,14 +175,14 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def loader(self, split: str, *, shuffle: bool = False, over_ranks: bool = False) -> DataLoader[Batch]:
         """The whole split in batches, or with `over_ranks` this rank's part of it."""
         dataset = self.split(split)
-        in_ranks = over_ranks and self.trainer is not None
+        trainer = self.trainer if over_ranks else None
         batches = DurationBatches(
             dataset.seconds,
             self.batch_seconds,
             shuffle=shuffle,
             seed=self.seed,
-            rank=self.trainer.global_rank if in_ranks else 0,
-            num_ranks=self.trainer.world_size if in_ranks else 1,
+            rank=trainer.global_rank if trainer else 0,
+            num_ranks=trainer.world_size if trainer else 1,
         )
         return DataLoader(
             dataset,

@@ -1,0 +1,50 @@
+"""Real weights and real recordings, where they are kept beside the project."""
+
+import json
+
+import pytest
+from conftest import cut_corpus
+
+
+@pytest.fixture(scope="module")
+def run(shared, sedtrain, tmp_path_factory):
+    """Twenty steps of speech translation with Whisper's encoder and a BERT, both pretrained."""
+    folder = tmp_path_factory.mktemp("real")
+    data = cut_corpus(shared / "data/artikulate-st", folder / "data", train=160, validation=6, test=8)
+    ended = sedtrain(
+        "encoder=whisper",
+        f"encoder.checkpoint={shared / 'models/whisper-tiny.en'}",
+        "decoder=bert",
+        f"decoder.checkpoint={shared / 'models/minilm-l6'}",
+        "data=parquet",
+        f"data.path={data}",
+        "data.batch_seconds=8",
+        "target=translation",
+        "trainer.max_steps=20",
+        "trainer.log_every_n_steps=1",
+        "decoding.max_new_tokens=20",
+        f"run_dir={folder / 'run'}",
+    )
+    assert ended.status == 0, ended.err
+    return folder / "run"
+
+
+def test_the_loss_falls(run):
+    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    losses = [float(line[lines[0].index("train/loss")]) for line in lines[1:] if line[lines[0].index("train/loss")]]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_bleu_is_reported(run):
+    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    assert 0 <= metrics["bleu"]["low"] <= metrics["bleu"]["value"] <= metrics["bleu"]["high"] <= 1
+
+
+def test_the_saved_model_loads_and_writes_english(run, sedtrain, shared):
+    ended = sedtrain(
+        "task=evaluate", f"checkpoint={run}", f"run_dir={run.parent / 'again'}", "decoding.max_new_tokens=20"
+    )
+    assert ended.status == 0, ended.err
+    again, first = (json.loads((folder / "results.json").read_text()) for folder in (run.parent / "again", run))
+    assert again["metrics"] == first["metrics"]
