@@ -78,7 +78,9 @@ def run_task(cfg: DictConfig) -> None:
 def open_run_folder(folder: Path) -> None:
     """Makes the run's folder and its log file. Raises ConfigError where a run is already kept or nothing can be written."""
     if (folder / "config.yaml").exists():
-        raise ConfigError.single("run_dir", str(folder), "this folder already holds a run", "write run_dir=ANOTHER_FOLDER")
+        raise ConfigError.single(
+            "run_dir", str(folder), "this folder already holds a run", "write run_dir=ANOTHER_FOLDER"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(folder / "sedtrain.log")

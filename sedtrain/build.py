@@ -29,7 +29,7 @@ from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.module import SpeechSeq2SeqModule
-from sedtrain.progress import ProgressBar, StopOnInterrupt
+from sedtrain.progress import Checkpoints, ProgressBar, StopOnInterrupt
 from sedtrain.text import start_end_pad
 
 RANDOM_CTC_WEIGHT = 0.3
@@ -45,6 +45,11 @@ class TrainingRun:
     data: SpeechTextDataModule
     saved: SavedModel
     folder: Path
+
+    @property
+    def callbacks(self) -> list[lightning.Callback]:
+        callbacks: list[lightning.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
 
     def plan(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
         """The parts of the model by name, and what a person wants to know before training starts."""
@@ -63,22 +68,22 @@ class TrainingRun:
         return parts, facts
 
     def time_limit(self) -> str | None:
-        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]
+        timers = [callback for callback in self.callbacks if isinstance(callback, Timer)]
         return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
 
     def load_best(self) -> None:
         """Takes the weights of the best validation, where there was one."""
-        best = self.trainer.checkpoint_callback.best_model_path
+        best = next(each.best_model_path for each in self.callbacks if isinstance(each, Checkpoints))
         if best:
             checkpoint = torch.load(best, map_location="cpu", weights_only=True)
             self.module.load_state_dict(checkpoint["state_dict"])
 
     def interrupted(self) -> bool:
-        return any(isinstance(each, StopOnInterrupt) and each.interrupted for each in self.trainer.callbacks)
+        return any(isinstance(each, StopOnInterrupt) and each.interrupted for each in self.callbacks)
 
     def totals(self) -> TrainingTotals | None:
         """What training consumed, as the progress bar counted it."""
-        for callback in self.trainer.callbacks:
+        for callback in self.callbacks:
             if isinstance(callback, ProgressBar):
                 return callback.totals()
         return None
@@ -98,6 +103,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     """Builds what `task=train` needs; raises ConfigError or UserError for what the user can repair."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data: SpeechTextDataModule = create(cfg.data)
+    refuse_single_file(cfg.data.path)
     tokenizer = tokenizer_for(cfg, data)
     encoder: PreTrainedModel = create(cfg.encoder)
     decoder: PreTrainedModel = create(cfg.decoder)(tokenizer)
@@ -109,13 +115,25 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     module = SpeechSeq2SeqModule(
         saved.model,
         tokenizer,
-        loss_weights(create(cfg.loss), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))),
+        loss_weights(
+            create(cfg.loss), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))
+        ),
         metric_set(cfg),
         create(cfg.decoding),
         create(cfg.optimizer),
         create(cfg.scheduler),
     )
     return TrainingRun(trainer(cfg, freeze), module, data, saved, Path(cfg.run_dir))
+
+
+def refuse_single_file(path: str) -> None:
+    if Path(path).expanduser().is_file():
+        raise ConfigError.single(
+            "data.path",
+            path,
+            "one file would be training, validation and test data at once",
+            "write data.path=FOLDER with train, validation and test files (a single file serves task=evaluate)",
+        )
 
 
 def tokenizer_for(cfg: DictConfig, data: SpeechTextDataModule) -> PreTrainedTokenizerBase:
@@ -140,7 +158,9 @@ def joined(
     start, end, pad = start_end_pad(tokenizer)
     pretrained_start = getattr(decoder.config, "decoder_start_token_id", None)
     model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder)
-    model.set_special_tokens(pretrained_start if decoder.config._name_or_path and pretrained_start is not None else start, end, pad)
+    model.set_special_tokens(
+        pretrained_start if decoder.config._name_or_path and pretrained_start is not None else start, end, pad
+    )
     model.train()  # from_pretrained gives evaluation mode, which Lightning keeps: dropout would never act
     return model
 

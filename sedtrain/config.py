@@ -130,7 +130,9 @@ def _check_root(config: DictConfig) -> Iterator[Problem]:
         wrong = f"task={config.task} needs a trained model"
         yield Problem("checkpoint", None, wrong, "write checkpoint=RUN_FOLDER, a Hugging Face folder or a Hub id")
     if config.get("task") == "transcribe" and not config.get("audio"):
-        yield Problem("audio", None, "task=transcribe needs audio", "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER")
+        yield Problem(
+            "audio", None, "task=transcribe needs audio", "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
+        )
 
 
 def _check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[Problem]:
@@ -195,9 +197,7 @@ def _missing_options(node: DictConfig, path: str, signature: Signature, name: st
     for each in signature.parameters[positional:]:
         if not each.has_default and each.name not in node.keys():  # noqa: SIM118 - `in node` hides missing values
             option = f"{path}.{each.name}"
-            yield Problem(
-                option, UNSET, f"{name} needs {each.name!r}", example(option, each.annotation or "")
-            )
+            yield Problem(option, UNSET, f"{name} needs {each.name!r}", example(option, each.annotation or ""))
 
 
 def _plain(node: DictConfig, key: str) -> object:

@@ -33,4 +33,4 @@ class Freeze(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
         for name in self.parts:
-            pl_module.model.get_submodule(name).eval()
+            pl_module.get_submodule(f"model.{name}").eval()

@@ -25,4 +25,5 @@ def warmed_up(
 ) -> LRScheduler:
     """A straight line up to the peak over the first `warmup_fraction` of the steps, then the decay to zero, or none."""
     num_warmup_steps = round(warmup_fraction * num_training_steps)
-    return get_scheduler(decay, optimizer, num_warmup_steps, num_training_steps)
+    schedule: LRScheduler = get_scheduler(decay, optimizer, num_warmup_steps, num_training_steps)
+    return schedule

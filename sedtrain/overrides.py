@@ -176,7 +176,8 @@ class _Check:
         """Sets one value as Hydra does; a new option of a target is set too, for its signature to judge."""
         key, value = override.key_or_group, override.value()
         node, path, lacking = _deepest(config, key)
-        is_open = isinstance(node, DictConfig) and ("_target_" in node or not node)  # an empty mapping takes any key
+        # An empty mapping within a group, such as encoder.options, takes any key.
+        is_open = isinstance(node, DictConfig) and ("_target_" in node or (not node and "." in path))
         if override.type is OverrideType.CHANGE and is_open and (lacking or isinstance(value, dict)):
             OmegaConf.update(config, key, value, force_add=True)
             self.added.add(key)
@@ -242,6 +243,7 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
     if config.task == "train" or not stored.is_file():
         return
     of_run = OmegaConf.load(stored)
+    assert isinstance(of_run, DictConfig)
     parsed = OverridesParser.create().parse_overrides(overrides)
     chosen = {override.key_or_group for override in parsed}
     for key in INHERITED:

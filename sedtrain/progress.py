@@ -7,7 +7,6 @@ from types import FrameType
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -54,7 +53,12 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
             self.bar.start()
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         self.utterances += len(batch) * trainer.world_size
         self.audio_seconds += batch.seconds * trainer.world_size
@@ -84,7 +88,9 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         self.validation_seconds += time.perf_counter() - self.validation_started
         if self.bar is not None:
             self.bar.update(self.task, description="training")
-        values = {name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        values = {
+            name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+        }
         logger.debug("step %d  %s", trainer.global_step, "  ".join(f"{name} {value}" for name, value in values.items()))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

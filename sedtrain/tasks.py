@@ -9,11 +9,12 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
-from sedtrain.batch import Utterance
+from sedtrain.batch import UserError, Utterance
 from sedtrain.data.collate import Collator
-from sedtrain.data.sources import audio_paths, read_audio
+from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.sources import UNREADABLE, audio_paths, read_audio
 from sedtrain.decoding.generate import transcribe_batch
-from sedtrain.evaluation.evaluate import Evaluation, evaluate
+from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
 from sedtrain.export import SavedModel, write_model_card
@@ -50,7 +51,9 @@ def train(cfg: DictConfig) -> None:
     run.load_best()
     run.saved.save(run.folder / "model", run.module.decoding)
     if run.interrupted():
-        raise Interrupted(f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt")
+        raise Interrupted(
+            f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
+        )
     results = score(cfg, run.saved, run.data, run.totals())
     write_model_card(run.folder / "model", run.saved, results, cfg.data.path)
 
@@ -62,11 +65,10 @@ def evaluate_checkpoint(cfg: DictConfig) -> None:
     score(cfg, saved, data, train=None)
 
 
-def score(cfg: DictConfig, saved: SavedModel, data: build.SpeechTextDataModule, train: TrainingTotals | None) -> Results:
+def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train: TrainingTotals | None) -> Results:
     """Evaluates on `cfg.split`; writes results.json and report.html, shows the tables."""
     metric_set, options = build.metric_set(cfg), build.decoding_options(cfg)
-    evaluation = evaluate(saved.model, saved.tokenizer, data.loader(cfg.split), metric_set, options)
-    data.note_skipped(evaluation.skipped)
+    evaluation = evaluate(saved.model, saved.tokenizer, data.batches(cfg.split), metric_set, options)
     results = Results(
         task=cfg.target,
         split=cfg.split,
@@ -98,7 +100,10 @@ def transcribe(cfg: DictConfig) -> None:
     collator = Collator(saved.feature_extractor, saved.tokenizer, saved.model.config.decoder_start_token_id)
     options = build.decoding_options(cfg)
     for path in paths:
-        audio = read_audio(path, collator.sampling_rate)
+        try:
+            audio = read_audio(path, collator.sampling_rate)
+        except UNREADABLE as error:
+            raise UserError(f"audio={path}: {error}", "audio=FILE that can be read to its end") from error
         seconds = len(audio) / collator.sampling_rate
         utterance = Utterance(path, audio, collator.sampling_rate, "", None, None, seconds)
         [text] = transcribe_batch(saved.model, saved.tokenizer, collator([utterance]), options)

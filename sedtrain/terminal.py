@@ -35,9 +35,7 @@ def scores(evaluation: Evaluation, split: str) -> Table:
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     for name, interval in evaluation.metrics.items():
-        table.add_row(
-            name, f"{100 * interval.value:.2f} %", f"{100 * interval.low:.2f} to {100 * interval.high:.2f} %"
-        )
+        table.add_row(name, f"{100 * interval.value:.2f} %", f"{100 * interval.low:.2f} to {100 * interval.high:.2f} %")
     return table
 
 

@@ -14,9 +14,7 @@ PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  #
 SPACE = "▁"
 
 
-def train_tokenizer(
-    texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: int
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocab_size` tokens that decodes what it encoded, up to white space and NFC.
 
     `bpe` merges within words, so of few distinct words each becomes one token; punctuation stands apart.
@@ -34,7 +32,7 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator(texts, trainer)
     _check_size(tokenizer.get_vocab_size(), vocab_size)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=START,
@@ -64,9 +62,7 @@ def _untrained(kind: Literal["bpe", "char"]) -> Tokenizer:
 
 def _check_size(trained_size: int, vocab_size: int) -> None:
     if trained_size == len(SPECIAL_TOKENS) + len(SPACE):
-        raise UserError(
-            "there is no text to train a tokenizer on", "a training split whose texts are not empty"
-        )
+        raise UserError("there is no text to train a tokenizer on", "a training split whose texts are not empty")
     if trained_size > vocab_size:
         raise UserError(
             f"vocab_size is {vocab_size}, but the characters of the texts alone need {trained_size}",

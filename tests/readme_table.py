@@ -16,7 +16,9 @@ def table() -> str:
     """One row an option, the group's name at its first."""
     rows = ["| group | option | what it is |", "|---|---|---|"]
     defaults = (ROOT / "conf/train.yaml").read_text(encoding="utf-8").split("task:")[0]
-    groups = [line.split(":")[0].strip("- ") for line in defaults.splitlines() if line.startswith("  - ") and ": " in line]
+    groups = [
+        line.split(":")[0].strip("- ") for line in defaults.splitlines() if line.startswith("  - ") and ": " in line
+    ]
     for group in groups:
         for number, option in enumerate(sorted((ROOT / "conf" / group).glob("*.yaml"))):
             rows.append(f"| {f'`{group}`' if number == 0 else ''} | `{option.stem}` | {describe(option)} |")

@@ -53,7 +53,7 @@ def test_fits_agrees_with_the_types_themselves(value, kind):
 
 @given(
     value=VALUES,
-    annotation=st.sampled_from(["Any", "Tensor", "torch.dtype", "Callable[[int], str]", "Foo[int]", "a b"]),
+    annotation=st.sampled_from(["Any", "Array", "torch.dtype", "Callable[[int], str]", "Foo[int]", "a b"]),
 )
 def test_unknown_names_take_every_value(value, annotation):
     assert fits(value, annotation)

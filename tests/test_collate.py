@@ -120,3 +120,11 @@ def test_a_batch_of_nothing_has_length_zero_and_keeps_what_was_skipped():
 
 def test_the_sampling_rate_is_the_feature_extractors():
     assert Collator(Wav2Vec2FeatureExtractor(sampling_rate=8000), TOKENIZER, START).sampling_rate == 8000
+
+
+@pytest.mark.parametrize("family", sorted(EXTRACTORS))
+def test_audio_of_less_than_a_tenth_of_a_second_gets_silence_behind_it(family):
+    collator = Collator(EXTRACTORS[family], TOKENIZER, START)
+    click = torch.ones(10) / 2
+    padded = torch.cat([click, torch.zeros(1590)])
+    torch.testing.assert_close(collator.features(click), collator.features(padded))

@@ -66,9 +66,7 @@ def test_a_missing_option_is_named_except_where_the_rest_comes_later():
     ],
 )
 def test_a_value_that_does_not_fit_is_told_what_would(option, value, wrong, write):
-    assert problems(target(**{"size": "tiny", option: value})) == [
-        Problem(f"encoder.{option}", value, wrong, write)
-    ]
+    assert problems(target(**{"size": "tiny", option: value})) == [Problem(f"encoder.{option}", value, wrong, write)]
 
 
 def test_every_node_is_checked_at_any_depth():
@@ -99,9 +97,7 @@ def test_a_value_left_open_is_named_once():
 
 def test_a_reference_to_nothing_is_a_problem():
     write = "write a value, or refer to a key that has one"
-    expected = Problem(
-        "encoder.size", "${sizee}", "this reference fails: Interpolation key 'sizee' not found", write
-    )
+    expected = Problem("encoder.size", "${sizee}", "this reference fails: Interpolation key 'sizee' not found", write)
     assert problems(target(size="${sizee}")) == [expected]
     circle = problems({"a": "${encoder.b}", "b": "${encoder.a}"})
     assert [each.wrong for each in circle] == ["this reference fails: Recursive interpolation detected"] * 2

@@ -67,9 +67,7 @@ def test_the_version_of_the_whisper_normalisers_is_that_of_their_package():
     assert normaliser("whisper_english").version.startswith("whisper-normalizer 0.")
 
 
-@pytest.mark.parametrize(
-    ("wrong", "close"), [("whisper_englsh", "whisper_english"), ("lower_case", "lowercase")]
-)
+@pytest.mark.parametrize(("wrong", "close"), [("whisper_englsh", "whisper_english"), ("lower_case", "lowercase")])
 def test_an_unknown_normaliser_is_named_with_the_closest_one(wrong, close):
     with pytest.raises(UserError, match=f"no normaliser called '{wrong}': did you mean '{close}'") as error:
         normaliser(wrong)

@@ -173,8 +173,7 @@ def test_every_problem_is_reported_at_once(conf):
                 "decoding.num_beam",
                 3,
                 "decoding has no option 'num_beam'",
-                "did you mean 'num_beams'? available: num_beams; "
-                "to add an option, write +decoding.num_beam=VALUE",
+                "did you mean 'num_beams'? available: num_beams; to add an option, write +decoding.num_beam=VALUE",
             ),
         ),
         (
@@ -207,8 +206,7 @@ def test_every_problem_is_reported_at_once(conf):
                 "encoder",
                 "hubert,wavlm",
                 "several values without --multirun",
-                "add --multirun to run each; a list is 'encoder=[hubert,wavlm]', "
-                "a text 'encoder=\"hubert,wavlm\"'",
+                "add --multirun to run each; a list is 'encoder=[hubert,wavlm]', a text 'encoder=\"hubert,wavlm\"'",
             ),
         ),
         (
@@ -299,9 +297,7 @@ def test_a_folder_on_hydras_search_path_counts_too(conf, tmp_path):
 
 def test_a_folder_that_does_not_exist_is_a_problem_beside_the_others(conf, tmp_path):
     found = problems(conf, "seed=abc", folders=[tmp_path / "nowhere"])
-    assert found[0] == Problem(
-        "--config-dir", str(tmp_path / "nowhere"), "no such folder", "name a folder of groups"
-    )
+    assert found[0] == Problem("--config-dir", str(tmp_path / "nowhere"), "no such folder", "name a folder of groups")
     assert [each.path for each in found] == ["--config-dir", "seed"]
 
 
@@ -355,11 +351,7 @@ def test_the_check_leaves_hydra_as_it_was(conf):
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(
-        st.text(min_size=1, max_size=12) | st.builds("encoder={}".format, st.text(max_size=8)), max_size=3
-    )
-)
+@given(st.lists(st.text(min_size=1, max_size=12) | st.builds("encoder={}".format, st.text(max_size=8)), max_size=3))
 def test_no_command_line_ends_in_another_exception(conf, overrides):
     try:
         check_overrides(overrides, [], primary_dir=conf)

@@ -1,7 +1,6 @@
 import base64
 import io
 import re
-from collections import Counter
 from html.parser import HTMLParser
 
 import jiwer
@@ -32,7 +31,7 @@ def evaluated(pairs, names=TRANSCRIPTION):
     counts = metric_set.count([reference for reference, _ in pairs], [hypothesis for _, hypothesis in pairs])
     hypotheses = [Hypothesis(f"utterance-{number}", *pair) for number, pair in enumerate(pairs)]
     metrics = bootstrap_intervals(metric_set, counts, num_resamples=20)
-    return Evaluation(metrics, hypotheses, counts, audio_seconds=90.0, rtfx=12.5, skipped=Counter())
+    return Evaluation(metrics, hypotheses, counts, audio_seconds=90.0, rtfx=12.5)
 
 
 def results_of(evaluation, train=None):

@@ -75,9 +75,7 @@ def test_heavy_targets_are_read_without_importing_them():
         f"for target in {HEAVY}: print(target, *[each.name for each in read_signature(target).parameters])\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert "torch.optim.AdamW params lr betas eps weight_decay" in output
     assert "torch.nn.Linear in_features out_features bias" in output
     assert "max_steps" in output

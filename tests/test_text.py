@@ -125,9 +125,7 @@ def test_training_on_nothing_is_refused(texts, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vocabulary_smaller_than_the_characters_is_refused_with_both_numbers(kind):
-    with pytest.raises(
-        UserError, match="vocab_size is 20, but the characters of the texts alone need 31"
-    ) as error:
+    with pytest.raises(UserError, match="vocab_size is 20, but the characters of the texts alone need 31") as error:
         train_tokenizer(["abcdefghijklmnopqrstuvwxyz"], kind, 20)
     assert error.value.write_instead == "vocab_size of 31 or more"
 

@@ -224,6 +224,20 @@ def test_globs_and_folders_are_transcribed_in_order(sedtrain, trained, wav):
         assert [line.partition("\t")[0] for line in ended.out.splitlines()] == [str(again), str(wav)]
 
 
+@pytest.mark.parametrize("num_samples", [1, 100, 800])
+def test_a_click_is_transcribed(sedtrain, trained, tmp_path, num_samples):
+    soundfile.write(tmp_path / "click.wav", np.full(num_samples, 0.5, dtype="float32"), 16000)
+    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path / 'click.wav'}")
+    assert ended.status == 0, ended.err
+
+
+def test_a_wav_without_samples_is_refused(sedtrain, trained, tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0, dtype="float32"), 16000)
+    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path / 'empty.wav'}")
+    assert ended.status == 2
+    assert f"audio={tmp_path / 'empty.wav'}: the audio has no samples" in ended.err
+
+
 # --- evaluation
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedTokenizerBase,
@@ -64,7 +65,11 @@ class Collator:
         )
 
     def features(self, audio: Tensor) -> Tensor:
-        """(S,) audio -> (S,) normalised audio or (T, F) features, time first, unpadded and not cut to 30 s."""
+        """(S,) audio -> (S,) normalised audio or (T, F) features, time first, unpadded and not cut to 30 s.
+
+        Shorter audio than 0.1 s gets silence behind it: the first frame of an encoder can span half as much.
+        """
+        audio = pad(audio, (0, max(0, self.sampling_rate // 10 - len(audio))))
         if self.normalises_audio:
             return (audio - audio.mean()) * torch.rsqrt(audio.var(correction=0) + 1e-7)
         no_limit = {"truncation": False} if self.time_is_last else {}

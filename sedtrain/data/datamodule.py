@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -191,6 +191,12 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """The whole split; what cannot be read is noted."""
+        for batch in self.loader(split):
+            self.note_skipped(batch.skipped)
+            yield batch
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         self.note_skipped(batch.skipped)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch, Skipped
+from sedtrain.batch import Batch
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import Counts, MetricSet
@@ -32,7 +32,6 @@ class Evaluation:
     counts: Counts
     audio_seconds: float
     rtfx: float
-    skipped: list[Skipped]
 
 
 def evaluate(
@@ -45,10 +44,8 @@ def evaluate(
     """Transcribes every batch and scores the hypotheses, with bootstrap 95 % intervals."""
     hypotheses: list[Hypothesis] = []
     audio_seconds = decoding_seconds = 0.0
-    skipped: list[Skipped] = []
     device = next(model.parameters()).device
     for batch in batches:
-        skipped += batch.skipped
         if len(batch) == 0:
             continue
         start = time.perf_counter()
@@ -61,4 +58,4 @@ def evaluate(
     counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
     metrics = bootstrap_intervals(metric_set, counts)
     rtfx = audio_seconds / max(decoding_seconds, 1e-9)
-    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, skipped)
+    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx)

@@ -51,17 +51,12 @@ def paired_test(
     chance does (Koehn, 2004, and Riezler and Maxwell, 2005; as sacrebleu's `--paired-bs`).
     """
     if first.shape != second.shape:
-        raise ValueError(
-            f"paired runs score the same utterances: {first.shape} against {second.shape} counts"
-        )
+        raise ValueError(f"paired runs score the same utterances: {first.shape} against {second.shape} counts")
     both = np.stack([first.sum(axis=0), second.sum(axis=0)])
     # One seed: both runs see the same draws.
     drawn = np.stack([_resampled_sums(counts, num_resamples, seed) for counts in (first, second)])
     observed, resampled = metric_set.values(both), metric_set.values(drawn)
-    return {
-        name: _difference(np.diff(observed[name])[0], np.diff(resampled[name], axis=0)[0])
-        for name in observed
-    }
+    return {name: _difference(np.diff(observed[name])[0], np.diff(resampled[name], axis=0)[0]) for name in observed}
 
 
 def _difference(observed: np.float64, resampled: np.ndarray) -> PairedDifference:

@@ -95,9 +95,7 @@ class MetricSet:
         return np.array(rows, dtype=np.int64).reshape(len(rows), self.num_counts)
 
     def _count_utterance(self, reference: str, hypothesis: str) -> list[int]:
-        reference, hypothesis = (
-            collapse_whitespace(self.normalise(text)) for text in (reference, hypothesis)
-        )
+        reference, hypothesis = (collapse_whitespace(self.normalise(text)) for text in (reference, hypothesis))
         counts = [1]
         for metric in self.metrics.values():
             counts.extend(metric.count(reference, hypothesis))

@@ -25,7 +25,9 @@ def published_name(part: str, size: str, checkpoint: str | None, published: Mapp
     return published[size]
 
 
-def load_config(part: str, name: str | None, model_type: str, tiny: Mapping[str, Any], **options: Any) -> PreTrainedConfig:
+def load_config(
+    part: str, name: str | None, model_type: str, tiny: Mapping[str, Any], **options: Any
+) -> PreTrainedConfig:
     """The part's configuration: of checkpoint `name`, else the family's tiny member; `options` overwrite its values."""
     if name is None:
         config = AutoConfig.for_model(model_type)
@@ -43,7 +45,9 @@ def load_config(part: str, name: str | None, model_type: str, tiny: Mapping[str,
     try:
         return type(config).from_dict({**config.to_dict(), **values})
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{part}.options: {' '.join(str(error).split())[:200]}", f"{part}.options.NAME=VALUE that fits") from error
+        raise UserError(
+            f"{part}.options: {' '.join(str(error).split())[:200]}", f"{part}.options.NAME=VALUE that fits"
+        ) from error
 
 
 def load_weights(part: str, name: str, factory: Any, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
@@ -85,33 +89,28 @@ def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
         ) from error
 
 
-class loading:
+@contextmanager
+def loading(option: str, name: str) -> Iterator[None]:
     """Turns the failures of loading `name` into a UserError that says which of three things is wrong.
 
     option: what the user writes to name another one, such as `encoder.checkpoint`
     """
-
-    def __init__(self, option: str, name: str) -> None:
-        self.option, self.name = option, name
-        self.folder = Path(name).expanduser()
-
-    def __enter__(self) -> None:
-        looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        if looks_local and not self.folder.is_dir():
-            raise UserError(f"{self.option}={self.name}: there is no such folder", self.alternatives())
-        if self.folder.is_dir() and not (self.folder / "config.json").is_file():
-            raise UserError(
-                f"{self.option}={self.name}: this folder is no model, it holds no config.json", self.alternatives()
-            )
-        if not self.folder.is_dir():
-            go_offline_if_unreachable()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, UserError):
-            where = "the folder" if self.folder.is_dir() else "there is no such folder here, and the Hub or its cache"
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{self.option}={self.name}: {where} gave: {reason}", self.alternatives()) from error
-
-    def alternatives(self) -> str:
-        local = f"{self.option}=FOLDER saved by save_pretrained, or a Hub id where the Hub can be reached"
-        return local if self.option == "checkpoint" else f"{local}, or size=tiny (random weights, needs no network)"
+    folder = Path(name).expanduser()
+    alternatives = f"{option}=FOLDER saved by save_pretrained, or a Hub id where the Hub can be reached"
+    if option != "checkpoint":
+        alternatives += ", or size=tiny (random weights, needs no network)"
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{option}={name}: there is no such folder", alternatives)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{option}={name}: this folder is no model, it holds no config.json", alternatives)
+    if not folder.is_dir():
+        go_offline_if_unreachable()
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        where = "the folder" if folder.is_dir() else "there is no such folder here, and the Hub or its cache"
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{option}={name}: {where} gave: {reason}", alternatives) from error

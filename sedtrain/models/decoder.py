@@ -61,7 +61,9 @@ def refuse_deaf(decoder: PreTrainedModel) -> None:
         )
 
 
-def tokenizer_of(size: str, checkpoint: str | None, published: Mapping[str, str | None]) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(
+    size: str, checkpoint: str | None, published: Mapping[str, str | None]
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside the decoder's weights; None for a decoder with random weights.
 
     A tokenizer without a pad token pads with its end token: labels are masked by length, so the end token still counts.

@@ -41,9 +41,7 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
         assert frame_mask.shape[1] == num_frames
         return frame_mask
 
-    def forward(  # type: ignore[override]
-        self, input_features: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> BaseModelOutput:
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **options: Any) -> BaseModelOutput:
         """(B, F, T) log-mel features -> (B, ceil(T / 2), D). Raises UserError for more frames than it has positions."""
         hidden_states = F.gelu(self.conv1(input_features))
         if attention_mask is not None:
@@ -85,7 +83,8 @@ def prepared(encoder: PreTrainedModel) -> PreTrainedModel:
         def forward(input_values: Tensor) -> Tensor:
             if input_values.device.type == "cpu":
                 return forward_as_matrix_products(front_end, input_values)
-            return convolve(input_values)
+            convolved: Tensor = convolve(input_values)
+            return convolved
 
         front_end.forward = forward
     return encoder

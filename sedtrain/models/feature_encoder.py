@@ -7,7 +7,6 @@ layout a strided convolution is one matrix product of non-overlapping blocks (a 
 LayerNorm needs no transpose. Parameters keep their names, so checkpoints are interchangeable with `transformers`.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

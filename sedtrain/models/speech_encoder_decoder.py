@@ -3,7 +3,14 @@
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, SpeechEncoderDecoderConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    SpeechEncoderDecoderConfig,
+)
 
 from sedtrain.models.encoder import encoder_from_config
 
