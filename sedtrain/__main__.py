@@ -31,8 +31,8 @@ def main() -> None:
     """Runs the command line; exit status 2 for what the user can repair, 130 after Ctrl-C."""
     sys.path.insert(0, "")  # a user's own classes, found from the console script as from `python -m`
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    # Threads that wait by spinning bring two programs on the same cores to a near standstill.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait bring two programs on the same cores to a near standstill.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     register()
     try:
         sys.argv[1:] = check_command_line(sys.argv[1:])

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.batch import UserError
 from sedtrain.config import ConfigError
@@ -27,7 +27,7 @@ from sedtrain.finetune import Freeze
 from sedtrain.losses import LossWeights
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.encoder import feature_extractor_of
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder, make_known
 from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.progress import Checkpoints, ProgressBar, StopOnInterrupt
 from sedtrain.text import start_end_pad
@@ -216,9 +216,16 @@ def trainer(cfg: DictConfig, freeze: Freeze) -> lightning.Trainer:
     return built
 
 
+def saved_model(cfg: DictConfig) -> SavedModel:
+    """The model that `cfg.checkpoint` names; an encoder class of the user's own is imported first."""
+    if not cfg.encoder._target_.startswith("sedtrain."):
+        make_known(create(cfg.encoder), AutoModel)
+    return SavedModel.load(cfg.checkpoint)
+
+
 def restored(cfg: DictConfig) -> tuple[SavedModel, SpeechTextDataModule]:
     """A saved model and the data of `cfg`, connected."""
-    saved = SavedModel.load(cfg.checkpoint)
+    saved = saved_model(cfg)
     data: SpeechTextDataModule = create(cfg.data)
     connect(data, saved)
     return saved, data

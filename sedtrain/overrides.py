@@ -21,23 +21,22 @@ from sedtrain.composition import COMPOSITION_ERRORS, compose_choices, compositio
 from sedtrain.config import ConfigError, Problem, conf_dir, find_problems, register
 from sedtrain.definition import closest, suggest
 
-INHERITED = ("data", "target", "normaliser", "decoding")
+INHERITED = ("encoder", "data", "target", "normaliser", "decoding")
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
-    """The arguments for Hydra, checked; those that only ask for help pass as they are.
+    """The arguments for Hydra, checked, its flags first; those that only ask for help pass as they are.
 
     Raises ConfigError. An option that a target takes but no option file lists gets the `++` that Hydra wants.
     """
-    flags = get_args_parser().parse_args(arguments)
+    flags = get_args_parser().parse_intermixed_args(arguments)
     asks_help = flags.help or flags.hydra_help or flags.shell_completion or flags.info
     if asks_help or flags.config_path or flags.experimental_rerun:
         return arguments
     folders = [Path(flags.config_dir)] if flags.config_dir else []
     name = flags.config_name or "train"
     checked = check_overrides(flags.overrides, folders, config_name=name, multirun=flags.multirun)
-    replaced = dict(zip(flags.overrides, checked, strict=True))
-    return [replaced.get(argument, argument) for argument in arguments]
+    return [*(each for each in arguments if each not in flags.overrides), *checked]
 
 
 def check_overrides(

@@ -96,7 +96,7 @@ def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train:
 def transcribe(cfg: DictConfig) -> None:
     """Prints `path<TAB>text` for every audio file."""
     paths = audio_paths(cfg.audio)
-    saved = SavedModel.load(cfg.checkpoint)
+    saved = build.saved_model(cfg)
     collator = Collator(saved.feature_extractor, saved.tokenizer, saved.model.config.decoder_start_token_id)
     options = build.decoding_options(cfg)
     for path in paths:

@@ -378,9 +378,9 @@ def test_asking_for_help_is_never_checked(in_conf, flag):
     assert check_command_line(["encoder=zzz", flag]) == ["encoder=zzz", flag]
 
 
-def test_flags_stay_where_they_are(in_conf):
+def test_flags_may_stand_between_overrides_and_come_first(in_conf):
     arguments = ["--cfg", "job", "encoder.dropout=0.1", "--resolve"]
-    assert check_command_line(arguments) == ["--cfg", "job", "++encoder.dropout=0.1", "--resolve"]
+    assert check_command_line(arguments) == ["--cfg", "job", "--resolve", "++encoder.dropout=0.1"]
     assert check_command_line(["-m", "encoder=hubert,wavlm"]) == ["-m", "encoder=hubert,wavlm"]
 
 

@@ -371,7 +371,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_a_model(corpus, tmp_path):
 # --- a user's own class
 
 
-def test_the_readme_s_own_encoder_trains(train, tmp_path, monkeypatch):
+def test_the_readme_s_own_encoder_trains_and_is_found_again(train, sedtrain, tmp_path, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     section = re.search(r"^## Your own encoder$(.*?)^## ", readme, re.MULTILINE | re.DOTALL)[1]
     files = re.findall(r"^`([^`\n]+)`\n```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
@@ -384,3 +384,6 @@ def test_the_readme_s_own_encoder_trains(train, tmp_path, monkeypatch):
     folder = train(tmp_path / "run", *command.split(), "encoder.width=40")
     assert_whole_results(results(folder))
     assert json.loads((folder / "model/config.json").read_text())["encoder"]["hidden_size"] == 40
+    ended = sedtrain("task=evaluate", f"checkpoint={folder}", f"run_dir={tmp_path / 'again'}")
+    assert ended.status == 0, ended.err
+    assert results(tmp_path / "again")["metrics"] == results(folder)["metrics"]
