@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -366,6 +367,25 @@ def test_ctrl_c_ends_with_a_checkpoint_and_a_model(corpus, tmp_path):
     stopped_at = int(re.search(r"stopped at step (\d+)", err)[1])
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == stopped_at > 0
     transformers.SpeechEncoderDecoderModel.from_pretrained(folder / "model")
+
+
+# --- ranks
+
+
+def test_two_ranks_share_one_folder_and_score_the_whole_split(corpus, tmp_path):
+    folder = tmp_path / "run"
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "sedtrain", "data=parquet", f"data.path={corpus}", f"run_dir={folder}", "strategy=ddp",
+            "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.log_every_n_steps=1",
+            "data.batch_seconds=6", "decoding.max_new_tokens=5",
+        ],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert results(folder)["train"]["steps"] == 2
+    assert results(folder)["num_utterances"] == pq.read_table(corpus / "test.parquet").num_rows
+    assert run.stdout.count("saved in") == 1
 
 
 # --- a user's own class
