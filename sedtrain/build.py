@@ -119,7 +119,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
             create(cfg.loss), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))
         ),
         metric_set(cfg),
-        create(cfg.decoding),
+        decoding_options(cfg),
         create(cfg.optimizer),
         create(cfg.scheduler),
     )
