@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoFeatureExtractor, PreTrainedTokenizerBase, SequenceFeatureExtractor
+from transformers import AutoFeatureExtractor, PreTrainedTokenizerBase, SequenceFeatureExtractor, Wav2Vec2Processor
 
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.results import Results
@@ -28,6 +28,8 @@ class SavedModel:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.feature_extractor.save_pretrained(folder)
+        # the name of one family, but it joins any feature extractor with any tokenizer; AutoProcessor loads it
+        Wav2Vec2Processor(self.feature_extractor, self.tokenizer).save_pretrained(folder)
 
     @classmethod
     def load(cls, checkpoint: str) -> "SavedModel":
@@ -58,13 +60,13 @@ A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with 
 Text normaliser for scoring: `{normaliser}`. {num_utterances} utterances, {minutes:.1f} minutes of audio.
 
 ```python
-from transformers import AutoFeatureExtractor, AutoTokenizer
+from transformers import AutoProcessor
 {import_model}
 
 model = SpeechEncoderDecoderModel.from_pretrained("{name}")
-feature_extractor, tokenizer = AutoFeatureExtractor.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
-inputs = feature_extractor(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float
-print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+processor = AutoProcessor.from_pretrained("{name}")
+inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float
+print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
 

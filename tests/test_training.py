@@ -195,11 +195,10 @@ def test_the_screen_shows_plan_scores_examples_and_places(sedtrain, corpus, tmp_
 def transcribed_by_transformers(folder, wav):
     """What the model card says, without any of sedtrain."""
     model = transformers.SpeechEncoderDecoderModel.from_pretrained(folder)
-    feature_extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     audio, sampling_rate = soundfile.read(wav, dtype="float32")
-    inputs = feature_extractor(audio, sampling_rate=sampling_rate, return_tensors="pt")
-    return tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True).strip()
+    inputs = processor(audio, sampling_rate=sampling_rate, return_tensors="pt")
+    return processor.decode(model.generate(**inputs)[0], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("where", ["", "model"])
@@ -211,10 +210,12 @@ def test_stock_transformers_writes_what_task_transcribe_writes(sedtrain, trained
     assert line.partition("\t")[2]
 
 
-def test_auto_processor_gives_the_tokenizer(trained):
-    """transformers joins no feature extractor and tokenizer for speech-encoder-decoder: the card loads both."""
+def test_feature_extractor_and_tokenizer_also_load_on_their_own(trained):
     processor = transformers.AutoProcessor.from_pretrained(trained / "model")
-    assert isinstance(processor, transformers.PreTrainedTokenizerBase)
+    feature_extractor = transformers.AutoFeatureExtractor.from_pretrained(trained / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained / "model")
+    assert feature_extractor.to_dict() == processor.feature_extractor.to_dict()
+    assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_globs_and_folders_are_transcribed_in_order(sedtrain, trained, wav):
