@@ -1,18 +1,23 @@
 import itertools
+import json
+import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from sedtrain.batch import UserError
-from sedtrain.data.batching import DurationBatches, batches_by_seconds, split_evenly
+from sedtrain.data import batching
+from sedtrain.data.batching import BatchPlan, DurationBatches, bucket_edges, steps_of
 
 BATCH_SECONDS = 24.0
+BATCH_TOKENS = 60
 
-corpora = st.lists(st.floats(0.05, 40), max_size=80)
-# Enough short utterances for 8 ranks whatever else there is: batches can then always be halved until they divide.
-shareable = st.builds(lambda lengths: [*lengths, *[1.0] * 16], corpora)
+utterances = st.lists(st.tuples(st.floats(0.05, 40), st.integers(0, 90)), max_size=80)
+rank_numbers = st.integers(1, 8)
 
 
 def digits(number, seed=0):
@@ -21,108 +26,364 @@ def digits(number, seed=0):
     return [min(max(generator.lognormvariate(1.2, 0.6), 0.3), 20.0) for _ in range(number)]
 
 
-def padded_seconds(batch, seconds):
-    return len(batch) * max(seconds[i] for i in batch)
+def log_normal(number, median):
+    """Lengths of 1 to 20 s, log-normal with sigma 0.65."""
+    return np.random.default_rng(0).lognormal(math.log(median), 0.65, number).clip(1, 20)
 
 
-def epoch(seconds, number=0, **options):
-    batches = DurationBatches(seconds, BATCH_SECONDS, **{"shuffle": True, **options})
+def sampler(corpus, **options):
+    """Over (seconds, tokens) of each utterance."""
+    bounds = {"batch_seconds": BATCH_SECONDS, "batch_tokens": BATCH_TOKENS, "num_buckets": 5}
+    seconds, tokens = [each[0] for each in corpus], [each[1] for each in corpus]
+    return DurationBatches(seconds, tokens=tokens, **{"shuffle": True, **bounds, **options})
+
+
+def epoch(corpus, number=0, **options):
+    batches = sampler(corpus, **options)
     batches.set_epoch(number)
     return list(batches)
 
 
-@given(corpora, st.permutations(range(12)), st.floats(1, 60))
-def test_batches_keep_the_order_and_the_bound(seconds, shuffled, batch_seconds):
-    order = [i for i in shuffled if i < len(seconds)]
-    batches = batches_by_seconds(order, seconds, batch_seconds)
-    assert [i for batch in batches for i in batch] == order
-    for batch in batches:
-        assert len(batch) == 1 or padded_seconds(batch, seconds) <= batch_seconds
+def steps(corpus, num_ranks, position=None, **options):
+    """What all ranks take, step by step, from a position on."""
+    ranks = [sampler(corpus, rank=rank, num_ranks=num_ranks, **options) for rank in range(num_ranks)]
+    for rank in ranks:
+        rank.load_state_dict(position or {"seed": 0, "epoch": 0, "segments": []})
+    return list(zip(*ranks, strict=True))
 
 
-@given(corpora, st.floats(1, 60))
-def test_no_batch_could_take_the_next_utterance_too(seconds, batch_seconds):
-    batches = batches_by_seconds(range(len(seconds)), seconds, batch_seconds)
-    for batch, following in itertools.pairwise(batches):
-        assert padded_seconds([*batch, following[0]], seconds) > batch_seconds
+def flat(batches):
+    return [i for batch in batches for i in batch]
 
 
-def test_the_bound_counts_padding():
-    assert batches_by_seconds([0, 1, 2], [12.0, 1.0, 1.0], 24.0) == [[0, 1], [2]]
-    assert batches_by_seconds([0, 1, 2], [1.0, 1.0, 12.0], 24.0) == [[0, 1], [2]]
+def batches_of(steps):
+    return [batch for step in steps for batch in step if batch]
 
 
-def test_an_utterance_over_the_bound_stands_alone():
-    assert batches_by_seconds([0, 1, 2, 3], [1.0, 30.0, 1.0, 1.0], 24.0) == [[0], [1], [2, 3]]
+def padded(batch, lengths):
+    return len(batch) * max(lengths[i] for i in batch)
 
 
-@given(shareable, st.integers(1, 8), st.booleans(), st.integers(0, 3))
-def test_every_utterance_is_seen_once_over_all_ranks_in_equally_many_steps(seconds, num_ranks, shuffle, number):
+def real_share(batches, seconds):
+    return sum(seconds) / sum(padded(batch, seconds) for batch in batches)
+
+
+@given(utterances, rank_numbers, st.booleans(), st.integers(0, 3))
+def test_every_utterance_is_seen_once_over_all_ranks_in_equally_many_steps(corpus, num_ranks, shuffle, number):
     options = {"shuffle": shuffle, "num_ranks": num_ranks}
-    ranks = [epoch(seconds, number, rank=rank, **options) for rank in range(num_ranks)]
-    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(len(seconds)))
-    assert {len(batches) for batches in ranks} == {len(DurationBatches(seconds, BATCH_SECONDS, **options))}
+    ranks = [epoch(corpus, number, rank=rank, **options) for rank in range(num_ranks)]
+    assert sorted(flat(flat(ranks))) == list(range(len(corpus)))
+    assert {len(batches) for batches in ranks} == {len(sampler(corpus, **options))}
 
 
-@given(shareable, st.integers(1, 8), st.booleans())
-def test_no_batch_is_over_the_bound_or_empty(seconds, num_ranks, shuffle):
-    for rank in range(num_ranks):
-        for batch in epoch(seconds, rank=rank, num_ranks=num_ranks, shuffle=shuffle):
-            assert batch
-            assert len(batch) == 1 or padded_seconds(batch, seconds) <= BATCH_SECONDS
+@given(utterances, rank_numbers, st.booleans(), st.floats(0.5, 100), st.integers(1, 200))
+def test_only_an_utterance_alone_passes_a_bound(corpus, num_ranks, shuffle, batch_seconds, batch_tokens):
+    bounds = {"batch_seconds": batch_seconds, "batch_tokens": batch_tokens, "shuffle": shuffle}
+    for batch in batches_of(steps(corpus, num_ranks, **bounds)):
+        assert len(batch) == 1 or padded(batch, [each[0] for each in corpus]) <= batch_seconds
+        assert len(batch) == 1 or padded(batch, [each[1] for each in corpus]) <= batch_tokens
 
 
-@given(shareable, st.integers(0, 2**32), st.integers(0, 1000))
-def test_the_order_is_a_function_of_seed_and_epoch(seconds, seed, number):
-    resumed = DurationBatches(seconds, BATCH_SECONDS, shuffle=True, seed=seed)
+def test_the_bounds_count_padding():
+    assert epoch([(12.0, 1), (12.0, 1), (12.0, 1)], num_buckets=1, shuffle=False) == [[0, 1], [2]]
+    assert epoch([(12.0, 1), (1.0, 1), (1.0, 1)], num_buckets=1, shuffle=False) == [[0, 1], [2]]
+    assert epoch([(1.0, 30), (1.0, 30), (1.0, 30)], num_buckets=1, shuffle=False) == [[0, 1], [2]]
+    assert epoch([(1.0, 30)] * 3, num_buckets=1, shuffle=False, batch_tokens=None) == [[0, 1, 2]]
+
+
+def test_an_utterance_over_a_bound_stands_alone():
+    assert epoch([(1.0, 1), (30.0, 1), (1.0, 1), (1.0, 61)], shuffle=False) == [[1], [0, 2], [3]]
+
+
+def test_one_long_text_does_not_make_the_batches_of_its_bucket_small():
+    corpus = [(2.0, 5)] * 120 + [(2.0, 60)]
+    assert sorted(map(len, epoch(corpus))) == [1] + [12] * 10
+
+
+def test_audio_that_the_collator_lengthens_counts_as_long_as_it_becomes():
+    assert {len(batch) for batch in epoch([(0.0, 1)] * 90, batch_seconds=3.05)} == {30}
+
+
+def least_padding(seconds, batch_seconds, num_buckets):
+    """Over all ways to choose edges: the padded seconds if each batch were full and as long as its bucket, and
+    a fifth of a batch more for each bucket."""
+    unique = sorted(set(seconds))
+    return min(
+        padded_buckets(seconds, batch_seconds, [*edges, unique[-1]])
+        for number in range(num_buckets)
+        for edges in itertools.combinations(unique[:-1], number)
+    )
+
+
+def padded_buckets(seconds, batch_seconds, edges):
+    total, below = 0.0, 0.0
+    for edge in edges:
+        size = max(batch_seconds // edge, 1)
+        total += (math.ceil(sum(below < each <= edge for each in seconds) / size) + 0.2) * size * edge
+        below = edge
+    return total
+
+
+@given(st.lists(st.integers(1, 12).map(float), min_size=1, max_size=40), st.integers(1, 4))
+def test_edges_are_those_of_all_that_pad_least(seconds, num_buckets):
+    edges = bucket_edges(np.array(seconds), BATCH_SECONDS, num_buckets).tolist()
+    assert len(edges) <= num_buckets and edges == sorted(edges) and edges[-1] == max(seconds)
+    expected = least_padding(seconds, BATCH_SECONDS, num_buckets)
+    assert padded_buckets(seconds, BATCH_SECONDS, edges) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("median", [2.0, 4.0, 8.0, 12.0])
+def test_thirty_buckets_leave_under_a_twentieth_of_padding(median):
+    seconds = log_normal(20_000, median)
+    batches = list(DurationBatches(seconds, 240.0, shuffle=True))
+    assert real_share(batches, seconds) > 0.95
+    one_bucket = list(DurationBatches(seconds, 240.0, shuffle=True, num_buckets=1))
+    assert real_share(one_bucket, seconds) < 0.95
+
+
+def test_batches_of_a_large_corpus_are_sorted_among_their_neighbours(monkeypatch):
+    seconds = log_normal(200_000, 4.0)
+    assert real_share(list(DurationBatches(seconds, 240.0, shuffle=True)), seconds) > 0.98
+    monkeypatch.setattr(batching, "MAX_NEIGHBOURS", 1)
+    assert 0.95 < real_share(list(DurationBatches(seconds, 240.0, shuffle=True)), seconds) < 0.97
+
+
+def test_batches_are_nearly_as_full_as_their_bound():
+    seconds = log_normal(20_000, 4.0)
+    assert len(DurationBatches(seconds, 240.0, shuffle=True)) < 1.1 * seconds.sum() / 240
+
+
+def test_a_small_corpus_is_not_torn_into_thirty_batches():
+    assert len(DurationBatches(digits(60), 240.0, shuffle=True)) <= 3
+    assert len(DurationBatches(digits(13), 12.0, shuffle=True)) <= 5
+
+
+@given(utterances, rank_numbers)
+def test_all_ranks_take_batches_of_one_bucket_in_a_step(corpus, num_ranks):
+    plan = sampler(corpus).plan
+    for step in steps(corpus, num_ranks):
+        assert len({plan.groups[i] for batch in step for i in batch}) == 1
+
+
+@given(st.lists(st.floats(0.1, 40), max_size=80), st.integers(1, 5))
+def test_buckets_are_ranges_of_durations(seconds, num_buckets):
+    plan = BatchPlan(seconds, BATCH_SECONDS, num_buckets=num_buckets)
+    in_order = [group for _, group in sorted(zip(seconds, plan.groups.tolist(), strict=True))]
+    assert in_order == sorted(in_order) and len(set(in_order)) <= num_buckets
+
+
+@given(utterances, rank_numbers, st.integers(0, 3))
+def test_the_batches_do_not_depend_on_the_number_of_ranks(corpus, num_ranks, number):
+    position = {"seed": 0, "epoch": number, "segments": []}
+    assert sorted(batches_of(steps(corpus, num_ranks, position))) == sorted(epoch(corpus, number))
+
+
+@given(utterances, st.booleans())
+def test_a_single_rank_has_no_empty_batch(corpus, shuffle):
+    assert all(epoch(corpus, shuffle=shuffle))
+
+
+@given(utterances, rank_numbers)
+def test_ranks_run_dry_once_in_a_bucket_at_most(corpus, num_ranks):
+    groups = sampler(corpus).plan.groups
+    dry = [groups[batches_of([step])[0][0]] for step in steps(corpus, num_ranks) if not all(step)]
+    assert len(dry) == len(set(dry))
+
+
+def test_a_step_is_the_first_batch_left_and_the_next_of_its_bucket():
+    assert steps_of(np.array([7, 3, 7, 7, 3, 7]), 2).tolist() == [[0, 2], [1, 4], [3, 5]]
+    assert steps_of(np.array([7, 3, 7, 7, 3]), 2).tolist() == [[0, 2], [1, 4], [3, -1]]
+    assert steps_of(np.array([7, 3, 7]), 1).tolist() == [[0], [1], [2]]
+
+
+@given(utterances, st.integers(0, 2**32), st.integers(0, 1000))
+def test_the_order_is_a_function_of_seed_and_epoch(corpus, seed, number):
+    resumed = sampler(corpus, seed=seed)
     for earlier in (3, number):
         resumed.set_epoch(earlier)
-    random.seed(number)  # the state of anyone else's generator has no say
-    assert list(resumed) == epoch(seconds, number, seed=seed)
+    np.random.seed(number)  # the state of anyone else's generator has no say
+    assert list(resumed) == epoch(corpus, number, seed=seed)
     assert list(resumed) == list(resumed)
 
 
+def test_the_order_is_that_of_earlier_versions():
+    """A run resumed after an upgrade has to find its place: change this only with a reason in the change log."""
+    expected = [[2, 6], [1, 8, 0], [12, 3, 9], [10, 7, 5, 11], [4]]
+    assert list(DurationBatches(digits(13), 12.0, shuffle=True)) == expected
+
+
 def test_epochs_and_seeds_have_other_orders_and_other_batches():
-    seconds = digits(200)
-    orders = [epoch(seconds, number, seed=seed) for seed in (0, 1, 11) for number in (0, 1, 10, 110)]
+    seconds = digits(400)
+    samplers = [DurationBatches(seconds, BATCH_SECONDS, shuffle=True, seed=seed) for seed in (0, 1, 11)]
+    orders = []
+    for each, number in itertools.product(samplers, (0, 1, 10, 110)):
+        each.set_epoch(number)
+        orders.append(list(each))
     assert len({str(order) for order in orders}) == len(orders)
-    neighbours = [{frozenset(batch) for batch in order} for order in orders[:2]]
-    assert len(neighbours[0] & neighbours[1]) < len(neighbours[0]) / 4
+    assert len({len(order) for order in orders}) == 1
+    together = [{frozenset(batch) for batch in order if len(batch) > 1} for order in orders[:2]]
+    assert len(together[0] & together[1]) < len(together[0]) / 8
+
+
+def test_a_small_corpus_has_other_batches_in_every_epoch_too():
+    batches = DurationBatches(digits(300), 240.0, shuffle=True)
+    together = set()
+    for number in range(10):
+        batches.set_epoch(number)
+        together |= {frozenset(batch) for batch in batches}
+    assert len(together) > 8 * len(batches)
 
 
 def test_without_shuffling_every_epoch_begins_with_the_longest():
-    seconds = digits(200)
-    first = epoch(seconds, 0, shuffle=False, seed=0)
-    assert first == epoch(seconds, 5, shuffle=False, seed=7)
-    in_order = [seconds[i] for batch in first for i in batch]
-    assert in_order == sorted(seconds, reverse=True)
+    corpus = [(seconds, 1) for seconds in digits(200)]
+    first = epoch(corpus, 0, shuffle=False, seed=0)
+    assert first == epoch(corpus, 5, shuffle=False, seed=7)
+    in_order = [corpus[i] for i in flat(first)]
+    assert in_order == sorted(corpus, reverse=True)
 
 
-def test_shuffled_batches_of_read_speech_hold_under_a_tenth_of_padding():
-    seconds = digits(2000)
-    batches = epoch(seconds)
-    padding = 1 - sum(seconds) / sum(padded_seconds(batch, seconds) for batch in batches)
-    in_corpus_order = batches_by_seconds(range(2000), seconds, BATCH_SECONDS)
-    unsorted_padding = 1 - sum(seconds) / sum(padded_seconds(batch, seconds) for batch in in_corpus_order)
-    assert padding < 0.1 < 0.3 < unsorted_padding
+@given(utterances, rank_numbers)
+def test_without_shuffling_steps_go_from_long_to_short(corpus, num_ranks):
+    longest = [max(corpus[i][0] for i in step[0]) for step in steps(corpus, num_ranks, shuffle=False)]
+    assert longest == pytest.approx(sorted(longest, reverse=True), abs=0.1)
 
 
 def test_shuffled_batches_do_not_run_from_long_to_short():
     seconds = digits(2000)
-    longest = [max(seconds[i] for i in batch) for batch in epoch(seconds)]
+    longest = [max(seconds[i] for i in batch) for batch in DurationBatches(seconds, BATCH_SECONDS, shuffle=True)]
     half = len(longest) // 2
     assert sum(longest[:half]) / half == pytest.approx(sum(longest[half:]) / (len(longest) - half), rel=0.25)
 
 
-def test_ranks_get_equally_much_by_halving_the_largest_batches():
-    assert split_evenly([[0, 1, 2, 3], [4, 5], [6]], 4) == [[0, 1], [2, 3], [4, 5], [6]]
-    assert split_evenly([[0, 1, 2], [3]], 2) == [[0, 1, 2], [3]]
+stops = st.lists(st.integers(0, 30), max_size=6)
 
 
-def test_utterances_that_ranks_cannot_share_evenly_are_the_users_to_know():
+@given(utterances, rank_numbers, stops, st.integers(0, 3))
+def test_an_epoch_stopped_anywhere_and_often_goes_on_as_if_never_stopped(corpus, num_ranks, stops, number):
+    expected = steps(corpus, num_ranks, {"seed": 0, "epoch": number, "segments": []})
+    made, position = 0, {"seed": 0, "epoch": number, "segments": []}
+    for more in stops:
+        rank = sampler(corpus, num_ranks=num_ranks)
+        rank.load_state_dict(position)
+        assert len(rank) == len(expected)
+        made = min(made + more, max(len(expected) - 1, 0))
+        position = json.loads(json.dumps(rank.state_dict(made))) if expected else position
+        assert len(position["segments"]) <= 1
+    assert steps(corpus, num_ranks, position) == expected[made:]
+
+
+@given(utterances, st.lists(st.tuples(rank_numbers, st.integers(0, 12)), max_size=6), rank_numbers)
+def test_an_epoch_goes_on_with_other_numbers_of_ranks_without_loss_or_repeat(corpus, stops, last):
+    """Against a brute force: a list from which each step takes its first batch and the next of its bucket."""
+    groups, left = sampler(corpus).plan.groups, epoch(corpus)
+    position, made, taken = {"seed": 0, "epoch": 0, "segments": []}, 0, []
+    for num_ranks, number in [*stops, (last, None)]:
+        done = steps(corpus, num_ranks, position)[:number]
+        for step in done:
+            same = [batch for batch in left if groups[batch[0]] == groups[left[0][0]]][:num_ranks]
+            assert list(step) == same + [[]] * (num_ranks - len(same))
+            left = [batch for batch in left if batch not in same]
+        rank = sampler(corpus, num_ranks=num_ranks)
+        rank.load_state_dict(position)
+        made, taken = made + len(done), taken + done
+        position = json.loads(json.dumps(rank.state_dict(made)))
+        if position["epoch"] == 1:
+            break
+    assert position == {"seed": 0, "epoch": 1, "segments": []}
+    assert sorted(flat(batches_of(taken))) == list(range(len(corpus)))
+
+
+def test_a_position_holds_no_utterance():
+    rank = DurationBatches(digits(1000), BATCH_SECONDS, shuffle=True, num_ranks=2, seed=3)
+    rank.set_epoch(4)
+    position = rank.state_dict(17)
+    assert position == {"seed": 3, "epoch": 4, "segments": [(2, 17)], "plan": rank.plan.digest()}
+    rank.num_ranks = 4
+    rank.load_state_dict(position)
+    assert rank.state_dict(20)["segments"] == [(2, 17), (4, 3)]
+    assert rank.state_dict(17)["segments"] == [(2, 17)]
+
+
+def test_a_position_does_not_depend_on_how_far_the_batches_were_fetched():
+    rank = DurationBatches(digits(100), BATCH_SECONDS, shuffle=True)
+    before = rank.state_dict(2)
+    list(itertools.islice(rank, 5))
+    assert rank.state_dict(2) == before
+
+
+def test_the_epoch_after_a_resumed_one_is_whole():
+    corpus = [(seconds, 1) for seconds in digits(100)]
+    rank = sampler(corpus)
+    rank.load_state_dict(sampler(corpus).state_dict(5))
+    assert len(list(rank)) == len(rank) - 5
+    rank.set_epoch(0)
+    assert len(list(rank)) == len(rank) - 5
+    rank.set_epoch(1)
+    assert list(rank) == epoch(corpus, 1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"batch_seconds": 20.0},
+        {"batch_tokens": 20},
+        {"num_buckets": 2},
+        {"corpus": digits(99)},
+        {"corpus": [seconds + 1e-9 for seconds in digits(100)]},
+    ],
+)
+def test_other_batches_cannot_go_on_in_the_middle_of_an_epoch(other):
+    other = {"seed": 0, "corpus": digits(100), **other}
+    there = sampler([(seconds, 5) for seconds in digits(100)])
+    here = sampler([(seconds, 5) for seconds in other.pop("corpus")], **other)
     with pytest.raises(UserError) as raised:
-        epoch([20.0] * 9, num_ranks=2)
+        here.load_state_dict(there.state_dict(4))
     assert str(raised.value) == (
-        "9 batches of one utterance cannot be shared evenly by 2 devices\n"
-        "  write instead: trainer.devices=N with an N that divides 9, or a larger data.batch_seconds"
+        "the checkpoint is from the middle of an epoch with other batches: its seed and plan are "
+        f"0 and {there.plan.digest()}, here they are {here.seed} and {here.plan.digest()}\n"
+        "  write instead: the seed and the data.* of the run that wrote it, or a checkpoint from the end of an epoch"
     )
+    here.load_state_dict(there.state_dict(len(there)))
+    assert (here.epoch, here.segments) == (1, [])
+
+
+class Numbers:
+    """A dataset whose item is the list it is asked for."""
+
+    def __getitem__(self, numbers):
+        return numbers
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_loader_hands_the_batches_out_in_order_with_any_number_of_workers(num_ranks):
+    corpus = [(seconds, 1) for seconds in digits(61)]
+    seen = []
+    for rank in range(num_ranks):
+        expected = epoch(corpus, rank=rank, num_ranks=num_ranks)
+        for num_workers in (0, 2):
+            batches = sampler(corpus, rank=rank, num_ranks=num_ranks)
+            loader = DataLoader(Numbers(), batch_size=None, sampler=batches, num_workers=num_workers)
+            assert len(loader) == len(expected)
+            assert list(loader) == expected
+        seen += flat(expected)
+    assert sorted(seen) == list(range(61))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_stopped_ahead_of_training_goes_on_where_training_stopped(num_workers):
+    corpus = [(seconds, 1) for seconds in digits(61)]
+    expected, batches = epoch(corpus), sampler(corpus)
+    loader = DataLoader(Numbers(), batch_size=None, sampler=batches, num_workers=num_workers)
+    trained = list(itertools.islice(loader, 3))
+    resumed = sampler(corpus)
+    resumed.load_state_dict(batches.state_dict(3))
+    loader = DataLoader(Numbers(), batch_size=None, sampler=resumed, num_workers=num_workers)
+    assert trained + list(loader) == expected
+
+
+def test_a_million_utterances_are_planned_by_whole_arrays():
+    """In far less than the minute that a loop in Python would take."""
+    plan = BatchPlan(log_normal(1_000_000, 4.0), 240.0)
+    assert sorted(plan.utterances((0, 0, 1))[:5].tolist()) != [0, 1, 2, 3, 4]
+    assert len(plan.batch_groups) < 25_000

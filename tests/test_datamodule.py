@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from transformers import Wav2Vec2FeatureExtractor
 
 from sedtrain.batch import UserError
@@ -97,7 +98,7 @@ def test_only_training_is_shuffled(good):
 
     assert order(data.train_dataloader(), 0) != order(data.train_dataloader(), 1)
     assert order(data.val_dataloader(), 0) == order(data.val_dataloader(), 1)
-    assert order(data.loader("test"), 0)[0] == ["test-11"]
+    assert next(data.batches("test")).ids == ["test-11"]
 
 
 def test_the_target_chooses_the_text(good):
@@ -133,13 +134,13 @@ def test_decoded_audio_is_kept_up_to_the_hours_allowed(good, monkeypatch):
         utterance = split.rows.utterance
         monkeypatch.setattr(split.rows, "utterance", lambda *a, f=utterance, seen=decoded: seen.append(a) or f(*a))
         for _ in range(2):
-            split[list(range(12))]
+            split[0, list(range(12))]
         assert len(decoded) == num_decoded
 
 
 def test_a_split_can_be_sent_to_workers_that_are_started_afresh(good):
     split = data_module(good).split("train")
-    equal(pickle.loads(pickle.dumps(split))[[3, 5]], split[[3, 5]])
+    equal(pickle.loads(pickle.dumps(split))[0, [3, 5]], split[0, [3, 5]])
 
 
 def test_audio_is_found_by_the_id_of_its_utterance(good):
@@ -203,6 +204,46 @@ def test_a_split_of_which_nothing_is_left_is_told(dirty):
     )
 
 
+def test_everything_that_is_wrong_with_the_splits_is_told_at_once(good):
+    write(good / "test.parquet", [0.01])
+    data = data_module(good, validation_split="nein", test_split="test")
+    data.refuse_unusable(["train", "train"])
+    with pytest.raises(UserError) as raised:
+        data.refuse_unusable(["train", "validation", "test"])
+    first, second, instead = str(raised.value).splitlines()
+    assert first.startswith(f"data.path={good}, split 'nein': ValueError: Unknown split")
+    assert second == f"data.path={good}: none of the 1 utterances of 'test' can be used (1 too short)"
+    assert instead == (
+        "  write instead: data.train_split, data.validation_split, data.test_split that the dataset has, in files that can "
+        "be read; data.min_seconds, data.max_seconds and data.columns that fit this dataset"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("batch_seconds", 0, "a number above 0"),
+        ("min_seconds", -1, "0 or more"),
+        ("max_seconds", 0.01, "above data.min_seconds, 0.05"),
+        ("keep_decoded_hours", -1, "0 or more"),
+        ("num_workers", -1, "0 or more"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(good, option, value, wanted):
+    with pytest.raises(UserError, match=f"data.{option}={value}: this has to be {wanted}"):
+        data_module(good, **{option: value})
+
+
+def test_lightning_can_change_the_precision_of_a_batch_that_lacks_an_utterance(undecodable):
+    [batch] = data_module(undecodable, columns=WITH_SECONDS).train_dataloader()
+    converted = HalfPrecision("bf16-true").convert_input(batch)
+    assert converted.inputs.dtype == torch.bfloat16
+    assert torch.equal(converted.inputs, batch.inputs.bfloat16())
+    assert torch.equal(converted.labels, batch.labels)
+    assert (converted.ids, converted.texts, converted.skipped) == (batch.ids, batch.texts, batch.skipped)
+    assert batch.inputs.dtype == torch.float32
+
+
 def test_audio_that_cannot_be_decoded_leaves_the_rest_of_its_batch(undecodable):
     data = data_module(undecodable, columns=WITH_SECONDS)
     [batch] = data.train_dataloader()
@@ -213,8 +254,8 @@ def test_audio_that_cannot_be_decoded_leaves_the_rest_of_its_batch(undecodable):
 
 def test_a_batch_of_which_nothing_can_be_decoded_is_empty(undecodable):
     split = data_module(undecodable, columns=WITH_SECONDS).split("train")
-    assert len(split[[1]]) == 0
-    assert len(split[[1]].skipped) == 1
+    assert len(split[0, [1]]) == 0
+    assert len(split[0, [1]].skipped) == 1
 
 
 class Silent(lightning.LightningModule):

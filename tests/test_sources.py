@@ -2,6 +2,7 @@ import csv
 import io
 import json
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -10,7 +11,15 @@ import soundfile
 import torch
 
 from sedtrain.batch import UserError
-from sedtrain.data.sources import UNREADABLE, Columns, UtteranceRows, audio_paths, load_rows, read_audio
+from sedtrain.data.sources import (
+    UNREADABLE,
+    Columns,
+    UtteranceRows,
+    absolute_path,
+    audio_paths,
+    load_rows,
+    read_audio,
+)
 
 PLAIN = Columns(audio="audio", text="text")
 
@@ -179,6 +188,54 @@ def test_lengths_come_from_the_column_else_from_the_header(tmp_path):
     assert list(UtteranceRows(rows, PLAIN, path, "train").seconds()) == [0.25, None, 0.75]
 
 
+@pytest.mark.parametrize("impossible", [float("nan"), float("inf"), -1.0])
+def test_a_length_that_cannot_be_is_read_from_the_header(tmp_path, impossible):
+    path = parquet(tmp_path / "x.parquet", audio=[encoded(tone(0.25))], text=["a"], length=[impossible])
+    with_column = Columns(audio="audio", text="text", seconds="length")
+    assert list(UtteranceRows(load_rows(path, "train"), with_column, path, "train").seconds()) == [0.25]
+
+
+WRONG_TYPES = {
+    "seconds": (["1.5"], "Value('string') in the column 'x' for the seconds, expected numbers", "numbers"),
+    "text": ([["a", "b"]], "List(Value('string')) in the column 'x' for the text, expected text", "text"),
+    "audio": (
+        [[0.1, 0.2]],
+        "List(Value('float64')) in the column 'x' for the audio, expected bytes or the path of a file",
+        "bytes or the path of a file",
+    ),
+    "id": (
+        [{"a": 1}],
+        "{'a': Value('int64')} in the column 'x' for the id, expected text or numbers",
+        "text or numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("role", WRONG_TYPES)
+def test_a_column_that_holds_something_else_is_told(tmp_path, role):
+    cells, wrong, wanted = WRONG_TYPES[role]
+    path = parquet(tmp_path / "x.parquet", audio=[b""], text=["a"], x=cells)
+    columns = Columns(**{"audio": "audio", "text": "text", role: "x"})
+    assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
+        f"data.columns: {path} (train) has {wrong}\n  write instead: data.columns.NAME=COLUMN that holds {wanted}"
+    )
+
+
+def test_names_of_classes_are_no_text(tmp_path):
+    classes = datasets.Features({"audio": datasets.Value("binary"), "text": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"audio": [b""], "text": [1]}, classes)
+    assert "ClassLabel(names=['no', 'yes']) in the column 'text'" in message(UtteranceRows, rows, PLAIN, "x", "train")
+
+
+def test_an_id_of_two_rows_is_told(tmp_path):
+    path = parquet(tmp_path / "x.parquet", audio=[b""] * 3, text=["a"] * 3, name=["p", "q", "p"])
+    columns = Columns(audio="audio", text="text", id="name")
+    assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
+        "data.columns.id=name: rows 0 and 2 of 'train' have the same id, 'p'\n"
+        "  write instead: data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
+    )
+
+
 def test_rows_without_an_id_are_named_after_split_and_row(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[encoded(tone())] * 2, text=["a", "b"], name=[7, 8])
     rows = UtteranceRows(load_rows(path, "test"), PLAIN, path, "test")
@@ -199,7 +256,7 @@ def test_a_missing_column_is_told_with_those_that_are_there(tmp_path):
     assert message(UtteranceRows, load_rows(path, "train"), PLAIN, path, "train") == (
         f"data.columns: {path} (train) has no column 'audio' for the audio, it has speech, text\n"
         "  write instead: data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
-        "speaker, language or seconds"
+        "speaker, language, seconds, start or end"
     )
 
 
@@ -219,8 +276,18 @@ def test_a_role_that_is_missing_or_unknown_is_told():
     assert message(Columns.of, {"audio": "a", "transcription": "t", "speeker": "s"}, "transcription") == (
         "data.columns.speeker: there is no such role\n"
         "  write instead: data.columns.NAME, NAME one of audio, transcription, translation, id, speaker, language, "
-        "seconds"
+        "seconds, start, end"
     )
+
+
+def test_a_path_is_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("mine", "./mine", "~/mine", f"{tmp_path}/mine"):
+        assert absolute_path(path) == f"{tmp_path}/mine"
+    for path in ("spoken_digits", "some/corpus"):
+        assert absolute_path(path) == path
 
 
 # --- what is not there
@@ -262,11 +329,12 @@ def test_an_empty_dataset_is_told(tmp_path, name):
     assert message(load_rows, path, "train") == f"data.path={path}: {expected}"
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.txt"])
-def test_a_file_that_is_no_parquet_is_told(tmp_path, name):
-    (tmp_path / name).write_text("this is not a table")
-    told = message(load_rows, str(tmp_path / name), "train")
-    assert told.startswith(f"data.path={tmp_path / name}, split 'train': ArrowInvalid: Parquet magic bytes not found")
+def test_a_file_that_is_no_parquet_is_told(tmp_path):
+    (tmp_path / "x.parquet").write_text("this is not a table")
+    told = message(load_rows, str(tmp_path / "x.parquet"), "train")
+    assert told.startswith(
+        f"data.path={tmp_path / 'x.parquet'}, split 'train': ArrowInvalid: Parquet magic bytes not found"
+    )
     assert "\n" not in told.partition("\n  write instead")[0]
 
 
@@ -306,6 +374,10 @@ def test_audio_that_is_not_there_is_told(clips, missing):
     assert message(audio_paths, [f"{clips}/b.wav", name]) == (
         f"audio={name}: there is no such audio file\n  write instead: audio=FILE, a glob that matches or a folder"
     )
+
+
+def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
+    assert names(clips, [f"{clips}/b.wav", f"{clips}/notes.txt"]) == ["b.wav", "notes.txt"]
 
 
 def test_a_file_that_is_no_audio_is_told(clips):

@@ -1,85 +1,249 @@
-"""Batches of similar length: bounded by padded seconds, shuffled by (seed, epoch), cut evenly over ranks."""
+"""The batches of an epoch, planned from durations and text lengths alone: bounded, shuffled, shared by ranks, resumed.
 
-import random
+N utterances, M batches, G groups of utterances that may share a batch, R ranks. A step takes a batch on every rank.
+"""
+
+import zlib
 from collections.abc import Iterator, Sequence
+from typing import NotRequired, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from sedtrain.batch import UserError
 
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
-def batches_by_seconds(order: Sequence[int], seconds: Sequence[float], batch_seconds: float) -> list[list[int]]:
-    """`order` cut into batches of at most `batch_seconds` of audio with padding; a longer utterance stands alone."""
-    batches: list[list[int]] = []
-    longest = 0.0
-    for index in order:
-        longest = max(longest, seconds[index])
-        if batches and (len(batches[-1]) + 1) * longest <= batch_seconds:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            longest = seconds[index]
-    return batches
+SHORTEST_SECONDS = 0.1  # what is shorter gets silence behind it
+NUM_CANDIDATES = 256  # durations tried as edges of buckets, once spread over the utterances and once over the seconds
+BUCKET_PRICE = 0.2  # of a full batch: small corpora get fewer buckets, or the same utterances would always meet
+MAX_NEIGHBOURS = 4  # batches that are drawn together and sorted: 98.9 % of the audio is real, with 1 it is 95.6 %
+EMPTY = -1  # the batch of a rank that has run dry
 
 
-def split_evenly(batches: list[list[int]], num_ranks: int) -> list[list[int]]:
-    """As many batches as `num_ranks` divides, by halving the largest: no utterance is dropped or repeated.
+def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Floats:
+    """The longest duration of each of at most `num_buckets` buckets, ascending, so that padding is least.
 
-    Raises UserError where every batch holds one utterance and their number still does not suffice.
+    Counts the padded seconds of all batches as if each were full and as long as its bucket, and a small price of each
+    bucket, since its last batch is seldom full. The best choice among the candidates, by dynamic programming.
     """
-    batches = list(batches)
-    while len(batches) % num_ranks:
-        largest = max(range(len(batches)), key=lambda i: len(batches[i]))
-        if len(batches[largest]) < 2:
-            raise UserError(
-                f"{len(batches)} batches of one utterance cannot be shared evenly by {num_ranks} devices",
-                f"trainer.devices=N with an N that divides {len(batches)}, or a larger data.batch_seconds",
-            )
-        half = len(batches[largest]) // 2
-        batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
-    return batches
+    if not len(seconds):
+        return seconds
+    ordered = np.sort(seconds)
+    by_rank = ordered[np.linspace(0, len(ordered) - 1, NUM_CANDIDATES).astype(np.int64)]
+    by_length = ordered[np.searchsorted(ordered, np.linspace(ordered[0], ordered[-1], NUM_CANDIDATES))]
+    edges = np.unique(np.concatenate([by_rank, by_length]))
+    up_to = np.concatenate([[0], np.searchsorted(ordered, edges, side="right")])
+    inside = up_to[None, 1:] - up_to[:, None]  # [i, j]: utterances in a bucket from above edge i - 1 to edge j
+    size = np.maximum(batch_seconds // edges, 1)
+    num_batches = np.ceil(inside / size) + BUCKET_PRICE * (inside > 0)
+    padded = np.where(inside >= 0, num_batches * size * edges, np.inf)
+    least, choices = padded[0], []
+    for _ in range(num_buckets - 1):
+        total = least[:, None] + padded[1:]
+        choices.append(total.argmin(axis=0))
+        least = total.min(axis=0)
+    chosen = [len(edges) - 1]
+    for choice in reversed(choices):
+        chosen.append(choice[chosen[-1]])
+    return edges[np.unique(chosen)]
 
 
-class DurationBatches(Sampler[list[int]]):
-    """The batches of one rank, as lists of utterance numbers: every rank makes the same number of steps.
+class BatchPlan:
+    """Which utterances may share a batch, and how many: the same in every epoch, so that all have equally many batches.
 
-    With `shuffle`, utterances are sorted by their length times a random factor within ±`jitter`, so that neighbours
-    change from epoch to epoch while padding stays small; the order is a function of (seed, epoch) alone. Without, the
-    longest come first, so that a memory that does not suffice shows at once.
+    A group is a bucket of durations, or the part of one whose texts are so long that they halve its batches, once or
+    oftener. All batches of a group hold as many utterances as its longest ones allow; the last may hold fewer.
+
+    groups:         (N,) the group of each utterance
+    starts:         (M + 1,) where each batch begins in `utterances`
+    batch_groups:   (M,) the group of each batch, ascending
+    neighbourhoods: (N,) ascending numbers of the batches, one to four of a group, that are drawn together
     """
 
     def __init__(
         self,
-        seconds: Sequence[float],
+        seconds: Sequence[float] | Floats,
+        batch_seconds: float,
+        tokens: Sequence[int] | Integers | None = None,
+        batch_tokens: int | None = None,
+        num_buckets: int = 30,
+    ) -> None:
+        self.seconds = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_SECONDS)
+        edges = bucket_edges(self.seconds, batch_seconds, num_buckets)
+        bucket = np.searchsorted(edges, self.seconds)
+        most = max(len(self.seconds), 1)
+        room = np.clip(batch_seconds // self.seconds, 1, most)
+        halvings = np.zeros(len(room), dtype=np.int64)
+        if batch_tokens is not None:
+            assert tokens is not None, "tokens are what batch_tokens bounds"
+            room = np.clip(batch_tokens // np.maximum(np.asarray(tokens), 1), 1, room)
+            full = np.clip(batch_seconds // edges, 1, most)[bucket]
+            halvings = np.ceil(np.log2(np.maximum(full / room, 1))).astype(np.int64)
+        names, self.groups = np.unique(bucket * 64 + halvings, return_inverse=True)
+        sizes = np.full(len(names), len(self.seconds))
+        np.minimum.at(sizes, self.groups, room.astype(np.int64))
+        in_order = np.sort(self.groups)
+        size = sizes[in_order]
+        place = np.arange(len(in_order)) - np.searchsorted(in_order, in_order)
+        [starts] = np.nonzero(place % size == 0)
+        self.starts, self.batch_groups = np.append(starts, len(in_order)), in_order[starts]
+        neighbours = np.clip(np.bincount(self.batch_groups) // 8, 1, MAX_NEIGHBOURS)[in_order]
+        self.neighbourhoods = np.cumsum(place % (neighbours * size) == 0)
+
+    def utterances(self, seed: Sequence[int] | None) -> Integers:
+        """(N,) the utterances of one batch after the other, in each the longest first; without a seed, in all."""
+        if seed is None:
+            return np.lexsort((-self.seconds, self.groups))
+        order = np.lexsort((random_keys(seed, len(self.seconds)), self.groups))
+        return order[np.lexsort((-self.seconds[order], self.neighbourhoods))]
+
+    def batch_order(self, seed: Sequence[int] | None) -> Integers:
+        """(M,) numbers of all batches; without a seed, those with the longest utterances first."""
+        if seed is None:
+            return np.argsort(-self.seconds[self.utterances(None)[self.starts[:-1]]], kind="stable")
+        return np.argsort(random_keys(seed, len(self.batch_groups)), kind="stable")
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits that differ where utterances or bounds do."""
+        checksum = 0
+        for numbers in (self.seconds, self.groups, self.starts):
+            checksum = zlib.crc32(numbers.data, checksum)
+        return f"{checksum:08x}"
+
+
+def random_keys(seed: Sequence[int], number: int) -> NDArray[np.uint64]:
+    """Raw numbers, which NumPy promises to draw alike in all versions; its `shuffle` and `permutation` may change."""
+    return np.random.PCG64(seed).random_raw(number)
+
+
+def steps_of(groups: Integers, num_ranks: int) -> Integers:
+    """(M,) groups of the batches in their order -> (steps, R) the place of the batch that each rank takes, or EMPTY.
+
+    A step is made of the first batch that is left and the next of its group. The last step of a group leaves ranks
+    empty where it has fewer batches left. The steps after any one of them depend only on what batches are left.
+    """
+    by_group = np.argsort(groups, kind="stable")
+    in_order = groups[by_group]
+    place = np.arange(len(groups)) - np.searchsorted(in_order, in_order)
+    rank = place % num_ranks
+    steps = np.full((np.count_nonzero(rank == 0), num_ranks), EMPTY)
+    steps[np.cumsum(rank == 0) - 1, rank] = by_group
+    return steps[np.argsort(steps[:, 0])]
+
+
+class Position(TypedDict):
+    """Where training stands in its epochs: `segments` says how many steps were made by how many ranks, in turn."""
+
+    seed: int
+    epoch: int
+    segments: list[tuple[int, int]]
+    plan: NotRequired[str]
+
+
+class DurationBatches(Sampler[list[int]]):
+    """The batches of one rank, as lists of utterance numbers; all ranks make equally many steps, in each of one bucket.
+
+    No batch has more than `batch_seconds` of audio or `batch_tokens` of target, padding included, but for an utterance
+    that has more alone. The batches of an epoch and their order are a function of (seed, epoch); ranks only share them
+    out, and one that finds none left in the bucket of a step has the empty list, which never happens to a single rank.
+    Without `shuffle` the longest come first, so that a memory that does not suffice shows at once.
+
+    tokens: target tokens of each utterance, needed where `batch_tokens` is to bound them
+    """
+
+    def __init__(
+        self,
+        seconds: Sequence[float] | Floats,
         batch_seconds: float,
         *,
         shuffle: bool,
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
-        jitter: float = 0.1,
+        tokens: Sequence[int] | Integers | None = None,
+        batch_tokens: int | None = None,
+        num_buckets: int = 30,
     ) -> None:
-        self.seconds, self.batch_seconds, self.shuffle = seconds, batch_seconds, shuffle
-        self.seed, self.rank, self.num_ranks, self.jitter = seed, rank, num_ranks, jitter
+        self.plan = BatchPlan(seconds, batch_seconds, tokens, batch_tokens, num_buckets)
+        self.shuffle, self.seed, self.rank, self.num_ranks = shuffle, seed, rank, num_ranks
         self.epoch = 0
+        self.segments: list[tuple[int, int]] = []
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of every epoch."""
-        self.epoch = epoch
+        """Called by Lightning at the start of every epoch; the one that was resumed goes on where it stopped."""
+        if epoch != self.epoch:
+            self.epoch, self.segments = epoch, []
 
-    def batches(self) -> list[list[int]]:
-        """This epoch's batches over all ranks."""
-        generator = random.Random(f"{self.seed}-{self.epoch}")
-        indices = range(len(self.seconds))
-        factors = [generator.uniform(1 - self.jitter, 1 + self.jitter) if self.shuffle else 1.0 for _ in indices]
-        order = sorted(indices, key=lambda i: -self.seconds[i] * factors[i])
-        batches = split_evenly(batches_by_seconds(order, self.seconds, self.batch_seconds), self.num_ranks)
-        if self.shuffle:
-            generator.shuffle(batches)
-        return batches
+    def state_dict(self, consumed_steps: int) -> Position:
+        """The position after so many steps of this epoch, those before a resumption included.
+
+        The trainer has to count them: workers fetch batches ahead of it, and this sampler runs ahead of the workers.
+        """
+        if consumed_steps >= len(self):
+            return Position(seed=self.seed, epoch=self.epoch + 1, segments=[])
+        segments = list(self.segments)
+        if new_steps := consumed_steps - self.resumed_steps():
+            earlier = segments.pop()[1] if segments and segments[-1][0] == self.num_ranks else 0
+            segments.append((self.num_ranks, earlier + new_steps))
+        return Position(seed=self.seed, epoch=self.epoch, segments=segments, plan=self.plan.digest())
+
+    def load_state_dict(self, state: Position) -> None:
+        """Continues from a position, with any number of ranks.
+
+        Raises UserError in the middle of an epoch whose batches are not these.
+        """
+        if state["segments"]:
+            written, here = (state["seed"], state["plan"]), (self.seed, self.plan.digest())
+            if written != here:
+                raise UserError(
+                    "the checkpoint is from the middle of an epoch with other batches: its seed and plan are "
+                    f"{written[0]} and {written[1]}, here they are {here[0]} and {here[1]}",
+                    "the seed and the data.* of the run that wrote it, or a checkpoint from the end of an epoch",
+                )
+        self.epoch, self.segments = state["epoch"], [(ranks, steps) for ranks, steps in state["segments"]]
+
+    def resumed_steps(self) -> int:
+        return sum(steps for _, steps in self.segments)
+
+    def stream(self, number: int) -> tuple[int, int, int] | None:
+        """The seed of one of the random orders of this epoch."""
+        return (self.seed, self.epoch, number) if self.shuffle else None
+
+    def batches_left(self) -> Integers:
+        """Numbers of this epoch's batches in their order, without those of the steps that were made before."""
+        left = self.plan.batch_order(self.stream(0))
+        for num_ranks, number in self.segments:
+            taken = steps_of(self.plan.batch_groups[left], num_ranks)[:number]
+            left = np.delete(left, taken[taken != EMPTY])
+        return left
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches()[self.rank :: self.num_ranks])
+        left = self.batches_left()
+        mine = steps_of(self.plan.batch_groups[left], self.num_ranks)[:, self.rank]
+        utterances, starts = self.plan.utterances(self.stream(1)), self.plan.starts
+        batches = (slice(starts[left[i]], starts[left[i] + 1]) if i != EMPTY else slice(0) for i in mine)
+        return (utterances[batch].tolist() for batch in batches)
 
     def __len__(self) -> int:
-        return len(self.batches()) // self.num_ranks
+        """The steps of this whole epoch, those before a resumption included, as Lightning counts."""
+        return self.resumed_steps() + len(steps_of(self.plan.batch_groups[self.batches_left()], self.num_ranks))
+
+
+class BatchesWithEpoch(Sampler[tuple[int, list[int]]]):
+    """Batches, each with the epoch that it is drawn in: a worker that outlives an epoch is told of no other."""
+
+    def __init__(self, batches: DurationBatches) -> None:
+        self.batches = batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch = self.batches.epoch
+        return ((epoch, numbers) for numbers in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -1,79 +1,47 @@
-"""Rows of a `datasets` dataset become utterances: columns, decoding, resampling, filters.
-
-S samples. Audio is decoded by soundfile from the bytes as they are stored: neither torchcodec nor FFmpeg is needed.
-"""
+"""Rows of a `datasets` dataset become utterances: columns, segments, decoding, filters."""
 
 import glob
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import repeat
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow.parquet
 import soundfile
-import soxr
-import torch
 
 from sedtrain.batch import UserError, Utterance
+from sedtrain.data.clips import UNREADABLE, RefusedAudio, is_audio_file, read_audio, seconds_between
+from sedtrain.data.columns import Columns, check_columns, rows_by_id
+from sedtrain.data.formats import TABLES, TARS, local_rows, with_readable_text
+from sedtrain.data.manifests import PROBLEM
 from sedtrain.hub import go_offline_if_unreachable
 
-AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
-UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 EMBEDDED = Path(__file__).parent / "spoken_digits"
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column of the dataset holds what; None where the dataset has no such column."""
-
-    audio: str
-    text: str
-    id: str | None = None
-    speaker: str | None = None
-    language: str | None = None
-    seconds: str | None = None
-
-    @classmethod
-    def of(cls, columns: Mapping[str, str | None], target: str) -> "Columns":
-        """`columns` by role, where `target`, transcription or translation, names the role of the text."""
-        roles = ["audio", "transcription", "translation", *(each.name for each in fields(cls)[2:])]
-        if unknown := [role for role in columns if role not in roles]:
-            instead = f"data.columns.NAME, NAME one of {', '.join(roles)}"
-            raise UserError(f"data.columns.{unknown[0]}: there is no such role", instead)
-        for role in ("audio", target):
-            if columns.get(role) is None:
-                raise UserError(f"data.columns.{role} is not set (target={target})", f"data.columns.{role}=COLUMN")
-        others = {role: columns.get(role) for role in roles[3:]}
-        return cls(audio=str(columns["audio"]), text=str(columns[target]), **others)
 
 
 def load_rows(path: str, split: str, name: str | None = None) -> datasets.Dataset:
-    """The rows of one split, from `spoken_digits` (embedded), a file, a folder or a Hub id.
+    """The rows of one split, from `spoken_digits` (embedded), a file, a folder or a Hub id, `ID@REVISION` for a branch.
 
-    A file is Parquet, JSON lines or CSV, and holds whatever split is asked for. A folder holds one such file a split,
-    named after it, or anything else that `datasets.load_dataset` reads.
+    A file is Parquet, a manifest or a tar, and holds whatever split is asked for. A folder holds one such file or folder
+    a split, named after it, or anything else that `datasets.load_dataset` reads.
     Raises UserError where nothing is there, where the split is missing, or where the Hub cannot be reached.
     """
     where = local_path(path)
     datasets.disable_progress_bars()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or where.suffix in READERS
-    if looks_local and not where.exists():
+    looks_local = path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") > 1 or where.suffix in TABLES
+    if looks_local and not is_here(where):
         raise UserError(f"data.path={path}: there is no such file or folder", "data.path=FOLDER_OR_FILE_OR_HUB_ID")
     if not where.exists():
         go_offline_if_unreachable()
     try:
-        file = split_file(where, split)
-        if file is None:
-            rows = datasets.load_dataset(str(where) if where.exists() else path, name, split=split)
-        elif is_empty(file):
-            rows = []
-        else:
-            rows = datasets.load_dataset(READERS.get(file.suffix, "parquet"), data_files=str(file), split="train")
+        rows = local_rows(str(where), split)
+        if rows is None:
+            rows = from_datasets(path, split, name)
+    except UserError:
+        raise
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         what = "this folder holds no" if where.exists() else "neither a folder here nor a"
         raise UserError(
@@ -90,21 +58,41 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
     return rows
 
 
+def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
+    where = local_path(path)
+    if where.exists():
+        return datasets.load_dataset(str(where), name, split=split)
+    hub_id, _, revision = path.partition("@")
+    try:
+        return datasets.load_dataset(hub_id, name, split=split, revision=revision or None)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise UserError(
+            f"data.path={path}: {one_line(error)}",
+            "data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet",
+        ) from error
+
+
 def local_path(path: str) -> Path:
     return EMBEDDED if path == "spoken_digits" else Path(path).expanduser()
 
 
-def split_file(where: Path, split: str) -> Path | None:
-    """`where` itself if it is a file, else the file in it that is named after the split."""
-    candidates = [where, *(where / f"{split}{suffix}" for suffix in READERS)]
-    return next((file for file in candidates if file.is_file()), None)
+def is_here(where: Path) -> bool:
+    """Whether a path is a file or folder, or a pattern of tars, which is looked at when it is read."""
+    return where.exists() or where.name.endswith(TARS)
 
 
-def is_empty(file: Path) -> bool:
-    """Whether a file holds no rows; of those `datasets` gives errors that say something else."""
-    if not file.stat().st_size:
-        return True
-    return file.suffix == ".parquet" and not pyarrow.parquet.read_metadata(file).num_rows
+def absolute_path(path: str) -> str:
+    """`path` as it is found from any folder; that of a Hub id is the id."""
+    where = local_path(path)
+    return path if where == EMBEDDED or not is_here(where) else os.path.abspath(where)
+
+
+def public_name(path: str) -> str:
+    """`path` for readers elsewhere: of a file or folder its name alone."""
+    where = local_path(path)
+    return where.name if is_here(where) else path
 
 
 def one_line(error: BaseException) -> str:
@@ -114,26 +102,29 @@ def one_line(error: BaseException) -> str:
 class UtteranceRows:
     """Rows seen as utterances, decoded one by one.
 
-    path, split: where the rows are from; paths of audio files are relative to that folder, and rows without an id are
-        named after the split
+    path, split: where the rows are from; rows without an id are named after the split
+    folder: where relative paths of audio files begin, and what they must not leave; else the folder of `path`
 
-    Raises UserError when a column is missing, listing those that are there.
+    Raises UserError where a column is missing or holds something else than it should, and where two rows have one id.
     """
 
-    def __init__(self, rows: datasets.Dataset, columns: Columns, path: str, split: str) -> None:
-        for role, column in vars(columns).items():
-            if column is not None and column not in rows.column_names:
-                raise UserError(
-                    f"data.columns: {path} ({split}) has no column {column!r} for the {role}, "
-                    f"it has {', '.join(rows.column_names)}",
-                    "data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, "
-                    "language or seconds",
-                )
+    def __init__(
+        self, rows: datasets.Dataset, columns: Columns, path: str, split: str, folder: Path | None = None
+    ) -> None:
+        features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
+        check_columns(vars(columns), features, f"{path} ({split})")
         if isinstance(rows.features[columns.audio], datasets.Audio):
             rows = rows.cast_column(columns.audio, datasets.Audio(decode=False))
+        used = dict.fromkeys(column for column in vars(columns).values() if column)
+        rows = rows.select_columns([*used, *({PROBLEM} & set(rows.column_names))])
+        rows = with_readable_text(rows, [column for column in used if column != columns.audio])
         self.rows, self.columns, self.split = rows, columns, split
         where = local_path(path)
-        self.folder = where if where.is_dir() else where.parent
+        self.folder = folder or (where if where.is_dir() else where.parent)
+        problems = rows[PROBLEM] if PROBLEM in rows.column_names else []
+        self.problems = {index: words for index, words in enumerate(problems) if words is not None}
+        ids = [self.id_of(index, value) for index, value in enumerate(self.cells(columns.id))]
+        self.index_of = rows_by_id(ids, columns.id, split)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,26 +133,53 @@ class UtteranceRows:
         """Every text of the split; no audio is read."""
         return [as_text(value) for value in self.rows[self.columns.text]]
 
-    def id(self, index: int) -> str:
-        return str(self.rows[index][self.columns.id]) if self.columns.id else f"{self.split}-{index}"
+    def cells(self, column: str | None) -> Iterable[Any]:
+        """A column, or None for each row."""
+        return self.rows[column][:] if column else repeat(None, len(self))
 
-    @cached_property
-    def index_of(self) -> dict[str, int]:
-        """The row of every id."""
-        ids = map(str, self.rows[self.columns.id]) if self.columns.id else map(self.id, range(len(self)))
-        return {id: index for index, id in enumerate(ids)}
+    def id(self, index: int) -> str:
+        return self.id_of(index, self.rows[index][self.columns.id] if self.columns.id else None)
+
+    def id_of(self, index: int, value: Any) -> str:
+        return f"{self.split}-{index}" if value is None else str(value)
 
     def seconds(self) -> Iterator[float | None]:
-        """The length of each utterance, from its column, else from the audio's header; None where neither tells."""
-        given = self.rows[self.columns.seconds] if self.columns.seconds else [None] * len(self)
-        for index, value in enumerate(given):
-            yield self.seconds_of_audio(index) if value is None else float(value)
+        """The length of each utterance, from its columns, else from the audio's header; None where neither tells."""
+        columns = (self.columns.seconds, self.columns.start, self.columns.end)
+        for index, (seconds, start, end) in enumerate(zip(*map(self.cells, columns), strict=True)):
+            given = seconds if end is None else end - (start or 0)
+            is_known = given is not None and 0 <= given < inf
+            length = float(given) if is_known else None
+            with suppress(*UNREADABLE):
+                length = self.seconds_of_audio(index) if length is None else length
+            yield length
 
-    def seconds_of_audio(self, index: int) -> float | None:
-        try:
-            return float(soundfile.info(audio_file(self.rows[index][self.columns.audio], self.folder)).duration)
-        except UNREADABLE:
-            return None
+    def seconds_of_audio(self, index: int) -> float:
+        """By the audio's header. Raises one of UNREADABLE."""
+        row = self.rows[index]
+        return seconds_between(row[self.columns.audio], self.folder, *self.segment(row))
+
+    def segment(self, row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+        """Start and end of an utterance in its audio, in seconds; NeMo gives the start and how many seconds."""
+        start, end, seconds = (
+            row[column] if column else None for column in (self.columns.start, self.columns.end, self.columns.seconds)
+        )
+        if end is None and start is not None and seconds is not None:
+            end = start + seconds
+        return start, end
+
+    def problem(self, index: int, seconds: float | None) -> tuple[str, str] | None:
+        """Reason and detail where a row cannot be used; seconds: its length, None where it could not be found."""
+        if words := self.problems.get(index):
+            reason, _, detail = words.partition(": ")
+            return reason, detail
+        if seconds is None:
+            with suppress(*UNREADABLE):
+                try:
+                    self.seconds_of_audio(index)
+                except RefusedAudio as error:
+                    return error.reason, str(error)
+        return None
 
     def utterance(self, index: int, sampling_rate: int) -> Utterance:
         """Row `index`, decoded, mixed down and resampled to `sampling_rate`.
@@ -169,7 +187,7 @@ class UtteranceRows:
         Raises one of UNREADABLE when the audio cannot be decoded.
         """
         row, columns = self.rows[index], self.columns
-        audio = read_audio(row[columns.audio], sampling_rate, self.folder)
+        audio = read_audio(row[columns.audio], sampling_rate, self.folder, *self.segment(row))
         return Utterance(
             id=self.id(index),
             audio=audio,
@@ -182,36 +200,14 @@ class UtteranceRows:
 
 
 def as_text(value: Any) -> str:
-    """A cell of the text column; a CSV or JSON file with digits alone gives numbers."""
-    return "" if value is None else str(value)
-
-
-def audio_file(cell: Any, folder: Path = Path()) -> io.BytesIO | str:
-    """What soundfile opens: the bytes or the path of an `Audio(decode=False)` cell, or either as a plain value."""
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if isinstance(content, bytes):
-        return io.BytesIO(content)
-    path = cell.get("path") if isinstance(cell, dict) else cell
-    if not path:
-        raise OSError("the row has neither audio bytes nor a path")
-    return str(folder / path)
-
-
-def read_audio(cell: Any, sampling_rate: int, folder: Path = Path()) -> torch.Tensor:
-    """(S,) float32 in -1..1: one channel (the mean of all) at `sampling_rate` hertz. Raises one of UNREADABLE."""
-    samples, stored_rate = soundfile.read(audio_file(cell, folder), dtype="float32", always_2d=True)
-    mono = samples.mean(axis=1)
-    if not len(mono) or not np.isfinite(mono).all():
-        raise OSError("the audio has no samples, or some that are not numbers")
-    if stored_rate != sampling_rate:
-        mono = soxr.resample(mono, stored_rate, sampling_rate)
-    return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+    """A cell of the text column; a CSV or JSON file with digits alone gives numbers, NaN is none."""
+    return "" if value is None or value != value else str(value)
 
 
 def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
     """The files that `audio` names: files, globs and folders (searched through).
 
-    Raises UserError where a name stands for none, or for one that is no audio.
+    Raises UserError where a name stands for none, or all of them for one that is no audio.
     """
     if not audio:
         raise UserError("task=transcribe needs audio", "audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'")
@@ -219,16 +215,16 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
     for name in [audio] if isinstance(audio, str) else audio:
         where = Path(name).expanduser()
         if where.is_dir():
-            matches = [str(path) for path in sorted(where.rglob("*")) if path.suffix[1:].upper() in AUDIO_FORMATS]
+            matches = [str(path) for path in sorted(where.rglob("*")) if is_audio_file(path.name)]
         else:
             matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
         if not matches:
             raise UserError(f"audio={name}: there is no such audio file", "audio=FILE, a glob that matches or a folder")
         found += matches
-    for path in found:
+    if len(found) == 1:
         try:
-            soundfile.info(path)
+            soundfile.info(found[0])
         except UNREADABLE as error:
-            no_audio = f"audio={path}: this is no audio ({one_line(error)})"
+            no_audio = f"audio={found[0]}: this is no audio ({one_line(error)})"
             raise UserError(no_audio, "audio=FILE that libsndfile can read") from error
     return found

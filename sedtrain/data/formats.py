@@ -1,0 +1,226 @@
+"""Which rows a local path stands for: manifests, folders of audio, tar shards, and what `datasets` has saved.
+
+What is read here and not by `datasets` is kept as Arrow in its cache, under the names, sizes and times of the files.
+"""
+
+import glob
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from sedtrain.batch import UserError
+from sedtrain.data.clips import is_audio_file
+from sedtrain.data.folders import METADATA, read_folder, read_shards
+from sedtrain.data.manifests import PROBLEM, as_array, read_manifest
+
+INDEX_VERSION = 1  # to be counted up where rows are read differently from the same files
+MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
+BRACES = re.compile(r"\{(\w+)(\.\.|(?:,\w+)+)(\w*)\}")
+SPLIT_LIKE = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
+BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+TABLES = (".parquet", *MANIFESTS)
+TARS = (".tar", ".tar.gz", ".tgz")
+SLICE = re.compile(r"([^\[+]+)(\[.*\])?")
+
+
+def local_rows(path: str, split: str) -> datasets.Dataset | None:
+    """The rows of a split at a local path, or None for what `datasets` has to read itself.
+
+    split: may be cut, as in `train[:90%]`. A file, a pattern of tars and a folder without folders or files named after
+        splits hold whatever split is asked for; in a pattern `{split}` stands for its name.
+    Raises UserError where the split is missing or nothing is there to learn from.
+    """
+    named = SLICE.fullmatch(split)
+    name, cut = (named[1], named[2]) if named else (split, None)
+    rows = whole_split(path, name)
+    if rows is None or not cut:
+        return rows
+    [part] = datasets.ReadInstruction.from_spec(f"rows{cut}").to_absolute({"rows": len(rows)})
+    return rows.select(range(part.from_, part.to))
+
+
+def whole_split(path: str, split: str) -> datasets.Dataset | None:
+    where = Path(path).expanduser()
+    if where.name.endswith(TARS):
+        return shards_of(path, sorted(tar_files(path, split)))
+    if where.is_file():
+        return table_rows(where)
+    if not where.is_dir():
+        return None
+    if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
+        return saved_rows(where, split)
+    if files := [file for each in TABLES if (file := where / f"{split}{each}").is_file()]:
+        return table_rows(files[0])
+    if tars := sorted(where.glob(f"{split}*.tar")) or sorted((where / split).glob("*.tar")):
+        return shards_of(path, tars)
+    return folder_rows(where, split)
+
+
+def table_rows(file: Path) -> datasets.Dataset:
+    """The rows of a manifest or a Parquet file, none if it is empty. Raises UserError for another format."""
+    if not file.stat().st_size:
+        return datasets.Dataset.from_dict({})
+    if file.suffix.lower() in MANIFESTS:
+        return kept(read_manifest_file, [file])
+    if file.suffix.lower() != ".parquet" and not file.read_bytes().startswith(b"PAR1"):
+        raise UserError(
+            f"data.path={file}: {file.suffix or 'a file without a suffix'} is no format that can be read",
+            f"data.path=FILE, one of {', '.join(TABLES)}, .tar, or data.path=FOLDER",
+        )
+    if file.suffix.lower() == ".parquet" and is_empty(file):
+        return datasets.Dataset.from_dict({})
+    try:
+        return datasets.load_dataset("parquet", data_files=str(file), split="train")
+    except datasets.exceptions.DatasetGenerationError:
+        return kept(read_broken_parquet, [file])
+
+
+def is_empty(file: Path) -> bool:
+    """Whether a Parquet file holds no rows: `datasets` gives an error that says something else."""
+    try:
+        return not pyarrow.parquet.read_metadata(file).num_rows
+    except pa.ArrowInvalid:
+        return False
+
+
+def read_manifest_file(files: list[Path]) -> datasets.Dataset:
+    return read_manifest(files[0])
+
+
+def read_broken_parquet(files: list[Path]) -> datasets.Dataset:
+    """The row groups of a Parquet file that can be read; the rows of the others are null, with a PROBLEM.
+
+    Raises ArrowInvalid where the file is no Parquet at all.
+    """
+    with pyarrow.parquet.ParquetFile(files[0]) as file:
+        tables = [row_group(file, number) for number in range(file.num_row_groups)]
+    return datasets.Dataset(pa.concat_tables(tables, promote_options="default"))
+
+
+def row_group(file: pyarrow.parquet.ParquetFile, number: int) -> pa.Table:
+    try:
+        return file.read_row_group(number)
+    except (OSError, pa.ArrowInvalid) as error:
+        text = f"broken Parquet: row group {number}, {' '.join(str(error).split())[:100]}"
+        return pa.table({PROBLEM: [text] * file.metadata.row_group(number).num_rows})
+
+
+def saved_rows(folder: Path, split: str) -> datasets.Dataset:
+    """A split of what `Dataset.save_to_disk` wrote; a single Dataset is whatever split is asked for."""
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise missing_split(folder, split, list(saved))
+    return saved[split]
+
+
+def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
+    """The audio of the folder that is named after the split, or of one that has no folders named after splits."""
+    if (folder / split).is_dir():
+        return read_folder(folder / split) if has_audio(folder / split) else None
+    if not has_audio(folder):
+        return None
+    inside = sorted(each.stem if each.is_file() else each.name for each in folder.iterdir())
+    if others := [each for each in inside if SPLIT_LIKE.match(each)]:
+        raise missing_split(folder, split, others)
+    return read_folder(folder)
+
+
+def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
+    return UserError(
+        f"data.path={folder}: there is no split {split!r}, there are {', '.join(others)}",
+        "data.train_split, data.validation_split, data.test_split that are there, or cut one: 'train[:90%]', 'train[90%:]'",
+    )
+
+
+def has_audio(folder: Path) -> bool:
+    """Whether a folder, searched through, has audio or metadata of audio; the first file found decides."""
+    names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
+    return any(name in METADATA or is_audio_file(name) for name in names)
+
+
+def tar_files(pattern: str, split: str) -> Iterator[Path]:
+    """The files of a name with globs, ranges `{000..127}`, lists `{a,b}` and `{split}`."""
+    for name in expanded(str(Path(pattern.replace("{split}", split)).expanduser())):
+        yield from map(Path, glob.glob(name, recursive=True) or ([name] if os.path.exists(name) else []))
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    braces = BRACES.search(pattern)
+    if not braces:
+        yield pattern
+        return
+    first, between, last = braces.groups()
+    if between == ".." and first.isdigit() and last.isdigit():
+        values = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        values = braces[0][1:-1].split(",")
+    for value in values:
+        yield from expanded(pattern[: braces.start()] + value + pattern[braces.end() :])
+
+
+def shards_of(path: str, shards: list[Path]) -> datasets.Dataset:
+    if not shards:
+        raise UserError(f"data.path={path}: there is no such tar file", "data.path='SHARDS-{000..127}.tar', or a glob")
+    return kept(read_shards, shards)
+
+
+def kept(read: Callable[[list[Path]], datasets.Dataset], files: list[Path]) -> datasets.Dataset:
+    """`read(files)` from the cache of `datasets`, mapped into memory; read once, and again where a file has changed."""
+    facts = [(os.path.abspath(file), (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((INDEX_VERSION, read.__name__, facts)).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / key
+    if not folder.is_dir():
+        rows = read(files)
+        if not len(rows):
+            return rows
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = tempfile.mkdtemp(dir=folder.parent)
+        rows.save_to_disk(new)
+        try:
+            os.rename(new, folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(new)
+    return datasets.load_from_disk(str(folder))
+
+
+def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """`rows` where texts that are not UTF-8, which no access survives, are null, with a PROBLEM. Reads no audio."""
+    for column in columns:
+        stored = rows.features.arrow_schema.field(column).type
+        cells = rows.with_format("arrow")[column][:]
+        if stored not in BYTES_OF or is_valid(cells):
+            continue
+        contents = [content for chunk in cells.chunks for content in chunk.view(BYTES_OF[stored]).to_pylist()]
+        texts = [decoded(content) for content in contents]
+        problems = rows[PROBLEM][:] if PROBLEM in rows.column_names else [None] * len(rows)
+        for index, (content, text) in enumerate(zip(contents, texts, strict=True)):
+            if content is not None and text is None:
+                problems[index] = f"text that is not UTF-8: column {column}"
+        rows = rows.remove_columns([each for each in (column, PROBLEM) if each in rows.column_names])
+        rows = rows.add_column(column, as_array(texts)).add_column(PROBLEM, as_array(problems))
+    return rows
+
+
+def is_valid(cells: pa.ChunkedArray) -> bool:
+    try:
+        cells.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def decoded(content: bytes | None) -> str | None:
+    try:
+        return None if content is None else content.decode()
+    except UnicodeDecodeError:
+        return None
