@@ -4,12 +4,14 @@ B batch, T frames, U target tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from sedtrain.batch import IGNORE_INDEX
+from sedtrain.batch import IGNORE_INDEX, require
 
 
 def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) -> Tensor:
@@ -36,6 +38,44 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
         reduction="sum",
     )
     return loss, (labels != IGNORE_INDEX).sum()
+
+
+class OutputLayer(Protocol):
+    """(..., D) -> (..., V), with V known beforehand."""
+
+    out_features: int
+
+    def outputs(self, input: Tensor) -> Tensor: ...
+
+
+def labelled_cross_entropy(
+    output_layer: OutputLayer,
+    hidden_states: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    chunk_elements: int = 2**25,
+) -> tuple[Tensor, Tensor]:
+    """(B, U, D) inputs of the output layer, (B, U) labels -> what `token_cross_entropy` gives for its (B, U, V) logits.
+
+    The output layer runs on labelled positions only, in chunks of at most `chunk_elements` logits that are computed again in
+    the backward pass, so that (B, U, V) is never in memory. Compiled code, whose shapes are fixed, takes all positions.
+    """
+    labelled = labels != IGNORE_INDEX
+    if torch.compiler.is_compiling():
+        inputs, targets = hidden_states.flatten(0, 1), labels.flatten()
+    else:
+        inputs, targets = hidden_states[labelled], labels[labelled]
+
+    def summed_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss, _ = token_cross_entropy(output_layer.outputs(inputs)[None], targets[None], label_smoothing)
+        return loss
+
+    rows = max(chunk_elements // output_layer.out_features, 1)
+    if len(targets) <= rows:
+        return summed_loss(inputs, targets), labelled.sum()
+    chunks = zip(inputs.split(rows), targets.split(rows), strict=True)
+    losses = [checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(losses).sum(), labelled.sum()
 
 
 def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int) -> tuple[Tensor, Tensor]:
@@ -77,3 +117,8 @@ class LossWeights:
 
     label_smoothing: float = 0.1
     ctc_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no fraction."""
+        for name, value in vars(self).items():
+            require(value is None or 0 <= value <= 1, f"loss.{name}", value, "a fraction from 0 to 1")

@@ -11,16 +11,15 @@ from sedtrain.data.collate import Collator
 from sedtrain.models.encoder import encoder_from_config, feature_extractor_of, load_encoder
 from sedtrain.text import train_tokenizer
 
-FAMILIES = ["hubert", "wav2vec2", "wavlm", "wav2vec2_conformer", "w2v_bert", "whisper", "speech_to_text"]
-# The convolutions of these see past the end of an utterance, whatever the mask says.
-PADDING_SEEPS_IN = {"wav2vec2_conformer", "speech_to_text"}
+FAMILIES = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
+ALONE = ["whisper", "speech_to_text", "moonshine", "seamless_m4t", "seamless_m4t_v2", "speecht5"]
 
 
 def family(name, **options):
     """The encoder of conf/encoder/NAME.yaml at size=tiny, ready for inference."""
     torch.manual_seed(0)
     node = OmegaConf.load(conf_dir() / f"encoder/{name}.yaml")
-    tiny = {"size": "tiny", "pretrained": True, "attention": {"implementation": "sdpa"}}
+    tiny = {"size": "tiny", "pretrained": True, "attention": {"implementation": None}}
     root = OmegaConf.create({"encoder": node, **tiny})
     values = OmegaConf.to_container(root.encoder, resolve=True)
     del values["_target_"]
@@ -49,8 +48,9 @@ def frames(encoder, *lengths):
     return output, mask.sum(1).tolist()
 
 
-def test_the_list_of_families_is_the_folder():
-    assert sorted(FAMILIES) == sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
+def test_the_folder_has_the_families():
+    assert len(FAMILIES) == 17
+    assert set(ALONE) < set(FAMILIES)
 
 
 def test_frames_are_as_wide_as_the_configuration_says(named_encoder):
@@ -67,7 +67,7 @@ def test_every_family_makes_20_to_60_frames_a_second(named_encoder):
     assert 5 * 20 < num_frames < 5 * 60
 
 
-@pytest.mark.parametrize("num_samples", [850, 4000, 16000, 16001])
+@pytest.mark.parametrize("num_samples", [1600, 4000, 16000, 16001])
 def test_a_mask_of_samples_becomes_a_mask_of_as_many_frames_as_the_utterance_has_alone(named_encoder, num_samples):
     _, encoder = named_encoder
     alone, [num_alone] = frames(encoder, num_samples)
@@ -75,28 +75,22 @@ def test_a_mask_of_samples_becomes_a_mask_of_as_many_frames_as_the_utterance_has
     assert num_padded == num_alone == alone.shape[1]
 
 
-@pytest.mark.parametrize("num_samples", [850, 15999, 16000, 16161])
-def test_padding_changes_no_frame_but_where_the_architecture_lets_it(named_encoder, num_samples):
-    name, encoder = named_encoder
+@pytest.mark.parametrize("num_samples", [1600, 15999, 16000, 16161])
+def test_padding_changes_no_frame(named_encoder, num_samples):
+    _, encoder = named_encoder
     alone, [num_frames] = frames(encoder, num_samples)
     padded, _ = frames(encoder, 30000, num_samples)
-    difference = (alone[0] - padded[1, :num_frames]).abs().max()
-    if name in PADDING_SEEPS_IN:
-        assert difference > 1e-4, "mended upstream: take the family off the list"
-    else:
-        assert difference < 1e-4
+    torch.testing.assert_close(padded[1, :num_frames], alone[0], rtol=0, atol=2e-5)
 
 
-def test_gradients_reach_every_parameter(named_encoder):
-    name, encoder = named_encoder
+def test_every_parameter_that_trains_gets_a_gradient(named_encoder):
+    _, encoder = named_encoder
     prepared = batch(encoder, 16000, 12000)
     output = encoder(prepared.inputs, attention_mask=prepared.attention_mask).last_hidden_state
     (output * torch.randn_like(output)).sum().backward()
     without = {n for n, weight in encoder.named_parameters() if weight.requires_grad and weight.grad is None}
     encoder.zero_grad()
-    if name == "wav2vec2_conformer":  # upstream makes a convolutional position embedding that it does not use
-        without = {each for each in without if not each.startswith("encoder.pos_conv_embed")}
-    assert without <= {"masked_spec_embed"}
+    assert without == set()
 
 
 # --- whisper
@@ -144,12 +138,7 @@ def save(folder, model, dtype=torch.float32):
 def test_a_saved_folder_loads_in_float32_with_its_own_weights(name, tmp_path):
     original = family(name)
     feature_extractor_of(original).save_pretrained(tmp_path)
-    if name in ("whisper", "speech_to_text"):  # a folder of these holds the whole model, decoder included
-        whole = AutoModel.from_config(original.config)
-        whole.encoder.load_state_dict(original.state_dict())
-        save(tmp_path, whole, torch.float16)
-    else:
-        save(tmp_path, original, torch.float16)
+    save(tmp_path, original, torch.float16)
     loaded = family(name, checkpoint=str(tmp_path))
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
     assert loaded.config._name_or_path == str(tmp_path)
@@ -227,4 +216,4 @@ def test_a_size_that_was_not_published_is_refused():
 def test_an_attention_that_a_family_lacks_is_refused():
     error = problem("wavlm", attention="sdpa")
     assert error.what_is_wrong.startswith("encoder.attention=sdpa: wavlm cannot use it here: ")
-    assert error.write_instead == "encoder.attention=eager, which every family has"
+    assert error.write_instead.startswith("encoder.attention=eager")

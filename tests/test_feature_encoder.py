@@ -1,5 +1,7 @@
 """The front end as matrix products, against the convolutions of torch and transformers."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
 from sedtrain.models.encoder import encoder_from_config
-from sedtrain.models.feature_encoder import forward_as_matrix_products, strided_convolution
+from sedtrain.models.feature_encoder import MatrixProductFeatureEncoder, strided_convolution
 
 
 @st.composite
@@ -37,7 +39,9 @@ def test_the_front_end_and_its_gradients_are_those_of_transformers(layers, more_
     for kernel, stride in reversed(layers):
         receptive_field = (receptive_field - 1) * stride + kernel
     audio = torch.randn(2, receptive_field + more_samples, dtype=torch.float64)
-    expected, by_products = front_end(audio), forward_as_matrix_products(front_end, audio)
+    expected = front_end(audio)
+    front_end.__class__ = MatrixProductFeatureEncoder
+    by_products = front_end(audio)
     torch.testing.assert_close(by_products, expected)
     weights = torch.randn_like(expected)
     parameters = list(front_end.parameters())
@@ -62,15 +66,37 @@ def double_front_end(kernels, strides):
     return front_end
 
 
+def tiny_encoder(norm):
+    return encoder_from_config(
+        Wav2Vec2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, feat_extract_norm=norm,
+            conv_dim=[8, 8], conv_kernel=[10, 4], conv_stride=[5, 2], num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("norm", "is_replaced"), [("layer", True), ("group", False)])
 def test_an_encoder_takes_the_fast_form_only_where_it_is_equal(norm, is_replaced):
-    config = Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, feat_extract_norm=norm,
-        conv_dim=[8, 8], conv_kernel=[10, 4], conv_stride=[5, 2], num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
-    encoder = encoder_from_config(config).eval()
+    front_end = tiny_encoder(norm).eval().feature_extractor
     audio = torch.randn(2, 800)
-    assert ("forward" in vars(encoder.feature_extractor)) == is_replaced
-    upstream = type(encoder.feature_extractor).forward(encoder.feature_extractor, audio)
-    torch.testing.assert_close(encoder.feature_extractor(audio), upstream, rtol=1e-4, atol=1e-5)
+    assert isinstance(front_end, MatrixProductFeatureEncoder) == is_replaced
+    torch.testing.assert_close(front_end(audio), Wav2Vec2FeatureEncoder.forward(front_end, audio), rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    encoder = tiny_encoder("layer").eval()
+    copied = copy.deepcopy(encoder)
+    torch.nn.init.zeros_(copied.feature_extractor.conv_layers[-1].layer_norm.weight)
+    audio = torch.randn(2, 800)
+    assert copied.feature_extractor(audio).abs().max() == 0
+    assert encoder.feature_extractor(audio).abs().max() > 0
+
+
+def test_a_checkpointed_front_end_is_recomputed_as_transformers_does():
+    encoder = tiny_encoder("layer").train()
+    front_end = encoder.feature_extractor
+    assert not front_end.is_checkpointed()
+    encoder.activation_checkpointing_enable()
+    assert front_end.is_checkpointed()
+    assert not front_end.eval().is_checkpointed()

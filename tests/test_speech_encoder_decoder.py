@@ -1,8 +1,18 @@
 """The model against the base class of transformers, with the same weights."""
 
+import json
+
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, HubertConfig, HubertModel, SpeechEncoderDecoderModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    HubertConfig,
+    HubertModel,
+    SpeechEncoderDecoderModel,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from sedtrain.models.encoder import encoder_from_config
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -114,3 +124,38 @@ def test_the_base_class_s_ways_to_construct_keep_working(tmp_path):
     )
     assert isinstance(model, SpeechEncoderDecoder)
     assert model.encoder.config.layerdrop == 0.0
+
+
+# --- whole sequence-to-sequence models as encoders
+
+WHISPER = {
+    "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_layers": 1,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1, "begin_suppress_tokens": None,
+}  # fmt: skip
+
+
+def test_a_folder_that_the_base_class_saved_around_whisper_loads_and_is_saved_under_its_own_type(tmp_path):
+    encoder = WhisperModel(WhisperConfig(**WHISPER)).get_encoder()
+    SpeechEncoderDecoderModel(encoder=encoder, decoder=BertLMHeadModel(BertConfig(**DECODER))).save_pretrained(
+        tmp_path / "base"
+    )
+    model = SpeechEncoderDecoder.from_pretrained(tmp_path / "base")
+    assert torch.equal(model.encoder.conv1.weight, encoder.conv1.weight)
+    model.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/config.json").read_text())["encoder"]["model_type"] == "whisper-encoder"
+
+
+def test_of_a_whole_checkpoint_the_encoder_is_taken_and_keywords_reach_the_parts(tmp_path):
+    whisper = WhisperModel(WhisperConfig(**WHISPER))
+    whisper.save_pretrained(tmp_path / "whisper")
+    BertLMHeadModel(BertConfig(**DECODER)).save_pretrained(tmp_path / "bert")
+    model = SpeechEncoderDecoder.from_encoder_decoder_pretrained(
+        tmp_path / "whisper", tmp_path / "bert", encoder_encoder_layerdrop=0.25, decoder_hidden_dropout_prob=0.5,
+        dtype=torch.bfloat16, attn_implementation="eager",
+    )  # fmt: skip
+    assert torch.equal(model.encoder.conv1.weight, whisper.encoder.conv1.weight.bfloat16())
+    for part in (model.encoder, model.decoder):
+        assert (part.dtype, part.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert model.encoder.config.encoder_layerdrop == 0.25
+    assert model.decoder.config.hidden_dropout_prob == 0.5

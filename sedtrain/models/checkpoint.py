@@ -1,24 +1,46 @@
 """Where a part's weights come from: a published checkpoint, a folder, or chance."""
 
 import difflib
+import logging
+import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sedtrain.batch import UserError
 from sedtrain.hub import go_offline_if_unreachable
+from sedtrain.models.attention import attention_of
+
+logger = logging.getLogger(__name__)
+
+CROSS_ATTENTION = re.compile(r"cross_?att|encoder_att|enc_?dec|src_att", re.IGNORECASE)
+UNLOADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
+LOADING_OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
 
 
 def published_name(part: str, size: str, checkpoint: str | None, published: Mapping[str, str | None]) -> str | None:
     """The Hub id or folder to load: `checkpoint` if given, else the family's member of this size; None for size=tiny."""
-    if checkpoint is not None or size == "tiny":
-        return checkpoint
+    if checkpoint is not None:
+        return str(Path(checkpoint).expanduser()) if checkpoint.startswith("~") else checkpoint
+    if size == "tiny":
+        return None
     if published.get(size) is None:
         sizes = ", ".join(["tiny", *(name for name, hub_id in published.items() if hub_id)])
         raise UserError(f"size={size}: this {part} has no published checkpoint of this size", f"size=ONE_OF {sizes}")
@@ -34,8 +56,18 @@ def load_config(
     else:
         with loading(f"{part}.checkpoint", name):
             config = AutoConfig.from_pretrained(name)
+        if model_type == "parakeet_encoder" and hasattr(config, "encoder_config"):  # published within whole models
+            config.encoder_config._name_or_path = config._name_or_path
+            config = config.encoder_config
+        refuse_other_family(part, name, config, model_type)
     values = {**(tiny if name is None else {}), **options}
-    if unknown := [key for key in values if not hasattr(config, key)]:
+    unknown = [key for key in values if not hasattr(config, key)]
+    if "add_adapter" in unknown:
+        raise UserError(
+            f"adapter=family: {type(config).__name__} has no adapter of its own",
+            "adapter=conv, which is much the same, or encoder=wav2vec2, wavlm, wav2vec2_conformer, w2v_bert or data2vec",
+        )
+    if unknown:
         close = difflib.get_close_matches(unknown[0], vars(config), n=1)
         raise UserError(
             f"{part}.options.{unknown[0]}: {type(config).__name__} has no such option"
@@ -43,19 +75,91 @@ def load_config(
             f"{part}.options.NAME=VALUE with a NAME of {type(config).__name__}",
         )
     try:
-        return type(config).from_dict({**config.to_dict(), **values})
+        return type(config).from_dict({**({} if name is None else config.to_dict()), **values})
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"{part}.options: {' '.join(str(error).split())[:200]}", f"{part}.options.NAME=VALUE that fits"
         ) from error
 
 
-def load_weights(part: str, name: str, factory: Any, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """`factory.from_pretrained` in float32, whatever precision the weights have on disk."""
+def configured(name: Any, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The configuration of checkpoint `name` with what `options` say of it, and the options that are left for loading."""
+    loading = {key: value for key, value in options.items() if key in HUB_OPTIONS | LOADING_OPTIONS}
+    rest = {key: value for key, value in options.items() if key not in LOADING_OPTIONS}
+    config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **rest)
+    return config, {**unused, **loading}
+
+
+def load_weights(
+    part: str, name: str, factory: Any, config: PreTrainedConfig, attention: str | None
+) -> PreTrainedModel:
+    """`factory.from_pretrained` in float32, whatever precision the weights have on disk.
+
+    Raises UserError where the weights are another model's; what they lack is logged.
+    """
     with loading(f"{part}.checkpoint", name), attention_of(part, config):
-        model = factory.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=attention)
+        model, loaded = factory.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     assert isinstance(model, PreTrainedModel)
+    used = model.get_encoder() if part == "encoder" and model.config.is_encoder_decoder else model
+    check_loaded(f"{part}.checkpoint={name}", model, loaded, used)
     return model
+
+
+def check_loaded(option: str, model: nn.Module, loaded: Mapping[str, Any], used: nn.Module) -> None:
+    """Raises UserError where a file of weights fits the model badly; else what starts at random is logged.
+
+    option: as the user wrote it
+    loaded: what transformers says of the file: `missing_keys`, `mismatched_keys`
+    used: the part of the model that matters
+    """
+    instead = f"{option.partition('=')[0]}=FOLDER whose config.json and weights belong together"
+    if loaded["mismatched_keys"]:
+        weight, stored, wanted = min(loaded["mismatched_keys"])
+        sizes = f"{weight} has the shape {tuple(stored)} in the file and {tuple(wanted)} in the model"
+        raise UserError(f"{option}: {sizes}", f"{instead}, without options that change sizes")
+    of_used = set(used.parameters())
+    sizes_of = {name: weight.numel() for name, weight in model.named_parameters() if weight in of_used}
+    missing = sorted(sizes_of.keys() & set(loaded["missing_keys"]))
+    if 2 * sum(sizes_of[name] for name in missing) > sum(sizes_of.values()):
+        lack = f"it lacks {len(missing)} of {len(sizes_of)}, such as {missing[0]}"
+        raise UserError(f"{option}: its weights are of another model: {lack}", instead)
+    if new := parts(name for name in missing if not CROSS_ATTENTION.search(name)):
+        logger.warning("%s lacks some weights, which start at random: %s", option, new)
+
+
+def parts(names: Iterable[str]) -> str:
+    """What parameters of these names belong to, in a few words."""
+    return ", ".join(
+        sorted({"cross-attention" if CROSS_ATTENTION.search(name) else ".".join(name.split(".")[:2]) for name in names})
+    )
+
+
+def refuse_other_family(part: str, name: str, config: PreTrainedConfig, model_type: str) -> None:
+    """Raises UserError for a checkpoint of a joined model, or of another family than the one that is asked for."""
+    if config.model_type.endswith("speech-encoder-decoder"):
+        raise joined_model(f"{part}.checkpoint", name)
+    if not isinstance(config, CONFIG_MAPPING[model_type]):
+        other = config.model_type
+        raise UserError(
+            f"{part}.checkpoint={name}: this is a {other} model, and {part}.model_type is {model_type}",
+            f"{part}={other.replace('-', '_')}, or where no option has that name {part}.model_type={other}",
+        )
+
+
+def joined_model(option: str, name: str) -> UserError:
+    part = option.partition(".")[0]
+    return UserError(
+        f"{option}={name}: this is a joined model of encoder and decoder",
+        f"task=evaluate checkpoint={name} to score it, or {option}=FOLDER of a part alone,"
+        f" as model.{part}.save_pretrained(FOLDER) writes it",
+    )
 
 
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
@@ -74,35 +178,21 @@ def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
-    """While a model is made, its family's refusal of an attention implementation becomes a UserError."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        attention = config._attn_implementation
-        reason = " ".join(str(error).split())
-        if not re.search("attention|attn", reason, re.IGNORECASE):
-            raise
-        raise UserError(
-            f"{part}.attention={attention}: {config.model_type} cannot use it here: {reason[:160]}",
-            f"{part}.attention=eager, which every family has",
-        ) from error
-
-
-@contextmanager
 def loading(option: str, name: str) -> Iterator[None]:
-    """Turns the failures of loading `name` into a UserError that says which of three things is wrong.
+    """Turns the failures of loading `name` into a UserError that says which of four things is wrong.
 
     option: what the user writes to name another one, such as `encoder.checkpoint`
     """
     folder = Path(name).expanduser()
     alternatives = f"{option}=FOLDER saved by save_pretrained, or a Hub id where the Hub can be reached"
     if option != "checkpoint":
-        alternatives += ", or size=tiny (random weights, needs no network)"
+        alternatives += f", or without {option} size=tiny (random weights, needs no network)"
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not folder.is_dir():
         raise UserError(f"{option}={name}: there is no such folder", alternatives)
     if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / "model/config.json").is_file():
+            raise joined_model(option, name)
         raise UserError(f"{option}={name}: this folder is no model, it holds no config.json", alternatives)
     if not folder.is_dir():
         go_offline_if_unreachable()
@@ -110,7 +200,7 @@ def loading(option: str, name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         where = "the folder" if folder.is_dir() else "there is no such folder here, and the Hub or its cache"
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{option}={name}: {where} gave: {reason}", alternatives) from error

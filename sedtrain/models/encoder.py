@@ -1,93 +1,128 @@
-"""Speech encoders: any `transformers` encoder by its model type, with what a sub-encoder needs to stand alone.
+"""Speech encoders: any `transformers` encoder by its model type, alone and with masks that reach everything.
 
-B batch, F mel bins, T frames, D width.
+B batch, S inputs (samples or feature frames), T frames.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
+    ParakeetFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
     SeamlessM4TFeatureExtractor,
     SequenceFeatureExtractor,
     Speech2TextFeatureExtractor,
+    SpeechT5FeatureExtractor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from sedtrain.batch import UserError
-from sedtrain.models.checkpoint import attention_of, load_config, load_weights, loading, published_name
-from sedtrain.models.feature_encoder import forward_as_matrix_products
+from sedtrain.models.attention import attention_of, attention_wanted
+from sedtrain.models.checkpoint import (
+    configured,
+    load_config,
+    load_weights,
+    loading,
+    published_name,
+)
+from sedtrain.models.families import MASKED
+from sedtrain.models.sub_encoders import OF_WHOLE, STANDALONE, encoder_config
 
-
-class VariableLengthWhisperEncoder(WhisperEncoder):
-    """Whisper's encoder for clips of any length up to its limit: positions are cropped, padding is masked.
-
-    The upstream class computes 30 seconds for every clip. Parameters and their names are unchanged.
-    """
-
-    def _get_feature_vector_attention_mask(self, num_frames: int, attention_mask: Tensor) -> Tensor:
-        """(B, T) mask of mel frames -> (B, num_frames) mask of encoder frames."""
-        frame_mask = attention_mask[:, :: self.conv2.stride[0]]
-        assert frame_mask.shape[1] == num_frames
-        return frame_mask
-
-    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **options: Any) -> BaseModelOutput:
-        """(B, F, T) log-mel features -> (B, ceil(T / 2), D). Raises UserError for more frames than it has positions."""
-        hidden_states = F.gelu(self.conv1(input_features))
-        if attention_mask is not None:
-            hidden_states = hidden_states * attention_mask[:, None]  # what the second convolution pads with, alone
-        hidden_states = F.gelu(self.conv2(hidden_states)).transpose(1, 2)
-        num_frames = hidden_states.shape[1]
-        if num_frames > self.max_source_positions:
-            raise UserError(
-                f"an utterance of {num_frames} frames does not fit an encoder with {self.max_source_positions} positions",
-                "data.max_seconds=30, the limit of Whisper's encoder",
-            )
-        hidden_states = hidden_states + self.embed_positions.weight[:num_frames]
-        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        mask = None
-        if attention_mask is not None:
-            frame_mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
-            mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
-        for layer in self.layers:
-            if not (self.training and torch.rand([]) < self.layerdrop):
-                hidden_states = layer(hidden_states, mask, **options)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+KINDS = {**MASKED, **STANDALONE}
+OF_TYPE = {kind.config_class.model_type: kind for kind in KINDS.values()}
+UPSTREAM = {kind: upstream for upstream, kind in KINDS.items()}
 
 
 def encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """An encoder with random weights; of a sequence-to-sequence family, its encoder alone."""
-    if config.model_type == "whisper":
-        return VariableLengthWhisperEncoder(config)
+    """An encoder with random weights; of a sequence-to-sequence family, its encoder alone with a configuration of its own."""
+    config = encoder_config(config)
     with attention_of("encoder", config):
-        model = AutoModel.from_config(config)
-    return prepared(model.get_encoder() if config.is_encoder_decoder else model)
+        if kind := OF_TYPE.get(config.model_type):
+            return kind._from_config(config)
+        return standalone(AutoModel.from_config(config))
 
 
-def prepared(encoder: PreTrainedModel) -> PreTrainedModel:
-    """The encoder, with the faster form of its front end on CPUs wherever that gives equal results."""
-    front_end = getattr(encoder, "feature_extractor", None)
-    if isinstance(front_end, nn.Module) and getattr(encoder.config, "feat_extract_norm", None) == "layer":
-        convolve = front_end.forward
+def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
+    """`AutoModel.from_pretrained` for the encoder alone of the checkpoint `name`, whatever model that is of."""
+    if (config := options.pop("config", None)) is None:
+        config, options = configured(name, options)
+    factory, config = loader_of(config)
+    with attention_wanted("encoder", config, options):
+        return standalone(factory.from_pretrained(name, config=config, **options))
 
-        def forward(input_values: Tensor) -> Tensor:
-            if input_values.device.type == "cpu":
-                return forward_as_matrix_products(front_end, input_values)
-            convolved: Tensor = convolve(input_values)
-            return convolved
 
-        front_end.forward = forward
+def loader_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
+    """What loads the weights of an encoder that lie in a checkpoint with this configuration, and with which one."""
+    if config.model_type in OF_WHOLE:
+        return OF_WHOLE[config.model_type].whole, config
+    config = encoder_config(config)
+    return OF_TYPE.get(config.model_type, AutoModel), config
+
+
+def standalone(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of `model`, or `model` itself, with its weights and with masks that reach everything, in place.
+
+    A class that is not of transformers stays as it is. Raises UserError for a model whose encoder does not hear speech.
+    """
+    config = encoder_config(model.config)
+    kind = OF_TYPE.get(config.model_type)
+    if kind is None:
+        return model.get_encoder() if config.is_encoder_decoder else model
+    if isinstance(model, UPSTREAM[kind]) and type(model) is not UPSTREAM[kind]:
+        return model
+    encoder: Any = next((module for module in model.modules() if type(module) is UPSTREAM[kind]), None)
+    if encoder is None:
+        raise UserError(
+            f"{type(model).__name__} has no encoder of speech", f"a model of {config.model_type} that takes speech"
+        )
+    shared = type(encoder.config)
+    for module in encoder.modules():
+        if type(getattr(module, "config", None)) is shared:
+            module.config = config
+    encoder.__class__ = kind
+    _CAN_RECORD_REGISTRY[encoder] = encoder._can_record_outputs  # which a constructor would do
+    encoder.set_up()
     return encoder
+
+
+def loads_in_stock_transformers(config: PreTrainedConfig) -> bool:
+    """Whether a joined model with this encoder loads where sedtrain is not installed."""
+    return config.model_type in CONFIG_MAPPING_NAMES and not config.is_encoder_decoder
+
+
+def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor) -> Tensor:
+    """(B, S) mask of the encoder's inputs -> (B, num_frames) mask of its frames, as the encoder's own method says."""
+    refuse_without_hook(encoder)
+    mask: Tensor = encoder._get_feature_vector_attention_mask(num_frames, attention_mask)
+    return mask
+
+
+def refuse_without_hook(encoder: PreTrainedModel) -> None:
+    """Raises UserError for an encoder that does not say which of its frames are padding."""
+    if not hasattr(encoder, "_get_feature_vector_attention_mask"):
+        raise UserError(
+            f"{type(encoder).__name__} does not say which of its frames are real where utterances are padded",
+            "a method _get_feature_vector_attention_mask(self, num_frames, attention_mask) in it that returns"
+            " the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs",
+        )
+
+
+def freeze_front_end(encoder: PreTrainedModel) -> None:
+    """Stops the gradient of what turns inputs into what the encoder's first layer takes."""
+    if not hasattr(encoder, "freeze_feature_encoder"):
+        raise UserError(
+            f"{type(encoder).__name__} does not say what its front end is",
+            "a method freeze_feature_encoder(self) in it that stops the gradient of its front end",
+        )
+    encoder.freeze_feature_encoder()
 
 
 def load_encoder(
@@ -98,7 +133,7 @@ def load_encoder(
     size: str = "tiny",
     pretrained: bool = True,
     checkpoint: str | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """An encoder of a family that `transformers` knows, with random or published or saved weights.
@@ -108,17 +143,30 @@ def load_encoder(
     options: values of the family's configuration class, for any size
     """
     name = published_name("encoder", size, checkpoint, {"base": base, "large": large})
-    config = load_config("encoder", name, model_type, tiny, **(options or {}))
+    options = dict(options or {})
+    if "mask_time_prob" in options:
+        options = with_spec_augment(model_type, options)
+    config = load_config("encoder", name, model_type, tiny, **options)
     config._attn_implementation = attention
     if name is None or not pretrained:
         return encoder_from_config(config)
-    if config.model_type == "whisper":
-        whisper = load_weights("encoder", name, AutoModel, config, attention)
-        encoder = encoder_from_config(config)
-        encoder.load_state_dict(whisper.get_encoder().state_dict())
-        return encoder
-    model = load_weights("encoder", name, AutoModel, config, attention)
-    return prepared(model.get_encoder() if config.is_encoder_decoder else model)
+    factory, config = loader_of(config)
+    return standalone(load_weights("encoder", name, factory, config, attention))
+
+
+def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with SpecAugment switched on, which it is not in every checkpoint: w2v-BERT's has it off.
+
+    Raises UserError for a family without it; Whisper's is outside of its encoder.
+    """
+    config = AutoConfig.for_model(model_type)
+    if model_type == "whisper" or not hasattr(config, "mask_time_prob"):
+        raise UserError(
+            f"augment: {model_type} has no SpecAugment in its encoder",
+            "augment=[speed,gain,noise,time_mask], or an encoder such as wav2vec2, hubert, wavlm or w2v_bert",
+        )
+    switch = {"apply_spec_augment": True} if hasattr(config, "apply_spec_augment") else {}
+    return {**switch, **options}
 
 
 def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
@@ -127,11 +175,51 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
     if name:
         with loading("encoder.checkpoint", name):
             return AutoFeatureExtractor.from_pretrained(name)
-    if encoder.config.model_type == "whisper":
-        return WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
-    if encoder.config.model_type == "wav2vec2-bert":
-        return SeamlessM4TFeatureExtractor(feature_size=encoder.config.feature_projection_input_dim // 2)
-    if encoder.config.model_type == "speech_to_text":
-        mels = encoder.config.input_feat_per_channel
-        return Speech2TextFeatureExtractor(feature_size=mels, num_mel_bins=mels)
+    return FEATURE_EXTRACTORS.get(encoder.config.model_type, normalised_audio)(encoder.config)
+
+
+def normalised_audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
     return Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+
+
+def audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    return Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+
+
+def speecht5(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    return SpeechT5FeatureExtractor(do_normalize=False)
+
+
+def whisper(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+
+
+def pairs_of_mels(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    return SeamlessM4TFeatureExtractor(feature_size=config.feature_projection_input_dim // 2)
+
+
+def speech_to_text(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    mels = config.input_feat_per_channel
+    return Speech2TextFeatureExtractor(feature_size=mels, num_mel_bins=mels)
+
+
+def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    try:
+        return ParakeetFeatureExtractor(feature_size=config.num_mel_bins)
+    except ImportError as error:
+        raise UserError(
+            f"encoder=parakeet: its features need a package that is missing: {error}", "pip install librosa"
+        ) from error
+
+
+FEATURE_EXTRACTORS: dict[str, Callable[[PreTrainedConfig], SequenceFeatureExtractor]] = {
+    "moonshine-encoder": audio,
+    "speecht5-encoder": speecht5,
+    "whisper-encoder": whisper,
+    "wav2vec2-bert": pairs_of_mels,
+    "seamless_m4t-encoder": pairs_of_mels,
+    "seamless_m4t_v2-encoder": pairs_of_mels,
+    "speech_to_text-encoder": speech_to_text,
+    "parakeet_encoder": parakeet,
+}
+"""By the encoder's model type; of any other, normalised audio."""

@@ -1,0 +1,33 @@
+"""The families of encoders and decoders that have an option file, at size=tiny."""
+
+import string
+
+import torch
+from omegaconf import OmegaConf
+
+from sedtrain.config import conf_dir
+from sedtrain.models.decoder import load_decoder
+from sedtrain.models.encoder import load_encoder
+from sedtrain.text import train_tokenizer
+
+ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
+DECODERS = sorted(path.stem for path in (conf_dir() / "decoder").glob("*.yaml"))
+TOKENIZER = train_tokenizer([" ".join(string.printable)], "char", 200)
+
+
+def option_file(group, name):
+    """The values of conf/GROUP/NAME.yaml at size=tiny."""
+    root = {"size": "tiny", "pretrained": True, "attention": {"implementation": None}}
+    config = OmegaConf.create({**root, group: OmegaConf.load(conf_dir() / f"{group}/{name}.yaml")})
+    values = OmegaConf.to_container(config[group], resolve=True)
+    return {key: value for key, value in values.items() if key not in ("_target_", "_partial_")}
+
+
+def tiny_encoder(name, seed=0, **options):
+    torch.manual_seed(seed)
+    return load_encoder(**{**option_file("encoder", name), **options}).eval()
+
+
+def tiny_decoder(name, seed=0, tokenizer=TOKENIZER, **options):
+    torch.manual_seed(seed)
+    return load_decoder(tokenizer, **{**option_file("decoder", name), **options}).eval()

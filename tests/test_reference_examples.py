@@ -1,0 +1,271 @@
+"""The examples of the base class's documents as they stand: `SpeechEncoderDecoderModel` is ours, a Hub name a folder."""
+
+from io import BytesIO
+
+import pyarrow.parquet
+import pytest
+import soundfile
+import torch
+from conftest import EMBEDDED
+from families import tiny_encoder
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HubertConfig,
+    HubertModel,
+    SpeechEncoderDecoderConfig,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+)
+
+from sedtrain.models.encoder import feature_extractor_of
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
+
+ENCODER = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": [8, 8, 8],
+    "conv_kernel": [10, 8, 4], "conv_stride": [8, 8, 4], "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+DECODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+]
+TRANSLATION = "facebook/wav2vec2-xls-r-300m-en-to-15"
+
+
+def load_dataset(name, configuration, split):
+    """The embedded corpus in the place of any other."""
+    rows = pyarrow.parquet.read_table(EMBEDDED / f"{split}.parquet").slice(0, 2).to_pylist()
+    for row in rows:
+        row["audio"]["array"], row["audio"]["sampling_rate"] = soundfile.read(BytesIO(row["audio"]["bytes"]))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Folders with the names that the documents load: tiny models of the same classes."""
+    root = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    vocabulary = root / "vocab.txt"
+    vocabulary.write_text("\n".join(VOCABULARY))
+    tokenizer = BertTokenizerFast(str(vocabulary))
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False)
+    bert = BertForMaskedLM(BertConfig(**DECODER, vocab_size=len(tokenizer)))
+    for name in ("google-bert/bert-base-uncased", "bert-base-uncased"):
+        bert.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    HubertModel(HubertConfig(**ENCODER)).save_pretrained(root / "facebook/hubert-large-ll60k")
+    Wav2Vec2ForCTC(Wav2Vec2Config(**ENCODER)).save_pretrained(root / "facebook/wav2vec2-base-960h")
+    extractor.save_pretrained(root / "facebook/wav2vec2-base-960h")
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, eos_token_id=1)).save_pretrained(
+        root / "gpt2"
+    )
+    bart = BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=30,
+    )  # fmt: skip
+    BartForConditionalGeneration(bart).save_pretrained(root / "facebook/bart-base")
+    translation = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(
+        root / "facebook/wav2vec2-base-960h", root / "bert-base-uncased"
+    )
+    translation.set_special_tokens(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    translation.generation_config.max_length = 12
+    translation.save_pretrained(root / TRANSLATION)
+    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(root / TRANSLATION)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_hub(hub, monkeypatch, tmp_path):
+    """The working directory, in which each name is a folder; what an example saves lies in a folder of its own."""
+    for folder in hub.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_two_default_configurations():
+    config_encoder = Wav2Vec2Config()
+    config_decoder = BertConfig()
+
+    config = SpeechEncoderDecoderConfig.from_encoder_decoder_configs(config_encoder, config_decoder)
+    with torch.device("meta"):
+        model = SpeechEncoderDecoderModel(config=config)
+
+    assert model.num_parameters() > 200_000_000
+    assert model.config.decoder.is_decoder and model.config.decoder.add_cross_attention
+
+
+@pytest.mark.parametrize("of_objects", [False, True])
+def test_a_configuration_saved_and_loaded(of_objects):
+    # Initializing a Wav2Vec2 & BERT style configuration
+    config_encoder = Wav2Vec2Config(**ENCODER)
+    config_decoder = BertConfig(**DECODER)
+
+    if of_objects:
+        config = SpeechEncoderDecoderConfig(encoder=config_encoder, decoder=config_decoder)
+    else:
+        config = SpeechEncoderDecoderConfig.from_encoder_decoder_configs(config_encoder, config_decoder)
+
+    # Initializing a Wav2Vec2Bert model from a Wav2Vec2 & google-bert/bert-base-uncased style configurations
+    model = SpeechEncoderDecoderModel(config=config)
+
+    # Accessing the model configuration
+    config_encoder = model.config.encoder
+    config_decoder = model.config.decoder
+    # set decoder config to causal lm
+    config_decoder.is_decoder = True
+    config_decoder.add_cross_attention = True
+
+    # Saving the model, including its configuration
+    model.save_pretrained("my-model")
+
+    # loading model and config from pretrained folder
+    encoder_decoder_config = SpeechEncoderDecoderConfig.from_pretrained("my-model")
+    loaded = SpeechEncoderDecoderModel.from_pretrained("my-model", config=encoder_decoder_config)
+
+    assert loaded.config.to_dict().keys() >= model.config.to_dict().keys() - {"dtype"}
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    assert any("crossattention" in name for name in loaded.state_dict())
+
+
+@pytest.mark.parametrize(
+    "decoder", ["google-bert/bert-base-uncased", "bert-base-uncased", "gpt2", "facebook/bart-base"]
+)
+def test_two_checkpoints(decoder):
+    model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained("facebook/hubert-large-ll60k", decoder)
+
+    saved = HubertModel.from_pretrained("facebook/hubert-large-ll60k").state_dict()
+    for name, weight in model.encoder.state_dict().items():
+        assert torch.equal(saved[name], weight)
+    assert not model.training
+
+
+def test_two_checkpoints_saved_and_loaded():
+    # initialize a wav2vec2bert from a pretrained Wav2Vec2 and a pretrained BERT model.
+    model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(
+        "facebook/wav2vec2-base-960h", "google-bert/bert-base-uncased"
+    )
+    # saving model after fine-tuning
+    model.save_pretrained("./wav2vec2bert")
+    # load fine-tuned model
+    loaded = SpeechEncoderDecoderModel.from_pretrained("./wav2vec2bert")
+
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+
+
+def test_keywords_with_a_prefix_change_the_parts():
+    model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(
+        "facebook/wav2vec2-base-960h",
+        "google-bert/bert-base-uncased",
+        encoder_layerdrop=0.0,
+        decoder_num_hidden_layers=1,
+    )
+    assert model.config.encoder.layerdrop == model.encoder.config.layerdrop == 0.0
+    assert len(model.decoder.bert.encoder.layer) == 1
+
+
+@pytest.mark.parametrize("dtype", [{}, {"dtype": "auto"}])
+@pytest.mark.parametrize("kind", [SpeechEncoderDecoderModel, AutoModelForSpeechSeq2Seq])
+def test_inference(dtype, kind):
+    # load a fine-tuned speech translation model and corresponding processor
+    model = kind.from_pretrained("facebook/wav2vec2-xls-r-300m-en-to-15", **dtype)
+    processor = Wav2Vec2Processor.from_pretrained("facebook/wav2vec2-xls-r-300m-en-to-15")
+
+    # let's perform inference on a piece of English speech (which we'll translate to German)
+    ds = load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
+    input_values = processor(ds[0]["audio"]["array"], return_tensors="pt").input_values
+
+    # autoregressively generate transcription (uses greedy decoding by default)
+    generated_ids = model.generate(input_values)
+    generated_text = processor.batch_decode(generated_ids, skip_special_tokens=True)[0]
+
+    assert generated_ids.shape[0] == 1
+    assert generated_ids[0, 0] == processor.tokenizer.cls_token_id
+    assert isinstance(generated_text, str)
+
+
+def test_inference_and_training_with_one_processor():
+    processor = AutoProcessor.from_pretrained("facebook/wav2vec2-xls-r-300m-en-to-15")
+    model = SpeechEncoderDecoderModel.from_pretrained("facebook/wav2vec2-xls-r-300m-en-to-15")
+
+    ds = load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
+
+    input_values = processor(ds[0]["audio"]["array"], return_tensors="pt").input_values
+    # Inference: Translate English speech to German
+    generated = model.generate(input_values)
+    decoded = processor.batch_decode(generated, skip_special_tokens=True)[0]
+    assert isinstance(decoded, str)
+
+    # Training: Train model on English transcription
+    labels = processor(text=ds[0]["text"], return_tensors="pt").input_ids
+
+    loss = model(input_values, labels=labels).loss
+    loss.backward()
+    assert learns(model, loss)
+
+
+def learns(model, loss):
+    grads = [model.encoder.get_parameter("feature_projection.projection.weight").grad]
+    grads.append(model.decoder.get_parameter("bert.encoder.layer.0.crossattention.self.key.weight").grad)
+    return loss.isfinite() and loss > 1 and all(grad is not None and grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("decoder_id", ["google-bert/bert-base-uncased", "bert-base-uncased"])
+def test_training(decoder_id):
+    encoder_id = "facebook/wav2vec2-base-960h"  # acoustic model encoder
+
+    feature_extractor = AutoFeatureExtractor.from_pretrained(encoder_id)
+    tokenizer = AutoTokenizer.from_pretrained(decoder_id)
+    # Combine pre-trained encoder and pre-trained decoder to form a Seq2Seq model
+    model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(encoder_id, decoder_id)
+
+    model.config.decoder_start_token_id = tokenizer.cls_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    # load an audio input and pre-process (normalise mean/std to 0/1)
+    ds = load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
+    input_values = feature_extractor(ds[0]["audio"]["array"], return_tensors="pt").input_values
+
+    # load its corresponding transcription and tokenize to generate labels
+    labels = tokenizer(ds[0]["text"], return_tensors="pt").input_ids
+
+    # the forward function automatically creates the correct decoder_input_ids
+    loss = model(input_values=input_values, labels=labels).loss
+    loss.backward()
+
+    assert learns(model, loss)
+    assert model.generate(input_values, max_new_tokens=3)[0, 0] == tokenizer.cls_token_id
+
+
+def test_features_in_the_place_of_audio():
+    encoder = tiny_encoder("speech_to_text")
+    extractor = feature_extractor_of(encoder)
+    model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(
+        decoder_pretrained_model_name_or_path="google-bert/bert-base-uncased", encoder_model=encoder
+    )
+    model.set_special_tokens(2, 3, 0)
+    ds = load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
+    arrays = [row["audio"]["array"].astype("float32") for row in ds]
+    features = extractor(arrays, sampling_rate=extractor.sampling_rate, padding=True, return_tensors="pt")
+    assert model.generate(**features, max_new_tokens=3).shape[0] == 2
+    alone = model.generate(input_features=features.input_features[:1], max_new_tokens=3)
+    assert torch.equal(model.generate(features.input_features[:1], max_new_tokens=3), alone)
