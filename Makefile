@@ -8,7 +8,7 @@ demo: .venv/demo.stamp  ## trains on the embedded corpus: minutes on two CPU cor
 	$(BIN)/python -m sedtrain encoder=hubert decoder=bert
 
 test: .venv/dev.stamp  ## the whole test suite, without network
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -1,124 +1,38 @@
-"""`python -m sedtrain`: compose, check, run the task. Nothing heavy is imported before the configuration has passed."""
+"""`python -m sedtrain`: what has to be settled before anything else is imported, and then the command."""
 
-import errno
-import logging
+import contextlib
+import multiprocessing
 import os
+import signal
 import sys
-import warnings
-from pathlib import Path
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from sedtrain.config import ConfigError, conf_dir, register
-from sedtrain.overrides import check_command_line, inherit_run
-
-RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-# How torch and safetensors, which raise classes of their own, say it.
-HALF_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "No space left")
-NO_CONCERN = (
-    ".*does not have many workers.*",  # small audio is decoded faster than it travels between processes
-    ".*Experiment logs directory.*",  # the run's folder is new: open_run_folder made it
-    ".*Support for mismatched key_padding_mask.*",  # between WavLM and PyTorch
-    ".*smaller than the logging interval.*",  # a corpus so small is none that wants more of a log
-    ".*LeafSpec.*",  # between Lightning and PyTorch
-)
+from types import FrameType
 
 
 def main() -> None:
     """Runs the command line; exit status 2 for what the user can repair, 130 after Ctrl-C."""
+    signal.signal(signal.SIGINT, interrupted)
     sys.path.insert(0, "")  # a user's own classes, found from the console script as from `python -m`
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Threads that spin for long while they wait bring two programs on the same cores to a near standstill.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    register()
-    try:
-        sys.argv[1:] = check_command_line(sys.argv[1:])
-    except ConfigError as error:
-        fail(str(error))
-    hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(run)()
+    from sedtrain.jobs import run_command_line
+
+    run_command_line(sys.argv[1:])
 
 
-def run(cfg: DictConfig) -> None:
-    """One job: a configuration that has passed becomes a task that runs."""
-    try:
-        inherit_run(cfg, list(HydraConfig.get().overrides.task))
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            cfg.run_dir = os.environ.get(RUN_DIR, cfg.run_dir)  # the first process of the run opened it
-        elif cfg.task != "transcribe":
-            open_run_folder(Path(cfg.run_dir))
-            os.environ[RUN_DIR] = cfg.run_dir
-        run_task(cfg)
-    except ConfigError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted", status=130)
-    except Exception as error:
-        if not is_full_or_read_only(error):
-            raise
-        fail(f"run_dir={cfg.run_dir} cannot be written to: {error}\n  write run_dir=FOLDER on a disk with room")
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """Ends the process at once: in an import or a library's own handling an exception would be lost or take other forms.
 
-
-def run_task(cfg: DictConfig) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from sedtrain.batch import UserError
-    from sedtrain.tasks import TASKS, Interrupted
-
-    quieten()
-    try:
-        TASKS[cfg.task](cfg)
-    except UserError as error:
-        fail(str(error))
-    except Interrupted as stop:
-        fail(str(stop), status=130)
-
-
-def open_run_folder(folder: Path) -> None:
-    """Makes the run's folder and its log file. Raises ConfigError where a run is already kept or nothing can be written."""
-    if (folder / "config.yaml").exists():
-        raise ConfigError.single(
-            "run_dir", str(folder), "this folder already holds a run", "write run_dir=ANOTHER_FOLDER"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(folder / "sedtrain.log")
-    except OSError as error:
-        write = "write run_dir=FOLDER that you may write to"
-        raise ConfigError.single("run_dir", str(folder), f"cannot be written to: {error}", write) from error
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("sedtrain").addHandler(to_file)
-
-
-def quieten() -> None:
-    """Our own messages plainly on the console; of the libraries', warnings, and not those that do not concern the user."""
-    logger = logging.getLogger("sedtrain")
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    to_console = logging.StreamHandler()
-    to_console.setLevel(logging.INFO)
-    to_console.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(to_console)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in NO_CONCERN:
-        warnings.filterwarnings("ignore", message)
-
-
-def is_full_or_read_only(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in CANNOT_WRITE
-    return any(words in str(error) for words in HALF_WRITTEN)
-
-
-def fail(message: str, status: int = 2) -> None:
-    logger = logging.getLogger("sedtrain")
-    if logger.handlers:
-        logger.error(message)
-    else:
-        print(message, file=sys.stderr)
-    sys.exit(status)
+    The processes that load data leave it to the one that started them.
+    """
+    if multiprocessing.parent_process() is not None:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it may be in the middle of a write
+            stream.flush()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

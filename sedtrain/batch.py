@@ -4,6 +4,7 @@ B batch, S samples, F features, T frames, U target tokens.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ class UserError(ValueError):
         return f"{self.what_is_wrong}\n  write instead: {self.write_instead}"
 
 
+def require(holds: bool, option: str, value: object, wanted: str) -> None:
+    """Raises UserError where a number is not what its option wants, such as `a number above 0`."""
+    if not holds:
+        raise UserError(f"{option}={value}: this has to be {wanted}", f"{option}=NUMBER, {wanted}")
+
+
 @dataclass(frozen=True)
 class Utterance:
     """One (speech, text) pair as it was read: `audio` is (S,) float32 in -1..1 at `sampling_rate` hertz."""
@@ -36,8 +43,7 @@ class Utterance:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Skipped:
+class Skipped(NamedTuple):
     """An utterance that is left out, and why: `reason` is one of few words, so that reasons can be counted."""
 
     id: str
@@ -45,9 +51,9 @@ class Skipped:
     detail: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """Padded utterances, as the model takes them.
+    """Padded utterances, as the model takes them; not frozen, since Lightning changes the precision of a copy in place.
 
     inputs:         (B, S) raw audio, or (B, T, F) or (B, F, T) features, in the layout of the encoder's feature extractor
     attention_mask: (B, S) or (B, T), 1 where `inputs` is real

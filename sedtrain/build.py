@@ -1,139 +1,118 @@
 """From a checked configuration to connected objects: the only place where components meet."""
 
-from dataclasses import dataclass
-from datetime import timedelta
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import lightning
-import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
-from torch import nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedtrain.batch import UserError
-from sedtrain.config import ConfigError
+from sedtrain.config import ConfigError, Problem
+from sedtrain.creation import create, import_target
+from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.evaluation.normalisers import normaliser
-from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.export import SavedModel
 from sedtrain.finetune import Freeze
 from sedtrain.losses import LossWeights
+from sedtrain.models.adapter import Adapter
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.encoder import feature_extractor_of
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder, make_known
+from sedtrain.models.joint_config import frame_width
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.module import SpeechSeq2SeqModule
-from sedtrain.progress import Checkpoints, ProgressBar, StopOnInterrupt
-from sedtrain.text import start_end_pad
+from sedtrain.progress import ProgressBar
+from sedtrain.run import TrainingRun
+from sedtrain.text import start_end_pad, unwritable_characters
+
+logger = logging.getLogger(__name__)
 
 RANDOM_CTC_WEIGHT = 0.3
 METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """Everything that one training needs, connected."""
-
-    trainer: lightning.Trainer
-    module: SpeechSeq2SeqModule
-    data: SpeechTextDataModule
-    saved: SavedModel
-    folder: Path
-
-    @property
-    def callbacks(self) -> list[lightning.Callback]:
-        callbacks: list[lightning.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return callbacks
-
-    def plan(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """The parts of the model by name, and what a person wants to know before training starts."""
-        parts = dict(self.saved.model.named_children())
-        if self.module.ctc_head is not None:
-            parts["ctc_head"] = self.module.ctc_head
-        train = self.data.split("train")
-        facts = {
-            "training audio": f"{train.total_seconds() / 3600:.2f} hours, {len(train):,} utterances",
-            "batches": f"{self.data.batch_seconds:g} s of audio, {len(self.data.train_dataloader()):,} in an epoch",
-            "steps": f"{self.trainer.max_steps:,}" + (f", at most {self.time_limit()}" if self.time_limit() else ""),
-            "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
-            "ctc weight": f"{self.module.weights.ctc_weight:g}",
-            "run folder": str(self.folder),
-        }
-        return parts, facts
-
-    def time_limit(self) -> str | None:
-        timers = [callback for callback in self.callbacks if isinstance(callback, Timer)]
-        return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
-
-    def load_best(self) -> None:
-        """Takes the weights of the best validation, where there was one."""
-        best = next(each.best_model_path for each in self.callbacks if isinstance(each, Checkpoints))
-        if best:
-            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-            self.module.load_state_dict(checkpoint["state_dict"])
-
-    def interrupted(self) -> bool:
-        return any(isinstance(each, StopOnInterrupt) and each.interrupted for each in self.callbacks)
-
-    def totals(self) -> TrainingTotals | None:
-        """What training consumed, as the progress bar counted it."""
-        for callback in self.callbacks:
-            if isinstance(callback, ProgressBar):
-                return callback.totals()
-        return None
-
-
-def create(node: Any) -> Any:
-    """The object of a `_target_` node, or its partial; a UserError raised in it comes out as it is."""
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+DECIDED = {
+    "logger": "write logger=csv or logger=none",
+    "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
+    "default_root_dir": "write run_dir=FOLDER",
+    "use_distributed_sampler": "leave it out: batches are shared among the devices when they are cut",
+    "enable_checkpointing": "leave it out: a run keeps its best and its last weights",
+    "enable_model_summary": "leave it out: the parts of the model are shown before training starts",
+}
+"""Options of the Trainer that follow from others, and what to write instead."""
 
 
 def training_run(cfg: DictConfig) -> TrainingRun:
     """Builds what `task=train` needs; raises ConfigError or UserError for what the user can repair."""
+    refuse_unusable(cfg)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    data: SpeechTextDataModule = create(cfg.data)
-    refuse_single_file(cfg.data.path)
+    data: SpeechTextDataModule = create(cfg, "data")
+    data.augment = augment(cfg)
+    data.refuse_unusable(["train", "validation", cfg.split])
     tokenizer = tokenizer_for(cfg, data)
-    encoder: PreTrainedModel = create(cfg.encoder)
-    decoder: PreTrainedModel = create(cfg.decoder)(tokenizer)
-    check_widths(cfg.adapter.kind, encoder, decoder)
-    saved = SavedModel(joined(encoder, decoder, tokenizer), tokenizer, feature_extractor_of(encoder))
+    encoder: PreTrainedModel = create(cfg, "encoder")
+    decoder: PreTrainedModel = create(cfg, "decoder")(tokenizer)
+    feature_extractor = feature_extractor_of(encoder)
+    saved = SavedModel(joined(encoder, decoder, create(cfg, "adapter"), tokenizer), tokenizer, feature_extractor)
     connect(data, saved)
-    freeze: Freeze = create(cfg.finetune)
+    weights = loss_weights(
+        create(cfg, "loss"), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))
+    )
+    if weights.ctc_weight:
+        saved.model.add_ctc_head(len(tokenizer))
+    freeze: Freeze = create(cfg, "finetune")
     freeze.freeze(saved.model)
     module = SpeechSeq2SeqModule(
         saved.model,
         tokenizer,
-        loss_weights(
-            create(cfg.loss), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))
-        ),
+        weights,
         metric_set(cfg),
         decoding_options(cfg),
-        create(cfg.optimizer),
-        create(cfg.scheduler),
+        create(cfg, "optimizer"),
+        create(cfg, "scheduler"),
     )
+    module.optimizer_and_schedule(num_steps=1)  # what these refuse is refused before training starts
     return TrainingRun(trainer(cfg, freeze), module, data, saved, Path(cfg.run_dir))
 
 
-def refuse_single_file(path: str) -> None:
-    if Path(path).expanduser().is_file():
-        raise ConfigError.single(
-            "data.path",
-            path,
-            "one file would be training, validation and test data at once",
-            "write data.path=FOLDER with train, validation and test files (a single file serves task=evaluate)",
-        )
+def refuse_unusable(cfg: DictConfig) -> None:
+    """Raises one ConfigError of everything that no component would refuse by itself, or too late."""
+    problems = [
+        Problem(f"trainer.{option}", cfg.trainer[option], f"{option} is decided elsewhere", write)
+        for option, write in DECIDED.items()
+        if option in cfg.trainer
+    ]
+    for option in ("val_check_interval", "accumulate_grad_batches"):
+        value = cfg.trainer.get(option)
+        if isinstance(value, int) and value < 1:
+            write = f"write trainer.{option}=NUMBER of 1 or more"
+            problems.append(Problem(f"trainer.{option}", value, "this has to be 1 or more", write))
+    if not 0 <= cfg.seed < 2**32:
+        write = "write seed=NUMBER from 0 to 4294967295"
+        problems.append(Problem("seed", cfg.seed, "random number generators do not take this seed", write))
+    if not cfg.callbacks.get("checkpoints"):
+        write = "leave callbacks.checkpoints as it is; other callbacks may go"
+        problems.append(Problem("callbacks.checkpoints", None, "a run keeps its best weights by it", write))
+    if cfg.attention.implementation == "flash_attention_2" and str(cfg.trainer.precision).startswith("32"):
+        wrong = f"it computes in 16 bits, and trainer.precision is {cfg.trainer.precision}"
+        problems.append(Problem("attention", "flash_attention_2", wrong, "write trainer.precision=bf16-mixed"))
+    if Path(cfg.data.path).expanduser().is_file():
+        wrong = "one file would be training, validation and test data at once"
+        write = "write data.path=FOLDER with train, validation and test files (a single file serves task=evaluate)"
+        problems.append(Problem("data.path", cfg.data.path, wrong, write))
+    if problems:
+        raise ConfigError(problems)
+
+
+def augment(cfg: DictConfig) -> Augment:
+    """The chain of `augment`; nothing in it makes an utterance longer than `data.max_seconds`."""
+    made = {}
+    for name in cfg.augment:
+        with options_of(f"augment.{name}"):
+            made[str(name)] = create(cfg, f"augment.{name}")
+    return Augment(made, cfg.seed, cfg.data.max_seconds)
 
 
 def tokenizer_for(cfg: DictConfig, data: SpeechTextDataModule) -> PreTrainedTokenizerBase:
@@ -141,11 +120,31 @@ def tokenizer_for(cfg: DictConfig, data: SpeechTextDataModule) -> PreTrainedToke
     decoder = cfg.decoder
     published = {size: decoder.get(size) for size in ("base", "large")}
     own = tokenizer_of(cfg.size, decoder.get("checkpoint"), published)
-    return create(cfg.tokenizer)(data.rows("train").texts()) if own is None else own
+    texts = data.rows("train").texts()
+    if own is None:
+        trained: PreTrainedTokenizerBase = create(cfg, "tokenizer")(texts)
+        return trained
+    warn_of_unwritable(own, texts)
+    return own
+
+
+def warn_of_unwritable(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+    """Says in the log which characters of the training texts a pretrained tokenizer writes as its unknown token."""
+    if counts := unwritable_characters(tokenizer, texts):
+        most = ", ".join(f"{character!r} {count:,}" for character, count in counts.most_common(20))
+        logger.warning(
+            "the decoder's tokenizer writes %d characters of the training texts as unknown: %s%s",
+            counts.total(),
+            most,
+            ", ..." if len(counts) > 20 else "",
+        )
 
 
 def joined(
-    encoder: PreTrainedModel, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    encoder: PreTrainedModel,
+    decoder: PreTrainedModel,
+    adapter: Callable[[int, int], Adapter | None],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> SpeechEncoderDecoder:
     """The model with the start token of the decoder's pretraining, else the tokenizer's."""
     if decoder.config.vocab_size < len(tokenizer):
@@ -157,23 +156,13 @@ def joined(
         )
     start, end, pad = start_end_pad(tokenizer)
     pretrained_start = getattr(decoder.config, "decoder_start_token_id", None)
-    model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder)
+    between = adapter(frame_width(encoder.config), decoder.config.hidden_size)
+    model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder, adapter=between)
     model.set_special_tokens(
         pretrained_start if decoder.config._name_or_path and pretrained_start is not None else start, end, pad
     )
     model.train()  # from_pretrained gives evaluation mode, which Lightning keeps: dropout would never act
     return model
-
-
-def check_widths(adapter: str, encoder: PreTrainedModel, decoder: PreTrainedModel) -> None:
-    widths = encoder.config.hidden_size, decoder.config.hidden_size
-    if adapter == "none" and widths[0] != widths[1]:
-        raise ConfigError.single(
-            "adapter",
-            "none",
-            f"the encoder is {widths[0]} wide and the decoder {widths[1]}",
-            "write adapter=linear, which projects one to the other",
-        )
 
 
 def connect(data: SpeechTextDataModule, saved: SavedModel) -> None:
@@ -193,39 +182,61 @@ def metric_set(cfg: DictConfig) -> MetricSet:
 
 
 def decoding_options(cfg: DictConfig) -> DecodingOptions:
-    options: DecodingOptions = create(cfg.decoding)
+    options: DecodingOptions = create(cfg, "decoding")
     return options
 
 
 def trainer(cfg: DictConfig, freeze: Freeze) -> lightning.Trainer:
     main_metric = METRICS_OF[cfg.target][0]
     mode = "max" if METRICS[main_metric].higher_is_better else "min"
-    callbacks = create(cfg.callbacks)
+    callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
     checkpoints = callbacks.pop("checkpoints")(monitor=f"val/{main_metric}", mode=mode)
-    steps_between = min(cfg.trainer.val_check_interval, cfg.trainer.max_steps) if cfg.trainer.max_steps > 0 else None
-    options = {} if steps_between is None else {"val_check_interval": steps_between}
-    built: lightning.Trainer = create(cfg.trainer)(
+    bars = [each for each in callbacks.values() if isinstance(each, ProgressBar)]
+    shows_progress = cfg.trainer.get("enable_progress_bar") is not False
+    for bar in [] if shows_progress else bars:
+        bar.disable()  # it stays, since it counts what training consumes
+    built: lightning.Trainer = create(cfg, "trainer")(
         default_root_dir=cfg.run_dir,
         callbacks=[*callbacks.values(), freeze, checkpoints],
-        logger=create(cfg.logger) or False,
+        logger=create(cfg, "logger") or False,
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
         enable_model_summary=False,
-        **options,
+        enable_progress_bar=shows_progress or bool(bars),
+        **validation_interval(cfg.trainer),
     )
+    if built.max_steps == -1 and built.max_epochs in (None, -1):
+        raise ConfigError.single(
+            "trainer.max_steps",
+            -1,
+            "the learning rate falls until the end of training, and this has none",
+            "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER",
+        )
     return built
 
 
+def validation_interval(options: DictConfig) -> dict[str, int]:
+    """The Trainer's `val_check_interval`, which counts batches, from ours, which counts steps of the optimizer.
+
+    A run of fewer steps validates at its end. A fraction of an epoch or a duration stays as it is.
+    """
+    steps = options.get("val_check_interval")
+    if not isinstance(steps, int):
+        return {}
+    if options.get("max_steps", -1) > 0:
+        steps = min(steps, options.max_steps)
+    return {"val_check_interval": steps * options.get("accumulate_grad_batches", 1)}
+
+
 def saved_model(cfg: DictConfig) -> SavedModel:
-    """The model that `cfg.checkpoint` names; an encoder class of the user's own is imported first."""
-    if not cfg.encoder._target_.startswith("sedtrain."):
-        make_known(create(cfg.encoder), AutoModel)
+    """The model that `cfg.checkpoint` names; classes of the user's own register themselves when they are imported."""
+    for group in ("encoder", "decoder", "adapter"):
+        import_target(cfg, group)
     return SavedModel.load(cfg.checkpoint)
 
 
 def restored(cfg: DictConfig) -> tuple[SavedModel, SpeechTextDataModule]:
     """A saved model and the data of `cfg`, connected."""
     saved = saved_model(cfg)
-    data: SpeechTextDataModule = create(cfg.data)
+    data: SpeechTextDataModule = create(cfg, "data")
     connect(data, saved)
     return saved, data

@@ -8,9 +8,10 @@ from transformers import AutoFeatureExtractor, PreTrainedTokenizerBase, Sequence
 
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.results import Results
-from sedtrain.models.checkpoint import load_tokenizer, loading
-from sedtrain.models.encoder import prepared
+from sedtrain.models.checkpoint import check_loaded, load_tokenizer, loading
+from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.run_folder import model_of
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,23 @@ class SavedModel:
     @classmethod
     def load(cls, checkpoint: str) -> "SavedModel":
         """From a run's folder (its `model/`), a Hugging Face folder or a Hub id; raises UserError when it is none."""
-        inside = Path(checkpoint).expanduser() / "model"
-        name = str(inside if inside.is_dir() else checkpoint)
+        name = model_of(checkpoint)
         with loading("checkpoint", name):
-            model = SpeechEncoderDecoder.from_pretrained(name, dtype=torch.float32)
+            model, loaded = SpeechEncoderDecoder.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
             feature_extractor = AutoFeatureExtractor.from_pretrained(name)
+        check_loaded(f"checkpoint={name}", model, loaded, used=model)
         tokenizer = load_tokenizer("checkpoint", name)
-        prepared(model.encoder)
         return cls(model.eval(), tokenizer, feature_extractor)
 
 
 CARD = """---
 library_name: transformers
-pipeline_tag: automatic-speech-recognition
+pipeline_tag: {task}
 tags: [speech-encoder-decoder, sedtrain]
 ---
-# {name}
+# {encoder} + {decoder} on {data}
 
 A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with sedtrain on `{data}`.
 
@@ -63,30 +65,33 @@ Text normaliser for scoring: `{normaliser}`. {num_utterances} utterances, {minut
 from transformers import AutoProcessor
 {import_model}
 
-model = SpeechEncoderDecoderModel.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}")
+folder = "."  # where this card lies: its folder, or its name on the Hub
+model = SpeechEncoderDecoderModel.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
 inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float
 print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
+PIPELINE_TAGS = {"transcription": "automatic-speech-recognition", "translation": "translation"}
 
 
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
-# transformers has no class for the encoder of this family alone
+# transformers has no class for this family's encoder alone, or for this adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 """.strip()
 
 
 def write_model_card(folder: Path, saved: SavedModel, results: Results, data: str) -> None:
-    """README.md of the Hugging Face folder, with the metrics and how to load it."""
+    """README.md of the Hugging Face folder, with the metrics and how to load it; `data` names what it was trained on."""
     rows = [
         f"| {name} | {100 * interval.value:.2f} % | {100 * interval.low:.2f} to {100 * interval.high:.2f} % |"
         for name, interval in results.metrics.items()
     ]
+    stock = saved.model.adapter is None and loads_in_stock_transformers(saved.model.config.encoder)
     card = CARD.format(
-        name=folder,
-        import_model=OWN if saved.model.config.encoder.is_encoder_decoder else STOCK,
+        task=PIPELINE_TAGS[results.task],
+        import_model=STOCK if stock else OWN,
         encoder=saved.model.config.encoder.model_type,
         decoder=saved.model.config.decoder.model_type,
         data=data,

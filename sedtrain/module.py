@@ -1,22 +1,20 @@
-"""The training step, the validation step and the optimizer, as Lightning calls them.
-
-B batch, T frames, U target tokens, V vocabulary, D width.
-"""
+"""The training step, the validation step and the optimizer, as Lightning calls them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch
+from sedtrain.batch import Batch, UserError
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
-from sedtrain.losses import LossWeights, ctc, shift_right, token_cross_entropy
+from sedtrain.losses import LossWeights, ctc
+from sedtrain.models.encoded import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.optim import parameter_groups
 
@@ -32,49 +30,48 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         metric_set: MetricSet,
         decoding: DecodingOptions,
         optimizer: Callable[..., Optimizer],
-        scheduler: Callable[..., Any],
+        scheduler: Callable[..., LRScheduler],
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.weights, self.decoding = model, tokenizer, weights, decoding
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.ctc_head = nn.Linear(model.decoder.config.hidden_size, len(tokenizer)) if weights.ctc_weight else None
         self.metrics = CorpusMetrics(metric_set)
         self.validation_sums = torch.zeros(2, dtype=torch.float64)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The batch's loss to minimise, its cross-entropy and its CTC loss, each in nats per token."""
-        config = self.model.config
-        output = self.model(
-            batch.inputs,
-            attention_mask=batch.attention_mask,
-            decoder_input_ids=shift_right(batch.labels, config.decoder_start_token_id, config.pad_token_id),
-            use_cache=False,
-        )
+        encoded = self.model.encode(batch.inputs, batch.attention_mask)
         smoothing = self.weights.label_smoothing if self.training else 0.0
-        loss_sum, num_tokens = token_cross_entropy(output.logits, batch.labels, smoothing)
-        cross_entropy = loss_sum / num_tokens.clamp(min=1)
-        if self.ctc_head is None:
-            return cross_entropy, cross_entropy, torch.zeros_like(cross_entropy)
-        ctc_loss = self.ctc_loss(output.encoder_last_hidden_state, batch)
-        weight = self.weights.ctc_weight or 0.0
-        return (1 - weight) * cross_entropy + weight * ctc_loss, cross_entropy, ctc_loss
+        output = self.model(
+            encoder_outputs=encoded, labels=batch.labels, label_smoothing=smoothing, output_logits=False
+        )
+        assert output.loss is not None
+        if not self.weights.ctc_weight:
+            return output.loss, output.loss, torch.zeros_like(output.loss)
+        ctc_loss = self.ctc_loss(encoded, batch.labels)
+        weight = self.weights.ctc_weight
+        return (1 - weight) * output.loss + weight * ctc_loss, output.loss, ctc_loss
 
-    def ctc_loss(self, frames: Tensor, batch: Batch) -> Tensor:
-        """(B, T, D) encoder output -> CTC loss in nats per aligned token; the pad token is the blank."""
-        assert self.ctc_head is not None
+    def ctc_loss(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
+        """The CTC loss of the encoder's own frames in nats per aligned token; the pad token is the blank."""
+        assert self.model.ctc_head is not None and encoded.encoder_mask is not None
         config = self.model.config
-        mask = self.model.encoder._get_feature_vector_attention_mask(frames.shape[1], batch.attention_mask)
+        logits = self.model.ctc_head(encoded.encoder_frames)
         loss_sum, num_tokens = ctc(
-            self.ctc_head(frames), mask.sum(1), batch.labels, blank=config.pad_token_id, end=config.eos_token_id
+            logits, encoded.encoder_mask.sum(1), labels, blank=config.pad_token_id, end=config.eos_token_id
         )
         return loss_sum / num_tokens.clamp(min=1)
 
+    def nothing(self) -> Tensor:
+        """A loss of zero with a gradient of zeros, by which a rank without utterances takes part in the step of the others."""
+        return 0.0 * torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum()
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
         if len(batch) == 0:
-            return None
+            return self.nothing() if torch.distributed.is_initialized() else None
         loss, cross_entropy, ctc_loss = self.losses(batch)
         self.log("train/loss", cross_entropy, prog_bar=True, batch_size=len(batch))
-        if self.ctc_head is not None:
+        if self.weights.ctc_weight:
             self.log("train/ctc_loss", ctc_loss, batch_size=len(batch))
         return loss
 
@@ -91,7 +88,13 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         self.metrics.update(batch.texts, transcribe_batch(self.model, self.tokenizer, batch, self.decoding))
 
     def on_validation_epoch_end(self) -> None:
+        """Logs the scores; raises UserError where no utterance could be read."""
         loss_sum, num_tokens = self.over_ranks(self.validation_sums)
+        if not num_tokens:
+            raise UserError(
+                "none of the validation utterances could be decoded: there is nothing to choose the best weights by",
+                "data.validation_split and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
+            )
         self.metrics.set_counts(self.over_ranks(torch.from_numpy(self.metrics.counts())))
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         self.log_dict({"val/loss": float(loss_sum / num_tokens), **scores}, prog_bar=True, sync_dist=True)
@@ -102,7 +105,12 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
             return sums
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def optimizer_and_schedule(self, num_steps: int) -> tuple[Optimizer, LRScheduler]:
         optimizer = self.optimizer(parameter_groups(self))
-        schedule = self.scheduler(optimizer, num_training_steps=int(self.trainer.estimated_stepping_batches))
+        # A fused optimizer would unscale the gradients of mixed precision itself, after they are clipped.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return optimizer, self.scheduler(optimizer, num_training_steps=num_steps)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer, schedule = self.optimizer_and_schedule(int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -20,8 +20,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from sedtrain.composition import COMPOSITION_ERRORS, compose_choices, composition_problem, hydra_known
 from sedtrain.config import ConfigError, Problem, conf_dir, find_problems, register
 from sedtrain.definition import closest, suggest
+from sedtrain.run_folder import config_of
 
-INHERITED = ("encoder", "data", "target", "normaliser", "decoding")
+INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normaliser", "decoding")
+OF_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # of data, by the name that it has in the root
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
@@ -238,7 +240,7 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
 
     Concerns the tasks that take `checkpoint=RUN`; overrides are those of the command line.
     """
-    stored = Path(str(config.checkpoint)) / "config.yaml"
+    stored = config_of(str(config.checkpoint))
     if config.task == "train" or not stored.is_file():
         return
     of_run = OmegaConf.load(stored)
@@ -246,10 +248,9 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
     parsed = OverridesParser.create().parse_overrides(overrides)
     chosen = {override.key_or_group for override in parsed}
     for key in INHERITED:
-        if key in chosen or "experiment" in chosen:
-            continue
-        config[key] = of_run[key]
+        if key in of_run and key not in chosen and "experiment" not in chosen:
+            config[key] = of_run[key]
+    config.data.update({name: config[of_root] for name, of_root in OF_ROOT.items() if name in config.data})
     for override in parsed:
         if override.key_or_group.split(".")[0] in INHERITED and "." in override.key_or_group:
             OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
-    config.data.folder = config.run_dir

@@ -1,8 +1,10 @@
 """What a person sees while a model trains: one bar for the whole run, or log lines where there is no terminal."""
 
 import logging
+import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -29,15 +31,17 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         self.steps = self.utterances = 0
         self.audio_seconds = self.seconds = self.validation_seconds = 0.0
         self.bar: Progress | None = None
+        self.enabled = True
 
     def disable(self) -> None:
-        """Called by Lightning on the other ranks, where nothing is drawn anyway."""
+        """Nothing is shown, but all is counted; called by Lightning on every rank but the first."""
+        self.enabled = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.started = self.last_line = time.perf_counter()
         self.total = int(trainer.estimated_stepping_batches)
         console = Console(stderr=True)
-        if console.is_terminal and trainer.is_global_zero:
+        if console.is_terminal and self.enabled:
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None),
@@ -66,7 +70,7 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         self.steps = trainer.global_step
         if self.bar is not None:
             self.bar.update(self.task, completed=trainer.global_step, scores=self.scores(trainer))
-        elif trainer.is_global_zero and time.perf_counter() - self.last_line > self.log_every_seconds:
+        elif self.enabled and time.perf_counter() - self.last_line > self.log_every_seconds:
             self.last_line = time.perf_counter()
             logger.info("step %d of %d  %s", trainer.global_step, self.total, self.scores(trainer))
 
@@ -133,20 +137,47 @@ class Checkpoints(ModelCheckpoint):
 
 
 class StopOnInterrupt(lightning.Callback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; the second ends it at once."""
+    """The first Ctrl-C ends training after the current step, with a checkpoint; the second ends the command at once."""
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.before: Any = signal.SIG_DFL
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         def interrupt(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                end_at_once(trainer)
             self.interrupted = True
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # no validation on the way out
-            signal.signal(signal.SIGINT, self.before)
-            logger.info("stopping after this step and saving a checkpoint; press Ctrl-C again to stop at once")
+            logger.info(
+                "stopping after this step, or the validation under way, and saving a checkpoint; "
+                "press Ctrl-C again to stop at once"
+            )
 
         self.before = signal.signal(signal.SIGINT, interrupt)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         signal.signal(signal.SIGINT, self.before)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        if self.before is not signal.SIG_DFL:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def end_at_once(trainer: lightning.Trainer) -> None:
+    """Says where things stand and ends the process with status 130: an exception would wait for what is under way."""
+    kept: list[str] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ProgressBar):
+            callback.stop()
+        if isinstance(callback, Checkpoints):
+            kept = sorted(str(path) for path in Path(callback.dirpath or "").glob("*.ckpt"))
+    if trainer.is_global_zero:
+        saved = f"saved at the last validation: {', '.join(kept)}" if kept else "nothing is saved yet"
+        logger.error("interrupted at step %d; %s", trainer.global_step, saved)
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signal.SIGTERM)
+    os._exit(130)

@@ -10,10 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
 from sedtrain.batch import UserError, Utterance
+from sedtrain.data.clips import UNREADABLE, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.sources import UNREADABLE, audio_paths, read_audio
-from sedtrain.decoding.generate import transcribe_batch
+from sedtrain.data.sources import absolute_path, audio_paths, public_name
+from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
@@ -35,15 +36,23 @@ LEFT_BEHIND = (
 )
 
 
-class Interrupted(Exception):
+class Unfinished(Exception):
+    """A task is done in part; the message says what is there and what is not."""
+
+    status = 1
+
+
+class Interrupted(Unfinished):
     """Training was stopped by Ctrl-C; a checkpoint is written."""
+
+    status = 130
 
 
 def train(cfg: DictConfig) -> None:
     """Trains, keeps the best weights as a Hugging Face folder, and scores them on the test split."""
     run = build.training_run(cfg)
     if run.trainer.is_global_zero:
-        OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
+        keep_configuration(cfg)
         terminal.show(terminal.plan(*run.plan()))
     run.trainer.fit(run.module, datamodule=run.data)
     if not run.trainer.is_global_zero:
@@ -55,12 +64,19 @@ def train(cfg: DictConfig) -> None:
             f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
         )
     results = score(cfg, run.saved, run.data, run.totals())
-    write_model_card(run.folder / "model", run.saved, results, cfg.data.path)
+    write_model_card(run.folder / "model", run.saved, results, public_name(cfg.data.path))
+
+
+def keep_configuration(cfg: DictConfig) -> None:
+    """Writes config.yaml, with the data as it is found from any folder."""
+    stored = cfg.copy()
+    stored.data.path = absolute_path(cfg.data.path)
+    OmegaConf.save(stored, Path(cfg.run_dir) / "config.yaml", resolve=True)
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> None:
     """Scores a saved model on a split."""
-    OmegaConf.save(cfg, Path(cfg.run_dir) / "config.yaml", resolve=True)
+    keep_configuration(cfg)
     saved, data = build.restored(cfg)
     score(cfg, saved, data, train=None)
 
@@ -94,20 +110,34 @@ def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train:
 
 
 def transcribe(cfg: DictConfig) -> None:
-    """Prints `path<TAB>text` for every audio file."""
+    """Prints `path<TAB>text` for every audio file; of several, one that cannot be transcribed stops no other."""
     paths = audio_paths(cfg.audio)
     saved = build.saved_model(cfg)
     collator = Collator(saved.feature_extractor, saved.tokenizer, saved.model.config.decoder_start_token_id)
     options = build.decoding_options(cfg)
+    num_failed = 0
     for path in paths:
         try:
-            audio = read_audio(path, collator.sampling_rate)
-        except UNREADABLE as error:
-            raise UserError(f"audio={path}: {error}", "audio=FILE that can be read to its end") from error
-        seconds = len(audio) / collator.sampling_rate
-        utterance = Utterance(path, audio, collator.sampling_rate, "", None, None, seconds)
-        [text] = transcribe_batch(saved.model, saved.tokenizer, collator([utterance]), options)
-        print(f"{path}\t{text}", flush=True)
+            print(f"{path}\t{transcription(path, saved, collator, options)}", flush=True)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            which = f"audio={path}: "
+            logger.error(which + error.what_is_wrong.removeprefix(which))
+            num_failed += 1
+    if num_failed:
+        raise Unfinished(f"{num_failed} of {len(paths)} files could not be transcribed")
+
+
+def transcription(path: str, saved: SavedModel, collator: Collator, options: DecodingOptions) -> str:
+    try:
+        audio = read_audio(path, collator.sampling_rate)
+    except UNREADABLE as error:
+        raise UserError(f"audio={path}: {error}", "audio=FILE that can be read to its end") from error
+    seconds = len(audio) / collator.sampling_rate
+    utterance = Utterance(path, audio, collator.sampling_rate, "", None, None, seconds)
+    [text] = transcribe_batch(saved.model, saved.tokenizer, collator([utterance]), options)
+    return text
 
 
 TASKS: dict[str, Callable[[DictConfig], None]] = {

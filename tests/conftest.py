@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - the environment is set before torch and datasets read it
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -110,3 +111,18 @@ def pytest_unconfigure():
     import shutil
 
     shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A working folder for a user's own package `mine`, which no other test's can be taken for."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    forget()
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    forget()

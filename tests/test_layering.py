@@ -13,34 +13,38 @@ PACKAGE = Path(__file__).parents[1] / "sedtrain"
 # What a file, or any file of a package, may import of ours; files of one package may import each other.
 MAY_IMPORT = {
     "__init__": set(),
-    "__main__": {"config", "overrides", "batch", "tasks"},
+    "__main__": {"jobs"},
+    "jobs": {"batch", "config", "overrides", "tasks"},
     # configuration: what a command line means, before anything heavy is imported
     "annotation": set(),
     "definition": {"annotation"},
     "signature": {"annotation", "definition"},
     "config": {"annotation", "definition", "signature"},
     "composition": {"config", "definition"},
-    "overrides": {"composition", "config", "definition"},
+    "run_folder": set(),
+    "overrides": {"composition", "config", "definition", "run_folder"},
     # the parts, which do not know of each other
     "batch": set(),
     "hub": set(),
     "losses": {"batch"},
-    "optim": set(),
+    "optim": {"batch"},
     "finetune": {"batch"},
     "text": {"batch"},
     "data": {"batch", "hub", "text"},
-    "models": {"batch", "hub", "text"},
+    "models": {"batch", "hub", "losses", "text"},
     # from a model to its scores
     "decoding": {"batch", "models"},
     "evaluation": {"batch", "decoding", "models"},
-    "export": {"decoding", "evaluation.results", "models"},
+    "export": {"decoding", "evaluation.results", "models", "run_folder"},
     # training
     "module": {"batch", "decoding", "evaluation.metrics", "losses", "models", "optim"},
     "progress": {"batch", "evaluation.results"},
+    "run": {"data", "evaluation.results", "export", "module", "progress"},
     # the whole
+    "creation": {"batch", "config"},
     "build": {
-        "batch",
         "config",
+        "creation",
         "data",
         "decoding",
         "evaluation",
@@ -50,6 +54,7 @@ MAY_IMPORT = {
         "models",
         "module",
         "progress",
+        "run",
         "text",
     },
     "terminal": {"evaluation"},
@@ -58,15 +63,26 @@ MAY_IMPORT = {
 CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 # Which of ours may import these of others'; the rest is free.
 ONLY_IN = {
-    "hydra": {"__main__", "config", "composition", "overrides", "build"},
-    "omegaconf": {"__main__", "config", "composition", "overrides", "build", "tasks"},
-    "lightning": {"module", "data.datamodule", "finetune", "progress", "build"},
+    "hydra": {"jobs", "config", "composition", "overrides", "creation"},
+    "omegaconf": {"jobs", "config", "composition", "overrides", "creation", "build", "tasks"},
+    "lightning": {"module", "data.datamodule", "finetune", "progress", "run", "creation", "build"},
     "datasets": {"data", "hub"},
     "rich": {"progress", "terminal"},
     "matplotlib": {"evaluation"},
 }
 # Imported before the configuration has passed: nothing here may be slow.
-LIGHT = {"__init__", "__main__", "annotation", "composition", "config", "definition", "overrides", "signature"}
+LIGHT = {
+    "__init__",
+    "__main__",
+    "annotation",
+    "composition",
+    "config",
+    "definition",
+    "jobs",
+    "overrides",
+    "run_folder",
+    "signature",
+}
 # What uses a saved model.
 INFERENCE = {"data.collate", "data.sources", "decoding.generate", "evaluation.evaluate", "export"}
 
@@ -170,7 +186,7 @@ def test_what_reads_the_configuration_imports_nothing_heavy(name):
 
 
 def test_a_command_line_is_read_without_torch():
-    code = "import sys, sedtrain.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, sedtrain.jobs; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )

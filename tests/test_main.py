@@ -117,7 +117,7 @@ def test_what_is_not_there_ends_with_status_2_and_the_alternatives(shell, argume
 
 
 def test_the_package_and_its_configuration_do_not_import_torch(tmp_path):
-    code = TELL_OF_IMPORTS + "import sedtrain, sedtrain.config, sedtrain.overrides, sedtrain.__main__"
+    code = TELL_OF_IMPORTS + "import sedtrain, sedtrain.config, sedtrain.overrides, sedtrain.jobs"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "imported" not in ended.stderr

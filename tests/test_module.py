@@ -8,8 +8,12 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sedtrain import build
+from sedtrain.batch import UserError
 from sedtrain.config import conf_dir, register
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.evaluation.evaluate import evaluate
+from sedtrain.evaluation.metrics import MetricSet
 from sedtrain.losses import LossWeights, ctc, shift_right
 from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.module import SpeechSeq2SeqModule
@@ -38,7 +42,7 @@ def run(built):
 
 @pytest.fixture
 def batch(run):
-    return next(iter(run.data.loader("validation")))
+    return next(run.data.batches("validation"))
 
 
 def test_the_loss_falls_within_five_steps(run, batch):
@@ -73,7 +77,7 @@ def test_the_loss_is_the_weighted_sum_of_both(run, batch):
         decoder_input_ids=shift_right(batch.labels, config.decoder_start_token_id, config.pad_token_id),
     )
     num_frames = module.model.encoder._get_feat_extract_output_lengths(batch.attention_mask.sum(1))
-    logits = module.ctc_head(output.encoder_last_hidden_state)
+    logits = module.model.ctc_head(output.encoder_last_hidden_state)
     loss_sum, num_tokens = ctc(logits, num_frames, batch.labels, blank=config.pad_token_id, end=config.eos_token_id)
     torch.testing.assert_close(ctc_loss, loss_sum / num_tokens)
 
@@ -88,7 +92,7 @@ def test_smoothing_acts_in_training_only(run, batch):
 
 def test_without_ctc_there_is_no_ctc_head(built, batch):
     module = built("loss=cross_entropy").module
-    assert module.ctc_head is None
+    assert module.model.ctc_head is None
     loss, cross_entropy, ctc_loss = module.losses(batch)
     assert loss == cross_entropy
     assert ctc_loss == 0
@@ -97,6 +101,31 @@ def test_without_ctc_there_is_no_ctc_head(built, batch):
 def test_a_batch_with_nothing_readable_is_no_step(run):
     empty = run.data.collator([])
     assert run.module.training_step(empty, 0) is None
+
+
+def test_a_validation_in_which_nothing_is_readable_is_an_error(run):
+    class Unreadable(lightning.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, batch, *_):
+            batch.ids.clear()
+
+    run.trainer.callbacks.append(Unreadable())
+    with pytest.raises(UserError) as raised:
+        run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert str(raised.value) == (
+        "none of the validation utterances could be decoded: there is nothing to choose the best weights by\n"
+        "  write instead: data.validation_split and data.columns of audio that can be read; "
+        "skipped.jsonl says what is wrong with this"
+    )
+
+
+def test_an_evaluation_in_which_nothing_is_readable_is_an_error(run):
+    empty = run.data.collator([])
+    with pytest.raises(UserError) as raised:
+        evaluate(run.saved.model, run.saved.tokenizer, [empty], MetricSet(["wer"]), DecodingOptions())
+    assert str(raised.value) == (
+        "none of the utterances could be decoded: there is nothing to score\n"
+        "  write instead: data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
+    )
 
 
 # --- frozen parts
@@ -134,7 +163,7 @@ def test_frozen_parts_stay_in_evaluation_mode_without_gradient_and_do_not_move(b
 
 
 def test_a_part_that_is_not_there_is_refused(built):
-    with pytest.raises(build.UserError, match="the model has no part 'ears', it has encoder, decoder"):
+    with pytest.raises(UserError, match="the model has no part 'ears', it has encoder, decoder"):
         built("finetune.parts=[ears]")
 
 
@@ -172,12 +201,9 @@ def test_training_and_generation_start_end_and_pad_with_the_tokens_of_the_tokeni
 
 
 def test_unequal_widths_without_an_adapter_are_refused(built):
-    with pytest.raises(build.ConfigError) as caught:
+    with pytest.raises(UserError, match="adapter=none: the encoder is 96 wide and the decoder 144") as caught:
         built("adapter=none", "encoder.tiny.hidden_size=96")
-    [problem] = caught.value.problems
-    assert (problem.path, problem.value) == ("adapter", "none")
-    assert problem.wrong == "the encoder is 96 wide and the decoder 144"
-    assert problem.write == "write adapter=linear, which projects one to the other"
+    assert caught.value.write_instead == "adapter=linear, which projects one to the other"
 
 
 def test_data_and_module_are_what_lightning_takes(run):

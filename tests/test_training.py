@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import soundfile
 import torch
 import transformers
 from conftest import EMBEDDED
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from sedtrain.data.sources import read_audio
 
@@ -73,7 +76,7 @@ def transcribed_as_the_card_says(folder, wav):
     """What the code in the model card prints."""
     [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     audio, _ = soundfile.read(wav, dtype="float32")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {"audio": audio})
     return printed.getvalue().strip()
 
@@ -110,6 +113,7 @@ def test_translation_is_scored_with_bleu(train, tmp_path):
     letters = set("".join(column["translation"].to_pylist()).replace(" ", ""))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert letters <= set(tokenizer.get_vocab())
+    assert "\npipeline_tag: translation\n" in (tmp_path / "run/model/README.md").read_text()
 
 
 # --- the same again
@@ -163,6 +167,14 @@ def test_the_log_tells_of_plan_and_scores_without_bars_and_escape_codes(trained)
     assert "\r" not in log
     assert "━━━━━━╸" not in log
     assert not re.search(r"\d+%\|", log)
+
+
+def test_the_model_card_names_no_place_on_this_machine(trained, corpus):
+    card = (trained / "model/README.md").read_text()
+    assert "\npipeline_tag: automatic-speech-recognition\n" in card
+    assert "trained with sedtrain on `digits`" in card
+    assert str(trained) not in card
+    assert str(corpus.parent) not in card
 
 
 def test_metrics_csv_holds_training_and_validation(trained):
@@ -240,6 +252,33 @@ def test_a_wav_without_samples_is_refused(sedtrain, trained, tmp_path):
     assert f"audio={tmp_path / 'empty.wav'}: the audio has no samples" in ended.err
 
 
+def test_of_several_files_those_that_cannot_be_transcribed_stop_no_other(sedtrain, trained, tmp_path, wav):
+    good, bad, cut, empty = (tmp_path / f"{name}.wav" for name in ("z", "bad", "cut", "empty"))
+    good.write_bytes(wav.read_bytes())
+    cut.write_bytes(wav.read_bytes()[:20])
+    bad.write_bytes(b"this is no audio")
+    soundfile.write(empty, np.zeros(0, dtype="float32"), 16000)
+    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=4")
+    assert ended.status == 1
+    assert [line.partition("\t")[0] for line in ended.out.splitlines()] == [str(good)]
+    told = ended.err.splitlines()
+    assert [line.partition(": ")[0] for line in told[:-1]] == [f"audio={path}" for path in (bad, cut, empty)]
+    assert told[-1] == "3 of 4 files could not be transcribed"
+
+
+def test_a_file_too_long_for_the_encoder_stops_no_other(sedtrain, train, tmp_path, wav):
+    folder = train(tmp_path / "run", "encoder=whisper", steps=1)
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio/short.wav").write_bytes(wav.read_bytes())
+    soundfile.write(tmp_path / "audio/long.wav", np.zeros(16000 * 31, dtype="float32"), 16000)
+    ended = sedtrain(
+        "task=transcribe", f"checkpoint={folder}", f"audio={tmp_path}/audio/*", "decoding.max_new_tokens=4"
+    )
+    assert ended.status == 1
+    assert ended.out.startswith(f"{tmp_path}/audio/short.wav\t")
+    assert f"audio={tmp_path}/audio/long.wav: an utterance of 1550 frames does not fit" in ended.err
+
+
 # --- evaluation
 
 
@@ -260,6 +299,43 @@ def test_a_folder_is_evaluated_on_the_data_that_is_named(sedtrain, trained, corp
     )  # fmt: skip
     assert ended.status == 0, ended.err
     assert results(tmp_path / "scores")["split"] == "validation"
+
+
+def test_another_target_is_scored_on_its_own_column(sedtrain, trained, tmp_path):
+    ended = sedtrain("task=evaluate", f"checkpoint={trained}", f"run_dir={tmp_path / 'scores'}", "target=translation")
+    assert ended.status == 0, ended.err
+    assert results(tmp_path / "scores")["task"] == "translation"
+    assert re.search("null|eins|zwei|drei|vier|sechs|sieben|acht", ended.out)
+
+
+def test_a_run_is_found_by_its_home_folder_and_its_data_from_any_other(sedtrain, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(corpus.parent)
+    data = ["data=parquet", f"data.path={corpus.name}", "data.max_seconds=1.5"]
+    short = ["trainer.max_steps=1", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]
+    assert sedtrain(*data, *short, f"run_dir={tmp_path / 'run'}").status == 0
+    monkeypatch.chdir(tmp_path)
+    ended = sedtrain("task=evaluate", 'checkpoint="~/run"', "run_dir=scores", "seed=3")
+    assert ended.status == 0, ended.err
+    again = results(tmp_path / "scores")
+    assert again["metrics"] == results(tmp_path / "run")["metrics"]
+    assert again["skipped"]["too long"] > 0
+    stored = OmegaConf.load(tmp_path / "scores/config.yaml").data
+    assert (stored.path, stored.seed, stored.folder) == (str(corpus), 3, "scores")
+
+
+def test_a_model_whose_weights_are_another_s_is_refused(sedtrain, trained, tmp_path, wav):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    save_file({"other.weight": torch.zeros(2)}, weights)
+    transcribe = ["task=transcribe", f"checkpoint={tmp_path}", f"audio={wav}"]
+    ended = sedtrain(*transcribe)
+    assert ended.status == 2
+    assert f"checkpoint={tmp_path / 'model'}: its weights are of another model" in ended.err
+    weights.write_bytes(b"x" * 100)
+    ended = sedtrain(*transcribe)
+    assert ended.status == 2
+    assert f"checkpoint={tmp_path / 'model'}: the folder gave: Error while deserializing" in ended.err
 
 
 @pytest.mark.parametrize("task", ["evaluate", "transcribe"])
@@ -370,6 +446,78 @@ def test_ctrl_c_ends_with_a_checkpoint_and_a_model(corpus, tmp_path):
     transformers.SpeechEncoderDecoderModel.from_pretrained(folder / "model")
 
 
+PRESS = """
+import signal, lightning
+
+class CtrlCTwice(lightning.Callback):
+    def on_validation_batch_start(self, *_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_ctrl_c_twice_ends_at_once_and_says_where_things_stand(corpus, tmp_path):
+    (tmp_path / "press.py").write_text(PRESS)
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "sedtrain", "data=parquet", f"data.path={corpus}", "run_dir=run",
+            "trainer.val_check_interval=2", "+callbacks.press._target_=press.CtrlCTwice",
+        ],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 130, run.stdout + run.stderr
+    assert run.stderr.splitlines()[-2:] == [
+        "stopping after this step, or the validation under way, and saving a checkpoint; press Ctrl-C again to stop at once",
+        "interrupted at step 2; nothing is saved yet",
+    ]
+
+
+def test_ctrl_c_while_the_task_is_imported_ends_with_a_word(tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "sedtrain", f"run_dir={tmp_path}"],
+        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "sedtrain.log").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err) == (130, "", "interrupted\n")
+
+
+# --- sweeps
+
+
+def test_a_job_of_a_sweep_that_fails_stops_no_other(sedtrain, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = sedtrain(
+        "-m", "encoder.checkpoint=null,./nowhere,null", "data=parquet", f"data.path={corpus}", "trainer.max_steps=1",
+        "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
+    )  # fmt: skip
+    assert ended.status == 2
+    assert ended.err.count("encoder.checkpoint=./nowhere: there is no such folder") == 1
+    assert "jobs of the sweep that failed: 1\n  1 (encoder.checkpoint=./nowhere data=parquet " in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    [sweep] = (tmp_path / "runs").iterdir()
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "multirun.yaml"]
+    for job in ("0", "2"):
+        assert results(sweep / job)["num_utterances"] == 6
+        assert (sweep / job / "sedtrain.log").read_text().count("what will be trained") == 1
+
+
+def test_a_job_of_a_sweep_that_breaks_stops_no_other(sedtrain, trained, corpus, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sedtrain.tasks.build.restored", fail)
+    ended = sedtrain("-m", "task=evaluate", f"checkpoint={trained}", "split=test,train", 'run_dir="${split}"')
+    assert ended.status == 1
+    assert ended.err.count("RuntimeError: a fault of ours") == 2
+    assert "jobs of the sweep that failed: 2\n  0 (task=evaluate" in ended.err
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "test", "train"}
+
+
 # --- ranks
 
 
@@ -392,19 +540,18 @@ def test_two_ranks_share_one_folder_and_score_the_whole_split(corpus, tmp_path):
 # --- a user's own class
 
 
-def test_the_readme_s_own_encoder_trains_and_is_found_again(train, sedtrain, tmp_path, monkeypatch):
+def test_the_readme_s_own_encoder_trains_and_is_found_again(train, sedtrain, own_folder):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     section = re.search(r"^## Your own encoder$(.*?)^## ", readme, re.MULTILINE | re.DOTALL)[1]
     files = re.findall(r"^`([^`\n]+)`\n```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert [name.partition(".")[2] for name, _ in files] == ["yaml", "py"]
     for name, text in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (own_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_folder / name).write_text(text)
     [command] = re.findall(r"^`python -m sedtrain (.*)`$", section, re.MULTILINE)
-    monkeypatch.chdir(tmp_path)
-    folder = train(tmp_path / "run", *command.split(), "encoder.width=40")
+    folder = train(own_folder / "run", *command.split(), "encoder.width=40")
     assert_whole_results(results(folder))
     assert json.loads((folder / "model/config.json").read_text())["encoder"]["hidden_size"] == 40
-    ended = sedtrain("task=evaluate", f"checkpoint={folder}", f"run_dir={tmp_path / 'again'}")
+    ended = sedtrain("task=evaluate", f"checkpoint={folder}", f"run_dir={own_folder / 'again'}")
     assert ended.status == 0, ended.err
-    assert results(tmp_path / "again")["metrics"] == results(folder)["metrics"]
+    assert results(own_folder / "again")["metrics"] == results(folder)["metrics"]

@@ -4,12 +4,13 @@ B batch, U generated tokens.
 """
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch
+from sedtrain.batch import Batch, require
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 
@@ -25,6 +26,15 @@ class DecodingOptions:
     top_k: int = 50
     top_p: float = 1.0
     no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what `generate` could not do."""
+        for name in ("num_beams", "max_new_tokens"):
+            require(getattr(self, name) >= 1, f"decoding.{name}", getattr(self, name), "1 or more")
+        for name in ("top_k", "no_repeat_ngram_size"):
+            require(getattr(self, name) >= 0, f"decoding.{name}", getattr(self, name), "0, which is off, or more")
+        require(0 < self.temperature < inf, "decoding.temperature", self.temperature, "a number above 0")
+        require(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "a fraction above 0 and up to 1, which is off")
 
     def generation_kwargs(self) -> dict[str, Any]:
         """The options that matter for this search: `generate` warns of the others."""

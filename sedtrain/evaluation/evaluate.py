@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch
+from sedtrain.batch import Batch, UserError
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import Counts, MetricSet
@@ -41,7 +41,10 @@ def evaluate(
     metric_set: MetricSet,
     options: DecodingOptions,
 ) -> Evaluation:
-    """Transcribes every batch and scores the hypotheses, with bootstrap 95 % intervals."""
+    """Transcribes every batch and scores the hypotheses, with bootstrap 95 % intervals.
+
+    Raises UserError where no utterance could be read.
+    """
     hypotheses: list[Hypothesis] = []
     audio_seconds = decoding_seconds = 0.0
     device = next(model.parameters()).device
@@ -55,6 +58,11 @@ def evaluate(
         decoding_seconds += time.perf_counter() - start
         audio_seconds += batch.seconds
         hypotheses += map(Hypothesis, batch.ids, batch.texts, texts)
+    if not hypotheses:
+        raise UserError(
+            "none of the utterances could be decoded: there is nothing to score",
+            "data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
+        )
     counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
     metrics = bootstrap_intervals(metric_set, counts)
     rtfx = audio_seconds / max(decoding_seconds, 1e-9)

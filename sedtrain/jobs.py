@@ -1,0 +1,163 @@
+"""A command line becomes jobs: one, or those of a sweep. Nothing heavy is imported before the configuration has passed."""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sedtrain.config import ConfigError, conf_dir, register
+from sedtrain.overrides import check_command_line, inherit_run
+
+RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+# How torch and safetensors, which raise classes of their own, say it.
+HALF_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "No space left")
+NO_CONCERN = (
+    ".*does not have many workers.*",  # small audio is decoded faster than it travels between processes
+    ".*Experiment logs directory.*",  # the run's folder is new: open_run_folder made it
+    ".*Support for mismatched key_padding_mask.*",  # between WavLM and PyTorch
+    ".*smaller than the logging interval.*",  # a corpus so small is none that wants more of a log
+    ".*LeafSpec.*",  # between Lightning and PyTorch
+)
+INTERRUPTED = 130
+
+logger = logging.getLogger("sedtrain")
+
+
+def run_command_line(arguments: list[str]) -> None:
+    """Checks the command line and runs its jobs; ends with the status of the worst."""
+    register()
+    try:
+        sys.argv[1:] = check_command_line(arguments)
+    except ConfigError as error:
+        fail(str(error))
+    failed: dict[str, int] = {}
+
+    def job(cfg: DictConfig) -> None:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            run_of_sweep(cfg, failed)
+        else:
+            run(cfg)
+
+    hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(job)()
+    if failed:
+        listed = "".join(f"\n  {name}: exit status {status}" for name, status in failed.items())
+        fail(f"jobs of the sweep that failed: {len(failed)}{listed}", status=min(failed.values()))
+
+
+def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
+    """One job of several, in a folder of its own; that it fails is noted and stops no other job, unlike Ctrl-C."""
+    settings = HydraConfig.get()
+    overrides = list(settings.overrides.task)
+    if not any(each.lstrip("+").startswith("run_dir=") for each in overrides):
+        cfg.run_dir = f"{settings.sweep.dir}/{settings.job.num}"
+    name = f"{settings.job.num} ({' '.join(overrides)})"
+    try:
+        run(cfg)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            raise
+        failed[name] = int(end.code or 0)
+    except Exception:
+        traceback.print_exc()
+        failed[name] = 1
+
+
+def run(cfg: DictConfig) -> None:
+    """One job: a configuration that has passed becomes a task that runs."""
+    open_log()
+    try:
+        inherit_run(cfg, list(HydraConfig.get().overrides.task))
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            cfg.run_dir = os.environ.get(RUN_DIR, cfg.run_dir)  # the first process of the run opened it
+        elif cfg.task != "transcribe":
+            open_run_folder(Path(cfg.run_dir))
+            os.environ[RUN_DIR] = cfg.run_dir
+        run_task(cfg)
+    except ConfigError as error:
+        fail(str(error))
+    except Exception as error:
+        if not is_full_or_read_only(error):
+            raise
+        fail(f"run_dir={cfg.run_dir} cannot be written to: {error}\n  write run_dir=FOLDER on a disk with room")
+    finally:
+        close_log()
+
+
+def run_task(cfg: DictConfig) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from sedtrain.batch import UserError
+    from sedtrain.tasks import TASKS, Unfinished
+
+    quieten()
+    try:
+        TASKS[cfg.task](cfg)
+    except UserError as error:
+        fail(str(error))
+    except Unfinished as end:
+        fail(str(end), end.status)
+
+
+def open_run_folder(folder: Path) -> None:
+    """Makes the run's folder and its log file. Raises ConfigError where a run is already kept or nothing can be written."""
+    if (folder / "config.yaml").exists():
+        raise ConfigError.single(
+            "run_dir", str(folder), "this folder already holds a run", "write run_dir=ANOTHER_FOLDER"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(folder / "sedtrain.log")
+    except OSError as error:
+        write = "write run_dir=FOLDER that you may write to"
+        raise ConfigError.single("run_dir", str(folder), f"cannot be written to: {error}", write) from error
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(to_file)
+
+
+def open_log() -> None:
+    """Our own messages plainly on the console."""
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    to_console = logging.StreamHandler()
+    to_console.setLevel(logging.INFO)
+    to_console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(to_console)
+
+
+def close_log() -> None:
+    """Ends console and log file, so that the next job of a sweep has its own."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+
+
+def quieten() -> None:
+    """Of the libraries' messages, warnings, and not those that do not concern the user."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in NO_CONCERN:
+        warnings.filterwarnings("ignore", message)
+
+
+def is_full_or_read_only(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in CANNOT_WRITE
+    return any(words in str(error) for words in HALF_WRITTEN)
+
+
+def fail(message: str, status: int = 2) -> None:
+    """Ends the command; also in the log file, where one is open."""
+    if logger.handlers:
+        logger.error(message)
+    else:
+        print(message, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,77 @@
+"""One training, connected: what a person is told before it starts, and what is kept at its end."""
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Timer
+from torch import nn
+
+from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.evaluation.results import TrainingTotals
+from sedtrain.export import SavedModel
+from sedtrain.module import SpeechSeq2SeqModule
+from sedtrain.progress import Checkpoints, ProgressBar, StopOnInterrupt
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything that one training needs, connected."""
+
+    trainer: lightning.Trainer
+    module: SpeechSeq2SeqModule
+    data: SpeechTextDataModule
+    saved: SavedModel
+    folder: Path
+
+    @property
+    def callbacks(self) -> list[lightning.Callback]:
+        callbacks: list[lightning.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
+
+    def plan(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        """The parts of the model by name, and what a person wants to know before training starts."""
+        parts = dict(self.saved.model.named_children())
+        train = self.data.split("train")
+        facts = {
+            "training audio": f"{train.total_seconds() / 3600:.2f} hours, {len(train):,} utterances",
+            "batches": f"{self.data.batch_seconds:g} s of audio, {len(self.data.train_dataloader()):,} in an epoch",
+            "steps": f"{self.num_steps():,}" + (f", at most {self.time_limit()}" if self.time_limit() else ""),
+            "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
+            "ctc weight": f"{self.module.weights.ctc_weight:g}",
+            "run folder": str(self.folder),
+        }
+        return parts, facts
+
+    def num_steps(self) -> int:
+        """Optimizer steps until the end of training, by `max_steps` or `max_epochs`, whichever comes first."""
+        limits = [self.trainer.max_steps] if self.trainer.max_steps >= 0 else []
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs >= 0:
+            batches = len(self.data.train_dataloader()) / self.trainer.world_size  # not yet shared among the devices
+            limits.append(self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
+        return min(limits)
+
+    def time_limit(self) -> str | None:
+        timers = [callback for callback in self.callbacks if isinstance(callback, Timer)]
+        return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
+
+    def load_best(self) -> None:
+        """Takes the weights of the best validation, where there was one, in float32 whatever the training was in."""
+        best = next(each.best_model_path for each in self.callbacks if isinstance(each, Checkpoints))
+        if best:
+            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+            self.module.load_state_dict(checkpoint["state_dict"])
+        self.module.float()
+
+    def interrupted(self) -> bool:
+        return any(isinstance(each, StopOnInterrupt) and each.interrupted for each in self.callbacks)
+
+    def totals(self) -> TrainingTotals | None:
+        """What training consumed, as the progress bar counted it."""
+        for callback in self.callbacks:
+            if isinstance(callback, ProgressBar):
+                return callback.totals()
+        return None

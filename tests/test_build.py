@@ -1,0 +1,279 @@
+"""What build refuses before training starts, and what the options of the Trainer do."""
+
+import json
+from collections import Counter
+
+import lightning
+import pytest
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+
+from sedtrain import build
+from sedtrain.batch import UserError
+from sedtrain.config import ConfigError, conf_dir, register
+from sedtrain.text import train_tokenizer
+
+SMALL = [
+    "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",
+    "trainer.max_steps=2", "trainer.log_every_n_steps=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def command(sedtrain, corpus, tmp_path):
+    """The command on the small corpus and small parts, with overrides; returns how it ended."""
+    return lambda *overrides: sedtrain(
+        "data=parquet", f"data.path={corpus}", f"run_dir={tmp_path / 'run'}", *SMALL, *overrides
+    )
+
+
+@pytest.fixture
+def built(corpus, tmp_path):
+    """A function of overrides: the connected objects of a run on the small corpus."""
+
+    def run(*overrides):
+        register()
+        choices = ["data=parquet", f"data.path={corpus}", f"run_dir={tmp_path}", "logger=none"]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return build.training_run(compose("train", [*choices, *SMALL, *overrides]))
+
+    return run
+
+
+# --- precision
+
+
+def losses(folder):
+    lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+    column = lines[0].index("train/loss")
+    return torch.tensor([float(line[column]) for line in lines[1:] if line[column]])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_trains_scores_and_leaves_a_model_in_float32(command, tmp_path, precision):
+    ended = command(f"trainer.precision={precision}")
+    assert ended.status == 0, ended.err
+    assert len(losses(tmp_path / "run")) == 2
+    assert losses(tmp_path / "run").isfinite().all()
+    model = transformers.AutoConfig.from_pretrained(tmp_path / "run/model")
+    assert model.dtype == torch.float32
+    assert json.loads((tmp_path / "run/results.json").read_text())["train"]["steps"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in float16")
+def test_float16_beside_float32_becomes_bfloat16_on_a_cpu_and_says_so(built):
+    with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
+        run = built("trainer.precision=16-mixed")
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert run.trainer.callback_metrics["train/loss"].isfinite()
+
+
+FLOAT16 = (
+    "trainer.plugins={_target_: lightning.pytorch.plugins.precision.MixedPrecision, precision: 16-mixed, device: cpu, "
+    "scaler: {_target_: torch.amp.GradScaler, device: cpu, init_scale: 64.0}}"
+)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [["trainer.precision=32-true"], ["trainer.precision=bf16-mixed"], ["trainer.precision=null", f"+{FLOAT16}"]],
+    ids=["float32", "bfloat16", "float16 scaled by 64"],
+)
+def test_a_fused_step_goes_as_far_as_clipping_allows_in_mixed_precision_too(built, precision):
+    """Plain descent at a rate of 1 moves the weights by the clipped gradient."""
+    run = built(
+        "optimizer._target_=torch.optim.SGD", "~optimizer.betas", "optimizer.lr=1", "optimizer.weight_decay=0",
+        "scheduler=constant", "scheduler.warmup_fraction=0", "trainer.gradient_clip_val=0.01", "trainer.max_steps=1",
+        *precision,
+    )  # fmt: skip
+    before = torch.nn.utils.parameters_to_vector(run.module.parameters()).detach().clone()
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert run.trainer.optimizers[0].defaults["fused"]
+    moved = torch.nn.utils.parameters_to_vector(run.module.parameters()).detach() - before
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+# --- values that cannot be
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong", "write"),
+    [
+        ("trainer.accelerator=gpuu", "invalid accelerator name: `accelerator='gpuu'`", "VALUE that Trainer takes"),
+        ("trainer.devices=0", "`Trainer(devices=0)` value is not a valid input", "VALUE that Trainer takes"),
+        ("trainer.max_time=abc", "Expected a string in the format DD:HH:MM:SS", "VALUE that Trainer takes"),
+        ("trainer.precision=foo", "Precision 'foo' is invalid. Allowed", "VALUE that Trainer takes"),
+        ("trainer.val_check_interval=0.5", "should be an integer or a time-based", "VALUE that Trainer takes"),
+        ("trainer.val_check_interval=0", "this has to be 1 or more", "NUMBER of 1 or more"),
+        ("trainer.accumulate_grad_batches=0", "this has to be 1 or more", "NUMBER of 1 or more"),
+        ("trainer.max_steps=-1", "and this has none", "NUMBER or trainer.max_epochs=NUMBER"),
+        ("optimizer.lr=-1", "Invalid learning rate: -1", "VALUE that AdamW takes"),
+        ("seed=-1", "random number generators do not take this seed", "NUMBER from 0 to 4294967295"),
+    ],
+)
+def test_a_value_that_a_component_refuses_is_a_problem_at_its_option(built, override, wrong, write):
+    option, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as raised:
+        built(override)
+    [problem] = raised.value.problems
+    assert (problem.path, str(problem.value)) == (option, value)
+    assert wrong in problem.wrong
+    assert problem.write == f"write {option}={write}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_a_problem(built):
+    with pytest.raises(ConfigError, match=r"trainer.accelerator = 'gpu'\n    No supported gpu backend found!"):
+        built("trainer.accelerator=gpu")
+
+
+def test_an_error_that_names_no_option_is_a_problem_of_the_component(built):
+    with pytest.raises(ConfigError) as raised:
+        built("optimizer.betas=[2,3]")
+    assert str(raised.value) == (
+        "1 problem in the configuration:\n\n  optimizer = 'torch.optim.AdamW'\n"
+        "    Invalid beta parameter at index 0: 2\n    write values that AdamW takes, such as optimizer.OPTION=VALUE"
+    )
+
+
+def test_an_error_of_the_encoder_s_own_making_is_a_problem(built):
+    with pytest.raises((ConfigError, UserError), match="divisible"):
+        built("+encoder.options.hidden_size=145")
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("loss.label_smoothing=7", "a fraction from 0 to 1"),
+        ("loss.ctc_weight=5", "a fraction from 0 to 1"),
+        ("loss.ctc_weight=nan", "a fraction from 0 to 1"),
+        ("scheduler.warmup_fraction=2", "a fraction from 0 to 1"),
+        ("decoding.num_beams=0", "1 or more"),
+        ("decoding.max_new_tokens=0", "1 or more"),
+        ("decoding.temperature=-1", "a number above 0"),
+        ("data.batch_seconds=-3", "a number above 0"),
+        ("data.num_workers=-1", "0 or more"),
+        ("data.max_seconds=0.01", "above data.min_seconds, 0.05"),
+    ],
+)
+def test_a_value_out_of_range_ends_with_status_2_and_its_range(command, override, wanted):
+    ended = command(override)
+    assert ended.status == 2
+    option = override.partition("=")[0]
+    assert ended.err == f"{override}: this has to be {wanted}\n  write instead: {option}=NUMBER, {wanted}\n"
+    assert "what will be trained" not in ended.out
+
+
+# --- options of the Trainer
+
+
+def test_options_that_are_decided_elsewhere_are_all_refused_at_once(command):
+    options = {
+        "trainer.logger=false": "write logger=csv or logger=none",
+        "trainer.callbacks=[]": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
+        "trainer.default_root_dir=elsewhere": "write run_dir=FOLDER",
+        "trainer.use_distributed_sampler=false": "leave it out: batches are shared among the devices when they are cut",
+        "trainer.enable_checkpointing=false": "leave it out: a run keeps its best and its last weights",
+        "trainer.enable_model_summary=false": "leave it out: the parts of the model are shown before training starts",
+    }
+    ended = command(*options, "~callbacks.checkpoints")
+    assert ended.status == 2
+    assert "7 problems in the configuration" in ended.err
+    for override, write in options.items():
+        option = override.partition("=")[0]
+        assert f"  {option} = " in ended.err
+        assert f"    {option.partition('.')[2]} is decided elsewhere\n    {write}\n" in ended.err
+    assert "callbacks.checkpoints = null\n    a run keeps its best weights by it\n    leave" in ended.err
+
+
+class Watch(lightning.Callback):
+    """Counts validations by the number of steps before them."""
+
+    def __init__(self):
+        self.validations = Counter()
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations[trainer.global_step] += 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "validations"),
+    [
+        (["trainer.max_steps=4", "trainer.val_check_interval=2"], {2: 1, 4: 1}),
+        (["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2"], {2: 1, 4: 1}),
+        (["trainer.max_steps=3", "trainer.accumulate_grad_batches=2"], {3: 1}),
+        (["trainer.max_steps=1", "trainer.num_sanity_val_steps=1"], {0: 1, 1: 1}),
+    ],
+)
+def test_validation_comes_after_so_many_steps_of_the_optimizer(built, overrides, validations):
+    run = built("data.batch_seconds=4", *overrides)
+    watch = Watch()
+    run.trainer.callbacks.insert(0, watch)
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert watch.validations == validations
+
+
+@pytest.mark.parametrize("overrides", [[], ["~callbacks.progress"]], ids=["our bar", "no bar"])
+def test_without_a_progress_bar_nothing_is_shown_and_training_is_counted(command, tmp_path, overrides):
+    ended = command("trainer.enable_progress_bar=false", "callbacks.interrupt=null", *overrides)
+    assert ended.status == 0, ended.err
+    assert "step " not in ended.err
+    train = json.loads((tmp_path / "run/results.json").read_text())["train"]
+    assert train is None if overrides else train["steps"] == 2
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_plan_tells_the_steps_of_a_training_by_epochs(built, accumulated):
+    run = built(
+        "trainer.max_steps=-1", "++trainer.max_epochs=2", "data.batch_seconds=4",
+        f"trainer.accumulate_grad_batches={accumulated}",
+    )  # fmt: skip
+    _, facts = run.plan()
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert facts["steps"] == f"{run.trainer.estimated_stepping_batches}, at most 0:08:00"
+
+
+def test_the_plan_tells_the_smaller_of_steps_and_epochs(built):
+    assert built("trainer.max_steps=5000", "++trainer.max_epochs=1").num_steps() == 3
+    assert built("trainer.max_steps=2", "++trainer.max_epochs=1").num_steps() == 2
+
+
+# --- data
+
+
+def test_every_split_that_the_run_needs_is_checked_before_training(command, tmp_path):
+    ended = command("data.validation_split=nein", "data.test_split=nope")
+    assert ended.status == 2
+    assert "split 'nein'" in ended.err
+    assert "split 'nope'" in ended.err
+    assert "what will be trained" not in ended.out
+
+
+def test_the_split_that_is_not_scored_may_be_missing(built):
+    assert built("data.test_split=nope", "split=validation").data.splits["test"] == "nope"
+
+
+def test_characters_that_a_pretrained_tokenizer_cannot_write_are_warned_of(built, tmp_path, caplog):
+    decoder = built().module.model.decoder
+    tokenizer = train_tokenizer(["one two three four five six nine eight"], "char", 100)
+    decoder.resize_token_embeddings(len(tokenizer))
+    decoder.save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    caplog.clear()
+    run = built(f"decoder.checkpoint={tmp_path / 'decoder'}")
+    number = "".join(run.data.rows("train").texts()).count("z")
+    [message] = [record.getMessage() for record in caplog.records if "unknown" in record.getMessage()]
+    assert number > 0
+    assert message == (
+        f"the decoder's tokenizer writes {number} characters of the training texts as unknown: 'z' {number}"
+    )
+
+
+def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write(built):
+    with pytest.raises(ConfigError) as caught:
+        built("attention=flash_attention_2")
+    [problem] = caught.value.problems
+    assert (problem.path, problem.value) == ("attention", "flash_attention_2")
+    assert problem.wrong == "it computes in 16 bits, and trainer.precision is 32-true"
+    assert problem.write == "write trainer.precision=bf16-mixed"
