@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import lightning
@@ -38,7 +39,7 @@ class TrainingRun:
         train = self.data.split("train")
         facts = {
             "training audio": f"{train.total_seconds() / 3600:.2f} hours, {len(train):,} utterances",
-            "batches": f"{self.data.batch_seconds:g} s of audio, {len(self.data.train_dataloader()):,} in an epoch",
+            "batches": f"{self.data.batch_seconds:g} s of audio, {self.num_batches:,} in an epoch",
             "steps": f"{self.num_steps():,}" + (f", at most {self.time_limit()}" if self.time_limit() else ""),
             "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
             "ctc weight": f"{self.module.weights.ctc_weight:g}",
@@ -46,11 +47,16 @@ class TrainingRun:
         }
         return parts, facts
 
+    @cached_property
+    def num_batches(self) -> int:
+        """Of an epoch, before they are shared among the devices."""
+        return len(self.data.train_dataloader())
+
     def num_steps(self) -> int:
         """Optimizer steps until the end of training, by `max_steps` or `max_epochs`, whichever comes first."""
         limits = [self.trainer.max_steps] if self.trainer.max_steps >= 0 else []
         if self.trainer.max_epochs is not None and self.trainer.max_epochs >= 0:
-            batches = len(self.data.train_dataloader()) / self.trainer.world_size  # not yet shared among the devices
+            batches = self.num_batches / self.trainer.world_size
             limits.append(self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
         return min(limits)
 

@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from pairs import BERT as DECODER
+from pairs import END, PAD, START
+from pairs import WAVE_ENCODER as ENCODER
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -16,18 +19,6 @@ from transformers import (
 
 from sedtrain.models.encoder import encoder_from_config
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-
-ENCODER = {
-    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-    "conv_dim": [8, 8, 8], "conv_kernel": [10, 8, 4], "conv_stride": [5, 4, 4], "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
-    "feat_extract_norm": "layer", "do_stable_layer_norm": True, "mask_time_prob": 0.0,
-}  # fmt: skip
-DECODER = {
-    "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-    "is_decoder": True, "add_cross_attention": True,
-}  # fmt: skip
-START, END, PAD = 4, 5, 3
 
 
 @pytest.fixture(scope="module")

@@ -224,10 +224,10 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             with self.skipped_file.open("a") as lines:
                 lines.writelines(json.dumps(utterance._asdict()) + "\n" for utterance in skipped)
 
-    def batches_of(self, split: str, *, shuffle: bool, over_ranks: bool, longest: float = 1.0) -> DurationBatches:
-        """The batches of the whole split, or with `over_ranks` this rank's; `longest`: how much longer audio may get."""
-        dataset = self.split(split)
+    def batches_of(self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool) -> DurationBatches:
+        """The batches of the whole split, or with `over_ranks` this rank's, bounded for audio as long as it may get."""
         trainer = self.trainer if over_ranks else None
+        longest = dataset.augment.longest if dataset.augment else 1.0
         return DurationBatches(
             longest * np.array(dataset.seconds),
             self.batch_seconds,
@@ -251,7 +251,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def batches(self, split: str) -> Iterator[Batch]:
         """The whole split; what cannot be read is noted."""
-        for batch in self.loader(self.split(split), self.batches_of(split, shuffle=False, over_ranks=False)):
+        dataset = self.split(split)
+        for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False)):
             self.note_skipped(batch.skipped)
             yield batch
 
@@ -260,17 +261,18 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return batch
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        longest = self.augment.longest if self.augment else 1.0
-        batches = self.batches_of("train", shuffle=True, over_ranks=True, longest=longest)
+        dataset = self.split("train", self.augment)
+        batches = self.batches_of(dataset, shuffle=True, over_ranks=True)
         if self.trainer:
             batches.set_epoch(self.trainer.current_epoch)  # workers fetch before Lightning says it
         if self.position and self.position["epoch"] >= batches.epoch:
             batches.load_state_dict(self.position)
         self.train_batches = batches
-        return self.loader(self.split("train", self.augment), batches)
+        return self.loader(dataset, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self.loader(self.split("validation"), self.batches_of("validation", shuffle=False, over_ranks=True))
+        dataset = self.split("validation")
+        return self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data: positions and seeds, no samples."""

@@ -56,9 +56,8 @@ def load_config(
     else:
         with loading(f"{part}.checkpoint", name):
             config = AutoConfig.from_pretrained(name)
-        if model_type == "parakeet_encoder" and hasattr(config, "encoder_config"):  # published within whole models
-            config.encoder_config._name_or_path = config._name_or_path
-            config = config.encoder_config
+        if model_type == "parakeet_encoder":
+            config = encoder_within(config)
         refuse_other_family(part, name, config, model_type)
     values = {**(tiny if name is None else {}), **options}
     unknown = [key for key in values if not hasattr(config, key)]
@@ -80,6 +79,15 @@ def load_config(
         raise UserError(
             f"{part}.options: {' '.join(str(error).split())[:200]}", f"{part}.options.NAME=VALUE that fits"
         ) from error
+
+
+def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of Parakeet, which is published as whole models, the encoder's own configuration; any other as it is."""
+    if not (config.model_type.startswith("parakeet_") and hasattr(config, "encoder_config")):
+        return config
+    encoder: PreTrainedConfig = config.encoder_config
+    encoder._name_or_path = config._name_or_path
+    return encoder
 
 
 def configured(name: Any, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

@@ -39,7 +39,7 @@ from sedtrain.models.joint_config import (
     with_adapter,
 )
 from sedtrain.models.masks import ZeroGradients
-from sedtrain.models.output_layer import deferred_output_layer, make_deferrable
+from sedtrain.models.output_layer import DeferrableLinear, deferred_output_layer, make_deferrable
 from sedtrain.models.rates import FollowedRates
 from sedtrain.models.saving import LoadsAndSaves
 
@@ -175,10 +175,7 @@ class SpeechEncoderDecoder(LoadsAndSaves):
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         tokens = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if tokens is not None:
-            positions = decoder_positions(self.decoder, tokens, past_length, decoder_attention_mask)
-            decoder_options = {**({} if positions is None else {"position_ids": positions}), **decoder_options}
+        decoder_options = {**self.positions(tokens, past_key_values, decoder_attention_mask), **decoder_options}
         if output_logits is None:
             output_logits = labels is None or not self.training or not return_dict
         self.decoder_rates.follow(self.decoder)
@@ -197,16 +194,37 @@ class SpeechEncoderDecoder(LoadsAndSaves):
             )
         loss = None
         if labels is not None:
-            if left_out := self.left_out():
-                decoded.logits = ZeroGradients.apply(decoded.logits, *left_out)  # type: ignore[no-untyped-call]
-            loss_of = token_cross_entropy if output_layer is None else partial(labelled_cross_entropy, output_layer)
-            loss_sum, num_tokens = loss_of(decoded.logits, labels, label_smoothing)
-            num_items = num_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-            loss = loss_sum / num_items.to(loss_sum.device).clamp(min=1)
+            loss = self.token_loss(decoded.logits, output_layer, labels, label_smoothing, num_items_in_batch)
         output = seq2seq_output(loss, decoded, encoded, with_logits=output_layer is None)
         if self.adapter is not None and encoded.encoder_frames is not None:  # what can be given back as encoder_outputs
             output.encoder_last_hidden_state = encoded.encoder_frames
         return output if return_dict else output.to_tuple()
+
+    def positions(
+        self, tokens: Tensor | None, past: transformers.Cache | None, attention_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The `position_ids` that the decoder has to be told, if any."""
+        if tokens is None:
+            return {}
+        past_length = 0 if past is None else past.get_seq_length()
+        positions = decoder_positions(self.decoder, tokens, past_length, attention_mask)
+        return {} if positions is None else {"position_ids": positions}
+
+    def token_loss(
+        self,
+        logits: Tensor,
+        output_layer: DeferrableLinear | None,
+        labels: Tensor,
+        label_smoothing: float,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """The loss of (B, U, V) logits, or of the (B, U, D) inputs of an output layer, over the tokens or `num_items`."""
+        if left_out := self.left_out():
+            logits = ZeroGradients.apply(logits, *left_out)  # type: ignore[no-untyped-call]
+        loss_of = token_cross_entropy if output_layer is None else partial(labelled_cross_entropy, output_layer)
+        loss_sum, num_tokens = loss_of(logits, labels, label_smoothing)
+        divisor = num_tokens if num_items is None else torch.as_tensor(num_items)
+        return loss_sum / divisor.to(loss_sum.device).clamp(min=1)
 
     def left_out(self) -> list[nn.Parameter]:
         """The parameters that a training step may leave without a gradient, which several ranks would not survive."""

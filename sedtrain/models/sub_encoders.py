@@ -51,6 +51,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from sedtrain.batch import UserError
+from sedtrain.models.checkpoint import encoder_within
 from sedtrain.models.feature_encoder import mask_front_end
 from sedtrain.models.masks import (
     GuardedSpecAugment,
@@ -271,7 +272,4 @@ def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
         config.__class__ = kind
         config.model_type, config.is_encoder_decoder = kind.model_type, False
         return config
-    if config.model_type.startswith("parakeet_") and hasattr(config, "encoder_config"):
-        config.encoder_config._name_or_path = config._name_or_path
-        return config.encoder_config
-    return config
+    return encoder_within(config)
