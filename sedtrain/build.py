@@ -15,7 +15,6 @@ from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
-from sedtrain.evaluation.normalisers import normaliser
 from sedtrain.export import SavedModel
 from sedtrain.finetune import Freeze
 from sedtrain.losses import LossWeights
@@ -25,6 +24,7 @@ from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.joint_config import frame_width
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.module import SpeechSeq2SeqModule
+from sedtrain.normalisers import normaliser
 from sedtrain.progress import ProgressBar
 from sedtrain.run import TrainingRun
 from sedtrain.text import start_end_pad, unwritable_characters

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "batch": set(),
     "hub": set(),
     "losses": {"batch"},
+    "normalisers": {"batch"},
     "optim": {"batch"},
     "finetune": {"batch"},
     "text": {"batch"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "models": {"batch", "hub", "losses", "text"},
     # from a model to its scores
     "decoding": {"batch", "models"},
-    "evaluation": {"batch", "decoding", "models"},
+    "evaluation": {"batch", "decoding", "models", "normalisers"},
     "export": {"decoding", "evaluation.results", "models", "run_folder"},
     # training
     "module": {"batch", "decoding", "evaluation.metrics", "losses", "models", "optim"},
@@ -53,6 +54,7 @@ MAY_IMPORT = {
         "losses",
         "models",
         "module",
+        "normalisers",
         "progress",
         "run",
         "text",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sedtrain.batch import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, CorpusMetrics, MetricSet
-from sedtrain.evaluation.normalisers import normaliser
+from sedtrain.normalisers import normaliser
 
 REFERENCES = ["the cat sat on the mat", "one two three four five", "hello there , my friend", "yes"]
 HYPOTHESES = ["the cat sat on mat", "one too three three four five", "hello my friend", "no sir"]

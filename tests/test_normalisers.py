@@ -1,13 +1,14 @@
 import json
+import pickle
 from importlib.resources import files
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from sedtrain.batch import UserError
-from sedtrain.evaluation.normalisers import NORMALISERS, normaliser
+from sedtrain.normalisers import NORMALISERS, normaliser
 
 TEXTS = [
     "Mr. Smith's colour TV cost $20.50, didn't it?",
@@ -35,11 +36,11 @@ def test_lowercase_folds_case_width_and_white_space_and_keeps_punctuation(text, 
     assert normaliser("lowercase")(text) == lowered
 
 
-@given(st.text())
-@settings(deadline=None)
-def test_lowercase_twice_is_lowercase_once(text):
-    lowercase = normaliser("lowercase")
-    assert lowercase(lowercase(text)) == lowercase(text)
+@pytest.mark.parametrize("name", ["none", "lowercase"])
+@given(text=st.text())
+def test_twice_is_once_where_a_normaliser_promises_it(name, text):
+    rewrite = normaliser(name)
+    assert rewrite(rewrite(text)) == rewrite(text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -51,6 +52,18 @@ def test_whisper_english_equals_the_implementation_of_transformers(text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_whisper_basic_equals_the_implementation_of_transformers(text):
     assert normaliser("whisper_basic")(text) == BasicTextNormalizer()(text)
+
+
+def test_whisper_basic_drops_the_vowel_signs_of_devanagari():
+    assert normaliser("whisper_basic")("नमस्ते") == "नमस त "
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_a_worker_gets_the_same_normaliser(name, text):
+    sent = pickle.loads(pickle.dumps(normaliser(name)))
+    assert sent.label() == normaliser(name).label()
+    assert sent(text) == normaliser(name)(text)
 
 
 def test_whisper_english_writes_digits_and_american_spelling():

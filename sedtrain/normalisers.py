@@ -14,7 +14,7 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class Normaliser:
-    """A rewriting of text before it is scored, applied to references and hypotheses alike."""
+    """A rewriting of text: of references and hypotheses before they are scored, or of texts before they are learnt."""
 
     name: str
     version: str
@@ -23,16 +23,20 @@ class Normaliser:
     def __call__(self, text: str) -> str:
         return self.rewrite(text)
 
+    def __reduce__(self) -> tuple[Callable[[str], "Normaliser"], tuple[str]]:
+        return normaliser, (self.name,)  # workers get it by name: not every rewriting can be pickled
+
     def label(self) -> dict[str, str]:
-        """What `results.json` says of it."""
+        """What is written of it beside a score and into a saved model."""
         return {"name": self.name, "version": self.version}
 
 
 def normaliser(name: str) -> Normaliser:
     """The normaliser called `none`, `lowercase`, `whisper_english` or `whisper_basic`; else a UserError.
 
-    `whisper_english` writes number words as digits ("three one four" becomes "314") and British spelling as
-    American: use it to compare with published English scores, not for spoken digits.
+    The first two promise that twice is once. `whisper_english` writes number words as digits ("three one four"
+    becomes "314") and British spelling as American: use it to compare with published English scores, not for spoken
+    digits. `whisper_basic`, for any language, drops every mark: of Devanagari and its like the vowel signs.
     """
     return pick(NORMALISERS, name, "normaliser")()
 
