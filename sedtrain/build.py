@@ -1,7 +1,8 @@
 """From a checked configuration to connected objects: the only place where components meet."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import lightning
@@ -27,7 +28,8 @@ from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.normalisers import normaliser
 from sedtrain.progress import ProgressBar
 from sedtrain.run import TrainingRun
-from sedtrain.text import start_end_pad, unwritable_characters
+from sedtrain.text import start_end_pad
+from sedtrain.vocabulary import VocabularyReport
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +53,13 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     data: SpeechTextDataModule = create(cfg, "data")
     data.augment = augment(cfg)
     data.refuse_unusable(["train", "validation", cfg.split])
-    tokenizer = tokenizer_for(cfg, data)
+    rewrite = normaliser(cfg.training_normaliser)
+    tokenizer = tokenizer_for(cfg, data, rewrite)
     encoder: PreTrainedModel = create(cfg, "encoder")
     decoder: PreTrainedModel = create(cfg, "decoder")(tokenizer)
     feature_extractor = feature_extractor_of(encoder)
     saved = SavedModel(joined(encoder, decoder, create(cfg, "adapter"), tokenizer), tokenizer, feature_extractor)
+    saved.model.config.training_normaliser = rewrite.label()  # lies in config.json, wherever the folder goes
     connect(data, saved)
     weights = loss_weights(
         create(cfg, "loss"), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))
@@ -74,7 +78,10 @@ def training_run(cfg: DictConfig) -> TrainingRun:
         create(cfg, "scheduler"),
     )
     module.optimizer_and_schedule(num_steps=1)  # what these refuse is refused before training starts
-    return TrainingRun(trainer(cfg, freeze), module, data, saved, Path(cfg.run_dir))
+    run = TrainingRun(trainer(cfg, freeze), module, data, saved, Path(cfg.run_dir))
+    if run.trainer.is_global_zero:
+        report_vocabulary(cfg, data)
+    return run
 
 
 def refuse_unusable(cfg: DictConfig) -> None:
@@ -92,6 +99,9 @@ def refuse_unusable(cfg: DictConfig) -> None:
     if not 0 <= cfg.seed < 2**32:
         write = "write seed=NUMBER from 0 to 4294967295"
         problems.append(Problem("seed", cfg.seed, "random number generators do not take this seed", write))
+    if cfg.vocabulary_texts is not None and cfg.vocabulary_texts < 0:
+        write = "write vocabulary_texts=NUMBER, 0 for no report, or vocabulary_texts=null for all texts"
+        problems.append(Problem("vocabulary_texts", cfg.vocabulary_texts, "there are no fewer texts than none", write))
     if not cfg.callbacks.get("checkpoints"):
         write = "leave callbacks.checkpoints as it is; other callbacks may go"
         problems.append(Problem("callbacks.checkpoints", None, "a run keeps its best weights by it", write))
@@ -115,29 +125,26 @@ def augment(cfg: DictConfig) -> Augment:
     return Augment(made, cfg.seed, cfg.data.max_seconds)
 
 
-def tokenizer_for(cfg: DictConfig, data: SpeechTextDataModule) -> PreTrainedTokenizerBase:
-    """The pretrained decoder's own tokenizer; where the decoder starts random, one trained from the training texts."""
+def tokenizer_for(
+    cfg: DictConfig, data: SpeechTextDataModule, rewrite: Callable[[str], str]
+) -> PreTrainedTokenizerBase:
+    """The pretrained decoder's own tokenizer; where the decoder starts random, one trained from what it is to write."""
     decoder = cfg.decoder
     published = {size: decoder.get(size) for size in ("base", "large")}
     own = tokenizer_of(cfg.size, decoder.get("checkpoint"), published)
-    texts = data.rows("train").texts()
-    if own is None:
-        trained: PreTrainedTokenizerBase = create(cfg, "tokenizer")(texts)
-        return trained
-    warn_of_unwritable(own, texts)
-    return own
+    if own is not None:
+        return own
+    trained: PreTrainedTokenizerBase = create(cfg, "tokenizer")(map(rewrite, data.rows("train").texts()))
+    return trained
 
 
-def warn_of_unwritable(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
-    """Says in the log which characters of the training texts a pretrained tokenizer writes as its unknown token."""
-    if counts := unwritable_characters(tokenizer, texts):
-        most = ", ".join(f"{character!r} {count:,}" for character, count in counts.most_common(20))
-        logger.warning(
-            "the decoder's tokenizer writes %d characters of the training texts as unknown: %s%s",
-            counts.total(),
-            most,
-            ", ..." if len(counts) > 20 else "",
-        )
+def report_vocabulary(cfg: DictConfig, data: SpeechTextDataModule) -> None:
+    """Says which characters of the texts the tokenizer cannot write, in the splits that training reads."""
+    assert data.collator is not None
+    for split in ("train", "validation") if cfg.vocabulary_texts != 0 else ():
+        texts = islice(data.rows(split).texts(), cfg.vocabulary_texts)
+        report = VocabularyReport(data.collator.tokenizer, texts, data.collator.rewrite)
+        logger.log(logging.INFO if report.finds_nothing else logging.WARNING, "%s: %s", split, report)
 
 
 def joined(
@@ -166,8 +173,10 @@ def joined(
 
 
 def connect(data: SpeechTextDataModule, saved: SavedModel) -> None:
-    """Hands the data what the model fixes: features, token ids, the start token."""
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, saved.model.config.decoder_start_token_id)
+    """Hands the data what the model fixes: features, token ids, the start token, how texts are written."""
+    name = (saved.training_normaliser or {"name": "none"})["name"]
+    start = saved.model.config.decoder_start_token_id
+    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, normaliser(name))
 
 
 def loss_weights(weights: LossWeights, starts_random: bool) -> LossWeights:

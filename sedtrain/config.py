@@ -61,6 +61,8 @@ class Config:
     pretrained: bool = True
     target: str = one_of("transcription", "translation")
     normaliser: str = one_of("lowercase", "none", "whisper_english", "whisper_basic")
+    training_normaliser: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
+    vocabulary_texts: int | None = 100_000
     run_dir: str = MISSING
     checkpoint: str | None = None
     audio: Any = None

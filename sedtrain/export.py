@@ -1,5 +1,6 @@
 """The Hugging Face folder: weights, configurations, tokenizer, feature extractor, model card."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,12 @@ class SavedModel:
     model: SpeechEncoderDecoder
     tokenizer: PreTrainedTokenizerBase
     feature_extractor: SequenceFeatureExtractor
+
+    @property
+    def training_normaliser(self) -> Mapping[str, str] | None:
+        """Name and version of what rewrote the texts that the model learnt to write; None where its folder does not say."""
+        label: Mapping[str, str] | None = getattr(self.model.config, "training_normaliser", None)
+        return label
 
     def save(self, folder: Path, decoding: DecodingOptions) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `decoding` becomes its generation config."""
@@ -59,7 +66,8 @@ A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with 
 |---|---|---|
 {rows}
 
-Text normaliser for scoring: `{normaliser}`. {num_utterances} utterances, {minutes:.1f} minutes of audio.
+Text normaliser for scoring: `{normaliser}`; for training: `{training_normaliser}`.
+{num_utterances} utterances, {minutes:.1f} minutes of audio.
 
 ```python
 from transformers import AutoProcessor
@@ -82,6 +90,10 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as Speec
 """.strip()
 
 
+def named(normaliser: Mapping[str, str] | None) -> str:
+    return " ".join(normaliser.values()) if normaliser else "unknown"
+
+
 def write_model_card(folder: Path, saved: SavedModel, results: Results, data: str) -> None:
     """README.md of the Hugging Face folder, with the metrics and how to load it; `data` names what it was trained on."""
     rows = [
@@ -97,7 +109,8 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         data=data,
         split=results.split,
         rows="\n".join(rows),
-        normaliser=results.normaliser["name"],
+        normaliser=named(results.normaliser),
+        training_normaliser=named(results.training_normaliser),
         num_utterances=results.num_utterances,
         minutes=results.audio_seconds / 60,
         sampling_rate=saved.feature_extractor.sampling_rate,

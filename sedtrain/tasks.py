@@ -97,6 +97,7 @@ def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train:
         train=train,
         skipped=dict(data.skipped),
         versions=installed_versions(),
+        training_normaliser=saved.training_normaliser,
     )
     folder = Path(cfg.run_dir)
     results.write(folder / "results.json")

@@ -1,27 +1,30 @@
 """Tokenizers trained on transcripts, and the ids that a tokenizer of any family gives a target text."""
 
-from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from typing import Literal
-from unicodedata import normalize
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sedtrain.batch import UserError
+from sedtrain.batch import UserError, require
 
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3
 SPACE = "▁"
 
 
-def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: int, max_texts: int | None = None
+) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocab_size` tokens that decodes what it encoded, up to white space and NFC.
 
     `bpe` merges within words, so of few distinct words each becomes one token; punctuation stands apart.
     `char` has one token a character. Both write `</s>` behind a text and nothing before it: those are the
     labels, since the model puts the start token in front when it shifts them. Special tokens spelled out in a
-    text are text. Raises UserError without texts, or where the characters alone are more than `vocab_size`.
+    text are text. Of the texts, the first `max_texts` are read, each let go before the next; None reads all.
+    Raises UserError without texts, or where the characters alone are more than `vocab_size`.
     """
+    require(max_texts is None or max_texts > 0, "tokenizer.max_texts", max_texts, "a number above 0, or null")
     tokenizer = _untrained(kind)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size if kind == "bpe" else 0,  # 0: every character, no merges
@@ -30,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "char"], vocab_si
         initial_alphabet=[SPACE],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(islice(texts, max_texts), trainer)
     _check_size(tokenizer.get_vocab_size(), vocab_size)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -108,14 +111,3 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_t
     if end in ids[num_content:]:
         ids = ids[: ids.index(end, num_content)]
     return [*ids, end]
-
-
-def unwritable_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[str]:
-    """How often each character (of NFC text) occurs that the tokenizer writes as its unknown token."""
-    counts = Counter(char for text in texts for char in normalize("NFC", text) if not char.isspace())
-    return Counter({character: n for character, n in counts.items() if _is_unknown(tokenizer, character)})
-
-
-def _is_unknown(tokenizer: PreTrainedTokenizerBase, character: str) -> bool:
-    unknown = tokenizer.unk_token_id
-    return unknown is not None and unknown in tokenizer(character, add_special_tokens=False)["input_ids"]

@@ -2,8 +2,11 @@
 
 import json
 from collections import Counter
+from importlib.metadata import version
 
 import lightning
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -254,6 +257,112 @@ def test_the_split_that_is_not_scored_may_be_missing(built):
     assert built("data.test_split=nope", "split=validation").data.splits["test"] == "nope"
 
 
+# --- texts
+
+
+@pytest.fixture
+def loud(corpus, tmp_path):
+    """The small corpus in capitals."""
+    folder = tmp_path / "loud"
+    folder.mkdir()
+    for file in corpus.glob("*.parquet"):
+        table = pyarrow.parquet.read_table(file)
+        number = table.schema.get_field_index("text")
+        capitals = pyarrow.array([text.upper() for text in table["text"].to_pylist()])
+        pyarrow.parquet.write_table(table.set_column(number, "text", capitals), folder / file.name)
+    return folder
+
+
+def reported(caplog):
+    """The vocabulary report of each split: how loud, and its lines."""
+    records = [record for record in caplog.records if "the tokenizer" in record.getMessage()]
+    return {record.getMessage()[: record.getMessage().index(":")]: record for record in records}
+
+
+def test_labels_and_tokenizer_follow_the_training_normaliser_and_references_do_not(built, loud):
+    run = built(f"data.path={loud}", "training_normaliser=lowercase")
+    [*_, batch] = run.data.batches("validation")
+    assert all(text.isupper() for text in batch.texts)
+    written = [run.saved.tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in batch.labels]
+    assert written == [text.lower() for text in batch.texts]
+    assert "ONE" not in "".join(run.saved.tokenizer.get_vocab())
+
+
+def test_texts_are_learnt_as_they_are_by_default(built, loud):
+    run = built(f"data.path={loud}")
+    [*_, batch] = run.data.batches("train")
+    assert run.saved.tokenizer.decode(batch.labels[0][batch.labels[0] >= 0], skip_special_tokens=True) == batch.texts[0]
+
+
+def test_a_model_its_card_and_its_results_name_both_normalisers(command, sedtrain, loud, tmp_path):
+    ended = command(f"data.path={loud}", "training_normaliser=whisper_basic", "normaliser=none")
+    assert ended.status == 0, ended.err
+    label = {"name": "whisper_basic", "version": f"whisper-normalizer {version('whisper-normalizer')}"}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "run/model").training_normaliser == label
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert f"for scoring: `none 1`; for training: `{' '.join(label.values())}`" in card
+    again = sedtrain("task=evaluate", f"checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'again'}")
+    assert again.status == 0, again.err
+    for folder in ("run", "again"):
+        stored = json.loads((tmp_path / folder / "results.json").read_text())
+        assert (stored["normaliser"]["name"], stored["training_normaliser"]) == ("none", label)
+
+
+def test_a_model_that_does_not_name_a_training_normaliser_is_scored_all_the_same(command, sedtrain, tmp_path):
+    assert command().status == 0
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config.pop("training_normaliser") == {"name": "none", "version": "1"}
+    (tmp_path / "run/model/config.json").write_text(json.dumps(config))
+    ended = sedtrain("task=evaluate", f"checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'again'}")
+    assert ended.status == 0, ended.err
+    assert json.loads((tmp_path / "again/results.json").read_text())["training_normaliser"] is None
+
+
+def test_an_unknown_training_normaliser_is_refused_with_the_closest(command):
+    ended = command("training_normaliser=lowercas")
+    assert ended.status == 2
+    assert "training_normaliser has no option 'lowercas'\n    did you mean 'lowercase'?" in ended.err
+
+
+def test_a_tokenizer_from_the_first_texts_is_told_what_the_others_hold(built, caplog):
+    run = built("tokenizer=char", "tokenizer.max_texts=1")
+    first, *others = run.data.rows("train").texts()
+    missing = Counter("".join(others).replace(" ", ""))
+    missing = {each: count for each, count in missing.items() if each not in first}
+    said = reported(caplog)
+    assert [said[split].levelname for split in ("train", "validation")] == ["WARNING", "WARNING"]
+    lines = said["train"].getMessage().splitlines()
+    assert lines[0].startswith(f"train: the tokenizer cannot write {len(missing)} of the ")
+    assert len(missing) > 0
+    assert len(lines) == 1 + len(missing)
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_no_more_texts_are_reported_on_than_are_asked_for(built, caplog, limit):
+    caplog.set_level("INFO", logger="sedtrain")
+    built(f"vocabulary_texts={limit}")
+    assert [record.getMessage().endswith("of 3 texts") for record in reported(caplog).values()] == [True] * 2 * (
+        limit > 0
+    )
+
+
+def test_fewer_texts_than_none_are_refused(built):
+    with pytest.raises(ConfigError) as raised:
+        built("vocabulary_texts=-1")
+    [problem] = raised.value.problems
+    assert (problem.path, problem.wrong) == ("vocabulary_texts", "there are no fewer texts than none")
+    assert problem.write == "write vocabulary_texts=NUMBER, 0 for no report, or vocabulary_texts=null for all texts"
+
+
+def test_everything_that_can_be_written_is_one_line_a_split(built, caplog):
+    caplog.set_level("INFO", logger="sedtrain")
+    run = built("vocabulary_texts=null")
+    num_characters = len(set("".join(run.data.rows("train").texts()).replace(" ", "")))
+    record = reported(caplog)["train"]
+    assert record.getMessage() == f"train: the tokenizer writes all {num_characters} characters of 24 texts"
+    assert record.levelname == "INFO"
+
+
 def test_characters_that_a_pretrained_tokenizer_cannot_write_are_warned_of(built, tmp_path, caplog):
     decoder = built().module.model.decoder
     tokenizer = train_tokenizer(["one two three four five six nine eight"], "char", 100)
@@ -263,11 +372,12 @@ def test_characters_that_a_pretrained_tokenizer_cannot_write_are_warned_of(built
     caplog.clear()
     run = built(f"decoder.checkpoint={tmp_path / 'decoder'}")
     number = "".join(run.data.rows("train").texts()).count("z")
-    [message] = [record.getMessage() for record in caplog.records if "unknown" in record.getMessage()]
     assert number > 0
-    assert message == (
-        f"the decoder's tokenizer writes {number} characters of the training texts as unknown: 'z' {number}"
-    )
+    said = reported(caplog)["train"]
+    assert said.levelname == "WARNING"
+    assert f"\n  'z' (U+007A) {number} times as in " in said.getMessage()
+    built(f"decoder.checkpoint={tmp_path / 'decoder'}", "training_normaliser=whisper_english")  # zero becomes 0
+    assert "'0' (U+0030)" in (brought := caplog.records[-2].getMessage()) and "brought in by the normaliser" in brought
 
 
 def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write(built):

@@ -69,6 +69,16 @@ def test_audio_is_normalised_as_upstream_does_at_any_loudness(loudness):
         torch.testing.assert_close(row[:length], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_labels_are_of_the_rewritten_text_and_the_batch_keeps_the_text():
+    spoken = utterances(8000, 8000, texts=["ONE", "Nine"])
+    rewritten = Collator(EXTRACTORS["hubert"], TOKENIZER, START, str.lower)
+    plain = Collator(EXTRACTORS["hubert"], TOKENIZER, START)
+    batch = rewritten(spoken)
+    assert batch.texts == ["ONE", "Nine"]
+    assert batch.labels.tolist() == plain(utterances(8000, 8000, texts=["one", "nine"])).labels.tolist()
+    assert rewritten.target("ONE") == plain.target("one") != plain.target("ONE")
+
+
 def test_silence_stays_finite():
     silence = Utterance("u", torch.zeros(8000), RATE, "nine", None, None, 0.5)
     for extractor in EXTRACTORS.values():

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "optim": {"batch"},
     "finetune": {"batch"},
     "text": {"batch"},
+    "vocabulary": set(),
     "data": {"batch", "hub", "text"},
     "models": {"batch", "hub", "losses", "text"},
     # from a model to its scores
@@ -58,6 +59,7 @@ MAY_IMPORT = {
         "progress",
         "run",
         "text",
+        "vocabulary",
     },
     "terminal": {"evaluation"},
     "tasks": {"batch", "build", "data", "decoding", "evaluation", "export", "terminal"},

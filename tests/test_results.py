@@ -21,6 +21,7 @@ RESULTS = Results(
     train=TrainingTotals(seconds=300.0, steps=1000, utterances=32000, audio_seconds_per_second=210.0),
     skipped={"too_long": 3},
     versions={"python": "3.11.9", "lightning": None},
+    training_normaliser={"name": "none", "version": "1"},
 )
 
 
@@ -41,6 +42,7 @@ def test_the_file_has_the_documented_keys(tmp_path):
         "train": {"seconds": 300.0, "steps": 1000, "utterances": 32000, "audio_seconds_per_second": 210.0},
         "skipped": {"too_long": 3},
         "versions": {"python": "3.11.9", "lightning": None},
+        "training_normaliser": {"name": "none", "version": "1"},
     }
 
 

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import unicodedata
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sedtrain.batch import UserError
-from sedtrain.text import encode_target, start_end_pad, train_tokenizer, unwritable_characters
+from sedtrain.text import encode_target, start_end_pad, train_tokenizer
 
 DIGITS = ["three one four", "one five nine two", "six five three five", "eight nine seven zero"] * 3
 MULTILINGUAL = [
@@ -116,6 +117,52 @@ def test_a_saved_tokenizer_loads_with_the_same_behaviour(tmp_path, kind):
     assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == text
 
 
+class Streamed(str):
+    """A text of which it is known when it is let go."""
+
+
+class Stream:
+    """`length` texts one after the other; how many were read, and how many of them were alive at once."""
+
+    def __init__(self, length):
+        self.length, self.read, self.alive, self.most_alive = length, 0, 0, 0
+
+    def __iter__(self):
+        for number in range(self.length):
+            text = Streamed(DIGITS[number % len(DIGITS)])
+            weakref.finalize(text, self.let_go)
+            self.read, self.alive = self.read + 1, self.alive + 1
+            self.most_alive = max(self.most_alive, self.alive)
+            yield text
+
+    def let_go(self):
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_read_once_and_never_held(kind):
+    stream = Stream(5000)
+    tokenizer = train_tokenizer(stream, kind, 100)
+    assert stream.read == 5000
+    assert stream.most_alive < 10
+    assert (
+        tokenizer.get_vocab() == train_tokenizer([DIGITS[i % len(DIGITS)] for i in range(5000)], kind, 100).get_vocab()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_more_texts_are_read_than_are_asked_for(kind):
+    stream = Stream(5000)
+    tokenizer = train_tokenizer(stream, kind, 100, max_texts=2)
+    assert stream.read == 2
+    assert tokenizer.get_vocab() == train_tokenizer(DIGITS[:2], kind, 100).get_vocab()
+
+
+def test_no_texts_at_all_are_refused_as_a_number():
+    with pytest.raises(UserError, match=r"tokenizer\.max_texts=0: this has to be a number above 0, or null"):
+        train_tokenizer(DIGITS, "bpe", 100, max_texts=0)
+
+
 @pytest.mark.parametrize("texts", [[], ["", " \n"]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_on_nothing_is_refused(texts, kind):
@@ -196,18 +243,3 @@ def test_a_tokenizer_without_end_token_is_refused():
     with pytest.raises(UserError, match="has no end token") as error:
         start_end_pad(word_tokenizer(["a"], bos_token="<s>", unk_token="<unk>"))
     assert "eos_token" in error.value.write_instead
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_unwritable_characters_are_counted(kind):
-    tokenizer = train_tokenizer(DIGITS, kind, 100)
-    assert unwritable_characters(tokenizer, ["one ß two", "Öß", "three"]) == {"ß": 2, "Ö": 1}
-
-
-def test_a_composed_character_is_one_character():
-    assert not unwritable_characters(TOKENIZERS["char"], ["Gru\u0308ße"])
-
-
-def test_a_tokenizer_without_unknown_token_writes_everything():
-    no_unknown = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(byte_fallback=True)))
-    assert not unwritable_characters(no_unknown, ["ß"])

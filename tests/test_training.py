@@ -30,7 +30,7 @@ from sedtrain.data.sources import read_audio
 GOLDEN = Path(__file__).parent / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
     "task", "split", "num_utterances", "audio_seconds", "metrics", "normaliser", "decoding", "rtfx", "train", "skipped",
-    "versions",
+    "versions", "training_normaliser",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 B batch, S samples, T frames, F features, U target tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,21 @@ from sedtrain.text import encode_target
 
 
 class Collator:
-    """Turns utterances into a Batch with the encoder's feature extractor and the decoder's tokenizer."""
+    """Turns utterances into a Batch with the encoder's feature extractor and the decoder's tokenizer.
+
+    rewrite: what is done to a text before it becomes labels; the batch keeps the text itself, to score against
+    """
 
     def __init__(
         self,
         feature_extractor: SequenceFeatureExtractor,
         tokenizer: PreTrainedTokenizerBase,
         decoder_start_token_id: int,
+        rewrite: Callable[[str], str] = str,
     ) -> None:
         self.feature_extractor: Any = feature_extractor
         self.tokenizer = tokenizer
-        self.decoder_start_token_id = decoder_start_token_id
+        self.decoder_start_token_id, self.rewrite = decoder_start_token_id, rewrite
         # What Wav2Vec2FeatureExtractor does, several times as fast.
         self.normalises_audio = type(feature_extractor) is Wav2Vec2FeatureExtractor and feature_extractor.do_normalize
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
@@ -48,10 +52,7 @@ class Collator:
             none = torch.zeros(0, 0, dtype=torch.long)
             return Batch(none.float(), none, none, [], [], 0.0, list(skipped))
         features = [self.features(utterance.audio) for utterance in utterances]
-        labels = [
-            torch.tensor(encode_target(self.tokenizer, utterance.text, self.decoder_start_token_id))
-            for utterance in utterances
-        ]
+        labels = [torch.tensor(self.target(utterance.text)) for utterance in utterances]
         inputs = pad_sequence(features, batch_first=True)
         masks = [torch.ones(len(frames), dtype=torch.long) for frames in features]
         return Batch(
@@ -63,6 +64,10 @@ class Collator:
             seconds=sum(utterance.seconds for utterance in utterances),
             skipped=list(skipped),
         )
+
+    def target(self, text: str) -> list[int]:
+        """The label ids of a text."""
+        return encode_target(self.tokenizer, self.rewrite(text), self.decoder_start_token_id)
 
     def features(self, audio: Tensor) -> Tensor:
         """(S,) audio -> (S,) normalised audio or (T, F) features, time first, unpadded and not cut to 30 s.

@@ -30,7 +30,8 @@ class TrainingTotals:
 class Results:
     """One evaluation of one split. Metrics are fractions; `train` is None where nothing was trained.
 
-    `rtfx` is seconds of audio decoded per second of wall clock; `skipped` counts utterances by reason.
+    `rtfx` is seconds of audio decoded per second of wall clock; `skipped` counts utterances by reason;
+    `normaliser` is that of the scores, `training_normaliser` that of the texts learnt, None where the model does not say.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Results:
     train: TrainingTotals | None
     skipped: Mapping[str, int]
     versions: Mapping[str, str | None]
+    training_normaliser: Mapping[str, str] | None = None
 
     def write(self, path: Path) -> None:
         """Write JSON, whole or not at all; numbers that JSON has no word for (NaN) become null."""
