@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sedtrain.batch import UserError
+from sedtrain.normalisers import normaliser
 from sedtrain.text import encode_target, start_end_pad, train_tokenizer
 
 DIGITS = ["three one four", "one five nine two", "six five three five", "eight nine seven zero"] * 3
@@ -38,6 +39,18 @@ def test_decoding_gives_back_the_text_up_to_white_space(kind, text):
     tokenizer = TOKENIZERS[kind]
     composed = " ".join(unicodedata.normalize("NFC", text).split())
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == composed
+
+
+@pytest.mark.parametrize("name", ["none", "lowercase", "whisper_basic"])
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=50)
+def test_a_tokenizer_of_normalised_texts_gives_back_a_normalised_text(kind, name, data):
+    rewrite = normaliser(name)
+    tokenizer = train_tokenizer(map(rewrite, [*MULTILINGUAL, *seen_characters]), kind, 300)
+    text = rewrite(data.draw(st.text(st.sampled_from(seen_characters))))
+    target = encode_target(tokenizer, text, tokenizer.bos_token_id)
+    assert tokenizer.decode(target, skip_special_tokens=True) == " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @pytest.mark.parametrize("kind", KINDS)
