@@ -6,19 +6,14 @@ B batch, S samples, T frames, F features, U target tokens.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    PreTrainedTokenizerBase,
-    SequenceFeatureExtractor,
-    Wav2Vec2FeatureExtractor,
-    WhisperFeatureExtractor,
-)
+from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, WhisperFeatureExtractor
 
 from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
+from sedtrain.data.features import features_of
 from sedtrain.text import encode_target
 
 
@@ -38,8 +33,6 @@ class Collator:
         self.feature_extractor: Any = feature_extractor
         self.tokenizer = tokenizer
         self.decoder_start_token_id, self.rewrite = decoder_start_token_id, rewrite
-        # What Wav2Vec2FeatureExtractor does, several times as fast.
-        self.normalises_audio = type(feature_extractor) is Wav2Vec2FeatureExtractor and feature_extractor.do_normalize
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
 
     @property
@@ -74,19 +67,5 @@ class Collator:
 
         Shorter audio than 0.1 s gets silence behind it: the first frame of an encoder can span half as much.
         """
-        audio = pad(audio, (0, max(0, self.sampling_rate // 10 - len(audio))))
-        if self.normalises_audio:
-            return (audio - audio.mean()) * torch.rsqrt(audio.var(correction=0) + 1e-7)
-        no_limit = {"truncation": False} if self.time_is_last else {}
-        with np.errstate(
-            divide="ignore", invalid="ignore"
-        ):  # Speech2Text's extractor divides silence by its deviation, 0
-            extracted = self.feature_extractor(
-                audio.numpy(), sampling_rate=self.sampling_rate, padding="longest", return_tensors="np", **no_limit
-            )
-        features = torch.from_numpy(extracted[self.feature_extractor.model_input_names[0]][0])
-        features = features.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        if self.time_is_last:
-            return features.T
-        # SeamlessM4TFeatureExtractor stacks frames in pairs and masks the last one where its pair is padding.
-        return features[: extracted["attention_mask"][0].sum()] if "attention_mask" in extracted else features
+        missing = self.sampling_rate // 10 - len(audio)
+        return features_of(self.feature_extractor, pad(audio, (0, missing)) if missing > 0 else audio)
