@@ -17,7 +17,7 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.export import SavedModel
-from sedtrain.finetune import Freeze
+from sedtrain.finetune import FineTuning
 from sedtrain.losses import LossWeights
 from sedtrain.models.adapter import Adapter
 from sedtrain.models.decoder import tokenizer_of
@@ -66,8 +66,8 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     )
     if weights.ctc_weight:
         saved.model.add_ctc_head(len(tokenizer))
-    freeze: Freeze = create(cfg, "finetune")
-    freeze.freeze(saved.model)
+    finetuning: FineTuning = create(cfg, "finetune")
+    finetuning.prepare(saved.model)
     module = SpeechSeq2SeqModule(
         saved.model,
         tokenizer,
@@ -76,9 +76,10 @@ def training_run(cfg: DictConfig) -> TrainingRun:
         decoding_options(cfg),
         create(cfg, "optimizer"),
         create(cfg, "scheduler"),
+        finetuning.grouped,
     )
     module.optimizer_and_schedule(num_steps=1)  # what these refuse is refused before training starts
-    run = TrainingRun(trainer(cfg, freeze), module, data, saved, Path(cfg.run_dir))
+    run = TrainingRun(trainer(cfg, finetuning), module, data, saved, finetuning, Path(cfg.run_dir))
     if run.trainer.is_global_zero:
         report_vocabulary(cfg, data)
     return run
@@ -195,7 +196,7 @@ def decoding_options(cfg: DictConfig) -> DecodingOptions:
     return options
 
 
-def trainer(cfg: DictConfig, freeze: Freeze) -> lightning.Trainer:
+def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
     main_metric = METRICS_OF[cfg.target][0]
     mode = "max" if METRICS[main_metric].higher_is_better else "min"
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
@@ -206,7 +207,7 @@ def trainer(cfg: DictConfig, freeze: Freeze) -> lightning.Trainer:
         bar.disable()  # it stays, since it counts what training consumes
     built: lightning.Trainer = create(cfg, "trainer")(
         default_root_dir=cfg.run_dir,
-        callbacks=[*callbacks.values(), freeze, checkpoints],
+        callbacks=[*callbacks.values(), finetuning, checkpoints],
         logger=create(cfg, "logger") or False,
         use_distributed_sampler=False,
         enable_model_summary=False,

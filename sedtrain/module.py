@@ -1,11 +1,12 @@
 """The training step, the validation step and the optimizer, as Lightning calls them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
 from sedtrain.losses import LossWeights, ctc
 from sedtrain.models.encoded import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.optim import parameter_groups
+from sedtrain.optim import build_optimizer, parameter_groups
 
 
 class SpeechSeq2SeqModule(lightning.LightningModule):
@@ -31,10 +32,11 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         decoding: DecodingOptions,
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[..., LRScheduler],
+        grouped: Callable[[nn.Module], list[dict[str, Any]]] = parameter_groups,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.weights, self.decoding = model, tokenizer, weights, decoding
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler, self.grouped = optimizer, scheduler, grouped
         self.metrics = CorpusMetrics(metric_set)
         self.validation_sums = torch.zeros(2, dtype=torch.float64)
 
@@ -106,9 +108,7 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
 
     def optimizer_and_schedule(self, num_steps: int) -> tuple[Optimizer, LRScheduler]:
-        optimizer = self.optimizer(parameter_groups(self))
-        # A fused optimizer would unscale the gradients of mixed precision itself, after they are clipped.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer = build_optimizer(self.optimizer, self.grouped(self.model))
         return optimizer, self.scheduler(optimizer, num_training_steps=num_steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -9,11 +9,11 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import Timer
-from torch import nn
 
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.export import SavedModel
+from sedtrain.finetune import FineTuning, PartPlan
 from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.progress import Checkpoints, ProgressBar, StopOnInterrupt
 
@@ -26,6 +26,7 @@ class TrainingRun:
     module: SpeechSeq2SeqModule
     data: SpeechTextDataModule
     saved: SavedModel
+    finetuning: FineTuning
     folder: Path
 
     @property
@@ -33,9 +34,10 @@ class TrainingRun:
         callbacks: list[lightning.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return callbacks
 
-    def plan(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """The parts of the model by name, and what a person wants to know before training starts."""
-        parts = dict(self.saved.model.named_children())
+    def plan(self) -> tuple[list[PartPlan], dict[str, str]]:
+        """What the parts of the model do, and what a person wants to know before training starts."""
+        optimizer, _ = self.module.optimizer_and_schedule(num_steps=1)
+        parts = self.finetuning.plan(self.saved.model, optimizer)
         train = self.data.split("train")
         facts = {
             "training audio": f"{train.total_seconds() / 3600:.2f} hours, {len(train):,} utterances",
@@ -71,6 +73,7 @@ class TrainingRun:
             checkpoint = torch.load(best, map_location="cpu", weights_only=True)
             self.module.load_state_dict(checkpoint["state_dict"])
         self.module.float()
+        self.finetuning.finish(self.saved.model)
 
     def interrupted(self) -> bool:
         return any(isinstance(each, StopOnInterrupt) and each.interrupted for each in self.callbacks)

@@ -6,27 +6,35 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from sedtrain.evaluation.evaluate import Evaluation
+from sedtrain.finetune import PartPlan
 
 logger = logging.getLogger(__name__)
 
 
-def plan(parts: Mapping[str, nn.Module], facts: Mapping[str, str]) -> Table:
-    """The model's parts with their trainable and frozen parameters, and below them the facts of the run."""
+def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
+    """What each part of the model does, and below it the facts of the run."""
     table = Table(title="what will be trained", title_justify="left")
     table.add_column("part")
-    for heading in ("class", "trainable", "frozen"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
-    for name, part in parts.items():
-        trainable = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
-        frozen = sum(weight.numel() for weight in part.parameters() if not weight.requires_grad)
-        table.add_row(name, type(part).__name__, f"{trainable:,}", f"{frozen:,}")
+    table.add_column("class")
+    for heading in ("trainable", "frozen", "peak learning rate", "from step"):
+        table.add_column(heading, justify="right")
+    for part in parts:
+        rates = [f"{rate:.3g}" for rate in part.learning_rates]
+        steps = [f"{step:,}" for step in part.steps]
+        table.add_row(part.name, part.kind, f"{part.num_trainable:,}", f"{part.num_frozen:,}", ends(rates), ends(steps))
+    trainable, frozen = sum(part.num_trainable for part in parts), sum(part.num_frozen for part in parts)
+    table.add_row("all", "", f"{trainable:,}", f"{frozen:,}")
     table.add_section()
     for name, fact in facts.items():
         table.add_row(name, fact)
     return table
+
+
+def ends(values: Sequence[str]) -> str:
+    """The first and the last of some values in order; nothing where there is none."""
+    return " to ".join(dict.fromkeys([*values[:1], *values[-1:]]))
 
 
 def scores(evaluation: Evaluation, split: str) -> Table:

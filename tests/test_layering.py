@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "losses": {"batch"},
     "normalisers": {"batch"},
     "optim": {"batch"},
-    "finetune": {"batch"},
+    "finetune": {"batch", "models", "optim"},
     "text": {"batch"},
     "vocabulary": set(),
     "data": {"batch", "hub", "text"},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     # training
     "module": {"batch", "decoding", "evaluation.metrics", "losses", "models", "optim"},
     "progress": {"batch", "evaluation.results"},
-    "run": {"data", "evaluation.results", "export", "module", "progress"},
+    "run": {"data", "evaluation.results", "export", "finetune", "module", "progress"},
     # the whole
     "creation": {"batch", "config"},
     "build": {
@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "text",
         "vocabulary",
     },
-    "terminal": {"evaluation"},
+    "terminal": {"evaluation", "finetune"},
     "tasks": {"batch", "build", "data", "decoding", "evaluation", "export", "terminal"},
 }
 CONFIGURATION = {"hydra", "omegaconf", "yaml"}

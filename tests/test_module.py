@@ -163,8 +163,8 @@ def test_frozen_parts_stay_in_evaluation_mode_without_gradient_and_do_not_move(b
 
 
 def test_a_part_that_is_not_there_is_refused(built):
-    with pytest.raises(UserError, match="the model has no part 'ears', it has encoder, decoder"):
-        built("finetune.parts=[ears]")
+    with pytest.raises(UserError, match=r"finetune\.frozen: the model has no part 'ears', it has encoder, adapter"):
+        built("finetune.frozen=[ears]")
 
 
 # --- what build decides
