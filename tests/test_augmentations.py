@@ -1,5 +1,11 @@
 """Every kind of augmentation, against computations of the tests' own."""
 
+import io
+import json
+import pickle
+import tarfile
+
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -199,6 +205,92 @@ def test_a_recording_or_room_of_silence_or_of_no_numbers_changes_nothing(tmp_pat
         np.testing.assert_array_equal(augmentation(noise(), RATE, rng()), noise())
 
 
+def sounds():
+    """Three recordings that no two stretches of a thousand samples have in common."""
+    return [np.linspace(low, low + 0.2, 3000, dtype=np.float32) for low in (0.1, 0.4, 0.7)]
+
+
+def wav(samples):
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, "FLOAT", format="WAV")
+    return file.getvalue()
+
+
+def parquet(folder):
+    rows = datasets.Dataset.from_dict({"audio": [{"bytes": wav(each), "path": None} for each in sounds()]})
+    rows.cast_column("audio", datasets.Audio()).to_parquet(folder / "noise.parquet")
+    return folder / "noise.parquet"
+
+
+def saved(folder):
+    datasets.Dataset.from_dict({"audio": [wav(each) for each in sounds()]}).save_to_disk(folder / "noise")
+    return folder / "noise"
+
+
+def tars(folder):
+    with tarfile.open(folder / "noise-0.tar", "w") as file:
+        for number, each in enumerate(sounds()):
+            member = tarfile.TarInfo(f"{number}.wav")
+            member.size = len(wav(each))
+            file.addfile(member, io.BytesIO(wav(each)))
+    return folder / "noise-*.tar"
+
+
+def manifest(folder):
+    written(folder, **{f"n{number}": (each, RATE) for number, each in enumerate(sounds())})
+    (folder / "noise.jsonl").write_text("".join(json.dumps({"audio": f"n{i}.wav"}) + "\n" for i in range(3)))
+    return folder / "noise.jsonl"
+
+
+@pytest.mark.parametrize("source", [parquet, saved, tars, manifest])
+def test_noise_from_a_dataset_is_a_stretch_of_one_of_its_recordings(source, tmp_path):
+    recorded = RecordedNoise(str(source(tmp_path)), split="train")
+    places = []
+    for seed in range(30):
+        stretch = recorded.noise(1000, RATE, rng(seed))
+        found = [np.flatnonzero(each == stretch[0]) for each in sounds()]
+        [number] = [number for number, starts in enumerate(found) if len(starts)]
+        start = found[number][0]
+        np.testing.assert_array_equal(stretch, sounds()[number][start : start + 1000])
+        places.append((number, start))
+    assert {number for number, _ in places} == {0, 1, 2} and len(set(places)) > 20
+    elsewhere = pickle.loads(pickle.dumps(recorded))
+    np.testing.assert_array_equal(elsewhere.noise(1000, RATE, rng(7)), recorded.noise(1000, RATE, rng(7)))
+
+
+def test_a_recording_that_cannot_be_read_gives_way_to_another_and_is_told_of_once(tmp_path, caplog):
+    folder = manifest(tmp_path).parent
+    (folder / "n0.wav").write_bytes(b"no audio")
+    (folder / "n2.wav").unlink()
+    recorded = RecordedNoise(str(folder / "noise.jsonl"), split="train")
+    for seed in range(20):
+        assert recorded.noise(10, RATE, rng(seed))[0] in sounds()[1]
+    messages = sorted(record.getMessage() for record in caplog.records)
+    assert [message.partition("(")[0] for message in messages] == [
+        f"noise: recording {i} cannot be read " for i in (0, 2)
+    ]
+    (folder / "n1.wav").unlink()
+    np.testing.assert_array_equal(recorded(noise(100), RATE, rng()), noise(100))
+
+
+def test_a_dataset_of_noise_that_cannot_be_read_is_refused(tmp_path):
+    table = str(parquet(tmp_path))
+    instead = "path=DATASET split=SPLIT column=COLUMN that holds audio"
+    cases = [
+        ({"path": f"{tmp_path}/none.parquet"}, f"path={tmp_path}/none.parquet: there is no such file or folder"),
+        (
+            {"path": table, "column": "sound"},
+            f"column: {table} (train) has no column 'sound' for the audio, it has audio",
+        ),
+    ]
+    for options, wrong in cases:
+        with pytest.raises(UserError) as refused:
+            RecordedNoise(**options, split="train")
+        assert (refused.value.what_is_wrong, refused.value.write_instead) == (wrong, instead)
+    with pytest.raises(UserError, match=r"or path=DATASET with split=SPLIT"):
+        RecordedNoise(table)
+
+
 # --- reverb
 
 
@@ -285,23 +377,23 @@ def test_noise_may_be_louder_than_speech():
     assert ColouredNoise(snr_db=(-20.0, -10.0)).snr_db == (-20.0, -10.0)
 
 
-@pytest.mark.parametrize("kind", [RecordedNoise, Reverb])
-def test_a_folder_without_audio_or_with_a_broken_file_is_refused(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "option"), [(RecordedNoise, "path"), (Reverb, "folder")])
+def test_a_folder_without_audio_or_with_a_broken_file_is_refused(kind, option, tmp_path):
     (tmp_path / "readme.txt").write_text("no audio")
     broken = tmp_path / "broken"
     written(broken, good=(noise(10), RATE), none=(np.zeros(0), RATE))
     cases = [
-        (tmp_path / "missing", "there is no such folder", "folder=FOLDER with audio files"),
-        (tmp_path / "readme.txt", "there is no such folder", "folder=FOLDER with audio files"),
-        (broken, f"{broken.as_posix()}/none.wav cannot be read (OSError: it has no samples)", "folder=FOLDER whose"),
+        (tmp_path / "missing", "there is no such folder", f"{option}=FOLDER with audio files"),
+        (tmp_path / "readme.txt", "there is no such folder", f"{option}=FOLDER with audio files"),
+        (broken, f"{broken.as_posix()}/none.wav cannot be read (OSError: it has no samples)", f"{option}=FOLDER whose"),
     ]
     empty = tmp_path / "empty"
     empty.mkdir()
-    cases.append((empty, "there is no audio in it", "folder=FOLDER with audio files"))
+    cases.append((empty, "there is no audio in it", f"{option}=FOLDER with audio files"))
     for folder, wrong, write in cases:
         with pytest.raises(UserError) as refused:
             kind(str(folder))
-        assert refused.value.what_is_wrong == f"folder={folder}: {wrong}"
+        assert refused.value.what_is_wrong == f"{option}={folder}: {wrong}"
         assert refused.value.write_instead.startswith(write)
     (broken / "none.wav").write_bytes(b"this is text")
     with pytest.raises(UserError, match=r"none\.wav cannot be read \(LibsndfileError"):
@@ -316,9 +408,10 @@ def test_a_folder_without_audio_or_with_a_broken_file_is_refused(kind, tmp_path)
 )
 def test_every_option_makes_a_chain_with_its_signatures_defaults(choice, rooms, recordings):
     config = composed(f"augment={choice}")
-    for name, folder in (("recorded_noise", recordings), ("reverb", rooms)):
-        if name in config.augment:
-            config.augment[name].folder = folder
+    if "recorded_noise" in config.augment:
+        config.augment.recorded_noise.path = recordings
+    if "reverb" in config.augment:
+        config.augment.reverb.folder = rooms
     assert find_problems(config) == []
     made = create(config, "augment")
     assert list(made) == {"standard": ["speed", "gain", "noise"], "[speed,reverb]": ["speed", "reverb"]}.get(

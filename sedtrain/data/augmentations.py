@@ -1,9 +1,9 @@
 """The augmentations of the waveform that a chain can have: speed, gain, noise, rooms, gaps. S samples."""
 
+import logging
 from collections.abc import Sequence
 from math import ceil, inf, sqrt
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -12,10 +12,14 @@ from numpy.random import Generator
 
 from sedtrain.batch import UserError, require
 from sedtrain.data.augment import Augmentation, Samples
-from sedtrain.data.clips import UNREADABLE, is_audio_file
+from sedtrain.data.clips import UNREADABLE, opened
+from sedtrain.data.recordings import audio_cells, audio_files, folder_of
 from sedtrain.data.sources import one_line
 
+logger = logging.getLogger(__name__)
+
 LOUDEST_DB = 100.0
+MAX_DRAWS = 100  # of recordings until one can be read
 SILENT_POWER = 1e-20  # 200 dB below full scale
 LOWEST_HERTZ = 20.0  # of coloured noise: below, it would have most of its power where nobody hears it
 EXPONENTS = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # of the amplitude: it falls with the frequency to that power
@@ -92,18 +96,42 @@ class ColouredNoise(Noise):
 
 
 class RecordedNoise(Noise):
-    """Adds a random stretch of a random recording of `folder`, which repeats where it is shorter than the utterance."""
+    """Adds a random stretch of a random recording, which repeats where it is shorter than the utterance.
 
-    def __init__(self, folder: str, snr_db: tuple[float, float] = (5.0, 30.0), probability: float = 1.0) -> None:
+    path: a folder, searched through for audio files; with a split, whatever `data.path` may name
+    split, name, column: the dataset's split, its configuration on the Hub, and the column of the audio
+
+    A recording that turns out to be unreadable is told of once, and the next one drawn takes its place.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        snr_db: tuple[float, float] = (5.0, 30.0),
+        probability: float = 1.0,
+        split: str | None = None,
+        name: str | None = None,
+        column: str = "audio",
+    ) -> None:
         super().__init__(snr_db, probability)
-        self.files = audio_files(folder)
+        instead = "path=FOLDER with audio files, or path=DATASET with split=SPLIT"
+        self.recordings: Sequence[Any] = (
+            audio_files("path", path, instead) if split is None else audio_cells(path, split, name, column)
+        )
+        self.folder = None if split is None else folder_of(path)
+        self.unreadable: set[int] = set()
 
     def noise(self, num_samples: int, sampling_rate: int, random: Generator) -> Samples:
-        with soundfile.SoundFile(self.files[random.integers(len(self.files))]) as recording:
-            wanted = ceil(num_samples * recording.samplerate / sampling_rate)
-            recording.seek(random.integers(max(1, recording.frames - wanted + 1)))
-            samples = recording.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
-            return np.resize(resampled(samples, recording.samplerate / sampling_rate), num_samples)
+        for _ in range(MAX_DRAWS):
+            drawn = int(random.integers(len(self.recordings)))
+            try:
+                with opened(self.recordings[drawn], self.folder) as recording:
+                    return stretch(recording, num_samples, sampling_rate, random)
+            except UNREADABLE as error:
+                if drawn not in self.unreadable:
+                    logger.warning("noise: recording %d cannot be read (%s)", drawn, one_line(error))
+                self.unreadable.add(drawn)
+        return np.zeros(num_samples, np.float32)
 
 
 class Reverb(Augmentation):
@@ -114,7 +142,7 @@ class Reverb(Augmentation):
 
     def __init__(self, folder: str, probability: float = 1.0) -> None:
         super().__init__(probability)
-        self.files = audio_files(folder)
+        self.files = audio_files("folder", folder, "folder=FOLDER with audio files")
 
     def __call__(self, audio: Samples, sampling_rate: int, random: Generator) -> Samples:
         samples, stored_rate = soundfile.read(
@@ -180,6 +208,14 @@ def fft_size(num_samples: int) -> int:
     return 1 << (num_samples - 1).bit_length()
 
 
+def stretch(recording: soundfile.SoundFile, num_samples: int, sampling_rate: int, random: Generator) -> Samples:
+    """(num_samples,) from anywhere in a recording, one channel, the mean of all."""
+    wanted = ceil(num_samples * recording.samplerate / sampling_rate)
+    recording.seek(random.integers(max(1, recording.frames - wanted + 1)))
+    samples = recording.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+    return np.resize(resampled(samples, recording.samplerate / sampling_rate), num_samples)
+
+
 # --- settings
 
 
@@ -189,23 +225,3 @@ def decibels(option: str, bounds: Sequence[float]) -> tuple[float, float]:
         wrong = f"{option}={list(bounds)}: this has to be two numbers of decibels from -100 to 100, the lower one first"
         raise UserError(wrong, f"{option}=[LOW,HIGH]")
     return bounds[0], bounds[1]
-
-
-def audio_files(folder: str) -> list[str]:
-    """The audio files of a folder and those below it, in one order everywhere.
-
-    Raises UserError where there are none, or one that cannot be read.
-    """
-    where = Path(folder).expanduser()
-    files = sorted(path.as_posix() for path in where.rglob("*") if is_audio_file(path.name))
-    if not files:
-        wrong = f"folder={folder}: {'there is no audio in it' if where.is_dir() else 'there is no such folder'}"
-        raise UserError(wrong, "folder=FOLDER with audio files")
-    for file in files:
-        try:
-            if not soundfile.info(file).frames:
-                raise OSError("it has no samples")
-        except UNREADABLE as error:
-            wrong = f"folder={folder}: {file} cannot be read ({one_line(error)})"
-            raise UserError(wrong, "folder=FOLDER whose audio files can all be read") from error
-    return files
