@@ -110,7 +110,7 @@ def positions(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC.
+    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, both sums divided by the number of target tokens.
 
     ctc_weight: None stands for 0.3 where the encoder's weights start random (it is what makes cross-attention align), else 0
     """
@@ -122,3 +122,7 @@ class LossWeights:
         """Raises UserError for what is no fraction."""
         for name, value in vars(self).items():
             require(value is None or 0 <= value <= 1, f"loss.{name}", value, "a fraction from 0 to 1")
+
+    def joint(self, cross_entropy: Tensor, ctc: Tensor) -> Tensor:
+        """The weighted sum of two sums."""
+        return (1 - (self.ctc_weight or 0.0)) * cross_entropy + (self.ctc_weight or 0.0) * ctc

@@ -1,7 +1,7 @@
 """The training step, the validation step and the optimizer, as Lightning calls them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -11,17 +11,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch, UserError
+from sedtrain.batch import IGNORE_INDEX, Batch, UserError
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
+from sedtrain.exact import SCALE, LossSums, MicroBatches, Update
 from sedtrain.losses import LossWeights, ctc
+from sedtrain.memory import enough_for
 from sedtrain.models.encoded import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.optim import build_optimizer, parameter_groups
+from sedtrain.probe import OtherAudio
 
 
 class SpeechSeq2SeqModule(lightning.LightningModule):
-    """Trains a SpeechEncoderDecoder with teacher forcing, and CTC beside it where `weights.ctc_weight` is above 0."""
+    """Trains a SpeechEncoderDecoder with teacher forcing, and CTC beside it where `weights.ctc_weight` is above 0.
+
+    update: what the optimizer's last step was made of
+    """
 
     def __init__(
         self,
@@ -38,44 +44,69 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         self.model, self.tokenizer, self.weights, self.decoding = model, tokenizer, weights, decoding
         self.optimizer, self.scheduler, self.grouped = optimizer, scheduler, grouped
         self.metrics = CorpusMetrics(metric_set)
-        self.validation_sums = torch.zeros(2, dtype=torch.float64)
+        self.validation_sums, self.other_audio = torch.zeros(4, dtype=torch.float64), OtherAudio()
+        self.micro_batches, self.update = MicroBatches(), cast(Update | None, None)
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch's loss to minimise, its cross-entropy and its CTC loss, each in nats per token."""
+    def losses(self, batch: Batch) -> LossSums:
+        """What a micro-batch adds to the cross-entropy and to CTC; where it has no utterance, nothing."""
+        if len(batch) == 0:
+            none = torch.zeros((), device=self.device)
+            return LossSums(self.nothing(), none, none, none)
         encoded = self.model.encode(batch.inputs, batch.attention_mask)
+        cross_entropy = self.cross_entropy(encoded, batch.labels)
+        return LossSums(cross_entropy, (batch.labels != IGNORE_INDEX).sum(), *self.ctc(encoded, batch.labels))
+
+    def cross_entropy(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
+        """Summed over the target tokens; smoothed in training only."""
         smoothing = self.weights.label_smoothing if self.training else 0.0
         output = self.model(
-            encoder_outputs=encoded, labels=batch.labels, label_smoothing=smoothing, output_logits=False
+            encoder_outputs=encoded, labels=labels, label_smoothing=smoothing, output_logits=False, num_items_in_batch=1
         )
         assert output.loss is not None
-        if not self.weights.ctc_weight:
-            return output.loss, output.loss, torch.zeros_like(output.loss)
-        ctc_loss = self.ctc_loss(encoded, batch.labels)
-        weight = self.weights.ctc_weight
-        return (1 - weight) * output.loss + weight * ctc_loss, output.loss, ctc_loss
+        loss: Tensor = output.loss
+        return loss
 
-    def ctc_loss(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
-        """The CTC loss of the encoder's own frames in nats per aligned token; the pad token is the blank."""
+    def ctc(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The CTC loss of the encoder's own frames and the number of aligned tokens; the pad token is the blank."""
+        if not self.weights.ctc_weight:
+            none = torch.zeros((), device=labels.device)
+            return none, none
         assert self.model.ctc_head is not None and encoded.encoder_mask is not None
         config = self.model.config
         logits = self.model.ctc_head(encoded.encoder_frames)
-        loss_sum, num_tokens = ctc(
-            logits, encoded.encoder_mask.sum(1), labels, blank=config.pad_token_id, end=config.eos_token_id
-        )
-        return loss_sum / num_tokens.clamp(min=1)
+        return ctc(logits, encoded.encoder_mask.sum(1), labels, blank=config.pad_token_id, end=config.eos_token_id)
 
     def nothing(self) -> Tensor:
         """A loss of zero with a gradient of zeros, by which a rank without utterances takes part in the step of the others."""
         return 0.0 * torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum()
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
-        if len(batch) == 0:
-            return self.nothing() if torch.distributed.is_initialized() else None
-        loss, cross_entropy, ctc_loss = self.losses(batch)
-        self.log("train/loss", cross_entropy, prog_bar=True, batch_size=len(batch))
-        if self.weights.ctc_weight:
-            self.log("train/ctc_loss", ctc_loss, batch_size=len(batch))
-        return loss
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        self.batch = batch
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        with enough_for(batch):
+            sums = self.losses(batch)
+        self.micro_batches.add(sums)
+        # Lightning divides by the number of micro-batches, which would round 16 bits in another way for each number.
+        return self.trainer.accumulate_grad_batches * SCALE * self.weights.joint(sums.cross_entropy, sums.ctc)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with enough_for(self.batch):
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with enough_for(self.batch):
+            super().optimizer_step(*args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divides the gradients, which the trainer clips next."""
+        parts = dict(self.model.named_children())
+        update = self.micro_batches.divide(parts, self.over_ranks, self.trainer.world_size)
+        self.update = update
+        if update.num_tokens and update.loss_is_finite:
+            self.log("train/loss", update.cross_entropy, prog_bar=True)
+            if self.weights.ctc_weight:
+                self.log("train/ctc_loss", update.ctc)
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
@@ -84,28 +115,41 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         if len(batch) == 0:
             return
-        _, cross_entropy, _ = self.losses(batch)
-        num_tokens = (batch.labels >= 0).sum().item()
-        self.validation_sums += torch.tensor([cross_entropy.item() * num_tokens, num_tokens], dtype=torch.float64)
-        self.metrics.update(batch.texts, transcribe_batch(self.model, self.tokenizer, batch, self.decoding))
+        with enough_for(batch):
+            encoded = self.model.encode(batch.inputs, batch.attention_mask)
+            self.validation_sums += self.with_other_audio(encoded, batch.labels).cpu()
+            self.metrics.update(batch.texts, transcribe_batch(self.model, self.tokenizer, batch, self.decoding))
+
+    def with_other_audio(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
+        """(4,): cross-entropy, its tokens; how much more it is with the audio of other utterances, and the tokens of this."""
+        other = self.other_audio.instead_of(encoded)
+        own_loss, other_loss = (
+            self.cross_entropy(each, labels) for each in (encoded, encoded if other is None else other)
+        )
+        num_tokens = (labels != IGNORE_INDEX).sum()
+        return torch.stack([own_loss, num_tokens, other_loss - own_loss, num_tokens * (other is not None)])
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores; raises UserError where no utterance could be read."""
-        loss_sum, num_tokens = self.over_ranks(self.validation_sums)
+        self.other_audio = OtherAudio()
+        loss_sum, num_tokens, gain_sum, num_compared = self.over_ranks(self.validation_sums).tolist()
         if not num_tokens:
             raise UserError(
                 "none of the validation utterances could be decoded: there is nothing to choose the best weights by",
                 "data.validation_split and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
             )
-        self.metrics.set_counts(self.over_ranks(torch.from_numpy(self.metrics.counts())))
+        self.metrics.set_counts(self.over_ranks(torch.from_numpy(self.metrics.counts())).cpu())
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
-        self.log_dict({"val/loss": float(loss_sum / num_tokens), **scores}, prog_bar=True, sync_dist=True)
+        if num_compared:
+            scores["val/audio_gain"] = gain_sum / num_compared
+        self.log_dict({"val/loss": loss_sum / num_tokens, **scores}, prog_bar=True, sync_dist=True)
 
     def over_ranks(self, sums: Tensor) -> Tensor:
-        """Sums of this rank -> sums of all ranks, on the CPU."""
+        """Sums of this rank -> sums of all ranks."""
         if self.trainer.world_size == 1:
             return sums
-        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
+        summed: Tensor = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+        return summed
 
     def optimizer_and_schedule(self, num_steps: int) -> tuple[Optimizer, LRScheduler]:
         optimizer = build_optimizer(self.optimizer, self.grouped(self.model))

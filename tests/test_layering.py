@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "batch": set(),
     "hub": set(),
     "losses": {"batch"},
+    "exact": set(),
+    "memory": {"batch"},
     "normalisers": {"batch"},
     "optim": {"batch"},
     "finetune": {"batch", "models", "optim"},
@@ -39,7 +41,19 @@ MAY_IMPORT = {
     "evaluation": {"batch", "decoding", "models", "normalisers"},
     "export": {"decoding", "evaluation.results", "models", "run_folder"},
     # training
-    "module": {"batch", "decoding", "evaluation.metrics", "losses", "models", "optim"},
+    "probe": {"models"},
+    "module": {
+        "batch",
+        "decoding",
+        "evaluation.metrics",
+        "exact",
+        "losses",
+        "memory",
+        "models",
+        "optim",
+        "probe",
+    },
+    "guards": {"batch", "exact", "module"},
     "progress": {"batch", "evaluation.results"},
     "run": {"data", "evaluation.results", "export", "finetune", "module", "progress"},
     # the whole
@@ -69,7 +83,7 @@ CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 ONLY_IN = {
     "hydra": {"jobs", "config", "composition", "overrides", "creation"},
     "omegaconf": {"jobs", "config", "composition", "overrides", "creation", "build", "tasks"},
-    "lightning": {"module", "data.datamodule", "finetune", "progress", "run", "creation", "build"},
+    "lightning": {"module", "memory", "guards", "data.datamodule", "finetune", "progress", "run", "creation", "build"},
     "datasets": {"data", "hub"},
     "rich": {"progress", "terminal"},
     "matplotlib": {"evaluation"},

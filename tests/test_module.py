@@ -30,7 +30,9 @@ def built(corpus, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         choices = ["data=parquet", f"data.path={corpus}", f"run_dir={folder}", "logger=none", "trainer.max_steps=2"]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return build.training_run(compose("train", [*choices, *SMALL, *overrides]))
+            connected = build.training_run(compose("train", [*choices, *SMALL, *overrides]))
+        connected.module.trainer = connected.trainer
+        return connected
 
     return run
 
@@ -45,12 +47,18 @@ def batch(run):
     return next(run.data.batches("validation"))
 
 
+def per_token(module, batch):
+    """Cross-entropy of a batch in nats per target token."""
+    sums = module.losses(batch)
+    return sums.cross_entropy / sums.num_tokens
+
+
 def test_the_loss_falls_within_five_steps(run, batch):
     module = run.module.train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     losses = []
     for _ in range(5):
-        loss, *_ = module.losses(batch)
+        loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -61,15 +69,15 @@ def test_the_loss_falls_within_five_steps(run, batch):
 
 def test_the_cross_entropy_is_the_loss_of_the_model_in_evaluation(run, batch):
     module = run.module.eval()
-    _, cross_entropy, _ = module.losses(batch)
     expected = module.model(batch.inputs, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    torch.testing.assert_close(cross_entropy, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(per_token(module, batch), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_loss_is_the_weighted_sum_of_both(run, batch):
+def test_the_loss_to_minimise_is_the_weighted_sum_of_two_sums(run, batch):
     module = run.module.eval()
-    loss, cross_entropy, ctc_loss = module.losses(batch)
-    torch.testing.assert_close(loss, 0.7 * cross_entropy + 0.3 * ctc_loss)
+    cross_entropy, num_tokens, ctc_loss, num_aligned = module.losses(batch)
+    torch.testing.assert_close(1024 * module.training_step(batch, 0), 0.7 * cross_entropy + 0.3 * ctc_loss)
+    assert num_tokens == (batch.labels >= 0).sum()
     config = module.model.config
     output = module.model(
         batch.inputs,
@@ -79,28 +87,33 @@ def test_the_loss_is_the_weighted_sum_of_both(run, batch):
     num_frames = module.model.encoder._get_feat_extract_output_lengths(batch.attention_mask.sum(1))
     logits = module.model.ctc_head(output.encoder_last_hidden_state)
     loss_sum, num_tokens = ctc(logits, num_frames, batch.labels, blank=config.pad_token_id, end=config.eos_token_id)
-    torch.testing.assert_close(ctc_loss, loss_sum / num_tokens)
+    torch.testing.assert_close(ctc_loss, loss_sum)
+    assert num_aligned == num_tokens
 
 
 def test_smoothing_acts_in_training_only(run, batch):
     module = run.module
     assert module.weights.label_smoothing == 0.1
-    _, smoothed, _ = module.train().losses(batch)
-    _, plain, _ = module.eval().losses(batch)
+    smoothed = per_token(module.train(), batch)
+    plain = per_token(module.eval(), batch)
     assert (smoothed - plain).abs() > 1e-3
 
 
 def test_without_ctc_there_is_no_ctc_head(built, batch):
     module = built("loss=cross_entropy").module
     assert module.model.ctc_head is None
-    loss, cross_entropy, ctc_loss = module.losses(batch)
-    assert loss == cross_entropy
-    assert ctc_loss == 0
+    sums = module.losses(batch)
+    assert 1024 * module.training_step(batch, 0) == sums.cross_entropy
+    assert sums.ctc == sums.num_aligned == 0
 
 
-def test_a_batch_with_nothing_readable_is_no_step(run):
-    empty = run.data.collator([])
-    assert run.module.training_step(empty, 0) is None
+def test_a_batch_with_nothing_readable_adds_nothing(run):
+    module = run.module
+    loss = module.training_step(run.data.collator([]), 0)
+    loss.backward()
+    assert loss == 0
+    assert module.micro_batches.sums[-1].tolist() == [0, 0, 0, 0]
+    assert all(not weight.grad.any() for weight in module.parameters())
 
 
 def test_a_validation_in_which_nothing_is_readable_is_an_error(run):

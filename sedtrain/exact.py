@@ -1,0 +1,103 @@
+"""One update of many micro-batches and ranks: they back-propagate sums, which are divided once, by the tokens of all."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+SCALE = 2.0**-10
+"""What a sum is multiplied by before it is back-propagated, so that its gradients fit into 16 bits; a power of two: exact."""
+
+
+class LossSums(NamedTuple):
+    """Of one micro-batch in nats, beside the number of tokens they were summed over; all scalars."""
+
+    cross_entropy: Tensor
+    num_tokens: Tensor
+    ctc: Tensor
+    num_aligned: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of the optimizer, over all its micro-batches and ranks.
+
+    cross_entropy: nats per target token
+    ctc: nats per aligned token
+    gradient_norms: by part of the model, of the gradient that is clipped next
+    micro_batches: of this rank, the (4,) sums of each
+    """
+
+    num_tokens: int
+    cross_entropy: float
+    ctc: float
+    gradient_norms: dict[str, float]
+    micro_batches: list[Tensor]
+
+    @property
+    def loss_is_finite(self) -> bool:
+        return math.isfinite(self.cross_entropy) and math.isfinite(self.ctc)
+
+    @property
+    def gradient_is_finite(self) -> bool:
+        return all(map(math.isfinite, self.gradient_norms.values()))
+
+    @property
+    def gradient_norm(self) -> float:
+        return math.hypot(*self.gradient_norms.values())
+
+
+class MicroBatches:
+    """The sums of this rank's micro-batches since the optimizer's last step."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+
+    def add(self, sums: LossSums) -> None:
+        self.sums.append(torch.stack([each.detach().float() for each in sums]))
+
+    def divide(self, parts: Mapping[str, nn.Module], over_ranks: Callable[[Tensor], Tensor], num_ranks: int) -> Update:
+        """Divides the gradients of `parts` in place by the number of target tokens, and starts anew.
+
+        Where they or a loss are not finite, or no token was seen, they are dropped: the optimizer's step then changes nothing,
+        on all ranks alike. It waits for the device once.
+
+        over_ranks: this rank's sums -> those of all ranks
+        num_ranks: what the strategy has divided the sum over the ranks by
+        """
+        micro_batches, self.sums = self.sums, []
+        gradients = {name: gradients_of(part) for name, part in parts.items()}
+        gradients = {name: tensors for name, tensors in gradients.items() if tensors}
+        norms = [whole(get_total_norm(tensors)).float() for tensors in gradients.values()]
+        totals = over_ranks(torch.stack(micro_batches).sum(0))
+        values = torch.cat([totals, torch.stack(norms)] if norms else [totals]).tolist()
+        cross_entropy, num_tokens, ctc, num_aligned = values[:4]
+        factor = num_ranks / SCALE / max(num_tokens, 1)
+        update = Update(
+            num_tokens=int(num_tokens),
+            cross_entropy=cross_entropy / max(num_tokens, 1),
+            ctc=ctc / max(num_aligned, 1),
+            gradient_norms={name: norm * factor for name, norm in zip(gradients, values[4:], strict=True)},
+            micro_batches=micro_batches,
+        )
+        if num_tokens and update.loss_is_finite and update.gradient_is_finite:
+            once = {id(gradient): gradient for tensors in gradients.values() for gradient in tensors}
+            torch._foreach_mul_(list(once.values()), factor)
+        else:
+            for part in parts.values():
+                part.zero_grad(set_to_none=True)
+        return update
+
+
+def gradients_of(part: nn.Module) -> list[Tensor]:
+    return [weight.grad for weight in part.parameters() if weight.grad is not None]
+
+
+def whole(norm: Tensor) -> Tensor:
+    """The norm of gradients that may be sharded over ranks."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,133 @@
+"""One step of the optimizer on eight utterances, cut into micro-batches and ranks in many ways.
+
+`torchrun --nproc-per-node 2 tests/exactness.py OUT` does so for the cuts of two ranks.
+"""
+
+import os
+import sys
+from functools import partial
+
+import lightning
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from pairs import END, VOCABULARY, joined
+from torch.nn.utils import parameters_to_vector
+
+from sedtrain.batch import IGNORE_INDEX, Batch
+from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.losses import LossWeights
+from sedtrain.module import SpeechSeq2SeqModule
+
+SAMPLES = [1200, 5000, 2600, 8000, 900, 3300, 6100, 1700]
+TOKENS = [2, 7, 1, 9, 3, 4, 8, 2]
+# By rank, the utterances of each micro-batch.
+CUTS = {
+    "8 × 1": [[[0, 1, 2, 3, 4, 5, 6, 7]]],
+    "4 × 2": [[[0, 1, 2, 3], [4, 5, 6, 7]]],
+    "1 × 8": [[[each] for each in range(8)]],
+    "5, 1 and 2, × 3": [[[0, 1, 2, 3, 4], [5], [6, 7]]],
+    "7 and none, × 3": [[[0, 1, 2, 3, 4, 5, 6], [7], []]],
+    "4 × 1 × 2 ranks": [[[0, 1, 2, 3]], [[4, 5, 6, 7]]],
+    "2 × 2 × 2 ranks": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
+    "6, 1 and 1, none × 2 ranks": [[[0, 1, 2, 3, 4, 5], [6]], [[7], []]],
+}
+PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
+
+
+def batch(utterances, is_padded=False):
+    """Some of the eight utterances; padded with noise, and labels, further than they need."""
+    if not utterances:
+        none = torch.zeros(0, 0, dtype=torch.long)
+        return Batch(none.float(), none, none, [], [], 0.0)
+    length = max(SAMPLES[each] for each in utterances) + 2000 * is_padded
+    width = max(TOKENS[each] for each in utterances) + 1 + 3 * is_padded
+    inputs = torch.randn(len(utterances), length) * is_padded
+    mask = torch.zeros(len(utterances), length, dtype=torch.long)
+    labels = torch.full((len(utterances), width), IGNORE_INDEX)
+    for row, each in enumerate(utterances):
+        generator = torch.Generator().manual_seed(each)
+        inputs[row, : SAMPLES[each]] = torch.randn(SAMPLES[each], generator=generator)
+        mask[row, : SAMPLES[each]] = 1
+        labels[row, : TOKENS[each]] = torch.randint(6, VOCABULARY, (TOKENS[each],), generator=generator)
+        labels[row, TOKENS[each]] = END
+    return Batch(inputs, mask, labels, [f"utterance {each}" for each in utterances], [""] * len(utterances), 0.5)
+
+
+def new_module():
+    """Always the same weights; one step of SGD moves them by the gradient itself."""
+    model = joined("hubert", "bert").train()
+    model.add_ctc_head(VOCABULARY)
+    constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
+    return SpeechSeq2SeqModule(
+        model,
+        tokenizer=None,
+        weights=LossWeights(label_smoothing=0.1, ctc_weight=0.3),
+        metric_set=MetricSet(["wer"]),
+        decoding=DecodingOptions(),
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        scheduler=lambda optimizer, num_training_steps: constant(optimizer),
+    )
+
+
+class Loader:
+    """The batches of one rank, once."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def trainer_of(precision, **options):
+    """Float16 with its scaler, which Lightning would not give a CPU."""
+    chosen = {"precision": precision}
+    if precision == "16-mixed":
+        chosen = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+    return lightning.Trainer(
+        **{"max_steps": 1, **options}, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, accelerator="cpu", **chosen,
+    )  # fmt: skip
+
+
+def trained(cut, precision="32-true", is_padded=False, **options):
+    """The module after one step, and by how much its weights moved."""
+    module = new_module()
+    before = parameters_to_vector(module.parameters()).detach().double()
+    mine = cut[int(os.environ.get("RANK", 0))]
+    options = {"devices": len(cut), "accumulate_grad_batches": len(mine), **options}
+    trainer_of(precision, **options).fit(module, Loader([batch(each, is_padded) for each in mine]))
+    return module, parameters_to_vector(module.parameters()).detach().double() - before
+
+
+class Synchronised(lightning.Callback):
+    """Notes of every micro-batch whether its gradients were reduced over the ranks."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_after_backward(self, trainer, pl_module):
+        self.seen.append(trainer.strategy.model.require_backward_grad_sync)
+
+
+def over_two_ranks():
+    """Of every cut into two ranks: the update, the micro-batches that synchronised gradients, what the module says of it."""
+    results = {}
+    for name, cut in CUTS.items():
+        for precision in PRECISIONS if len(cut) == 2 else ():
+            for is_padded in (False, True):
+                synchronised = Synchronised()
+                module, moved = trained(cut, precision, is_padded, strategy="ddp", callbacks=[synchronised])
+                results[name, precision, is_padded] = moved, synchronised.seen, module.update
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    updates = over_two_ranks()
+    if os.environ["RANK"] == "0":
+        torch.save(updates, sys.argv[1])
