@@ -52,7 +52,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data: SpeechTextDataModule = create(cfg, "data")
     data.augment = augment(cfg)
-    data.refuse_unusable(["train", "validation", cfg.split])
+    data.corpus.refuse_unusable(["train", "validation", cfg.split])
     rewrite = normaliser(cfg.training_normaliser)
     tokenizer = tokenizer_for(cfg, data, rewrite)
     encoder: PreTrainedModel = create(cfg, "encoder")
@@ -135,7 +135,7 @@ def tokenizer_for(
     own = tokenizer_of(cfg.size, decoder.get("checkpoint"), published)
     if own is not None:
         return own
-    trained: PreTrainedTokenizerBase = create(cfg, "tokenizer")(map(rewrite, data.rows("train").texts()))
+    trained: PreTrainedTokenizerBase = create(cfg, "tokenizer")(map(rewrite, data.texts("train")))
     return trained
 
 
@@ -143,7 +143,7 @@ def report_vocabulary(cfg: DictConfig, data: SpeechTextDataModule) -> None:
     """Says which characters of the texts the tokenizer cannot write, in the splits that training reads."""
     assert data.collator is not None
     for split in ("train", "validation") if cfg.vocabulary_texts != 0 else ():
-        texts = islice(data.rows(split).texts(), cfg.vocabulary_texts)
+        texts = islice(data.texts(split), cfg.vocabulary_texts)
         report = VocabularyReport(data.collator.tokenizer, texts, data.collator.rewrite)
         logger.log(logging.INFO if report.finds_nothing else logging.WARNING, "%s: %s", split, report)
 

@@ -10,6 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Timer
 
+from sedtrain.batch import UserError
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.export import SavedModel
@@ -38,10 +39,10 @@ class TrainingRun:
         """What the parts of the model do, and what a person wants to know before training starts."""
         optimizer, _ = self.module.optimizer_and_schedule(num_steps=1)
         parts = self.finetuning.plan(self.saved.model, optimizer)
-        train = self.data.split("train")
+        in_an_epoch = "" if self.num_batches is None else f", {self.num_batches:,} in an epoch"
         facts = {
-            "training audio": f"{train.total_seconds() / 3600:.2f} hours, {len(train):,} utterances",
-            "batches": f"{self.data.batch_seconds:g} s of audio, {self.num_batches:,} in an epoch",
+            "training audio": self.data.corpus.training_audio(),
+            "batches": f"{self.data.batch_seconds:g} s of audio{in_an_epoch}",
             "steps": f"{self.num_steps():,}" + (f", at most {self.time_limit()}" if self.time_limit() else ""),
             "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
             "ctc weight": f"{self.module.weights.ctc_weight:g}",
@@ -50,16 +51,24 @@ class TrainingRun:
         return parts, facts
 
     @cached_property
-    def num_batches(self) -> int:
-        """Of an epoch, before they are shared among the devices."""
-        return len(self.data.train_dataloader())
+    def num_batches(self) -> int | None:
+        """Of an epoch, before they are shared among the devices; None where nobody knows."""
+        return len(self.data.train_dataloader()) if self.data.corpus.has_length() else None
 
     def num_steps(self) -> int:
-        """Optimizer steps until the end of training, by `max_steps` or `max_epochs`, whichever comes first."""
+        """Optimizer steps until the end of training, by `max_steps` or `max_epochs`, whichever comes first.
+
+        Raises UserError where nobody knows.
+        """
         limits = [self.trainer.max_steps] if self.trainer.max_steps >= 0 else []
-        if self.trainer.max_epochs is not None and self.trainer.max_epochs >= 0:
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs >= 0 and self.num_batches is not None:
             batches = self.num_batches / self.trainer.world_size
             limits.append(self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
+        if not limits:
+            raise UserError(
+                "trainer.max_steps=-1: nobody knows how many steps an epoch of a stream, or of a weighted mix, has",
+                "trainer.max_steps=NUMBER",
+            )
         return min(limits)
 
     def time_limit(self) -> str | None:

@@ -95,7 +95,7 @@ def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train:
         decoding=asdict(options),
         rtfx=evaluation.rtfx,
         train=train,
-        skipped=dict(data.skipped),
+        skipped=dict(data.skipped.counts),
         versions=installed_versions(),
         training_normaliser=saved.training_normaliser,
     )

@@ -254,7 +254,7 @@ def test_every_split_that_the_run_needs_is_checked_before_training(command, tmp_
 
 
 def test_the_split_that_is_not_scored_may_be_missing(built):
-    assert built("data.test_split=nope", "split=validation").data.splits["test"] == "nope"
+    assert built("data.test_split=nope", "split=validation").data.corpus.sources[0].splits["test"] == "nope"
 
 
 # --- texts
@@ -326,7 +326,7 @@ def test_an_unknown_training_normaliser_is_refused_with_the_closest(command):
 
 def test_a_tokenizer_from_the_first_texts_is_told_what_the_others_hold(built, caplog):
     run = built("tokenizer=char", "tokenizer.max_texts=1")
-    first, *others = run.data.rows("train").texts()
+    first, *others = run.data.texts("train")
     missing = Counter("".join(others).replace(" ", ""))
     missing = {each: count for each, count in missing.items() if each not in first}
     said = reported(caplog)
@@ -357,7 +357,7 @@ def test_fewer_texts_than_none_are_refused(built):
 def test_everything_that_can_be_written_is_one_line_a_split(built, caplog):
     caplog.set_level("INFO", logger="sedtrain")
     run = built("vocabulary_texts=null")
-    num_characters = len(set("".join(run.data.rows("train").texts()).replace(" ", "")))
+    num_characters = len(set("".join(run.data.texts("train")).replace(" ", "")))
     record = reported(caplog)["train"]
     assert record.getMessage() == f"train: the tokenizer writes all {num_characters} characters of 24 texts"
     assert record.levelname == "INFO"
@@ -371,7 +371,7 @@ def test_characters_that_a_pretrained_tokenizer_cannot_write_are_warned_of(built
     tokenizer.save_pretrained(tmp_path / "decoder")
     caplog.clear()
     run = built(f"decoder.checkpoint={tmp_path / 'decoder'}")
-    number = "".join(run.data.rows("train").texts()).count("z")
+    number = "".join(run.data.texts("train")).count("z")
     assert number > 0
     said = reported(caplog)["train"]
     assert said.levelname == "WARNING"

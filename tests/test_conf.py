@@ -16,7 +16,7 @@ LOCAL = ("folder", "manifest", "parquet", "webdataset")
 MISSING = {
     **{("data", name): "data.path" for name in LOCAL},
     ("experiment", "connected_digits"): "data.path",
-    ("augment", "recorded_noise"): "augment.recorded_noise.path",
+    ("augment", "recorded_noise"): "augment.recorded_noise.folder",
     ("augment", "reverb"): "augment.reverb.folder",
 }
 FAMILIES = {
@@ -58,7 +58,8 @@ def defaults():
 
 def test_the_walk_finds_the_options():
     assert len(CHOICES) >= 40
-    assert len(list(conf_dir().rglob("*.yaml"))) == len(CHOICES) + 1
+    assert {each.stem for each in conf_dir().glob("*.yaml")} == {"train", "data_settings"}
+    assert len(list(conf_dir().glob("*/*.yaml"))) == len(CHOICES)
     assert {group for group, _ in CHOICES} == {each.name for each in conf_dir().iterdir() if each.is_dir()}
 
 

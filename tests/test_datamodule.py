@@ -85,7 +85,7 @@ def test_an_epoch_holds_every_utterance_of_the_split_once(good):
     assert sorted(id for batch in batches for id in batch.ids) == sorted(f"train-{i}" for i in range(12))
     assert max(batch.inputs.numel() for batch in batches) <= 4 * 16_000
     assert data.split("train").total_seconds() == pytest.approx(sum(batch.seconds for batch in batches))
-    assert not data.skipped
+    assert not data.skipped.counts
     assert not (good / "skipped.jsonl").exists()
 
 
@@ -106,7 +106,7 @@ def test_the_target_chooses_the_text(good):
     spoken = data_module(good, target="transcription", batch_seconds=100)
     [expected] = spoken.val_dataloader()
     assert [WORDS[text] for text in batch.texts] == expected.texts
-    assert spoken.rows("train").texts()[:2] == ["one", "two"]
+    assert list(spoken.texts("train"))[:2] == ["one", "two"]
     assert not torch.equal(batch.labels, expected.labels)
 
 
@@ -131,16 +131,18 @@ def test_decoded_audio_is_kept_up_to_the_hours_allowed(good, monkeypatch):
     for hours, num_decoded in ((1, 12), (12 / 3600, 12), (9 / 3600, 24)):
         split = data_module(good, keep_decoded_hours=hours).split("train")
         decoded = []
-        utterance = split.rows.utterance
-        monkeypatch.setattr(split.rows, "utterance", lambda *a, f=utterance, seen=decoded: seen.append(a) or f(*a))
+        [rows] = split.parts
+        utterance = rows.utterance
+        monkeypatch.setattr(rows, "utterance", lambda *a, f=utterance, seen=decoded: seen.append(a) or f(*a))
         for _ in range(2):
-            split[0, list(range(12))]
+            split[0, split.references]
         assert len(decoded) == num_decoded
 
 
 def test_a_split_can_be_sent_to_workers_that_are_started_afresh(good):
     split = data_module(good).split("train")
-    equal(pickle.loads(pickle.dumps(split))[0, [3, 5]], split[0, [3, 5]])
+    references = [(0, 3), (0, 5)]
+    equal(pickle.loads(pickle.dumps(split))[0, references], split[0, references])
 
 
 def test_audio_is_found_by_the_id_of_its_utterance(good):
@@ -156,7 +158,7 @@ def test_utterances_left_out_are_counted_by_reason_and_listed(dirty, caplog):
     data = data_module(dirty, max_seconds=1.1)
     [batch] = data.train_dataloader()
     assert batch.ids == ["train-0"]
-    assert data.skipped == {"too short": 1, "too long": 1, "unreadable audio": 1, "empty text": 2}
+    assert data.skipped.counts == {"too short": 1, "too long": 1, "unreadable audio": 1, "empty text": 2}
     assert listed(dirty) == [
         {"id": "train-1", "reason": "too short", "detail": "0.01 s < data.min_seconds=0.05"},
         {"id": "train-2", "reason": "too long", "detail": "1.20 s > data.max_seconds=1.1"},
@@ -177,7 +179,7 @@ def test_every_split_is_counted_once(dirty):
     for _ in range(2):
         data.train_dataloader()
     data.val_dataloader()
-    assert data.skipped == {"too short": 2, "too long": 2, "unreadable audio": 2, "empty text": 4}
+    assert data.skipped.counts == {"too short": 2, "too long": 2, "unreadable audio": 2, "empty text": 4}
     assert Counter(line["id"].partition("-")[0] for line in listed(dirty)) == {"train": 5, "validation": 5}
 
 
@@ -207,9 +209,9 @@ def test_a_split_of_which_nothing_is_left_is_told(dirty):
 def test_everything_that_is_wrong_with_the_splits_is_told_at_once(good):
     write(good / "test.parquet", [0.01])
     data = data_module(good, validation_split="nein", test_split="test")
-    data.refuse_unusable(["train", "train"])
+    data.corpus.refuse_unusable(["train", "train"])
     with pytest.raises(UserError) as raised:
-        data.refuse_unusable(["train", "validation", "test"])
+        data.corpus.refuse_unusable(["train", "validation", "test"])
     first, second, instead = str(raised.value).splitlines()
     assert first.startswith(f"data.path={good}, split 'nein': ValueError: Unknown split")
     assert second == f"data.path={good}: none of the 1 utterances of 'test' can be used (1 too short)"
@@ -254,8 +256,8 @@ def test_audio_that_cannot_be_decoded_leaves_the_rest_of_its_batch(undecodable):
 
 def test_a_batch_of_which_nothing_can_be_decoded_is_empty(undecodable):
     split = data_module(undecodable, columns=WITH_SECONDS).split("train")
-    assert len(split[0, [1]]) == 0
-    assert len(split[0, [1]].skipped) == 1
+    assert len(split[0, [(0, 1)]]) == 0
+    assert len(split[0, [(0, 1)]].skipped) == 1
 
 
 class Silent(lightning.LightningModule):
@@ -294,7 +296,7 @@ def fit(data, **options):
 def test_what_could_not_be_decoded_is_counted_once_however_long_training_runs(undecodable, num_workers):
     data = data_module(undecodable, columns=WITH_SECONDS, batch_seconds=2, num_workers=num_workers)
     fit(data, max_epochs=3)
-    assert data.skipped == {"undecodable audio": 1}
+    assert data.skipped.counts == {"undecodable audio": 1}
     why = "Format not recognised."
     assert listed(undecodable) == [{"id": "train-1", "reason": "undecodable audio", "detail": why}]
 

@@ -18,9 +18,11 @@ from sedtrain.batch import Skipped, UserError
 from sedtrain.data import formats
 from sedtrain.data.clips import UNREADABLE, ByteRange, path_in, read_audio
 from sedtrain.data.columns import Columns
-from sedtrain.data.datamodule import SpeechTextDataModule, SplitDataset
+from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.manifests import PROBLEM
-from sedtrain.data.sources import UtteranceRows, load_rows
+from sedtrain.data.rows import UtteranceRows
+from sedtrain.data.sources import load_rows
 
 PLAIN = Columns(audio="audio", text="text")
 WITH_ID = Columns(audio="audio", text="text", id="id")
@@ -393,7 +395,7 @@ def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
 
 def test_shards_that_are_missing_or_compressed_are_told(tmp_path):
     assert message(load_rows, f"{tmp_path}/train-*.tar", "train") == (
-        f"data.path={tmp_path}/train-*.tar: there is no such tar file\n"
+        f"data.path={tmp_path}/train-*.tar: there is no such file\n"
         "  write instead: data.path='SHARDS-{000..127}.tar', or a glob"
     )
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as file:
@@ -511,14 +513,14 @@ def test_problems_are_counted_listed_and_skipped(tmp_path):
     (tmp_path / "data/train.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"audio_filepath": "a.wav"']))
     columns = {"audio": "audio_filepath", "transcription": "text", "seconds": "duration", "start": "offset"}
     module = SpeechTextDataModule(str(tmp_path / "data"), columns, folder=str(tmp_path))
-    assert list(module.kept("train")) == [0, 2]
+    assert list(module.corpus.kept("train")) == [(0, 0), (0, 2)]
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert listed == [
         {"id": "train-1", "reason": "path outside the dataset's folder", "detail": "../b.wav"},
         {"id": "train-3", "reason": "broken JSON", "detail": "line 4, Expecting ',' delimiter"},
     ]
-    split = SplitDataset(module.rows("train"), module.kept("train"), SimpleNamespace(sampling_rate=RATE), 0)
-    assert split.decode(2) == Skipped("train-2", "path outside the dataset's folder", "../b.wav")
+    split = SplitDataset(module.corpus.parts("train"), {}, SimpleNamespace(sampling_rate=RATE), 0)
+    assert split.decode((0, 2)) == Skipped("train-2", "path outside the dataset's folder", "../b.wav")
 
 
 # --- the Hub

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     },
     "guards": {"batch", "exact", "module"},
     "progress": {"batch", "evaluation.results"},
-    "run": {"data", "evaluation.results", "export", "finetune", "module", "progress"},
+    "run": {"batch", "data", "evaluation.results", "export", "finetune", "module", "progress"},
     # the whole
     "creation": {"batch", "config"},
     "build": {

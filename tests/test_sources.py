@@ -11,15 +11,10 @@ import soundfile
 import torch
 
 from sedtrain.batch import UserError
-from sedtrain.data.sources import (
-    UNREADABLE,
-    Columns,
-    UtteranceRows,
-    absolute_path,
-    audio_paths,
-    load_rows,
-    read_audio,
-)
+from sedtrain.data.clips import UNREADABLE, read_audio
+from sedtrain.data.columns import Columns
+from sedtrain.data.rows import UtteranceRows
+from sedtrain.data.sources import absolute_path, audio_paths, load_rows
 
 PLAIN = Columns(audio="audio", text="text")
 

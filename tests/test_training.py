@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sedtrain.data.sources import read_audio
+from sedtrain.data.clips import read_audio
 
 GOLDEN = Path(__file__).parent / "golden" / "hubert_bert.json"
 RESULT_KEYS = [

@@ -4,7 +4,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_datamodule import data_module, good  # noqa: F401 - a fixture
+from test_datamodule import data_module, good, write  # noqa: F401 - a fixture
 
 from sedtrain.data.augment import Augment
 from sedtrain.data.augmentations import ColouredNoise, Speed
@@ -94,10 +94,25 @@ def test_batches_are_bounded_by_target_tokens_too(good):  # noqa: F811
     assert sum(len(batch) for batch in batches) == 12
 
 
+@pytest.fixture
+def shards(tmp_path):
+    """Eleven utterances of 0.3 to 1.3 s in three shards, and as many to validate on."""
+    for number in range(3):
+        write(tmp_path / f"train-{number}.parquet", [0.3 + 0.1 * i for i in range(number, 11, 3)])
+    write(tmp_path / "validation.parquet", [0.5] * 3)
+    return tmp_path
+
+
+OVERLAPPING = {"mix": {"all": {"weight": 1.5}, "again": {"train_split": "train-1", "weight": 0.4}}}
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(good, tmp_path, num_workers):  # noqa: F811
+@pytest.mark.parametrize(
+    "options", [{}, {"streaming": True, "block_utterances": 5}, OVERLAPPING], ids=["whole", "streamed", "mixed"]
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(shards, tmp_path, num_workers, options):
     def data():
-        return data_module(good, batch_seconds=2, num_workers=num_workers)
+        return data_module(shards, batch_seconds=2, num_workers=num_workers, **options)
 
     saved = tmp_path / "saved"
     whole = fitted(data(), 3, save_in=saved).trained

@@ -134,13 +134,28 @@ def steps_of(groups: Integers, num_ranks: int) -> Integers:
     return steps[np.argsort(steps[:, 0])]
 
 
+Segment = tuple[int, int]
+"""By how many ranks how many steps were made, one after the other."""
+
+
 class Position(TypedDict):
-    """Where training stands in its epochs: `segments` says how many steps were made by how many ranks, in turn."""
+    """Where training stands in its epochs: the steps made by ranks in turn, of a stream in the block that begins there."""
 
     seed: int
     epoch: int
-    segments: list[tuple[int, int]]
+    segments: list[Segment]
     plan: NotRequired[str]
+    block: NotRequired[tuple[int, int]]
+    steps_before: NotRequired[int]
+
+
+def advanced(segments: list[Segment], num_ranks: int, num_steps: int) -> list[Segment]:
+    """The segments after so many more steps by so many ranks."""
+    if not num_steps:
+        return list(segments)
+    if segments and segments[-1][0] == num_ranks:
+        return [*segments[:-1], (num_ranks, segments[-1][1] + num_steps)]
+    return [*segments, (num_ranks, num_steps)]
 
 
 class DurationBatches(Sampler[list[int]]):
@@ -152,6 +167,7 @@ class DurationBatches(Sampler[list[int]]):
     Without `shuffle` the longest come first, so that a memory that does not suffice shows at once.
 
     tokens: target tokens of each utterance, needed where `batch_tokens` is to bound them
+    block:  numbers that tell these utterances from others of the same epoch, which are drawn apart
     """
 
     def __init__(
@@ -166,11 +182,13 @@ class DurationBatches(Sampler[list[int]]):
         tokens: Sequence[int] | Integers | None = None,
         batch_tokens: int | None = None,
         num_buckets: int = 30,
+        block: tuple[int, ...] = (),
     ) -> None:
         self.plan = BatchPlan(seconds, batch_seconds, tokens, batch_tokens, num_buckets)
+        self.block = block
         self.shuffle, self.seed, self.rank, self.num_ranks = shuffle, seed, rank, num_ranks
         self.epoch = 0
-        self.segments: list[tuple[int, int]] = []
+        self.segments: list[Segment] = []
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of every epoch; the one that was resumed goes on where it stopped."""
@@ -184,10 +202,10 @@ class DurationBatches(Sampler[list[int]]):
         """
         if consumed_steps >= len(self):
             return Position(seed=self.seed, epoch=self.epoch + 1, segments=[])
-        segments = list(self.segments)
-        if new_steps := consumed_steps - self.resumed_steps():
-            earlier = segments.pop()[1] if segments and segments[-1][0] == self.num_ranks else 0
-            segments.append((self.num_ranks, earlier + new_steps))
+        return self.position(consumed_steps)
+
+    def position(self, consumed_steps: int) -> Position:
+        segments = advanced(self.segments, self.num_ranks, consumed_steps - self.resumed_steps())
         return Position(seed=self.seed, epoch=self.epoch, segments=segments, plan=self.plan.digest())
 
     def load_state_dict(self, state: Position) -> None:
@@ -208,9 +226,9 @@ class DurationBatches(Sampler[list[int]]):
     def resumed_steps(self) -> int:
         return sum(steps for _, steps in self.segments)
 
-    def stream(self, number: int) -> tuple[int, int, int] | None:
+    def stream(self, number: int) -> tuple[int, ...] | None:
         """The seed of one of the random orders of this epoch."""
-        return (self.seed, self.epoch, number) if self.shuffle else None
+        return (self.seed, self.epoch, number, *self.block) if self.shuffle else None
 
     def batches_left(self) -> Integers:
         """Numbers of this epoch's batches in their order, without those of the steps that were made before."""
@@ -232,18 +250,31 @@ class DurationBatches(Sampler[list[int]]):
         return self.resumed_steps() + len(steps_of(self.plan.batch_groups[self.batches_left()], self.num_ranks))
 
 
-class BatchesWithEpoch(Sampler[tuple[int, list[int]]]):
-    """Batches, each with the epoch that it is drawn in: a worker that outlives an epoch is told of no other."""
+class BatchesWithEpoch(Sampler[tuple[int, list[tuple[int, int]]]]):
+    """Batches of references, each with the epoch that it is drawn in: a worker that outlives an epoch is told of no other.
 
-    def __init__(self, batches: DurationBatches) -> None:
-        self.batches = batches
+    references: what each number of a batch stands for
+    """
+
+    def __init__(self, batches: DurationBatches, references: Sequence[tuple[int, int]]) -> None:
+        self.batches, self.references = batches, references
+
+    @property
+    def epoch(self) -> int:
+        return self.batches.epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.batches.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        epoch = self.batches.epoch
-        return ((epoch, numbers) for numbers in self.batches)
+    def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        epoch = self.epoch
+        return ((epoch, [self.references[number] for number in numbers]) for numbers in self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def state_dict(self, consumed_steps: int) -> Position:
+        return self.batches.state_dict(consumed_steps)
+
+    def load_state_dict(self, state: Position) -> None:
+        self.batches.load_state_dict(state)

@@ -49,28 +49,44 @@ def local_rows(path: str, split: str) -> datasets.Dataset | None:
 
 def whole_split(path: str, split: str) -> datasets.Dataset | None:
     where = Path(path).expanduser()
-    if where.name.endswith(TARS):
-        return shards_of(path, sorted(tar_files(path, split)))
+    if is_pattern(path):
+        return rows_of_files(path, sorted(pattern_files(path, split)))
     if where.is_file():
         return table_rows(where)
     if not where.is_dir():
         return None
     if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
         return saved_rows(where, split)
-    if files := [file for each in TABLES if (file := where / f"{split}{each}").is_file()]:
-        return table_rows(files[0])
-    if tars := sorted(where.glob(f"{split}*.tar")) or sorted((where / split).glob("*.tar")):
-        return shards_of(path, tars)
+    if files := split_files(where, split):
+        return rows_of_files(path, files)
     return folder_rows(where, split)
 
 
-def table_rows(file: Path) -> datasets.Dataset:
-    """The rows of a manifest or a Parquet file, none if it is empty. Raises UserError for another format."""
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The file named after the split, else its tars, else its numbered tables."""
+    whole = [file for each in TABLES if (file := folder / f"{split}{each}").is_file()]
+    tars = sorted(folder.glob(f"{split}*.tar")) or sorted((folder / split).glob("*.tar"))
+    numbered = (sorted(folder.glob(f"{split}-*{each}")) for each in TABLES)
+    return whole[:1] or tars or next(filter(None, numbered), [])
+
+
+def rows_of_files(path: str, files: list[Path]) -> datasets.Dataset:
+    """Raises UserError where there are none."""
+    if not files or files[0].name.endswith(TARS):
+        return tar_rows(path, files)
+    return datasets.concatenate_datasets([table_rows(file) for file in files])
+
+
+def table_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
+    """The rows of a manifest or a Parquet file, none if it is empty. Raises UserError for another format.
+
+    cache: where they are kept as Arrow, if not in the cache of `datasets`
+    """
     if not file.stat().st_size:
         return datasets.Dataset.from_dict({})
     if file.suffix.lower() in MANIFESTS:
-        return kept(read_manifest_file, [file])
-    if file.suffix.lower() != ".parquet" and not file.read_bytes().startswith(b"PAR1"):
+        return kept(read_manifest_file, [file], cache)
+    if file.suffix.lower() != ".parquet" and not starts_like_parquet(file):
         raise UserError(
             f"data.path={file}: {file.suffix or 'a file without a suffix'} is no format that can be read",
             f"data.path=FILE, one of {', '.join(TABLES)}, .tar, or data.path=FOLDER",
@@ -78,9 +94,14 @@ def table_rows(file: Path) -> datasets.Dataset:
     if file.suffix.lower() == ".parquet" and is_empty(file):
         return datasets.Dataset.from_dict({})
     try:
-        return datasets.load_dataset("parquet", data_files=str(file), split="train")
+        return datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=cache and str(cache))
     except datasets.exceptions.DatasetGenerationError:
-        return kept(read_broken_parquet, [file])
+        return kept(read_broken_parquet, [file], cache)
+
+
+def starts_like_parquet(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(4) == b"PAR1"
 
 
 def is_empty(file: Path) -> bool:
@@ -148,7 +169,12 @@ def has_audio(folder: Path) -> bool:
     return any(name in METADATA or is_audio_file(name) for name in names)
 
 
-def tar_files(pattern: str, split: str) -> Iterator[Path]:
+def is_pattern(path: str) -> bool:
+    """Whether a path stands for several files, or for tars, which are looked for when they are read."""
+    return path.endswith(TARS) or (path.endswith(TABLES) and any(each in path for each in "*?{"))
+
+
+def pattern_files(pattern: str, split: str) -> Iterator[Path]:
     """The files of a name with globs, ranges `{000..127}`, lists `{a,b}` and `{split}`."""
     for name in expanded(str(Path(pattern.replace("{split}", split)).expanduser())):
         yield from map(Path, glob.glob(name, recursive=True) or ([name] if os.path.exists(name) else []))
@@ -168,17 +194,19 @@ def expanded(pattern: str) -> Iterator[str]:
         yield from expanded(pattern[: braces.start()] + value + pattern[braces.end() :])
 
 
-def shards_of(path: str, shards: list[Path]) -> datasets.Dataset:
+def tar_rows(path: str, shards: list[Path], cache: Path | None = None) -> datasets.Dataset:
     if not shards:
-        raise UserError(f"data.path={path}: there is no such tar file", "data.path='SHARDS-{000..127}.tar', or a glob")
-    return kept(read_shards, shards)
+        raise UserError(f"data.path={path}: there is no such file", "data.path='SHARDS-{000..127}.tar', or a glob")
+    return kept(read_shards, shards, cache)
 
 
-def kept(read: Callable[[list[Path]], datasets.Dataset], files: list[Path]) -> datasets.Dataset:
-    """`read(files)` from the cache of `datasets`, mapped into memory; read once, and again where a file has changed."""
+def kept(
+    read: Callable[[list[Path]], datasets.Dataset], files: list[Path], cache: Path | None = None
+) -> datasets.Dataset:
+    """`read(files)` from a cache, mapped into memory; read once, and again where a file has changed."""
     facts = [(os.path.abspath(file), (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((INDEX_VERSION, read.__name__, facts)).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / key
+    folder = (cache or Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain") / key
     if not folder.is_dir():
         rows = read(files)
         if not len(rows):

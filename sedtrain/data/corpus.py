@@ -1,0 +1,146 @@
+"""A corpus: the datasets that it is made of, what of them can be used, and how much of an epoch each has."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from sedtrain.batch import Skipped, UserError
+from sedtrain.data.limits import Limits
+from sedtrain.data.mix import heated
+from sedtrain.data.parts import Part, Parts, Reference, Source
+from sedtrain.data.rows import UtteranceRows
+from sedtrain.data.shards import BrokenShard
+from sedtrain.data.skipped import SkippedUtterances
+
+
+class Corpus:
+    """The splits train, validation and test of one dataset or of several; each is opened when it is first asked for.
+
+    temperature: see `heated`
+    streaming:   whether the training split is read shard after shard; the others never are
+    copies:      a folder for what a stream has to fetch or convert
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        limits: Limits,
+        skipped: SkippedUtterances,
+        temperature: float,
+        streaming: bool,
+        copies: Path,
+    ) -> None:
+        self.sources, self.limits, self.skipped = list(sources), limits, skipped
+        self.temperature, self.streaming, self.copies = temperature, streaming, copies
+        self.parts = cache(self.load_parts)
+        self.kept = cache(self.find_kept)
+        self.shards = cache(self.find_shards)
+
+    def load_parts(self, split: str) -> Parts:
+        """All that `split`, which is train, validation or test, is made of; of a stream too, where it is not streamed."""
+        return Parts(part for source in self.sources for part in self.parts_of(source, split))
+
+    def parts_of(self, source: Source, split: str) -> list[Part]:
+        if self.streaming or "://" in source.path:
+            return source.shards(split, self.copies)
+        return [source.part(split)]
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The target texts, read one part after the other; of a stream nothing of it is kept."""
+        is_stream = self.streaming and split == "train"
+        parts = Parts(self.shards(), num_rows=0) if is_stream else self.parts(split)
+        for number in range(len(parts)):
+            if rows := self.opened(parts, number):
+                yield from rows.texts()
+            if is_stream:
+                parts.remove_copy(number)
+
+    def opened(self, parts: Parts, number: int) -> UtteranceRows | None:
+        """One of the parts; one that cannot be read is noted, and None."""
+        try:
+            return parts[number]
+        except BrokenShard as error:
+            shard = parts.parts[number].shard
+            assert shard is not None
+            self.skipped.note([Skipped(shard.name, "unreadable shard", str(error))])
+            return None
+
+    def refuse_unusable(self, splits: Iterable[str]) -> None:
+        """Raises one UserError of everything that is wrong with these splits; of a stream the first shard is opened."""
+        errors = []
+        for split in dict.fromkeys(splits):
+            try:
+                if self.streaming and split == "train":
+                    self.refuse_broken_shards()
+                else:
+                    self.kept(split)
+            except UserError as error:
+                errors.append(error)
+        if errors:
+            wrong, instead = (dict.fromkeys(each) for each in zip(*(error.args for error in errors), strict=True))
+            raise UserError("\n".join(wrong), "; ".join(instead)) from errors[0]
+
+    def refuse_broken_shards(self) -> None:
+        parts = Parts(self.shards(), num_rows=0)
+        if all(self.opened(parts, number) is None for number in range(len(parts))):
+            raise UserError(
+                f"data.path={self.sources[0].path}: none of the {len(parts)} shards of 'train' can be read",
+                "data.path of files that are whole",
+            )
+
+    def find_kept(self, split: str) -> dict[Reference, float]:
+        """The seconds of each utterance that is not too long, too short or without text.
+
+        Raises UserError when nothing is left of the split.
+        """
+        kept: dict[Reference, float] = {}
+        skipped: list[Skipped] = []
+        parts = self.parts(split)
+        for part in range(len(parts)):
+            if (rows := self.opened(parts, part)) is None:
+                continue
+            here, not_here = self.limits.sift(rows, range(len(rows)))
+            kept.update({(part, index): seconds for index, seconds in here.items()})
+            skipped += not_here
+        self.skipped.note(skipped)
+        if not kept:
+            raise none_left(self.sources, split, skipped)
+        return kept
+
+    def find_shards(self) -> list[Part]:
+        """Those of the training split, which a stream reads."""
+        return [part for source in self.sources for part in source.shards("train", self.copies)]
+
+    def weights(self) -> list[float]:
+        """How often each shard of a stream is seen in an epoch, or else each dataset."""
+        if self.streaming:
+            return [part.source.weight for part in self.shards()]
+        parts = self.parts("train").parts
+        sizes = Counter(parts[part].source.label for part, _ in self.kept("train"))
+        factors = dict(zip(sizes, heated(list(sizes.values()), self.temperature), strict=True))
+        return [part.source.weight * factors.get(part.source.label, 1.0) for part in parts]
+
+    def has_length(self) -> bool:
+        """Whether every epoch has the same utterances, so that its steps can be counted."""
+        return not self.streaming and self.temperature == 1 and all(source.weight == 1 for source in self.sources)
+
+    def training_audio(self) -> str:
+        """For people: how much there is to train on."""
+        if self.streaming:
+            return f"streamed from {len(self.shards()):,} shards"
+        seconds = self.kept("train").values()
+        return f"{sum(seconds) / 3600:.2f} hours, {len(seconds):,} utterances"
+
+    def remove_copies(self) -> None:
+        shutil.rmtree(self.copies, ignore_errors=True)  # most runs have none
+
+
+def none_left(sources: Sequence[Source], split: str, skipped: Sequence[Skipped]) -> UserError:
+    reasons = Counter(each.reason for each in skipped)
+    return UserError(
+        f"data.path={sources[0].path}: none of the {len(skipped)} utterances of {sources[0].splits[split]!r} can be used "
+        f"({', '.join(f'{count} {reason}' for reason, count in reasons.items())})",
+        "data.min_seconds, data.max_seconds and data.columns that fit this dataset",
+    )

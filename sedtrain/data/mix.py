@@ -1,0 +1,55 @@
+"""Several datasets as one, each with its own columns and its share of an epoch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sedtrain.batch import UserError, require
+from sedtrain.data.columns import Columns
+from sedtrain.data.parts import Source
+
+SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
+OWN = ("path", "name", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
+
+
+def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
+    """The datasets of a mix by name, or the only one; what one does not say itself is taken from `common`."""
+    if mix:
+        return [named_source(name, options, common) for name, options in mix.items()]
+    if common["path"] is None:
+        raise UserError("data.path is not set", "data.path=FOLDER_OR_FILE_OR_HUB_ID, or data.mix")
+    return [source_of(common)]
+
+
+def named_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> Source:
+    where = f"data.mix.{name}"
+    if unknown := [key for key in options if key not in OWN]:
+        raise UserError(f"{where}.{unknown[0]}: there is no such option", f"{where}.NAME, NAME one of {', '.join(OWN)}")
+    if options.get("path", common["path"]) is None:
+        raise UserError(f"{where}.path is not set", f"{where}.path=FOLDER_OR_FILE_OR_HUB_ID")
+    weight = options.get("weight", 1.0)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    require(is_number and weight > 0, f"{where}.weight", weight, "a number above 0")
+    columns = {**common["columns"], **options.get("columns", {})}
+    return source_of({**common, **options, "columns": columns, "label": name})
+
+
+def source_of(options: Mapping[str, Any]) -> Source:
+    return Source(
+        path=options["path"],
+        columns=Columns.of(options["columns"], options["target"]),
+        splits={split: options[option] for option, split in SPLITS.items()},
+        name=options["name"],
+        audio_folder=options["audio_folder"],
+        weight=float(options.get("weight", 1.0)),
+        label=options.get("label", ""),
+        language=options.get("language"),
+    )
+
+
+def heated(sizes: Sequence[int], temperature: float) -> list[float]:
+    """How often each of several datasets is seen in an epoch, so that their shares are those of size ** (1 / temperature).
+
+    An epoch stays as long as all of them together (arXiv 1907.05019, where the shares come from).
+    """
+    powers = [size ** (1 / temperature) for size in sizes]
+    return [sum(sizes) * power / (sum(powers) * size) for size, power in zip(sizes, powers, strict=True)]

@@ -1,0 +1,101 @@
+"""What a split is made of: one dataset or a mix of several, each in one piece or in the shards that it is stored in."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sedtrain.data.columns import Columns
+from sedtrain.data.rows import UtteranceRows
+from sedtrain.data.shards import Shard, shards_of
+from sedtrain.data.sources import load_rows
+
+Reference = tuple[int, int]
+"""An utterance: the number of its part, and its row there."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset.
+
+    splits: its own names of train, validation and test
+    weight: how often its training split is seen in an epoch
+    label:  its name in a mix, which its ids begin with
+    """
+
+    path: str
+    columns: Columns
+    splits: Mapping[str, str]
+    name: str | None = None
+    audio_folder: str | None = None
+    weight: float = 1.0
+    label: str = ""
+    language: str | None = None
+
+    def part(self, split: str) -> "Part":
+        """`split` is train, validation or test."""
+        return Part(self, self.splits[split])
+
+    def shards(self, split: str, copies: Path) -> list["Part"]:
+        """The files of the split, or the whole of it; copies: where what is fetched or converted is kept."""
+        found = shards_of(self.path, self.splits[split], self.name, copies)
+        return [Part(self, self.splits[split], shard) for shard in found] or [self.part(split)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are opened together: a split of a source, or one shard of it."""
+
+    source: Source
+    split: str
+    shard: Shard | None = None
+
+    def open(self) -> UtteranceRows:
+        """Raises UserError where there is nothing, or no rows of utterances."""
+        source = self.source
+        rows = load_rows(source.path, self.split, source.name) if self.shard is None else self.shard.rows()
+        return UtteranceRows(
+            rows,
+            source.columns,
+            source.path,
+            self.split if self.shard is None else self.shard.name,
+            None if source.audio_folder is None else Path(source.audio_folder).expanduser(),
+            f"{source.label}/" if source.label else "",
+            source.language,
+        )
+
+
+class Parts(Sequence[UtteranceRows]):
+    """The rows of each part, opened when they are asked for.
+
+    num_rows: how many of them stay open at least; None: all
+    """
+
+    def __init__(self, parts: Iterable[Part], num_rows: int | None = None) -> None:
+        self.parts, self.num_rows = list(parts), num_rows
+        self.opened: OrderedDict[int, UtteranceRows] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
+        if number not in self.opened:
+            self.opened[number] = self.parts[number].open()
+            if self.num_rows is not None:
+                self.close_oldest(self.num_rows)
+        self.opened.move_to_end(number)
+        return self.opened[number]
+
+    def close_oldest(self, num_rows: int) -> None:
+        left = sum(map(len, self.opened.values()))
+        for number, rows in list(self.opened.items())[:-1]:
+            left -= len(rows)
+            if left < num_rows:
+                break
+            del self.opened[number]
+
+    def remove_copy(self, number: int) -> None:
+        """What was fetched or converted to open this part is removed; it can be opened anew."""
+        self.opened.pop(number, None)
+        if shard := self.parts[number].shard:
+            shard.remove_copy()

@@ -1,0 +1,130 @@
+"""The files that a split is stored in, each opened by itself: what a stream reads one after the other."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow as pa
+from aiohttp import ClientError
+from filelock import FileLock
+
+from sedtrain.batch import UserError
+from sedtrain.data.formats import TARS, expanded, is_pattern, pattern_files, split_files, table_rows, tar_rows
+from sedtrain.data.sources import local_path, one_line, readable
+
+BUILDERS = {"parquet", "json", "csv", "webdataset"}  # of `datasets`, whose files are read alike here
+NUM_ATTEMPTS = 5
+FIRST_PAUSE = 1.0  # seconds, doubled after every failure
+
+
+class BrokenShard(Exception):
+    """A file that is there, but holds nothing that can be read."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a split.
+
+    place:  its path or URL
+    copies: the folder of everything that has been fetched or converted, of which each shard has a folder
+    """
+
+    place: str
+    copies: Path
+
+    @property
+    def name(self) -> str:
+        return Path(self.place).name.partition(".")[0]
+
+    @property
+    def copy(self) -> Path:
+        return self.copies / hashlib.sha256(self.place.encode()).hexdigest()[:32]
+
+    def rows(self) -> datasets.Dataset:
+        """Raises BrokenShard, and UserError where a file cannot be fetched."""
+        is_remote = "://" in self.place
+        file = self.fetched() if is_remote else Path(self.place)
+        try:
+            if self.place.endswith(TARS):
+                return tar_rows(self.place, [file], self.copy if is_remote else None)
+            return table_rows(file, self.copy)
+        except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+            raise BrokenShard(one_line(error)) from error
+
+    def fetched(self) -> Path:
+        """A copy of the remote file, fetched once by all processes of a machine."""
+        file = self.copy / Path(self.place).name
+        self.copy.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.copy}.lock"):
+            if not file.exists():
+                fetch(self.place, file)
+        return file
+
+    def remove_copy(self) -> None:
+        shutil.rmtree(self.copy, ignore_errors=True)  # often there is none, or another process is removing it too
+
+
+def fetch(url: str, file: Path) -> None:
+    """Raises UserError when the last attempt fails; nothing incomplete is left under the name of `file`."""
+    incomplete = file.with_name(f"{file.name}.incomplete")
+    pause = FIRST_PAUSE
+    for attempt in range(1, NUM_ATTEMPTS + 1):
+        try:
+            filesystem, name = fsspec.url_to_fs(url)
+            filesystem.get_file(name, str(incomplete))
+            incomplete.rename(file)
+            return
+        except (OSError, ClientError, TimeoutError) as error:
+            if attempt == NUM_ATTEMPTS or isinstance(error, FileNotFoundError):
+                raise UserError(
+                    f"data.path: {url} cannot be fetched ({one_line(error)})", "a URL that can be reached"
+                ) from error
+        time.sleep(pause)
+        pause *= 2
+
+
+def shards_of(path: str, split: str, name: str | None, copies: Path) -> list[Shard]:
+    """The files of one split, or of several joined by +, in the order of their names; none where it is not stored in files.
+
+    Raises UserError where the split is missing, or a part of it is asked for.
+    """
+    if "[" in split:
+        raise UserError(
+            f"data.streaming=true: {split!r} is a part of a split, and a stream has no part",
+            "data.streaming=false, or a split of its own",
+        )
+    return [Shard(place, copies) for each in split.split("+") for place in places(path, each, name)]
+
+
+def places(path: str, split: str, name: str | None) -> list[str]:
+    if "://" in path:
+        return list(expanded(path.replace("{split}", split)))
+    where = local_path(path)
+    if is_pattern(path):
+        return sorted(map(str, pattern_files(path, split)))
+    if where.is_file():
+        return [str(where)]
+    if where.is_dir() and (files := split_files(where, split)):
+        return list(map(str, files))
+    if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
+        return []
+    with readable(path, split):
+        return list(listed_files(path, split, name))
+
+
+def listed_files(path: str, split: str, name: str | None) -> Iterator[str]:
+    """What `datasets` finds on the Hub or in a folder, where it is of a format that is read here."""
+    where = local_path(path)
+    hub_id, _, revision = path.partition("@")
+    if where.exists():
+        builder = datasets.load_dataset_builder(str(where), name)
+    else:
+        builder = datasets.load_dataset_builder(hub_id, name, revision=revision or None)
+    files = builder.config.data_files or {}
+    if builder.name in BUILDERS and split in files:
+        yield from map(str, files[split])

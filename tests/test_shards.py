@@ -1,0 +1,189 @@
+"""What a stream is read from: files of every format, here, on a server, as `datasets` finds them."""
+
+import functools
+import http.server
+import threading
+from collections import Counter
+from typing import ClassVar
+
+import datasets
+import pytest
+from test_datamodule import COLUMNS, data_module, listed, write
+from test_formats import shard
+
+from sedtrain.batch import UserError
+from sedtrain.data import shards
+from sedtrain.data.shards import Shard, shards_of
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(shards, "FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Eleven utterances in three Parquet files."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        write(folder / f"train-{number:05}-of-00003.parquet", [0.3 + 0.1 * i for i in range(number, 11, 3)])
+    write(folder / "validation-00000-of-00001.parquet", [0.5] * 3)
+    return folder
+
+
+EVERYTHING = {f"train-0000{number}-of-00003-{row}" for number, size in ((0, 4), (1, 4), (2, 3)) for row in range(size)}
+
+
+def streamed(path, tmp_path, **options):
+    options = {"streaming": True, "block_utterances": 5, "batch_seconds": 2, **options}
+    return data_module(path, folder=tmp_path, **options)
+
+
+def seen(data):
+    return sorted(id for batch in data.train_dataloader() for id in batch.ids)
+
+
+def names(path, split, tmp_path, name=None):
+    return [each.name for each in shards_of(str(path), split, name, tmp_path)]
+
+
+# --- which files
+
+
+def test_a_folder_of_numbered_files_is_streamed_file_by_file(numbered, tmp_path):
+    data = streamed(numbered, tmp_path)
+    assert data.corpus.training_audio() == "streamed from 3 shards"
+    assert seen(data) == sorted(EVERYTHING)
+    assert len(list(data.batches("validation"))) == 1
+
+
+def test_a_clone_of_a_hub_dataset_is_streamed_file_by_file(numbered, tmp_path):
+    assert names(numbered.parent, "train", tmp_path) == [f"train-0000{number}-of-00003" for number in range(3)]
+    assert seen(streamed(numbered.parent, tmp_path)) == sorted(EVERYTHING)
+
+
+def test_tars_are_streamed_and_never_copied(tmp_path):
+    for number in range(2):
+        shard(tmp_path / f"train-{number}.tar", range(number * 4, number * 4 + 4))
+    columns = {**COLUMNS, "translation": None, "id": "id"}
+    data = streamed(tmp_path / "{split}-{0..1}.tar", tmp_path, columns=columns)
+    assert len(seen(data)) == 8
+    assert not data.corpus.copies.exists()
+
+
+def test_what_has_no_files_of_its_own_is_one_shard(tmp_path):
+    write(tmp_path / "train.parquet", [0.5] * 4)
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"))
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    assert names(tmp_path / "saved", "train", tmp_path) == []
+    assert seen(streamed(tmp_path / "saved", tmp_path)) == [f"train-{i}" for i in range(4)]
+
+
+def test_splits_joined_by_plus_are_the_files_of_each(numbered, tmp_path):
+    joined = names(numbered.parent, "validation+train", tmp_path)
+    assert joined == ["validation-00000-of-00001", *(f"train-0000{number}-of-00003" for number in range(3))]
+
+
+def test_a_part_of_a_split_cannot_be_streamed(numbered, tmp_path):
+    with pytest.raises(UserError) as raised:
+        shards_of(str(numbered), "train[:90%]", None, tmp_path)
+    assert str(raised.value) == (
+        "data.streaming=true: 'train[:90%]' is a part of a split, and a stream has no part\n"
+        "  write instead: data.streaming=false, or a split of its own"
+    )
+
+
+def test_a_missing_folder_is_told(tmp_path):
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        shards_of(str(tmp_path / "none"), "train", None, tmp_path)
+
+
+# --- copies
+
+
+def test_a_converted_shard_is_removed_when_the_run_ends(numbered, tmp_path):
+    data = streamed(numbered, tmp_path)
+    seen(data)
+    assert any(data.corpus.copies.iterdir())
+    data.teardown("fit")
+    assert not data.corpus.copies.exists()
+
+
+def test_two_runs_have_copies_of_their_own(numbered, tmp_path):
+    one, other = streamed(numbered, tmp_path / "one"), streamed(numbered, tmp_path / "other")
+    assert one.corpus.copies != other.corpus.copies
+
+
+# --- shards that cannot be read
+
+
+def test_a_shard_that_is_broken_is_left_out_and_noted(numbered, tmp_path):
+    (numbered / "train-00001-of-00003.parquet").write_bytes(b"PAR1 and nothing else")
+    data = streamed(numbered, tmp_path)
+    assert seen(data) == sorted(id for id in EVERYTHING if "00001" not in id.partition("-of-")[0])
+    assert data.skipped.counts == {"unreadable shard": 1}
+    assert listed(tmp_path)[0]["id"] == "train-00001-of-00003"
+
+
+def test_a_stream_of_broken_shards_is_told_before_training(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match="none of the 1 shards of 'train' can be read"):
+        streamed(tmp_path, tmp_path).corpus.refuse_unusable(["train"])
+
+
+# --- a server
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; every file fails as often as `failures` says."""
+
+    failures: ClassVar[Counter] = Counter()
+    asked: ClassVar[Counter] = Counter()
+
+    def do_GET(self):
+        Handler.asked[self.path] += 1
+        if Handler.failures[self.path] > 0:
+            Handler.failures[self.path] -= 1
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(numbered):
+    Handler.failures.clear()
+    Handler.asked.clear()
+    handler = functools.partial(Handler, directory=str(numbered))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+PATTERN = "{split}-{00000..00002}-of-00003.parquet"
+
+
+def test_files_of_a_server_are_fetched_once_when_they_are_needed(server, tmp_path):
+    data = streamed(f"{server}/{PATTERN}", tmp_path, block_utterances=4)
+    assert sum(Handler.asked.values()) == 0
+    assert seen(data) == sorted(EVERYTHING)
+    assert set(Handler.asked.values()) == {1}
+    assert len(Handler.asked) == 3
+
+
+def test_a_server_that_fails_now_and_then_is_asked_again(server, tmp_path):
+    Handler.failures["/train-00001-of-00003.parquet"] = 3
+    assert seen(streamed(f"{server}/{PATTERN}", tmp_path)) == sorted(EVERYTHING)
+
+
+def test_a_file_that_is_not_there_is_told_by_its_url(server, tmp_path):
+    url = f"{server}/none.parquet"
+    with pytest.raises(UserError) as raised:
+        Shard(url, tmp_path / "copies").rows()
+    assert str(raised.value).startswith(f"data.path: {url} cannot be fetched (FileNotFoundError: ")
+    assert list((tmp_path / "copies").rglob("*.parquet*")) == []
