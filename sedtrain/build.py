@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -199,8 +200,12 @@ def decoding_options(cfg: DictConfig) -> DecodingOptions:
 def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
     main_metric = METRICS_OF[cfg.target][0]
     mode = "max" if METRICS[main_metric].higher_is_better else "min"
-    callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    checkpoints = callbacks.pop("checkpoints")(monitor=f"val/{main_metric}", mode=mode)
+    callbacks = {
+        name: each(monitor=f"val/{main_metric}", mode=mode) if isinstance(each, partial) else each
+        for name, each in create(cfg, "callbacks").items()
+        if each is not None
+    }
+    checkpoints = callbacks.pop("checkpoints")
     bars = [each for each in callbacks.values() if isinstance(each, ProgressBar)]
     shows_progress = cfg.trainer.get("enable_progress_bar") is not False
     for bar in [] if shows_progress else bars:

@@ -11,6 +11,7 @@ from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.results import Results
 from sedtrain.models.checkpoint import check_loaded, load_tokenizer, loading
 from sedtrain.models.encoder import loads_in_stock_transformers
+from sedtrain.models.low_rank import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.run_folder import model_of
 
@@ -33,7 +34,11 @@ class SavedModel:
         """Writes a folder that `transformers` loads without sedtrain; `decoding` becomes its generation config."""
         for name, value in decoding.generation_kwargs().items():
             setattr(self.model.generation_config, name, value)
-        self.model.save_pretrained(folder)
+        if lora_layers(self.model):
+            self.model.save_pretrained(folder, state_dict=base_weights(self.model))
+            save_adapter(self.model, folder / FOLDER)
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.feature_extractor.save_pretrained(folder)
         # the name of one family, but it joins any feature extractor with any tokenizer; AutoProcessor loads it
@@ -49,6 +54,7 @@ class SavedModel:
             )
             feature_extractor = AutoFeatureExtractor.from_pretrained(name)
         check_loaded(f"checkpoint={name}", model, loaded, used=model)
+        load_adapter(model, name)
         tokenizer = load_tokenizer("checkpoint", name)
         return cls(model.eval(), tokenizer, feature_extractor)
 
@@ -86,6 +92,7 @@ PIPELINE_TAGS = {"transcription": "automatic-speech-recognition", "translation":
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
 # transformers has no class for this family's encoder alone, or for this adapter
+from sedtrain.models.low_rank import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 """.strip()
 

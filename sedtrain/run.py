@@ -10,6 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Timer
 
+from sedtrain.averaging import AverageBest, mean_weights
 from sedtrain.batch import UserError
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.evaluation.results import TrainingTotals
@@ -77,12 +78,17 @@ class TrainingRun:
 
     def load_best(self) -> None:
         """Takes the weights of the best validation, where there was one, in float32 whatever the training was in."""
-        best = next(each.best_model_path for each in self.callbacks if isinstance(each, Checkpoints))
-        if best:
-            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-            self.module.load_state_dict(checkpoint["state_dict"])
+        if paths := self.best_paths():
+            states = (torch.load(path, map_location="cpu", weights_only=True)["state_dict"] for path in paths)
+            self.module.load_state_dict(mean_weights(states))
         self.module.float()
         self.finetuning.finish(self.saved.model)
+
+    def best_paths(self) -> list[Path]:
+        """The checkpoints that the final weights are the mean of: the best, or those of an average that is on."""
+        averages = [path for each in self.callbacks if isinstance(each, AverageBest) for path in each.paths]
+        best = next(each.best_model_path for each in self.callbacks if isinstance(each, Checkpoints))
+        return averages or ([Path(best)] if best else [])
 
     def interrupted(self) -> bool:
         return any(isinstance(each, StopOnInterrupt) and each.interrupted for each in self.callbacks)

@@ -9,13 +9,16 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+import transformers
 from families import DECODERS, ENCODERS, option_file, tiny_decoder, tiny_encoder
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
+from transformers import AutoModel
 
 from sedtrain.batch import UserError
 from sedtrain.config import conf_dir, register
+from sedtrain.export import SavedModel
 from sedtrain.finetune import FineTuning, resting
 from sedtrain.models.adapter import ConvAdapter
 from sedtrain.models.parts import PARTS, depths, layers_of, part_of
@@ -364,3 +367,56 @@ def test_what_thaws_later_is_reduced_over_the_ranks_too(tmp_path):
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["encoder.0.weight"], Small().encoder[0].weight)
+
+
+# --- in whole runs, from a saved model
+
+
+@pytest.fixture(scope="module")
+def pretrained(trained, tmp_path_factory):
+    """Overrides that start from the encoder and the decoder of a trained model, each saved alone."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    saved = SavedModel.load(str(trained))
+    saved.model.encoder.save_pretrained(folder / "encoder")
+    saved.feature_extractor.save_pretrained(folder / "encoder")
+    saved.model.decoder.save_pretrained(folder / "decoder")
+    saved.tokenizer.save_pretrained(folder / "decoder")
+    return [f"encoder.checkpoint={folder / 'encoder'}", f"decoder.checkpoint={folder / 'decoder'}"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["finetune=gradual", "finetune.thaw={decoder: 1, encoder: 2, feature_encoder: 9}"],
+        ["finetune=lna"],
+        ["finetune=lora"],
+        ["finetune=decoder_frozen"],
+        ["finetune=lna", "finetune.layer_decay=0.8", "optimizer=adafactor", "scheduler=tri_stage"],
+    ],
+    ids=["gradual", "lna", "lora", "decoder_frozen", "lna_layer_decay_adafactor"],
+)
+def test_a_schedule_trains_a_saved_model_and_leaves_one_that_stock_transformers_loads(
+    train, pretrained, tmp_path, overrides
+):
+    folder = train(tmp_path / "run", *pretrained, *overrides)
+    log = (folder / "sedtrain.log").read_text()
+    [row] = [line for line in log.splitlines() if line.startswith("│ all ")]
+    trainable, frozen = (int(cell.replace(",", "")) for cell in row.strip("│").split("│")[2:4])
+    assert trainable > 0
+    assert frozen > 0 or overrides[0] == "finetune=gradual"  # where all moves sooner or later
+    stock = transformers.SpeechEncoderDecoderModel.from_pretrained(folder / "model").eval()
+    own = SavedModel.load(str(folder))
+    audio, tokens = torch.randn(1, 8000), torch.tensor([[1, 5, 6]])
+    with torch.no_grad():
+        logits = stock(audio, decoder_input_ids=tokens).logits
+        torch.testing.assert_close(own.model(audio, decoder_input_ids=tokens).logits, logits, rtol=1e-4, atol=1e-4)
+    before = AutoModel.from_pretrained(pretrained[0].partition("=")[2]).state_dict()
+    moved = {name for name, weight in stock.encoder.state_dict().items() if not torch.equal(weight, before[name])}
+    kept = before.keys() - moved
+    feature_encoder = {name for name in before if name.startswith("feature_extractor.")}
+    if overrides[0] != "finetune=decoder_frozen":
+        matrices = {name for name in feature_encoder if before[name].ndim > 1}
+        assert matrices <= kept
+    if overrides[0] in ("finetune=lna", "finetune=lora"):
+        assert all("attention" in name or "norm" in name for name in moved)
+    assert any("attention" in name for name in moved)

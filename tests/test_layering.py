@@ -32,6 +32,8 @@ MAY_IMPORT = {
     "normalisers": {"batch"},
     "optim": {"batch"},
     "finetune": {"batch", "models", "optim"},
+    "lora": {"batch", "finetune", "models"},
+    "averaging": {"batch"},
     "text": {"batch"},
     "vocabulary": set(),
     "data": {"batch", "hub", "text"},
@@ -55,7 +57,7 @@ MAY_IMPORT = {
     },
     "guards": {"batch", "exact", "module"},
     "progress": {"batch", "evaluation.results"},
-    "run": {"batch", "data", "evaluation.results", "export", "finetune", "module", "progress"},
+    "run": {"averaging", "batch", "data", "evaluation.results", "export", "finetune", "module", "progress"},
     # the whole
     "creation": {"batch", "config"},
     "build": {
@@ -83,7 +85,18 @@ CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 ONLY_IN = {
     "hydra": {"jobs", "config", "composition", "overrides", "creation"},
     "omegaconf": {"jobs", "config", "composition", "overrides", "creation", "build", "tasks"},
-    "lightning": {"module", "memory", "guards", "data.datamodule", "finetune", "progress", "run", "creation", "build"},
+    "lightning": {
+        "module",
+        "memory",
+        "guards",
+        "data.datamodule",
+        "averaging",
+        "finetune",
+        "progress",
+        "run",
+        "creation",
+        "build",
+    },
     "datasets": {"data", "hub"},
     "rich": {"progress", "terminal"},
     "matplotlib": {"evaluation"},

@@ -93,6 +93,7 @@ KINDS: dict[str, Callable[[Any], set[str]]] = {
     "encoder_self_attention": lambda model: self_attention(model, "encoder"),
     "decoder_self_attention": lambda model: self_attention(model, "decoder"),
     "layer_norms": layer_norms,
+    "lora": lambda model: {name for name, _ in model.named_parameters() if ".lora_" in name},
 }
 """Sets of parameters that cross parts or lie in one."""
 
