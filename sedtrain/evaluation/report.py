@@ -1,7 +1,5 @@
 """report.html: a run on one page that needs nothing else, with its scores, curves, errors and worst utterances."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -10,12 +8,12 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
-import soundfile
 
 from sedtrain.evaluation.evaluate import Evaluation, Hypothesis
 from sedtrain.evaluation.figures import bars_figure, curves_figure, read_curves
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet
+from sedtrain.evaluation.page import definitions, page, player, row, table
 from sedtrain.evaluation.results import Results
 from sedtrain.normalisers import Normaliser, collapse_whitespace, normaliser
 
@@ -25,39 +23,6 @@ WordPair = tuple[str, str]  # reference word above hypothesis word, "" where one
 KINDS = ("substitution", "deletion", "insertion")
 NUM_WORST, NUM_CONFUSIONS, NUM_LENGTHS = 20, 12, 8
 NAMES = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF"}
-STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --quiet: #59636e; --line: #d5dae0;
-  --sub: #7a4d00; --sub-ground: #fff1c2; --del: #a40e26; --del-ground: #ffe3e0; --ins: #0a4a9e; --ins-ground: #dcebff }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14171b; --ink: #e3e7eb; --quiet: #9aa4af; --line: #343a42;
-  --sub: #f2cc60; --sub-ground: #3b2e05; --del: #ffaaa3; --del-ground: #4a1619; --ins: #8cc5ff; --ins-ground: #10304f }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-.quiet, dt, th, figcaption, summary { color: var(--quiet); font-size: .875rem; font-weight: 400 }
-table { border-collapse: collapse }
-th, td { padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td.number, th.number { text-align: right; white-space: nowrap } tr :last-child { padding-right: 0 }
-td { max-width: min(14rem, 32vw) } td.number { max-width: none } .row section, dd, .words { min-width: 0 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: .5rem 0 } dd { margin: 0 }
-dt { line-height: 1.5rem } .row { display: grid; gap: 0 2.5rem }
-@media (min-width: 46rem) { .row { grid-template-columns: 1fr 1fr } }
-figure { margin: .5rem 0; max-width: 30rem } svg { width: 100%; height: auto }
-svg text { font-family: inherit !important }
-article { border-top: 1px solid var(--line); padding: .75rem 0 } p { margin: .25rem 0 .75rem }
-article header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem }
-audio { display: block; width: 100%; max-width: 24rem; height: 2.25rem; margin: .4rem 0 }
-.sides { display: grid; grid-template-columns: max-content 1fr; gap: 0 .9rem }
-.words { display: flex; flex-wrap: wrap; gap: .3rem .1rem }
-.pair span, .sides .quiet span { display: block; min-height: 1.5rem; line-height: 1.5rem }
-article b, dd, .pair { max-width: 100%; overflow-wrap: anywhere } .pair span { padding: 0 .25rem }
-.pair, .key { border-radius: .2rem } .key { padding: .1rem .3rem }
-.substitution { color: var(--sub); background: var(--sub-ground) }
-.deletion { color: var(--del); background: var(--del-ground); text-decoration: line-through }
-.insertion { color: var(--ins); background: var(--ins-ground); text-decoration: underline }
-"""
 
 
 def write_report(
@@ -77,7 +42,7 @@ def write_report(
     metric_set = MetricSet(list(evaluation.metrics), normalise)
     ranking = "wer" if "wer" in evaluation.metrics else "chrf"
     title = f"{model or 'Speech encoder-decoder'}: {results.task}"
-    sections = [f"<h1>{escape(title)}</h1>", _row(_scores(evaluation.metrics), _facts(results))]
+    sections = [f"<h1>{escape(title)}</h1>", row(_scores(evaluation.metrics), _facts(results))]
     if metrics_csv and metrics_csv.exists():
         sections.append(_curves(metrics_csv))
     if evaluation.hypotheses:
@@ -85,10 +50,10 @@ def write_report(
         by_length = _lengths(ranking, metric_set, evaluation.counts, pairs)
         values = metric_set.values(evaluation.counts)[ranking]
         sections += [
-            _row(by_length + _kinds(pairs), _confusions(pairs)) if ranking == "wer" else by_length,
+            row(by_length + _kinds(pairs), _confusions(pairs)) if ranking == "wer" else by_length,
             _worst(ranking, values, evaluation.hypotheses, pairs, audio_of),
         ]
-    path.write_text(_page(title, "\n".join(sections)), encoding="utf-8")
+    path.write_text(page(title, "\n".join(sections)), encoding="utf-8")
 
 
 def align(hypotheses: Sequence[Hypothesis], normalise: Normaliser) -> list[list[WordPair]]:
@@ -111,29 +76,9 @@ def kind(pair: WordPair) -> str:
     return "substitution" if reference and hypothesis else "deletion" if reference else "insertion"
 
 
-def audio_uri(samples: np.ndarray, sampling_rate: int) -> str:
-    """The sound itself as a link: FLAC, which browsers play at every sampling rate, phones included."""
-    file = io.BytesIO()
-    soundfile.write(file, samples, sampling_rate, format="FLAC", subtype="PCM_16")
-    return "data:audio/flac;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _page(title: str, body: str) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
-    )
-
-
-def _row(*sections: str) -> str:
-    """Sections beside each other where the page is wide enough."""
-    return '<div class="row">' + "".join(f"<section>{section}</section>" for section in sections) + "</div>"
-
-
 def _scores(metrics: Mapping[str, Interval]) -> str:
     rows = [(NAMES[name], _percent(m.value), f"{100 * m.low:.2f} to {_percent(m.high)}") for name, m in metrics.items()]
-    return "<h2>Scores</h2>" + _table(("metric", "value", "95 % interval"), rows)
+    return "<h2>Scores</h2>" + table(("metric", "value", "95 % interval"), rows)
 
 
 def _percent(fraction: float) -> str:
@@ -155,8 +100,8 @@ def _facts(results: Results) -> str:
         "skipped": ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "none",
     }
     versions = {name: version or "not installed" for name, version in results.versions.items()}
-    folded = f"<details><summary>versions</summary>{_definitions(versions)}</details>"
-    return f"<h2>Facts</h2>{_definitions(facts)}{folded}"
+    folded = f"<details><summary>versions</summary>{definitions(versions)}</details>"
+    return f"<h2>Facts</h2>{definitions(facts)}{folded}"
 
 
 def _curves(metrics_csv: Path) -> str:
@@ -165,7 +110,7 @@ def _curves(metrics_csv: Path) -> str:
     scores = {name: curve for name, curve in curves.items() if name.removeprefix("val/") in METRICS}
     figures = [curves_figure("Loss, nats per token", losses)] if losses else []
     figures += [curves_figure("Scores of the validation split", scores, percent=True)] if scores else []
-    return f"<h2>Learning curves</h2>{_row(*figures)}" if figures else ""
+    return f"<h2>Learning curves</h2>{row(*figures)}" if figures else ""
 
 
 def _lengths(name: str, metric_set: MetricSet, counts: Counts, pairs: Sequence[list[WordPair]]) -> str:
@@ -185,14 +130,14 @@ def _kinds(pairs: Iterable[list[WordPair]]) -> str:
     counts = Counter(kind(pair) for words in pairs for pair in words)
     num_words = max(counts["hit"] + counts["substitution"] + counts["deletion"], 1)
     rows = [(f"{name}s", f"{counts[name]:,}", _percent(counts[name] / num_words)) for name in KINDS]
-    return "<h2>Errors by kind</h2>" + _table(("kind", "words", "of the reference"), rows)
+    return "<h2>Errors by kind</h2>" + table(("kind", "words", "of the reference"), rows)
 
 
 def _confusions(pairs: Iterable[list[WordPair]]) -> str:
     counts = Counter(pair for words in pairs for pair in words if kind(pair) != "hit")
     rows = [(pair[0] or "–", pair[1] or "–", f"{count:,}") for pair, count in counts.most_common(NUM_CONFUSIONS)]
-    table = _table(("reference", "hypothesis", "times"), rows, num_texts=2)
-    return f"<h2>Most frequent errors</h2>{table}" if rows else ""
+    listed = table(("reference", "hypothesis", "times"), rows, num_texts=2)
+    return f"<h2>Most frequent errors</h2>{listed}" if rows else ""
 
 
 def _worst(
@@ -212,17 +157,13 @@ def _worst(
     articles = [
         f"<article><header><b>{escape(hypotheses[index].id)}</b>"
         f'<span class="quiet">{NAMES[name]} {_percent(values[index])}</span></header>'
-        + (_player(*audio_of(hypotheses[index].id)) if audio_of else "")
+        + (player(*audio_of(hypotheses[index].id)) if audio_of else "")
         + (_alignment(pairs[index]) if name == "wer" else _texts(hypotheses[index]))
         + "</article>"
         for index in order
     ]
     legend = f'<p class="quiet">Words: {key}</p>' if name == "wer" else ""
     return f"<section><h2>The {len(order)} worst utterances, by {NAMES[name]}</h2>{legend}{''.join(articles)}</section>"
-
-
-def _player(samples: np.ndarray, sampling_rate: int) -> str:
-    return f'<audio controls preload="metadata" src="{audio_uri(samples, sampling_rate)}"></audio>'
 
 
 def _alignment(words: Iterable[WordPair]) -> str:
@@ -236,20 +177,4 @@ def _alignment(words: Iterable[WordPair]) -> str:
 
 
 def _texts(each: Hypothesis) -> str:
-    return _definitions({"reference": each.reference, "hypothesis": each.hypothesis})
-
-
-def _definitions(entries: Mapping[str, str]) -> str:
-    rows = (f'<dt>{escape(name)}</dt><dd dir="auto">{escape(value)}</dd>' for name, value in entries.items())
-    return f"<dl>{''.join(rows)}</dl>"
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int = 1) -> str:
-    """Cells of text, of which the first `num_texts` in a row are words and the others numbers."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        words = (f"<{tag}>{escape(cell)}</{tag}>" for cell in cells[:num_texts])
-        numbers = (f'<{tag} class="number">{escape(cell)}</{tag}>' for cell in cells[num_texts:])
-        return f"<tr>{''.join(words)}{''.join(numbers)}</tr>"
-
-    return f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return definitions({"reference": each.reference, "hypothesis": each.hypothesis})
