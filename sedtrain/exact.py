@@ -1,12 +1,13 @@
 """One update of many micro-batches and ranks: they back-propagate sums, which are divided once, by the tokens of all."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
@@ -61,8 +62,10 @@ class MicroBatches:
     def add(self, sums: LossSums) -> None:
         self.sums.append(torch.stack([each.detach().float() for each in sums]))
 
-    def divide(self, parts: Mapping[str, nn.Module], over_ranks: Callable[[Tensor], Tensor], num_ranks: int) -> Update:
-        """Divides the gradients of `parts` in place by the number of target tokens, and starts anew.
+    def divide(
+        self, parts: Mapping[str, Sequence[Tensor]], over_ranks: Callable[[Tensor], Tensor], num_ranks: int
+    ) -> Update:
+        """Divides the gradients of the weights of `parts` in place by the number of target tokens, and starts anew.
 
         Where they or a loss are not finite, or no token was seen, they are dropped: the optimizer's step then changes nothing,
         on all ranks alike. It waits for the device once.
@@ -71,9 +74,11 @@ class MicroBatches:
         num_ranks: what the strategy has divided the sum over the ranks by
         """
         micro_batches, self.sums = self.sums, []
-        gradients = {name: gradients_of(part) for name, part in parts.items()}
-        gradients = {name: tensors for name, tensors in gradients.items() if tensors}
-        norms = [whole(get_total_norm(tensors)).float() for tensors in gradients.values()]
+        gradients = {
+            name: [weight.grad for weight in weights if weight.grad is not None] for name, weights in parts.items()
+        }
+        gradients = {name: each for name, each in gradients.items() if each}
+        norms = [whole(get_total_norm(each)).float() for each in gradients.values()]
         totals = over_ranks(torch.stack(micro_batches).sum(0))
         values = torch.cat([totals, torch.stack(norms)] if norms else [totals]).tolist()
         cross_entropy, num_tokens, ctc, num_aligned = values[:4]
@@ -86,16 +91,11 @@ class MicroBatches:
             micro_batches=micro_batches,
         )
         if num_tokens and update.loss_is_finite and update.gradient_is_finite:
-            once = {id(gradient): gradient for tensors in gradients.values() for gradient in tensors}
-            torch._foreach_mul_(list(once.values()), factor)
+            torch._foreach_mul_(list(chain(*gradients.values())), factor)
         else:
-            for part in parts.values():
-                part.zero_grad(set_to_none=True)
+            for weight in chain(*parts.values()):
+                weight.grad = None
         return update
-
-
-def gradients_of(part: nn.Module) -> list[Tensor]:
-    return [weight.grad for weight in part.parameters() if weight.grad is not None]
 
 
 def whole(norm: Tensor) -> Tensor:

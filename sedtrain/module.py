@@ -18,6 +18,7 @@ from sedtrain.exact import SCALE, LossSums, MicroBatches, Update
 from sedtrain.losses import LossWeights, ctc
 from sedtrain.memory import enough_for
 from sedtrain.models.encoded import EncodedSpeech
+from sedtrain.models.parts import part_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.optim import build_optimizer, parameter_groups
 from sedtrain.probe import OtherAudio
@@ -100,7 +101,9 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divides the gradients, which the trainer clips next."""
-        parts = dict(self.model.named_children())
+        parts: dict[str, list[Tensor]] = {}
+        for name, weight in self.model.named_parameters():
+            parts.setdefault(part_of(name), []).append(weight)
         update = self.micro_batches.divide(parts, self.over_ranks, self.trainer.world_size)
         self.update = update
         if update.num_tokens and update.loss_is_finite:

@@ -6,6 +6,7 @@
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import lightning
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils import parameters_to_vector
 from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.guards import Guards
 from sedtrain.losses import LossWeights
 from sedtrain.module import SpeechSeq2SeqModule
 
@@ -126,8 +128,19 @@ def over_two_ranks():
     return results
 
 
+def after_a_bad_batch(folder):
+    """The weights of this rank after three steps of two micro-batches, where one of rank 1's in the second holds a NaN."""
+    module, rank = new_module(), int(os.environ["RANK"])
+    batches = [batch([each]) for each in ([0, 1, 2, 3, 0, 1], [4, 5, 6, 7, 4, 5])[rank]]
+    if rank == 1:
+        batches[3].inputs[0, 7] = torch.nan
+    options = {"max_steps": 3, "accumulate_grad_batches": 2, "devices": 2, "strategy": "ddp"}
+    trainer_of("32-true", callbacks=[Guards(folder)], **options).fit(module, Loader(batches))
+    return parameters_to_vector(module.parameters()).detach()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     updates = over_two_ranks()
-    if os.environ["RANK"] == "0":
-        torch.save(updates, sys.argv[1])
+    weights = after_a_bad_batch(Path(sys.argv[1]).parent)
+    torch.save((updates, weights), f"{sys.argv[1]}.{os.environ['RANK']}")

@@ -1,5 +1,6 @@
 """One update however it is cut into micro-batches and ranks; steps that are not made."""
 
+import json
 import os
 import re
 import subprocess
@@ -21,24 +22,28 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory):
-    """What `exactness.over_two_ranks` measured in two processes."""
-    out = tmp_path_factory.mktemp("ranks") / "updates.pt"
+def two_ranks(tmp_path_factory):
+    """The folder in which `exactness.py` has left what two processes measured."""
+    folder = tmp_path_factory.mktemp("ranks")
     command = [
-        "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
         "2",
         Path(__file__).with_name("exactness.py"),
-        out,
     ]
     run = subprocess.run(
-        [sys.executable, *command], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        [sys.executable, "-m", *command, folder / "out"], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        timeout=300, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    return torch.load(out, weights_only=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(two_ranks):
+    """What `exactness.over_two_ranks` measured."""
+    return torch.load(two_ranks / "out.0", weights_only=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +138,7 @@ def test_the_gradient_is_clipped_after_it_is_divided(name):
 
 def test_the_norms_of_the_parts_make_that_of_the_whole():
     module, update = trained(CUTS["4 × 2"])
-    assert set(module.update.gradient_norms) == {"encoder", "decoder", "enc_to_dec_proj", "ctc_head"}
+    assert set(module.update.gradient_norms) == {"encoder", "adapter", "cross_attention", "decoder", "ctc_head"}
     assert module.update.gradient_norm == pytest.approx(update.norm().item(), rel=1e-4)
 
 
@@ -154,3 +159,41 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches():
     expected = parameters_to_vector(again.parameters()).detach()
     moved = parameters_to_vector(module.parameters()).detach() - start
     assert difference(moved, expected - start) < 1e-5
+
+
+# --- steps that are not made
+
+
+def test_a_step_is_left_out_on_every_rank_where_one_has_a_bad_batch(two_ranks):
+    weights = [torch.load(two_ranks / f"out.{rank}", weights_only=False)[1] for rank in (0, 1)]
+    assert torch.equal(*weights)
+    [line] = map(json.loads, (two_ranks / "bad_steps.jsonl").read_text().splitlines())
+    assert (line["step"], line["reason"], line["utterances"]) == (2, "the loss is not finite", ["utterance 7"])
+    good = new_module()
+    batches = [batch([each]) for each in [0, 1, 4, 5, 0, 1, 4, 5]]
+    trainer_of("32-true", max_steps=2, accumulate_grad_batches=4).fit(good, Loader(batches))
+    start = parameters_to_vector(new_module().parameters()).detach()
+    assert difference(weights[0] - start, parameters_to_vector(good.parameters()).detach() - start) < 1e-5
+
+
+def nan_batch(utterances):
+    spoilt = batch(utterances)
+    spoilt.inputs[0, 7] = torch.nan
+    return spoilt
+
+
+@pytest.mark.parametrize("empty", [nan_batch([1]), batch([])], ids=["not finite", "without utterances"])
+def test_a_step_that_is_left_out_moves_neither_weights_nor_the_state_of_the_optimizer(empty):
+    """AdamW moves weights by its momentum, and by decay, where the gradient is zero."""
+    states = []
+    for batches in ([batch([0]), empty], [batch([0])]):
+        module = new_module()
+        module.optimizer = torch.optim.AdamW
+        trainer = trainer_of("32-true", max_steps=len(batches))
+        trainer.fit(module, Loader(batches))
+        assert trainer.global_step == len(batches)
+        states.append((module.state_dict(), trainer.optimizers[0].state_dict()["state"]))
+    (weights, moments), (expected_weights, expected_moments) = states
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    assert all(torch.equal(moments[each]["exp_avg"], expected_moments[each]["exp_avg"]) for each in expected_moments)
+    assert all(moments[each]["step"] == 1 for each in moments)

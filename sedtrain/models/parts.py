@@ -4,6 +4,7 @@ A set of parameters is a set of their names, those of `model.named_parameters()`
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ PARTS = ("encoder", "adapter", "cross_attention", "decoder", "ctc_head")
 ADAPTERS = ("adapter", "enc_to_dec_proj", "encoder.adapter")
 
 
+@cache
 def part_of(name: str) -> str:
     """The part to which the parameter of this name belongs."""
     if any(name.startswith(f"{adapter}.") for adapter in ADAPTERS):
