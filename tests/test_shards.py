@@ -2,8 +2,11 @@
 
 import functools
 import http.server
+import re
 import threading
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
 import datasets
@@ -54,7 +57,7 @@ def names(path, split, tmp_path, name=None):
 
 def test_a_folder_of_numbered_files_is_streamed_file_by_file(numbered, tmp_path):
     data = streamed(numbered, tmp_path)
-    assert data.corpus.training_audio() == "streamed from 3 shards"
+    assert data.corpus.training_audio() == "streamed, 3 files"
     assert seen(data) == sorted(EVERYTHING)
     assert len(list(data.batches("validation"))) == 1
 
@@ -154,15 +157,61 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(numbered):
-    Handler.failures.clear()
-    Handler.asked.clear()
-    handler = functools.partial(Handler, directory=str(numbered))
+@contextmanager
+def serving(folder, handler):
+    for counts in (Handler.failures, Handler.asked, Ranges.sent):
+        counts.clear()
+    handler = functools.partial(handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
+
+
+@pytest.fixture
+def server(numbered):
+    with serving(numbered, Handler) as url:
+        yield url
+
+
+def test_the_texts_of_parquet_are_read_without_its_audio(tmp_path):
+    lengths = [30.0] * 12
+    write(tmp_path / "train-00000-of-00001.parquet", lengths)
+    with serving(tmp_path, Ranges) as url:
+        data = streamed(f"{url}/{{split}}-00000-of-00001.parquet", tmp_path)
+        assert list(data.texts("train")) == (["one", "two", "three", "four"] * 3)
+    [sent] = Ranges.sent.values()
+    assert sent < 0.6 * (tmp_path / "train-00000-of-00001.parquet").stat().st_size
+
+
+def test_the_texts_of_a_server_that_gives_no_parts_are_read_from_the_whole_file(server, tmp_path):
+    texts = list(streamed(f"{server}/{PATTERN}", tmp_path).texts("train"))
+    assert Counter(texts) == {"one": 3, "two": 3, "three": 3, "four": 2}
+
+
+class Ranges(Handler):
+    """Gives parts of files too, and counts the bytes that it sends."""
+
+    sent: ClassVar[Counter] = Counter()
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(self.content())))
+        self.end_headers()
+
+    def content(self):
+        return Path(self.translate_path(self.path)).read_bytes()
+
+    def do_GET(self):
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups()
+        part = self.content()[int(first) : int(last) + 1]
+        self.sent[self.path] += len(part)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content())}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
 
 
 PATTERN = "{split}-{00000..00002}-of-00003.parquet"

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -228,15 +229,22 @@ def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.D
         cells = rows.with_format("arrow")[column][:]
         if stored not in BYTES_OF or is_valid(cells):
             continue
-        contents = [content for chunk in cells.chunks for content in chunk.view(BYTES_OF[stored]).to_pylist()]
-        texts = [decoded(content) for content in contents]
+        texts = [text for chunk in cells.chunks for text in readable_cells(chunk)]
         problems = rows[PROBLEM][:] if PROBLEM in rows.column_names else [None] * len(rows)
-        for index, (content, text) in enumerate(zip(contents, texts, strict=True)):
-            if content is not None and text is None:
+        for index, (is_there, text) in enumerate(zip(cells.is_valid().to_pylist(), texts, strict=True)):
+            if is_there and text is None:
                 problems[index] = f"text that is not UTF-8: column {column}"
         rows = rows.remove_columns([each for each in (column, PROBLEM) if each in rows.column_names])
         rows = rows.add_column(column, as_array(texts)).add_column(PROBLEM, as_array(problems))
     return rows
+
+
+def readable_cells(cells: pa.Array) -> list[Any]:
+    """Cells as plain values; texts that are not UTF-8 are None."""
+    if cells.type not in BYTES_OF:
+        values: list[Any] = cells.to_pylist()
+        return values
+    return [decoded(content) for content in cells.view(BYTES_OF[cells.type]).to_pylist()]
 
 
 def is_valid(cells: pa.ChunkedArray) -> bool:

@@ -4,17 +4,31 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import IO
 
 import datasets
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet
 from aiohttp import ClientError
 from filelock import FileLock
 
 from sedtrain.batch import UserError
-from sedtrain.data.formats import TARS, expanded, is_pattern, pattern_files, split_files, table_rows, tar_rows
+from sedtrain.data.formats import (
+    TARS,
+    expanded,
+    is_pattern,
+    pattern_files,
+    readable_cells,
+    split_files,
+    table_rows,
+    tar_rows,
+)
+from sedtrain.data.rows import as_text
 from sedtrain.data.sources import local_path, one_line, readable
 
 BUILDERS = {"parquet", "json", "csv", "webdataset"}  # of `datasets`, whose files are read alike here
@@ -45,16 +59,44 @@ class Shard:
     def copy(self) -> Path:
         return self.copies / hashlib.sha256(self.place.encode()).hexdigest()[:32]
 
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.place
+
     def rows(self) -> datasets.Dataset:
         """Raises BrokenShard, and UserError where a file cannot be fetched."""
-        is_remote = "://" in self.place
-        file = self.fetched() if is_remote else Path(self.place)
-        try:
+        datasets.disable_progress_bars()
+        file = self.fetched() if self.is_remote else Path(self.place)
+        with whole():
             if self.place.endswith(TARS):
-                return tar_rows(self.place, [file], self.copy if is_remote else None)
+                return tar_rows(self.place, [file], self.copy if self.is_remote else None)
             return table_rows(file, self.copy)
-        except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
-            raise BrokenShard(one_line(error)) from error
+
+    def texts(self, column: str) -> Iterator[str]:
+        """The texts of a column, of Parquet without reading or fetching the others. Raises as `rows` does."""
+        if not self.place.endswith(".parquet"):
+            yield from map(as_text, self.rows()[column])
+            return
+        with whole(), fsspec.open(self.place) as file, self.parquet(file) as table:
+            for batch in table.iter_batches(columns=[column]):
+                yield from map(as_text, readable_cells(batch.column(column)))
+
+    def parquet(self, file: IO[bytes]) -> pa.parquet.ParquetFile:
+        """The file as it is opened, or a copy of it where a server does not give parts of it."""
+        try:
+            return pa.parquet.ParquetFile(file)
+        except ValueError:
+            return pa.parquet.ParquetFile(self.fetched() if self.is_remote else self.place)
+
+    def fetch_ahead(self) -> None:
+        """Begins to fetch a remote file; what goes wrong is told when the file is needed."""
+
+        def fetch_quietly() -> None:
+            with suppress(UserError):
+                self.fetched()
+
+        if self.is_remote and not self.copy.exists():
+            Thread(target=fetch_quietly, daemon=True).start()
 
     def fetched(self) -> Path:
         """A copy of the remote file, fetched once by all processes of a machine."""
@@ -67,6 +109,15 @@ class Shard:
 
     def remove_copy(self) -> None:
         shutil.rmtree(self.copy, ignore_errors=True)  # often there is none, or another process is removing it too
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """What cannot be read while it lasts is a BrokenShard."""
+    try:
+        yield
+    except (KeyError, ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+        raise BrokenShard(one_line(error)) from error
 
 
 def fetch(url: str, file: Path) -> None:
