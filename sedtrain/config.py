@@ -64,6 +64,7 @@ class Config:
     training_normaliser: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
     vocabulary_texts: int | None = 100_000
     run_dir: str = MISSING
+    resume: str = "none"
     checkpoint: str | None = None
     audio: Any = None
     split: str = one_of("test", "validation", "train")

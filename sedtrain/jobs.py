@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from sedtrain.config import ConfigError, conf_dir, register
 from sedtrain.overrides import check_command_line, inherit_run
+from sedtrain.run_folder import config_of, is_finished
 
 RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
@@ -26,6 +27,8 @@ NO_CONCERN = (
     ".*Support for mismatched key_padding_mask.*",  # between WavLM and PyTorch
     ".*smaller than the logging interval.*",  # a corpus so small is none that wants more of a log
     ".*LeafSpec.*",  # between Lightning and PyTorch
+    ".*your dataloader is not resumable.*",  # the data module resumes it
+    ".*Checkpoint directory .* exists and is not empty.*",  # the run goes on
 )
 INTERRUPTED = 130
 
@@ -79,8 +82,11 @@ def run(cfg: DictConfig) -> None:
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
             cfg.run_dir = os.environ.get(RUN_DIR, cfg.run_dir)  # the first process of the run opened it
         elif cfg.task != "transcribe":
-            open_run_folder(Path(cfg.run_dir))
+            open_run_folder(Path(cfg.run_dir), goes_on=cfg.task == "train" and cfg.resume == "auto")
             os.environ[RUN_DIR] = cfg.run_dir
+        if cfg.task == "train" and is_finished(cfg.run_dir):
+            logger.info("run_dir=%s: this run has finished, there is nothing to do", cfg.run_dir)
+            return
         run_task(cfg)
     except ConfigError as error:
         fail(str(error))
@@ -106,12 +112,14 @@ def run_task(cfg: DictConfig) -> None:
         fail(str(end), end.status)
 
 
-def open_run_folder(folder: Path) -> None:
-    """Makes the run's folder and its log file. Raises ConfigError where a run is already kept or nothing can be written."""
-    if (folder / "config.yaml").exists():
-        raise ConfigError.single(
-            "run_dir", str(folder), "this folder already holds a run", "write run_dir=ANOTHER_FOLDER"
-        )
+def open_run_folder(folder: Path, goes_on: bool) -> None:
+    """Makes the run's folder and its log file. Raises ConfigError where nothing can be written, or a run is already kept.
+
+    goes_on: the run that is kept is to be continued
+    """
+    if config_of(str(folder)).exists() and not goes_on:
+        write = "write run_dir=ANOTHER_FOLDER, or resume=auto to go on with this training"
+        raise ConfigError.single("run_dir", str(folder), "this folder already holds a run", write)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(folder / "sedtrain.log")

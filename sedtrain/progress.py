@@ -1,15 +1,10 @@
 """What a person sees while a model trains: one bar for the whole run, or log lines where there is no terminal."""
 
 import logging
-import os
-import signal
 import time
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,6 +12,8 @@ from sedtrain.batch import Batch
 from sedtrain.evaluation.results import TrainingTotals
 
 logger = logging.getLogger(__name__)
+
+COUNTED = ("steps", "utterances", "audio_seconds", "seconds", "validation_seconds")
 
 
 class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
@@ -38,7 +35,8 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         self.enabled = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.started = self.last_line = time.perf_counter()
+        self.last_line = time.perf_counter()
+        self.started = self.last_line - self.seconds  # of a run that goes on, all its parts
         self.total = int(trainer.estimated_stepping_batches)
         console = Console(stderr=True)
         if console.is_terminal and self.enabled:
@@ -111,73 +109,15 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         training_seconds = max(self.seconds - self.validation_seconds, 1e-9)
         return TrainingTotals(self.seconds, self.steps, self.utterances, self.audio_seconds / training_seconds)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in COUNTED}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Has a run that goes on count on."""
+        for name in COUNTED:
+            setattr(self, name, state_dict[name])
+
     def stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-class Checkpoints(ModelCheckpoint):
-    """Writes `best.ckpt` by a validation metric and `last.ckpt` at every validation and at the end of training."""
-
-    def __init__(self, dirpath: str, monitor: str, mode: str) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="best",
-            monitor=monitor,
-            mode=mode,
-            save_last=True,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        trainer.save_checkpoint(f"{self.dirpath}/last.ckpt")
-
-
-class StopOnInterrupt(lightning.Callback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; the second ends the command at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self.before: Any = signal.SIG_DFL
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
-                end_at_once(trainer)
-            self.interrupted = True
-            trainer.should_stop = True
-            trainer.limit_val_batches = 0  # no validation on the way out
-            logger.info(
-                "stopping after this step, or the validation under way, and saving a checkpoint; "
-                "press Ctrl-C again to stop at once"
-            )
-
-        self.before = signal.signal(signal.SIGINT, interrupt)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        if self.before is not signal.SIG_DFL:
-            signal.signal(signal.SIGINT, self.before)
-
-
-def end_at_once(trainer: lightning.Trainer) -> None:
-    """Says where things stand and ends the process with status 130: an exception would wait for what is under way."""
-    kept: list[str] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ProgressBar):
-            callback.stop()
-        if isinstance(callback, Checkpoints):
-            kept = sorted(str(path) for path in Path(callback.dirpath or "").glob("*.ckpt"))
-    if trainer.is_global_zero:
-        saved = f"saved at the last validation: {', '.join(kept)}" if kept else "nothing is saved yet"
-        logger.error("interrupted at step %d; %s", trainer.global_step, saved)
-    if trainer.strategy.launcher is not None:
-        trainer.strategy.launcher.kill(signal.SIGTERM)
-    os._exit(130)

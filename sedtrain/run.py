@@ -1,23 +1,29 @@
 """One training, connected: what a person is told before it starts, and what is kept at its end."""
 
+import contextlib
 import math
+import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Timer
 
 from sedtrain.averaging import AverageBest, mean_weights
 from sedtrain.batch import UserError
+from sedtrain.checkpoint_files import read_checkpoint
+from sedtrain.checkpoints import Checkpoints, Stopped
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.export import SavedModel
 from sedtrain.finetune import FineTuning, PartPlan
+from sedtrain.interrupts import StopOnInterrupt
 from sedtrain.module import SpeechSeq2SeqModule
-from sedtrain.progress import Checkpoints, ProgressBar, StopOnInterrupt
+from sedtrain.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -76,22 +82,55 @@ class TrainingRun:
         timers = [callback for callback in self.callbacks if isinstance(callback, Timer)]
         return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
 
+    def fit(self, start: Path | None) -> None:
+        """Trains, from the checkpoint `start` where there is one; returns also where training was asked to stop."""
+        if start:
+            self.refuse_other_model(start)
+        with contextlib.suppress(Stopped):
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)
+
+    def refuse_other_model(self, start: Path) -> None:
+        """Raises UserError where a checkpoint has not the weights of this model, or trains others of them."""
+        checkpoint = read_checkpoint(start)
+        there, here = checkpoint["state_dict"], self.module.state_dict()
+        names = there.keys() ^ here.keys()
+        names |= {name for name in there.keys() & here.keys() if there[name].shape != here[name].shape}
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise UserError(
+                f"{start}: this checkpoint is of another model: {len(names)} weights differ in name or shape ({first}, ...)",
+                "the encoder.*, decoder.*, adapter.*, loss.* and data.* that it was trained with",
+            )
+        optimizer, _ = self.module.optimizer_and_schedule(num_steps=1)
+        if groups_of(checkpoint["optimizer_states"][0]) != groups_of(optimizer.state_dict()):
+            raise UserError(
+                f"{start}: this checkpoint trains other weights, or with another optimizer",
+                "the optimizer.* and finetune.* that it was trained with",
+            )
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return next(each for each in self.callbacks if isinstance(each, Checkpoints))
+
     def load_best(self) -> None:
         """Takes the weights of the best validation, where there was one, in float32 whatever the training was in."""
         if paths := self.best_paths():
-            states = (torch.load(path, map_location="cpu", weights_only=True)["state_dict"] for path in paths)
-            self.module.load_state_dict(mean_weights(states))
+            self.module.load_state_dict(mean_weights(read_checkpoint(path)["state_dict"] for path in paths))
         self.module.float()
         self.finetuning.finish(self.saved.model)
 
     def best_paths(self) -> list[Path]:
         """The checkpoints that the final weights are the mean of: the best, or those of an average that is on."""
         averages = [path for each in self.callbacks if isinstance(each, AverageBest) for path in each.paths]
-        best = next(each.best_model_path for each in self.callbacks if isinstance(each, Checkpoints))
+        best = self.checkpoints.best_model_path
         return averages or ([Path(best)] if best else [])
 
-    def interrupted(self) -> bool:
-        return any(isinstance(each, StopOnInterrupt) and each.interrupted for each in self.callbacks)
+    def stopped_by(self) -> int | None:
+        """The number of the signal that asked training to stop, SIGTERM where another rank received it."""
+        for callback in self.callbacks:
+            if isinstance(callback, StopOnInterrupt) and callback.stopped_by:
+                return int(callback.stopped_by)
+        return int(signal.SIGTERM) if self.checkpoints.stopped else None
 
     def totals(self) -> TrainingTotals | None:
         """What training consumed, as the progress bar counted it."""
@@ -99,3 +138,8 @@ class TrainingRun:
             if isinstance(callback, ProgressBar):
                 return callback.totals()
         return None
+
+
+def groups_of(optimizer_state: Mapping[str, Any]) -> list[tuple[int, set[str]]]:
+    """Of each group of an optimizer's parameters, how many they are and what options they have."""
+    return [(len(group["params"]), set(group)) for group in optimizer_state["param_groups"]]

@@ -1,6 +1,9 @@
-"""Where a trained model lies: the folder of a run holds it in `model`, beside the configuration of its training."""
+"""The folder of a run: its model in `model`, the configuration of its training, its checkpoints."""
 
 from pathlib import Path
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+"""The newest checkpoint, the one before it, and that of the best validation: those that a training can go on from."""
 
 
 def run_folder(checkpoint: str) -> Path:
@@ -17,3 +20,14 @@ def model_of(checkpoint: str) -> str:
 def config_of(checkpoint: str) -> Path:
     """The resolved configuration of a run; of any other checkpoint there is no such file."""
     return run_folder(checkpoint) / "config.yaml"
+
+
+def checkpoints_of(run: str) -> Path:
+    """The folder of a run's checkpoints."""
+    return run_folder(run) / "checkpoints"
+
+
+def is_finished(run: str) -> bool:
+    """Whether a training is at its end, the model scored: the model's card is the last thing that is written."""
+    card = run_folder(run) / "model" / "README.md"
+    return card.is_file() and card.stat().st_size > 0

@@ -13,12 +13,14 @@ from sedtrain.batch import UserError, Utterance
 from sedtrain.data.clips import UNREADABLE, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.sources import absolute_path, audio_paths, public_name
+from sedtrain.data.sources import audio_paths, public_name
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
 from sedtrain.export import SavedModel, write_model_card
+from sedtrain.resume import plain, starting_point
+from sedtrain.run_folder import config_of
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -43,25 +45,30 @@ class Unfinished(Exception):
 
 
 class Interrupted(Unfinished):
-    """Training was stopped by Ctrl-C; a checkpoint is written."""
+    """Training was stopped by a signal; a checkpoint is written. The status is that of a command which the signal ends."""
 
-    status = 130
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
 
 
 def train(cfg: DictConfig) -> None:
     """Trains, keeps the best weights as a Hugging Face folder, and scores them on the test split."""
+    start = starting_point(cfg)
     run = build.training_run(cfg)
     if run.trainer.is_global_zero:
         keep_configuration(cfg)
         terminal.show(terminal.plan(*run.plan()))
-    run.trainer.fit(run.module, datamodule=run.data)
+    run.fit(start)
     if not run.trainer.is_global_zero:
         return
     run.load_best()
     run.saved.save(run.folder / "model", run.module.decoding)
-    if run.interrupted():
+    if number := run.stopped_by():
         raise Interrupted(
-            f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
+            f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt\n"
+            "  resume=auto with this run_dir goes on from there",
+            number,
         )
     results = score(cfg, run.saved, run.data, run.totals())
     write_model_card(run.folder / "model", run.saved, results, public_name(cfg.data.path))
@@ -69,9 +76,9 @@ def train(cfg: DictConfig) -> None:
 
 def keep_configuration(cfg: DictConfig) -> None:
     """Writes config.yaml, with the data as it is found from any folder."""
-    stored = cfg.copy()
-    stored.data.path = absolute_path(cfg.data.path)
-    OmegaConf.save(stored, Path(cfg.run_dir) / "config.yaml", resolve=True)
+    kept, unfinished = config_of(cfg.run_dir), Path(cfg.run_dir) / "config.yaml.unfinished"
+    OmegaConf.save(OmegaConf.create(plain(cfg)), unfinished)
+    unfinished.replace(kept)
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> None:

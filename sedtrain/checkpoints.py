@@ -1,0 +1,183 @@
+"""When checkpoints are written, and how a run goes on from one as if it had never stopped.
+
+All are written at one kind of moment: between two steps of the optimizer, when the next batch has arrived and nothing of it is
+computed yet. Validation, logs and learning rate are then done with the step before, and no gradient is under way.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sedtrain.batch import require
+from sedtrain.checkpoint_files import CheckpointFiles
+from sedtrain.metrics_file import MetricsFile
+from sedtrain.random_state import of_all_ranks, random_state, set_random_state
+
+
+class Stopped(Exception):
+    """Training ended before its time because someone asked for it; the checkpoint of that moment is written."""
+
+
+class Checkpoints(ModelCheckpoint):
+    """Writes `best.ckpt` by a validation metric, and `last.ckpt` after every validation and at the end of training.
+
+    every_steps, every_minutes, every_epochs: how often `last.ckpt` is written besides; None: not
+    """
+
+    def __init__(
+        self,
+        dirpath: str,
+        monitor: str,
+        mode: str,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        every_epochs: int | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_last=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        every = {"every_steps": every_steps, "every_minutes": every_minutes, "every_epochs": every_epochs}
+        for name, value in every.items():
+            wanted = "1 or more, or null" if name != "every_minutes" else "a number above 0, or null"
+            require(value is None or value > 0, f"callbacks.checkpoints.{name}", value, wanted)
+        self.every_steps, self.every_minutes, self.every_epochs = every_steps, every_minutes, every_epochs
+        self.due = self.validated = self.stop = self.stopped = self.ended = self.in_own_folder = False
+        self.saved_step = 0
+        self.saved_at = time.monotonic()
+        self.resumed: dict[str, Any] | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        trainer.strategy.checkpoint_io = CheckpointFiles()
+
+    # --- when
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.due = self.validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.every_epochs and (trainer.current_epoch + 1) % self.every_epochs == 0:
+            self.due = True
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Raises Stopped on every rank where one of them was asked to stop."""
+        if self.resumed:
+            self.restore(trainer, self.resumed)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if done % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
+        if trainer.strategy.reduce_boolean_decision(self.is_due(trainer), all=False):
+            self.save(trainer)
+            self.stopped = trainer.strategy.reduce_boolean_decision(self.stop, all=False)
+            if self.stopped:
+                raise Stopped
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Nothing, unlike in the class above: a checkpoint written here would skip the validation of this step."""
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.ended = True
+        self.save(trainer)
+
+    def is_due(self, trainer: lightning.Trainer) -> bool:
+        if self.due or self.stop:
+            return True
+        if self.every_steps and trainer.global_step != self.saved_step and trainer.global_step % self.every_steps == 0:
+            return True
+        return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Writes `last.ckpt`, after a validation also `best.ckpt` if it is; the logs first, so that they reach as far."""
+        for logger in trainer.loggers:
+            logger.save()
+        candidates = self._monitor_candidates(trainer)
+        if self.validated:
+            self._save_topk_checkpoint(trainer, candidates)
+        self.due = self.validated = False
+        self._save_last_checkpoint(trainer, candidates)
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+
+    # --- what
+
+    @property
+    def state_key(self) -> str:
+        """By which a checkpoint's part is found again, whatever the metric is now."""
+        return "Checkpoints"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The best scores, with their files where the run's folder lies now; those of another run do not count."""
+        if self.in_own_folder:
+            super().load_state_dict(moved(state_dict, Path(str(self.dirpath))))
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        fit_loop = trainer.fit_loop
+        between_batches(checkpoint["loops"]["fit_loop"], self.ended, fit_loop.epoch_loop._num_ready_batches_reached())
+        checkpoint["resume"] = {
+            "ended": self.ended,
+            "logged_steps": fit_loop.epoch_loop._batches_that_stepped,
+            "random_states": of_all_ranks(random_state()),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Has a training that was at its end stay there, unless another run starts from it."""
+        self.resumed = checkpoint["resume"]
+        assert trainer.ckpt_path is not None
+        self.in_own_folder = Path(trainer.ckpt_path).resolve().parent == Path(str(self.dirpath)).resolve()
+        trainer.should_stop = self.in_own_folder and self.resumed["ended"]
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile) and trainer.is_global_zero:
+                logger.keep_before(self.resumed["logged_steps"])
+
+    def restore(self, trainer: lightning.Trainer, resumed: dict[str, Any]) -> None:
+        """What Lightning has counted and drawn on its way to this batch does not count."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = resumed["logged_steps"]
+        states = resumed["random_states"]
+        if len(states) == trainer.world_size:
+            set_random_state(states[trainer.global_rank])
+        self.resumed = None
+
+
+def between_batches(loops: dict[str, Any], ended: bool, epoch_is_over: bool) -> None:
+    """Brings the counts of Lightning's loops to the moment after one batch and before the next, where it resumes exactly.
+
+    At the end of training it counts the epoch under way as done, which it is only where `epoch_is_over`.
+    """
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    batches["is_last_batch"] = False
+    for counts in (batches["total"], batches["current"]):
+        counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
+    if ended and epoch_is_over:
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+    elif ended:
+        for counts in (epochs["total"], epochs["current"]):
+            counts["processed"] -= 1
+            counts["completed"] -= 1
+
+
+def moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of Checkpoints, its files by the same names in `folder`."""
+
+    def there(path: str) -> str:
+        return str(folder / Path(path).name) if path else path
+
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    best = {there(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **{name: there(state[name]) for name in names}, "best_k_models": best, "dirpath": str(folder)}

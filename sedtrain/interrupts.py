@@ -1,0 +1,71 @@
+"""What a signal does to a training: Ctrl-C and SIGTERM end it with a checkpoint, SIGUSR1 has one written."""
+
+import logging
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+
+from sedtrain.checkpoints import Checkpoints
+from sedtrain.progress import ProgressBar
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopOnInterrupt(lightning.Callback):
+    """Ctrl-C or SIGTERM ends training after the current step, with a checkpoint; the second Ctrl-C ends the command at once.
+
+    SIGUSR1 has a checkpoint written after the current step, and training goes on. A signal to one rank is one to all.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        checkpoints = next(each for each in trainer.checkpoint_callbacks if isinstance(each, Checkpoints))
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            received = signal.Signals(number)
+            checkpoints.due = True
+            if received is signal.SIGUSR1:
+                return
+            if received is signal.SIGINT and self.stopped_by:
+                end_at_once(trainer, checkpoints)
+            self.stopped_by, checkpoints.stop = received, True
+            again = "; press Ctrl-C again to stop at once" if received is signal.SIGINT else ""
+            logger.info("stopping after this step, or the validation under way, and saving a checkpoint%s", again)
+
+        self.before = {each: signal.signal(each, receive) for each in SIGNALS}
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.give_back()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+        self.before = {}
+
+
+def end_at_once(trainer: lightning.Trainer, checkpoints: Checkpoints) -> None:
+    """Says where things stand and ends the process with status 130: an exception would wait for what is under way."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ProgressBar):
+            callback.stop()
+    kept = sorted(str(path) for path in Path(str(checkpoints.dirpath)).glob("*.ckpt"))
+    if trainer.is_global_zero:
+        saved = f"saved before: {', '.join(kept)}" if kept else "nothing is saved yet"
+        logger.error("interrupted at step %d; %s", trainer.global_step, saved)
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signal.SIGTERM)
+    os._exit(130)

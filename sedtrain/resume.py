@@ -1,0 +1,115 @@
+"""Where a training starts: anew, from where its run folder stands, or from another run's checkpoint."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sedtrain.batch import UserError
+from sedtrain.checkpoint_files import newest_whole, read_checkpoint
+from sedtrain.data.sources import absolute_path
+from sedtrain.run_folder import LAST, checkpoints_of, config_of
+
+logger = logging.getLogger(__name__)
+
+FREE = {
+    "run_dir", "resume", "logger", "callbacks", "strategy", "checkpoint", "audio", "vocabulary_texts", "data.folder",
+    "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
+    "trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar",
+}  # fmt: skip
+"""What a run may go on with differently: it decides where and how fast the same weights are computed."""
+LISTS = ("skipped.jsonl", "bad_steps.jsonl")
+
+
+def starting_point(cfg: DictConfig) -> Path | None:
+    """The checkpoint that `resume` means, verified; None to start anew.
+
+    Raises UserError where there is none that is whole, or where the run of this folder had other settings.
+    """
+    if cfg.resume == "none":
+        return None
+    if cfg.resume != "auto":
+        return named(cfg.resume)
+    start = newest_whole(checkpoints_of(cfg.run_dir))
+    if start is None:
+        forget(Path(cfg.run_dir))
+        return None
+    refuse_other_settings(cfg)
+    step = read_checkpoint(start)["global_step"]
+    logger.info("continuing from %s, step %d", start, step)
+    for name in LISTS:
+        keep_until(step, Path(cfg.run_dir) / name)
+    return start
+
+
+def named(name: str) -> Path:
+    """A checkpoint, or the newest of a run's folder."""
+    path = Path(name).expanduser()
+    newest = newest_whole(checkpoints_of(name)) if path.is_dir() else path
+    if newest is None or not newest.is_file():
+        raise UserError(
+            f"resume={name}: there is no such checkpoint", f"resume=auto, resume=none or resume=RUN/checkpoints/{LAST}"
+        )
+    read_checkpoint(newest)
+    return newest
+
+
+def forget(folder: Path) -> None:
+    """Removes what a run left that was killed before its first checkpoint."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for name in ("metrics.csv", *LISTS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def keep_until(step: int, file: Path) -> None:
+    """Drops the lines that were written later, which will be written again, and a last one that was cut."""
+    if not file.is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = "".join(line for line in lines if json.loads(line).get("step", step) <= step)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(kept, encoding="utf-8")
+    unfinished.replace(file)
+
+
+def refuse_other_settings(cfg: DictConfig) -> None:
+    """Raises UserError with every setting that decides the weights and is not that of the run in this folder."""
+    stored = config_of(cfg.run_dir)
+    written = OmegaConf.to_container(OmegaConf.load(stored)) if stored.is_file() else {}
+    assert isinstance(written, dict)
+    before, now = dict(settings(written)), dict(settings(plain(cfg)))
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    if changed:
+        listed = "".join(f"\n    {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
+        raise UserError(
+            f"run_dir={cfg.run_dir} holds a training with other settings:{listed}",
+            f"the settings of that training, or resume={checkpoints_of(cfg.run_dir) / LAST} run_dir=ANOTHER_FOLDER "
+            "to start another one from where it stands",
+        )
+
+
+def settings(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value that decides the weights, by its dotted name; lists count as one value."""
+    for key, value in config.items():
+        name = f"{path}{key}"
+        if name in FREE:
+            continue
+        if isinstance(value, dict) and value:
+            yield from settings(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration, with the data as it is found from any folder."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    data = resolved["data"]
+    for source in (data, *(data.get("mix") or {}).values()):
+        if source.get("path"):
+            source["path"] = absolute_path(source["path"])
+    return {str(key): value for key, value in resolved.items()}
