@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from sedtrain.batch import UserError, require
@@ -33,12 +34,17 @@ class EMA(WeightAveraging):
         return min(self.decay, (1 + num_steps) / (10 + num_steps))
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Raises UserError for weights of 16 bits, in which the average would stand still."""
+        """Raises UserError for weights of 16 bits, in which the average would stand still, and for weights in pieces."""
         precisions = {weight.dtype for weight in pl_module.parameters()} - {torch.float32, torch.float64}
         if precisions:
             raise UserError(
                 f"callbacks.ema: weights in {precisions.pop()} are too coarse for an average that moves by small steps",
                 "trainer.precision=bf16-mixed, or callbacks=default",
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                "callbacks.ema: the moving average needs the weights in one piece, and this strategy cuts them",
+                "strategy=ddp, or callbacks=[default,average]",
             )
         super().setup(trainer, pl_module, stage)
 

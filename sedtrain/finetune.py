@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sedtrain.batch import UserError, require
-from sedtrain.models.parts import PARTS, depths, module_of, part_of, selected
+from sedtrain.models.parts import PARTS, depths, part_of, selected
 from sedtrain.optim import parameter_groups
 
 
@@ -18,14 +18,12 @@ from sedtrain.optim import parameter_groups
 class PartPlan:
     """What a part of the model does in training.
 
-    kind: the class of its outermost module
     num_trainable: parameters that move, some of them later
     learning_rates: their peaks, in rising order
     steps: after how many steps they begin to move, in rising order
     """
 
     name: str
-    kind: str
     num_trainable: int
     num_frozen: int
     learning_rates: tuple[float, ...]
@@ -152,8 +150,7 @@ class FineTuning(lightning.Callback):
             if weights:
                 own_rates = tuple(sorted({rates[id(weight)] for weight in moving.values()}))
                 steps = tuple(sorted({self.starts[name] for name in moving}))
-                kind = type(module_of(model, next(iter(weights)))).__name__
-                plans.append(PartPlan(part, kind, num_moving, num_frozen, own_rates, steps))
+                plans.append(PartPlan(part, num_moving, num_frozen, own_rates, steps))
         return plans
 
 

@@ -15,20 +15,18 @@ logger = logging.getLogger(__name__)
 
 def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
     """What each part of the model does, and below it the facts of the run."""
-    table = Table(title="what will be trained", title_justify="left")
-    table.add_column("part")
-    table.add_column("class")
+    table = Table(title="what will be trained", title_justify="left", caption_justify="left", caption_style="")
+    table.add_column("part", no_wrap=True)
     for heading in ("trainable", "frozen", "peak learning rate", "from step"):
         table.add_column(heading, justify="right")
     for part in parts:
-        rates = [f"{rate:.3g}" for rate in part.learning_rates]
+        rates = [f"{rate:.2g}" for rate in part.learning_rates]
         steps = [f"{step:,}" for step in part.steps]
-        table.add_row(part.name, part.kind, f"{part.num_trainable:,}", f"{part.num_frozen:,}", ends(rates), ends(steps))
+        table.add_row(part.name, f"{part.num_trainable:,}", f"{part.num_frozen:,}", ends(rates), ends(steps))
     trainable, frozen = sum(part.num_trainable for part in parts), sum(part.num_frozen for part in parts)
-    table.add_row("all", "", f"{trainable:,}", f"{frozen:,}")
     table.add_section()
-    for name, fact in facts.items():
-        table.add_row(name, fact)
+    table.add_row("all", f"{trainable:,}", f"{frozen:,}")
+    table.caption = "\n".join(f"{name:<16}{fact}" for name, fact in facts.items())
     return table
 
 

@@ -157,7 +157,7 @@ def test_without_an_adapter_there_is_no_adapter_to_train():
     ("options", "text"),
     [
         ({"frozen": ["ears"]}, "finetune.frozen: the model has no part 'ears', it has encoder, adapter, cross_attention, "
-         "decoder, ctc_head, feature_encoder, encoder_self_attention, decoder_self_attention, layer_norms and what is in them"),
+         "decoder, ctc_head, feature_encoder, encoder_self_attention, decoder_self_attention, layer_norms, lora and"),
         ({"thaw": {"ears": 3}}, "finetune.thaw.ears: the model has no part 'ears'"),
         ({"moving": ["ears"]}, "finetune.moving: the model has no part 'ears'"),
         ({"thaw": dict.fromkeys(PARTS, 3)}, "finetune.thaw: nothing would move before step 3"),
@@ -228,17 +228,16 @@ def test_the_plan_says_what_moves_how_fast_and_how_much(capsys):
         part: size for part, size in sizes.items() if size
     }
     assert (parts["decoder"].num_trainable, parts["decoder"].learning_rates, parts["decoder"].steps) == (0, (), ())
-    assert parts["decoder"].kind == "BertLMHeadModel"
     assert parts["encoder"].steps == (40, 1500)
     assert parts["encoder"].learning_rates == (1e-4,)
-    assert (parts["cross_attention"].kind, parts["cross_attention"].num_frozen) == ("BertAttention", 0)
+    assert parts["cross_attention"].num_frozen == 0
     assert (parts["cross_attention"].steps, parts["cross_attention"].learning_rates) == ((0,), (1e-3,))
     from rich.console import Console
 
     Console(width=120).print(table_of(list(parts.values()), {"steps": "9"}))
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "MaskedHubert" in line]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ encoder ")]
     assert [cell.strip() for cell in line.strip("│").split("│")] == [
-        "encoder", "MaskedHubert", f"{sizes['encoder']:,}", "0", "0.0001", "40 to 1,500",
+        "encoder", f"{sizes['encoder']:,}", "0", "0.0001", "40 to 1,500",
     ]  # fmt: skip
 
 
@@ -401,7 +400,7 @@ def test_a_schedule_trains_a_saved_model_and_leaves_one_that_stock_transformers_
     folder = train(tmp_path / "run", *pretrained, *overrides)
     log = (folder / "sedtrain.log").read_text()
     [row] = [line for line in log.splitlines() if line.startswith("│ all ")]
-    trainable, frozen = (int(cell.replace(",", "")) for cell in row.strip("│").split("│")[2:4])
+    trainable, frozen = (int(cell.replace(",", "")) for cell in row.strip("│").split("│")[1:3])
     assert trainable > 0
     assert frozen > 0 or overrides[0] == "finetune=gradual"  # where all moves sooner or later
     stock = transformers.SpeechEncoderDecoderModel.from_pretrained(folder / "model").eval()

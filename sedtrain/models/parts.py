@@ -28,13 +28,6 @@ def part_of(name: str) -> str:
     return name.partition(".")[0]
 
 
-def module_of(model: nn.Module, name: str) -> nn.Module:
-    """The outermost module of which all belongs to the part of the parameter of this name."""
-    modules = name.split(".")[:-1]
-    paths = [".".join(modules[: depth + 1]) for depth in range(len(modules))]
-    return model.get_submodule(next(path for path in paths if part_of(f"{path}.weight") == part_of(name)))
-
-
 def is_cross_attention(module_name: str) -> bool:
     """Whether this is what transformers calls a module that attends to the encoder; `multihead_attn` is PyTorch's name."""
     return bool(CROSS_ATTENTION.search(module_name)) or module_name == "multihead_attn"
