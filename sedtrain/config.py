@@ -55,7 +55,7 @@ def one_of(*choices: str) -> Any:
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
-    task: str = one_of("train", "evaluate", "transcribe")
+    task: str = one_of("train", "evaluate", "transcribe", "inspect")
     seed: int = 0
     size: str = one_of("tiny", "base", "large")
     pretrained: bool = True
@@ -63,6 +63,7 @@ class Config:
     normaliser: str = one_of("lowercase", "none", "whisper_english", "whisper_basic")
     training_normaliser: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
     vocabulary_texts: int | None = 100_000
+    inspect_utterances: int | None = 20_000
     run_dir: str = MISSING
     resume: str = "none"
     checkpoint: str | None = None

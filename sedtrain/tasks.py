@@ -1,4 +1,4 @@
-"""What a command does: train, evaluate, transcribe."""
+"""What a command does: train, evaluate, transcribe, inspect."""
 
 import logging
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
-from sedtrain.batch import UserError, Utterance
+from sedtrain.batch import UserError, Utterance, require
+from sedtrain.creation import create
 from sedtrain.data.clips import UNREADABLE, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
@@ -19,6 +20,9 @@ from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
 from sedtrain.export import SavedModel, write_model_card
+from sedtrain.inspection.page import write_page
+from sedtrain.inspection.summary import inspected
+from sedtrain.inspection.tables import tables
 from sedtrain.resume import plain, starting_point
 from sedtrain.run_folder import config_of
 
@@ -36,6 +40,9 @@ LEFT_BEHIND = (
     "skipped.jsonl",
     "sedtrain.log",
 )
+INSPECTED = ("inspect.html", "inspect.json", "skipped.jsonl", "sedtrain.log")
+TOLERANT = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}
+"""Options of the data by which bad utterances are counted, and none of them is the end."""
 
 
 class Unfinished(Exception):
@@ -148,8 +155,24 @@ def transcription(path: str, saved: SavedModel, collator: Collator, options: Dec
     return text
 
 
+def inspect_data(cfg: DictConfig) -> None:
+    """Shows what the data hold and what of them training would leave out; nothing of a model is needed."""
+    most, folder = cfg.inspect_utterances, Path(cfg.run_dir)
+    require(most is None or most > 0, "inspect_utterances", most, "1 or more, or null")
+    cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
+    data: SpeechTextDataModule = create(cfg, "data")
+    try:
+        found, columns = inspected(data, most)
+        found.write(folder / "inspect.json")
+        write_page(folder / "inspect.html", found, columns)
+    finally:
+        data.teardown("inspect")
+    terminal.show(*tables(found), terminal.places(folder, INSPECTED))
+
+
 TASKS: dict[str, Callable[[DictConfig], None]] = {
     "train": train,
     "evaluate": evaluate_checkpoint,
     "transcribe": transcribe,
+    "inspect": inspect_data,
 }

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from sedtrain.evaluation.evaluate import Evaluation
@@ -61,7 +61,7 @@ def places(folder: Path, names: Sequence[str]) -> str:
     return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())
 
 
-def show(*contents: Table | str) -> None:
+def show(*contents: RenderableType) -> None:
     """Prints tables and lines to standard output and writes the same text to the log file."""
     for content in contents:
         Console(highlight=False, soft_wrap=isinstance(content, str)).print(content)

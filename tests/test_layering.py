@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "decoding": {"batch", "models"},
     "evaluation": {"batch", "decoding", "models", "normalisers"},
     "export": {"decoding", "evaluation.results", "models", "run_folder"},
+    "inspection": {"batch", "data", "evaluation.figures", "evaluation.page"},
     # training
     "probe": {"models"},
     "module": {
@@ -99,10 +100,12 @@ MAY_IMPORT = {
     "tasks": {
         "batch",
         "build",
+        "creation",
         "data",
         "decoding",
         "evaluation",
         "export",
+        "inspection",
         "resume",
         "run_folder",
         "terminal",
@@ -130,7 +133,7 @@ ONLY_IN = {
         "metrics_file",
     },
     "datasets": {"data", "hub"},
-    "rich": {"progress", "terminal"},
+    "rich": {"inspection.tables", "progress", "terminal"},
     "matplotlib": {"evaluation"},
 }
 # Imported before the configuration has passed: nothing here may be slow.

@@ -21,6 +21,7 @@ INK = "#010203"  # stands for the page's text colour, which follows the reader's
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
 # Blue, vermilion and green of Okabe and Ito: no reader mixes them up, and all stand out from black as from white.
 LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
+MAX_EDGES = 9  # named below a histogram: more would run into each other
 LOOK: dict[Any, Any] = {
     **dict.fromkeys(INKED, INK),
     "axes.spines.top": False,
@@ -73,6 +74,23 @@ def bars_figure(caption: str, labels: Sequence[str], intervals: Sequence[Interva
         axes.grid(visible=False, axis="x")
 
     return _figure(caption, draw, percent=True)
+
+
+def histogram_figure(caption: str, edges: Sequence[str], counts: Sequence[int], axis: str) -> str:
+    """Counts as bars without gaps, the edges between them named; `axis` says what was counted by."""
+
+    def draw(axes: Axes) -> None:
+        places = [place + 0.5 for place in range(len(counts))]
+        axes.bar(places, counts, width=0.96, alpha=0.85, color=LINES[0][0])
+        last, every = len(edges) - 1, -(-len(edges) // MAX_EDGES)
+        named = [*range(0, last - every + 1, every), last]
+        axes.set_xticks(named, [edges[place] for place in named])
+        axes.set_xlabel(axis)
+        axes.set_ylabel("utterances")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(visible=False, axis="x")
+
+    return _figure(caption, draw, percent=False)
 
 
 def _figure(caption: str, draw: Callable[[Axes], None], percent: bool) -> str:

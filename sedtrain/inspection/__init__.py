@@ -1,0 +1,1 @@
+"""What a corpus holds, told before anything is trained on it."""

@@ -1,0 +1,260 @@
+"""Everything that an inspection finds: what `inspect.json` holds, and tables and the page show."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sedtrain.batch import Skipped
+from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.sources import public_name
+from sedtrain.inspection.reading import SplitColumns, read_corpus, skipped_examples
+from sedtrain.inspection.sound import Sound, listen
+from sedtrain.inspection.statistics import (
+    Batching,
+    Group,
+    Histogram,
+    Numbers,
+    Spread,
+    batchings,
+    first_uses,
+    groups_of,
+    num_repeated,
+)
+from sedtrain.inspection.strange import Strange, strangest
+
+NUM_DECODED = 200  # utterances of a split
+NUM_STRANGE, NUM_RAREST, NUM_REPEATED = 10, 12, 5
+DECLARED_TOLERANCE = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class Left:
+    """What would be left out for one reason; hours: of those whose length is known."""
+
+    reason: str
+    num_utterances: int
+    hours: float
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A character, how often it is there, and the first utterance with it."""
+
+    character: str
+    times: int
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts and their characters.
+
+    num_repeated: utterances whose text another one has too
+    repeated:     the most frequent texts
+    unseen:       characters without ink, but for spaces
+    """
+
+    num_distinct: int
+    num_repeated: int
+    repeated: dict[str, int]
+    num_characters: int
+    rarest: list[Use]
+    unseen: list[Use]
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """Of utterances drawn at random, some of them refused: counts by what headers say, levels in dBFS, shares of silence.
+
+    clipped, misdeclared: ids of those with samples in a row at full scale, and of another length than declared
+    """
+
+    num_decoded: int
+    num_refused: int
+    sampling_rates: dict[int, int]
+    channels: dict[int, int]
+    formats: dict[str, int]
+    level: Spread | None
+    levels: Histogram | None
+    silence: Spread | None
+    clipped: list[str]
+    misdeclared: list[str]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a split shares with the training split: speakers, and utterances whose text is there too."""
+
+    num_speakers: int
+    num_texts: int
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One split.
+
+    num_read, num_utterances: rows, and those that would be used as far as is known without decoding
+    spreads, histograms:      of seconds, characters, words, characters per second
+    groups:                   by dataset, language, speaker
+    """
+
+    split: str
+    is_whole: bool
+    num_read: int
+    num_utterances: int
+    hours: float
+    spreads: dict[str, Spread]
+    histograms: dict[str, Histogram]
+    groups: dict[str, list[Group]]
+    batches: list[Batching]
+    texts: Texts
+    sounds: Sounds
+    skipped: list[Left]
+    overlap: Overlap | None
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(each.num_utterances for each in self.skipped)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All splits together.
+
+    name:     of the data, for people
+    settings: options that the batches follow from
+    absent:   splits that cannot be read, with the reason
+    """
+
+    name: str
+    settings: dict[str, float | int | None]
+    splits: list[SplitSummary]
+    absent: dict[str, str]
+    strangest: list[Strange]
+
+    def write(self, path: Path) -> None:
+        path.write_text(
+            json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitColumns]]:
+    """What is in the data, and its columns. Raises UserError where none of its splits can be read.
+
+    most: of a stream, how many utterances of a split are read; None: all
+    """
+    columns, absent = read_corpus(data.corpus, most)
+    heard = [decoded(each, data.seed) for each in columns]
+    for each, sounds in zip(columns, heard, strict=True):
+        each.skipped += [sound for sound in sounds.values() if isinstance(sound, Skipped)]
+        data.skipped.note(each.skipped)
+    train = next((each for each in columns if each.split == "train"), None)
+    splits = [summary(each, sounds, data, train) for each, sounds in zip(columns, heard, strict=True)]
+    audible = [{number: each for number, each in of.items() if isinstance(each, Sound)} for of in heard]
+    name = " + ".join(dict.fromkeys(public_name(source.path) for source in data.corpus.sources))
+    options = ("batch_seconds", "batch_tokens", "num_buckets")
+    settings = {f"data.{option}": getattr(data, option) for option in options}
+    return Inspection(name, settings, splits, absent, strangest(columns, audible, NUM_STRANGE)), columns
+
+
+def decoded(columns: SplitColumns, seed: int) -> dict[int, Sound | Skipped]:
+    """A few utterances by number, drawn at random."""
+    number = min(NUM_DECODED, len(columns))
+    drawn = sorted(np.random.default_rng(seed).choice(len(columns), number, replace=False).tolist())
+    heard = listen(columns.parts, [columns.references[number] for number in drawn])
+    return dict(zip(drawn, heard, strict=True))
+
+
+def summary(
+    columns: SplitColumns, heard: Mapping[int, Sound | Skipped], data: SpeechTextDataModule, train: SplitColumns | None
+) -> SplitSummary:
+    seconds, characters = columns.seconds, columns.num_characters
+    measures: dict[str, Numbers] = {
+        "seconds": seconds,
+        "characters": characters,
+        "words": columns.num_words,
+        "characters per second": characters / np.maximum(seconds, 1e-3),
+    }
+    names: dict[str, Sequence[str | None]] = {
+        "dataset": [each or None for each in columns.datasets],
+        "language": columns.languages,
+        "speaker": columns.speakers,
+    }
+    is_train = columns.split == "train"
+    block = data.block_utterances if is_train and data.corpus.streaming else None
+    bounds = (data.batch_seconds, data.num_buckets, data.seed)
+    return SplitSummary(
+        columns.split,
+        columns.is_whole,
+        columns.num_read,
+        len(columns),
+        float(seconds.sum()) / 3600,
+        {name: Spread.of(values) for name, values in measures.items() if len(values)},
+        {name: Histogram.of(values) for name, values in measures.items() if len(values)},
+        {name: groups_of(values, seconds) for name, values in names.items()},
+        batchings(seconds, *bounds, shuffle=is_train, block=block) if len(seconds) else [],
+        texts_of(columns),
+        sounds_of(columns, heard),
+        left_out(columns),
+        overlap(columns, train) if train is not None and not is_train else None,
+    )
+
+
+def texts_of(columns: SplitColumns) -> Texts:
+    texts = [text.strip() for text in columns.texts]
+    counts, uses = Counter(texts), first_uses(texts)
+    listed = [Use(character, times, columns.ids[first], texts[first]) for character, (times, first) in uses.items()]
+    return Texts(
+        len(counts),
+        num_repeated(texts),
+        {text: count for text, count in counts.most_common(NUM_REPEATED) if count > 1},
+        len(uses),
+        listed[:NUM_RAREST],
+        [use for use in listed if not use.character.isprintable()],
+    )
+
+
+def sounds_of(columns: SplitColumns, heard: Mapping[int, Sound | Skipped]) -> Sounds:
+    sounds = {number: each for number, each in heard.items() if isinstance(each, Sound)}
+    levels = np.array([each.level for each in sounds.values()])
+    silences = np.array([each.silence for each in sounds.values()])
+    off = [
+        number for number, each in sounds.items() if abs(each.seconds - columns.lengths[number]) > DECLARED_TOLERANCE
+    ]
+    return Sounds(
+        len(heard),
+        len(heard) - len(sounds),
+        dict(Counter(each.sampling_rate for each in sounds.values()).most_common()),
+        dict(Counter(each.num_channels for each in sounds.values()).most_common()),
+        dict(Counter(each.format for each in sounds.values()).most_common()),
+        Spread.of(levels) if sounds else None,
+        Histogram.of(levels) if sounds else None,
+        Spread.of(silences) if sounds else None,
+        [columns.ids[number] for number, each in sounds.items() if each.is_clipped],
+        [columns.ids[number] for number in off],
+    )
+
+
+def left_out(columns: SplitColumns) -> list[Left]:
+    """By reason, the most frequent first; of what only decoding tells, those that were decoded."""
+    return [
+        Left(
+            reason,
+            count,
+            columns.skipped_seconds.get(reason, 0.0) / 3600,
+            list(skipped_examples(columns.skipped, reason)),
+        )
+        for reason, count in Counter(each.reason for each in columns.skipped).most_common()
+    ]
+
+
+def overlap(columns: SplitColumns, train: SplitColumns) -> Overlap:
+    speakers = {each for each in columns.speakers if each} & {each for each in train.speakers if each}
+    texts = {text.strip() for text in train.texts}
+    return Overlap(len(speakers), sum(text.strip() in texts for text in columns.texts))
