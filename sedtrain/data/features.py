@@ -62,7 +62,7 @@ def samples(extractor: Extractor, audio: Tensor) -> Tensor:
     if not extractor.do_normalize:
         return audio
     centred = audio - audio.mean()
-    return centred.mul_(torch.rsqrt(centred.square().mean() + 1e-7))
+    return centred.mul_(torch.rsqrt(centred.dot(centred) / len(centred) + 1e-7))
 
 
 def whisper(extractor: Extractor, audio: Tensor) -> Tensor:
