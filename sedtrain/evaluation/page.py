@@ -27,7 +27,8 @@ td { max-width: min(14rem, 32vw) } td.number { max-width: none } .row section, d
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: .5rem 0 } dd { margin: 0 }
 dt { line-height: 1.5rem } .row { display: grid; gap: 0 2.5rem }
 @media (min-width: 46rem) { .row { grid-template-columns: 1fr 1fr } }
-.wide { overflow-x: auto } .wide td { max-width: 34rem } ul { margin: .5rem 0; padding-left: 1.25rem }
+.wide { overflow-x: auto } .wide td { min-width: 6rem; max-width: 34rem } .wide td.number { min-width: 0 }
+ul { margin: .5rem 0; padding-left: 1.25rem }
 summary { padding: .25rem 0; cursor: pointer }
 figure { margin: .5rem 0; max-width: 30rem } svg { width: 100%; height: auto }
 svg text { font-family: inherit !important }

@@ -11,7 +11,8 @@ from sedtrain.inspection import words
 from sedtrain.inspection.reading import SplitColumns
 from sedtrain.inspection.sound import sound_of
 from sedtrain.inspection.strange import Strange
-from sedtrain.inspection.summary import NUM_RAREST, Inspection, SplitSummary
+from sedtrain.inspection.summary import Inspection, SplitSummary
+from sedtrain.inspection.texts import NUM_RAREST
 
 
 def write_page(path: Path, inspection: Inspection, columns: Sequence[SplitColumns]) -> None:

@@ -20,14 +20,13 @@ from sedtrain.inspection.statistics import (
     Numbers,
     Spread,
     batchings,
-    first_uses,
     groups_of,
-    num_repeated,
 )
 from sedtrain.inspection.strange import Strange, strangest
+from sedtrain.inspection.texts import Overlap, Texts, overlap, texts_of
 
 NUM_DECODED = 200  # utterances of a split
-NUM_STRANGE, NUM_RAREST, NUM_REPEATED = 10, 12, 5
+NUM_STRANGE = 10
 DECLARED_TOLERANCE = 0.1  # seconds
 
 
@@ -39,33 +38,6 @@ class Left:
     num_utterances: int
     hours: float
     examples: list[str]
-
-
-@dataclass(frozen=True)
-class Use:
-    """A character, how often it is there, and the first utterance with it."""
-
-    character: str
-    times: int
-    id: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts and their characters.
-
-    num_repeated: utterances whose text another one has too
-    repeated:     the most frequent texts
-    unseen:       characters without ink, but for spaces
-    """
-
-    num_distinct: int
-    num_repeated: int
-    repeated: dict[str, int]
-    num_characters: int
-    rarest: list[Use]
-    unseen: list[Use]
 
 
 @dataclass(frozen=True)
@@ -85,14 +57,6 @@ class Sounds:
     silence: Spread | None
     clipped: list[str]
     misdeclared: list[str]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """What a split shares with the training split: speakers, and utterances whose text is there too."""
-
-    num_speakers: int
-    num_texts: int
 
 
 @dataclass(frozen=True)
@@ -206,20 +170,6 @@ def summary(
     )
 
 
-def texts_of(columns: SplitColumns) -> Texts:
-    texts = [text.strip() for text in columns.texts]
-    counts, uses = Counter(texts), first_uses(texts)
-    listed = [Use(character, times, columns.ids[first], texts[first]) for character, (times, first) in uses.items()]
-    return Texts(
-        len(counts),
-        num_repeated(texts),
-        {text: count for text, count in counts.most_common(NUM_REPEATED) if count > 1},
-        len(uses),
-        listed[:NUM_RAREST],
-        [use for use in listed if not use.character.isprintable()],
-    )
-
-
 def sounds_of(columns: SplitColumns, heard: Mapping[int, Sound | Skipped]) -> Sounds:
     sounds = {number: each for number, each in heard.items() if isinstance(each, Sound)}
     levels = np.array([each.level for each in sounds.values()])
@@ -252,9 +202,3 @@ def left_out(columns: SplitColumns) -> list[Left]:
         )
         for reason, count in Counter(each.reason for each in columns.skipped).most_common()
     ]
-
-
-def overlap(columns: SplitColumns, train: SplitColumns) -> Overlap:
-    speakers = {each for each in columns.speakers if each} & {each for each in train.speakers if each}
-    texts = {text.strip() for text in train.texts}
-    return Overlap(len(speakers), sum(text.strip() in texts for text in columns.texts))

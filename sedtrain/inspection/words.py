@@ -4,7 +4,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 from sedtrain.inspection.statistics import Batching, Group, Spread
-from sedtrain.inspection.summary import Inspection, Overlap, Sounds, SplitSummary, Texts
+from sedtrain.inspection.summary import Inspection, Sounds, SplitSummary
+from sedtrain.inspection.texts import Overlap, Texts
 
 SHOWN = (5, 50, 95)  # percentiles
 RARE_SHARE = 0.01  # of decoded utterances; fewer that clip are no finding
