@@ -32,7 +32,11 @@ def require(holds: bool, option: str, value: object, wanted: str) -> None:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One (speech, text) pair as it was read: `audio` is (S,) float32 in -1..1 at `sampling_rate` hertz."""
+    """One (speech, text) pair as it was read: `audio` is (S,) float32 in -1..1 at `sampling_rate` hertz.
+
+    language: of the text
+    task: how the text came from the speech, `transcribe` or `translate`
+    """
 
     id: str
     audio: Tensor
@@ -41,6 +45,7 @@ class Utterance:
     language: str | None
     speaker: str | None
     seconds: float
+    task: str = "transcribe"
 
 
 class Skipped(NamedTuple):
@@ -55,12 +60,15 @@ class Skipped(NamedTuple):
 class Batch:
     """Padded utterances, as the model takes them; not frozen, since Lightning changes the precision of a copy in place.
 
+    P prompt: the start token and the tags.
+
     inputs:         (B, S) raw audio, or (B, T, F) or (B, F, T) features, in the layout of the encoder's feature extractor
     attention_mask: (B, S) or (B, T), 1 where `inputs` is real
     labels:         (B, U) token ids with the end token, IGNORE_INDEX where padded; not shifted: `losses.shift_right` does that
     ids, texts:     per utterance, the identity and the reference
     seconds:        audio in the batch, without padding
     skipped:        utterances that could not be read and are not in the batch
+    prompts:        (B, P) what generation starts with, where labels begin with tags; else None
     """
 
     inputs: Tensor
@@ -70,6 +78,12 @@ class Batch:
     texts: list[str]
     seconds: float
     skipped: list[Skipped] = field(default_factory=list)
+    prompts: Tensor | None = None
+
+    @property
+    def text_labels(self) -> Tensor:
+        """The labels without tags, which are not spoken."""
+        return self.labels if self.prompts is None else self.labels[:, self.prompts.shape[1] - 1 :]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -15,6 +15,7 @@ from sedtrain.creation import create, import_target
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.mix import each_source, is_one_file
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.export import SavedModel
@@ -29,6 +30,7 @@ from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.normalisers import normaliser
 from sedtrain.progress import ProgressBar
 from sedtrain.run import TrainingRun
+from sedtrain.tags import add_tags
 from sedtrain.text import start_end_pad
 from sedtrain.vocabulary import VocabularyReport
 
@@ -61,7 +63,10 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     feature_extractor = feature_extractor_of(encoder)
     saved = SavedModel(joined(encoder, decoder, create(cfg, "adapter"), tokenizer), tokenizer, feature_extractor)
     saved.model.config.training_normaliser = rewrite.label()  # lies in config.json, wherever the folder goes
+    if data.tags:
+        add_tags_of(data, saved)
     connect(data, saved)
+    data.refuse_unlearnt(["validation", cfg.split])
     weights = loss_weights(
         create(cfg, "loss"), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))
     )
@@ -110,10 +115,13 @@ def refuse_unusable(cfg: DictConfig) -> None:
     if cfg.attention.implementation == "flash_attention_2" and str(cfg.trainer.precision).startswith("32"):
         wrong = f"it computes in 16 bits, and trainer.precision is {cfg.trainer.precision}"
         problems.append(Problem("attention", "flash_attention_2", wrong, "write trainer.precision=bf16-mixed"))
-    if Path(cfg.data.path).expanduser().is_file():
-        wrong = "one file would be training, validation and test data at once"
-        write = "write data.path=FOLDER with train, validation and test files (a single file serves task=evaluate)"
-        problems.append(Problem("data.path", cfg.data.path, wrong, write))
+    for where, source in each_source(cfg.data).items():
+        if is_one_file(source):
+            wrong = "one file would be training, validation and test data at once"
+            write = (
+                f"write {where}.path=FOLDER with train, validation and test files (a single file serves task=evaluate)"
+            )
+            problems.append(Problem(f"{where}.path", source["path"], wrong, write))
     if problems:
         raise ConfigError(problems)
 
@@ -174,11 +182,19 @@ def joined(
     return model
 
 
+def add_tags_of(data: SpeechTextDataModule, saved: SavedModel) -> None:
+    """Gives a model a token for each language and task that it is to learn."""
+    tags = add_tags(saved.tokenizer, data.learnt_pairs())
+    if len(saved.tokenizer) > saved.model.decoder.config.vocab_size:
+        saved.model.resize_token_embeddings(len(saved.tokenizer))
+    saved.model.config.tags = tags.ids
+
+
 def connect(data: SpeechTextDataModule, saved: SavedModel) -> None:
     """Hands the data what the model fixes: features, token ids, the start token, how texts are written."""
     name = (saved.training_normaliser or {"name": "none"})["name"]
     start = saved.model.config.decoder_start_token_id
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, normaliser(name))
+    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, normaliser(name), saved.tags)
 
 
 def loss_weights(weights: LossWeights, starts_random: bool) -> LossWeights:
@@ -254,4 +270,5 @@ def restored(cfg: DictConfig) -> tuple[SavedModel, SpeechTextDataModule]:
     saved = saved_model(cfg)
     data: SpeechTextDataModule = create(cfg, "data")
     connect(data, saved)
+    data.refuse_unlearnt([cfg.split])
     return saved, data

@@ -1,6 +1,6 @@
 """The Hugging Face folder: weights, configurations, tokenizer, feature extractor, model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.low_rank import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.run_folder import model_of
+from sedtrain.tags import TASK_OF, Tags
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class SavedModel:
         """Name and version of what rewrote the texts that the model learnt to write; None where its folder does not say."""
         label: Mapping[str, str] | None = getattr(self.model.config, "training_normaliser", None)
         return label
+
+    @property
+    def tags(self) -> Tags | None:
+        """What asks the model for a language and a task, where it learnt several."""
+        ids: Mapping[str, Mapping[str, Sequence[int]]] | None = getattr(self.model.config, "tags", None)
+        return Tags(ids) if ids else None
 
     def save(self, folder: Path, decoding: DecodingOptions) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `decoding` becomes its generation config."""
@@ -76,13 +83,13 @@ Text normaliser for scoring: `{normaliser}`; for training: `{training_normaliser
 {num_utterances} utterances, {minutes:.1f} minutes of audio.
 
 ```python
-from transformers import AutoProcessor
+{import_torch}from transformers import AutoProcessor
 {import_model}
 
 folder = "."  # where this card lies: its folder, or its name on the Hub
 model = SpeechEncoderDecoderModel.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
-inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float
+inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float{prompt}
 print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
@@ -92,9 +99,20 @@ PIPELINE_TAGS = {"transcription": "automatic-speech-recognition", "translation":
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
 # transformers has no class for this family's encoder alone, or for this adapter
-from sedtrain.models.low_rank import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 """.strip()
+
+
+PROMPT = """
+tags = model.config.tags["{task}"]["{language}"]  # it writes {known}
+inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *tags]])"""
+
+
+def prompt(tags: Tags | None, task: str) -> str:
+    """How a card asks a model with tags for the first language of a task."""
+    if tags is None:
+        return ""
+    return PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
 
 
 def named(normaliser: Mapping[str, str] | None) -> str:
@@ -110,7 +128,9 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     stock = saved.model.adapter is None and loads_in_stock_transformers(saved.model.config.encoder)
     card = CARD.format(
         task=PIPELINE_TAGS[results.task],
+        import_torch="import torch\n" if saved.tags else "",
         import_model=STOCK if stock else OWN,
+        prompt=prompt(saved.tags, TASK_OF[results.task]),
         encoder=saved.model.config.encoder.model_type,
         decoder=saved.model.config.decoder.model_type,
         data=data,

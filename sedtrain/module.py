@@ -55,7 +55,7 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
             return LossSums(self.nothing(), none, none, none)
         encoded = self.model.encode(batch.inputs, batch.attention_mask)
         cross_entropy = self.cross_entropy(encoded, batch.labels)
-        return LossSums(cross_entropy, (batch.labels != IGNORE_INDEX).sum(), *self.ctc(encoded, batch.labels))
+        return LossSums(cross_entropy, (batch.labels != IGNORE_INDEX).sum(), *self.ctc(encoded, batch.text_labels))
 
     def cross_entropy(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
         """Summed over the target tokens; smoothed in training only."""

@@ -14,7 +14,7 @@ from sedtrain.creation import create
 from sedtrain.data.clips import UNREADABLE, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.sources import audio_paths, public_name
+from sedtrain.data.sources import audio_paths
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
@@ -25,6 +25,7 @@ from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables
 from sedtrain.resume import plain, starting_point
 from sedtrain.run_folder import config_of
+from sedtrain.tags import TASK_OF
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -78,7 +79,7 @@ def train(cfg: DictConfig) -> None:
             number,
         )
     results = score(cfg, run.saved, run.data, run.totals())
-    write_model_card(run.folder / "model", run.saved, results, public_name(cfg.data.path))
+    write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)
 
 
 def keep_configuration(cfg: DictConfig) -> None:
@@ -128,12 +129,14 @@ def transcribe(cfg: DictConfig) -> None:
     """Prints `path<TAB>text` for every audio file; of several, one that cannot be transcribed stops no other."""
     paths = audio_paths(cfg.audio)
     saved = build.saved_model(cfg)
-    collator = Collator(saved.feature_extractor, saved.tokenizer, saved.model.config.decoder_start_token_id)
+    refuse_unlearnt(cfg, saved)
+    start = saved.model.config.decoder_start_token_id
+    collator = Collator(saved.feature_extractor, saved.tokenizer, start, tags=saved.tags)
     options = build.decoding_options(cfg)
     num_failed = 0
     for path in paths:
         try:
-            print(f"{path}\t{transcription(path, saved, collator, options)}", flush=True)
+            print(f"{path}\t{transcription(cfg, path, saved, collator, options)}", flush=True)
         except UserError as error:
             if len(paths) == 1:
                 raise
@@ -144,13 +147,25 @@ def transcribe(cfg: DictConfig) -> None:
         raise Unfinished(f"{num_failed} of {len(paths)} files could not be transcribed")
 
 
-def transcription(path: str, saved: SavedModel, collator: Collator, options: DecodingOptions) -> str:
+def refuse_unlearnt(cfg: DictConfig, saved: SavedModel) -> None:
+    """Raises UserError where the model never learnt to write what `target` and `data.language` ask for."""
+    if saved.tags is not None:
+        saved.tags.of(cfg.data.get("language"), TASK_OF[cfg.target])
+    elif language := cfg.data.get("language"):
+        raise UserError(
+            f"data.language={language}: this model was trained without data.tags, so that it cannot be asked for a language",
+            "a checkpoint that was trained with data.tags=true, or no data.language",
+        )
+
+
+def transcription(cfg: DictConfig, path: str, saved: SavedModel, collator: Collator, options: DecodingOptions) -> str:
     try:
         audio = read_audio(path, collator.sampling_rate)
     except UNREADABLE as error:
         raise UserError(f"audio={path}: {error}", "audio=FILE that can be read to its end") from error
     seconds = len(audio) / collator.sampling_rate
-    utterance = Utterance(path, audio, collator.sampling_rate, "", None, None, seconds)
+    language, task = cfg.data.get("language"), TASK_OF[cfg.target]
+    utterance = Utterance(path, audio, collator.sampling_rate, "", language, None, seconds, task)
     [text] = transcribe_batch(saved.model, saved.tokenizer, collator([utterance]), options)
     return text
 

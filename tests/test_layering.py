@@ -34,14 +34,15 @@ MAY_IMPORT = {
     "finetune": {"batch", "models", "optim"},
     "lora": {"batch", "finetune", "models"},
     "averaging": {"batch"},
+    "tags": {"batch"},
     "text": {"batch"},
     "vocabulary": set(),
-    "data": {"batch", "hub", "text"},
+    "data": {"batch", "hub", "tags", "text"},
     "models": {"batch", "hub", "losses", "text"},
     # from a model to its scores
     "decoding": {"batch", "models"},
     "evaluation": {"batch", "decoding", "models", "normalisers"},
-    "export": {"decoding", "evaluation.results", "models", "run_folder"},
+    "export": {"decoding", "evaluation.results", "models", "run_folder", "tags"},
     "inspection": {"batch", "data", "evaluation.figures", "evaluation.page"},
     # training
     "probe": {"models"},
@@ -93,6 +94,7 @@ MAY_IMPORT = {
         "normalisers",
         "progress",
         "run",
+        "tags",
         "text",
         "vocabulary",
     },
@@ -108,6 +110,7 @@ MAY_IMPORT = {
         "inspection",
         "resume",
         "run_folder",
+        "tags",
         "terminal",
     },
 }

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, Whis
 
 from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
 from sedtrain.data.features import features_of
+from sedtrain.tags import NUM_TAGS, Tags
 from sedtrain.text import encode_target
 
 
@@ -21,6 +22,7 @@ class Collator:
     """Turns utterances into a Batch with the encoder's feature extractor and the decoder's tokenizer.
 
     rewrite: what is done to a text before it becomes labels; the batch keeps the text itself, to score against
+    tags: what labels begin with, and prompts end with
     """
 
     def __init__(
@@ -29,10 +31,11 @@ class Collator:
         tokenizer: PreTrainedTokenizerBase,
         decoder_start_token_id: int,
         rewrite: Callable[[str], str] = str,
+        tags: Tags | None = None,
     ) -> None:
         self.feature_extractor: Any = feature_extractor
         self.tokenizer = tokenizer
-        self.decoder_start_token_id, self.rewrite = decoder_start_token_id, rewrite
+        self.decoder_start_token_id, self.rewrite, self.tags = decoder_start_token_id, rewrite, tags
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
 
     @property
@@ -45,7 +48,8 @@ class Collator:
             none = torch.zeros(0, 0, dtype=torch.long)
             return Batch(none.float(), none, none, [], [], 0.0, list(skipped))
         features = [self.features(utterance.audio) for utterance in utterances]
-        labels = [torch.tensor(self.target(utterance.text)) for utterance in utterances]
+        tags = [self.tags.of(utterance.language, utterance.task) if self.tags else [] for utterance in utterances]
+        labels = [torch.tensor(ids + self.target(each.text)) for ids, each in zip(tags, utterances, strict=True)]
         inputs = pad_sequence(features, batch_first=True)
         masks = [torch.ones(len(frames), dtype=torch.long) for frames in features]
         return Batch(
@@ -56,10 +60,15 @@ class Collator:
             texts=[utterance.text for utterance in utterances],
             seconds=sum(utterance.seconds for utterance in utterances),
             skipped=list(skipped),
+            prompts=torch.tensor([[self.decoder_start_token_id, *ids] for ids in tags]) if self.tags else None,
         )
 
+    def num_tokens(self, text: str) -> int:
+        """Of its labels."""
+        return len(self.target(text)) + (NUM_TAGS if self.tags else 0)
+
     def target(self, text: str) -> list[int]:
-        """The label ids of a text."""
+        """The label ids of a text, without tags."""
         return encode_target(self.tokenizer, self.rewrite(text), self.decoder_start_token_id)
 
     def features(self, audio: Tensor) -> Tensor:

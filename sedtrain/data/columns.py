@@ -23,15 +23,20 @@ class Columns:
     end: str | None = None
 
     @classmethod
-    def of(cls, columns: Mapping[str, str | None], target: str) -> "Columns":
-        """`columns` by role, where `target`, transcription or translation, names the role of the text."""
+    def of(cls, columns: Mapping[str, str | None], target: str, where: str = "data") -> "Columns":
+        """`columns` by role, where `target`, transcription or translation, names the role of the text.
+
+        where: the options that they stand in, for messages
+        """
         roles = ["audio", "transcription", "translation", *(each.name for each in fields(cls)[2:])]
         if unknown := [role for role in columns if role not in roles]:
-            instead = f"data.columns.NAME, NAME one of {', '.join(roles)}"
-            raise UserError(f"data.columns.{unknown[0]}: there is no such role", instead)
+            instead = f"{where}.columns.NAME, NAME one of {', '.join(roles)}"
+            raise UserError(f"{where}.columns.{unknown[0]}: there is no such role", instead)
         for role in ("audio", target):
             if columns.get(role) is None:
-                raise UserError(f"data.columns.{role} is not set (target={target})", f"data.columns.{role}=COLUMN")
+                raise UserError(
+                    f"{where}.columns.{role} is not set (target={target})", f"{where}.columns.{role}=COLUMN"
+                )
         others = {role: columns.get(role) for role in roles[3:]}
         return cls(audio=str(columns["audio"]), text=str(columns[target]), **others)
 

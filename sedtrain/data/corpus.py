@@ -13,6 +13,7 @@ from sedtrain.data.parts import Part, Parts, Reference, Source
 from sedtrain.data.rows import UtteranceRows
 from sedtrain.data.shards import BrokenShard
 from sedtrain.data.skipped import SkippedUtterances
+from sedtrain.data.sources import public_name
 
 
 class Corpus:
@@ -40,12 +41,12 @@ class Corpus:
 
     def load_parts(self, split: str) -> Parts:
         """All that `split`, which is train, validation or test, is made of; of a stream too, where it is not streamed."""
-        return Parts(part for source in self.sources for part in self.parts_of(source, split))
+        return Parts(some([part for source in self.sources for part in self.parts_of(source, split)], split))
 
     def parts_of(self, source: Source, split: str) -> list[Part]:
         if self.streaming or "://" in source.path:
             return source.shards(split, self.copies)
-        return [source.part(split)]
+        return source.whole(split)
 
     def texts(self, split: str) -> Iterator[str]:
         """The target texts, read one part after the other; of a stream nothing of it is kept."""
@@ -111,7 +112,7 @@ class Corpus:
 
     def find_shards(self) -> list[Part]:
         """Those of the training split, which a stream reads."""
-        return [part for source in self.sources for part in source.shards("train", self.copies)]
+        return some([part for source in self.sources for part in source.shards("train", self.copies)], "train")
 
     def weights(self) -> list[float]:
         """How often each shard of a stream is seen in an epoch, or else each dataset."""
@@ -126,6 +127,11 @@ class Corpus:
         """Whether every epoch has the same utterances, so that its steps can be counted."""
         return not self.streaming and self.temperature == 1 and all(source.weight == 1 for source in self.sources)
 
+    @property
+    def public_name(self) -> str:
+        """For readers elsewhere."""
+        return " + ".join(dict.fromkeys(public_name(source.path) for source in self.sources))
+
     def training_audio(self) -> str:
         """For people: how much there is to train on."""
         if self.streaming:
@@ -137,10 +143,18 @@ class Corpus:
         shutil.rmtree(self.copies, ignore_errors=True)  # most runs have none
 
 
+def some(parts: list[Part], split: str) -> list[Part]:
+    """Raises UserError where no dataset of a mix has the split."""
+    if not parts:
+        raise UserError(f"no dataset of data.mix has a part in {split}", f"data.mix.NAME.{split}_split=SPLIT of one")
+    return parts
+
+
 def none_left(sources: Sequence[Source], split: str, skipped: Sequence[Skipped]) -> UserError:
     reasons = Counter(each.reason for each in skipped)
     return UserError(
-        f"data.path={sources[0].path}: none of the {len(skipped)} utterances of {sources[0].splits[split]!r} can be used "
+        f"data.path={' + '.join(dict.fromkeys(source.path for source in sources))}: "
+        f"none of the {len(skipped)} utterances of {sources[0].splits[split]!r} can be used "
         f"({', '.join(f'{count} {reason}' for reason, count in reasons.items())})",
         "data.min_seconds, data.max_seconds and data.columns that fit this dataset",
     )

@@ -1,7 +1,7 @@
 """The splits of one dataset, or of a mix of several, as Lightning's loaders of Batch."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,6 +23,7 @@ from sedtrain.data.mix import sources_of
 from sedtrain.data.parts import Parts
 from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
+from sedtrain.data.tagged import learnt_pairs, refuse_unlearnt
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):
@@ -35,8 +36,10 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         and for a part of a long recording start and end, or start and seconds
     audio_folder: where relative paths of audio files begin, which must not leave it; else the folder of `path`
     target: which of the columns transcription and translation is the text to learn
+    language: of the texts that have no column of it
+    tags: whether targets begin with tokens of language and task, such as <|de|><|translate|>; once trained, a model knows
     mix: several datasets by name, each with what it does not share with the others: path, name, columns, audio_folder,
-        target, language, names of splits, and `weight`, how often its training split is seen in an epoch
+        target, language, names of splits (null: it has none), and `weight`, how often an epoch sees its training split
     temperature: shares of the datasets in an epoch are as size ** (1 / temperature); at 1 each utterance is seen once
     streaming: training reads shard after shard; nothing is read, fetched or converted before it is needed
     block_utterances: of a stream, how many are shuffled and batched together
@@ -57,6 +60,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         train_split: str = "train",
         validation_split: str = "validation",
         test_split: str = "test",
+        language: str | None = None,
+        tags: bool = False,
         mix: Mapping[str, Mapping[str, Any]] | None = None,
         temperature: float = 1.0,
         streaming: bool = False,
@@ -85,14 +90,14 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         require(keep_decoded_hours >= 0, "data.keep_decoded_hours", keep_decoded_hours, "0 or more")
         require(num_workers >= 0, "data.num_workers", num_workers, "0 or more")
         splits = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
-        common = {"path": path, "name": name, "columns": columns, "audio_folder": audio_folder, "target": target}
-        sources = sources_of(mix, {**common, **splits})
+        common = {"path": path, "name": name, "columns": columns, "audio_folder": audio_folder}
+        sources = sources_of(mix, {**common, **splits, "target": target, "language": language})
         if streaming and temperature != 1:
             raise UserError(
                 f"data.temperature={temperature}: nobody knows how large streamed datasets are",
                 "data.mix.NAME.weight of each dataset, or data.streaming=false",
             )
-        self.block_utterances = block_utterances
+        self.tags, self.block_utterances = tags, block_utterances
         self.batch_seconds, self.batch_tokens, self.num_buckets = batch_seconds, batch_tokens, num_buckets
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
         run_key = hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:16]
@@ -194,6 +199,15 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = cast(Position, state_dict) if state_dict else None
+
+    def learnt_pairs(self) -> set[tuple[str, str]]:
+        """Languages and tasks of the training texts. Raises UserError where nothing says the language."""
+        return learnt_pairs(self.corpus)
+
+    def refuse_unlearnt(self, splits: Iterable[str]) -> None:
+        """Raises UserError where a split asks a model with tags for what it never learnt to write."""
+        if self.collator is not None and self.collator.tags is not None:
+            refuse_unlearnt(self.corpus, splits, self.collator.tags)
 
     def texts(self, split: str) -> Iterator[str]:
         """All target texts of train, validation or test."""

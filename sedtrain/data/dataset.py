@@ -57,7 +57,7 @@ class SplitDataset(Dataset[Batch]):
 
     def num_tokens(self, part: int, indices: Sequence[int]) -> list[int]:
         """Of the targets of some rows of a part."""
-        return [len(self.collator.target(text)) for text in self.parts[part].texts(indices)]
+        return [self.collator.num_tokens(text) for text in self.parts[part].texts(indices)]
 
     def all_num_tokens(self) -> list[int]:
         """Of the targets of all utterances, in order."""

@@ -1,11 +1,14 @@
 """Several datasets as one, each with its own columns and its share of an epoch."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
 from typing import Any
 
 from sedtrain.batch import UserError, require
 from sedtrain.data.columns import Columns
 from sedtrain.data.parts import Source
+from sedtrain.tags import TASK_OF
 
 SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
 OWN = ("path", "name", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
@@ -17,7 +20,20 @@ def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str,
         return [named_source(name, options, common) for name, options in mix.items()]
     if common["path"] is None:
         raise UserError("data.path is not set", "data.path=FOLDER_OR_FILE_OR_HUB_ID, or data.mix")
-    return [source_of(common)]
+    return [source_of(common, "data")]
+
+
+def each_source(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of the datasets that the group `data` names, by where they stand."""
+    common = {name: data.get(name) for name in OWN}
+    mix = data.get("mix") or {}
+    return {f"data.mix.{name}": {**common, **options} for name, options in mix.items()} or {"data": common}
+
+
+def is_one_file(source: Mapping[str, Any]) -> bool:
+    """Whether several splits would be one and the same file."""
+    num_splits = sum(source[split] is not None for split in SPLITS)
+    return source["path"] is not None and num_splits > 1 and Path(source["path"]).expanduser().is_file()
 
 
 def named_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> Source:
@@ -28,21 +44,32 @@ def named_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any
         raise UserError(f"{where}.path is not set", f"{where}.path=FOLDER_OR_FILE_OR_HUB_ID")
     weight = options.get("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    require(is_number and weight > 0, f"{where}.weight", weight, "a number above 0")
+    require(is_number and 0 < weight < inf, f"{where}.weight", weight, "a number above 0")
+    if options.get("target", common["target"]) not in TASK_OF:
+        raise UserError(
+            f"{where}.target={options['target']}: there is no such target",
+            f"{where}.target=ONE_OF {', '.join(TASK_OF)}",
+        )
+    if not isinstance(language := options.get("language"), str | None):
+        raise UserError(
+            f"{where}.language={language}: this is no text",
+            f"{where}.language in quotes, as YAML reads no and on as values",
+        )
     columns = {**common["columns"], **options.get("columns", {})}
-    return source_of({**common, **options, "columns": columns, "label": name})
+    return source_of({**common, **options, "columns": columns, "label": name}, where)
 
 
-def source_of(options: Mapping[str, Any]) -> Source:
+def source_of(options: Mapping[str, Any], where: str) -> Source:
     return Source(
         path=options["path"],
-        columns=Columns.of(options["columns"], options["target"]),
+        columns=Columns.of(options["columns"], options["target"], where),
         splits={split: options[option] for option, split in SPLITS.items()},
         name=options["name"],
         audio_folder=options["audio_folder"],
         weight=float(options.get("weight", 1.0)),
         label=options.get("label", ""),
-        language=options.get("language"),
+        language=options["language"],
+        task=TASK_OF[options["target"]],
     )
 
 

@@ -18,28 +18,33 @@ Reference = tuple[int, int]
 class Source:
     """One dataset.
 
-    splits: its own names of train, validation and test
+    splits: its own names of train, validation and test; None where it has no part in one
     weight: how often its training split is seen in an epoch
     label:  its name in a mix, which its ids begin with
     """
 
     path: str
     columns: Columns
-    splits: Mapping[str, str]
+    splits: Mapping[str, str | None]
     name: str | None = None
     audio_folder: str | None = None
     weight: float = 1.0
     label: str = ""
     language: str | None = None
+    task: str = "transcribe"
 
-    def part(self, split: str) -> "Part":
-        """`split` is train, validation or test."""
-        return Part(self, self.splits[split])
+    def whole(self, split: str) -> list["Part"]:
+        """A split, which is train, validation or test, in one piece."""
+        name = self.splits[split]
+        return [] if name is None else [Part(self, name)]
 
     def shards(self, split: str, copies: Path) -> list["Part"]:
         """The files of the split, or the whole of it; copies: where what is fetched or converted is kept."""
-        found = shards_of(self.path, self.splits[split], self.name, copies)
-        return [Part(self, self.splits[split], shard) for shard in found] or [self.part(split)]
+        name = self.splits[split]
+        if name is None:
+            return []
+        found = shards_of(self.path, name, self.name, copies)
+        return [Part(self, name, shard) for shard in found] or self.whole(split)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Part:
             None if source.audio_folder is None else Path(source.audio_folder).expanduser(),
             f"{source.label}/" if source.label else "",
             source.language,
+            source.task,
         )
 
 

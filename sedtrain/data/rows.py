@@ -23,7 +23,8 @@ class UtteranceRows:
     path, split: where the rows are from; rows without an id are named after the split, or the shard of it
     folder: where relative paths of audio files begin, and what they must not leave; else the folder of `path`
     prefix: what their ids begin with, where several datasets are mixed
-    language: of rows that have no column of it
+    language: of the texts of rows that do not say it
+    task: how the texts came from the speech
 
     Raises UserError where a column is missing or holds something else than it should, and where two rows have one id.
     """
@@ -37,6 +38,7 @@ class UtteranceRows:
         folder: Path | None = None,
         prefix: str = "",
         language: str | None = None,
+        task: str = "transcribe",
     ) -> None:
         features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
         check_columns(vars(columns), features, f"{path} ({split})")
@@ -46,7 +48,7 @@ class UtteranceRows:
         rows = rows.select_columns([*used, *({PROBLEM} & set(rows.column_names))])
         rows = with_readable_text(rows, [column for column in used if column != columns.audio])
         self.rows, self.columns, self.split = rows, columns, split
-        self.prefix, self.language = prefix, language
+        self.prefix, self.language, self.task = prefix, language, task
         where = local_path(path)
         self.folder = folder or (where if where.is_dir() else where.parent)
         problems = rows[PROBLEM] if PROBLEM in rows.column_names else []
@@ -60,6 +62,10 @@ class UtteranceRows:
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """Every text, or those of some rows; no audio is read."""
         return [as_text(value) for value in self.cells(self.columns.text, indices)]
+
+    def languages(self, indices: Sequence[int] | None = None) -> set[str | None]:
+        """Those of all or of some rows."""
+        return {as_text(value) or self.language for value in self.cells(self.columns.language, indices)}
 
     def cells(self, column: str | None, indices: Sequence[int] | None = None) -> Iterable[Any]:
         """A column of all or of some rows; None for each where there is no such column."""
@@ -126,9 +132,10 @@ class UtteranceRows:
             audio=audio,
             sampling_rate=sampling_rate,
             text=as_text(row[columns.text]),
-            language=row[columns.language] if columns.language else self.language,
+            language=(as_text(row[columns.language]) if columns.language else "") or self.language,
             speaker=row[columns.speaker] if columns.speaker else None,
             seconds=len(audio) / sampling_rate,
+            task=self.task,
         )
 
 

@@ -87,15 +87,16 @@ def is_here(where: Path) -> bool:
 
 
 def absolute_path(path: str) -> str:
-    """`path` as it is found from any folder; that of a Hub id is the id."""
+    """`path` as it is found from any folder; that of a Hub id or a URL is the same."""
     where = local_path(path)
-    return path if where == EMBEDDED or not is_here(where) else os.path.abspath(where)
+    is_found_anywhere = where == EMBEDDED or "://" in path or not is_here(where)
+    return path if is_found_anywhere else os.path.abspath(where)
 
 
 def public_name(path: str) -> str:
     """`path` for readers elsewhere: of a file or folder its name alone."""
     where = local_path(path)
-    return where.name if is_here(where) else path
+    return where.name if is_here(where) and "://" not in path else path
 
 
 def one_line(error: BaseException) -> str:

@@ -47,9 +47,10 @@ class DecodingOptions:
 def transcribe_batch(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
 ) -> list[str]:
-    """One hypothesis for each of the B utterances, in their order; the model is left in the mode it was in."""
+    """One hypothesis for each of the B utterances, in their order, without prompts; the model's mode is left as it was."""
     was_training = model.training
     model.eval()
-    tokens = model.generate(batch.inputs, attention_mask=batch.attention_mask, **options.generation_kwargs())
+    prompts = {} if batch.prompts is None else {"decoder_input_ids": batch.prompts}
+    tokens = model.generate(batch.inputs, attention_mask=batch.attention_mask, **prompts, **options.generation_kwargs())
     model.train(was_training)
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
