@@ -56,6 +56,11 @@ def examples(evaluation: Evaluation, number: int = 3) -> Table:
     return table
 
 
+def left_out(counts: Mapping[str, int]) -> str:
+    """How many utterances were not used, by reason."""
+    return "left out: " + (", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "no utterance")
+
+
 def places(folder: Path, names: Sequence[str]) -> str:
     """Where things were saved, of those that are there."""
     return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())

@@ -159,17 +159,18 @@ def test_utterances_left_out_are_counted_by_reason_and_listed(dirty, caplog):
     [batch] = data.train_dataloader()
     assert batch.ids == ["train-0"]
     assert data.skipped.counts == {"too short": 1, "too long": 1, "unreadable audio": 1, "empty text": 2}
+    file = str(dirty / "train.parquet")
     assert listed(dirty) == [
-        {"id": "train-1", "reason": "too short", "detail": "0.01 s < data.min_seconds=0.05"},
-        {"id": "train-2", "reason": "too long", "detail": "1.20 s > data.max_seconds=1.1"},
-        {"id": "train-3", "reason": "unreadable audio", "detail": ""},
-        {"id": "train-4", "reason": "empty text", "detail": ""},
-        {"id": "train-5", "reason": "empty text", "detail": ""},
+        {"id": "train-1", "path": file, "reason": "too short", "detail": "0.01 s < data.min_seconds=0.05"},
+        {"id": "train-2", "path": file, "reason": "too long", "detail": "1.20 s > data.max_seconds=1.1"},
+        {"id": "train-3", "path": file, "reason": "unreadable audio", "detail": "Format not recognised."},
+        {"id": "train-4", "path": file, "reason": "empty text", "detail": ""},
+        {"id": "train-5", "path": file, "reason": "empty text", "detail": ""},
     ]
     assert caplog.messages == [
         "skipping utterances: too short (first: train-1 0.01 s < data.min_seconds=0.05)",
         "skipping utterances: too long (first: train-2 1.20 s > data.max_seconds=1.1)",
-        "skipping utterances: unreadable audio (first: train-3)",
+        "skipping utterances: unreadable audio (first: train-3 Format not recognised.)",
         "skipping utterances: empty text (first: train-4)",
     ]
 
@@ -186,14 +187,15 @@ def test_every_split_is_counted_once(dirty):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({}, "'train-1': too short 0.01 s < data.min_seconds=0.05"),
-        ({"min_seconds": 0}, "'train-3': unreadable audio"),
-        ({"min_seconds": 0, "max_seconds": 1.1}, "'train-2': too long 1.20 s > data.max_seconds=1.1"),
+        ({}, "'train-1' (FILE): too short 0.01 s < data.min_seconds=0.05"),
+        ({"min_seconds": 0}, "'train-3' (FILE): unreadable audio Format not recognised."),
+        ({"min_seconds": 0, "max_seconds": 1.1}, "'train-2' (FILE): too long 1.20 s > data.max_seconds=1.1"),
     ],
 )
 def test_the_first_bad_utterance_can_be_an_error(dirty, options, fault):
     with pytest.raises(UserError) as raised:
         data_module(dirty, on_bad_utterance="error", **options).train_dataloader()
+    fault = fault.replace("FILE", f"{dirty}/train.parquet")
     assert str(raised.value) == (f"utterance {fault}\n  write instead: data.on_bad_utterance=skip to go on without it")
 
 
@@ -250,7 +252,7 @@ def test_audio_that_cannot_be_decoded_leaves_the_rest_of_its_batch(undecodable):
     data = data_module(undecodable, columns=WITH_SECONDS)
     [batch] = data.train_dataloader()
     assert sorted(batch.ids) == ["train-0", "train-2", "train-3"]
-    assert [(each.id, each.reason) for each in batch.skipped] == [("train-1", "undecodable audio")]
+    assert [(each.id, each.reason) for each in batch.skipped] == [("train-1", "unreadable audio")]
     assert len(batch.inputs) == len(batch.labels) == 3
 
 
@@ -296,14 +298,16 @@ def fit(data, **options):
 def test_what_could_not_be_decoded_is_counted_once_however_long_training_runs(undecodable, num_workers):
     data = data_module(undecodable, columns=WITH_SECONDS, batch_seconds=2, num_workers=num_workers)
     fit(data, max_epochs=3)
-    assert data.skipped.counts == {"undecodable audio": 1}
-    why = "Format not recognised."
-    assert listed(undecodable) == [{"id": "train-1", "reason": "undecodable audio", "detail": why}]
+    assert data.skipped.counts == {"unreadable audio": 1}
+    line = {"id": "train-1", "path": f"{undecodable}/train.parquet", "reason": "unreadable audio"}
+    assert listed(undecodable) == [line | {"detail": "Format not recognised."}]
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_could_not_be_decoded_can_be_an_error_also_from_a_worker(undecodable, num_workers):
     data = data_module(undecodable, columns=WITH_SECONDS, num_workers=num_workers, on_bad_utterance="error")
-    with pytest.raises(UserError, match="utterance 'train-1': undecodable audio Format not recognised"):
+    with pytest.raises(
+        UserError, match=r"utterance 'train-1' \(.*train.parquet\): unreadable audio Format not recognised"
+    ):
         fit(data, max_epochs=1)

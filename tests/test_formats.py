@@ -387,7 +387,8 @@ def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
     members = {"a.wav": wav(speech(0)), "a.json": b"{", "b.wav": wav(speech(0)), "b.txt": b"\xff", "c.txt": b"no audio"}
     tar(tmp_path / "x.tar", members)
     found = problems(tmp_path / "x.tar", WITH_ID)
-    assert {id: reason for id, (reason, _) in found.items()} == {"x/a": "broken JSON", "x/b": "text that is not UTF-8"}
+    reasons = {"x/a": "broken JSON", "x/b": "text that is not UTF-8", "x/c": "no audio"}
+    assert {id: reason for id, (reason, _) in found.items()} == reasons
     rows = rows_of(tmp_path / "x.tar", WITH_ID)
     with pytest.raises(UNREADABLE):
         rows.utterance(rows.index_of["x/c"], RATE)
@@ -515,12 +516,13 @@ def test_problems_are_counted_listed_and_skipped(tmp_path):
     module = SpeechTextDataModule(str(tmp_path / "data"), columns, folder=str(tmp_path))
     assert list(module.corpus.kept("train")) == [(0, 0), (0, 2)]
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    outside, manifest = f"{tmp_path}/data/../b.wav", f"{tmp_path}/data/train.jsonl"
     assert listed == [
-        {"id": "train-1", "reason": "path outside the dataset's folder", "detail": "../b.wav"},
-        {"id": "train-3", "reason": "broken JSON", "detail": "line 4, Expecting ',' delimiter"},
+        {"id": "train-1", "path": outside, "reason": "path outside the dataset's folder", "detail": "../b.wav"},
+        {"id": "train-3", "path": manifest, "reason": "broken JSON", "detail": "line 4, Expecting ',' delimiter"},
     ]
     split = SplitDataset(module.corpus.parts("train"), {}, SimpleNamespace(sampling_rate=RATE), 0)
-    assert split.decode((0, 2)) == Skipped("train-2", "path outside the dataset's folder", "../b.wav")
+    assert split.decode((0, 2)) == Skipped("train-2", "path outside the dataset's folder", "../b.wav", outside)
 
 
 # --- the Hub

@@ -124,16 +124,27 @@ def test_two_runs_have_copies_of_their_own(numbered, tmp_path):
 
 def test_a_shard_that_is_broken_is_left_out_and_noted(numbered, tmp_path):
     (numbered / "train-00001-of-00003.parquet").write_bytes(b"PAR1 and nothing else")
-    data = streamed(numbered, tmp_path)
+    data = streamed(numbered, tmp_path, max_bad_fraction=0.34)
     assert seen(data) == sorted(id for id in EVERYTHING if "00001" not in id.partition("-of-")[0])
     assert data.skipped.counts == {"unreadable shard": 1}
-    assert listed(tmp_path)[0]["id"] == "train-00001-of-00003"
+    [line] = listed(tmp_path)
+    assert (line["id"], line["path"]) == ("train-00001-of-00003", f"{numbered}/train-00001-of-00003.parquet")
+
+
+def test_more_broken_shards_than_allowed_are_an_error(numbered, tmp_path):
+    (numbered / "train-00001-of-00003.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError) as raised:
+        seen(streamed(numbered, tmp_path, max_bad_fraction=0.33))
+    assert str(raised.value).startswith(
+        "1 of 3 files cannot be read, which is more than data.max_bad_fraction=0.33 "
+        f"(the last: {numbered}/train-00001-of-00003.parquet: ArrowInvalid: Parquet magic bytes not found in footer"
+    )
 
 
 def test_a_stream_of_broken_shards_is_told_before_training(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match="none of the 1 shards of 'train' can be read"):
-        streamed(tmp_path, tmp_path).corpus.refuse_unusable(["train"])
+        streamed(tmp_path, tmp_path, max_bad_fraction=1).corpus.refuse_unusable(["train"])
 
 
 # --- a server

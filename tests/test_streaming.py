@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from sedtrain.batch import UserError
+from sedtrain.batch import Skipped, UserError
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.limits import Limits
@@ -45,6 +45,9 @@ class Rows:
     def texts(self, indices):
         return ["some words"] * len(indices)
 
+    def skipped(self, index, reason, detail):
+        return Skipped(self.id(index), reason, detail)
+
     def problem(self, index, seconds):
         return None
 
@@ -60,19 +63,22 @@ class Opened(Parts):
         self.asked.append(number)
         return Rows(self.sizes[number], number)
 
+    def fetch_ahead(self, number):
+        pass
+
     def remove_copy(self, number):
         self.removed.append(number)
 
 
-class Skipped(list):
-    def note(self, skipped):
+class Noted(list):
+    def planned(self, split, num_seen, skipped):
         self.extend(skipped)
 
 
 def sampler(
     sizes, *, parts_weights=None, num_rows=20, seed=0, rank=0, num_ranks=1, batch_seconds=15.0, max_seconds=30.0
 ):
-    corpus = Corpus([], Limits(0.05, max_seconds), Skipped(), 1.0, True, None)
+    corpus = Corpus([], Limits(0.05, max_seconds), Noted(), 1.0, True, None)
     weights = [float(each) for each in parts_weights or [1] * len(sizes)]
     corpus.weights = lambda: weights
     collator = SimpleNamespace(tokenizer=None, decoder_start_token_id=0)

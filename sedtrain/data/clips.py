@@ -5,6 +5,8 @@ S samples. Audio is decoded by soundfile from the bytes as they are stored: neit
 
 import io
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
@@ -15,10 +17,17 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+from numpy.typing import NDArray
 
 AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
 MP3_RESERVOIR = 11_520  # samples: a frame of MP3 needs up to 511 bytes of those before it, or is decoded wrongly
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
+RATES = range(1_000, 768_001)  # hertz; resampled from another, a file of nothing could fill the memory
+AT_ONCE = 1 << 22  # values: memory is taken as audio is decoded, since a header can claim any length
+LOUDEST = 2.0**31  # float audio that was never scaled down from integers reaches this
+CLAIM = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's words of WAV and AIFF
+UNKNOWN_BYTES = 0x7FFF0000  # what is written to a pipe claims this size or a larger one
+TOLERATED_SECONDS = 0.1  # the end of a file may miss so much
 
 
 class RefusedAudio(OSError):
@@ -83,24 +92,61 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFil
     """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
 
     folder: where relative paths begin, and what they must not leave; without one, paths are the user's own
-    Raises one of UNREADABLE where there is no audio.
+    Raises RefusedAudio where there is no audio.
     """
     values = cell if isinstance(cell, dict) else {"bytes" if isinstance(cell, bytes) else "path": cell}
     content, path = values.get("bytes"), values.get("path")
+    if content is None and not path:
+        raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
     if content is not None:
-        with soundfile.SoundFile(io.BytesIO(content)) as sound:
+        refuse_empty(len(content), "0 bytes")
+        with sound_in(io.BytesIO(content)) as sound:
             yield sound
         return
-    if not path:
-        raise OSError("the row has neither audio bytes nor a path")
     where = str(path) if folder is None else path_in(folder, str(path))
+    refuse_empty(size_of(where), where)
     if values.get("offset") is None:
-        with soundfile.SoundFile(where) as sound:
+        with sound_in(where) as sound:
             yield sound
         return
+    refuse_empty(values["size"], f"{where}, at byte {values['offset']}")
     member = ByteRange(where, values["offset"], values["size"])
-    with io.BufferedReader(member, 1 << 16) as file, soundfile.SoundFile(file) as sound:
+    with io.BufferedReader(member, 1 << 16) as file, sound_in(file) as sound:
         yield sound
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file. Raises RefusedAudio where there is none; to read a pipe could last for ever."""
+    try:
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RefusedAudio("missing file", path) from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise RefusedAudio("missing file", f"{path} is no file")
+    return facts.st_size
+
+
+def refuse_empty(num_bytes: int, detail: str) -> None:
+    if not num_bytes:
+        raise RefusedAudio("empty file", detail)
+
+
+def sound_in(file: str | io.IOBase) -> soundfile.SoundFile:
+    """Raises RefusedAudio for what is no audio, whatever its name says, and for a sampling rate that cannot be."""
+    try:
+        sound = soundfile.SoundFile(file)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise RefusedAudio("unreadable audio", words_of(error)) from error
+    if sound.samplerate not in RATES:
+        sound.close()
+        raise RefusedAudio("impossible sampling rate", f"{sound.samplerate} Hz")
+    return sound
+
+
+def words_of(error: Exception) -> str:
+    if isinstance(error, soundfile.LibsndfileError):
+        return str(error.error_string) or f"error {error.code} of libsndfile"
+    return str(error)
 
 
 def frames_between(sound: soundfile.SoundFile, start: float | None, end: float | None) -> tuple[int, int]:
@@ -122,23 +168,83 @@ def seconds_between(cell: Any, folder: Path | None, start: float | None = None, 
 
 
 def read_audio(
-    cell: Any, sampling_rate: int, folder: Path | None = None, start: float | None = None, end: float | None = None
+    cell: Any,
+    sampling_rate: int,
+    folder: Path | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    declared: float | None = None,
 ) -> torch.Tensor:
-    """(S,) float32 in -1..1: one channel (the mean of all) at `sampling_rate` hertz. Raises one of UNREADABLE.
+    """(S,) float32, finite: one channel (the mean of all) at `sampling_rate` hertz. Raises RefusedAudio.
 
     start, end: seconds; nothing but the frames between them is decoded, of MP3 some before them. In the last page of
         a Vorbis file libsndfile seeks up to 20 ms too far back.
+    declared: how many seconds the dataset says that these are; where they are not, nothing is decoded
     """
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
-        earlier = min(first, MP3_RESERVOIR) if sound.format == "MP3" else 0
-        if first:
-            sound.seek(first - earlier)
-        samples = sound.read(last - first + earlier, dtype="float32", always_2d=True)[earlier:]
         stored_rate = sound.samplerate
-    mono = samples.mean(axis=1)
-    if not len(mono) or not np.isfinite(mono).all():
-        raise OSError("the audio has no samples, or some that are not numbers")
+        refuse_other_length((last - first) / stored_rate, declared)
+        samples = frames(sound, first, last)
+        refuse_cut(sound, first, last, len(samples))
+    mono = one_channel(samples)
     if stored_rate != sampling_rate:
         mono = soxr.resample(mono, stored_rate, sampling_rate)
+    if not len(mono):
+        raise RefusedAudio("no samples", f"{len(samples)} at {stored_rate} Hz")
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+
+
+def refuse_other_length(seconds: float, declared: float | None) -> None:
+    """Batches are made of what is declared, so that memory would not suffice for much more."""
+    if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
+        raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
+
+
+def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.float32]:
+    """(frames, channels) from `first` to `last`, or to where the audio ends."""
+    earlier = min(first, MP3_RESERVOIR) if sound.format == "MP3" else 0
+    missing = last - first + earlier
+    at_once = AT_ONCE // sound.channels
+    blocks = []
+    try:
+        if first:
+            sound.seek(first - earlier)
+        while missing > 0:
+            blocks.append(sound.read(min(missing, at_once), dtype="float32", always_2d=True))
+            missing = missing - len(blocks[-1]) if len(blocks[-1]) == at_once else 0
+    except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
+        raise RefusedAudio("undecodable audio", words_of(error)) from error
+    if not blocks:
+        raise RefusedAudio("no samples", "0 s")
+    return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
+
+
+def refuse_cut(sound: soundfile.SoundFile, first: int, last: int, found: int) -> None:
+    """Raises RefusedAudio where the header promises more than there is: the text would be of more audio."""
+    missing = (last - first - found) / sound.samplerate
+    claim = CLAIM.search(sound.extra_info) if last == sound.frames else None
+    if claim:
+        claimed, there = int(claim[1]), int(claim[2])
+        if there < claimed < UNKNOWN_BYTES:
+            missing = max(missing, (claimed / max(there, 1) - 1) * sound.frames / sound.samplerate)
+    if missing > TOLERATED_SECONDS:
+        raise RefusedAudio("truncated audio", f"{missing:.2f} s are missing")
+
+
+def refuse_silence(samples: torch.Tensor) -> None:
+    """Raises RefusedAudio where all samples are the same: nothing is said in it, whatever the text."""
+    if bool((samples == samples[0]).all()):
+        raise RefusedAudio("silent audio", f"every sample is {float(samples[0]):g}")
+
+
+def one_channel(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(frames, channels) -> (frames,), their mean. Raises RefusedAudio where there are none, or no numbers."""
+    if not len(samples):
+        raise RefusedAudio("no samples", "0 s")
+    if not np.isfinite(samples).all():
+        raise RefusedAudio("NaN or infinite samples", f"{np.count_nonzero(~np.isfinite(samples))} of {samples.size}")
+    if (loudest := max(float(samples.max()), -float(samples.min()))) > LOUDEST:
+        raise RefusedAudio("samples out of range", f"up to {loudest:.3g}")
+    mono: NDArray[np.float32] = samples.mean(axis=1)
+    return mono

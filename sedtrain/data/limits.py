@@ -1,10 +1,16 @@
 """Which utterances are left out before any audio is decoded: too long, too short, without text, unreadable."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sedtrain.batch import Skipped
+from sedtrain.data.manifests import NOT_TEXT
 from sedtrain.data.rows import UtteranceRows
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tab, line feed, carriage return
+Reason = tuple[str, str]
+"""A few words to be counted by, and a detail."""
 
 
 @dataclass(frozen=True)
@@ -13,24 +19,56 @@ class Limits:
 
     min_seconds: float
     max_seconds: float
+    min_characters: int = 1
+    max_characters: int = 10_000
 
-    def sift(self, rows: UtteranceRows, indices: Sequence[int]) -> tuple[dict[int, float], list[Skipped]]:
-        """The seconds of the rows that are used, by index, and the others with the reason."""
+    def sift(
+        self,
+        rows: UtteranceRows,
+        indices: Sequence[int],
+        seconds: Sequence[float | None] | None = None,
+        rewrite: Callable[[str], str] = str,
+    ) -> tuple[dict[int, float], list[Skipped]]:
+        """The seconds of the rows that are used, by index, and the others with the reason.
+
+        seconds: of each row, where they are known already; None of one whose length cannot be found
+        rewrite: what is done to texts before they are learnt, which has to leave something
+        """
         kept: dict[int, float] = {}
         skipped: list[Skipped] = []
-        for index, seconds, text in zip(indices, rows.seconds(indices), rows.texts(indices), strict=True):
-            if reason := rows.problem(index, seconds) or self.reason_to_skip(seconds, text):
-                skipped.append(Skipped(rows.id(index), *reason))
+        known = rows.seconds(indices) if seconds is None else seconds
+        for index, length, text in zip(indices, known, rows.texts(indices), strict=True):
+            reason = rows.problem(index, length) or self.refused_length(length) or self.refused_text(text, rewrite)
+            if reason:
+                skipped.append(rows.skipped(index, *reason))
             else:
-                assert seconds is not None
-                kept[index] = seconds
+                assert length is not None
+                kept[index] = length
         return kept, skipped
 
-    def reason_to_skip(self, seconds: float | None, text: str) -> tuple[str, str] | None:
+    def refused_length(self, seconds: float | None) -> Reason | None:
         if seconds is None:
             return "unreadable audio", ""
         if seconds < self.min_seconds:
             return "too short", f"{seconds:.2f} s < data.min_seconds={self.min_seconds}"
         if seconds > self.max_seconds:
             return "too long", f"{seconds:.2f} s > data.max_seconds={self.max_seconds}"
-        return None if text.strip() else ("empty text", "")
+        return None
+
+    def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
+        number = len(text.strip())
+        if not number:
+            return "empty text", ""
+        if text.startswith(NOT_TEXT):
+            return "text that is not text", shortened(text.removeprefix(NOT_TEXT))
+        if found := CONTROL.search(text):
+            return "control characters in the text", f"U+{ord(found[0]):04X} in {shortened(text)}"
+        if number < self.min_characters:
+            return "text too short", f"{number} characters < data.min_characters={self.min_characters}"
+        if number > self.max_characters:
+            return "text too long", f"{number} characters > data.max_characters={self.max_characters}"
+        return None if rewrite(text).strip() else ("text empty once normalised", shortened(text))
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -15,6 +15,8 @@ import pyarrow as pa
 
 PROBLEM = "_problem"
 """The column that says why a row cannot be used: `reason` or `reason: detail`."""
+NOT_TEXT = "\0object\0"
+"""What a list or an object begins with that stands among texts."""
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")  # 007 is text
@@ -45,6 +47,8 @@ def as_array(values: list[Any]) -> pa.Array:
 
 def as_words(value: Any) -> str:
     words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, dict)):
+        words = NOT_TEXT + words
     return words.encode("utf-8", "replace").decode("utf-8")  # JSON can spell halves of characters: \ud800
 
 

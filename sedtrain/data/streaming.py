@@ -94,8 +94,8 @@ class Stream:
             return {}
         if self.known:
             return {index: self.known[part, index] for index in indices if (part, index) in self.known}
-        kept, skipped = self.corpus.limits.sift(self.dataset.parts[part], indices)
-        self.corpus.skipped.note(skipped)
+        kept, skipped = self.corpus.limits.sift(self.dataset.parts[part], indices, rewrite=self.corpus.rewrite)
+        self.corpus.skipped.planned("train", len(indices), skipped)
         return kept
 
     def remove_copies_before(self, epoch: int, place: Place) -> None:
