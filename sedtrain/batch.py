@@ -49,11 +49,15 @@ class Utterance:
 
 
 class Skipped(NamedTuple):
-    """An utterance that is left out, and why: `reason` is one of few words, so that reasons can be counted."""
+    """An utterance that is left out, and why: `reason` is one of few words, so that reasons can be counted.
+
+    path: of its audio, with the byte where it begins in a larger file, else of the file that its row is from
+    """
 
     id: str
     reason: str
     detail: str = ""
+    path: str | None = None
 
 
 @dataclass

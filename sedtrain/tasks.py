@@ -23,6 +23,7 @@ from sedtrain.export import SavedModel, write_model_card
 from sedtrain.inspection.page import write_page
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables
+from sedtrain.normalisers import normaliser
 from sedtrain.resume import plain, starting_point
 from sedtrain.run_folder import config_of
 from sedtrain.tags import TASK_OF
@@ -110,7 +111,7 @@ def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train:
         decoding=asdict(options),
         rtfx=evaluation.rtfx,
         train=train,
-        skipped=dict(data.skipped.counts),
+        skipped=data.skipped.totals(),
         versions=installed_versions(),
         training_normaliser=saved.training_normaliser,
     )
@@ -120,7 +121,10 @@ def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train:
     audio_of = data.split(cfg.split).audio_of
     write_report(folder / "report.html", results, evaluation, folder / "metrics.csv", audio_of, parts)
     terminal.show(
-        terminal.scores(evaluation, cfg.split), terminal.examples(evaluation), terminal.places(folder, LEFT_BEHIND)
+        terminal.scores(evaluation, cfg.split),
+        terminal.examples(evaluation),
+        terminal.left_out(results.skipped),
+        terminal.places(folder, LEFT_BEHIND),
     )
     return results
 
@@ -176,6 +180,7 @@ def inspect_data(cfg: DictConfig) -> None:
     require(most is None or most > 0, "inspect_utterances", most, "1 or more, or null")
     cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
     data: SpeechTextDataModule = create(cfg, "data")
+    data.corpus.rewrite = normaliser(cfg.training_normaliser)
     try:
         found, columns = inspected(data, most)
         found.write(folder / "inspect.json")

@@ -108,6 +108,7 @@ MAY_IMPORT = {
         "evaluation",
         "export",
         "inspection",
+        "normalisers",
         "resume",
         "run_folder",
         "tags",
@@ -136,7 +137,7 @@ ONLY_IN = {
         "metrics_file",
     },
     "datasets": {"data", "hub"},
-    "rich": {"inspection.tables", "progress", "terminal"},
+    "rich": {"data.durations", "inspection.tables", "progress", "terminal"},
     "matplotlib": {"evaluation"},
 }
 # Imported before the configuration has passed: nothing here may be slow.

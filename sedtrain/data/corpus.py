@@ -2,11 +2,12 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from sedtrain.batch import Skipped, UserError
+from sedtrain.data.durations import durations
 from sedtrain.data.limits import Limits
 from sedtrain.data.mix import heated
 from sedtrain.data.parts import Part, Parts, Reference, Source
@@ -22,6 +23,7 @@ class Corpus:
     temperature: see `heated`
     streaming:   whether the training split is read shard after shard; the others never are
     copies:      a folder for what a stream has to fetch or convert
+    rewrite:     what is done to training texts before they are learnt
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Corpus:
     ) -> None:
         self.sources, self.limits, self.skipped = list(sources), limits, skipped
         self.temperature, self.streaming, self.copies = temperature, streaming, copies
+        self.rewrite: Callable[[str], str] = str
         self.parts = cache(self.load_parts)
         self.kept = cache(self.find_kept)
         self.shards = cache(self.find_shards)
@@ -49,14 +52,24 @@ class Corpus:
         return source.whole(split)
 
     def texts(self, split: str) -> Iterator[str]:
-        """The target texts, read one part after the other; of a stream nothing of it is kept."""
-        is_stream = self.streaming and split == "train"
-        parts = Parts(self.shards(), num_rows=0) if is_stream else self.parts(split)
+        """The target texts, read one part after the other."""
+        if self.streaming and split == "train":
+            for part in self.shards():
+                yield from self.texts_of(part)
+            return
+        parts = self.parts(split)
         for number in range(len(parts)):
             if rows := self.opened(parts, number):
                 yield from rows.texts()
-            if is_stream:
-                parts.remove_copy(number)
+
+    def texts_of(self, part: Part) -> Iterator[str]:
+        if part.shard is None:
+            yield from part.open().texts()
+            return
+        try:
+            yield from part.shard.texts(part.source.columns.text)
+        except BrokenShard as error:
+            self.skipped.broken_file(part.shard.name, part.shard.place, str(error), len(self.shards()))
 
     def opened(self, parts: Parts, number: int) -> UtteranceRows | None:
         """One of the parts; one that cannot be read is noted, and None."""
@@ -65,7 +78,7 @@ class Corpus:
         except BrokenShard as error:
             shard = parts.parts[number].shard
             assert shard is not None
-            self.skipped.note([Skipped(shard.name, "unreadable shard", str(error))])
+            self.skipped.broken_file(shard.name, shard.place, str(error), len(parts))
             return None
 
     def refuse_unusable(self, splits: Iterable[str]) -> None:
@@ -102,13 +115,18 @@ class Corpus:
         for part in range(len(parts)):
             if (rows := self.opened(parts, part)) is None:
                 continue
-            here, not_here = self.limits.sift(rows, range(len(rows)))
+            here, not_here = self.limits.sift(rows, range(len(rows)), durations(rows), self.rewriting(split))
             kept.update({(part, index): seconds for index, seconds in here.items()})
             skipped += not_here
         self.skipped.note(skipped)
         if not kept:
             raise none_left(self.sources, split, skipped)
+        self.skipped.planned(split, len(kept) + len(skipped), skipped)
         return kept
+
+    def rewriting(self, split: str) -> Callable[[str], str]:
+        """What has to leave something of the texts of a split."""
+        return self.rewrite if split == "train" else str
 
     def find_shards(self) -> list[Part]:
         """Those of the training split, which a stream reads."""
@@ -135,7 +153,7 @@ class Corpus:
     def training_audio(self) -> str:
         """For people: how much there is to train on."""
         if self.streaming:
-            return f"streamed from {len(self.shards()):,} shards"
+            return f"streamed, {len(self.shards()):,} files"
         seconds = self.kept("train").values()
         return f"{sum(seconds) / 3600:.2f} hours, {len(seconds):,} utterances"
 

@@ -46,8 +46,12 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     batch_seconds, batch_tokens: audio and, if given, target tokens per batch and rank, padding included
     num_buckets: of utterances of similar length; a batch is of one of them
     min_seconds, max_seconds: shorter and longer utterances are skipped
-    keep_decoded_hours: a split of at most so many hours is decoded once and kept in memory (230 MB an hour)
+    keep_decoded_hours: without workers, a split of at most so many hours is decoded once and kept in memory (230 MB an
+        hour); workers decode anew, or each would keep a copy
+    min_characters, max_characters: utterances with shorter and longer texts are skipped
     on_bad_utterance: `skip` counts them, lists them in `skipped.jsonl` and goes on; `error` stops at the first
+    max_bad_fraction: where more of a split is skipped, of 100 utterances at least, training stops: dirt is rarely so much,
+        while a wrong column, folder or limit is at once
     """
 
     def __init__(
@@ -71,8 +75,11 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         num_buckets: int = 30,
         min_seconds: float = 0.05,
         max_seconds: float = 30.0,
+        min_characters: int = 1,
+        max_characters: int = 10_000,
         keep_decoded_hours: float = 2.0,
         on_bad_utterance: Literal["skip", "error"] = "skip",
+        max_bad_fraction: float = 0.1,
         num_workers: int = 0,
         seed: int = 0,
         folder: str = ".",
@@ -87,6 +94,10 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         require(temperature > 0, "data.temperature", temperature, "a number above 0")
         require(min_seconds >= 0, "data.min_seconds", min_seconds, "0 or more")
         require(max_seconds > min_seconds, "data.max_seconds", max_seconds, f"above data.min_seconds, {min_seconds}")
+        require(min_characters >= 1, "data.min_characters", min_characters, "1 or more")
+        at_least = f"{min_characters}, data.min_characters, or more"
+        require(max_characters >= min_characters, "data.max_characters", max_characters, at_least)
+        require(0 <= max_bad_fraction <= 1, "data.max_bad_fraction", max_bad_fraction, "a fraction from 0 to 1")
         require(keep_decoded_hours >= 0, "data.keep_decoded_hours", keep_decoded_hours, "0 or more")
         require(num_workers >= 0, "data.num_workers", num_workers, "0 or more")
         splits = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
@@ -102,8 +113,9 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
         run_key = hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:16]
         copies = Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
-        self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance)
-        self.corpus = Corpus(sources, Limits(min_seconds, max_seconds), self.skipped, temperature, streaming, copies)
+        self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
+        self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
+        self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies)
         self.position: Position | None = None
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
@@ -113,7 +125,12 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def load_split(self, split: str, augment: Augment | None = None) -> SplitDataset:
         assert self.collator is not None, "build hands the collator over"
         return SplitDataset(
-            self.corpus.parts(split), self.corpus.kept(split), self.collator, self.keep_decoded_hours, augment
+            self.corpus.parts(split),
+            self.corpus.kept(split),
+            self.collator,
+            0 if self.num_workers else self.keep_decoded_hours,
+            augment,
+            self.limits.max_seconds,
         )
 
     def batches_of(self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool) -> BatchesWithEpoch:
@@ -139,7 +156,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         if num_rows is None:
             dataset = self.split("train", self.augment)
         else:
-            dataset = SplitDataset(Parts(self.corpus.shards(), 2 * num_rows), {}, self.collator, 0, self.augment)
+            parts = Parts(self.corpus.shards(), 2 * num_rows)
+            dataset = SplitDataset(parts, {}, self.collator, 0, self.augment, self.limits.max_seconds)
         stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=self.batch_tokens is not None)
         return dataset, StreamedBatches(
             stream,
@@ -165,12 +183,22 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         """The whole split; what cannot be read is noted."""
         dataset = self.split(split)
         for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False)):
-            self.skipped.note(batch.skipped)
+            self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             yield batch
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        self.skipped.note(batch.skipped)
+        """Notes what could not be decoded; all ranks come here equally often."""
+        split = "train" if self.trainer is None or self.trainer.training else "validation"
+        over_ranks = self.over_ranks if self.trainer and self.trainer.world_size > 1 else None
+        self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped, over_ranks)
         return batch
+
+    def over_ranks(self, numbers: list[int]) -> list[int]:
+        """Their sums over all ranks."""
+        assert self.trainer is not None
+        here = torch.tensor(numbers, device=self.trainer.strategy.root_device)
+        summed: torch.Tensor = self.trainer.strategy.reduce(here, reduce_op="sum")
+        return summed.tolist()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         batches: BatchesWithEpoch | StreamedBatches

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from math import inf
 from operator import itemgetter
 
 import numpy as np
@@ -14,12 +15,15 @@ from sedtrain.data.clips import UNREADABLE
 from sedtrain.data.collate import Collator
 from sedtrain.data.parts import Parts, Reference
 
+ROUNDED = 0.01  # seconds by which audio may be longer than its header says, once it is resampled
+
 
 class SplitDataset(Dataset[Batch]):
     """Item `(epoch, [reference, ...])` is a Batch.
 
     kept: the seconds of each utterance that is used; of a stream nothing is known ahead
     keep_decoded_hours: what is not longer is decoded once and kept in memory
+    max_seconds: longer audio is left out, although its header or a column of lengths gave it as shorter
     """
 
     def __init__(
@@ -29,8 +33,9 @@ class SplitDataset(Dataset[Batch]):
         collator: Collator,
         keep_decoded_hours: float,
         augment: Augment | None = None,
+        max_seconds: float = inf,
     ) -> None:
-        self.parts, self.collator, self.augment = parts, collator, augment
+        self.parts, self.collator, self.augment, self.max_seconds = parts, collator, augment, max_seconds
         self.references, self.seconds = list(kept), list(kept.values())
         self.keeps_decoded = bool(kept) and self.total_seconds() <= 3600 * keep_decoded_hours
         self.decoded: dict[Reference, Utterance | Skipped] = {}
@@ -85,7 +90,9 @@ class SplitDataset(Dataset[Batch]):
         part, index = reference
         rows = self.parts[part]
         try:
-            return rows.utterance(index, self.collator.sampling_rate)
+            utterance = rows.utterance(index, self.collator.sampling_rate)
         except UNREADABLE as error:
-            reason = getattr(error, "reason", "undecodable audio")
-            return Skipped(rows.id(index), reason, getattr(error, "error_string", str(error)))
+            return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
+        if utterance.seconds > self.max_seconds + ROUNDED:
+            return rows.skipped(index, "too long", f"{utterance.seconds:.2f} s > data.max_seconds={self.max_seconds}")
+        return utterance

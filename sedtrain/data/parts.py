@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sedtrain.data.columns import Columns
+from sedtrain.data.formats import split_files
 from sedtrain.data.rows import UtteranceRows
 from sedtrain.data.shards import Shard, shards_of
-from sedtrain.data.sources import load_rows
+from sedtrain.data.sources import load_rows, local_path
 
 Reference = tuple[int, int]
 """An utterance: the number of its part, and its row there."""
@@ -68,7 +69,15 @@ class Part:
             f"{source.label}/" if source.label else "",
             source.language,
             source.task,
+            file_of(source.path, self.split) if self.shard is None else self.shard.place,
         )
+
+
+def file_of(path: str, split: str) -> str | None:
+    """The file of a folder that a split is stored in, where it is one."""
+    where = local_path(path)
+    files = split_files(where, split.partition("[")[0]) if where.is_dir() else []
+    return str(files[0]) if len(files) == 1 else None
 
 
 class Parts(Sequence[UtteranceRows]):
@@ -99,6 +108,10 @@ class Parts(Sequence[UtteranceRows]):
             if left < num_rows:
                 break
             del self.opened[number]
+
+    def fetch_ahead(self, number: int) -> None:
+        if shard := self.parts[number].shard:
+            shard.fetch_ahead()
 
     def remove_copy(self, number: int) -> None:
         """What was fetched or converted to open this part is removed; it can be opened anew."""

@@ -1,7 +1,7 @@
 """Rows of a `datasets` dataset seen as utterances: columns, segments, lengths, decoding."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from math import inf
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 
 import datasets
 
-from sedtrain.batch import Utterance
-from sedtrain.data.clips import UNREADABLE, RefusedAudio, read_audio, seconds_between
+from sedtrain.batch import Skipped, Utterance
+from sedtrain.data.clips import UNREADABLE, read_audio, refuse_silence, seconds_between
 from sedtrain.data.columns import Columns, check_columns, rows_by_id
 from sedtrain.data.formats import with_readable_text
 from sedtrain.data.manifests import PROBLEM
 from sedtrain.data.sources import local_path
+
+ROWS_AT_ONCE = 64  # of which a thread reads the headers
 
 
 class UtteranceRows:
@@ -25,6 +27,7 @@ class UtteranceRows:
     prefix: what their ids begin with, where several datasets are mixed
     language: of the texts of rows that do not say it
     task: how the texts came from the speech
+    file: the one that the rows stand in, where they are in one
 
     Raises UserError where a column is missing or holds something else than it should, and where two rows have one id.
     """
@@ -39,6 +42,7 @@ class UtteranceRows:
         prefix: str = "",
         language: str | None = None,
         task: str = "transcribe",
+        file: str | None = None,
     ) -> None:
         features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
         check_columns(vars(columns), features, f"{path} ({split})")
@@ -50,6 +54,7 @@ class UtteranceRows:
         self.rows, self.columns, self.split = rows, columns, split
         self.prefix, self.language, self.task = prefix, language, task
         where = local_path(path)
+        self.file = file or (str(where) if where.exists() else path)
         self.folder = folder or (where if where.is_dir() else where.parent)
         problems = rows[PROBLEM] if PROBLEM in rows.column_names else []
         self.problems = {index: words for index, words in enumerate(problems) if words is not None}
@@ -83,20 +88,35 @@ class UtteranceRows:
 
     def seconds(self, indices: Sequence[int] | None = None) -> Iterator[float | None]:
         """The length of each utterance, from its columns, else from the audio's header; None where neither tells."""
-        columns = (self.columns.seconds, self.columns.start, self.columns.end)
-        cells = (self.cells(column, indices) for column in columns)
-        for index, seconds, start, end in zip(range(len(self)) if indices is None else indices, *cells, strict=True):
-            given = seconds if end is None else end - (start or 0)
-            is_known = given is not None and 0 <= given < inf
-            length = float(given) if is_known else None
-            with suppress(*UNREADABLE):
-                length = self.seconds_of_audio(index) if length is None else length
-            yield length
+        declared = self.declared(indices)
+        numbers = range(len(self)) if indices is None else indices
+        by_header = self.by_header([index for index, known in zip(numbers, declared, strict=True) if known is None])
+        return (next(by_header) if known is None else known for known in declared)
 
-    def seconds_of_audio(self, index: int) -> float:
-        """By the audio's header. Raises one of UNREADABLE."""
-        row = self.rows[index]
-        return seconds_between(row[self.columns.audio], self.folder, *self.segment(row))
+    def declared(self, indices: Sequence[int] | None = None) -> list[float | None]:
+        """The lengths that columns tell, None where they tell none."""
+        columns = (self.columns.seconds, self.columns.start, self.columns.end)
+        return [seconds_of(*cells) for cells in zip(*(self.cells(column, indices) for column in columns), strict=True)]
+
+    def by_header(self, indices: Sequence[int]) -> Iterator[float | None]:
+        """The lengths that headers of the audio tell, read in threads; None where one cannot be read."""
+        several = [indices[first : first + ROWS_AT_ONCE] for first in range(0, len(indices), ROWS_AT_ONCE)]
+        if len(several) == 1:
+            yield from self.headers(indices)
+            return
+        with ThreadPoolExecutor() as pool:
+            for lengths in pool.map(self.headers, several):
+                yield from lengths
+
+    def headers(self, indices: Sequence[int]) -> list[float | None]:
+        return [self.length_or_reason(row)[0] for row in self.rows.select(indices)]
+
+    def length_or_reason(self, row: Mapping[str, Any]) -> tuple[float | None, tuple[str, str]]:
+        """By the audio's header: its length, or None with the reason why there is none, and a detail."""
+        try:
+            return seconds_between(row[self.columns.audio], self.folder, *self.segment(row)), ("", "")
+        except UNREADABLE as error:
+            return None, (getattr(error, "reason", "unreadable audio"), str(error))
 
     def segment(self, row: Mapping[str, Any]) -> tuple[float | None, float | None]:
         """Start and end of an utterance in its audio, in seconds; NeMo gives the start and how many seconds."""
@@ -113,20 +133,31 @@ class UtteranceRows:
             reason, _, detail = words.partition(": ")
             return reason, detail
         if seconds is None:
-            with suppress(*UNREADABLE):
-                try:
-                    self.seconds_of_audio(index)
-                except RefusedAudio as error:
-                    return error.reason, str(error)
+            length, reason_and_detail = self.length_or_reason(self.rows[index])
+            return reason_and_detail if length is None else ("unreadable audio", "at first")
         return None
+
+    def skipped(self, index: int, reason: str, detail: str) -> Skipped:
+        """The row as one that is left out."""
+        return Skipped(self.id(index), reason, detail, self.place(self.rows[index][self.columns.audio]))
+
+    def place(self, cell: Any) -> str:
+        """The file of a cell's audio, with the byte where it begins in a larger one; of bytes that of their row."""
+        values = cell if isinstance(cell, dict) else {"bytes" if isinstance(cell, bytes) else "path": cell}
+        if values.get("bytes") is not None or not values.get("path"):
+            return self.file
+        path = str(self.folder / str(values["path"]))
+        return path if values.get("offset") is None else f"{path}, byte {values['offset']}"
 
     def utterance(self, index: int, sampling_rate: int) -> Utterance:
         """Row `index`, decoded, mixed down and resampled to `sampling_rate`.
 
-        Raises one of UNREADABLE when the audio cannot be decoded.
+        Raises one of UNREADABLE when the audio cannot be decoded, is silent, or not as long as the columns say.
         """
         row, columns = self.rows[index], self.columns
-        audio = read_audio(row[columns.audio], sampling_rate, self.folder, *self.segment(row))
+        [declared] = self.declared([index])
+        audio = read_audio(row[columns.audio], sampling_rate, self.folder, *self.segment(row), declared)
+        refuse_silence(audio)
         return Utterance(
             id=self.id(index),
             audio=audio,
@@ -137,6 +168,12 @@ class UtteranceRows:
             seconds=len(audio) / sampling_rate,
             task=self.task,
         )
+
+
+def seconds_of(seconds: float | None, start: float | None, end: float | None) -> float | None:
+    """The length that the columns of a row tell; None where they are empty, or no length."""
+    given = seconds if end is None else end - (start or 0)
+    return float(given) if given is not None and 0 <= given < inf else None
 
 
 def as_text(value: Any) -> str:

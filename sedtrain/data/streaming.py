@@ -17,6 +17,8 @@ from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.parts import Reference
 
+NUM_AHEAD = 4  # remote files are fetched while the block before them is trained on
+
 
 class Place(NamedTuple):
     """Where a block begins: how many visits of parts come before it in the epoch, and how many rows of its first."""
@@ -76,6 +78,8 @@ class Stream:
             room = None if room is None else room - len(here)
             is_read = place.row + len(here) >= len(visited)
             place = Place(place.visit + 1, 0) if is_read else Place(place.visit, place.row + len(here))
+        for part, _ in order[place.visit : place.visit + NUM_AHEAD]:
+            self.dataset.parts.fetch_ahead(part)
         return Block(references, seconds, tokens if self.counts_tokens else None, place)
 
     def rows_visited(self, part: int, visit: int, epoch: int) -> list[int]:
