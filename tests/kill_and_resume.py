@@ -148,7 +148,7 @@ def differences(run, other):
                 yield f"{name}: {part}"
     if (run / "model/model.safetensors").read_bytes() != (other / "model/model.safetensors").read_bytes():
         yield "model.safetensors"
-    rows = [list(csv.DictReader((each / "metrics.csv").open())) for each in (run, other)]
+    rows = [list(csv.DictReader((each / "metrics.csv").read_text().splitlines())) for each in (run, other)]
     if rows[0] != rows[1]:
         yield f"metrics.csv: {len(rows[0])} and {len(rows[1])} rows"
     results = [json.loads((each / "results.json").read_text()) for each in (run, other)]

@@ -11,6 +11,7 @@ import torch
 from kill_and_resume import equal
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from test_datamodule import data_module, good  # noqa: F401 - a fixture
+from test_training_data import OVERLAPPING, shards  # noqa: F401 - a fixture
 
 from sedtrain.batch import UserError
 from sedtrain.checkpoint_files import read_checkpoint
@@ -70,7 +71,7 @@ class SendAt(lightning.Callback):
             signal.raise_signal(self.number)
 
 
-def fit(data, run, *, start=None, callbacks=(), kind=Checkpoints, every=None, mode="min", **options):
+def fit(data, run, *, start=None, callbacks=(), kind=Checkpoints, every=None, mode="min", reading=None, **options):
     """The model, trained in the folder `run`, and its trainer."""
     torch.manual_seed(0)
     folder, model = run / "checkpoints", Tiny()
@@ -84,7 +85,9 @@ def fit(data, run, *, start=None, callbacks=(), kind=Checkpoints, every=None, mo
         **(defaults | options),
     )  # fmt: skip
     try:
-        trainer.fit(model, datamodule=data_module(data, batch_seconds=2, folder=str(run)), ckpt_path=start)
+        trainer.fit(
+            model, datamodule=data_module(data, batch_seconds=2, folder=str(run), **(reading or {})), ckpt_path=start
+        )
     except Stopped:
         model.stopped = True
     return model, trainer
@@ -124,6 +127,21 @@ def test_training_goes_on_from_every_step_as_if_it_had_never_stopped(good, tmp_p
         assert model.num_trained > 0
         assert equal(last(run), last(never)), path
         assert (run / "metrics.csv").read_text() == (never / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_epochs": None, "max_steps": 11}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    "reading", [{"streaming": True, "block_utterances": 5}, OVERLAPPING], ids=["streamed", "mixed"]
+)
+def test_training_on_a_corpus_without_length_goes_on_from_every_step(shards, tmp_path, reading, limit):  # noqa: F811
+    never = tmp_path / "never"
+    fit(shards, never, kind=Keeping, reading=reading, **limit)
+    kept = sorted(never.glob("*.kept"), key=lambda path: int(path.stem))
+    assert len(kept) >= 5
+    for path in kept[:-1]:
+        run = moved_to(tmp_path / path.stem, path)
+        fit(shards, run, start="own", reading=reading, **limit)
+        assert equal(last(run), last(never)), path
 
 
 def test_a_training_that_ended_trains_no_more_but_another_goes_on_from_it(good, tmp_path):  # noqa: F811
