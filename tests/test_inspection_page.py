@@ -86,6 +86,13 @@ def test_dirt_is_counted_and_stops_nothing(sedtrain, tmp_path):
     assert len((tmp_path / "run/skipped.jsonl").read_text().splitlines()) == 3
 
 
+def test_what_the_normaliser_empties_is_left_out(sedtrain, tmp_path):
+    rows = {"audio": [wav(1.0)] * 2, "text": ["[noise]", "two"]}
+    pyarrow.parquet.write_table(pa.table(rows), tmp_path / "train.parquet")
+    ended = inspect(sedtrain, tmp_path, tmp_path / "run", "training_normaliser=whisper_english")
+    assert "train: 1 of 2 utterances would be skipped: 1 text empty once normalised" in " ".join(ended.out.split())
+
+
 def test_a_split_without_a_usable_utterance_is_told(sedtrain, tmp_path):
     pyarrow.parquet.write_table(pa.table({"audio": [b"", b""], "text": ["", ""]}), tmp_path / "train.parquet")
     ended = inspect(sedtrain, tmp_path, tmp_path / "run")

@@ -1,6 +1,6 @@
 """The utterances of a split as columns, without audio: those that would be used, and those that would be left out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, repeat
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sedtrain.batch import Skipped, UserError
 from sedtrain.data.corpus import Corpus
+from sedtrain.data.durations import durations
 from sedtrain.data.parts import Parts, Reference
 from sedtrain.data.rows import UtteranceRows
 from sedtrain.data.sources import local_path
@@ -57,7 +58,8 @@ class SplitColumns:
 
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Some rows of a part, sifted as they are for training."""
-        kept, skipped = corpus.limits.sift(rows, indices)
+        known = None if corpus.streaming else durations(rows)
+        kept, skipped = corpus.limits.sift(rows, indices, known, corpus.rewriting(self.split))
         self.num_read += len(indices)
         ids = list(rows.index_of)
         here = list(kept)
@@ -69,10 +71,18 @@ class SplitColumns:
         of_row, of_all = rows.cells(rows.columns.language, here), name_of(rows.language)
         self.languages += [of_all if rows.columns.language is None else name_of(cell) for cell in of_row]
         self.datasets += repeat(self.parts.parts[part].source.label, len(here))
-        self.skipped += skipped
         lengths = rows.seconds([rows.index_of[each.id] for each in skipped])
         for each, seconds in zip(skipped, lengths, strict=True):
-            self.skipped_seconds[each.reason] = self.skipped_seconds.get(each.reason, 0.0) + (seconds or 0.0)
+            self.leave_out(each, seconds)
+
+    def leave_out(self, each: Skipped, seconds: float | None) -> None:
+        self.skipped.append(each)
+        self.skipped_seconds[each.reason] = self.skipped_seconds.get(each.reason, 0.0) + (seconds or 0.0)
+
+    def refuse(self, skipped: Mapping[int, Skipped]) -> None:
+        """Those that would be used, by number, but cannot be decoded."""
+        for number, each in skipped.items():
+            self.leave_out(each, self.lengths[number])
 
 
 def name_of(cell: object) -> str | None:

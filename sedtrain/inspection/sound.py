@@ -55,7 +55,7 @@ def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
             sampling_rate, num_channels, format = file.samplerate, file.channels, f"{file.format} {file.subtype}"
         samples = rows.utterance(index, sampling_rate).audio.numpy()
     except UNREADABLE as error:
-        return Skipped(rows.id(index), getattr(error, "reason", "undecodable audio"), str(error))
+        return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
     return Sound(
         sampling_rate,
         num_channels,

@@ -10,7 +10,6 @@ import numpy as np
 
 from sedtrain.batch import Skipped
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.sources import public_name
 from sedtrain.inspection.reading import SplitColumns, read_corpus, skipped_examples
 from sedtrain.inspection.sound import Sound, listen
 from sedtrain.inspection.statistics import (
@@ -116,15 +115,16 @@ def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection,
     columns, absent = read_corpus(data.corpus, most)
     heard = [decoded(each, data.seed) for each in columns]
     for each, sounds in zip(columns, heard, strict=True):
-        each.skipped += [sound for sound in sounds.values() if isinstance(sound, Skipped)]
+        each.refuse({number: sound for number, sound in sounds.items() if isinstance(sound, Skipped)})
         data.skipped.note(each.skipped)
     train = next((each for each in columns if each.split == "train"), None)
     splits = [summary(each, sounds, data, train) for each, sounds in zip(columns, heard, strict=True)]
     audible = [{number: each for number, each in of.items() if isinstance(each, Sound)} for of in heard]
-    name = " + ".join(dict.fromkeys(public_name(source.path) for source in data.corpus.sources))
     options = ("batch_seconds", "batch_tokens", "num_buckets")
     settings = {f"data.{option}": getattr(data, option) for option in options}
-    return Inspection(name, settings, splits, absent, strangest(columns, audible, NUM_STRANGE)), columns
+    return Inspection(
+        data.corpus.public_name, settings, splits, absent, strangest(columns, audible, NUM_STRANGE)
+    ), columns
 
 
 def decoded(columns: SplitColumns, seed: int) -> dict[int, Sound | Skipped]:

@@ -52,7 +52,7 @@ def listed(
     """A table of which the first columns hold words and the others numbers; nothing where it has no row."""
     table = Table(title=Text(title), title_justify="left")
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < num_texts else "right")
+        table.add_column(heading, justify="left" if place < num_texts else "right", overflow="fold")
     for rows in sections:
         for row in rows:
             table.add_row(*map(Text, row))

@@ -19,7 +19,7 @@ LENGTH_HEADINGS = ("split", "of an utterance", "mean", "5 %", "median", "95 %", 
 BATCH_HEADINGS = ("split", "batches of", "number", "utterances", "padding", "largest")
 SOUND_HEADINGS = ("split", "stored as", "decoded", "level, dBFS", "silent", "clipped")
 TEXT_HEADINGS = ("split", "different texts", "repeated", "characters", "texts in train", "speakers in train")
-SKIPPED_HEADINGS = ("split", "reason", "first of them", "utterances", "hours")
+SKIPPED_HEADINGS = ("split", "reason", "first of them", "utterances", "audio")
 GROUP_HEADINGS = ("by", "split", "most audio", "number")
 STRANGE_HEADINGS = ("utterance", "why", "text")
 CHARACTER_HEADINGS = ("character", "first in", "times")
@@ -136,7 +136,7 @@ def speakers_shared(split: SplitSummary) -> str:
 
 def skipped_rows(split: SplitSummary) -> list[Row]:
     return [
-        (split.split, each.reason, "; ".join(each.examples), f"{each.num_utterances:,}", f"{each.hours:.2f}")
+        (split.split, each.reason, "; ".join(each.examples), f"{each.num_utterances:,}", duration(each.hours))
         for each in split.skipped
     ]
 
