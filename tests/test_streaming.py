@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from sedtrain.batch import Skipped, UserError
+from sedtrain.data import streaming
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.limits import Limits
@@ -202,7 +203,8 @@ def test_utterances_of_different_shards_meet_in_a_batch():
     assert sum(len({part for part, _ in batch}) > 1 for batch in batches) > len(batches) / 2
 
 
-def test_the_copies_of_shards_are_removed_two_blocks_later():
+def test_the_copies_of_shards_are_removed_when_nobody_can_be_at_them(monkeypatch):
+    monkeypatch.setattr(streaming, "STEPS_BEHIND", 3)
     batches = sampler([10] * 10, num_rows=10)
     parts = batches.stream.dataset.parts
     open_at_once = [len(set(parts.asked)) - len(parts.removed) for _ in batches]

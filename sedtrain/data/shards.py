@@ -66,11 +66,20 @@ class Shard:
     def rows(self) -> datasets.Dataset:
         """Raises BrokenShard, and UserError where a file cannot be fetched."""
         datasets.disable_progress_bars()
-        file = self.fetched() if self.is_remote else Path(self.place)
-        with whole():
-            if self.place.endswith(TARS):
-                return tar_rows(self.place, [file], self.copy if self.is_remote else None)
-            return table_rows(file, self.copy)
+        if self.place.endswith(TARS) and not self.is_remote:
+            with whole():
+                return tar_rows(self.place, [Path(self.place)])
+        with self.lock():  # nobody removes a copy that another has half made
+            file = self.fetched() if self.is_remote else Path(self.place)
+            with whole():
+                return (
+                    tar_rows(self.place, [file], self.copy) if file.name.endswith(TARS) else table_rows(file, self.copy)
+                )
+
+    def lock(self) -> FileLock:
+        """Held by one of the processes that stream for the same run on a machine; it may take it twice."""
+        self.copies.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.copy}.lock", is_singleton=True)
 
     def texts(self, column: str) -> Iterator[str]:
         """The texts of a column, of Parquet without reading or fetching the others. Raises as `rows` does."""
@@ -101,14 +110,16 @@ class Shard:
     def fetched(self) -> Path:
         """A copy of the remote file, fetched once by all processes of a machine."""
         file = self.copy / Path(self.place).name
-        self.copy.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.copy}.lock"):
+        with self.lock():
+            self.copy.mkdir(exist_ok=True)
             if not file.exists():
                 fetch(self.place, file)
         return file
 
     def remove_copy(self) -> None:
-        shutil.rmtree(self.copy, ignore_errors=True)  # often there is none, or another process is removing it too
+        if self.copy.exists():
+            with self.lock():
+                shutil.rmtree(self.copy, ignore_errors=True)  # another process may have done it by now
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 The state of a stream is a place in that order and the steps made since; going on there reads one block anew.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil, floor
@@ -17,6 +18,7 @@ from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.parts import Reference
 
+STEPS_BEHIND = 256  # more than the batches that workers prefetch
 NUM_AHEAD = 4  # remote files are fetched while the block before them is trained on
 
 
@@ -143,6 +145,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         self.steps_before, self.start = 0, Place(0, 0)
         self.in_block: Position | None = None
         self.begun: list[BegunBlock] = []
+        self.passed: deque[tuple[int, Place]] = deque()
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of every epoch; the one that was resumed goes on where it stopped."""
@@ -184,19 +187,26 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         batches.set_epoch(self.epoch)
         return batches
 
+    def remove_copies(self, steps: int, start: Place) -> None:
+        """Of what was read so long ago that no worker of any rank can still be at it."""
+        self.passed.append((steps, start))
+        while len(self.passed) > 1 and self.passed[1][0] <= steps - STEPS_BEHIND:
+            self.passed.popleft()
+        self.stream.remove_copies_before(self.epoch, self.passed[0][1])
+
     def __iter__(self) -> Iterator[tuple[int, list[Reference]]]:
         """Raises UserError at the end of an epoch without an utterance, and where a resumed block is another."""
         steps, start, resumed = self.steps_before, self.start, self.in_block
         self.begun = []
+        self.passed.clear()
         while True:
             block = self.stream.block(self.epoch, start)
             batches = self.batches_of(block, start)
             if resumed is not None:
                 batches.load_state_dict(resumed)
                 resumed = None
-            if self.begun:
-                self.stream.remove_copies_before(self.epoch, self.begun[-1].start)
             self.begun.append(BegunBlock(steps, start, batches))
+            self.remove_copies(steps, start)
             yield from BatchesWithEpoch(batches, block.references)
             if block.end == start:
                 break
