@@ -106,11 +106,16 @@ def starts_like_parquet(file: Path) -> bool:
 
 
 def is_empty(file: Path) -> bool:
-    """Whether a Parquet file holds no rows: `datasets` gives an error that says something else."""
+    """Whether a Parquet file holds no rows: `datasets` gives an error that says something else.
+
+    Raises ArrowInvalid where its end is damaged.
+    """
     try:
         return not pyarrow.parquet.read_metadata(file).num_rows
     except pa.ArrowInvalid:
         return False
+    except OSError as error:
+        raise pa.ArrowInvalid(str(error)) from error
 
 
 def read_manifest_file(files: list[Path]) -> datasets.Dataset:

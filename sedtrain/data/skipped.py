@@ -128,11 +128,11 @@ class SkippedUtterances:
         sieves = self.sieves[split]
         if sieves.fraction(decoded) <= self.max_bad_fraction:
             return
-        counted = self.totals()
+        looked_at = {"could not be used": sieves.planned, "could not be decoded": decoded}
+        told = [f"{each.num_bad:,} of {each.num_seen:,} {what}" for what, each in looked_at.items() if each.num_bad]
         raise UserError(
-            f"{sieves.planned.num_bad + decoded.num_bad:,} of {max(sieves.planned.num_seen, decoded.num_seen):,} utterances "
-            f"of {split} are left out, which is more than data.max_bad_fraction={self.max_bad_fraction:g} "
-            f"({in_words(counted)}; {self.file} names them)",
+            f"utterances of {split}: {', '.join(told)}, which is more than data.max_bad_fraction={self.max_bad_fraction:g} "
+            f"(in all splits {in_words(self.totals())}; {self.file} names them)",
             "data.path and data.columns of utterances that can be used, limits such as data.max_seconds that fit them, or a "
             "higher data.max_bad_fraction to go on with the others",
         )
