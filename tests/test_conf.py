@@ -16,7 +16,7 @@ LOCAL = ("folder", "manifest", "parquet", "webdataset")
 MISSING = {
     **{("data", name): "data.path" for name in LOCAL},
     ("experiment", "connected_digits"): "data.path",
-    ("augment", "recorded_noise"): "augment.recorded_noise.folder",
+    ("augment", "recorded_noise"): "augment.recorded_noise.path",
     ("augment", "reverb"): "augment.reverb.folder",
 }
 FAMILIES = {

@@ -5,8 +5,7 @@ from collections import Counter
 from math import ceil, floor
 
 import pytest
-import soundfile
-from test_datamodule import COLUMNS, TOKENIZER, write
+from test_datamodule import COLUMNS, TOKENIZER, wav, write
 from test_training_data import fitted
 from transformers import Wav2Vec2FeatureExtractor
 
@@ -14,6 +13,7 @@ from sedtrain.batch import UserError
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.mix import heated
+from sedtrain.data.sources import absolute_path, public_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -38,7 +38,7 @@ def datasets_of(tmp_path):
         write(tmp_path / f"parquet/{split}.parquet", [0.3 + 0.1 * i for i in range(number)])
     (tmp_path / "sound").mkdir()
     for i in range(9):
-        soundfile.write(tmp_path / f"sound/{i}.wav", [0.1] * (3200 + 800 * i), 16_000)
+        (tmp_path / f"sound/{i}.wav").write_bytes(wav(0.2 + 0.05 * i, i))
     lines = [{"file": f"{i}.wav", "said": NUMBERS[i], "name": f"n{i}"} for i in range(9)]
     (tmp_path / "manifest").mkdir()
     for split, number in {"train": 9, "validation": 3, "test": 2}.items():
@@ -297,3 +297,17 @@ def test_a_trainer_sees_what_the_weights_say_and_validates_on_all(datasets_of, t
     ids = Counter(names(id for _, *batch in seen.trained for id, _ in batch))
     assert ids == {name: 2 * weight * size for (name, size), weight in zip(SIZES.items(), weights, strict=True)}
     assert names(id for _, *batch in seen.validated for id, _ in batch) == {"parquet": 4, "manifest": 6, "hub": 4}
+
+
+# --- named from elsewhere
+
+
+@pytest.mark.parametrize("path", ["https://host/a/{split}-{000..001}.tar", "hf://datasets/who/what/*.parquet"])
+def test_a_url_is_the_same_from_any_folder_and_for_any_reader(path, tmp_path):
+    assert absolute_path(path) == public_name(path) == path
+    assert module(tmp_path, {"a": {"path": path}}).corpus.public_name == path
+
+
+def test_a_mix_is_named_after_its_datasets(datasets_of, tmp_path):
+    datasets_of["again"] = datasets_of["hub"]
+    assert module(tmp_path, datasets_of).corpus.public_name == "parquet + manifest + hub"
