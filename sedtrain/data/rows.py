@@ -109,7 +109,9 @@ class UtteranceRows:
                 yield from lengths
 
     def headers(self, indices: Sequence[int]) -> list[float | None]:
-        return [self.length_or_reason(row)[0] for row in self.rows.select(indices)]
+        columns = self.rows.select(indices)[:]
+        rows = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
+        return [self.length_or_reason(row)[0] for row in rows]
 
     def length_or_reason(self, row: Mapping[str, Any]) -> tuple[float | None, tuple[str, str]]:
         """By the audio's header: its length, or None with the reason why there is none, and a detail."""
