@@ -21,7 +21,7 @@ the extractor's call for each utterance, its `pad` for the batch. It decodes and
 sedtrain does, because `datasets` needs torchcodec and FFmpeg for that.
 
 `--memory` prints the memory (PSS) of a process and its four workers after each of 20 epochs of the embedded corpus, and
-the slope over the second ten; as it is by default, decoded audio kept in the workers, and without.
+the slope over the second ten.
 """
 
 import argparse
@@ -190,24 +190,20 @@ def features(encoder):
 def memory(epochs=20):
     """Prints megabytes after each epoch, of this process and its four workers."""
     warnings.filterwarnings("ignore", "This DataLoader will create 4 worker processes")  # of smaller machines
-    for hours in (2, 0):
-        with tempfile.TemporaryDirectory() as folder:
-            options = ("data.num_workers=4", f"data.keep_decoded_hours={hours}", f"run_dir={folder}")
-            loader = sedtrain_loader(composed("data=spoken_digits", *options), collator_of("wav2vec2"))
-            used = []
-            for epoch in range(epochs):
-                loader.sampler.set_epoch(epoch)
-                for _ in loader:
-                    pass
-                pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-                rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
-                used.append(sum(int(re.search(r"Pss: +(\d+) kB", rollup)[1]) for rollup in rollups) / 1000)
-            slope = np.polyfit(np.arange(epochs // 2), used[-(epochs // 2) :], 1)[0]
-            print(
-                f"keep_decoded_hours={hours}, {len(pids)} processes:", *(f"{each:.0f}" for each in used), "MB", end="; "
-            )
-            print(f"{slope:+.2f} MB an epoch over the last {epochs // 2}", flush=True)
-            del loader
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("data.num_workers=4", f"run_dir={folder}")
+        loader = sedtrain_loader(composed("data=spoken_digits", *options), collator_of("wav2vec2"))
+        used = []
+        for epoch in range(epochs):
+            loader.sampler.set_epoch(epoch)
+            for _ in loader:
+                pass
+            pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+            used.append(sum(int(re.search(r"Pss: +(\d+) kB", rollup)[1]) for rollup in rollups) / 1000)
+        slope = np.polyfit(np.arange(epochs // 2), used[-(epochs // 2) :], 1)[0]
+        print(f"{len(pids)} processes:", *(f"{each:.0f}" for each in used), "MB", end="; ")
+        print(f"{slope:+.2f} MB an epoch over the last {epochs // 2}", flush=True)
 
 
 def in_a_process(*arguments):
