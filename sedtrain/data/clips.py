@@ -54,6 +54,14 @@ def path_in(folder: Path, name: str) -> str:
     return str(folder / name)
 
 
+class Content(io.BytesIO):
+    """Bytes as a file; to before its beginning, where corrupt headers send libsndfile, is its beginning."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: len(self.getbuffer())}[whence]
+        return super().seek(max(0, start + offset))
+
+
 class ByteRange(io.RawIOBase):
     """`size` bytes of a file from `offset` on, as a file of their own: a member of a tar is read without the tar."""
 
@@ -100,7 +108,7 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFil
         raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
     if content is not None:
         refuse_empty(len(content), "0 bytes")
-        with sound_in(io.BytesIO(content)) as sound:
+        with sound_in(Content(content)) as sound:
             yield sound
         return
     where = str(path) if folder is None else path_in(folder, str(path))
