@@ -87,7 +87,8 @@ def test_a_fused_step_goes_as_far_as_clipping_allows_in_mixed_precision_too(buil
     """Plain descent at a rate of 1 moves the weights by the clipped gradient."""
     run = built(
         "optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.lr=1",
-        "optimizer.weight_decay=0", "scheduler=constant", "scheduler.warmup_fraction=0", "trainer.gradient_clip_val=0.01", "trainer.max_steps=1",
+        "optimizer.weight_decay=0", "scheduler=constant", "scheduler.warmup_fraction=0",
+        "trainer.gradient_clip_val=0.01", "trainer.max_steps=1",
         *precision,
     )  # fmt: skip
     before = torch.nn.utils.parameters_to_vector(run.module.parameters()).detach().clone()
