@@ -408,10 +408,18 @@ def test_a_plan_with_too_many_bad_utterances_is_an_error_with_counts(tmp_path):
     assert str(raised.value) == (
         "utterances of train: 15 of 120 could not be used, which is more than data.max_bad_fraction=0.1 "
         f"(in all splits 10 empty text, 5 missing file; {tmp_path}/skipped.jsonl names them)\n"
-        "  write instead: data.path and data.columns of utterances that can be used, limits such as data.max_seconds that "
-        "fit them, or a higher data.max_bad_fraction to go on with the others"
+        "  write instead: data.path and data.columns of utterances that can be used, "
+        "or a higher data.max_bad_fraction to go on with the others"
     )
     data_module(folder, tmp_path, NO_SECONDS, max_bad_fraction=0.125).corpus.refuse_unusable(["train"])
+
+
+def test_what_is_beyond_the_limits_that_were_set_does_not_count(tmp_path):
+    write(tmp_path / "train.parquet", [0.1, 0.2, 0.3, 0.4] * 30)
+    options = {"max_seconds": 0.35, "min_seconds": 0.15, "max_characters": 3, "max_bad_fraction": 0}
+    data = data_module(tmp_path, **options)
+    assert len(data.corpus.kept("train")) == 30
+    assert data.skipped.totals() == {"too short": 30, "too long": 30, "text too long": 30}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

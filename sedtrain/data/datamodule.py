@@ -51,7 +51,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     min_characters, max_characters: utterances with shorter and longer texts are skipped
     on_bad_utterance: `skip` counts them, lists them in `skipped.jsonl` and goes on; `error` stops at the first
     max_bad_fraction: where more of a split is skipped, of 100 utterances at least, training stops: dirt is rarely so much,
-        while a wrong column, folder or limit is at once
+        while a wrong column or folder is at once; what is shorter or longer than the limits does not count
     """
 
     def __init__(

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 ENOUGH = 100
 """Fractions are of so many utterances at least, so that the first bad one of five stops nothing."""
+CHOSEN = frozenset({"too short", "too long", "text too short", "text too long"})
+"""What the user's own limits leave out is no fault, and stops nothing however much it is."""
 TOGETHER = 16
 """Batches after which ranks that decode different utterances count together."""
 
@@ -55,7 +57,7 @@ class SkippedUtterances:
 
     file: a line of JSON for each
     on_bad_utterance: `error` raises at the first instead
-    max_bad_fraction: more of a split raises
+    max_bad_fraction: more of a split raises; what is CHOSEN does not count
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class SkippedUtterances:
             raise bad(skipped[0])
         sieves = self.sieves[split]
         sieves.planned.num_seen += num_seen
-        sieves.planned.num_bad += len(skipped)
+        sieves.planned.num_bad += num_faults(skipped)
         self.judge(split, sieves.decoded)
 
     def decoded(
@@ -97,7 +99,7 @@ class SkippedUtterances:
         sieves = self.sieves[split]
         own = sieves.decoded
         own.num_seen += num_seen
-        own.num_bad += len(skipped)
+        own.num_bad += num_faults(skipped) if self.on_bad_utterance == "skip" else len(skipped)
         sieves.num_batches += 1
         if over_ranks is None:
             total = own
@@ -130,11 +132,12 @@ class SkippedUtterances:
             return
         looked_at = {"could not be used": sieves.planned, "could not be decoded": decoded}
         told = [f"{each.num_bad:,} of {each.num_seen:,} {what}" for what, each in looked_at.items() if each.num_bad]
+        faults = {reason: count for reason, count in self.totals().items() if reason not in CHOSEN}
         raise UserError(
             f"utterances of {split}: {', '.join(told)}, which is more than data.max_bad_fraction={self.max_bad_fraction:g} "
-            f"(in all splits {in_words(self.totals())}; {self.file} names them)",
-            "data.path and data.columns of utterances that can be used, limits such as data.max_seconds that fit them, or a "
-            "higher data.max_bad_fraction to go on with the others",
+            f"(in all splits {in_words(faults)}; {self.file} names them)",
+            "data.path and data.columns of utterances that can be used, "
+            "or a higher data.max_bad_fraction to go on with the others",
         )
 
     def note(self, skipped: Sequence[Skipped]) -> None:
@@ -183,6 +186,10 @@ class SkippedUtterances:
     def count(self, utterance: Skipped) -> None:
         self.noted[key_of(utterance)] = utterance
         self.counts[utterance.reason] += 1
+
+
+def num_faults(skipped: Sequence[Skipped]) -> int:
+    return sum(utterance.reason not in CHOSEN for utterance in skipped)
 
 
 def key_of(utterance: Skipped) -> tuple[str, str, str | None]:
