@@ -397,7 +397,7 @@ def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
 def test_shards_that_are_missing_or_compressed_are_told(tmp_path):
     assert message(load_rows, f"{tmp_path}/train-*.tar", "train") == (
         f"data.path={tmp_path}/train-*.tar: there is no such file\n"
-        "  write instead: data.path='SHARDS-{000..127}.tar', or a glob"
+        "  write instead: 'data.path=\"SHARDS-{000..127}.tar\"', or a glob"
     )
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as file:
         file.addfile(tarfile.TarInfo("a.wav"), io.BytesIO())

@@ -202,7 +202,7 @@ def expanded(pattern: str) -> Iterator[str]:
 
 def tar_rows(path: str, shards: list[Path], cache: Path | None = None) -> datasets.Dataset:
     if not shards:
-        raise UserError(f"data.path={path}: there is no such file", "data.path='SHARDS-{000..127}.tar', or a glob")
+        raise UserError(f"data.path={path}: there is no such file", "'data.path=\"SHARDS-{000..127}.tar\"', or a glob")
     return kept(read_shards, shards, cache)
 
 
