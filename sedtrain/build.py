@@ -15,7 +15,7 @@ from sedtrain.creation import create, import_target
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.mix import each_source, is_one_file
+from sedtrain.data.mix import each_source, is_same_for_all, stands_for_several
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.export import SavedModel
@@ -116,14 +116,19 @@ def refuse_unusable(cfg: DictConfig) -> None:
         wrong = f"it computes in 16 bits, and trainer.precision is {cfg.trainer.precision}"
         problems.append(Problem("attention", "flash_attention_2", wrong, "write trainer.precision=bf16-mixed"))
     for where, source in each_source(cfg.data).items():
-        if is_one_file(source):
-            wrong = "one file would be training, validation and test data at once"
-            write = (
-                f"write {where}.path=FOLDER with train, validation and test files (a single file serves task=evaluate)"
-            )
-            problems.append(Problem(f"{where}.path", source["path"], wrong, write))
+        if is_same_for_all(source):
+            problems.append(same_for_all(f"{where}.path", source["path"]))
     if problems:
         raise ConfigError(problems)
+
+
+def same_for_all(where: str, path: str) -> Problem:
+    several = stands_for_several(path)
+    wrong = f"{'the same files' if several else 'one file'} would be training, validation and test data at once"
+    instead = "with {split} where they differ" if several else "with train, validation and test files"
+    other = "what is for all splits" if several else "a single file"
+    kind = "PATTERN" if several else "FOLDER"
+    return Problem(where, path, wrong, f"write {where}={kind} {instead} ({other} serves task=evaluate)")
 
 
 def augment(cfg: DictConfig) -> Augment:

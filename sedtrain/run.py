@@ -1,6 +1,7 @@
 """One training, connected: what a person is told before it starts, and what is kept at its end."""
 
 import contextlib
+import logging
 import math
 import signal
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from sedtrain.finetune import FineTuning, PartPlan
 from sedtrain.interrupts import StopOnInterrupt
 from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.progress import ProgressBar
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,25 @@ class TrainingRun:
         facts = {
             "training audio": self.data.corpus.training_audio(),
             "batches": f"{self.data.batch_seconds:g} s of audio{in_an_epoch}",
-            "steps": f"{self.num_steps():,}" + (f", at most {self.time_limit()}" if self.time_limit() else ""),
+            "steps": self.planned_steps(),
             "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
             "ctc weight": f"{self.module.weights.ctc_weight:g}",
             "run folder": str(self.folder),
         }
         return parts, facts
+
+    def planned_steps(self) -> str:
+        """For people: how many steps there are, and what may end them earlier, of which the learning rate knows nothing."""
+        told = f"{self.num_steps():,}"
+        if self.num_batches is None and (self.trainer.max_epochs or -1) >= 0:
+            told += f", or {self.trainer.max_epochs:,} epochs if they end first"
+            logger.warning(
+                "the learning rate is planned for trainer.max_steps=%d: nobody knows how many steps an epoch of a stream, "
+                "or of a weighted mix, has, and trainer.max_epochs=%d may end training long before, even in warm-up",
+                self.trainer.max_steps,
+                self.trainer.max_epochs,
+            )
+        return told + (f", at most {self.time_limit()}" if self.time_limit() else "")
 
     @cached_property
     def num_batches(self) -> int | None:
@@ -86,8 +102,13 @@ class TrainingRun:
         """Trains, from the checkpoint `start` where there is one; returns also where training was asked to stop."""
         if start:
             self.refuse_other_model(start)
-        with contextlib.suppress(Stopped):
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)
+        try:
+            with contextlib.suppress(Stopped):
+                self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)
+        except RuntimeError as error:
+            if (first := user_error_behind(error)) and "iter(combined_loader)" in str(error):
+                raise first from None  # Lightning's teardown fails where workers have not begun, and hides what stopped them
+            raise
 
     def refuse_other_model(self, start: Path) -> None:
         """Raises UserError where a checkpoint has not the weights of this model, or trains others of them."""
@@ -138,6 +159,14 @@ class TrainingRun:
             if isinstance(callback, ProgressBar):
                 return callback.totals()
         return None
+
+
+def user_error_behind(error: BaseException) -> UserError | None:
+    """The UserError that was being handled, or that was the cause, when `error` was raised."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, UserError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 def groups_of(optimizer_state: Mapping[str, Any]) -> list[tuple[int, set[str]]]:

@@ -1,6 +1,7 @@
 """What build refuses before training starts, and what the options of the Trainer do."""
 
 import json
+import shutil
 from collections import Counter
 from importlib.metadata import version
 
@@ -243,7 +244,86 @@ def test_the_plan_tells_the_smaller_of_steps_and_epochs(built):
     assert built("trainer.max_steps=2", "++trainer.max_epochs=1").num_steps() == 2
 
 
+def test_the_plan_tells_that_epochs_of_unknown_length_may_end_before_the_steps(built, caplog):
+    epochs = ["trainer.max_steps=1800", "++trainer.max_epochs=2"]
+    assert built(*epochs).plan()[1]["steps"] == "6, at most 0:08:00"
+    assert "is planned for" not in caplog.text
+    streamed = ["data.streaming=true", "data.batch_seconds=8"]
+    assert built(*epochs[:1], *streamed).plan()[1]["steps"] == "1,800, at most 0:08:00"
+    assert "is planned for" not in caplog.text
+    _, facts = built(*epochs, *streamed).plan()
+    assert facts["steps"] == "1,800, or 2 epochs if they end first, at most 0:08:00"
+    [warning] = [each.getMessage() for each in caplog.records if "is planned for" in each.getMessage()]
+    assert warning == (
+        "the learning rate is planned for trainer.max_steps=1800: nobody knows how many steps an epoch of a stream, "
+        "or of a weighted mix, has, and trainer.max_epochs=2 may end training long before, even in warm-up"
+    )
+
+
 # --- data
+
+
+SAME_FILES = "the same files would be training, validation and test data at once"
+
+
+@pytest.mark.parametrize("path", ["a-{000..127}.tar", "a-*.parquet", "https://host/a.parquet", "hf://datasets/a/*.tar"])
+def test_files_that_are_the_same_for_all_splits_are_refused(built, path):
+    with pytest.raises(ConfigError) as raised:
+        built(f'data.path="{path}"')
+    [problem] = raised.value.problems
+    assert (problem.path, problem.value, problem.wrong) == ("data.path", path, SAME_FILES)
+    assert problem.write.startswith("write data.path=PATTERN with {split}")
+    mixed = ["data=mix", f'data.mix.german.path="{path}"', "data.mix.english.path=spoken_digits"]
+    with pytest.raises(ConfigError) as raised:
+        built(*mixed)
+    [problem] = raised.value.problems
+    assert (problem.path, problem.wrong) == ("data.mix.german.path", SAME_FILES)
+
+
+@pytest.mark.parametrize("file", ["train.parquet", "tr*n.parquet"])
+def test_splits_cut_from_the_same_files_are_no_others_data(built, corpus, file):
+    parts = ["train[:50%]", "train[50%:75%]", "train[75%:]"]
+    names = [f"data.{split}_split='{part}'" for split, part in zip(("train", "validation", "test"), parts, strict=True)]
+    data = built(f"data.path={corpus / file}", *names).data
+    assert [len(data.corpus.kept(split)) for split in ("train", "validation", "test")] == [12, 6, 6]
+
+
+def test_a_pattern_with_the_name_of_the_split_is_not_refused(built, corpus):
+    assert len(built(f'data.path="{corpus}/{{split}}*.parquet"').data.corpus.kept("test")) == 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_stops_a_stream_in_its_first_block_is_told_without_a_traceback(command, corpus, tmp_path, num_workers):
+    folder = tmp_path / "dirty"
+    shutil.copytree(corpus, folder)
+    rows = pyarrow.parquet.read_table(corpus / "train.parquet")
+    column = rows.column_names.index("text")
+    texts = ["", *rows["text"].to_pylist()[1:]]
+    pyarrow.parquet.write_table(rows.set_column(column, "text", [texts]), folder / "train.parquet")
+    ended = command(
+        f"data.path={folder}", "data.streaming=true", f"data.num_workers={num_workers}", "data.on_bad_utterance=error"
+    )
+    assert ended.status == 2
+    assert "Traceback" not in ended.err
+    assert ended.err.count("write instead:") == 1
+    told, instead = ended.err.splitlines()[-2:]
+    assert (told.endswith("empty text"), instead) == (
+        True, "  write instead: data.on_bad_utterance=skip to go on without it",
+    )  # fmt: skip
+
+
+def test_another_failure_of_a_training_keeps_its_own_words(built, monkeypatch):
+    run = built()
+
+    def fit(*arguments, **options):
+        try:
+            raise UserError("this is wrong", "that")
+        except UserError:
+            raise RuntimeError("out of cheese")  # noqa: B904
+
+    monkeypatch.setattr(run.trainer, "fit", fit)
+    with pytest.raises(RuntimeError, match="out of cheese"):
+        run.fit(None)
 
 
 def test_every_split_that_the_run_needs_is_checked_before_training(command, tmp_path):

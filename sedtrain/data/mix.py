@@ -7,6 +7,7 @@ from typing import Any
 
 from sedtrain.batch import UserError, require
 from sedtrain.data.columns import Columns
+from sedtrain.data.formats import is_pattern
 from sedtrain.data.parts import Source
 from sedtrain.tags import TASK_OF
 
@@ -30,10 +31,20 @@ def each_source(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {f"data.mix.{name}": {**common, **options} for name, options in mix.items()} or {"data": common}
 
 
-def is_one_file(source: Mapping[str, Any]) -> bool:
-    """Whether several splits would be one and the same file."""
-    num_splits = sum(source[split] is not None for split in SPLITS)
-    return source["path"] is not None and num_splits > 1 and Path(source["path"]).expanduser().is_file()
+def is_same_for_all(source: Mapping[str, Any]) -> bool:
+    """Whether several splits would be the same file or, by a pattern or URL without `{split}`, the same files.
+
+    Splits that are each cut differently, such as `train[:90%]` and `train[90%:]`, are not.
+    """
+    path, splits = source["path"], [str(source[split]) for split in SPLITS if source[split] is not None]
+    cuts = {split.partition("[")[2] for split in splits}
+    if path is None or len(splits) < 2 or (len(cuts) == len(splits) and "" not in cuts):
+        return False
+    return Path(path).expanduser().is_file() or (stands_for_several(path) and "{split}" not in path)
+
+
+def stands_for_several(path: str) -> bool:
+    return is_pattern(path) or "://" in path
 
 
 def named_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> Source:
