@@ -181,12 +181,9 @@ def inspect_data(cfg: DictConfig) -> None:
     cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
     data: SpeechTextDataModule = create(cfg, "data")
     data.corpus.rewrite = normaliser(cfg.training_normaliser)
-    try:
-        found, columns = inspected(data, most)
-        found.write(folder / "inspect.json")
-        write_page(folder / "inspect.html", found, columns)
-    finally:
-        data.teardown("inspect")
+    found, columns = inspected(data, most)
+    found.write(folder / "inspect.json")
+    write_page(folder / "inspect.html", found, columns)
     terminal.show(*tables(found), terminal.places(folder, INSPECTED))
 
 

@@ -1,7 +1,9 @@
 """What a stream is read from: files of every format, here, on a server, as `datasets` finds them."""
 
 import functools
+import gc
 import http.server
+import json
 import re
 import threading
 from collections import Counter
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import datasets
+import pyarrow.parquet
 import pytest
-from test_datamodule import COLUMNS, data_module, listed, write
+from test_datamodule import COLUMNS, data_module, listed, wav, write
 from test_formats import shard
 
 from sedtrain.batch import UserError
@@ -93,8 +96,8 @@ def test_a_part_of_a_split_cannot_be_streamed(numbered, tmp_path):
     with pytest.raises(UserError) as raised:
         shards_of(str(numbered), "train[:90%]", None, tmp_path)
     assert str(raised.value) == (
-        "data.streaming=true: 'train[:90%]' is a part of a split, and a stream has no part\n"
-        "  write instead: data.streaming=false, or a split of its own"
+        "'train[:90%]' is a part of a split, which neither a stream nor a URL has\n"
+        "  write instead: data.streaming=false of what is not on a server, or a split of its own"
     )
 
 
@@ -106,12 +109,24 @@ def test_a_missing_folder_is_told(tmp_path):
 # --- copies
 
 
-def test_a_converted_shard_is_removed_when_the_run_ends(numbered, tmp_path):
+def test_what_was_converted_is_removed_when_the_data_are_needed_no_more(numbered, tmp_path):
     data = streamed(numbered, tmp_path)
     seen(data)
-    assert any(data.corpus.copies.iterdir())
-    data.teardown("fit")
-    assert not data.corpus.copies.exists()
+    copies = data.corpus.copies
+    assert any(copies.iterdir())
+    del data
+    gc.collect()
+    assert not copies.exists()
+
+
+def test_only_the_first_process_of_a_machine_removes_copies(numbered, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    data = streamed(numbered, tmp_path)
+    seen(data)
+    copies = data.corpus.copies
+    del data
+    gc.collect()
+    assert copies.exists()
 
 
 def test_two_runs_have_copies_of_their_own(numbered, tmp_path):
@@ -145,6 +160,64 @@ def test_a_stream_of_broken_shards_is_told_before_training(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match="none of the 1 shards of 'train' can be read"):
         streamed(tmp_path, tmp_path, max_bad_fraction=1).corpus.refuse_unusable(["train"])
+
+
+@pytest.mark.parametrize(
+    "lines", ["", "no JSON\n{broken\n"], ids=["a file without a line", "a file of nothing but broken lines"]
+)
+def test_a_shard_of_which_nothing_is_known_is_no_end_of_a_stream(tmp_path, lines):
+    rows = [{"audio_filepath": "a.wav", "text": "one"}, {"audio_filepath": "b.wav", "text": "two"}]
+    for name in "ab":
+        (tmp_path / f"{name}.wav").write_bytes(wav(0.5))
+    (tmp_path / "train-0.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "train-1.jsonl").write_text(lines)
+    columns = {"audio": "audio_filepath", "transcription": "text", "start": "offset"}
+    data = streamed(tmp_path, tmp_path / "run", columns=columns, max_bad_fraction=1.0)
+    assert list(data.texts("train")) == ["one", "two"]
+    assert seen(data) == ["train-0-0", "train-0-1"]
+    assert data.skipped.counts == ({"broken JSON": 2} if lines else {})
+
+
+def test_a_parquet_file_without_a_row_is_no_end_of_a_stream(numbered, tmp_path):
+    write(numbered / "train-00001-of-00003.parquet", [0.5])
+    whole = pyarrow.parquet.read_table(numbered / "train-00001-of-00003.parquet")
+    pyarrow.parquet.write_table(whole.slice(0, 0), numbered / "train-00001-of-00003.parquet")
+    data = streamed(numbered, tmp_path)
+    assert len(list(data.texts("train"))) == len(seen(data)) == 7
+
+
+def test_a_later_file_with_other_columns_is_told_by_its_name(numbered, tmp_path):
+    place = numbered / "train-00001-of-00003.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(place).rename_columns({"text": "words"}), place)
+    with pytest.raises(UserError) as raised:
+        list(streamed(numbered, tmp_path).texts("train"))
+    assert str(raised.value).splitlines()[0] == (
+        f"data.columns: {place} has no column 'text' for the text, it has audio, words, translation"
+    )
+
+
+def test_files_of_one_name_in_two_folders_have_rows_of_different_ids(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "train.000.parquet", [0.5] * 2)
+    assert seen(streamed(f"{tmp_path}/*/train.*.parquet", tmp_path)) == [
+        "one/train.000-0", "one/train.000-1", "two/train.000-0", "two/train.000-1",
+    ]  # fmt: skip
+
+
+def test_a_file_that_is_gone_when_its_audio_is_to_be_read_costs_its_rows_alone(numbered, tmp_path):
+    data = streamed(numbered, tmp_path, max_bad_fraction=1.0)
+    loader = data.train_dataloader()
+    plan = list(loader.sampler)
+    loader.dataset.parts.opened.clear()
+    data.corpus.remove_copies()
+    gone = numbered / "train-00001-of-00003.parquet"
+    gone.unlink()
+    batches = [loader.dataset[drawn] for drawn in plan]
+    skipped = [each for batch in batches for each in batch.skipped]
+    assert sorted(id for batch in batches for id in batch.ids) == sorted(id for id in EVERYTHING if "-00001-" not in id)
+    assert {(each.reason, each.path) for each in skipped} == {("unreadable shard", str(gone))}
+    assert sorted(each.id for each in skipped) == sorted(id for id in EVERYTHING if "-00001-" in id)
 
 
 # --- a server
@@ -236,6 +309,19 @@ def test_files_of_a_server_are_fetched_once_when_they_are_needed(server, tmp_pat
     assert len(Handler.asked) == 3
 
 
+def test_a_run_on_the_tars_of_a_server_goes_to_its_end(tmp_path, sedtrain):
+    for split in ("train", "validation", "test"):
+        shard(tmp_path / f"{split}-0.tar", range(6))
+    with serving(tmp_path, Handler) as url:
+        done = sedtrain(
+            "data=webdataset", f'data.path="{url}/{{split}}-0.tar"', "data.streaming=true", "data.block_utterances=3",
+            "data.columns.translation=null", "trainer.max_steps=2", "trainer.val_check_interval=2",
+            "decoding.max_new_tokens=3", f"run_dir={tmp_path}/run",
+        )  # fmt: skip
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "run/results.json").read_text())["num_utterances"] == 6
+
+
 def test_a_server_that_fails_now_and_then_is_asked_again(server, tmp_path):
     Handler.failures["/train-00001-of-00003.parquet"] = 3
     assert seen(streamed(f"{server}/{PATTERN}", tmp_path)) == sorted(EVERYTHING)
@@ -244,6 +330,6 @@ def test_a_server_that_fails_now_and_then_is_asked_again(server, tmp_path):
 def test_a_file_that_is_not_there_is_told_by_its_url(server, tmp_path):
     url = f"{server}/none.parquet"
     with pytest.raises(UserError) as raised:
-        Shard(url, tmp_path / "copies").rows()
+        Shard(url, "none", tmp_path / "copies").rows()
     assert str(raised.value).startswith(f"data.path: {url} cannot be fetched (FileNotFoundError: ")
     assert list((tmp_path / "copies").rglob("*.parquet*")) == []

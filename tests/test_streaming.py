@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sedtrain.batch import Skipped, UserError
 from sedtrain.data import streaming
+from sedtrain.data.batching import BatchesWithEpoch, DurationBatches
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.limits import Limits
@@ -57,7 +58,7 @@ class Opened(Parts):
     """Parts that are made up; remembers what was opened."""
 
     def __init__(self, sizes):
-        super().__init__([SimpleNamespace(shard=None)] * len(sizes))
+        super().__init__([SimpleNamespace(shard=None, name=str(size)) for size in sizes])
         self.sizes, self.asked, self.removed = sizes, [], []
 
     def __getitem__(self, number):
@@ -219,7 +220,7 @@ def test_what_is_left_out_is_noted_once_and_the_rest_is_seen():
 
 
 def test_an_epoch_without_an_utterance_is_an_error():
-    with pytest.raises(UserError, match=r"data.streaming=true: there is no utterance that can be used"):
+    with pytest.raises(UserError, match="epoch 0 of the training corpus has no utterance that can be used"):
         list(sampler([14], max_seconds=0.1))
 
 
@@ -231,6 +232,29 @@ def test_a_position_of_other_data_is_refused():
     other.load_state_dict(position)
     with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch with other batches"):
         list(other)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"num_rows": 7}, {"parts_weights": [2, 1]}])
+def test_a_position_between_two_blocks_is_not_taken_for_one_of_another_order(other):
+    batches = sampler([10, 20], num_rows=10)
+    list(batches)
+    first_of_second = batches.begun[0].steps_before or len(batches.begun[0].batches)
+    position = batches.state_dict(first_of_second)
+    assert position["segments"] == [] or position["steps_before"] == 0
+    with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch over other files"):
+        sampler([10, 20], **{"num_rows": 10, **other}).load_state_dict(position)
+
+
+def test_a_position_in_a_corpus_that_is_not_streamed_is_refused_and_the_other_way_round():
+    whole = BatchesWithEpoch(DurationBatches([1.0] * 30, 5.0, shuffle=True), [(0, i) for i in range(30)])
+    batches = sampler([30])
+    list(batches)
+    with pytest.raises(
+        UserError, match="of a corpus that is not streamed, and this training reads its corpus in another way"
+    ):
+        sampler([30]).load_state_dict(whole.state_dict(1))
+    with pytest.raises(UserError, match="reads its corpus in another way"):
+        whole.load_state_dict(batches.state_dict(1))
 
 
 class Drawn(Dataset):

@@ -145,6 +145,7 @@ class Position(TypedDict):
     epoch: int
     segments: list[Segment]
     plan: NotRequired[str]
+    corpus: NotRequired[str]
     block: NotRequired[tuple[int, int]]
     steps_before: NotRequired[int]
 
@@ -156,6 +157,13 @@ def advanced(segments: list[Segment], num_ranks: int, num_steps: int) -> list[Se
     if segments and segments[-1][0] == num_ranks:
         return [*segments[:-1], (num_ranks, segments[-1][1] + num_steps)]
     return [*segments, (num_ranks, num_steps)]
+
+
+def other_kind(written: str) -> UserError:
+    return UserError(
+        f"the checkpoint is from the middle of an epoch of {written}, and this training reads its corpus in another way",
+        "data.streaming and data.mix of the run that wrote it, or a checkpoint from the end of an epoch",
+    )
 
 
 class DurationBatches(Sampler[list[int]]):
@@ -277,4 +285,7 @@ class BatchesWithEpoch(Sampler[tuple[int, list[tuple[int, int]]]]):
         return self.batches.state_dict(consumed_steps)
 
     def load_state_dict(self, state: Position) -> None:
+        """Raises UserError in the middle of an epoch of other batches, or of a stream."""
+        if "block" in state and (state["steps_before"] or state["segments"]):
+            raise other_kind("a stream, or a weighted mix")
         self.batches.load_state_dict(state)

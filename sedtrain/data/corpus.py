@@ -1,6 +1,8 @@
 """A corpus: the datasets that it is made of, what of them can be used, and how much of an epoch each has."""
 
+import os
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -22,7 +24,7 @@ class Corpus:
 
     temperature: see `heated`
     streaming:   whether the training split is read shard after shard; the others never are
-    copies:      a folder for what a stream has to fetch or convert
+    copies:      a folder for what has to be fetched or converted, which is gone when the process ends
     rewrite:     what is done to training texts before they are learnt
     """
 
@@ -38,6 +40,8 @@ class Corpus:
         self.sources, self.limits, self.skipped = list(sources), limits, skipped
         self.temperature, self.streaming, self.copies = temperature, streaming, copies
         self.rewrite: Callable[[str], str] = str
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the first process of a machine is the last to need them
+            self.remove_copies = weakref.finalize(self, shutil.rmtree, copies, ignore_errors=True)
         self.parts = cache(self.load_parts)
         self.kept = cache(self.find_kept)
         self.shards = cache(self.find_shards)
@@ -48,7 +52,7 @@ class Corpus:
 
     def parts_of(self, source: Source, split: str) -> list[Part]:
         if self.streaming or "://" in source.path:
-            return source.shards(split, self.copies)
+            return source.shards(split, self.copies / split)
         return source.whole(split)
 
     def texts(self, split: str) -> Iterator[str]:
@@ -130,7 +134,9 @@ class Corpus:
 
     def find_shards(self) -> list[Part]:
         """Those of the training split, which a stream reads."""
-        return some([part for source in self.sources for part in source.shards("train", self.copies)], "train")
+        return some(
+            [part for source in self.sources for part in source.shards("train", self.copies / "stream")], "train"
+        )
 
     def weights(self) -> list[float]:
         """How often each shard of a stream is seen in an epoch, or else each dataset."""
@@ -156,9 +162,6 @@ class Corpus:
             return f"streamed, {len(self.shards()):,} files"
         seconds = self.kept("train").values()
         return f"{sum(seconds) / 3600:.2f} hours, {len(seconds):,} utterances"
-
-    def remove_copies(self) -> None:
-        shutil.rmtree(self.copies, ignore_errors=True)  # most runs have none
 
 
 def some(parts: list[Part], split: str) -> list[Part]:

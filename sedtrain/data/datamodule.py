@@ -240,6 +240,3 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def texts(self, split: str) -> Iterator[str]:
         """All target texts of train, validation or test."""
         return self.corpus.texts(split)
-
-    def teardown(self, stage: str) -> None:
-        self.corpus.remove_copies()

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from sedtrain.batch import Batch, Skipped, Utterance
+from sedtrain.batch import Batch, Skipped, UserError, Utterance
 from sedtrain.data.augment import Augment
 from sedtrain.data.clips import UNREADABLE
 from sedtrain.data.collate import Collator
 from sedtrain.data.parts import Parts, Reference
+from sedtrain.data.shards import BrokenShard
 
 ROUNDED = 0.01  # seconds by which audio may be longer than its header says, once it is resampled
 
@@ -88,7 +89,11 @@ class SplitDataset(Dataset[Batch]):
     def decode(self, reference: Reference) -> Utterance | Skipped:
         """In a worker an error would lose its class, so audio that cannot be decoded is a value."""
         part, index = reference
-        rows = self.parts[part]
+        try:
+            rows = self.parts[part]
+        except (BrokenShard, UserError) as error:  # it was there when the batches were planned
+            gone = self.parts.parts[part]
+            return Skipped(f"{gone.name}-{index}", "unreadable shard", str(error), gone.place)
         try:
             utterance = rows.utterance(index, self.collator.sampling_rate)
         except UNREADABLE as error:

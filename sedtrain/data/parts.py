@@ -5,8 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+
 from sedtrain.data.columns import Columns
 from sedtrain.data.formats import split_files
+from sedtrain.data.manifests import PROBLEM
 from sedtrain.data.rows import UtteranceRows
 from sedtrain.data.shards import Shard, shards_of
 from sedtrain.data.sources import load_rows, local_path
@@ -56,21 +60,43 @@ class Part:
     split: str
     shard: Shard | None = None
 
+    @property
+    def name(self) -> str:
+        """What rows without an id are named after."""
+        return self.split if self.shard is None else self.shard.name
+
+    @property
+    def place(self) -> str | None:
+        """The file or the URL, where it is one."""
+        return file_of(self.source.path, self.split) if self.shard is None else self.shard.place
+
     def open(self) -> UtteranceRows:
-        """Raises UserError where there is nothing, or no rows of utterances."""
+        """Raises UserError where there is nothing, or no rows of utterances, BrokenShard where a file cannot be read."""
         source = self.source
-        rows = load_rows(source.path, self.split, source.name) if self.shard is None else self.shard.rows()
+        if self.shard is None:
+            rows = load_rows(source.path, self.split, source.name)
+        else:
+            rows = with_columns(self.shard.rows(), source.columns)
         return UtteranceRows(
             rows,
             source.columns,
             source.path,
-            self.split if self.shard is None else self.shard.name,
+            self.name,
             None if source.audio_folder is None else Path(source.audio_folder).expanduser(),
             f"{source.label}/" if source.label else "",
             source.language,
             source.task,
-            file_of(source.path, self.split) if self.shard is None else self.shard.place,
+            self.place,
         )
+
+
+def with_columns(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
+    """Rows of an empty file, or of lines of which none can be read, with the columns of the others, all null."""
+    if set(rows.column_names) - {PROBLEM}:
+        return rows
+    used = dict.fromkeys(column for column in vars(columns).values() if column)
+    problems = {PROBLEM: rows[PROBLEM][:]} if len(rows) else {}
+    return datasets.Dataset(pa.table({**{column: pa.nulls(len(rows)) for column in used}, **problems}))
 
 
 def file_of(path: str, split: str) -> str | None:

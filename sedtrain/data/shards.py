@@ -1,6 +1,7 @@
 """The files that a split is stored in, each opened by itself: what a stream reads one after the other."""
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from aiohttp import ClientError
 from filelock import FileLock
 
 from sedtrain.batch import UserError
+from sedtrain.data.columns import check_columns
 from sedtrain.data.formats import (
+    TABLES,
     TARS,
     expanded,
     is_pattern,
@@ -28,6 +31,7 @@ from sedtrain.data.formats import (
     table_rows,
     tar_rows,
 )
+from sedtrain.data.manifests import PROBLEM
 from sedtrain.data.rows import as_text
 from sedtrain.data.sources import local_path, one_line, readable
 
@@ -45,15 +49,13 @@ class Shard:
     """One file of a split.
 
     place:  its path or URL
+    name:   what its rows are named after, unlike those of all others
     copies: the folder of everything that has been fetched or converted, of which each shard has a folder
     """
 
     place: str
+    name: str
     copies: Path
-
-    @property
-    def name(self) -> str:
-        return Path(self.place).name.partition(".")[0]
 
     @property
     def copy(self) -> Path:
@@ -82,13 +84,23 @@ class Shard:
         return FileLock(f"{self.copy}.lock", is_singleton=True)
 
     def texts(self, column: str) -> Iterator[str]:
-        """The texts of a column, of Parquet without reading or fetching the others. Raises as `rows` does."""
+        """The texts of a column, of Parquet without reading or fetching the others.
+
+        Raises as `rows` does, and UserError where there are rows but no such column.
+        """
         if not self.place.endswith(".parquet"):
-            yield from map(as_text, self.rows()[column])
+            rows = self.rows()
+            if set(rows.column_names) - {PROBLEM}:
+                check_columns({"text": column}, rows.features, self.place)
+                yield from map(as_text, rows[column])
             return
         with whole(), fsspec.open(self.place) as file, self.parquet(file) as table:
-            for batch in table.iter_batches(columns=[column]):
+            schema, is_there = table.schema_arrow, column in table.schema_arrow.names
+            for batch in table.iter_batches(columns=[column]) if is_there else ():
                 yield from map(as_text, readable_cells(batch.column(column)))
+            is_there |= not table.metadata.num_rows
+        if not is_there:
+            check_columns({"text": column}, datasets.Features.from_arrow_schema(schema), self.place)
 
     def parquet(self, file: IO[bytes]) -> pa.parquet.ParquetFile:
         """The file as it is opened, or a copy of it where a server does not give parts of it."""
@@ -127,7 +139,7 @@ def whole() -> Iterator[None]:
     """What cannot be read while it lasts is a BrokenShard."""
     try:
         yield
-    except (KeyError, ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         raise BrokenShard(one_line(error)) from error
 
 
@@ -157,10 +169,24 @@ def shards_of(path: str, split: str, name: str | None, copies: Path) -> list[Sha
     """
     if "[" in split:
         raise UserError(
-            f"data.streaming=true: {split!r} is a part of a split, and a stream has no part",
-            "data.streaming=false, or a split of its own",
+            f"{split!r} is a part of a split, which neither a stream nor a URL has",
+            "data.streaming=false of what is not on a server, or a split of its own",
         )
-    return [Shard(place, copies) for each in split.split("+") for place in places(path, each, name)]
+    found = [place for each in split.split("+") for place in places(path, each, name)]
+    return [Shard(place, name, copies) for place, name in zip(found, names_of(found), strict=True)]
+
+
+def names_of(places: list[str]) -> list[str]:
+    """Of each file its name, without what says its format; with its folders where those are not different."""
+    short = [without_format(Path(place).name) for place in places]
+    if len(set(short)) == len(short):
+        return short
+    common = os.path.commonpath([os.path.dirname(place) for place in places])
+    return [without_format(os.path.relpath(place, common)) for place in places]
+
+
+def without_format(name: str) -> str:
+    return next((name.removesuffix(each) for each in (*TARS, *TABLES) if name.endswith(each)), name)
 
 
 def places(path: str, split: str, name: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 The state of a stream is a place in that order and the steps made since; going on there reads one block anew.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
@@ -13,7 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from sedtrain.batch import UserError
-from sedtrain.data.batching import BatchesWithEpoch, DurationBatches, Position, random_keys
+from sedtrain.data.batching import BatchesWithEpoch, DurationBatches, Position, other_kind, random_keys
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.parts import Reference
@@ -60,6 +61,11 @@ class Stream:
         visits = [(part, visit) for part, weight in enumerate(self.weights) for visit in range(ceil(weight))]
         keys = random_keys((self.seed, epoch, 2), len(visits))
         return [visits[i] for i in np.argsort(keys, kind="stable")]
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits that differ where files, their order or their weights do; folders may be renamed."""
+        names = [part.name for part in self.dataset.parts.parts]
+        return f"{zlib.crc32(repr((names, self.weights, self.num_rows)).encode()):08x}"
 
     def read_block(self, epoch: int, start: Place) -> Block:
         """The block that begins at `start`; behind the last visit an empty one."""
@@ -161,13 +167,26 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         steps_before, start, batches = self.begun[0]
         position = batches.position(consumed_steps - steps_before)
         position["block"], position["steps_before"] = (start.visit, start.row), steps_before
+        position["corpus"] = self.stream.digest()
         return position
 
     def load_state_dict(self, state: Position) -> None:
-        """Continues from a position, with any number of ranks."""
+        """Continues from a position, with any number of ranks.
+
+        Raises UserError in the middle of an epoch that reads other files, or those in another order.
+        """
         self.epoch = state["epoch"]
         self.begin()
+        if "block" not in state and state["segments"]:
+            raise other_kind("a corpus that is not streamed")
         if "block" in state:
+            written, here = (state["seed"], state["corpus"]), (self.seed, self.stream.digest())
+            if written != here and (state["steps_before"] or state["segments"]):
+                raise UserError(
+                    "the checkpoint is from the middle of an epoch over other files: its seed and their digest are "
+                    f"{written[0]} and {written[1]}, here they are {here[0]} and {here[1]}",
+                    "the seed and the data.* of the run that wrote it, or a checkpoint from the end of an epoch",
+                )
             self.steps_before, self.start = state["steps_before"], Place(*state["block"])
             self.in_block = state
 
@@ -213,5 +232,6 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
             steps, start = steps + len(batches), block.end
         if not steps:
             raise UserError(
-                "data.streaming=true: there is no utterance that can be used", "data.path and data.columns of some"
+                f"epoch {self.epoch} of the training corpus has no utterance that can be used",
+                "data.path and data.columns of some, or a higher data.mix.NAME.weight",
             )
