@@ -1,13 +1,19 @@
 """Every option file of conf/, found by walking the folder."""
 
 import re
+from typing import NamedTuple
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from test_datamodule import wav
 
 from sedtrain.config import conf_dir, find_problems, register
+from sedtrain.creation import create
 
 FILES = sorted(path for path in conf_dir().glob("*/*.yaml"))
 CHOICES = [(path.parent.name, path.stem) for path in FILES]
@@ -130,3 +136,107 @@ def test_tiny_is_the_default_and_a_part_follows_the_root():
     assert composed("attention=eager").decoder.attention == "eager"
     assert composed("pretrained=false").encoder.pretrained is False
     assert composed("seed=7").data.seed == 7
+
+
+# --- datasets of the Hub
+
+
+class Card(NamedTuple):
+    """The columns of a published dataset beside its audio, with their types, and two rows of them.
+
+    splits: those that the option reads
+    expected: text, id, speaker and language of the first row; None: the id is made from split and number
+    """
+
+    features: dict[str, str]
+    rows: list[tuple]
+    splits: tuple[str, str, str]
+    expected: tuple[str, str | None, object, str | None]
+    target: str = "transcription"
+
+
+LIBRISPEECH = {"file": "string", "text": "string", "speaker_id": "int64", "chapter_id": "int64", "id": "string"}
+SPOKEN = [("374-0000.flac", "CHAPTER ONE", 374, 180298, "374-180298-0000"), ("2.flac", "TWO", 26, 495, "26-495-0001")]
+READ = ("CHAPTER ONE", "374-180298-0000", 374, None)
+ALL_TRAIN = "train.clean.100+train.clean.360+train.other.500"
+COVOST = {"client_id": "string", "file": "string", "sentence": "string", "translation": "string", "id": "string"}
+TRANSLATED = [("c1", "a.mp3", "Good day.", "Guten Tag.", "common_voice_en_1"), ("c2", "b.mp3", "Two.", "Zwei.", "cv_2")]
+USUAL = ("train", "validation", "test")
+CARDS = {
+    "librispeech_100h": Card(LIBRISPEECH, SPOKEN, ("train.100", "validation", "test"), READ),
+    "librispeech_960h": Card(LIBRISPEECH, SPOKEN, (ALL_TRAIN, "validation.clean", "test.clean"), READ),
+    "common_voice": Card(
+        {"client_id": "string", "path": "string", "sentence": "string", "up_votes": "int64", "locale": "string"},
+        [("c1", "a.mp3", "Good day.", 2, "en"), ("c1", "b.mp3", "Two.", 3, "en")],
+        USUAL, ("Good day.", None, "c1", "en"),
+    ),
+    "fleurs": Card(
+        {"id": "int32", "num_samples": "int32", "transcription": "string", "raw_transcription": "string",
+         "gender": "int64", "lang_id": "int64", "language": "string"},
+        [(7, 8000, "good day", "Good day.", 0, 19, "English"), (7, 8000, "good day", "Good day.", 1, 19, "English")],
+        USUAL, ("good day", None, None, "English"),
+    ),
+    "covost2": Card(COVOST, TRANSLATED, USUAL, ("Good day.", "common_voice_en_1", "c1", None)),
+    "covost2, translated": Card(COVOST, TRANSLATED, USUAL, ("Guten Tag.", "common_voice_en_1", "c1", None), "translation"),
+    "mls": Card(
+        {"original_path": "string", "begin_time": "float64", "end_time": "float64", "transcript": "string",
+         "audio_duration": "float64", "speaker_id": "string", "chapter_id": "string", "file": "string", "id": "string"},
+        [("u", 331.8, 332.3, "guten tag", 0.5, "4800", "10003", "a.opus", "4800_10003_000000"),
+         ("u", 340.0, 340.5, "zwei", 0.5, "4800", "10003", "b.opus", "4800_10003_000001")],
+        ("train", "dev", "test"), ("guten tag", "4800_10003_000000", "4800", None),
+    ),
+    "voxpopuli": Card(
+        {"audio_id": "string", "language": "int64", "raw_text": "string", "normalized_text": "string",
+         "gender": "string", "speaker_id": "string", "is_gold_transcript": "bool", "accent": "string"},
+        [("20180206-en_1", 0, "", "good day", "female", "96718", True, "None"),
+         ("20180206-en_2", 0, "Two.", "two", "male", "1", True, "None")],
+        USUAL, ("good day", "20180206-en_1", "96718", None),
+    ),
+    "gigaspeech": Card(
+        {"segment_id": "string", "speaker": "string", "text": "string", "begin_time": "float32",
+         "end_time": "float32", "audio_id": "string", "source": "int64"},
+        [("POD1_S1", "N/A", "GOOD DAY <PERIOD>", 0.5, 1.0, "POD1", 1), ("POD1_S2", "N/A", "TWO", 2.0, 2.5, "POD1", 1)],
+        USUAL, ("GOOD DAY <PERIOD>", "POD1_S1", "N/A", None),
+    ),
+}  # fmt: skip
+
+
+def publish(folder, name, card):
+    """Writes a dataset as the Hub stores it: Parquet with the types of `datasets`, and a card that names splits."""
+    types = {column: datasets.Value(each) for column, each in card.features.items()}
+    schema = datasets.Features({**types, "audio": datasets.Audio(sampling_rate=16_000)}).arrow_schema
+    columns = dict(zip(card.features, map(list, zip(*card.rows, strict=True)), strict=True))
+    columns["audio"] = [{"bytes": wav(0.5), "path": "x.wav"}] * len(card.rows)
+    names = [each for split in card.splits for each in split.split("+")]
+    (folder / "data").mkdir(parents=True)
+    for number in range(len(names)):
+        pyarrow.parquet.write_table(pyarrow.table(columns, schema), folder / f"data/{number}.parquet")
+    files = [{"split": split, "path": f"data/{number}.parquet"} for number, split in enumerate(names)]
+    config = yaml.safe_dump({"configs": [{"config_name": name, "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{config}---\n")
+
+
+def test_every_dataset_of_the_hub_has_its_card():
+    on_hub = {
+        name for group, name in CHOICES if group == "data" and HUB_ID.fullmatch(str(composed(f"data={name}").data.path))
+    }
+    assert on_hub == {each.partition(",")[0] for each in CARDS}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_dataset_of_the_hub_is_read_by_its_option(name, tmp_path, monkeypatch):
+    """Our options against columns as they are written down above, from memory of the cards: the Hub is not asked."""
+    monkeypatch.chdir(tmp_path)
+    card, option = CARDS[name], name.partition(",")[0]
+    path = tmp_path / "published"
+    config = composed(f"data={option}", f"data.path={path}", f"data.target={card.target}")
+    publish(path, config.data.name, card)
+    corpus = create(config, "data").corpus
+    text, id, speaker, language = card.expected
+    for split, own in zip(USUAL, card.splits, strict=True):
+        num_files = own.count("+") + 1
+        [rows] = corpus.parts(split)
+        assert list(corpus.kept(split).values()) == [0.5] * 2 * num_files
+        read = rows.utterance(0, 16_000)
+        assert (read.text, read.id, read.speaker, read.language) == (text, id or f"{own}-0", speaker, language)
+        assert (read.sampling_rate, read.seconds) == (16_000, 0.5)

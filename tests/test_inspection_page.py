@@ -86,6 +86,17 @@ def test_dirt_is_counted_and_stops_nothing(sedtrain, tmp_path):
     assert len((tmp_path / "run/skipped.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_bound_on_tokens_is_told_not_to_be_counted(sedtrain, tmp_path):
+    told = "batches by data.batch_seconds=24.0, data.num_buckets=30"
+    without = inspect(sedtrain, dirty(tmp_path), tmp_path / "without")
+    assert told in " ".join(without.out.split())
+    assert "data.batch_tokens" not in without.out + (tmp_path / "without/inspect.html").read_text(encoding="utf-8")
+    ended = inspect(sedtrain, tmp_path, tmp_path / "run", "data.batch_tokens=500")
+    page = (tmp_path / "run/inspect.html").read_text(encoding="utf-8")
+    for text in (ended.out, page.replace("Batches", "batches")):
+        assert f"{told} (data.batch_tokens=500 is not counted)" in " ".join(text.split())
+
+
 def test_what_the_normaliser_empties_is_left_out(sedtrain, tmp_path):
     rows = {"audio": [wav(1.0)] * 2, "text": ["[noise]", "two"]}
     pyarrow.parquet.write_table(pa.table(rows), tmp_path / "train.parquet")

@@ -1,10 +1,11 @@
 """What a stream is read from: files of every format, here, on a server, as `datasets` finds them."""
 
+import atexit
 import functools
-import gc
 import http.server
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -109,24 +110,20 @@ def test_a_missing_folder_is_told(tmp_path):
 # --- copies
 
 
-def test_what_was_converted_is_removed_when_the_data_are_needed_no_more(numbered, tmp_path):
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_the_first_process_of_a_machine_removes_what_was_converted_when_it_ends(numbered, tmp_path, monkeypatch, rank):
+    at_exit = []
+    monkeypatch.setattr(
+        atexit, "register", lambda *call, **options: at_exit.append(functools.partial(*call, **options))
+    )
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
     data = streamed(numbered, tmp_path)
     seen(data)
-    copies = data.corpus.copies
-    assert any(copies.iterdir())
-    del data
-    gc.collect()
-    assert not copies.exists()
-
-
-def test_only_the_first_process_of_a_machine_removes_copies(numbered, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    data = streamed(numbered, tmp_path)
-    seen(data)
-    copies = data.corpus.copies
-    del data
-    gc.collect()
-    assert copies.exists()
+    assert any(data.corpus.copies.iterdir())
+    for each in at_exit:
+        each()
+    assert data.corpus.copies.exists() == (rank == "1")
 
 
 def test_two_runs_have_copies_of_their_own(numbered, tmp_path):
@@ -210,7 +207,7 @@ def test_a_file_that_is_gone_when_its_audio_is_to_be_read_costs_its_rows_alone(n
     loader = data.train_dataloader()
     plan = list(loader.sampler)
     loader.dataset.parts.opened.clear()
-    data.corpus.remove_copies()
+    shutil.rmtree(data.corpus.copies)
     gone = numbered / "train-00001-of-00003.parquet"
     gone.unlink()
     batches = [loader.dataset[drawn] for drawn in plan]

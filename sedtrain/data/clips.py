@@ -224,7 +224,7 @@ def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.floa
     except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
         raise RefusedAudio("undecodable audio", words_of(error)) from error
     if not blocks:
-        raise RefusedAudio("no samples", "0 s")
+        raise RefusedAudio("no samples", "the audio has no samples")
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
 
 
@@ -249,7 +249,7 @@ def refuse_silence(samples: torch.Tensor) -> None:
 def one_channel(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """(frames, channels) -> (frames,), their mean. Raises RefusedAudio where there are none, or no numbers."""
     if not len(samples):
-        raise RefusedAudio("no samples", "0 s")
+        raise RefusedAudio("no samples", "the audio has no samples")
     if not np.isfinite(samples).all():
         raise RefusedAudio("NaN or infinite samples", f"{np.count_nonzero(~np.isfinite(samples))} of {samples.size}")
     if (loudest := max(float(samples.max()), -float(samples.min()))) > LOUDEST:

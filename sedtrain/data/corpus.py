@@ -1,8 +1,8 @@
 """A corpus: the datasets that it is made of, what of them can be used, and how much of an epoch each has."""
 
+import atexit
 import os
 import shutil
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -41,7 +41,7 @@ class Corpus:
         self.temperature, self.streaming, self.copies = temperature, streaming, copies
         self.rewrite: Callable[[str], str] = str
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the first process of a machine is the last to need them
-            self.remove_copies = weakref.finalize(self, shutil.rmtree, copies, ignore_errors=True)
+            atexit.register(shutil.rmtree, copies, ignore_errors=True)
         self.parts = cache(self.load_parts)
         self.kept = cache(self.find_kept)
         self.shards = cache(self.find_shards)

@@ -72,8 +72,10 @@ def values_of(spread: Spread) -> list[float]:
 
 
 def batch_title(settings: Mapping[str, float | int | None]) -> str:
-    bounds = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-    return f"batches by {bounds}"
+    bounds = {name: value for name, value in settings.items() if value is not None}
+    tokens = bounds.pop("data.batch_tokens", None)
+    told = ", ".join(f"{name}={value}" for name, value in bounds.items())
+    return f"batches by {told}" + ("" if tokens is None else f" (data.batch_tokens={tokens} is not counted)")
 
 
 def batch_row(split: str, batching: Batching) -> Row:
