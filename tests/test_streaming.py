@@ -3,9 +3,10 @@
 import json
 from collections import Counter
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil, floor, log
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from sedtrain.data.parts import Parts
 from sedtrain.data.streaming import Place, Stream, StreamedBatches
 
 SECONDS = (1.0, 7.3, 2.5, 0.4, 12.0, 3.3, 5.1)
-TEXTS = ("one", "two three", "", "four")
+WORDS = (2, 9, 1, 4, 30)
 shard_sizes = st.lists(st.integers(0, 23), min_size=1, max_size=6).filter(any)
 weights = st.sampled_from([Fraction(1), Fraction(2), Fraction(1, 2), Fraction(1, 3), Fraction(5, 2)])
 rank_numbers = st.integers(1, 8)
@@ -45,7 +46,7 @@ class Rows:
         return [SECONDS[(self.part + index) % len(SECONDS)] for index in indices]
 
     def texts(self, indices):
-        return ["some words"] * len(indices)
+        return ["word " * WORDS[(self.part + index) % len(WORDS)] for index in indices]
 
     def skipped(self, index, reason, detail):
         return Skipped(self.id(index), reason, detail)
@@ -78,14 +79,23 @@ class Noted(list):
 
 
 def sampler(
-    sizes, *, parts_weights=None, num_rows=20, seed=0, rank=0, num_ranks=1, batch_seconds=15.0, max_seconds=30.0
+    sizes,
+    *,
+    parts_weights=None,
+    num_rows=20,
+    seed=0,
+    rank=0,
+    num_ranks=1,
+    batch_seconds=15.0,
+    batch_tokens=None,
+    max_seconds=30.0,
 ):
     corpus = Corpus([], Limits(0.05, max_seconds), Noted(), 1.0, True, None)
     weights = [float(each) for each in parts_weights or [1] * len(sizes)]
     corpus.weights = lambda: weights
-    collator = SimpleNamespace(tokenizer=None, decoder_start_token_id=0)
-    stream = Stream(SplitDataset(Opened(sizes), {}, collator, 0), corpus, num_rows, seed, counts_tokens=False)
-    return StreamedBatches(stream, batch_seconds, None, 5, seed, rank, num_ranks)
+    dataset = SplitDataset(Opened(sizes), {}, SimpleNamespace(num_tokens=lambda text: len(text.split())), 0)
+    stream = Stream(dataset, corpus, num_rows, seed, counts_tokens=batch_tokens is not None)
+    return StreamedBatches(stream, batch_seconds, batch_tokens, 5, seed, rank, num_ranks)
 
 
 def epoch(sizes, number=0, **options):
@@ -124,6 +134,27 @@ def test_only_an_utterance_alone_passes_the_bound(sizes, num_rows):
     for batch in epoch(sizes, num_rows=num_rows, batch_seconds=10.0):
         lengths = [SECONDS[(part + index) % len(SECONDS)] for part, index in batch]
         assert len(batch) == 1 or len(batch) * max(lengths) <= 10.0
+
+
+@given(shard_sizes, block_sizes)
+def test_only_a_target_alone_passes_the_bound_of_tokens(sizes, num_rows):
+    batches = epoch(sizes, num_rows=num_rows, batch_tokens=20)
+    assert sorted(flat(batches)) == everything(sizes)
+    for batch in batches:
+        lengths = [WORDS[(part + index) % len(WORDS)] for part, index in batch]
+        assert len(batch) == 1 or len(batch) * max(lengths) <= 20
+
+
+def test_95_percent_of_the_audio_is_real_in_blocks_of_the_usual_size():
+    """Log-normal with sigma 0.65, 1 to 20 s; batches of 24 s: 99 %, of 120 s: 96 %; larger ones want larger blocks."""
+    seconds = np.random.default_rng(0).lognormal(log(5), 0.65, 20_000).clip(1, 20)
+    batches = sampler([1000] * 20, num_rows=4096, batch_seconds=120.0)
+    batches.num_buckets = 30
+    batches.stream.corpus.limits = SimpleNamespace(
+        sift=lambda rows, indices, **_: ({i: seconds[1000 * rows.part + i] for i in indices}, [])
+    )
+    padded = sum(len(refs) * max(seconds[1000 * part + index] for part, index in refs) for _, refs in batches)
+    assert seconds.sum() / padded > 0.95
 
 
 @given(st.lists(st.tuples(st.integers(3, 15), weights), min_size=1, max_size=4), block_sizes, st.integers(1, 6))
