@@ -87,7 +87,7 @@ def test_dirt_is_counted_and_stops_nothing(sedtrain, tmp_path):
 
 
 def test_a_bound_on_tokens_is_told_not_to_be_counted(sedtrain, tmp_path):
-    told = "batches by data.batch_seconds=24.0, data.num_buckets=30"
+    told = "batches by data.batch_seconds=24, data.num_buckets=30"
     without = inspect(sedtrain, dirty(tmp_path), tmp_path / "without")
     assert told in " ".join(without.out.split())
     assert "data.batch_tokens" not in without.out + (tmp_path / "without/inspect.html").read_text(encoding="utf-8")
