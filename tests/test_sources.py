@@ -85,6 +85,16 @@ def test_a_slice_of_a_split_can_be_asked_for(tmp_path):
     assert load_rows(str(tmp_path), "train[:20%]")["text"][:] == ["0", "1"]
 
 
+def test_a_folder_with_a_card_is_read_as_it_is_now_and_not_as_one_of_its_name(tmp_path):
+    card = "---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: data/0.parquet}\n---\n"
+    for text, name in [("one", "a"), ("two", "b"), ("two and three", "b")]:
+        folder = tmp_path / name / "same"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card)
+        parquet(folder / "data/0.parquet", audio=[encoded(tone())], text=[text])
+        assert load_rows(str(folder), "train", "en")["text"][:] == [text]
+
+
 def test_the_embedded_corpus_needs_no_path():
     columns = Columns(audio="audio", text="text", id="id", speaker="speaker", seconds="seconds")
     rows = UtteranceRows(load_rows("spoken_digits", "validation"), columns, "spoken_digits", "validation")

@@ -1,6 +1,7 @@
 """Where rows come from: the embedded corpus, files, folders, the Hub; and the audio files that a command names."""
 
 import glob
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,10 +62,19 @@ def readable(path: str, split: str) -> Iterator[None]:
         ) from error
 
 
+def cache_of(folder: Path) -> str | None:
+    """Where what is read of a folder is kept; `datasets` knows one with a card by its name alone, whatever lies in it."""
+    if not (folder / "README.md").is_file():
+        return None
+    facts = [(str(file.resolve()), (at := file.stat()).st_size, at.st_mtime_ns) for file in sorted(folder.rglob("*.*"))]
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / key)
+
+
 def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
     where = local_path(path)
     if where.exists():
-        return datasets.load_dataset(str(where), name, split=split)
+        return datasets.load_dataset(str(where), name, split=split, cache_dir=cache_of(where))
     hub_id, _, revision = path.partition("@")
     try:
         return datasets.load_dataset(hub_id, name, split=split, revision=revision or None)
