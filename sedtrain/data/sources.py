@@ -66,7 +66,8 @@ def cache_of(folder: Path) -> str | None:
     """Where what is read of a folder is kept; `datasets` knows one with a card by its name alone, whatever lies in it."""
     if not (folder / "README.md").is_file():
         return None
-    facts = [(str(file.resolve()), (at := file.stat()).st_size, at.st_mtime_ns) for file in sorted(folder.rglob("*.*"))]
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    facts = [(str(file.resolve()), (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / key)
 
