@@ -504,6 +504,13 @@ def test_a_row_group_of_a_parquet_that_is_destroyed_costs_its_rows_alone(tmp_pat
     assert np.array_equal(rows.utterance(5, RATE).audio, speech(5))
 
 
+def test_numbers_in_one_manifest_and_words_in_the_next_are_text(tmp_path):
+    (tmp_path / "train-0.jsonl").write_text('{"audio": "a.wav", "text": "one", "n": 1}\n')
+    (tmp_path / "train-1.jsonl").write_text('{"audio": "b.wav", "text": 2, "n": 2}\n{"audio": "c.wav", "text": null}\n')
+    rows = load_rows(str(tmp_path), "train")
+    assert (rows["text"][:], rows["n"][:]) == (["one", "2", None], [1, 2, None])
+
+
 # --- what becomes of problems
 
 

@@ -75,7 +75,23 @@ def rows_of_files(path: str, files: list[Path]) -> datasets.Dataset:
     """Raises UserError where there are none."""
     if not files or files[0].name.endswith(TARS):
         return tar_rows(path, files)
-    return datasets.concatenate_datasets([table_rows(file) for file in files])
+    return joined([table_rows(file) for file in files])
+
+
+def joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
+    """The rows of all; a column that holds numbers in one of them and text in another holds text."""
+    kinds: dict[str, set[str]] = {}
+    for table in tables:
+        for name, feature in table.features.items():
+            if isinstance(feature, datasets.Value) and feature.dtype != "null":
+                kinds.setdefault(name, set()).add(feature.dtype)
+    mixed = {name for name, found in kinds.items() if len(found) > 1 and "string" in found}
+    return datasets.concatenate_datasets([with_text(table, mixed & set(table.column_names)) for table in tables])
+
+
+def with_text(rows: datasets.Dataset, columns: set[str]) -> datasets.Dataset:
+    text = dict.fromkeys(columns, datasets.Value("string"))
+    return rows.cast(datasets.Features({**rows.features, **text})) if columns else rows
 
 
 def table_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
