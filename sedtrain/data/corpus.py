@@ -122,8 +122,8 @@ class Corpus:
             here, not_here = self.limits.sift(rows, range(len(rows)), durations(rows), self.rewriting(split))
             kept.update({(part, index): seconds for index, seconds in here.items()})
             skipped += not_here
-        self.skipped.note(skipped)
         if not kept:
+            self.skipped.note(skipped)
             raise none_left(self.sources, split, skipped)
         self.skipped.planned(split, len(kept) + len(skipped), skipped)
         return kept

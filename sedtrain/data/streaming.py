@@ -110,11 +110,13 @@ class Stream:
         self.corpus.skipped.planned("train", len(indices), skipped)
         return kept
 
-    def remove_copies_before(self, epoch: int, place: Place) -> None:
-        """Parts whose visits are all over need no copy any more."""
+    def remove_copies_between(self, epoch: int, first: int, last: int) -> None:
+        """Parts whose visits, the last of them among these, are all over need no copy any more."""
+        if first == last:
+            return
         order = self.order(epoch)
-        needed = {part for part, _ in order[place.visit :]}
-        for part in {part for part, _ in order[: place.visit]} - needed:
+        needed = {part for part, _ in order[last:]}
+        for part in {part for part, _ in order[first:last]} - needed:
             self.dataset.parts.remove_copy(part)
 
 
@@ -152,6 +154,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         self.in_block: Position | None = None
         self.begun: list[BegunBlock] = []
         self.passed: deque[tuple[int, Place]] = deque()
+        self.num_removed = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of every epoch; the one that was resumed goes on where it stopped."""
@@ -211,13 +214,16 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         self.passed.append((steps, start))
         while len(self.passed) > 1 and self.passed[1][0] <= steps - STEPS_BEHIND:
             self.passed.popleft()
-        self.stream.remove_copies_before(self.epoch, self.passed[0][1])
+        last = self.passed[0][1].visit
+        self.stream.remove_copies_between(self.epoch, self.num_removed, last)
+        self.num_removed = last
 
     def __iter__(self) -> Iterator[tuple[int, list[Reference]]]:
         """Raises UserError at the end of an epoch without an utterance, and where a resumed block is another."""
         steps, start, resumed = self.steps_before, self.start, self.in_block
         self.begun = []
         self.passed.clear()
+        self.num_removed = 0
         while True:
             block = self.stream.block(self.epoch, start)
             batches = self.batches_of(block, start)
