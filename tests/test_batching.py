@@ -11,13 +11,25 @@ from torch.utils.data import DataLoader
 
 from sedtrain.batch import UserError
 from sedtrain.data import batching
-from sedtrain.data.batching import BatchPlan, DurationBatches, bucket_edges, steps_of
+from sedtrain.data.batching import BatchPlan, DurationBatches, steps_of
+from sedtrain.data.buckets import Bucket, bucket_edges
 
 BATCH_SECONDS = 24.0
 BATCH_TOKENS = 60
 
 utterances = st.lists(st.tuples(st.floats(0.05, 40), st.integers(0, 90)), max_size=80)
 rank_numbers = st.integers(1, 8)
+measured = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 90), st.integers(1, 20)), min_size=1, max_size=6).map(
+    lambda rows: [Bucket(*row) for row in rising(rows)]
+)
+cuts = st.one_of(st.just({}), st.builds(dict, buckets=measured))
+"""What batches are cut by: the bounds, or measured buckets."""
+
+
+def rising(rows):
+    """(seconds, tokens, utterances) whose seconds rise, and tokens do not fall."""
+    seconds, tokens = sorted({row[0] for row in rows}), sorted(row[1] for row in rows)
+    return zip(seconds, tokens, [row[2] for row in rows], strict=False)
 
 
 def digits(number, seed=0):
@@ -68,9 +80,9 @@ def real_share(batches, seconds):
     return sum(seconds) / sum(padded(batch, seconds) for batch in batches)
 
 
-@given(utterances, rank_numbers, st.booleans(), st.integers(0, 3))
-def test_every_utterance_is_seen_once_over_all_ranks_in_equally_many_steps(corpus, num_ranks, shuffle, number):
-    options = {"shuffle": shuffle, "num_ranks": num_ranks}
+@given(utterances, rank_numbers, st.booleans(), st.integers(0, 3), cuts)
+def test_every_utterance_is_seen_once_over_all_ranks_in_equally_many_steps(corpus, num_ranks, shuffle, number, cut):
+    options = {"shuffle": shuffle, "num_ranks": num_ranks, **cut}
     ranks = [epoch(corpus, number, rank=rank, **options) for rank in range(num_ranks)]
     assert sorted(flat(flat(ranks))) == list(range(len(corpus)))
     assert {len(batches) for batches in ranks} == {len(sampler(corpus, **options))}
@@ -82,6 +94,32 @@ def test_only_an_utterance_alone_passes_a_bound(corpus, num_ranks, shuffle, batc
     for batch in batches_of(steps(corpus, num_ranks, **bounds)):
         assert len(batch) == 1 or padded(batch, [each[0] for each in corpus]) <= batch_seconds
         assert len(batch) == 1 or padded(batch, [each[1] for each in corpus]) <= batch_tokens
+
+
+@given(utterances, rank_numbers, measured)
+def test_a_batch_is_within_a_measured_bucket_and_as_large_as_it_says(corpus, num_ranks, buckets):
+    """But for the last batch of a bucket; what no bucket holds stands alone."""
+    sizes = {}
+    for batch in batches_of(steps(corpus, num_ranks, buckets=buckets)):
+        bucket = buckets_that_hold([corpus[i] for i in batch], buckets)
+        sizes.setdefault(bucket, []).append(len(batch))
+        assert all(buckets_that_hold([corpus[i]], buckets) == bucket for i in batch)
+    for bucket, lengths in sizes.items():
+        full = 1 if bucket is None else bucket.utterances
+        assert sum(length != full for length in lengths) <= 1 and max(lengths) <= full
+
+
+def buckets_that_hold(several, buckets):
+    """The first, or None."""
+    holding = [each for each in buckets if all(s <= each.seconds and n <= each.tokens for s, n in several)]
+    return holding[0] if holding else None
+
+
+def test_a_long_text_moves_to_the_bucket_that_was_measured_with_as_many_tokens():
+    buckets = [Bucket(2.0, 10, 3), Bucket(8.0, 40, 2)]
+    corpus = [(2.0, 10), (1.0, 11), (2.0, 3), (0.5, 0), (8.0, 40), (8.1, 5), (1.0, 41)]
+    found = sorted(sorted(batch) for batch in epoch(corpus, buckets=buckets))
+    assert found == [[0, 2, 3], [1, 4], [5], [6]]
 
 
 def test_the_bounds_count_padding():
@@ -158,10 +196,10 @@ def test_a_small_corpus_is_not_torn_into_thirty_batches():
     assert len(DurationBatches(digits(13), 12.0, shuffle=True)) <= 5
 
 
-@given(utterances, rank_numbers)
-def test_all_ranks_take_batches_of_one_bucket_in_a_step(corpus, num_ranks):
-    plan = sampler(corpus).plan
-    for step in steps(corpus, num_ranks):
+@given(utterances, rank_numbers, cuts)
+def test_all_ranks_take_batches_of_one_bucket_in_a_step(corpus, num_ranks, cut):
+    plan = sampler(corpus, **cut).plan
+    for step in steps(corpus, num_ranks, **cut):
         assert len({plan.groups[i] for batch in step for i in batch}) == 1
 
 
@@ -172,10 +210,10 @@ def test_buckets_are_ranges_of_durations(seconds, num_buckets):
     assert in_order == sorted(in_order) and len(set(in_order)) <= num_buckets
 
 
-@given(utterances, rank_numbers, st.integers(0, 3))
-def test_the_batches_do_not_depend_on_the_number_of_ranks(corpus, num_ranks, number):
+@given(utterances, rank_numbers, st.integers(0, 3), cuts)
+def test_the_batches_do_not_depend_on_the_number_of_ranks(corpus, num_ranks, number, cut):
     position = {"seed": 0, "epoch": number, "segments": []}
-    assert sorted(batches_of(steps(corpus, num_ranks, position))) == sorted(epoch(corpus, number))
+    assert sorted(batches_of(steps(corpus, num_ranks, position, **cut))) == sorted(epoch(corpus, number, **cut))
 
 
 @given(utterances, st.booleans())
@@ -258,32 +296,32 @@ def test_shuffled_batches_do_not_run_from_long_to_short():
 stops = st.lists(st.integers(0, 30), max_size=6)
 
 
-@given(utterances, rank_numbers, stops, st.integers(0, 3))
-def test_an_epoch_stopped_anywhere_and_often_goes_on_as_if_never_stopped(corpus, num_ranks, stops, number):
-    expected = steps(corpus, num_ranks, {"seed": 0, "epoch": number, "segments": []})
+@given(utterances, rank_numbers, stops, st.integers(0, 3), cuts)
+def test_an_epoch_stopped_anywhere_and_often_goes_on_as_if_never_stopped(corpus, num_ranks, stops, number, cut):
+    expected = steps(corpus, num_ranks, {"seed": 0, "epoch": number, "segments": []}, **cut)
     made, position = 0, {"seed": 0, "epoch": number, "segments": []}
     for more in stops:
-        rank = sampler(corpus, num_ranks=num_ranks)
+        rank = sampler(corpus, num_ranks=num_ranks, **cut)
         rank.load_state_dict(position)
         assert len(rank) == len(expected)
         made = min(made + more, max(len(expected) - 1, 0))
         position = json.loads(json.dumps(rank.state_dict(made))) if expected else position
         assert len(position["segments"]) <= 1
-    assert steps(corpus, num_ranks, position) == expected[made:]
+    assert steps(corpus, num_ranks, position, **cut) == expected[made:]
 
 
-@given(utterances, st.lists(st.tuples(rank_numbers, st.integers(0, 12)), max_size=6), rank_numbers)
-def test_an_epoch_goes_on_with_other_numbers_of_ranks_without_loss_or_repeat(corpus, stops, last):
+@given(utterances, st.lists(st.tuples(rank_numbers, st.integers(0, 12)), max_size=6), rank_numbers, cuts)
+def test_an_epoch_goes_on_with_other_numbers_of_ranks_without_loss_or_repeat(corpus, stops, last, cut):
     """Against a brute force: a list from which each step takes its first batch and the next of its bucket."""
-    groups, left = sampler(corpus).plan.groups, epoch(corpus)
+    groups, left = sampler(corpus, **cut).plan.groups, epoch(corpus, **cut)
     position, made, taken = {"seed": 0, "epoch": 0, "segments": []}, 0, []
     for num_ranks, number in [*stops, (last, None)]:
-        done = steps(corpus, num_ranks, position)[:number]
+        done = steps(corpus, num_ranks, position, **cut)[:number]
         for step in done:
             same = [batch for batch in left if groups[batch[0]] == groups[left[0][0]]][:num_ranks]
             assert list(step) == same + [[]] * (num_ranks - len(same))
             left = [batch for batch in left if batch not in same]
-        rank = sampler(corpus, num_ranks=num_ranks)
+        rank = sampler(corpus, num_ranks=num_ranks, **cut)
         rank.load_state_dict(position)
         made, taken = made + len(done), taken + done
         position = json.loads(json.dumps(rank.state_dict(made)))
@@ -329,6 +367,7 @@ def test_the_epoch_after_a_resumed_one_is_whole():
         {"batch_seconds": 20.0},
         {"batch_tokens": 20},
         {"num_buckets": 2},
+        {"buckets": [Bucket(20.0, 60, 2)]},
         {"corpus": digits(99)},
         {"corpus": [seconds + 1e-9 for seconds in digits(100)]},
     ],

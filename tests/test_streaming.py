@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from sedtrain.batch import Skipped, UserError
 from sedtrain.data import streaming
 from sedtrain.data.batching import BatchesWithEpoch, DurationBatches
+from sedtrain.data.buckets import Bucket
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.limits import Limits
@@ -89,13 +90,14 @@ def sampler(
     batch_seconds=15.0,
     batch_tokens=None,
     max_seconds=30.0,
+    buckets=None,
 ):
     corpus = Corpus([], Limits(0.05, max_seconds), Noted(), 1.0, True, None)
     weights = [float(each) for each in parts_weights or [1] * len(sizes)]
     corpus.weights = lambda: weights
     dataset = SplitDataset(Opened(sizes), {}, SimpleNamespace(num_tokens=lambda text: len(text.split())), 0)
-    stream = Stream(dataset, corpus, num_rows, seed, counts_tokens=batch_tokens is not None)
-    return StreamedBatches(stream, batch_seconds, batch_tokens, 5, seed, rank, num_ranks)
+    stream = Stream(dataset, corpus, num_rows, seed, counts_tokens=bool(batch_tokens or buckets))
+    return StreamedBatches(stream, batch_seconds, batch_tokens, 5, seed, rank, num_ranks, buckets)
 
 
 def epoch(sizes, number=0, **options):
@@ -167,6 +169,17 @@ def test_an_utterance_of_weight_w_is_seen_w_times_an_epoch_and_all_as_often_as_t
         times = [seen[part, index] for index in range(size)]
         assert set(times) <= {floor(num_epochs * weight), ceil(num_epochs * weight)}
         assert abs(sum(times) - num_epochs * weight * size) <= 1
+
+
+@given(shard_sizes, st.lists(rank_numbers, min_size=1, max_size=3), block_sizes, stops)
+def test_measured_buckets_hold_in_a_stream_that_stops_and_goes_on_with_other_ranks(sizes, ranks, num_rows, stops):
+    buckets = [Bucket(2.0, 5, 4), Bucket(10.0, 12, 2)]
+    seen = flat(stopped(sizes, ranks, stops, num_rows=num_rows, buckets=buckets))
+    assert sorted(flat(seen)) == everything(sizes)
+    for batch in filter(None, seen):
+        lengths = [((part + index) % len(SECONDS), (part + index) % len(WORDS)) for part, index in batch]
+        longest, most = max(SECONDS[i] for i, _ in lengths), max(WORDS[i] for _, i in lengths)
+        assert len(batch) <= next((b.utterances for b in buckets if longest <= b.seconds and most <= b.tokens), 1)
 
 
 def stepwise(sizes, num_ranks, number, position=None, **options):

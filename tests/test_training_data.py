@@ -1,5 +1,7 @@
 """What training sees over epochs: augmented by epoch, within its bounds, and continued where it stopped."""
 
+import json
+
 import lightning
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_datamodule import data_module, good, write  # noqa: F401 - a fixture
 
 from sedtrain.data.augment import Augment
 from sedtrain.data.augmentations import ColouredNoise, Speed
+from sedtrain.data.buckets import Bucket
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -92,6 +95,27 @@ def test_batches_are_bounded_by_target_tokens_too(good):  # noqa: F811
     assert all(batch.labels.numel() <= 20 or len(batch) == 1 for batch in batches)
     assert max(batch.labels.numel() for batch in batches) > 10
     assert sum(len(batch) for batch in batches) == 12
+
+
+BUCKETS = [
+    {"seconds": 0.7, "tokens": 30, "utterances": 2},
+    {"seconds": 1.2, "tokens": 30, "utterances": 3},
+]
+
+
+def test_measured_buckets_cut_what_trains_and_not_what_is_scored(good):  # noqa: F811
+    data = data_module(good, batch_seconds=100, batches=BUCKETS)
+    trained = list(data.train_dataloader())
+    assert sorted(len(batch) for batch in trained) == [1, 1, 1, 2, 2, 2, 3]  # 1.3 and 1.4 s are beyond the buckets
+    assert len({id for batch in trained for id in batch.ids}) == 12
+    assert max(batch.inputs.numel() for batch in trained if len(batch) == 2) <= 2 * 1.2 * 16_000
+    assert [len(batch) for batch in data.batches("train")] == [12]
+
+
+def test_a_file_of_buckets_is_what_stands_in_it(good, tmp_path):  # noqa: F811
+    (tmp_path / "batches.yaml").write_text(json.dumps(BUCKETS))
+    from_file = data_module(good, batches=str(tmp_path / "batches.yaml"))
+    assert from_file.buckets == data_module(good, batches=BUCKETS).buckets == [Bucket(**each) for each in BUCKETS]
 
 
 @pytest.fixture

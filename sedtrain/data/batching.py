@@ -12,43 +12,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from sedtrain.batch import UserError
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from sedtrain.data.buckets import Bucket, Floats, Integers, bounded, fitted
 
 SHORTEST_SECONDS = 0.1  # what is shorter gets silence behind it
-NUM_CANDIDATES = 256  # durations tried as edges of buckets, once spread over the utterances and once over the seconds
-BUCKET_PRICE = 0.2  # of a full batch: small corpora get fewer buckets, or the same utterances would always meet
 MAX_NEIGHBOURS = 4  # batches that are drawn together and sorted: 98.9 % of the audio is real, with 1 it is 95.6 %
 EMPTY = -1  # the batch of a rank that has run dry
-
-
-def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Floats:
-    """The longest duration of each of at most `num_buckets` buckets, ascending, so that padding is least.
-
-    Counts the padded seconds of all batches as if each were full and as long as its bucket, and a small price of each
-    bucket, since its last batch is seldom full. The best choice among the candidates, by dynamic programming.
-    """
-    if not len(seconds):
-        return seconds
-    ordered = np.sort(seconds)
-    by_rank = ordered[np.linspace(0, len(ordered) - 1, NUM_CANDIDATES).astype(np.int64)]
-    by_length = ordered[np.searchsorted(ordered, np.linspace(ordered[0], ordered[-1], NUM_CANDIDATES))]
-    edges = np.unique(np.concatenate([by_rank, by_length]))
-    up_to = np.concatenate([[0], np.searchsorted(ordered, edges, side="right")])
-    inside = up_to[None, 1:] - up_to[:, None]  # [i, j]: utterances in a bucket from above edge i - 1 to edge j
-    size = np.maximum(batch_seconds // edges, 1)
-    num_batches = np.ceil(inside / size) + BUCKET_PRICE * (inside > 0)
-    padded = np.where(inside >= 0, num_batches * size * edges, np.inf)
-    least, choices = padded[0], []
-    for _ in range(num_buckets - 1):
-        total = least[:, None] + padded[1:]
-        choices.append(total.argmin(axis=0))
-        least = total.min(axis=0)
-    chosen = [len(edges) - 1]
-    for choice in reversed(choices):
-        chosen.append(choice[chosen[-1]])
-    return edges[np.unique(chosen)]
 
 
 class BatchPlan:
@@ -56,6 +24,7 @@ class BatchPlan:
 
     A group is a bucket of durations, or the part of one whose texts are so long that they halve its batches, once or
     oftener. All batches of a group hold as many utterances as its longest ones allow; the last may hold fewer.
+    With `buckets` the groups are these, their sizes are known, and the other bounds have no say.
 
     groups:         (N,) the group of each utterance
     starts:         (M + 1,) where each batch begins in `utterances`
@@ -70,21 +39,15 @@ class BatchPlan:
         tokens: Sequence[int] | Integers | None = None,
         batch_tokens: int | None = None,
         num_buckets: int = 30,
+        buckets: Sequence[Bucket] | None = None,
     ) -> None:
         self.seconds = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_SECONDS)
-        edges = bucket_edges(self.seconds, batch_seconds, num_buckets)
-        bucket = np.searchsorted(edges, self.seconds)
-        most = max(len(self.seconds), 1)
-        room = np.clip(batch_seconds // self.seconds, 1, most)
-        halvings = np.zeros(len(room), dtype=np.int64)
-        if batch_tokens is not None:
-            assert tokens is not None, "tokens are what batch_tokens bounds"
-            room = np.clip(batch_tokens // np.maximum(np.asarray(tokens), 1), 1, room)
-            full = np.clip(batch_seconds // edges, 1, most)[bucket]
-            halvings = np.ceil(np.log2(np.maximum(full / room, 1))).astype(np.int64)
-        names, self.groups = np.unique(bucket * 64 + halvings, return_inverse=True)
-        sizes = np.full(len(names), len(self.seconds))
-        np.minimum.at(sizes, self.groups, room.astype(np.int64))
+        counted = None if tokens is None else np.asarray(tokens, dtype=np.int64)
+        if buckets is None:
+            self.groups, sizes = bounded(self.seconds, batch_seconds, counted, batch_tokens, num_buckets)
+        else:
+            assert counted is not None, "tokens are what a bucket bounds beside seconds"
+            self.groups, sizes = fitted(self.seconds, counted, buckets)
         in_order = np.sort(self.groups)
         size = sizes[in_order]
         place = np.arange(len(in_order)) - np.searchsorted(in_order, in_order)
@@ -174,7 +137,8 @@ class DurationBatches(Sampler[list[int]]):
     out, and one that finds none left in the bucket of a step has the empty list, which never happens to a single rank.
     Without `shuffle` the longest come first, so that a memory that does not suffice shows at once.
 
-    tokens: target tokens of each utterance, needed where `batch_tokens` is to bound them
+    tokens: target tokens of each utterance, needed where `batch_tokens` or `buckets` are to bound them
+    buckets: what makes a batch instead of the other bounds; what passes the last of them stands alone
     block:  numbers that tell these utterances from others of the same epoch, which are drawn apart
     """
 
@@ -190,9 +154,10 @@ class DurationBatches(Sampler[list[int]]):
         tokens: Sequence[int] | Integers | None = None,
         batch_tokens: int | None = None,
         num_buckets: int = 30,
+        buckets: Sequence[Bucket] | None = None,
         block: tuple[int, ...] = (),
     ) -> None:
-        self.plan = BatchPlan(seconds, batch_seconds, tokens, batch_tokens, num_buckets)
+        self.plan = BatchPlan(seconds, batch_seconds, tokens, batch_tokens, num_buckets, buckets)
         self.block = block
         self.shuffle, self.seed, self.rank, self.num_ranks = shuffle, seed, rank, num_ranks
         self.epoch = 0

@@ -1,7 +1,7 @@
 """The splits of one dataset, or of a mix of several, as Lightning's loaders of Batch."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from sedtrain.batch import Batch, UserError, require
 from sedtrain.data.augment import Augment
 from sedtrain.data.batching import BatchesWithEpoch, DurationBatches, Position
+from sedtrain.data.buckets import buckets_of
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
@@ -24,6 +25,7 @@ from sedtrain.data.parts import Parts
 from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
 from sedtrain.data.tagged import learnt_pairs, refuse_unlearnt
+from sedtrain.data.workers import start_worker
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):
@@ -45,6 +47,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     block_utterances: of a stream, how many are shuffled and batched together
     batch_seconds, batch_tokens: audio and, if given, target tokens per batch and rank, padding included
     num_buckets: of utterances of similar length; a batch is of one of them
+    batches: instead of these three, in training: a file of task=fit_batches, or what stands in it; a list of buckets, each
+        with the `seconds` and target `tokens` that its utterances have at most, and how many `utterances` make a batch
     min_seconds, max_seconds: shorter and longer utterances are skipped
     keep_decoded_hours: without workers, a split of at most so many hours is decoded once and kept in memory (230 MB an
         hour); workers decode anew, or each would keep a copy
@@ -73,6 +77,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         batch_seconds: float = 24.0,
         batch_tokens: int | None = None,
         num_buckets: int = 30,
+        batches: str | Sequence[Mapping[str, float]] | None = None,
         min_seconds: float = 0.05,
         max_seconds: float = 30.0,
         min_characters: int = 1,
@@ -110,6 +115,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             )
         self.tags, self.block_utterances = tags, block_utterances
         self.batch_seconds, self.batch_tokens, self.num_buckets = batch_seconds, batch_tokens, num_buckets
+        self.buckets = None if batches is None else buckets_of(batches)
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
         run_key = hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:16]
         copies = Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
@@ -134,8 +140,13 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         )
 
     def batches_of(self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool) -> BatchesWithEpoch:
-        """The batches of the whole split, or with `over_ranks` this rank's, bounded for audio as long as it may get."""
+        """The batches of the whole split, or with `over_ranks` this rank's, bounded for audio as long as it may get.
+
+        Those that train, which are shuffled, are cut by `data.batches` where it is given.
+        """
         trainer = self.trainer if over_ranks else None
+        buckets = self.buckets if shuffle else None
+        bounds_tokens = buckets is not None or self.batch_tokens is not None
         batches = DurationBatches(
             dataset.longest * np.array(dataset.seconds),
             self.batch_seconds,
@@ -143,9 +154,10 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             num_ranks=trainer.world_size if trainer else 1,
-            tokens=None if self.batch_tokens is None else dataset.all_num_tokens(),
+            tokens=dataset.all_num_tokens() if bounds_tokens else None,
             batch_tokens=self.batch_tokens,
             num_buckets=self.num_buckets,
+            buckets=buckets,
         )
         return BatchesWithEpoch(batches, dataset.references)
 
@@ -158,7 +170,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         else:
             parts = Parts(self.corpus.shards(), 2 * num_rows)
             dataset = SplitDataset(parts, {}, self.collator, 0, self.augment, self.limits.max_seconds)
-        stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=self.batch_tokens is not None)
+        counts_tokens = self.buckets is not None or self.batch_tokens is not None
+        stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=counts_tokens)
         return dataset, StreamedBatches(
             stream,
             self.batch_seconds,
@@ -167,7 +180,15 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             num_ranks=self.trainer.world_size if self.trainer else 1,
+            buckets=self.buckets,
         )
+
+    def batch_sizes(self) -> str:
+        """For people: what a training batch holds."""
+        if self.buckets is None:
+            return f"{self.batch_seconds:g} s of audio"
+        sizes = [bucket.utterances for bucket in self.buckets]
+        return f"{min(sizes):,} to {max(sizes):,} utterances, by {len(sizes)} buckets of data.batches"
 
     def loader(self, dataset: SplitDataset, batches: BatchesWithEpoch | StreamedBatches) -> DataLoader[Batch]:
         return DataLoader(
@@ -176,6 +197,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else every new iterator would draw from the one that dropout draws from
         )
 

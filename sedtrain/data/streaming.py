@@ -5,7 +5,7 @@ The state of a stream is a place in that order and the steps made since; going o
 
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import ceil, floor
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 
 from sedtrain.batch import UserError
 from sedtrain.data.batching import BatchesWithEpoch, DurationBatches, Position, other_kind, random_keys
+from sedtrain.data.buckets import Bucket
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.parts import Reference
@@ -143,9 +144,11 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         seed: int,
         rank: int,
         num_ranks: int,
+        buckets: Sequence[Bucket] | None = None,
     ) -> None:
         self.stream, self.seed, self.rank, self.num_ranks = stream, seed, rank, num_ranks
         self.batch_seconds, self.batch_tokens, self.num_buckets = batch_seconds, batch_tokens, num_buckets
+        self.buckets = buckets
         self.epoch = 0
         self.begin()
 
@@ -204,6 +207,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
             tokens=block.tokens,
             batch_tokens=self.batch_tokens,
             num_buckets=self.num_buckets,
+            buckets=self.buckets,
             block=start,
         )
         batches.set_epoch(self.epoch)
