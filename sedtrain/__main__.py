@@ -7,6 +7,8 @@ import signal
 import sys
 from types import FrameType
 
+from sedtrain.ranks import is_first
+
 
 def main() -> None:
     """Runs the command line; exit status 2 for what the user can repair, 130 after Ctrl-C."""
@@ -30,7 +32,7 @@ def interrupted(number: int, frame: FrameType | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # it may be in the middle of a write
             stream.flush()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first():
         os.write(2, b"interrupted\n")
     os._exit(130)
 

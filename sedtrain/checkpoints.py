@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sedtrain.batch import require
+from sedtrain.batch import UserError, require
 from sedtrain.checkpoint_files import CheckpointFiles
 from sedtrain.metrics_file import MetricsFile
 from sedtrain.random_state import of_all_ranks, random_state, set_random_state
@@ -62,6 +62,7 @@ class Checkpoints(ModelCheckpoint):
     # --- when
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        refuse_different_starts(of_all_ranks({"step": trainer.global_step}))
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -153,6 +154,16 @@ class Checkpoints(ModelCheckpoint):
         if len(states) == trainer.world_size:
             set_random_state(states[trainer.global_rank])
         self.resumed = None
+
+
+def refuse_different_starts(starts: list[dict[str, Any]]) -> None:
+    """Raises UserError where the ranks have not read the same checkpoint, such as on a disk that is slow to show files."""
+    steps = [start["step"] for start in starts]
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes of this run start from different steps, by rank: {steps}",
+            "run_dir=FOLDER on a disk where all machines see the same files, or the same command again",
+        )
 
 
 def between_batches(loops: dict[str, Any], ended: bool, epoch_is_over: bool) -> None:

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -11,10 +12,18 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.config import ConfigError, conf_dir, register
 from sedtrain.overrides import check_command_line, inherit_run
+from sedtrain.ranks import (
+    has_parent,
+    is_first,
+    is_restart_of,
+    note_launch,
+    resume_of_restart,
+    started_side_by_side,
+)
 from sedtrain.run_folder import config_of, is_finished
 
 RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
@@ -30,7 +39,9 @@ NO_CONCERN = (
     ".*your dataloader is not resumable.*",  # the data module resumes it
     ".*Checkpoint directory .* exists and is not empty.*",  # the run goes on
 )
-INTERRUPTED = 130
+LOST_PEER = ("gloo/transport", "Gloo connect", "NCCL error")
+CANNOT_WORK, INTERRUPTED = 2, 130
+FIRST_SPEAKS_SECONDS = 10  # what launched us ends the other processes meanwhile
 
 logger = logging.getLogger("sedtrain")
 
@@ -79,11 +90,9 @@ def run(cfg: DictConfig) -> None:
     open_log()
     try:
         inherit_run(cfg, list(HydraConfig.get().overrides.task))
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            cfg.run_dir = os.environ.get(RUN_DIR, cfg.run_dir)  # the first process of the run opened it
-        elif cfg.task != "transcribe":
-            open_run_folder(Path(cfg.run_dir), goes_on=cfg.task == "train" and cfg.resume == "auto")
-            os.environ[RUN_DIR] = cfg.run_dir
+        if cfg.task != "train" and not is_first():
+            return  # one process does it
+        agree_on_folder(cfg)
         if cfg.task == "train" and is_finished(cfg.run_dir):
             logger.info("run_dir=%s: this run has finished, there is nothing to do", cfg.run_dir)
             return
@@ -98,6 +107,28 @@ def run(cfg: DictConfig) -> None:
         close_log()
 
 
+def agree_on_folder(cfg: DictConfig) -> None:
+    """Has all processes of a run use one folder, which the first of them opens, and go on alike where they were restarted."""
+    if has_parent():
+        cfg.run_dir = os.environ[RUN_DIR]
+    elif started_side_by_side() and holds_time(cfg):
+        wrong = "the processes of this run would each take another folder: its name holds the time"
+        raise ConfigError.single("run_dir", cfg.run_dir, wrong, "write run_dir=FOLDER")
+    restarted = cfg.task == "train" and is_restart_of(cfg.run_dir)
+    if restarted:
+        cfg.resume = resume_of_restart(cfg.run_dir, cfg.resume)
+    if is_first() and cfg.task != "transcribe":
+        open_run_folder(Path(cfg.run_dir), goes_on=restarted or (cfg.task == "train" and cfg.resume == "auto"))
+        note_launch(cfg.run_dir)
+    os.environ[RUN_DIR] = cfg.run_dir
+
+
+def holds_time(cfg: DictConfig) -> bool:
+    written = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(written, dict)
+    return "${now:" in str(written["run_dir"])
+
+
 def run_task(cfg: DictConfig) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from sedtrain.batch import UserError
@@ -110,6 +141,13 @@ def run_task(cfg: DictConfig) -> None:
         fail(str(error))
     except Unfinished as end:
         fail(str(end), end.status)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        fail(
+            f"lost the connection to another process of this run, whose own words say why: {str(error).strip()}",
+            status=1,
+        )
 
 
 def open_run_folder(folder: Path, goes_on: bool) -> None:
@@ -135,7 +173,7 @@ def open_log() -> None:
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     to_console = logging.StreamHandler()
-    to_console.setLevel(logging.INFO)
+    to_console.setLevel(logging.INFO if is_first() else logging.WARNING)
     to_console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(to_console)
 
@@ -162,8 +200,10 @@ def is_full_or_read_only(error: Exception) -> bool:
     return any(words in str(error) for words in HALF_WRITTEN)
 
 
-def fail(message: str, status: int = 2) -> None:
-    """Ends the command; also in the log file, where one is open."""
+def fail(message: str, status: int = CANNOT_WORK) -> None:
+    """Ends the command; also in the log file, where one is open. What all processes say, the first says for all."""
+    if status == CANNOT_WORK and not is_first():
+        time.sleep(FIRST_SPEAKS_SECONDS)
     if logger.handlers:
         logger.error(message)
     else:

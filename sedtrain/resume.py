@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from sedtrain.batch import UserError
 from sedtrain.checkpoint_files import newest_whole, read_checkpoint
 from sedtrain.data.sources import absolute_path
+from sedtrain.ranks import is_first
 from sedtrain.run_folder import LAST, checkpoints_of, config_of
 
 logger = logging.getLogger(__name__)
@@ -60,14 +60,14 @@ def named(name: str) -> Path:
 
 def forget(folder: Path) -> None:
     """Removes what a run left that was killed before its first checkpoint."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first():
         for name in ("metrics.csv", *LISTS):
             (folder / name).unlink(missing_ok=True)
 
 
 def keep_until(step: int, file: Path) -> None:
     """Drops the lines that were written later, which will be written again, and a last one that was cut."""
-    if not file.is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
+    if not file.is_file() or not is_first():
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = "".join(line for line in lines if json.loads(line).get("step", step) <= step)

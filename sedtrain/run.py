@@ -25,6 +25,7 @@ from sedtrain.finetune import FineTuning, PartPlan
 from sedtrain.interrupts import StopOnInterrupt
 from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.progress import ProgressBar
+from sedtrain.rendezvous import meet_again
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class TrainingRun:
         """Trains, from the checkpoint `start` where there is one; returns also where training was asked to stop."""
         if start:
             self.refuse_other_model(start)
+        meet_again(self.trainer.strategy)
         try:
             with contextlib.suppress(Stopped):
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)

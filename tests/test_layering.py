@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "sedtrain"
 # What a file, or any file of a package, may import of ours; files of one package may import each other.
 MAY_IMPORT = {
     "__init__": set(),
-    "__main__": {"jobs"},
-    "jobs": {"batch", "config", "overrides", "run_folder", "tasks"},
+    "__main__": {"jobs", "ranks"},
+    "jobs": {"batch", "config", "overrides", "ranks", "run_folder", "tasks"},
     # configuration: what a command line means, before anything heavy is imported
     "annotation": set(),
     "definition": {"annotation"},
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "config": {"annotation", "definition", "signature"},
     "composition": {"config", "definition"},
     "run_folder": set(),
+    "ranks": {"run_folder"},
     "overrides": {"composition", "config", "definition", "run_folder"},
     # the parts, which do not know of each other
     "batch": set(),
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "tags": {"batch"},
     "text": {"batch"},
     "vocabulary": set(),
-    "data": {"batch", "hub", "tags", "text"},
+    "data": {"batch", "hub", "ranks", "tags", "text"},
     "models": {"batch", "hub", "losses", "text"},
     # from a model to its scores
     "decoding": {"batch", "models"},
@@ -61,10 +62,11 @@ MAY_IMPORT = {
     "progress": {"batch", "evaluation.results"},
     "metrics_file": set(),
     "random_state": set(),
+    "rendezvous": set(),
     "checkpoint_files": {"batch", "run_folder"},
     "checkpoints": {"batch", "checkpoint_files", "metrics_file", "random_state"},
     "interrupts": {"checkpoints", "progress"},
-    "resume": {"batch", "checkpoint_files", "data.sources", "run_folder"},
+    "resume": {"batch", "checkpoint_files", "data.sources", "ranks", "run_folder"},
     "run": {
         "averaging",
         "batch",
@@ -77,6 +79,7 @@ MAY_IMPORT = {
         "interrupts",
         "module",
         "progress",
+        "rendezvous",
     },
     # the whole
     "creation": {"batch", "config"},
@@ -135,6 +138,8 @@ ONLY_IN = {
         "checkpoints",
         "interrupts",
         "metrics_file",
+        "data.workers",
+        "rendezvous",
     },
     "datasets": {"data", "hub"},
     "rich": {"data.durations", "inspection.tables", "progress", "terminal"},
@@ -150,6 +155,7 @@ LIGHT = {
     "definition",
     "jobs",
     "overrides",
+    "ranks",
     "run_folder",
     "signature",
 }

@@ -1,7 +1,6 @@
 """A corpus: the datasets that it is made of, what of them can be used, and how much of an epoch each has."""
 
 import atexit
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from sedtrain.data.rows import UtteranceRows
 from sedtrain.data.shards import BrokenShard
 from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.sources import public_name
+from sedtrain.ranks import is_first_of_machine
 
 
 class Corpus:
@@ -40,7 +40,7 @@ class Corpus:
         self.sources, self.limits, self.skipped = list(sources), limits, skipped
         self.temperature, self.streaming, self.copies = temperature, streaming, copies
         self.rewrite: Callable[[str], str] = str
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the first process of a machine is the last to need them
+        if is_first_of_machine():  # the last of them to need the copies
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
         self.parts = cache(self.load_parts)
         self.kept = cache(self.find_kept)

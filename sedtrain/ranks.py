@@ -1,0 +1,65 @@
+"""Which of a run's processes this one is, from the environment that torchrun, SLURM or Lightning gives it."""
+
+import os
+from pathlib import Path
+
+from sedtrain.run_folder import checkpoints_of
+
+AT_HAND = ("bash", "interactive")  # SLURM jobs that are a shell, in which Lightning starts the processes itself
+
+
+def is_first() -> bool:
+    """Whether this process makes the run's folder and speaks for all; it is that of global rank 0."""
+    within_nodes = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in (*within_nodes, "LOCAL_RANK"))
+
+
+def is_first_of_machine() -> bool:
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def has_parent() -> bool:
+    """Whether another process of the run started this one, as Lightning does on each machine, and could tell it things."""
+    return "RANK" not in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def started_side_by_side() -> bool:
+    """Whether others were started along with this process, by torchrun, SLURM, or by hand on each machine."""
+    by_slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and os.environ.get("SLURM_JOB_NAME") not in AT_HAND
+    return by_slurm or "RANK" in os.environ or "NODE_RANK" in os.environ
+
+
+# --- restarts
+
+
+def launches() -> dict[str, str]:
+    """The names of what launched this process, each by the variable that counts how often it did so again."""
+    names = {}
+    if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):  # `none` unless someone chose it
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER_OF_THIS_LAUNCH/attempt_N/RANK/error.json
+        names["TORCHELASTIC_RESTART_COUNT"] = f"torchrun {Path(error_file).parents[2] if error_file else run_id}"
+    if job := os.environ.get("SLURM_JOB_ID"):
+        names["SLURM_RESTART_COUNT"] = f"slurm {job}"
+    return names
+
+
+def note_launch(run: str) -> None:
+    """Writes into a run's folder who launched it."""
+    with mark_of(run).open("a", encoding="utf-8") as file:
+        file.writelines(f"{name}\n" for name in launches().values())
+
+
+def is_restart_of(run: str) -> bool:
+    """Whether this process was started again by what launched the run in this folder."""
+    again = {name for count, name in launches().items() if int(os.environ.get(count, "0")) > 0}
+    mark = mark_of(run)
+    return bool(again) and mark.is_file() and not again.isdisjoint(mark.read_text(encoding="utf-8").splitlines())
+
+
+def mark_of(run: str) -> Path:
+    return Path(run) / ".launched_by"
+
+
+def resume_of_restart(run: str, resume: str) -> str:
+    """What `resume` means in a process that was started again: the run's own checkpoints, once there are any."""
+    return "auto" if resume == "none" or any(checkpoints_of(run).glob("*.ckpt")) else resume

@@ -1,0 +1,53 @@
+"""A training that is left in peace, and one of which a rank is struck by SIGKILL, in one launch.
+
+    torchrun --nproc-per-node 2 --max-restarts 3 tests/struck.py FOLDER OVERRIDES
+
+They are FOLDER/never and FOLDER/killed; FOLDER/struck says what happened.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import lightning
+import torch
+
+from sedtrain.__main__ import main
+
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+class Struck(lightning.Callback):
+    """Kills one rank in the midst of a step, once. After a restart the first rank is the last to come."""
+
+    def __init__(self, file: str, rank: int, step: int) -> None:
+        self.file, self.rank, self.step = Path(file), rank, step
+        if RESTARTS and os.environ["RANK"] == "0":
+            time.sleep(1)
+
+    def tell(self, what):
+        with self.file.open("a") as file:
+            file.write(f"{what}, restarts {RESTARTS}\n")
+
+    def on_before_backward(self, trainer, *_):
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step) and not self.file.exists():
+            self.tell("killed")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_end(self, trainer, *_):
+        if trainer.global_rank == self.rank:
+            self.tell("ended")
+
+
+if __name__ == "__main__":
+    folder, *overrides = sys.argv[1:]
+    os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache {os.environ['RANK']}"
+    torch.set_num_threads(1)
+    struck = [
+        f"+callbacks.struck.{each}" for each in ("_target_=struck.Struck", f"file={folder}/struck", "rank=1", "step=5")
+    ]
+    for name in ("never", "killed"):
+        sys.argv = ["sedtrain", *overrides, f"run_dir={folder}/{name}", *(struck if name == "killed" else [])]
+        main()
