@@ -1,5 +1,6 @@
-"""Signals to a real training, and what a command then says."""
+"""Signals to a real training and its data workers, and what a command then says."""
 
+import os
 import re
 import signal
 import subprocess
@@ -24,7 +25,7 @@ def started(corpus, tmp_path):
             "trainer.max_steps=100000", "trainer.max_time=null", "trainer.val_check_interval=100000",
             "callbacks.checkpoints.every_steps=1", "data.num_workers=2",
         ],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (folder / "checkpoints/last.ckpt").exists() and time.monotonic() < deadline and run.poll() is None:
@@ -34,12 +35,17 @@ def started(corpus, tmp_path):
     run.communicate()
 
 
-def test_sigterm_ends_a_training_with_a_checkpoint_and_says_how_to_go_on(started):
+def test_sigterm_to_all_its_processes_ends_a_training_with_a_checkpoint_and_says_how_to_go_on(started):
+    """As a cluster sends it; before, what has a checkpoint written does nothing else."""
     run, folder = started
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGUSR1)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGTERM)
     out, err = run.communicate(timeout=100)
     assert run.returncode == 128 + signal.SIGTERM, out + err
     assert "Traceback" not in err
     step = int(re.search(rf"stopped at step (\d+); saved in {folder}: model, checkpoints/last.ckpt", err)[1])
     assert "resume=auto with this run_dir goes on from there" in err
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == step > 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
