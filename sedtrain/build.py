@@ -5,9 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.config import ConfigError, Problem
@@ -32,6 +33,7 @@ from sedtrain.progress import ProgressBar
 from sedtrain.run import TrainingRun
 from sedtrain.tags import add_tags
 from sedtrain.text import start_end_pad
+from sedtrain.tracking import Tracker, Tracking
 from sedtrain.vocabulary import VocabularyReport
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 RANDOM_CTC_WEIGHT = 0.3
 METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
 DECIDED = {
-    "logger": "write logger=csv or logger=none",
+    "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
     "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
     "default_root_dir": "write run_dir=FOLDER",
     "use_distributed_sampler": "leave it out: batches are shared among the devices when they are cut",
@@ -233,8 +235,8 @@ def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
         bar.disable()  # it stays, since it counts what training consumes
     built: lightning.Trainer = create(cfg, "trainer")(
         default_root_dir=cfg.run_dir,
-        callbacks=[*callbacks.values(), finetuning, checkpoints],
-        logger=create(cfg, "logger") or False,
+        callbacks=[*callbacks.values(), Tracking(resolved(cfg)), finetuning, checkpoints],
+        logger=loggers(cfg) or False,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=shows_progress or bool(bars),
@@ -248,6 +250,22 @@ def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
             "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER",
         )
     return built
+
+
+def loggers(cfg: DictConfig) -> list[Tracker]:
+    """One of each entry of `logger`."""
+    for name, node in cfg.logger.items():
+        if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
+            write = "write +logger.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
+            raise ConfigError.single(f"logger.{name}", node, "a logger has a name of its own, and a _target_", write)
+    return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The whole configuration as plain values."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def validation_interval(options: DictConfig) -> dict[str, int]:

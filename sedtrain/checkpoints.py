@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sedtrain.batch import UserError, require
 from sedtrain.checkpoint_files import CheckpointFiles
-from sedtrain.metrics_file import MetricsFile
 from sedtrain.random_state import of_all_ranks, random_state, set_random_state
+from sedtrain.tracking import trackers
 
 
 class Stopped(Exception):
@@ -143,9 +143,8 @@ class Checkpoints(ModelCheckpoint):
         assert trainer.ckpt_path is not None
         self.in_own_folder = Path(trainer.ckpt_path).resolve().parent == Path(str(self.dirpath)).resolve()
         trainer.should_stop = self.in_own_folder and self.resumed["ended"]
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile) and trainer.is_global_zero:
-                logger.keep_before(self.resumed["logged_steps"])
+        for each in trackers(trainer):
+            each.keep_before(self.resumed["logged_steps"])
 
     def restore(self, trainer: lightning.Trainer, resumed: dict[str, Any]) -> None:
         """What Lightning has counted and drawn on its way to this batch does not count."""

@@ -1,13 +1,20 @@
-"""metrics.csv: what is logged, in a file that goes on where a run goes on."""
+"""metrics.csv: what is logged, in a file that goes on where a run goes on. Beside it samples.jsonl and environment.json."""
 
 import csv
 import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from sedtrain.evaluation.evaluate import Hypothesis
+
+SAMPLES, ENVIRONMENT = "samples.jsonl", "environment.json"
 
 
 class MetricsFile(CSVLogger):
@@ -24,6 +31,29 @@ class MetricsFile(CSVLogger):
     def keep_before(self, step: int) -> None:
         """Drops the rows of this step and later ones, which will be made again."""
         self.experiment.keep_before(step)
+        samples = Path(self.log_dir) / SAMPLES
+        if samples.is_file():
+            lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            replace(samples, "".join(line for line in whole if json.loads(line)["step"] < step))
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Writes them to environment.json, save the configuration, which lies in config.yaml."""
+        rest = {name: fact for name, fact in facts.items() if name != "config"}
+        replace(Path(self.log_dir) / ENVIRONMENT, json.dumps(rest, indent=2) + "\n")
+
+    def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
+        """Adds a line of JSON for each to samples.jsonl."""
+        lines = [json.dumps({"step": step, **asdict(each)}, ensure_ascii=False) for each in samples]
+        with (Path(self.log_dir) / SAMPLES).open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 class Appending(ExperimentWriter):

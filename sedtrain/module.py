@@ -115,13 +115,15 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         self.metrics.reset()
         self.validation_sums.zero_()
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
+    def validation_step(self, batch: Batch, batch_index: int) -> dict[str, list[str]] | None:
         if len(batch) == 0:
-            return
+            return None
         with enough_for(batch):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.with_other_audio(encoded, batch.labels).cpu()
-            self.metrics.update(batch.texts, transcribe_batch(self.model, self.tokenizer, batch, self.decoding))
+            hypotheses = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
+        self.metrics.update(batch.texts, hypotheses)
+        return {"hypotheses": hypotheses}
 
     def with_other_audio(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
         """(4,): cross-entropy, its tokens; how much more it is with the audio of other utterances, and the tokens of this."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,9 @@ def named(name: str) -> Path:
 def forget(folder: Path) -> None:
     """Removes what a run left that was killed before its first checkpoint."""
     if is_first():
-        for name in ("metrics.csv", *LISTS):
+        for name in ("metrics.csv", "samples.jsonl", *LISTS):
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def keep_until(step: int, file: Path) -> None:

@@ -27,6 +27,7 @@ from sedtrain.normalisers import normaliser
 from sedtrain.resume import plain, starting_point
 from sedtrain.run_folder import config_of
 from sedtrain.tags import TASK_OF
+from sedtrain.tracking import log_scores
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -38,6 +39,8 @@ LEFT_BEHIND = (
     "results.json",
     "report.html",
     "metrics.csv",
+    "tensorboard",
+    "wandb",
     "config.yaml",
     "skipped.jsonl",
     "sedtrain.log",
@@ -80,6 +83,7 @@ def train(cfg: DictConfig) -> None:
             number,
         )
     results = score(cfg, run.saved, run.data, run.totals())
+    log_scores(run.trainer, results)
     write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)
 
 

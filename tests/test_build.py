@@ -175,7 +175,7 @@ def test_a_value_out_of_range_ends_with_status_2_and_its_range(command, override
 
 def test_options_that_are_decided_elsewhere_are_all_refused_at_once(command):
     options = {
-        "trainer.logger=false": "write logger=csv or logger=none",
+        "trainer.logger=false": "write logger=csv, logger=[csv,tensorboard] or logger=none",
         "trainer.callbacks=[]": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
         "trainer.default_root_dir=elsewhere": "write run_dir=FOLDER",
         "trainer.use_distributed_sampler=false": "leave it out: batches are shared among the devices when they are cut",

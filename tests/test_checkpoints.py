@@ -18,6 +18,7 @@ from sedtrain.checkpoint_files import read_checkpoint
 from sedtrain.checkpoints import Checkpoints, Stopped
 from sedtrain.interrupts import StopOnInterrupt
 from sedtrain.metrics_file import MetricsFile
+from sedtrain.tracking import Tracker
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -81,7 +82,8 @@ def fit(data, run, *, start=None, callbacks=(), kind=Checkpoints, every=None, mo
     defaults = {"max_epochs": 3, "val_check_interval": 2, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
     trainer = lightning.Trainer(
         accelerator="cpu", use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, callbacks=[*callbacks, checkpoints], logger=MetricsFile(run, name="", version=""),
+        num_sanity_val_steps=0, callbacks=[*callbacks, checkpoints],
+        logger=Tracker("csv", lambda: MetricsFile(run, name="", version="")),
         **(defaults | options),
     )  # fmt: skip
     try:
