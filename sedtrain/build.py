@@ -25,6 +25,7 @@ from sedtrain.losses import LossWeights
 from sedtrain.models.adapter import Adapter
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.encoder import feature_extractor_of
+from sedtrain.models.execution import Execution
 from sedtrain.models.joint_config import frame_width
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.module import SpeechSeq2SeqModule
@@ -85,6 +86,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
         create(cfg, "optimizer"),
         create(cfg, "scheduler"),
         finetuning.grouped,
+        Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile),
     )
     module.optimizer_and_schedule(num_steps=1)  # what these refuse is refused before training starts
     run = TrainingRun(trainer(cfg, finetuning), module, data, saved, finetuning, Path(cfg.run_dir))

@@ -64,6 +64,8 @@ class Config:
     training_normaliser: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
     vocabulary_texts: int | None = 100_000
     inspect_utterances: int | None = 20_000
+    activation_checkpointing: bool = False
+    compile: str = one_of("none", "inductor", "aot_eager")
     run_dir: str = MISSING
     resume: str = "none"
     checkpoint: str | None = None

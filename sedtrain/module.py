@@ -18,10 +18,12 @@ from sedtrain.exact import SCALE, LossSums, MicroBatches, Update
 from sedtrain.losses import LossWeights, ctc
 from sedtrain.memory import enough_for
 from sedtrain.models.encoded import EncodedSpeech
+from sedtrain.models.execution import Execution
 from sedtrain.models.parts import part_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.optim import build_optimizer, parameter_groups
 from sedtrain.probe import OtherAudio
+from sedtrain.strategies import FullySharded
 
 
 class SpeechSeq2SeqModule(lightning.LightningModule):
@@ -40,19 +42,32 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[..., LRScheduler],
         grouped: Callable[[nn.Module], list[dict[str, Any]]] = parameter_groups,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.weights, self.decoding = model, tokenizer, weights, decoding
         self.optimizer, self.scheduler, self.grouped = optimizer, scheduler, grouped
+        self.execution = execution or Execution()
         self.metrics = CorpusMetrics(metric_set)
         self.validation_sums, self.other_audio = torch.zeros(4, dtype=torch.float64), OtherAudio()
         self.micro_batches, self.update = MicroBatches(), cast(Update | None, None)
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FullySharded):
+            self.model = strategy.own(self.model)
+        self.execution.prepare(self.model)
+        if isinstance(strategy, FullySharded):
+            strategy.shard(self)
 
     def losses(self, batch: Batch) -> LossSums:
         """What a micro-batch adds to the cross-entropy and to CTC; where it has no utterance, nothing."""
         if len(batch) == 0:
             none = torch.zeros((), device=self.device)
             return LossSums(self.nothing(), none, none, none)
+        return self.loss_sums(batch)
+
+    def loss_sums(self, batch: Batch) -> LossSums:
         encoded = self.model.encode(batch.inputs, batch.attention_mask)
         cross_entropy = self.cross_entropy(encoded, batch.labels)
         return LossSums(cross_entropy, (batch.labels != IGNORE_INDEX).sum(), *self.ctc(encoded, batch.text_labels))
@@ -78,7 +93,14 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         return ctc(logits, encoded.encoder_mask.sum(1), labels, blank=config.pad_token_id, end=config.eos_token_id)
 
     def nothing(self) -> Tensor:
-        """A loss of zero with a gradient of zeros, by which a rank without utterances takes part in the step of the others."""
+        """A loss of zero with a gradient of zeros, by which a rank without utterances takes part in the step of the others.
+
+        Where the weights lie in pieces it has to gather them as often as the others: it computes with silence.
+        """
+        if isinstance(self._trainer and self._trainer.strategy, FullySharded):
+            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            sums = self.loss_sums(datamodule.collator.silence().to(self.device))
+            return 0.0 * self.weights.joint(sums.cross_entropy, sums.ctc)
         return 0.0 * torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum()
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
@@ -118,7 +140,7 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> dict[str, list[str]] | None:
         if len(batch) == 0:
             return None
-        with enough_for(batch):
+        with enough_for(batch), torch.compiler.set_stance("force_eager"):  # every token would be compiled anew
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.with_other_audio(encoded, batch.labels).cpu()
             hypotheses = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)

@@ -18,9 +18,9 @@ from sedtrain.run_folder import LAST, checkpoints_of, config_of
 logger = logging.getLogger(__name__)
 
 FREE = {
-    "run_dir", "resume", "logger", "callbacks", "strategy", "checkpoint", "audio", "vocabulary_texts", "data.folder",
-    "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar",
+    "run_dir", "resume", "logger", "callbacks", "strategy", "activation_checkpointing", "compile", "checkpoint", "audio",
+    "vocabulary_texts", "data.folder", "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator",
+    "trainer.devices", "trainer.num_nodes", "trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar",
 }  # fmt: skip
 """What a run may go on with differently: it decides where and how fast the same weights are computed."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")

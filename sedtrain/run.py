@@ -138,8 +138,9 @@ class TrainingRun:
     def load_best(self) -> None:
         """Takes the weights of the best validation, where there was one, in float32 whatever the training was in."""
         if paths := self.best_paths():
-            self.module.load_state_dict(mean_weights(read_checkpoint(path)["state_dict"] for path in paths))
-        self.module.float()
+            weights = mean_weights(read_checkpoint(path)["state_dict"] for path in paths)
+            self.saved.model.load_state_dict({name.removeprefix("model."): each for name, each in weights.items()})
+        self.saved.model.float()
         self.finetuning.finish(self.saved.model)
 
     def best_paths(self) -> list[Path]:

@@ -57,7 +57,9 @@ MAY_IMPORT = {
         "models",
         "optim",
         "probe",
+        "strategies",
     },
+    "strategies": {"batch", "models"},
     "guards": {"batch", "exact", "module"},
     "progress": {"batch", "evaluation.results"},
     "metrics_file": {"evaluation.evaluate"},
@@ -129,6 +131,7 @@ ONLY_IN = {
     "omegaconf": {"jobs", "config", "composition", "overrides", "creation", "build", "tasks", "resume"},
     "lightning": {
         "averaging",
+        "strategies",
         "module",
         "memory",
         "guards",

@@ -63,6 +63,18 @@ class Collator:
             prompts=torch.tensor([[self.decoder_start_token_id, *ids] for ids in tags]) if self.tags else None,
         )
 
+    def silence(self) -> Batch:
+        """A second of silence without text, which a rank that has no utterance left can compute with."""
+        frames = self.features(torch.zeros(self.sampling_rate))[None]
+        return Batch(
+            inputs=frames.transpose(1, 2) if self.time_is_last else frames,
+            attention_mask=torch.ones(1, frames.shape[1], dtype=torch.long),
+            labels=torch.tensor([self.target("")]),
+            ids=["silence"],
+            texts=[""],
+            seconds=1.0,
+        )
+
     def num_tokens(self, text: str) -> int:
         """Of its labels."""
         return len(self.target(text)) + (NUM_TAGS if self.tags else 0)

@@ -51,6 +51,12 @@ def transcribe_batch(
     was_training = model.training
     model.eval()
     prompts = {} if batch.prompts is None else {"decoder_input_ids": batch.prompts}
-    tokens = model.generate(batch.inputs, attention_mask=batch.attention_mask, **prompts, **options.generation_kwargs())
+    tokens = model.generate(
+        batch.inputs,
+        attention_mask=batch.attention_mask,
+        synced_gpus=False,  # where weights lie in pieces on several ranks, the validation has gathered them
+        **prompts,
+        **options.generation_kwargs(),
+    )
     model.train(was_training)
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -1,0 +1,44 @@
+"""Trainings over two ranks, as `torchrun --nproc-per-node 2 tests/sharded.py FOLDER CORPUS` runs them."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from sedtrain.__main__ import main
+
+SHORT = [
+    "data=parquet", "data.batch_seconds=10", "data.num_buckets=1", "vocabulary_texts=0", "trainer.accelerator=cpu",
+    "trainer.max_time=null", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
+    "scheduler=constant", "encoder.tiny.num_hidden_layers=2", "decoder.tiny.num_hidden_layers=1",
+]  # fmt: skip
+BF16 = ["trainer.precision=bf16-mixed"]
+RECOMPUTED, COMPILED = "activation_checkpointing=true", "compile=aot_eager"
+STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5"]
+OVER_RANKS = {
+    "fsdp": ["strategy=fsdp"],
+    "fsdp_on": ["strategy=fsdp", "resume=fsdp"],
+    "single_fsdp": ["strategy=fsdp", "resume=single"],
+    "fsdp_bf16": ["strategy=fsdp", COMPILED, *BF16],
+    "fsdp_late": ["strategy=fsdp", RECOMPUTED, *STARTS_LATE],
+    "ddp_late": ["strategy=ddp", RECOMPUTED, COMPILED, *STARTS_LATE],
+}
+
+
+def arguments(folder, corpus, name, *overrides):
+    """Of a training in FOLDER/NAME; it makes three steps, or, from the last checkpoint of another one, the three after them."""
+    started = [each.partition("=")[2] for each in overrides if each.startswith("resume=")]
+    others = [each for each in overrides if not each.startswith("resume=")]
+    goes_on = [f"resume={folder}/{each}/checkpoints/last.ckpt" for each in started]
+    steps = f"trainer.max_steps={6 if started else 3}"
+    return [*SHORT, f"data.path={corpus}", f"run_dir={folder}/{name}", steps, *others, *goes_on]
+
+
+if __name__ == "__main__":
+    folder, corpus = map(Path, sys.argv[1:3])
+    os.environ["HF_DATASETS_CACHE"] = str(folder / f"cache {os.environ['RANK']}")
+    torch.set_num_threads(1)
+    for name in sys.argv[3:] or OVER_RANKS:
+        sys.argv = ["sedtrain", *arguments(folder, corpus, name, *OVER_RANKS[name]), "trainer.devices=2"]
+        main()
