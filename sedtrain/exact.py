@@ -7,8 +7,9 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 SCALE = 2.0**-10
@@ -47,6 +48,11 @@ class Update:
     @property
     def gradient_is_finite(self) -> bool:
         return all(map(math.isfinite, self.gradient_norms.values()))
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the optimizer's step changes nothing."""
+        return not (self.num_tokens and self.loss_is_finite and self.gradient_is_finite)
 
     @property
     def gradient_norm(self) -> float:
@@ -90,12 +96,29 @@ class MicroBatches:
             gradient_norms={name: norm * factor for name, norm in zip(gradients, values[4:], strict=True)},
             micro_batches=micro_batches,
         )
-        if num_tokens and update.loss_is_finite and update.gradient_is_finite:
-            torch._foreach_mul_(list(chain(*gradients.values())), factor)
-        else:
+        if update.is_left_out:
             for weight in chain(*parts.values()):
                 weight.grad = None
+        else:
+            torch._foreach_mul_(list(chain(*gradients.values())), factor)
         return update
+
+
+class RunningStatistics:
+    """What batch norms have seen of the steps so far, without those that are left out: one NaN would stay in them forever."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self.now = [buffer for norm in norms for buffer in norm.buffers()]
+        self.before = [buffer.clone() for buffer in self.now]
+
+    def settle(self, update: Update) -> None:
+        """Keeps what the micro-batches of an update left in them, or goes back to what was before it."""
+        for now, before in zip(self.now, self.before, strict=True):
+            if update.is_left_out:
+                now.copy_(before)
+            else:
+                before.copy_(now)
 
 
 def whole(norm: Tensor) -> Tensor:

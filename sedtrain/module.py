@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sedtrain.batch import IGNORE_INDEX, Batch, UserError
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
-from sedtrain.exact import SCALE, LossSums, MicroBatches, Update
+from sedtrain.exact import SCALE, LossSums, MicroBatches, RunningStatistics, Update
 from sedtrain.losses import LossWeights, ctc
 from sedtrain.memory import enough_for
 from sedtrain.models.encoded import EncodedSpeech
@@ -103,6 +103,9 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
             return 0.0 * self.weights.joint(sums.cross_entropy, sums.ctc)
         return 0.0 * torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum()
 
+    def on_train_start(self) -> None:
+        self.running_statistics = RunningStatistics(self.model)
+
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         self.batch = batch
 
@@ -128,6 +131,7 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
             parts.setdefault(part_of(name), []).append(weight)
         update = self.micro_batches.divide(parts, self.over_ranks, self.trainer.world_size)
         self.update = update
+        self.running_statistics.settle(update)
         if update.num_tokens and update.loss_is_finite:
             self.log("train/loss", update.cross_entropy, prog_bar=True)
             if self.weights.ctc_weight:

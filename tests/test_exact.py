@@ -197,3 +197,23 @@ def test_a_step_that_is_left_out_moves_neither_weights_nor_the_state_of_the_opti
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
     assert all(torch.equal(moments[each]["exp_avg"], expected_moments[each]["exp_avg"]) for each in expected_moments)
     assert all(moments[each]["step"] == 1 for each in moments)
+
+
+class OverFrames(torch.nn.BatchNorm1d):
+    """(B, T, E) normalised over utterances and frames."""
+
+    def forward(self, frames):
+        return super().forward(frames.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_batch_norms():
+    """A NaN in a running mean would be in every validation after it."""
+    statistics = []
+    for batches in ([batch([0]), nan_batch([1]), batch([2])], [batch([0]), batch([2])]):
+        module = new_module()
+        norm = module.model.encoder.feature_projection.layer_norm = OverFrames(8)
+        trainer_of("32-true", max_steps=len(batches)).fit(module, Loader(batches))
+        statistics.append(dict(norm.named_buffers()))
+    assert statistics[1]["num_batches_tracked"] == 2
+    for name, expected in statistics[1].items():
+        assert torch.equal(statistics[0][name], expected)
