@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -281,6 +282,13 @@ def validation_interval(options: DictConfig) -> dict[str, int]:
     if options.get("max_steps", -1) > 0:
         steps = min(steps, options.max_steps)
     return {"val_check_interval": steps * options.get("accumulate_grad_batches", 1)}
+
+
+def device(cfg: DictConfig) -> torch.device:
+    """Where a model writes: the accelerator of this process, unless there is none or `trainer.accelerator` wants a CPU."""
+    if cfg.trainer.accelerator == "cpu" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def saved_model(cfg: DictConfig) -> SavedModel:

@@ -104,6 +104,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> None:
 def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train: TrainingTotals | None) -> Results:
     """Evaluates on `cfg.split`; writes results.json and report.html, shows the tables."""
     metric_set, options = build.metric_set(cfg), build.decoding_options(cfg)
+    saved.model.to(build.device(cfg))
     evaluation = evaluate(saved.model, saved.tokenizer, data.batches(cfg.split), metric_set, options)
     results = Results(
         task=cfg.target,
@@ -138,6 +139,7 @@ def transcribe(cfg: DictConfig) -> None:
     paths = audio_paths(cfg.audio)
     saved = build.saved_model(cfg)
     refuse_unlearnt(cfg, saved)
+    saved.model.to(build.device(cfg))
     start = saved.model.config.decoder_start_token_id
     collator = Collator(saved.feature_extractor, saved.tokenizer, start, tags=saved.tags)
     options = build.decoding_options(cfg)
@@ -174,7 +176,8 @@ def transcription(cfg: DictConfig, path: str, saved: SavedModel, collator: Colla
     seconds = len(audio) / collator.sampling_rate
     language, task = cfg.data.get("language"), TASK_OF[cfg.target]
     utterance = Utterance(path, audio, collator.sampling_rate, "", language, None, seconds, task)
-    [text] = transcribe_batch(saved.model, saved.tokenizer, collator([utterance]), options)
+    batch = collator([utterance]).to(saved.model.device)
+    [text] = transcribe_batch(saved.model, saved.tokenizer, batch, options)
     return text
 
 

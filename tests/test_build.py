@@ -9,9 +9,11 @@ import lightning
 import pyarrow
 import pyarrow.parquet
 import pytest
+import soundfile
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from sedtrain import build
 from sedtrain.batch import UserError
@@ -468,3 +470,27 @@ def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write(built
     assert (problem.path, problem.value) == ("attention", "flash_attention_2")
     assert problem.wrong == "it computes in 16 bits, and trainer.precision is 32-true"
     assert problem.write == "write trainer.precision=bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("is_there", "accelerator", "expected"), [(True, "auto", "cuda"), (True, "cpu", "cpu"), (False, "auto", "cpu")]
+)
+def test_a_model_writes_on_the_accelerator_that_there_is_and_may_be_used(monkeypatch, is_there, accelerator, expected):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert build.device(OmegaConf.create({"trainer": {"accelerator": accelerator}})) == torch.device(expected)
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize("task", ["evaluate", "transcribe"])
+def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, trained, tmp_path, monkeypatch, task):
+    def asked(cfg):
+        raise Asked
+
+    soundfile.write(tmp_path / "a.wav", [0.0] * 16_000, 16_000)
+    monkeypatch.setattr(build, "device", asked)
+    with pytest.raises(Asked):
+        sedtrain(f"task={task}", f"checkpoint={trained}", f"run_dir={tmp_path / 'run'}", f"audio={tmp_path / 'a.wav'}")
