@@ -45,8 +45,9 @@ class FullySharded(ModelParallelStrategy):
         Raises UserError where a layer may be left out on one rank and not on another, which would wait for it forever.
         """
         mesh = self.device_mesh["data_parallel"]
-        for part in (module.model.encoder, module.model.decoder):
-            refuse_layerdrop(part.config)
+        for name in ("encoder", "decoder"):
+            part = module.model.get_submodule(name)
+            refuse_layerdrop(name, part.config)
             stack = layers_of(part)
             for layer in stack[1] if stack else ():
                 fully_shard(layer, mesh=mesh)
@@ -127,10 +128,10 @@ def like(weight: DTensor, value: Any) -> Any:
     return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
-def refuse_layerdrop(config: Any) -> None:
+def refuse_layerdrop(part: str, config: Any) -> None:
     for name, value in config.to_dict().items():
         if name.endswith("layerdrop") and value:
             raise UserError(
-                f"{config.model_type}: {name} is {value}, and a layer that one device leaves out would keep the others waiting",
-                f"{name}=0 in encoder.options or decoder.options, or strategy=ddp",
+                f"{part}={config.model_type}: {name} is {value}, and a layer that one device leaves out would keep the others waiting",
+                f"{part}.options.{name}=0, or strategy=ddp",
             )
