@@ -55,7 +55,7 @@ def one_of(*choices: str) -> Any:
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
-    task: str = one_of("train", "evaluate", "transcribe", "inspect")
+    task: str = one_of("train", "evaluate", "transcribe", "inspect", "fit_batches")
     seed: int = 0
     size: str = one_of("tiny", "base", "large")
     pretrained: bool = True
@@ -64,6 +64,7 @@ class Config:
     training_normaliser: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
     vocabulary_texts: int | None = 100_000
     inspect_utterances: int | None = 20_000
+    memory_gb: float | None = None
     activation_checkpointing: bool = False
     compile: str = one_of("none", "inductor", "aot_eager")
     run_dir: str = MISSING

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.batch import UserError
 from sedtrain.checkpoint_files import newest_whole, read_checkpoint
+from sedtrain.data.buckets import buckets_of
 from sedtrain.data.sources import absolute_path
 from sedtrain.ranks import is_first
 from sedtrain.run_folder import LAST, checkpoints_of, config_of
@@ -107,11 +108,13 @@ def settings(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, A
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration, with the data as it is found from any folder."""
+    """The resolved configuration, with the data as it is found from any folder, and the buckets that its batches are cut by."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     data = resolved["data"]
     for source in (data, *(data.get("mix") or {}).values()):
         if source.get("path"):
             source["path"] = absolute_path(source["path"])
+    if data.get("batches"):  # what stands in the file may change
+        data["batches"] = [bucket._asdict() for bucket in buckets_of(data["batches"])]
     return {str(key): value for key, value in resolved.items()}

@@ -53,7 +53,7 @@ class TrainingRun:
         in_an_epoch = "" if self.num_batches is None else f", {self.num_batches:,} in an epoch"
         facts = {
             "training audio": self.data.corpus.training_audio(),
-            "batches": f"{self.data.batch_seconds:g} s of audio{in_an_epoch}",
+            "batches": f"{self.data.batch_sizes()}{in_an_epoch}",
             "steps": self.planned_steps(),
             "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
             "ctc weight": f"{self.module.weights.ctc_weight:g}",

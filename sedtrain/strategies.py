@@ -132,6 +132,7 @@ def refuse_layerdrop(part: str, config: Any) -> None:
     for name, value in config.to_dict().items():
         if name.endswith("layerdrop") and value:
             raise UserError(
-                f"{part}={config.model_type}: {name} is {value}, and a layer that one device leaves out would keep the others waiting",
+                f"{part}={config.model_type}: {name} is {value}, and a layer that one device leaves out "
+                "would keep the others waiting",
                 f"{part}.options.{name}=0, or strategy=ddp",
             )

@@ -1,6 +1,8 @@
-"""What a command does: train, evaluate, transcribe, inspect."""
+"""What a command does: train, evaluate, transcribe, inspect, fit_batches."""
 
 import logging
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
 from sedtrain.export import SavedModel, write_model_card
+from sedtrain.fit_batches import fitted_batches, write_batches
 from sedtrain.inspection.page import write_page
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables
@@ -46,6 +49,9 @@ LEFT_BEHIND = (
     "sedtrain.log",
 )
 INSPECTED = ("inspect.html", "inspect.json", "skipped.jsonl", "sedtrain.log")
+FITTED = ("batches.yaml", "skipped.jsonl", "sedtrain.log")
+OF_FITTING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
+"""Options that are not those of the training whose batches are looked for."""
 TOLERANT = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}
 """Options of the data by which bad utterances are counted, and none of them is the end."""
 
@@ -194,9 +200,24 @@ def inspect_data(cfg: DictConfig) -> None:
     terminal.show(*tables(found), terminal.places(folder, INSPECTED))
 
 
+def fit_batches(cfg: DictConfig) -> None:
+    """Finds the largest batches that memory holds, and writes them for `data.batches`."""
+    found, budget = fitted_batches(cfg, build.training_run(cfg))
+    file = Path(cfg.run_dir) / "batches.yaml"
+    write_batches(file, found, budget, shlex.join(sys.argv[1:]))
+    arguments = [each for each in sys.argv[1:] if each.lstrip("+").partition("=")[0] not in OF_FITTING]
+    command = shlex.join(["python", "-m", "sedtrain", *arguments, f"data.batches={file}"])
+    terminal.show(
+        terminal.batches(found, budget),
+        terminal.places(file.parent, FITTED),
+        f"to train with them:\n  {command}",
+    )
+
+
 TASKS: dict[str, Callable[[DictConfig], None]] = {
     "train": train,
     "evaluate": evaluate_checkpoint,
     "transcribe": transcribe,
     "inspect": inspect_data,
+    "fit_batches": fit_batches,
 }

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sedtrain.evaluation.evaluate import Evaluation
 from sedtrain.finetune import PartPlan
+from sedtrain.fit_batches import Budget, Fitted
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,18 @@ def examples(evaluation: Evaluation, number: int = 3) -> Table:
     step = max(len(evaluation.hypotheses) // number, 1)
     for each in evaluation.hypotheses[::step][:number]:
         table.add_row(each.id, each.reference, each.hypothesis)
+    return table
+
+
+def batches(found: Sequence[Fitted], budget: Budget) -> Table:
+    """The largest batch of each bucket, and what a step on it took."""
+    table = Table(title="the largest batches that fit", title_justify="left", caption_justify="left", caption_style="")
+    for heading in ("seconds up to", "tokens up to", "utterances", "audio", "peak memory", "speed"):
+        table.add_column(heading, justify="right")
+    for (seconds, tokens, utterances), peak_gb, speed in found:
+        audio = f"{seconds * utterances:,.0f} s"
+        table.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
+    table.caption = f"into {budget.told}\nspeed: seconds of audio per second, of one step"
     return table
 
 

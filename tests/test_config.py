@@ -115,7 +115,7 @@ def test_root_values_are_checked_by_type_and_by_choice():
             "task",
             "evalute",
             "task has no option 'evalute'",
-            "did you mean 'evaluate'? available: train, evaluate, transcribe, inspect",
+            "did you mean 'evaluate'? available: train, evaluate, transcribe, inspect, fit_batches",
         ),
         Problem("seed", "abc", "expected int", "write a whole number, e.g. seed=1000"),
         Problem("size", "huge", "size has no option 'huge'", "available: tiny, base, large"),

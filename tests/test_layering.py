@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "tags": {"batch"},
     "text": {"batch"},
     "vocabulary": set(),
-    "data": {"batch", "hub", "ranks", "tags", "text"},
+    "peak_memory": {"batch"},
+    "data": {"batch", "hub", "peak_memory", "ranks", "tags", "text"},
     "models": {"batch", "hub", "losses", "text"},
     # from a model to its scores
     "decoding": {"batch", "models"},
@@ -70,7 +71,7 @@ MAY_IMPORT = {
     "checkpoint_files": {"batch", "run_folder"},
     "checkpoints": {"batch", "checkpoint_files", "random_state", "tracking"},
     "interrupts": {"checkpoints", "progress"},
-    "resume": {"batch", "checkpoint_files", "data.sources", "ranks", "run_folder"},
+    "resume": {"batch", "checkpoint_files", "data.buckets", "data.sources", "ranks", "run_folder"},
     "run": {
         "averaging",
         "batch",
@@ -106,7 +107,9 @@ MAY_IMPORT = {
         "tracking",
         "vocabulary",
     },
-    "terminal": {"evaluation", "finetune"},
+    "trial_steps": {"batch", "creation", "data", "memory", "peak_memory", "run"},
+    "fit_batches": {"batch", "data", "memory", "peak_memory", "run", "trial_steps"},
+    "terminal": {"evaluation", "finetune", "fit_batches"},
     "tasks": {
         "batch",
         "build",
@@ -115,6 +118,7 @@ MAY_IMPORT = {
         "decoding",
         "evaluation",
         "export",
+        "fit_batches",
         "inspection",
         "normalisers",
         "resume",
@@ -128,7 +132,18 @@ CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 # Which of ours may import these of others'; the rest is free.
 ONLY_IN = {
     "hydra": {"jobs", "config", "composition", "overrides", "creation"},
-    "omegaconf": {"jobs", "config", "composition", "overrides", "creation", "build", "tasks", "resume"},
+    "omegaconf": {
+        "jobs",
+        "config",
+        "composition",
+        "overrides",
+        "creation",
+        "build",
+        "fit_batches",
+        "tasks",
+        "trial_steps",
+        "resume",
+    },
     "lightning": {
         "averaging",
         "strategies",
@@ -149,6 +164,7 @@ ONLY_IN = {
         "tracking",
         "data.workers",
         "rendezvous",
+        "trial_steps",
     },
     "datasets": {"data", "hub"},
     "rich": {"data.durations", "inspection.tables", "progress", "terminal"},

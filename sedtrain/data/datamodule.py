@@ -26,6 +26,7 @@ from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
 from sedtrain.data.tagged import learnt_pairs, refuse_unlearnt
 from sedtrain.data.workers import start_worker
+from sedtrain.peak_memory import return_freed_memory
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):
@@ -146,7 +147,6 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         """
         trainer = self.trainer if over_ranks else None
         buckets = self.buckets if shuffle else None
-        bounds_tokens = buckets is not None or self.batch_tokens is not None
         batches = DurationBatches(
             dataset.longest * np.array(dataset.seconds),
             self.batch_seconds,
@@ -154,14 +154,14 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             num_ranks=trainer.world_size if trainer else 1,
-            tokens=dataset.all_num_tokens() if bounds_tokens else None,
+            tokens=dataset.all_num_tokens() if buckets or self.batch_tokens else None,
             batch_tokens=self.batch_tokens,
             num_buckets=self.num_buckets,
             buckets=buckets,
         )
         return BatchesWithEpoch(batches, dataset.references)
 
-    def stream(self) -> tuple[SplitDataset, StreamedBatches]:
+    def stream(self, counts_tokens: bool) -> tuple[SplitDataset, StreamedBatches]:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
         assert self.collator is not None, "build hands the collator over"
         num_rows = self.block_utterances if self.corpus.streaming else None
@@ -170,7 +170,6 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         else:
             parts = Parts(self.corpus.shards(), 2 * num_rows)
             dataset = SplitDataset(parts, {}, self.collator, 0, self.augment, self.limits.max_seconds)
-        counts_tokens = self.buckets is not None or self.batch_tokens is not None
         stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=counts_tokens)
         return dataset, StreamedBatches(
             stream,
@@ -204,12 +203,18 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def batches(self, split: str) -> Iterator[Batch]:
         """The whole split; what cannot be read is noted."""
         dataset = self.split(split)
+        return_freed_memory()
         for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False)):
             self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             yield batch
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Notes what could not be decoded; all ranks come here equally often."""
+        """Notes what could not be decoded; all ranks come here equally often.
+
+        On a CPU, batches that were measured find the memory as it was then: without what those before them have freed.
+        """
+        if self.buckets is not None and self.trainer and self.trainer.strategy.root_device.type == "cpu":
+            return_freed_memory()
         split = "train" if self.trainer is None or self.trainer.training else "validation"
         over_ranks = self.over_ranks if self.trainer and self.trainer.world_size > 1 else None
         self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped, over_ranks)
@@ -228,7 +233,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             dataset = self.split("train", self.augment)
             batches = self.batches_of(dataset, shuffle=True, over_ranks=True)
         else:
-            dataset, batches = self.stream()
+            dataset, batches = self.stream(counts_tokens=bool(self.buckets or self.batch_tokens))
         if self.trainer:
             batches.set_epoch(self.trainer.current_epoch)  # workers fetch before Lightning says it
         if self.position and self.position["epoch"] >= batches.epoch:
