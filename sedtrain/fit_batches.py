@@ -207,7 +207,7 @@ def fitted(shape: Shape, trial: Trial) -> Fitted:
 def sentence(found: Fitted) -> str:
     seconds, tokens, utterances = found.bucket
     return (
-        f"up to {seconds:g} s and {tokens} tokens: {utterances} utterances, {found.peak_gb:.2f} GB, "
+        f"up to {seconds:g} s and {tokens} tokens: batches of {utterances:,}, {found.peak_gb:.2f} GB, "
         f"{found.audio_seconds_per_second:.0f} s/s"
     )
 

@@ -82,8 +82,8 @@ def places(folder: Path, names: Sequence[str]) -> str:
 def show(*contents: RenderableType) -> None:
     """Prints tables and lines to standard output and writes the same text to the log file."""
     for content in contents:
-        Console(highlight=False, soft_wrap=isinstance(content, str)).print(content)
-        plain = Console(width=120, no_color=True, force_terminal=False)
+        Console(highlight=False, soft_wrap=isinstance(content, str), markup=False).print(content)
+        plain = Console(width=120, no_color=True, force_terminal=False, markup=False)
         with plain.capture() as capture:
             plain.print(content)
         logger.debug("\n%s", capture.get())

@@ -1,5 +1,6 @@
 """Training steps of a run on batches of noise, to see how much memory they take; they change no weight."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,6 +18,7 @@ from sedtrain.batch import Batch, UserError
 from sedtrain.creation import create
 from sedtrain.data.collate import Collator
 from sedtrain.memory import OutOfMemory
+from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.peak_memory import Memory
 from sedtrain.run import TrainingRun
 
@@ -52,16 +54,15 @@ class TrialSteps:
 
     def trial(self, seconds: float, tokens: int, utterances: int) -> Trial:
         """A step on utterances of this length. Raises OutOfMemory where memory runs out even before."""
-        module, collator = self.run.module, self.run.data.collator
+        module, collator = untouched(self.run.module), self.run.data.collator
         assert collator is not None
-        module.model = self.run.saved.model  # a strategy that cuts the weights cuts a copy of it
         module.zero_grad(set_to_none=True)
         self.memory.forget()
         steps = [noise(collator, 1.0, 2, 1)] * SMALL_STEPS + [noise(collator, seconds, tokens, utterances)]
         watch = Watch(self.memory)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*have no `val_dataloader`")
+                warnings.simplefilter("ignore")  # training itself says once what there is to say
                 self.trainer(watch).fit(module, DataLoader(steps, batch_size=None))  # type: ignore[arg-type]
         except OutOfMemory:
             if watch.at_rest is None:
@@ -128,6 +129,13 @@ class Watch(lightning.Callback):
                     "task=fit_batches: no step on noise has a finite gradient, so that the optimizer never begins",
                     "trainer.precision=bf16-mixed or 32-true",
                 )
+
+
+def untouched(module: SpeechSeq2SeqModule) -> SpeechSeq2SeqModule:
+    """The same module around the same model, to be fitted once: FSDP marks what it has cut, and refuses to cut it again."""
+    twin = copy.copy(module)
+    vars(twin).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
+    return twin
 
 
 def standing_still(optimizer: Optimizer, num_training_steps: int) -> LambdaLR:

@@ -242,7 +242,7 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 if __name__ == "__main__":
-    sedtrain("task=fit_batches", "memory_gb=0.95", "run_dir=fit")
+    sedtrain("task=fit_batches", "memory_gb=0.95", "run_dir=fit", "callbacks=[default]")
     ProcessMemory().forget()
     sedtrain("data.batches=fit/batches.yaml", "trainer.max_steps=8", "run_dir=run", "+callbacks.sizes._target_=commands.Sizes")
     threading.Thread(target=interrupt).start()
@@ -273,7 +273,7 @@ def test_what_is_found_fills_the_budget_and_is_written_with_the_command_to_use_i
     peaks = [float(peak) for peak in re.findall(r"# (\S+) GB", (folder / "fit/batches.yaml").read_text())]
     assert len(peaks) == len(buckets_in(folder)) == 2, run
     assert all(0.75 < peak <= 0.9 * 0.95 for peak in peaks)
-    command = "python -m sedtrain data.path=data data.num_buckets=2 data.batches=fit/batches.yaml"
+    command = "python -m sedtrain data.path=data data.num_buckets=2 'callbacks=[default]' data.batches=fit/batches.yaml"
     assert f"to train with them:\n  {command}\n" in run.stdout
 
 
