@@ -1,4 +1,4 @@
-"""What a signal does to a training: Ctrl-C and SIGTERM end it with a checkpoint, SIGUSR1 has one written."""
+"""What a signal does to a training: Ctrl-C and SIGTERM end it with a checkpoint, SIGUSR1 only has one written."""
 
 import logging
 import os
@@ -9,31 +9,42 @@ from typing import Any
 
 import lightning
 
-from sedtrain.checkpoints import Checkpoints
+from sedtrain.checkpoints import Checkpoints, Stopped
 from sedtrain.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = signal.SIGUSR2  # as submitit has SLURM send it before a job is ended
 
 
 class StopOnInterrupt(lightning.Callback):
     """Ctrl-C or SIGTERM ends training after the current step, with a checkpoint; the second Ctrl-C ends the command at once.
 
     SIGUSR1 has a checkpoint written after the current step, and training goes on. A signal to one rank is one to all.
+    Where a launcher waits for REQUEUE, that ends training in the same way before it is the launcher's turn, which has
+    SIGTERM announce it: then that has only a checkpoint written.
     """
 
     def __init__(self) -> None:
         self.stopped_by: signal.Signals | None = None
         self.before: dict[signal.Signals, Any] = {}
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Keeps Lightning from requeueing a job of SLURM by itself, which it does where nobody cares for SIGUSR1."""
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        launched = callable(signal.getsignal(REQUEUE))
+        self.of_another_rank = REQUEUE if launched else signal.SIGTERM
+        only_save = {signal.SIGUSR1, signal.SIGTERM} if launched else {signal.SIGUSR1}
         checkpoints = next(each for each in trainer.checkpoint_callbacks if isinstance(each, Checkpoints))
 
         def receive(number: int, frame: FrameType | None) -> None:
             received = signal.Signals(number)
             checkpoints.due = True
-            if received is signal.SIGUSR1:
+            if received in only_save:
                 return
             if received is signal.SIGINT and self.stopped_by:
                 end_at_once(trainer, checkpoints)
@@ -41,7 +52,7 @@ class StopOnInterrupt(lightning.Callback):
             again = "; press Ctrl-C again to stop at once" if received is signal.SIGINT else ""
             logger.info("stopping after this step, or the validation under way, and saving a checkpoint%s", again)
 
-        self.before = {each: signal.signal(each, receive) for each in SIGNALS}
+        self.before = {each: signal.signal(each, receive) for each in (*SIGNALS, *([REQUEUE] if launched else []))}
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.give_back()
@@ -49,6 +60,8 @@ class StopOnInterrupt(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
+        if isinstance(exception, Stopped) and self.stopped_by is None:
+            self.stopped_by = self.of_another_rank
         self.give_back()
 
     def give_back(self) -> None:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,9 +13,9 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sedtrain.config import ConfigError, conf_dir, register
+from sedtrain.config import ConfigError, Problem, conf_dir, register
 from sedtrain.overrides import check_command_line, inherit_run
 from sedtrain.ranks import (
     has_parent,
@@ -22,6 +23,7 @@ from sedtrain.ranks import (
     is_restart_of,
     note_launch,
     resume_of_restart,
+    started_processes,
     started_side_by_side,
 )
 from sedtrain.run_folder import config_of, is_finished
@@ -54,17 +56,40 @@ def run_command_line(arguments: list[str]) -> None:
     except ConfigError as error:
         fail(str(error))
     failed: dict[str, int] = {}
+    launcher = os.getpid()
 
     def job(cfg: DictConfig) -> None:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            run_of_sweep(cfg, failed)
-        else:
+        register()
+        if HydraConfig.get().mode is not RunMode.MULTIRUN:
             run(cfg)
+            return
+        run_of_sweep(cfg, failed)
+        if failed and os.getpid() != launcher:
+            raise JobFailed(failed)
 
-    hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(job)()
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(job)()
+    except JobFailed as error:
+        [failed] = error.args
+    except Exception as error:
+        if not type(error).__module__.startswith("submitit.") and 'Could not detect "srun"' not in str(error):
+            raise
+        fail(f"hydra/launcher: {error}", status=1)
     if failed:
-        listed = "".join(f"\n  {name}: exit status {status}" for name, status in failed.items())
-        fail(f"jobs of the sweep that failed: {len(failed)}{listed}", status=min(failed.values()))
+        fail(in_words(failed), status=min(failed.values()))
+
+
+class Failed(SystemExit):
+    """The end of a command that said why."""
+
+
+class JobFailed(Exception):
+    """A job of a sweep failed on another machine, or in another process: its name and status."""
+
+
+def in_words(failed: dict[str, int]) -> str:
+    listed = "".join(f"\n  {name}: exit status {status}" for name, status in failed.items())
+    return f"jobs of the sweep that failed: {len(failed)}{listed}"
 
 
 def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
@@ -76,10 +101,10 @@ def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
     name = f"{settings.job.num} ({' '.join(overrides)})"
     try:
         run(cfg)
-    except SystemExit as end:
+    except Failed as end:
         if end.code == INTERRUPTED:
             raise
-        failed[name] = int(end.code or 0)
+        failed[name] = int(str(end.code))
     except Exception:
         traceback.print_exc()
         failed[name] = 1
@@ -114,6 +139,8 @@ def agree_on_folder(cfg: DictConfig) -> None:
     elif started_side_by_side() and holds_time(cfg):
         wrong = "the processes of this run would each take another folder: its name holds the time"
         raise ConfigError.single("run_dir", cfg.run_dir, wrong, "write run_dir=FOLDER")
+    if processes := started_processes():
+        follow(cfg, *processes)
     restarted = cfg.task == "train" and is_restart_of(cfg.run_dir)
     if restarted:
         cfg.resume = resume_of_restart(cfg.run_dir, cfg.resume)
@@ -121,6 +148,21 @@ def agree_on_folder(cfg: DictConfig) -> None:
         open_run_folder(Path(cfg.run_dir), goes_on=restarted or (cfg.task == "train" and cfg.resume == "auto"))
         note_launch(cfg.run_dir)
     os.environ[RUN_DIR] = cfg.run_dir
+
+
+def follow(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
+    """Has the Trainer use the processes that were started. Raises ConfigError where others are asked for."""
+    started = {"devices": num_processes, "num_nodes": num_machines}
+    asked = {name: cfg.trainer.get(name) for name in started}
+    problems = [
+        Problem(f"trainer.{name}", asked[name], f"{number} were started", f"leave trainer.{name} out")
+        for name, number in started.items()
+        if asked[name] not in (None, "auto", -1, "-1", number, str(number))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    with open_dict(cfg.trainer):
+        cfg.trainer.update(started)
 
 
 def holds_time(cfg: DictConfig) -> bool:
@@ -140,6 +182,9 @@ def run_task(cfg: DictConfig) -> None:
     except UserError as error:
         fail(str(error))
     except Unfinished as end:
+        if end.status == 128 + signal.SIGUSR2:
+            logger.info(str(end))
+            signal.raise_signal(signal.SIGUSR2)  # the launcher waited for the checkpoint, and has the job requeued
         fail(str(end), end.status)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PEER):
@@ -208,4 +253,4 @@ def fail(message: str, status: int = CANNOT_WORK) -> None:
         logger.error(message)
     else:
         print(message, file=sys.stderr)
-    sys.exit(status)
+    raise Failed(status)

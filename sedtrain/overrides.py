@@ -23,6 +23,7 @@ from sedtrain.definition import closest, suggest
 from sedtrain.run_folder import config_of
 
 INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normaliser", "decoding")
+NEEDS = {("hydra/launcher", "slurm"): "submitit_slurm"}  # options that need an extra, by one that this brings
 OF_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # of data, by the name that it has in the root
 
 
@@ -135,9 +136,10 @@ class _Check:
         if config is None:
             return
         composed = known.keys() - failures.keys()
-        left_out = {each.key_or_group for each in choices if each.get_key_element() not in composed}
+        left_out = [each.key_or_group.replace("/", ".") for each in choices if each.get_key_element() not in composed]
         for override in overrides:
-            if override not in choices and override.key_or_group.split(".")[0] not in left_out:
+            is_left_out = any(f"{override.key_or_group}.".startswith(f"{each}.") for each in left_out)
+            if override not in choices and not is_left_out:
                 self.apply(config, override)
         with hydra_known(config):
             for problem in find_problems(config):
@@ -165,9 +167,13 @@ class _Check:
 
     def known_option(self, group: str, option: str) -> str | None:
         folder, _, name = f"{group}/{option.removesuffix('.yaml')}".rpartition("/")
-        if name in self.options(folder):
-            return option
         known = self.options(group)
+        if name in self.options(folder):
+            if NEEDS.get((group, option), name) in [*known, name]:
+                return option
+            missing = f"{group}={option} needs packages that are not installed"
+            self.report(Problem(group, option, missing, f"pip install 'sedtrain[{option}]'"))
+            return None
         self.report(Problem(group, option, f"{group} has no option {option!r}", suggest(option, known)))
         return closest(option, known)
 
@@ -177,8 +183,9 @@ class _Check:
         """Sets one value as Hydra does; a new option of a target is set too, for its signature to judge."""
         key, value = override.key_or_group, override.value()
         node, path, lacking = _deepest(config, key)
-        # An empty mapping within a group, such as encoder.options, takes any key.
-        is_open = isinstance(node, DictConfig) and ("_target_" in node or (not node and "." in path))
+        # An empty mapping within a group, such as encoder.options, takes any key; nothing that is Hydra's does.
+        takes_more = isinstance(node, DictConfig) and ("_target_" in node or (not node and "." in path))
+        is_open = takes_more and not key.startswith("hydra.")
         if override.type is OverrideType.CHANGE and is_open and (lacking or isinstance(value, dict)):
             OmegaConf.update(config, key, value, force_add=True)
             self.added.add(key)

@@ -25,33 +25,51 @@ def has_parent() -> bool:
 
 def started_side_by_side() -> bool:
     """Whether others were started along with this process, by torchrun, SLURM, or by hand on each machine."""
-    by_slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and os.environ.get("SLURM_JOB_NAME") not in AT_HAND
-    return by_slurm or "RANK" in os.environ or "NODE_RANK" in os.environ
+    return by_slurm() or "RANK" in os.environ or "NODE_RANK" in os.environ
+
+
+def by_slurm() -> bool:
+    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and os.environ.get("SLURM_JOB_NAME") not in AT_HAND
+
+
+def started_processes() -> tuple[int, int] | None:
+    """How many processes torchrun or SLURM have started on each machine, and on how many machines."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if by_slurm():
+        num_machines = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ["SLURM_NTASKS"]) // num_machines, num_machines
+    return None
 
 
 # --- restarts
 
 
-def launches() -> dict[str, str]:
-    """The names of what launched this process, each by the variable that counts how often it did so again."""
+def launches() -> dict[str, bool]:
+    """The names of what launched this process, and whether it did so again; the variables are those of the launchers."""
     names = {}
     if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):  # `none` unless someone chose it
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER_OF_THIS_LAUNCH/attempt_N/RANK/error.json
-        names["TORCHELASTIC_RESTART_COUNT"] = f"torchrun {Path(error_file).parents[2] if error_file else run_id}"
+        name = f"torchrun {Path(error_file).parents[2] if error_file else run_id}"
+        names[name] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if job := os.environ.get("SLURM_JOB_ID"):
-        names["SLURM_RESTART_COUNT"] = f"slurm {job}"
+        names[f"slurm {job}"] = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    if job := os.environ.get("SUBMITIT_LOCAL_JOB_ID"):
+        names[f"submitit {job}"] = True  # which runs one thing, unless it was requeued
     return names
 
 
 def note_launch(run: str) -> None:
     """Writes into a run's folder who launched it."""
-    with mark_of(run).open("a", encoding="utf-8") as file:
-        file.writelines(f"{name}\n" for name in launches().values())
+    mark = mark_of(run)
+    noted = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
+    with mark.open("a", encoding="utf-8") as file:
+        file.writelines(f"{name}\n" for name in launches() if name not in noted)
 
 
 def is_restart_of(run: str) -> bool:
     """Whether this process was started again by what launched the run in this folder."""
-    again = {name for count, name in launches().items() if int(os.environ.get(count, "0")) > 0}
+    again = {name for name, is_again in launches().items() if is_again}
     mark = mark_of(run)
     return bool(again) and mark.is_file() and not again.isdisjoint(mark.read_text(encoding="utf-8").splitlines())
 

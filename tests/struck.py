@@ -20,10 +20,10 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Struck(lightning.Callback):
-    """Kills one rank in the midst of a step, once. After a restart the first rank is the last to come."""
+    """Sends one rank a signal in the midst of a step, once. After a restart the first rank is the last to come."""
 
-    def __init__(self, file: str, rank: int, step: int) -> None:
-        self.file, self.rank, self.step = Path(file), rank, step
+    def __init__(self, file: str, rank: int, step: int, number: int = int(signal.SIGKILL)) -> None:
+        self.file, self.rank, self.step, self.number = Path(file), rank, step, number
         if RESTARTS and os.environ["RANK"] == "0":
             time.sleep(1)
 
@@ -33,8 +33,8 @@ class Struck(lightning.Callback):
 
     def on_before_backward(self, trainer, *_):
         if (trainer.global_rank, trainer.global_step) == (self.rank, self.step) and not self.file.exists():
-            self.tell("killed")
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.tell("struck")
+            os.kill(os.getpid(), self.number)
 
     def on_train_end(self, trainer, *_):
         if trainer.global_rank == self.rank:

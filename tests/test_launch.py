@@ -1,20 +1,30 @@
 """A training that torchrun or SLURM launched: who speaks, in which folder, and how it goes on when a process was killed."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import slurm
+from hydra.core.config_store import ConfigStore
 from kill_and_resume import differences, whole_checkpoints
+from omegaconf import OmegaConf
 
 from sedtrain import ranks
 from sedtrain.batch import UserError
+from sedtrain.checkpoint_files import read_checkpoint
 from sedtrain.checkpoints import refuse_different_starts
+from sedtrain.config import ConfigError, Problem
+from sedtrain.jobs import follow
+from sedtrain.overrides import check_command_line
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
-    "data=parquet", "data.batch_seconds=6", "vocabulary_texts=0", "trainer.accelerator=cpu", "trainer.devices=2",
+    "data=parquet", "data.batch_seconds=6", "vocabulary_texts=0", "trainer.accelerator=cpu",
     "trainer.max_time=null", "trainer.max_steps=8", "trainer.val_check_interval=4", "trainer.log_every_n_steps=1",
     "decoding.max_new_tokens=3", "callbacks.checkpoints.every_steps=3", "encoder.tiny.num_hidden_layers=1",
     "decoder.tiny.num_hidden_layers=1", "encoder.tiny.hidden_dropout=0.1",
@@ -93,6 +103,32 @@ def test_a_folder_that_each_process_would_name_otherwise_is_refused(environment,
     assert "write run_dir=FOLDER" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("variables", "started"),
+    [
+        ({}, None),
+        ({"LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2}, (2, 1)),
+        ({"LOCAL_WORLD_SIZE": 8, "GROUP_WORLD_SIZE": 8, "SLURM_NTASKS": 8, "SLURM_NNODES": 8}, (8, 8)),
+        ({"SLURM_NTASKS": 64, "SLURM_NNODES": 8}, (8, 8)),
+        ({"SLURM_NTASKS": 1}, None),
+    ],
+)
+def test_the_trainer_uses_the_processes_that_were_started(environment, variables, started):
+    environment(**variables)
+    assert ranks.started_processes() == started
+    if started:
+        cfg = OmegaConf.create({"trainer": {"devices": "auto"}})
+        follow(cfg, *started)
+        assert (cfg.trainer.devices, cfg.trainer.num_nodes) == started
+
+
+def test_other_processes_than_were_started_are_refused(environment, sedtrain, tmp_path):
+    environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+    ended = sedtrain(f"run_dir={tmp_path}", "trainer.devices=4")
+    assert ended.status == 2
+    assert "trainer.devices = 4\n    2 were started\n    leave trainer.devices out" in ended.err
+
+
 def test_a_shell_of_slurm_is_no_launch(environment):
     environment(SLURM_NTASKS=4, SLURM_PROCID=0, SLURM_JOB_NAME="interactive")
     assert not ranks.started_side_by_side()
@@ -156,7 +192,7 @@ def test_a_killed_rank_brings_the_run_back_to_the_same_weights(corpus, tmp_path)
     arguments = [*SHORT, f"data.path={corpus}", "data.num_workers=1"]
     status, words = torchrun(tmp_path, "--max-restarts=3", "--master-port=29641", script, tmp_path, *arguments)
     assert status == 0, words
-    assert (tmp_path / "struck").read_text().splitlines() == ["killed, restarts 0", "ended, restarts 1"]
+    assert (tmp_path / "struck").read_text().splitlines() == ["struck, restarts 0", "ended, restarts 1"]
     assert words.count("lost the connection to another process of this run") == 1
     assert f"continuing from {tmp_path}/killed/checkpoints/last.ckpt, step 4" in words
     assert "Traceback" not in words
@@ -164,10 +200,71 @@ def test_a_killed_rank_brings_the_run_back_to_the_same_weights(corpus, tmp_path)
     assert list(differences(tmp_path / "killed", tmp_path / "never")) == []
 
 
-def test_a_run_of_another_launch_is_refused_at_each_attempt_in_one_message(corpus, trained, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    arguments = [*SHORT, f"data.path={corpus}", f"run_dir={trained}"]
-    status, words = torchrun(tmp_path, "--max-restarts=1", "--master-port=29642", "-m", "sedtrain", *arguments)
+def test_a_mistake_is_told_once(tmp_path):
+    status, words = torchrun(tmp_path, "--max-restarts=0", "--master-port=29642", "-m", "sedtrain", "encoder=hubrt")
     assert status == 1
-    assert words.count("1 problem in the configuration:") == words.count("this folder already holds a run") == 2
-    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    assert words.count("encoder has no option 'hubrt'") == 1
+
+
+# --- SLURM
+
+
+def test_a_job_of_slurm_with_two_processes_is_requeued_and_goes_on_in_its_folder(corpus, tmp_path):
+    """What submitit and Hydra do is theirs; the commands of SLURM are stand-ins."""
+    slurm.write_commands(tmp_path)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED_BY)}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    struck = ["_target_=struck.Struck", "file=${run_dir}/struck", "rank=1", "step=2", f"number={int(signal.SIGUSR2)}"]
+    arguments = [*SHORT, f"data.path={corpus}", "adapter=linear", *(f"+callbacks.struck.{each}" for each in struck)]
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=2", "hydra.launcher.partition=gpu"]
+    command = [sys.executable, "-m", "sedtrain", "-m", *launcher, *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250)
+    assert ended.returncode == 0, ended.stderr
+    [sweep] = (tmp_path / "runs").iterdir()
+    asked = set(re.findall("#SBATCH --(.*)", (tmp_path / "job.sh").read_text()))
+    assert asked >= {"partition=gpu", "gpus-per-node=2", "ntasks-per-node=2", "signal=USR2@300", "time=1440"}
+    words = (sweep / ".submitit" / slurm.JOB / f"{slurm.JOB}_0_log.out").read_text()
+    assert "Requeued job 4711 (100 remaining timeouts)" in words
+    assert f"continuing from {sweep.relative_to(tmp_path)}/0/checkpoints/last.ckpt, step 3" in words
+    assert (sweep / "0/struck").read_text() == "struck, restarts 0\nended, restarts 0\n"
+    assert read_checkpoint(sweep / "0/checkpoints/last.ckpt")["global_step"] == 8
+    assert json.loads((sweep / "0/results.json").read_text())["num_utterances"] == 6
+
+
+def test_a_job_that_fails_in_another_process_is_told_of(sedtrain, trained, tmp_path):
+    ended = sedtrain(
+        "-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}", "adapter=linear", f"run_dir={trained}"
+    )
+    assert ended.status == 2
+    told = f"jobs of the sweep that failed: 1\n  0 (adapter=linear run_dir={trained}): exit status 2\n"
+    assert ended.err.endswith(told)
+    [log] = tmp_path.glob(".submitit/*/*.err")
+    assert "this folder already holds a run" in log.read_text()
+
+
+def test_without_slurm_the_launcher_says_so(sedtrain, tmp_path):
+    ended = sedtrain("-m", "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}")
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert 'Could not detect "srun"' in ended.err
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("hydra.launcher.partitoin=gpu", "did you mean 'partition'?"),
+        ("hydra.launcher.timeout_min=long", "Value 'long' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_mistakes_in_options_of_the_launcher_are_told(option, words):
+    assert check_command_line(["-m", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "seed=1,2"])
+    with pytest.raises(ConfigError, match="1 problem") as raised:
+        check_command_line(["-m", "hydra/launcher=slurm", option])
+    assert words in str(raised.value)
+
+
+def test_without_its_packages_the_launcher_names_the_extra(monkeypatch):
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "submitit_slurm.yaml")
+    with pytest.raises(ConfigError) as raised:
+        check_command_line(["-m", "hydra/launcher=slurm", "hydra.launcher.partition=gpu"])
+    wrong = "hydra/launcher=slurm needs packages that are not installed"
+    assert raised.value.problems == [Problem("hydra/launcher", "slurm", wrong, "pip install 'sedtrain[slurm]'")]

@@ -238,8 +238,8 @@ def test_every_problem_is_reported_at_once(conf):
             ),
         ),
         (
-            "hydra/launcher=slrum",
-            Problem("hydra/launcher", "slrum", "hydra/launcher has no option 'slrum'", "available: basic"),
+            "hydra/output=nowhere",
+            Problem("hydra/output", "nowhere", "hydra/output has no option 'nowhere'", "available: default"),
         ),
         (
             "experiment=mistyped",

@@ -491,16 +491,17 @@ def test_ctrl_c_while_the_task_is_imported_ends_with_a_word(tmp_path):
 def test_a_job_of_a_sweep_that_fails_stops_no_other(sedtrain, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = sedtrain(
-        "-m", "encoder.checkpoint=null,./nowhere,null", "data=parquet", f"data.path={corpus}", "trainer.max_steps=1",
-        "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
+        "-m", "decoder=bert,gpt2", "encoder.checkpoint=null,./nowhere", "data=parquet", f"data.path={corpus}",
+        "trainer.max_steps=1", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
     )  # fmt: skip
     assert ended.status == 2
-    assert ended.err.count("encoder.checkpoint=./nowhere: there is no such folder") == 1
-    assert "jobs of the sweep that failed: 1\n  1 (encoder.checkpoint=./nowhere data=parquet " in ended.err
+    assert ended.err.count("encoder.checkpoint=./nowhere: there is no such folder") == 2
+    assert "jobs of the sweep that failed: 2\n  1 (decoder=bert encoder.checkpoint=./nowhere data=parquet " in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     [sweep] = (tmp_path / "runs").iterdir()
-    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "multirun.yaml"]
-    for job in ("0", "2"):
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "3", "multirun.yaml"]
+    for job, decoder in (("0", "bert"), ("2", "gpt2")):
+        assert f"model_type: {decoder}" in (sweep / job / "config.yaml").read_text()
         assert results(sweep / job)["num_utterances"] == 6
         assert (sweep / job / "sedtrain.log").read_text().count("what will be trained") == 1
 
