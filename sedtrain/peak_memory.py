@@ -81,6 +81,7 @@ class GpuMemory:
         return torch.cuda.memory_reserved(self.device)
 
     def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_reserved(self.device)
 
 
