@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from sedtrain.batch import UserError, require
 
 
-class EMA(WeightAveraging):
-    """The exponential moving average of the weights, with which validation scores and which `best.ckpt` holds.
+class EMA(lightning.Callback):
+    """The exponential moving average of the weights, with which validation scores and which checkpoints hold as the weights.
+
+    Lightning's own callback keeps a copy of the whole module, which cannot be cut along with it; here each rank averages
+    the weights that it has.
 
     decay: how much of the average a step leaves as it was; less at first, (1 + n) / (10 + n) after n steps, so that the
         average of a short training is not of its beginning
@@ -23,36 +24,86 @@ class EMA(WeightAveraging):
 
     def __init__(self, decay: float = 0.999) -> None:
         require(0 < decay < 1, "callbacks.ema.decay", decay, "a number between 0 and 1")
-        super().__init__(use_buffers=False, multi_avg_fn=self.update)  # buffers, such as positions, are copied
         self.decay = decay
-
-    def update(self, averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor) -> None:
-        """In place. What does not move stays as it is to the last bit."""
-        torch._foreach_lerp_(averages, weights, 1 - self.decay_after(int(num_averaged)))
+        self.averages: list[Tensor] = []
+        self.num_averaged = self.latest_step = 0
+        self.is_in_place = False
+        self.resumed: dict[str, Tensor] | None = None
 
     def decay_after(self, num_steps: int) -> float:
-        return min(self.decay, (1 + num_steps) / (10 + num_steps))
+        return min(self.decay, (1 + num_steps) / (10 + num_steps)) if num_steps else 0.0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Raises UserError for weights of 16 bits, in which the average would stand still, and for weights in pieces."""
+        """Raises UserError for weights of 16 bits, in which the average would stand still."""
         precisions = {weight.dtype for weight in pl_module.parameters()} - {torch.float32, torch.float64}
         if precisions:
             raise UserError(
                 f"callbacks.ema: weights in {precisions.pop()} are too coarse for an average that moves by small steps",
                 "trainer.precision=bf16-mixed, or callbacks=default",
             )
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise UserError(
-                "callbacks.ema: the moving average needs the weights in one piece, and this strategy cuts them",
-                "strategy=ddp, or callbacks=[default,average]",
-            )
-        super().setup(trainer, pl_module, stage)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Nothing yet: the last checkpoint, written after this, has to hold the weights that training goes on from."""
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.averages = [weight.detach().clone() for weight in pl_module.parameters()]
+        if self.resumed:
+            trainer.strategy.load_model_state_dict({"state_dict": self.resumed})
+            self.resumed = None
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        """After a step of the optimizer. What does not move stays as it is to the last bit."""
+        if trainer.global_step > self.latest_step:
+            torch._foreach_lerp_(self.averages, list(pl_module.parameters()), 1 - self.decay_after(self.num_averaged))
+            self.num_averaged, self.latest_step = self.num_averaged + 1, trainer.global_step
+
+    @torch.no_grad()
+    def exchange(self, module: lightning.LightningModule) -> None:
+        """Puts the average in the place of the weights, or back."""
+        for weight, average in zip(module.parameters(), self.averages, strict=True):
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
+        self.is_in_place = not self.is_in_place
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.averages:
+            self.exchange(pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.is_in_place:
+            self.exchange(pl_module)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._copy_average_to_current(pl_module)
+        """Not before the last checkpoint, which has to hold the weights that training goes on from."""
+        self.exchange(pl_module)
+
+    def weights(self, trainer: lightning.Trainer) -> dict[str, Tensor]:
+        """The whole average, as the state of the module; of weights in pieces on the first rank alone."""
+        module = trainer.lightning_module
+        was_in_place = self.is_in_place
+        if not was_in_place:
+            self.exchange(module)
+        state = {name: value.clone() for name, value in trainer.strategy.lightning_module_state_dict().items()}
+        if not was_in_place:
+            self.exchange(module)
+        return state
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = self.weights(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """What the module has loaded is the average; its own weights follow when training starts."""
+        self.resumed = checkpoint.get("current_model_state")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_averaged": self.num_averaged, "latest_step": self.latest_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_averaged, self.latest_step = state_dict["num_averaged"], state_dict["latest_step"]
 
 
 class AverageBest(lightning.Callback):
@@ -84,7 +135,7 @@ class AverageBest(lightning.Callback):
             self.out_of_use.append(path.name)
             del self.scores[path.name]
         if name in self.scores:
-            weights = averaged_weights(trainer, pl_module)
+            weights = averaged_weights(trainer)
             trainer.strategy.save_checkpoint({"state_dict": weights}, self.folder / name)
 
     def remove(self, trainer: lightning.Trainer) -> None:
@@ -103,13 +154,12 @@ class AverageBest(lightning.Callback):
         self.out_of_use = list(state_dict["out_of_use"])
 
 
-def averaged_weights(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Tensor]:
+def averaged_weights(trainer: lightning.Trainer) -> dict[str, Tensor]:
     """The weights that validation scores: their moving average where there is one."""
-    checkpoint = {"state_dict": trainer.strategy.lightning_module_state_dict()}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
-            callback.on_save_checkpoint(trainer, pl_module, checkpoint)
-    return checkpoint["state_dict"]
+            return callback.weights(trainer)
+    return trainer.strategy.lightning_module_state_dict()
 
 
 def mean_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

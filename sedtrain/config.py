@@ -66,7 +66,7 @@ class Config:
     inspect_utterances: int | None = 20_000
     memory_gb: float | None = None
     activation_checkpointing: bool = False
-    compile: str = one_of("none", "inductor", "aot_eager")
+    compile: str = one_of("none", "inductor", "aot_eager", "eager")
     run_dir: str = MISSING
     resume: str = "none"
     checkpoint: str | None = None

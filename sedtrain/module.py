@@ -137,6 +137,10 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
             if self.weights.ctc_weight:
                 self.log("train/ctc_loss", update.ctc)
 
+    def on_validation_start(self) -> None:
+        if isinstance(self.trainer.strategy, FullySharded):
+            self.trainer.strategy.gather()
+
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
         self.validation_sums.zero_()
@@ -162,6 +166,8 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores; raises UserError where no utterance could be read."""
+        if isinstance(self.trainer.strategy, FullySharded):
+            self.trainer.strategy.let_go()
         self.other_audio = OtherAudio()
         loss_sum, num_tokens, gain_sum, num_compared = self.over_ranks(self.validation_sums).tolist()
         if not num_tokens:

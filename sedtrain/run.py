@@ -136,18 +136,16 @@ class TrainingRun:
         return next(each for each in self.callbacks if isinstance(each, Checkpoints))
 
     def load_best(self) -> None:
-        """Takes the weights of the best validation, where there was one, in float32 whatever the training was in."""
-        if paths := self.best_paths():
-            weights = mean_weights(read_checkpoint(path)["state_dict"] for path in paths)
-            self.saved.model.load_state_dict({name.removeprefix("model."): each for name, each in weights.items()})
+        """Takes the weights of the best validation, else the last, in float32 whatever the training was in."""
+        weights = mean_weights(read_checkpoint(path)["state_dict"] for path in self.best_paths())
+        self.saved.model.load_state_dict({name.removeprefix("model."): each for name, each in weights.items()})
         self.saved.model.float()
         self.finetuning.finish(self.saved.model)
 
     def best_paths(self) -> list[Path]:
         """The checkpoints that the final weights are the mean of: the best, or those of an average that is on."""
         averages = [path for each in self.callbacks if isinstance(each, AverageBest) for path in each.paths]
-        best = self.checkpoints.best_model_path
-        return averages or ([Path(best)] if best else [])
+        return averages or [Path(self.checkpoints.best_model_path or self.checkpoints.last_model_path)]
 
     def stopped_by(self) -> int | None:
         """The number of the signal that asked training to stop, SIGTERM where another rank received it."""

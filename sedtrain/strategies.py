@@ -1,7 +1,7 @@
 """Training with the weights, their gradients and the state of the optimizer cut into one piece for each device (FSDP2)."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,14 @@ class FullySharded(ModelParallelStrategy):
                     "optimizer=adamw, or strategy=ddp",
                 )
 
-    def on_validation_start(self) -> None:
-        """Gathers all weights, so that no forward of the validation waits for another rank."""
+    def gather(self) -> None:
+        """All weights to every rank, so that no forward of the validation waits for another one."""
         for unit in units(self.lightning_module):
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
 
-    def on_validation_end(self) -> None:
+    def let_go(self) -> None:
+        """Of what was gathered every rank keeps its own pieces."""
         for unit in units(self.lightning_module):
             unit.set_reshard_after_forward(not isinstance(unit, lightning.LightningModule), recurse=False)
             unit.reshard()
@@ -86,13 +87,17 @@ class FullySharded(ModelParallelStrategy):
         return {**state, "state": entries} if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint; every rank reads it and takes its pieces of weights and optimizer state."""
+        """The checkpoint; every rank reads it and takes its pieces of the state of the optimizer."""
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path)
-        assert self.model is not None
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True))
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(cut(state, optimizer))
         return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Every rank takes its pieces of the weights."""
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
 
 
 def units(module: nn.Module | None) -> Iterator[FSDPModule]:

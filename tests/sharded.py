@@ -14,15 +14,18 @@ SHORT = [
     "scheduler=constant", "encoder.tiny.num_hidden_layers=2", "decoder.tiny.num_hidden_layers=1",
 ]  # fmt: skip
 BF16 = ["trainer.precision=bf16-mixed"]
-RECOMPUTED, COMPILED = "activation_checkpointing=true", "compile=aot_eager"
+RECOMPUTED = "activation_checkpointing=true"
 STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5"]
+AVERAGED = "callbacks=[default,ema]"
 OVER_RANKS = {
     "fsdp": ["strategy=fsdp"],
     "fsdp_on": ["strategy=fsdp", "resume=fsdp"],
     "single_fsdp": ["strategy=fsdp", "resume=single"],
-    "fsdp_bf16": ["strategy=fsdp", COMPILED, *BF16],
+    "fsdp_bf16": ["strategy=fsdp", "compile=eager", *BF16],
     "fsdp_late": ["strategy=fsdp", RECOMPUTED, *STARTS_LATE],
-    "ddp_late": ["strategy=ddp", RECOMPUTED, COMPILED, *STARTS_LATE],
+    "fsdp_average": ["strategy=fsdp", AVERAGED],
+    "fsdp_average_on": ["strategy=fsdp", AVERAGED, "resume=fsdp_average"],
+    "ddp_late": ["strategy=ddp", RECOMPUTED, "compile=eager", *STARTS_LATE],
 }
 
 

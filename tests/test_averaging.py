@@ -1,14 +1,12 @@
 """Averages of weights against closed formulas and brute force; what validation sees, what checkpoints hold, what resumes."""
 
 import copy
-from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.strategies import ModelParallelStrategy
 from test_finetune import QUIET, SmallModule
 
 from sedtrain.averaging import EMA, AverageBest, mean_weights
@@ -123,16 +121,6 @@ def test_an_average_of_16_bits_is_refused():
     assert str(caught.value) == (
         "callbacks.ema: weights in torch.bfloat16 are too coarse for an average that moves by small steps\n"
         "  write instead: trainer.precision=bf16-mixed, or callbacks=default"
-    )
-
-
-def test_an_average_of_weights_in_pieces_is_refused():
-    trainer = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(UserError) as caught:
-        EMA().setup(trainer, Validated(), "fit")
-    assert str(caught.value) == (
-        "callbacks.ema: the moving average needs the weights in one piece, and this strategy cuts them\n"
-        "  write instead: strategy=ddp, or callbacks=[default,average]"
     )
 
 

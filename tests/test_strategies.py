@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import EMBEDDED, cut_corpus
 from safetensors.torch import load_file
-from sharded import BF16, STARTS_LATE, arguments
+from sharded import AVERAGED, BF16, STARTS_LATE, arguments
 
 from sedtrain.checkpoint_files import is_whole, read_checkpoint
 
@@ -44,6 +44,8 @@ def runs(sedtrain, tmp_path_factory):
     alone("fsdp_single", "resume=fsdp")
     alone("single_bf16", *BF16)
     alone("single_late", *STARTS_LATE)
+    alone("single_average", AVERAGED)
+    alone("single_average_on", AVERAGED, "resume=single_average")
     return folder
 
 
@@ -64,14 +66,14 @@ def logged(folder, column, steps):
         ("fsdp_single", "single_on", THEN),
         ("fsdp_late", "single_late", FIRST),
         ("ddp_late", "single_late", FIRST),
+        ("fsdp_average", "single_average", FIRST),
+        ("fsdp_average_on", "single_average_on", THEN),
     ],
 )
 def test_two_ranks_log_what_one_process_logs(runs, name, reference, steps, column):
     expected = logged(runs / reference, column, steps)
-    validates = (
-        steps == FIRST
-    )  # one process counts batches to its next validation, and an epoch has an odd number of them
-    assert len(expected) == (len(steps) if column.startswith("train") else validates)
+    # One process counts batches to its next validation, and an epoch has an odd number of them.
+    assert len(expected) == (len(steps) if column.startswith("train") else steps == FIRST)
     assert logged(runs / name, column, steps)[: len(expected)] == pytest.approx(expected, rel=1e-4, abs=2e-6)
 
 
@@ -99,6 +101,19 @@ def test_the_exported_folder_is_that_of_one_process(runs):
     transformers.SpeechEncoderDecoderModel.from_pretrained(sharded)
 
 
+def test_the_moving_average_over_two_ranks_goes_on_as_in_one_process(runs):
+    single, sharded = (
+        read_checkpoint(runs / name / "checkpoints" / "last.ckpt") for name in ("single_average_on", "fsdp_average_on")
+    )
+    for part in ("state_dict", "current_model_state"):
+        assert sharded[part].keys() == single[part].keys()
+        for name, weight in sharded[part].items():
+            torch.testing.assert_close(weight, single[part][name], rtol=1e-3, atol=1e-4)
+    assert any(
+        not torch.equal(weight, single["state_dict"][name]) for name, weight in single["current_model_state"].items()
+    )
+
+
 def test_a_checkpoint_of_two_ranks_is_one_whole_file_of_the_same_layout(runs):
     paths = [runs / name / "checkpoints" / "last.ckpt" for name in ("single", "fsdp")]
     assert is_whole(paths[1])
@@ -118,10 +133,11 @@ def test_a_checkpoint_of_two_ranks_is_one_whole_file_of_the_same_layout(runs):
         (["optimizer=adafactor"], "optimizer=Adafactor: its state cannot be cut along with the weights"),
         (["encoder.tiny.layerdrop=0.1"], "encoder=hubert: layerdrop is 0.1, and a layer that one device leaves out"),
         (["trainer.precision=16-mixed"], "does not support"),
-        (["callbacks=[default,ema]"], "callbacks.ema: the moving average needs the weights in one piece"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(sedtrain, corpus, tmp_path, overrides, message):
     ended = sedtrain(*arguments(tmp_path, corpus, "refused", "strategy=fsdp", *overrides), "trainer.devices=1")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # which the end of a process does otherwise
     assert ended.status == 2
     assert message in ended.err
