@@ -1,6 +1,7 @@
 """The splits of one dataset, or of a mix of several, as Lightning's loaders of Batch."""
 
 import hashlib
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -118,7 +119,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.batch_seconds, self.batch_tokens, self.num_buckets = batch_seconds, batch_tokens, num_buckets
         self.buckets = None if batches is None else buckets_of(batches)
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
-        run_key = hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:16]
+        place = f"{platform.node()} {Path(folder).absolute()}"  # each machine makes and removes its own copies
+        run_key = hashlib.sha256(place.encode()).hexdigest()[:16]
         copies = Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
