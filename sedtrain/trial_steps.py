@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from sedtrain.averaging import EMA
 from sedtrain.batch import Batch, UserError
 from sedtrain.creation import create
 from sedtrain.data.collate import Collator
@@ -73,7 +73,7 @@ class TrialSteps:
     def trainer(self, watch: "Watch") -> lightning.Trainer:
         """The run's own, for a few steps of one process."""
         strategy, device = self.cfg.trainer.get("strategy", "auto"), self.run.trainer.strategy.root_device
-        callbacks = [each for each in self.run.callbacks if isinstance(each, WeightAveraging)]
+        callbacks = [each for each in self.run.callbacks if isinstance(each, EMA)]
         several = {"strategy": "ddp"} if strategy == "auto" and self.run.trainer.world_size > 1 else {}
         trainer: lightning.Trainer = create(self.cfg, "trainer")(
             **several,

@@ -107,7 +107,7 @@ MAY_IMPORT = {
         "tracking",
         "vocabulary",
     },
-    "trial_steps": {"batch", "creation", "data", "memory", "module", "peak_memory", "run"},
+    "trial_steps": {"averaging", "batch", "creation", "data", "memory", "module", "peak_memory", "run"},
     "fit_batches": {"batch", "data", "memory", "peak_memory", "run", "trial_steps"},
     "terminal": {"evaluation", "finetune", "fit_batches"},
     "tasks": {

@@ -5,6 +5,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sedtrain import build, module
+from sedtrain.averaging import EMA
 from sedtrain.batch import UserError
 from sedtrain.config import conf_dir, register
 from sedtrain.memory import OutOfMemory
@@ -103,3 +104,10 @@ def test_the_copy_that_fsdp_cuts_can_be_cut_again(steps, monkeypatch):
     made = steps("strategy=fsdp", "trainer.devices=2", "trainer.accelerator=cpu")
     assert [made.trial(1.0, 3, number).peak for number in (1, 2)] == [11, 11]
     torch.distributed.destroy_process_group()
+
+
+def test_the_moving_average_takes_memory_in_a_trial_as_in_training(steps):
+    made = steps("callbacks=[default,ema]")
+    [average] = [each for each in made.run.callbacks if isinstance(each, EMA)]
+    made.trial(1.0, 3, 2)
+    assert len(average.averages) == len(list(made.run.saved.model.parameters()))
