@@ -121,6 +121,8 @@ def find_problems(config: DictConfig) -> list[Problem]:
     for key in config:
         if key != "hydra":
             problems += _check_value(config, key, str(key))
+    if OmegaConf.select(config, "hydra.sweeper") is not None:
+        problems += _check_value(config.hydra, "sweeper", "hydra.sweeper")
     return problems
 
 

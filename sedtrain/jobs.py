@@ -104,7 +104,8 @@ def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
     except Failed as end:
         if end.code == INTERRUPTED:
             raise
-        failed[name] = int(str(end.code))
+        if end.code:  # a trial of a search that was pruned has not failed
+            failed[name] = int(str(end.code))
     except Exception:
         traceback.print_exc()
         failed[name] = 1

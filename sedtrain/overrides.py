@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sedtrain.config import ConfigError, Problem, conf_dir, find_problems, regis
 from sedtrain.definition import closest, suggest
 from sedtrain.run_folder import config_of
 
+SEARCH = "hydra/sweeper=optuna"
 INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normaliser", "decoding")
 NEEDS = {("hydra/launcher", "slurm"): "submitit_slurm"}  # options that need an extra, by one that this brings
 OF_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # of data, by the name that it has in the root
@@ -60,6 +62,7 @@ def check_overrides(
         parsed = check.parse(overrides)
         multirun = multirun or "hydra.mode=MULTIRUN" in overrides
         check.search = check.search_path(parsed, config_dirs)
+        check.check_search(parsed, multirun)
         values = [check.single_values(override, multirun) for override in parsed]
         for turn in range(max(map(len, values), default=1) or 1):
             check.compose_and_apply([each[min(turn, len(each) - 1)] for each in values if each])
@@ -76,6 +79,7 @@ class _Check:
     problems: list[Problem] = field(default_factory=list)
     added: set[str] = field(default_factory=set)
     search: list[str] = field(default_factory=list)  # the override of Hydra's search path
+    searches: bool = False  # whether Optuna draws the values
 
     def __post_init__(self) -> None:
         self.loader = GlobalHydra.instance().config_loader()
@@ -109,8 +113,17 @@ class _Check:
         quoted = ["'" + place.replace("'", "\\'") + "'" for place in places]
         return [f"hydra.searchpath=[{','.join(quoted)}]"] if quoted else []
 
+    def check_search(self, overrides: list[Override], multirun: bool) -> None:
+        """Reports what keeps hydra/sweeper=optuna from working, whatever is searched."""
+        self.searches = any(each.input_line == SEARCH for each in overrides)
+        if self.searches and find_spec("optuna") is None:
+            missing = "it needs packages that are not installed"
+            self.report(Problem("hydra/sweeper", "optuna", missing, "pip install 'sedtrain[optuna]'"))
+        if self.searches and not multirun:
+            self.report(Problem("hydra/sweeper", "optuna", "it runs several trainings", "add --multirun, or -m"))
+
     def single_values(self, override: Override, multirun: bool) -> list[Override]:
-        """A sweep's values, of a range or an interval the first; the override itself where it is no sweep."""
+        """A sweep's values, of a range the first, of an interval its ends; the override itself where it is no sweep."""
         if not override.is_sweep_override():
             return [override]
         key, value = override.get_key_element(), override.get_value_string()
@@ -120,7 +133,12 @@ class _Check:
             self.report(Problem(override.key_or_group, value, "several values without --multirun", write))
             return []
         sweep = override.value()
-        if isinstance(sweep, RangeSweep | IntervalSweep):
+        if isinstance(sweep, IntervalSweep) and not self.searches:
+            wrong = "an interval has no values to run one after the other"
+            self.report(Problem(override.key_or_group, value, wrong, f"add {SEARCH} to search it, or list values"))
+        if isinstance(sweep, IntervalSweep):
+            return self.parse([f"{key}={sweep.start}", f"{key}={sweep.end}"])
+        if isinstance(sweep, RangeSweep):
             return self.parse([f"{key}={sweep.start}"])
         return self.parse([f"{key}={each}" for each in override.sweep_string_iterator()])
 

@@ -87,6 +87,8 @@ MAY_IMPORT = {
         "rendezvous",
     },
     # the whole
+    "search": {"batch", "config", "definition", "evaluation", "pruning", "run_folder"},
+    "pruning": {"batch", "tasks"},
     "creation": {"batch", "config"},
     "build": {
         "config",
@@ -131,7 +133,7 @@ MAY_IMPORT = {
 CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 # Which of ours may import these of others'; the rest is free.
 ONLY_IN = {
-    "hydra": {"jobs", "config", "composition", "overrides", "creation"},
+    "hydra": {"jobs", "config", "composition", "overrides", "creation", "search"},
     "omegaconf": {
         "jobs",
         "config",
@@ -143,6 +145,7 @@ ONLY_IN = {
         "tasks",
         "trial_steps",
         "resume",
+        "search",
     },
     "lightning": {
         "averaging",
@@ -161,13 +164,14 @@ ONLY_IN = {
         "interrupts",
         "loggers",
         "metrics_file",
+        "pruning",
         "tracking",
         "data.workers",
         "rendezvous",
         "trial_steps",
     },
     "datasets": {"data", "hub"},
-    "rich": {"data.durations", "inspection.tables", "progress", "terminal"},
+    "rich": {"data.durations", "inspection.tables", "progress", "search", "terminal"},
     "matplotlib": {"evaluation"},
 }
 # Imported before the configuration has passed: nothing here may be slow.

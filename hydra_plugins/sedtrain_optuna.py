@@ -1,0 +1,47 @@
+"""Where Hydra looks for sweepers: the search of sedtrain, by Optuna."""
+
+from typing import Literal
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class OptunaSweeper(Sweeper):
+    """Leaves everything to `sedtrain.search`, which is not imported before it is needed.
+
+    Its options are explained in `conf/hydra/sweeper/optuna.yaml`; they are read from the configuration.
+    """
+
+    def __init__(
+        self,
+        metric: str | None,
+        direction: Literal["minimize", "maximize"] | None,
+        num_trials: int,
+        num_parallel: int,
+        sampler: Literal["tpe", "random"],
+        seed: int,
+        pruner: Literal["median", "none"],
+        full_trials: int,
+        warmup_steps: int,
+        storage: str | None,
+        study: str,
+    ) -> None:
+        super().__init__()
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.given = hydra_context, task_function, config
+
+    def sweep(self, arguments: list[str]) -> None:
+        context, task, config = self.given
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+        from sedtrain.batch import UserError
+        from sedtrain.config import ConfigError
+        from sedtrain.jobs import fail
+        from sedtrain.search import search
+
+        try:
+            search(config, arguments, launcher.launch, context.config_loader)
+        except (ConfigError, UserError) as error:
+            fail(str(error))
