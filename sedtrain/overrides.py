@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class _Check:
     searches: bool = False  # whether Optuna draws the values
 
     def __post_init__(self) -> None:
-        self.loader = GlobalHydra.instance().config_loader()
+        self.loader: Any = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
 
     def report(self, problem: Problem) -> None:
@@ -165,8 +166,14 @@ class _Check:
 
     # --- group choices
 
+    @cached_property
+    def repository(self) -> Any:
+        """Where Hydra finds options; its own way to them walks the whole defaults tree at every question."""
+        return self.loader._parse_overrides_and_create_caching_repo(self.config_name, self.search)[1]
+
     def options(self, group: str) -> list[str]:
-        return self.loader.get_group_options(group, ObjectType.CONFIG, self.config_name, self.search)
+        found: list[str] = self.repository.get_group_options(group, ObjectType.CONFIG)
+        return found
 
     def is_choice(self, override: Override) -> bool:
         is_values = isinstance(override.value(), dict)
