@@ -85,6 +85,14 @@ def test_wavlm_whose_attention_goes_past_its_layers_is_adapted_elsewhere_or_refu
     assert [name for name in moving(model) if model.get_parameter(name).grad is None] == []
 
 
+def test_a_target_of_which_nothing_can_be_adapted_is_told(caplog):
+    with caplog.at_level("WARNING", "sedtrain"):
+        adapted("wavlm", "bert")
+    assert [record.getMessage() for record in caplog.records] == [
+        "finetune.targets: encoder_self_attention has no linear layer that can be adapted, and stays as it is"
+    ]
+
+
 def test_without_peft_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError) as caught:

@@ -1,5 +1,6 @@
 """Matrices of low rank beside linear layers (LoRA, arXiv 2106.09685): put in, merged, saved; by peft, which is an extra."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from transformers.utils import cached_file
 
 from sedtrain.batch import UserError
 from sedtrain.models.parts import selected
+
+logger = logging.getLogger(__name__)
 
 WITHOUT_FORWARD = ("WavLMAttention",)
 """Attention that hands its weights to PyTorch as they are: what stands beside its layers would not be heard."""
@@ -46,18 +49,21 @@ def adapt(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dro
 
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """The linear layers among the targets that can be adapted, by name. Raises UserError where there is none."""
-    weights = {name for target in targets for name in selected(model, target, "finetune.targets")}
+    weights = {target: selected(model, target, "finetune.targets") for target in targets}
     deaf = [name for name, module in model.named_modules() if type(module).__name__ in WITHOUT_FORWARD]
     layers = [
         name
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, Conv1D)
-        and f"{name}.weight" in weights
+        and any(f"{name}.weight" in each for each in weights.values())
         and not any(name.startswith(f"{each}.") for each in deaf)
     ]
     if not layers:
         wrong = f"finetune.targets: there is no linear layer that can be adapted in {', '.join(targets)}"
         raise UserError(wrong, "finetune.targets=[encoder,decoder], or other parts with linear layers")
+    for target, names in weights.items():
+        if not any(f"{layer}.weight" in names for layer in layers):
+            logger.warning("finetune.targets: %s has no linear layer that can be adapted, and stays as it is", target)
     return layers
 
 
