@@ -9,8 +9,9 @@ from sedtrain.memory import enough_for
 
 MESSAGE = (
     "out of memory in a batch of 2 utterances, 0.5 s of audio as an input of (2, 5000), 11 target tokens\n"
-    "  write instead: data.batches=FILE of task=fit_batches, which finds what fits, data.batch_seconds=LESS (with trainer.accumulate_grad_batches=MORE "
-    "each update stays as large), data.batch_tokens=NUMBER, data.max_seconds=LESS where one utterance is too long by itself, or "
+    "  write instead: data.batches=FILE of task=fit_batches, which finds what fits, data.batch_seconds=LESS (with "
+    "trainer.accumulate_grad_batches=MORE each update stays as large), data.batch_tokens=NUMBER, data.max_seconds=LESS where "
+    "one utterance is too long by itself, or "
     "trainer.precision=bf16-mixed"
 )
 ERRORS = [
