@@ -118,6 +118,8 @@ def run(cfg: DictConfig) -> None:
         inherit_run(cfg, list(HydraConfig.get().overrides.task))
         if cfg.task != "train" and not is_first():
             return  # one process does it
+        if cfg.task == "fit_batches":
+            refuse_several_processes()
         agree_on_folder(cfg)
         if cfg.task == "train" and is_finished(cfg.run_dir):
             logger.info("run_dir=%s: this run has finished, there is nothing to do", cfg.run_dir)
@@ -131,6 +133,15 @@ def run(cfg: DictConfig) -> None:
         fail(f"run_dir={cfg.run_dir} cannot be written to: {error}\n  write run_dir=FOLDER on a disk with room")
     finally:
         close_log()
+
+
+def refuse_several_processes() -> None:
+    """Raises ConfigError where more than one process was started."""
+    num_processes, num_machines = started_processes() or (1, 1)
+    if num_processes * num_machines > 1:
+        wrong = f"one process takes the trial steps, and {num_processes * num_machines} were started"
+        write = "start one, with trainer.devices=NUMBER and trainer.num_nodes=NUMBER of the training that uses the batches"
+        raise ConfigError.single("task", "fit_batches", wrong, write)
 
 
 def agree_on_folder(cfg: DictConfig) -> None:

@@ -129,6 +129,22 @@ def test_other_processes_than_were_started_are_refused(environment, sedtrain, tm
     assert "trainer.devices = 4\n    2 were started\n    leave trainer.devices out" in ended.err
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2},
+        {"SLURM_NTASKS": 2, "SLURM_NNODES": 2, "SLURM_PROCID": 0, "SLURM_JOB_NAME": "fit"},
+    ],
+)
+def test_batches_are_fitted_by_one_process(environment, sedtrain, tmp_path, variables):
+    environment(**variables)
+    ended = sedtrain("task=fit_batches", "memory_gb=1.5", f"run_dir={tmp_path / 'run'}")
+    assert ended.status == 2
+    assert "task = 'fit_batches'\n    one process takes the trial steps, and 2 were started" in ended.err
+    assert "start one, with trainer.devices=NUMBER and trainer.num_nodes=NUMBER" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_shell_of_slurm_is_no_launch(environment):
     environment(SLURM_NTASKS=4, SLURM_PROCID=0, SLURM_JOB_NAME="interactive")
     assert not ranks.started_side_by_side()
