@@ -140,7 +140,7 @@ def refuse_several_processes() -> None:
     num_processes, num_machines = started_processes() or (1, 1)
     if num_processes * num_machines > 1:
         wrong = f"one process takes the trial steps, and {num_processes * num_machines} were started"
-        write = "start one, with trainer.devices=NUMBER and trainer.num_nodes=NUMBER of the training that uses the batches"
+        write = "start one, with the trainer.devices=NUMBER and trainer.num_nodes=NUMBER that training will have"
         raise ConfigError.single("task", "fit_batches", wrong, write)
 
 

@@ -141,7 +141,7 @@ def test_batches_are_fitted_by_one_process(environment, sedtrain, tmp_path, vari
     ended = sedtrain("task=fit_batches", "memory_gb=1.5", f"run_dir={tmp_path / 'run'}")
     assert ended.status == 2
     assert "task = 'fit_batches'\n    one process takes the trial steps, and 2 were started" in ended.err
-    assert "start one, with trainer.devices=NUMBER and trainer.num_nodes=NUMBER" in ended.err
+    assert "start one, with the trainer.devices=NUMBER and trainer.num_nodes=NUMBER" in ended.err
     assert not (tmp_path / "run").exists()
 
 
