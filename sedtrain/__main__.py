@@ -13,6 +13,8 @@ from sedtrain.ranks import is_first
 def main() -> None:
     """Runs the command line; exit status 2 for what the user can repair, 130 after Ctrl-C."""
     signal.signal(signal.SIGINT, interrupted)
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until training starts there is nothing to save
     sys.path.insert(0, "")  # a user's own classes, found from the console script as from `python -m`
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Threads that spin for long while they wait bring two programs on the same cores to a near standstill.

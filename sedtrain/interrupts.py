@@ -32,8 +32,8 @@ class StopOnInterrupt(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Keeps Lightning from requeueing a job of SLURM by itself, which it does where nobody cares for SIGUSR1."""
-        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:  # in a job of submitit, or without the command
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         launched = callable(signal.getsignal(REQUEUE))

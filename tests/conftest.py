@@ -68,7 +68,8 @@ def sedtrain():
 
     def command(*arguments):
         out, err, status = io.StringIO(), io.StringIO(), 0
-        argv, path, interrupt = sys.argv, list(sys.path), signal.getsignal(signal.SIGINT)
+        argv, path = sys.argv, list(sys.path)
+        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
         logger = logging.getLogger("sedtrain")
         handlers, logger.handlers = logger.handlers, []
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -79,7 +80,8 @@ def sedtrain():
                 status = end.code or 0
             finally:
                 sys.argv, sys.path[:] = argv, path
-                signal.signal(signal.SIGINT, interrupt)
+                for each, handler in before.items():
+                    signal.signal(each, handler)
                 for handler in logger.handlers:
                     handler.close()
                 logger.handlers = handlers

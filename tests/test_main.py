@@ -1,6 +1,7 @@
 """The command in a shell: mistakes end with status 2, one message, no traceback and before torch is imported."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,17 @@ def test_the_package_and_its_configuration_do_not_import_torch(tmp_path):
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "imported" not in ended.stderr
+
+
+SIGUSR1_BEFORE_ANYTHING = """
+import os, signal
+from sedtrain import jobs
+from sedtrain.__main__ import main
+jobs.run_command_line = lambda arguments: os.kill(os.getpid(), signal.SIGUSR1)
+main()
+"""
+
+
+def test_sigusr1_before_a_training_starts_does_nothing():
+    ended = subprocess.run([sys.executable, "-c", SIGUSR1_BEFORE_ANYTHING], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, f"ended by {signal.Signals(-ended.returncode).name}: {ended.stderr}"
