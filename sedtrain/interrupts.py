@@ -5,7 +5,6 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import lightning
 
@@ -24,11 +23,11 @@ class StopOnInterrupt(lightning.Callback):
     SIGUSR1 has a checkpoint written after the current step, and training goes on. A signal to one rank is one to all.
     Where a launcher waits for REQUEUE, that ends training in the same way before it is the launcher's turn, which has
     SIGTERM announce it: then that has only a checkpoint written.
+    Lightning's teardown puts back what signals did before, when the last checkpoint is written.
     """
 
     def __init__(self) -> None:
         self.stopped_by: signal.Signals | None = None
-        self.before: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Keeps Lightning from requeueing a job of SLURM by itself, which it does where nobody cares for SIGUSR1."""
@@ -52,22 +51,14 @@ class StopOnInterrupt(lightning.Callback):
             again = "; press Ctrl-C again to stop at once" if received is signal.SIGINT else ""
             logger.info("stopping after this step, or the validation under way, and saving a checkpoint%s", again)
 
-        self.before = {each: signal.signal(each, receive) for each in (*SIGNALS, *([REQUEUE] if launched else []))}
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.give_back()
+        for each in (*SIGNALS, *([REQUEUE] if launched else [])):
+            signal.signal(each, receive)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         if isinstance(exception, Stopped) and self.stopped_by is None:
             self.stopped_by = self.of_another_rank
-        self.give_back()
-
-    def give_back(self) -> None:
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-        self.before = {}
 
 
 def end_at_once(trainer: lightning.Trainer, checkpoints: Checkpoints) -> None:

@@ -244,24 +244,54 @@ def test_the_time_limit_counts_over_restarts(good, tmp_path):  # noqa: F811
 # --- signals
 
 
+def handlers():
+    return [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.fixture
+def as_found():
+    """What signals do before training and after it, SIGUSR1 nothing, as the command has it."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    yield handlers()
+    signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("batch", [0, 3, 8, 9])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_and_nothing_is_lost(good, tmp_path, batch, number, accumulate):  # noqa: F811
+def test_a_signal_stops_after_the_step_and_nothing_is_lost(good, tmp_path, as_found, batch, number, accumulate):  # noqa: F811
     options = {"accumulate_grad_batches": accumulate, "val_check_interval": 4}
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     fit(good, tmp_path / "never", every={}, **options)
     stop = StopOnInterrupt()
     model, trainer = fit(good, tmp_path / "run", every={}, callbacks=[stop, SendAt(number, batch)], **options)
     assert model.stopped
     assert stop.stopped_by == number
     assert trainer.fit_loop.total_batch_idx <= batch + accumulate  # of which nothing was computed yet
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert handlers() == as_found
     fit(good, tmp_path / "run", every={}, start="own", **options)
     assert equal(last(tmp_path / "run"), last(tmp_path / "never"))
 
 
-def test_sigusr1_has_a_checkpoint_written_and_training_goes_on(good, tmp_path):  # noqa: F811
+class SendAtEnd(lightning.Callback):
+    """Sends this process a signal at the end of training, when the last checkpoint is not yet written."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_train_end(self, trainer, *_):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_last_checkpoint_is_not_lost(good, tmp_path, as_found, number):  # noqa: F811
+    stop = StopOnInterrupt()
+    fit(good, tmp_path, kind=Keeping, every={}, callbacks=[stop, SendAtEnd(number)], limit_val_batches=0)
+    assert stop.stopped_by == number
+    assert steps_of(tmp_path) == [27]
+    assert handlers() == as_found
+
+
+def test_sigusr1_has_a_checkpoint_written_and_training_goes_on(good, tmp_path, as_found):  # noqa: F811
     callbacks = [StopOnInterrupt(), SendAt(signal.SIGUSR1, 3)]
     fit(good, tmp_path, kind=Keeping, every={}, callbacks=callbacks, limit_val_batches=0)
     assert steps_of(tmp_path) == [4, 27]
