@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sedtrain.batch import UserError, require
 
+OWN_WEIGHTS = "current_model_state"
+"""Where a checkpoint keeps the weights that training goes on from, whose average stands in their place."""
+
 
 class EMA(lightning.Callback):
     """The exponential moving average of the weights, with which validation scores and which checkpoints hold as the weights.
@@ -74,7 +77,8 @@ class EMA(lightning.Callback):
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Not before the last checkpoint, which has to hold the weights that training goes on from."""
-        self.exchange(pl_module)
+        if self.averages:  # a training that was at its end has made no step
+            self.exchange(pl_module)
 
     def weights(self, trainer: lightning.Trainer) -> dict[str, Tensor]:
         """The whole average, as the state of the module; of weights in pieces on the first rank alone."""
@@ -90,14 +94,14 @@ class EMA(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint[OWN_WEIGHTS] = checkpoint["state_dict"]
         checkpoint["state_dict"] = self.weights(trainer)
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """What the module has loaded is the average; its own weights follow when training starts."""
-        self.resumed = checkpoint.get("current_model_state")
+        self.resumed = checkpoint.get(OWN_WEIGHTS)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_averaged": self.num_averaged, "latest_step": self.latest_step}

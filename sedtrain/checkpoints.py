@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sedtrain.averaging import EMA, OWN_WEIGHTS
 from sedtrain.batch import UserError, require
 from sedtrain.checkpoint_files import CheckpointFiles
 from sedtrain.random_state import of_all_ranks, random_state, set_random_state
@@ -145,6 +146,9 @@ class Checkpoints(ModelCheckpoint):
         trainer.should_stop = self.in_own_folder and self.resumed["ended"]
         for each in trackers(trainer):
             each.keep_before(self.resumed["logged_steps"])
+        own = checkpoint.get(OWN_WEIGHTS)
+        if own and not any(isinstance(each, EMA) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.strategy.load_model_state_dict({"state_dict": own})
 
     def restore(self, trainer: lightning.Trainer, resumed: dict[str, Any]) -> None:
         """What Lightning has counted and drawn on its way to this batch does not count."""

@@ -39,6 +39,7 @@ NO_CONCERN = (
     ".*smaller than the logging interval.*",  # a corpus so small is none that wants more of a log
     ".*LeafSpec.*",  # between Lightning and PyTorch
     ".*your dataloader is not resumable.*",  # the data module resumes it
+    ".*callbacks used to create the checkpoint.*",  # another run may start from it; the same may not change them
     ".*Checkpoint directory .* exists and is not empty.*",  # the run goes on
 )
 LOST_PEER = ("gloo/transport", "Gloo connect", "NCCL error")

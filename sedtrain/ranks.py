@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sedtrain.run_folder import checkpoints_of
+from sedtrain.run_folder import BEST, LAST, PREVIOUS, checkpoints_of
 
 AT_HAND = ("bash", "interactive")  # SLURM jobs that are a shell, in which Lightning starts the processes itself
 
@@ -80,4 +80,5 @@ def mark_of(run: str) -> Path:
 
 def resume_of_restart(run: str, resume: str) -> str:
     """What `resume` means in a process that was started again: the run's own checkpoints, once there are any."""
-    return "auto" if resume == "none" or any(checkpoints_of(run).glob("*.ckpt")) else resume
+    has_own = any((checkpoints_of(run) / name).is_file() for name in (LAST, PREVIOUS, BEST))
+    return "auto" if resume == "none" or has_own else resume

@@ -19,9 +19,11 @@ from sedtrain.run_folder import LAST, checkpoints_of, config_of
 logger = logging.getLogger(__name__)
 
 FREE = {
-    "run_dir", "resume", "logger", "callbacks", "strategy", "activation_checkpointing", "compile", "checkpoint", "audio",
-    "vocabulary_texts", "data.folder", "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator",
-    "trainer.devices", "trainer.num_nodes", "trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar",
+    "run_dir", "resume", "logger", "activation_checkpointing", "compile", "checkpoint", "audio", "vocabulary_texts",
+    "callbacks.progress", "callbacks.checkpoints", "callbacks.interrupt", "callbacks.guards", "callbacks.average.dirpath",
+    "callbacks.search", "data.folder", "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator", "trainer.devices",
+    "trainer.enable_progress_bar", "trainer.inference_mode", "trainer.log_every_n_steps", "trainer.max_time",
+    "trainer.num_nodes", "trainer.strategy",
 }  # fmt: skip
 """What a run may go on with differently: it decides where and how fast the same weights are computed."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
@@ -73,10 +75,18 @@ def keep_until(step: int, file: Path) -> None:
     if not file.is_file() or not is_first():
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = "".join(line for line in lines if json.loads(line).get("step", step) <= step)
+    kept = "".join(line for line in lines if step_of(line) <= step)
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(kept, encoding="utf-8")
     unfinished.replace(file)
+
+
+def step_of(line: str) -> int:
+    """Of a line of a list, 0 where it does not say."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, AttributeError):
+        return 0
 
 
 def refuse_other_settings(cfg: DictConfig) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Timer
 
 from sedtrain.averaging import AverageBest, mean_weights
 from sedtrain.batch import UserError
-from sedtrain.checkpoint_files import read_checkpoint
+from sedtrain.checkpoint_files import is_whole, newest_whole, read_checkpoint
 from sedtrain.checkpoints import Checkpoints, Stopped
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.evaluation.results import TrainingTotals
@@ -26,6 +26,7 @@ from sedtrain.interrupts import StopOnInterrupt
 from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.progress import ProgressBar
 from sedtrain.rendezvous import meet_again
+from sedtrain.run_folder import checkpoints_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,22 @@ class TrainingRun:
     def best_paths(self) -> list[Path]:
         """The checkpoints that the final weights are the mean of: the best, or those of an average that is on."""
         averages = [path for each in self.callbacks if isinstance(each, AverageBest) for path in each.paths]
-        return averages or [Path(self.checkpoints.best_model_path or self.checkpoints.last_model_path)]
+        best = self.checkpoints.best_model_path
+        chosen = averages or ([Path(best)] if best else [])
+        whole = [path for path in chosen if path.is_file() and is_whole(path)]
+        for path in set(chosen) - set(whole):
+            logger.warning("%s is missing or damaged, and left out of the final weights", path)
+        return whole or [self.last()]
+
+    def last(self) -> Path:
+        """The newest checkpoint that is whole. Raises UserError where there is none."""
+        last = newest_whole(checkpoints_of(str(self.folder)))
+        if last is None:
+            raise UserError(
+                "no step was made: the training starts where it is to end",
+                "trainer.max_steps=MORE, or trainer.max_epochs=MORE",
+            )
+        return last
 
     def stopped_by(self) -> int | None:
         """The number of the signal that asked training to stop, SIGTERM where another rank received it."""

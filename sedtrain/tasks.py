@@ -1,6 +1,7 @@
 """What a command does: train, evaluate, transcribe, inspect, fit_batches."""
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -96,7 +97,10 @@ def train(cfg: DictConfig) -> None:
 def keep_configuration(cfg: DictConfig) -> None:
     """Writes config.yaml, with the data as it is found from any folder."""
     kept, unfinished = config_of(cfg.run_dir), Path(cfg.run_dir) / "config.yaml.unfinished"
-    OmegaConf.save(OmegaConf.create(plain(cfg)), unfinished)
+    with unfinished.open("w", encoding="utf-8") as file:
+        OmegaConf.save(OmegaConf.create(plain(cfg)), file)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(kept)
 
 

@@ -36,7 +36,7 @@ class Tracker(Logger):
         if is_first_rank():
             try:
                 self.inner = make()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if isinstance(cause(error), UserError | ImportError):
                     raise
                 self.leave_out("its constructor", cause(error))
@@ -55,7 +55,7 @@ class Tracker(Logger):
         try:
             act = getattr(self.inner, method, None)
             return act(*args, **kwargs) if callable(act) else act
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.leave_out(method, error)
             return None
 
@@ -72,7 +72,7 @@ class Tracker(Logger):
         return cast(str | None, self.tell("save_dir"))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.tell("log_metrics", metrics, step)
+        self.tell("log_metrics", dict(metrics), step)  # a copy: it is for all loggers
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self.tell("log_hyperparams", params, *args, **kwargs)

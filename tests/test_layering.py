@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "random_state": set(),
     "rendezvous": set(),
     "checkpoint_files": {"batch", "run_folder"},
-    "checkpoints": {"batch", "checkpoint_files", "random_state", "tracking"},
+    "checkpoints": {"averaging", "batch", "checkpoint_files", "random_state", "tracking"},
     "interrupts": {"checkpoints", "progress"},
     "resume": {"batch", "checkpoint_files", "data.buckets", "data.sources", "ranks", "run_folder"},
     "run": {
@@ -85,6 +85,7 @@ MAY_IMPORT = {
         "module",
         "progress",
         "rendezvous",
+        "run_folder",
     },
     # the whole
     "search": {"batch", "config", "definition", "evaluation", "pruning", "run_folder"},

@@ -5,12 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cut_corpus
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from sedtrain.checkpoint_files import read_checkpoint, write_checkpoint
-from sedtrain.resume import keep_until
+from sedtrain.config import conf_dir, register
+from sedtrain.resume import keep_until, plain, settings
 
+AVERAGED = "callbacks=[default,ema]"
 SHORT = ["trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]
 
 
@@ -204,3 +209,82 @@ def test_a_checkpoint_that_could_run_code_is_refused(command, tmp_path):
     ended = command(tmp_path / "run", f"resume={tmp_path / 'last.ckpt'}")
     assert ended.status == 2
     assert "holds more than numbers and plain values, and could run code" in ended.err
+
+
+# --- averages
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [("[default,ema]", "callbacks.ema"), ("[default,average]", "callbacks.average")]
+)
+def test_averages_decide_the_weights_and_may_not_come_or_go(command, stopped, options, name):
+    ended = command(stopped, *decoding(f"callbacks={options}"))
+    assert ended.status == 2
+    assert f"{name}._target_: None then" in ended.err
+
+
+def test_the_strategy_decides_nothing_and_may_change():
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        of = [
+            dict(settings(plain(compose("train", [f"strategy={name}", "run_dir=run"]))))
+            for name in ("auto", "ddp", "fsdp")
+        ]
+    assert of[0] == of[1] == of[2]
+
+
+@pytest.fixture(scope="module")
+def averaged(sedtrain, corpus, tmp_path_factory):
+    """The folder of a run whose weights are a moving average."""
+    folder = tmp_path_factory.mktemp("runs") / "averaged"
+    given = ["data=parquet", f"data.path={corpus}", "trainer.max_steps=2", *SHORT, AVERAGED, f"run_dir={folder}"]
+    assert sedtrain(*given).status == 0
+    return folder
+
+
+def test_a_run_killed_after_training_with_an_average_is_scored(command, averaged, tmp_path):
+    folder = tmp_path / "killed"
+    shutil.copytree(averaged, folder)
+    shutil.rmtree(folder / "model")
+    ended = command(folder, "resume=auto", AVERAGED, steps=2)
+    assert ended.status == 0, ended.err
+    weights, expected = (load_file(each / "model/model.safetensors") for each in (folder, averaged))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_without_the_average_another_run_goes_on_from_the_weights_of_training_themselves(command, averaged, tmp_path):
+    assert command(tmp_path / "plain", steps=2).status == 0
+    for name, start in {"a": averaged, "b": tmp_path / "plain"}.items():
+        ended = command(tmp_path / name, f"resume={start}/checkpoints/last.ckpt", steps=4)
+        assert ended.status == 0, ended.err
+    a, b = (read_checkpoint(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+# --- the end
+
+
+def test_damaged_best_weights_give_way_to_the_last(command, stopped):
+    damaged = stopped / "checkpoints/best.ckpt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    ended = command(stopped, *decoding())
+    assert ended.status == 0, ended.err
+    assert f"{damaged} is missing or damaged, and left out of the final weights" in ended.err
+
+
+@pytest.mark.parametrize("start", [[], ["resume={trained}"]])
+def test_a_training_without_a_step_says_so(command, trained, tmp_path, start):
+    steps = 3 if start else 0
+    ended = command(tmp_path / "run", *(each.format(trained=trained) for each in start), steps=steps)
+    assert ended.status == 2
+    assert ended.err.endswith(
+        "no step was made: the training starts where it is to end\n"
+        "  write instead: trainer.max_steps=MORE, or trainer.max_epochs=MORE\n"
+    )
+
+
+def test_a_line_that_says_no_step_stays_in_its_list(tmp_path):
+    file = tmp_path / "skipped.jsonl"
+    file.write_text('no JSON\n{"id": "a"}\n[1]\n{"step": 9}\n')
+    keep_until(5, file)
+    assert file.read_text() == 'no JSON\n{"id": "a"}\n[1]\n'
