@@ -287,7 +287,7 @@ def test_training_stays_in_the_budget_with_batches_as_large_as_written(ended):
         largest_of[bucket] = max(largest_of.get(bucket, 0), int(size))
     assert largest_of == {bucket: bucket.utterances for bucket in buckets_in(folder)}
     searched, trained = map(float, (folder / "peaks.txt").read_text().split())
-    assert 0.75 < trained <= 0.95 and searched <= 1.0
+    assert 0.5 < trained <= 0.95 and searched <= 1.0
 
 
 def test_the_buckets_themselves_are_kept_with_the_run(ended):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -18,6 +19,11 @@ def work(ready):
     start_worker(0)
     ready.send(os.getpid())
     time.sleep(60)
+
+
+def work_beside_a_thread(ready):
+    Thread(target=time.sleep, args=(60,), daemon=True).start()  # as libraries do, some of them at every fork
+    work(ready)
 
 
 def work_and_wait(ready):
@@ -46,6 +52,14 @@ def has_ended(pid):
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not is_alive(pid)
+
+
+@pytest.mark.parametrize("started", [work_beside_a_thread], indirect=True)
+def test_what_is_sent_to_all_does_not_end_a_worker_with_threads_of_libraries(started):
+    _, pid = started
+    subprocess.run(["kill", "-TERM", str(pid)], check=True)
+    time.sleep(0.5)
+    assert is_alive(pid)
 
 
 @pytest.mark.parametrize("started", [work], indirect=True)

@@ -20,6 +20,7 @@ def start_worker(worker_id: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in threads of libraries, which do not block it
         Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
