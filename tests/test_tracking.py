@@ -248,6 +248,25 @@ def test_a_logger_that_raised_is_not_asked_again(method, caplog):
     assert caplog.messages[0].startswith("logger=mine failed in ")
 
 
+class ExitsOrEmpties:
+    def save(self):
+        sys.exit(3)
+
+    def log_metrics(self, metrics, step):
+        metrics.clear()
+
+
+def test_a_logger_that_ends_the_process_is_left_out(caplog):
+    Tracker("mine", ExitsOrEmpties).save()
+    assert caplog.messages == ["logger=mine failed in save and is left out; training goes on without it: SystemExit: 3"]
+
+
+def test_what_a_logger_does_with_what_it_is_given_does_not_reach_the_others():
+    metrics = {"loss": 1.0}
+    Tracker("mine", ExitsOrEmpties).log_metrics(metrics, 0)
+    assert metrics == {"loss": 1.0}
+
+
 def test_a_disk_that_is_full_takes_the_metrics_away_and_not_the_run(tmp_path, caplog, monkeypatch):
     tracker = Tracker("csv", lambda: MetricsFile(tmp_path, name="", version=""))
     tracker.log_metrics({"loss": 1.0}, 0)
