@@ -18,6 +18,7 @@ from sedtrain.averaging import AverageBest, mean_weights
 from sedtrain.batch import UserError
 from sedtrain.checkpoint_files import is_whole, newest_whole, read_checkpoint
 from sedtrain.checkpoints import Checkpoints, Stopped
+from sedtrain.data.batching import BatchesWithEpoch
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.export import SavedModel
@@ -80,15 +81,24 @@ class TrainingRun:
         """Of an epoch, before they are shared among the devices; None where nobody knows."""
         return len(self.data.train_dataloader()) if self.data.corpus.has_length() else None
 
+    def num_rank_batches(self) -> int | None:
+        """Those of an epoch that every device takes, and `trainer.limit_train_batches` lets it; None where nobody knows."""
+        if self.num_batches is None:
+            return None
+        batches, limit = self.data.train_batches, self.trainer.limit_train_batches
+        assert isinstance(batches, BatchesWithEpoch)
+        number = batches.num_steps(self.trainer.world_size)
+        return min(number, limit) if isinstance(limit, int) else int(number * limit)
+
     def num_steps(self) -> int:
         """Optimizer steps until the end of training, by `max_steps` or `max_epochs`, whichever comes first.
 
         Raises UserError where nobody knows.
         """
         limits = [self.trainer.max_steps] if self.trainer.max_steps >= 0 else []
-        if self.trainer.max_epochs is not None and self.trainer.max_epochs >= 0 and self.num_batches is not None:
-            batches = self.num_batches / self.trainer.world_size
-            limits.append(self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
+        epochs, batches = self.trainer.max_epochs, self.num_rank_batches()
+        if epochs is not None and epochs >= 0 and batches is not None:
+            limits.append(epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
         if not limits:
             raise UserError(
                 "trainer.max_steps=-1: nobody knows how many steps an epoch of a stream, or of a weighted mix, has",

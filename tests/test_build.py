@@ -241,6 +241,26 @@ def test_the_plan_tells_the_steps_of_a_training_by_epochs(built, accumulated):
     assert facts["steps"] == f"{run.trainer.estimated_stepping_batches}, at most 0:08:00"
 
 
+@pytest.mark.parametrize("limit", ["3", "0.4", "100"])
+def test_the_plan_tells_the_steps_of_a_limited_epoch(built, limit):
+    run = built(
+        "trainer.max_steps=-1", "++trainer.max_epochs=2", "data.batch_seconds=6",
+        "trainer.accumulate_grad_batches=2", f"++trainer.limit_train_batches={limit}",
+    )  # fmt: skip
+    steps = run.num_steps()
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert run.trainer.global_step == run.trainer.estimated_stepping_batches == steps
+
+
+def test_the_plan_tells_the_steps_of_ranks_that_are_empty_in_the_last_of_a_bucket(built):
+    """Batches of each bucket by two ranks, as three and one make two steps and one."""
+    options = ["trainer.max_steps=-1", "++trainer.max_epochs=1", "data.batch_seconds=4", "data.num_buckets=3"]
+    run = built(*options, "trainer.devices=2", "trainer.accelerator=cpu", "strategy=ddp")
+    plan = run.data.train_dataloader().sampler.batches.plan
+    assert run.num_steps() == sum(-(-number // 2) for number in Counter(plan.batch_groups.tolist()).values()) > 6
+    assert run.num_batches == len(plan.batch_groups)
+
+
 def test_the_plan_tells_the_smaller_of_steps_and_epochs(built):
     assert built("trainer.max_steps=5000", "++trainer.max_epochs=1").num_steps() == 3
     assert built("trainer.max_steps=2", "++trainer.max_epochs=1").num_steps() == 2

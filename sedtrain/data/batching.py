@@ -196,6 +196,10 @@ class DurationBatches(Sampler[list[int]]):
                 )
         self.epoch, self.segments = state["epoch"], [(ranks, steps) for ranks, steps in state["segments"]]
 
+    def num_steps(self, num_ranks: int) -> int:
+        """Of a whole epoch by so many ranks."""
+        return len(steps_of(self.plan.batch_groups, num_ranks))
+
     def resumed_steps(self) -> int:
         return sum(steps for _, steps in self.segments)
 
@@ -245,6 +249,9 @@ class BatchesWithEpoch(Sampler[tuple[int, list[tuple[int, int]]]]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def num_steps(self, num_ranks: int) -> int:
+        return self.batches.num_steps(num_ranks)
 
     def state_dict(self, consumed_steps: int) -> Position:
         return self.batches.state_dict(consumed_steps)
