@@ -2,9 +2,10 @@
 
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -16,9 +17,17 @@ logger = logging.getLogger(__name__)
 COUNTED = ("steps", "utterances", "audio_seconds", "seconds", "validation_seconds")
 
 
+class Consumed(NamedTuple):
+    """What a rank has trained on."""
+
+    utterances: int = 0
+    audio_seconds: float = 0.0
+
+
 class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
     """Shows steps, loss, the validation score, audio-seconds per second and time left; counts what training consumed.
 
+    `utterances` and `audio_seconds` are of all ranks, `here` what this one has consumed since they were last summed.
     log_every_seconds: without a terminal, how often a line is written to the log instead
     """
 
@@ -27,6 +36,7 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         self.log_every_seconds = log_every_seconds
         self.steps = self.utterances = 0
         self.audio_seconds = self.seconds = self.validation_seconds = 0.0
+        self.here = Consumed()
         self.bar: Progress | None = None
         self.enabled = True
 
@@ -62,8 +72,7 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self.utterances += len(batch) * trainer.world_size
-        self.audio_seconds += batch.seconds * trainer.world_size
+        self.here = Consumed(self.here.utterances + len(batch), self.here.audio_seconds + batch.seconds)
         self.seconds = time.perf_counter() - self.started
         self.steps = trainer.global_step
         if self.bar is not None:
@@ -79,7 +88,8 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
         for name in ("wer", "bleu"):
             if f"val/{name}" in latest:
                 words.append(f"{name} {100 * latest[f'val/{name}']:.1f} %")
-        return "  ".join([*words, f"{self.totals().audio_seconds_per_second:.0f} s/s"])
+        audio_seconds = self.audio_seconds + self.here.audio_seconds * trainer.world_size  # about, until it is summed
+        return "  ".join([*words, f"{audio_seconds / self.training_seconds():.0f} s/s"])
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.validation_started = time.perf_counter()
@@ -98,6 +108,21 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.seconds = time.perf_counter() - self.started
         self.stop()
+        self.sum_over_ranks(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """All ranks come here, before one writes."""
+        self.sum_over_ranks(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def sum_over_ranks(self, trainer: lightning.Trainer) -> None:
+        here = torch.tensor(self.here, dtype=torch.float32, device=trainer.strategy.root_device)
+        utterances, audio_seconds = trainer.strategy.reduce(here, reduce_op="sum").tolist()
+        self.utterances += round(utterances)
+        self.audio_seconds += audio_seconds
+        self.here = Consumed()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -106,8 +131,10 @@ class ProgressBar(lightning.pytorch.callbacks.ProgressBar):
 
     def totals(self) -> TrainingTotals:
         """Wall-clock seconds with validation; audio seconds per second of training alone."""
-        training_seconds = max(self.seconds - self.validation_seconds, 1e-9)
-        return TrainingTotals(self.seconds, self.steps, self.utterances, self.audio_seconds / training_seconds)
+        return TrainingTotals(self.seconds, self.steps, self.utterances, self.audio_seconds / self.training_seconds())
+
+    def training_seconds(self) -> float:
+        return max(self.seconds - self.validation_seconds, 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in COUNTED}

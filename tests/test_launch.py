@@ -214,6 +214,10 @@ def test_a_killed_rank_brings_the_run_back_to_the_same_weights(corpus, tmp_path)
     assert "Traceback" not in words
     assert whole_checkpoints(tmp_path / "killed")
     assert list(differences(tmp_path / "killed", tmp_path / "never")) == []
+    killed, never = (
+        json.loads((tmp_path / name / "results.json").read_text())["train"] for name in ("killed", "never")
+    )
+    assert killed["utterances"] == never["utterances"] > 0
 
 
 def test_a_mistake_is_told_once(tmp_path):

@@ -527,13 +527,16 @@ def test_two_ranks_share_one_folder_and_score_the_whole_split(corpus, tmp_path):
     run = subprocess.run(
         [
             sys.executable, "-m", "sedtrain", "data=parquet", f"data.path={corpus}", f"run_dir={folder}", "strategy=ddp",
-            "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.log_every_n_steps=1",
-            "data.batch_seconds=6", "decoding.max_new_tokens=5",
+            "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=-1", "++trainer.max_epochs=1",
+            "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1",
+            "data.batch_seconds=4", "data.num_buckets=3", "decoding.max_new_tokens=5",
         ],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert results(folder)["train"]["steps"] == 2
+    assert results(folder)["train"]["utterances"] == pq.read_table(corpus / "train.parquet").num_rows
+    assert results(folder)["train"]["steps"] == 4
+    assert re.search(r"steps +4, at most", run.stdout)
     assert results(folder)["num_utterances"] == pq.read_table(corpus / "test.parquet").num_rows
     assert run.stdout.count("saved in") == 1
 
