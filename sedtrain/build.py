@@ -49,6 +49,7 @@ DECIDED = {
     "use_distributed_sampler": "leave it out: batches are shared among the devices when they are cut",
     "enable_checkpointing": "leave it out: a run keeps its best and its last weights",
     "enable_model_summary": "leave it out: the parts of the model are shown before training starts",
+    "overfit_batches": "write trainer.limit_train_batches=NUMBER, or data.path=PATH of data with few utterances",
 }
 """Options of the Trainer that follow from others, and what to write instead."""
 
@@ -108,6 +109,9 @@ def refuse_unusable(cfg: DictConfig) -> None:
         if isinstance(value, int) and value < 1:
             write = f"write trainer.{option}=NUMBER of 1 or more"
             problems.append(Problem(f"trainer.{option}", value, "this has to be 1 or more", write))
+    if isinstance(cfg.trainer.get("max_time"), int | float):
+        wrong, write = "this has no unit", 'write trainer.max_time="DD:HH:MM:SS", or trainer.max_time={minutes: NUMBER}'
+        problems.append(Problem("trainer.max_time", cfg.trainer.max_time, wrong, write))
     if not 0 <= cfg.seed < 2**32:
         write = "write seed=NUMBER from 0 to 4294967295"
         problems.append(Problem("seed", cfg.seed, "random number generators do not take this seed", write))

@@ -183,15 +183,28 @@ def test_options_that_are_decided_elsewhere_are_all_refused_at_once(command):
         "trainer.use_distributed_sampler=false": "leave it out: batches are shared among the devices when they are cut",
         "trainer.enable_checkpointing=false": "leave it out: a run keeps its best and its last weights",
         "trainer.enable_model_summary=false": "leave it out: the parts of the model are shown before training starts",
+        "trainer.overfit_batches=2": "write trainer.limit_train_batches=NUMBER, or data.path=PATH of data with few utterances",
     }
     ended = command(*options, "~callbacks.checkpoints")
     assert ended.status == 2
-    assert "7 problems in the configuration" in ended.err
+    assert "8 problems in the configuration" in ended.err
     for override, write in options.items():
         option = override.partition("=")[0]
         assert f"  {option} = " in ended.err
         assert f"    {option.partition('.')[2]} is decided elsewhere\n    {write}\n" in ended.err
     assert "callbacks.checkpoints = null\n    a run keeps its best weights by it\n    leave" in ended.err
+
+
+@pytest.mark.parametrize("value", ["5", "0.5"])
+def test_a_time_limit_without_a_unit_is_refused(command, value):
+    ended = command(f"trainer.max_time={value}")
+    assert ended.status == 2
+    write = 'write trainer.max_time="DD:HH:MM:SS", or trainer.max_time={minutes: NUMBER}'
+    assert f"  trainer.max_time = {value}\n    this has no unit\n    {write}\n" in ended.err
+
+
+def test_a_time_limit_with_units_is_taken(built):
+    assert built("trainer.max_time={minutes: 5}").time_limit() == built("trainer.max_time=00:00:05:00").time_limit()
 
 
 class Watch(lightning.Callback):
