@@ -20,12 +20,13 @@ logger = logging.getLogger(__name__)
 
 FREE = {
     "run_dir", "resume", "logger", "activation_checkpointing", "compile", "checkpoint", "audio", "vocabulary_texts",
-    "callbacks.progress", "callbacks.checkpoints", "callbacks.interrupt", "callbacks.guards", "callbacks.average.dirpath",
-    "callbacks.search", "data.folder", "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator", "trainer.devices",
-    "trainer.enable_progress_bar", "trainer.inference_mode", "trainer.log_every_n_steps", "trainer.max_time",
-    "trainer.num_nodes", "trainer.strategy",
+    "callbacks.average.dirpath", "data.folder", "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator",
+    "trainer.devices", "trainer.enable_progress_bar", "trainer.inference_mode", "trainer.log_every_n_steps",
+    "trainer.max_time", "trainer.num_nodes", "trainer.strategy",
 }  # fmt: skip
 """What a run may go on with differently: it decides where and how fast the same weights are computed."""
+AVERAGES = ("callbacks.ema", "callbacks.average")
+"""The callbacks that decide the weights; others, such as what a user watches with, may come and go."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
 
 
@@ -109,7 +110,7 @@ def settings(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, A
     """Every plain value that decides the weights, by its dotted name; lists count as one value."""
     for key, value in config.items():
         name = f"{path}{key}"
-        if name in FREE:
+        if name in FREE or (path == "callbacks." and name not in AVERAGES):
             continue
         if isinstance(value, dict) and value:
             yield from settings(value, f"{name}.")

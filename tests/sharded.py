@@ -15,16 +15,14 @@ SHORT = [
 ]  # fmt: skip
 BF16 = ["trainer.precision=bf16-mixed"]
 RECOMPUTED = "activation_checkpointing=true"
-STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5"]
-AVERAGED = "callbacks=[default,ema]"
+STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5", "callbacks=[default,ema]"]
 OVER_RANKS = {
     "fsdp": ["strategy=fsdp"],
     "fsdp_on": ["strategy=fsdp", "resume=fsdp"],
     "single_fsdp": ["strategy=fsdp", "resume=single"],
     "fsdp_bf16": ["strategy=fsdp", "compile=eager", *BF16],
     "fsdp_late": ["strategy=fsdp", RECOMPUTED, *STARTS_LATE],
-    "fsdp_average": ["strategy=fsdp", AVERAGED],
-    "fsdp_average_on": ["strategy=fsdp", AVERAGED, "resume=fsdp_average"],
+    "fsdp_late_on": ["strategy=fsdp", *STARTS_LATE, "resume=fsdp_late"],
     "ddp_late": ["strategy=ddp", RECOMPUTED, "compile=eager", *STARTS_LATE],
 }
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import EMBEDDED, cut_corpus
 from safetensors.torch import load_file
-from sharded import AVERAGED, BF16, STARTS_LATE, arguments
+from sharded import BF16, STARTS_LATE, arguments
 
 from sedtrain.checkpoint_files import is_whole, read_checkpoint
 
@@ -44,8 +44,7 @@ def runs(sedtrain, tmp_path_factory):
     alone("fsdp_single", "resume=fsdp")
     alone("single_bf16", *BF16)
     alone("single_late", *STARTS_LATE)
-    alone("single_average", AVERAGED)
-    alone("single_average_on", AVERAGED, "resume=single_average")
+    alone("single_late_on", *STARTS_LATE, "resume=single_late")
     return folder
 
 
@@ -66,8 +65,7 @@ def logged(folder, column, steps):
         ("fsdp_single", "single_on", THEN),
         ("fsdp_late", "single_late", FIRST),
         ("ddp_late", "single_late", FIRST),
-        ("fsdp_average", "single_average", FIRST),
-        ("fsdp_average_on", "single_average_on", THEN),
+        ("fsdp_late_on", "single_late_on", THEN),
     ],
 )
 def test_two_ranks_log_what_one_process_logs(runs, name, reference, steps, column):
@@ -103,7 +101,7 @@ def test_the_exported_folder_is_that_of_one_process(runs):
 
 def test_the_moving_average_over_two_ranks_goes_on_as_in_one_process(runs):
     single, sharded = (
-        read_checkpoint(runs / name / "checkpoints" / "last.ckpt") for name in ("single_average_on", "fsdp_average_on")
+        read_checkpoint(runs / name / "checkpoints" / "last.ckpt") for name in ("single_late_on", "fsdp_late_on")
     )
     for part in ("state_dict", "current_model_state"):
         assert sharded[part].keys() == single[part].keys()

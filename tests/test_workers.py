@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from sedtrain.data.workers import start_worker
+from sedtrain.data.workers import sigterm_blocked, start_worker
 
 FORK = multiprocessing.get_context("fork")
 
@@ -27,7 +27,8 @@ def work_beside_a_thread(ready):
 
 
 def work_and_wait(ready):
-    FORK.Process(target=work, args=(ready,)).start()
+    with sigterm_blocked():
+        FORK.Process(target=work, args=(ready,)).start()
     time.sleep(60)
 
 
@@ -36,7 +37,8 @@ def started(request):
     """A process and the pid of the worker that it is, or has."""
     here, there = FORK.Pipe()
     process = FORK.Process(target=request.param, args=(there,))
-    process.start()
+    with sigterm_blocked():
+        process.start()
     yield process, here.recv()
     process.kill()
     process.join()
@@ -62,7 +64,7 @@ def test_what_is_sent_to_all_does_not_end_a_worker_with_threads_of_libraries(sta
     assert is_alive(pid)
 
 
-@pytest.mark.parametrize("started", [work], indirect=True)
+@pytest.mark.parametrize("started", [work, work_beside_a_thread], indirect=True)
 def test_a_worker_ends_when_its_parent_says_so_and_not_when_others_do(started):
     process, pid = started
     for name in ("TERM", "INT", "USR1", "USR2"):

@@ -26,7 +26,7 @@ from sedtrain.data.parts import Parts
 from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
 from sedtrain.data.tagged import learnt_pairs, refuse_unlearnt
-from sedtrain.data.workers import start_worker
+from sedtrain.data.workers import Loader, start_worker
 from sedtrain.peak_memory import return_freed_memory
 
 
@@ -192,7 +192,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return f"{min(sizes):,} to {max(sizes):,} utterances, by {len(sizes)} buckets of data.batches"
 
     def loader(self, dataset: SplitDataset, batches: BatchesWithEpoch | StreamedBatches) -> DataLoader[Batch]:
-        return DataLoader(
+        return Loader(
             dataset,
             batch_size=None,
             sampler=batches,

@@ -5,12 +5,38 @@ A cluster that ends a job sends them to all of its processes; a training needs i
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
+from typing import Any
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
+from torch.utils.data import DataLoader
+
+from sedtrain.batch import Batch
 
 TO_TRAINING = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_EVERY_SECONDS = 0.2
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader whose workers begin with SIGTERM blocked, and so do the threads that libraries start in them."""
+
+    def __iter__(self) -> Any:
+        with sigterm_blocked():
+            return super().__iter__()
+
+
+@contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(worker_id: int) -> None:
@@ -20,7 +46,7 @@ def start_worker(worker_id: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in threads of libraries, which do not block it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in a thread that does not block it
         Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
