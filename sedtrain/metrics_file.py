@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from sedtrain.evaluation.evaluate import Hypothesis
+from sedtrain.run_folder import write_whole
 
 SAMPLES, ENVIRONMENT = "samples.jsonl", "environment.json"
 
@@ -35,25 +36,18 @@ class MetricsFile(CSVLogger):
         if samples.is_file():
             lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
-            replace(samples, "".join(line for line in whole if json.loads(line)["step"] < step))
+            write_whole(samples, "".join(line for line in whole if json.loads(line)["step"] < step))
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
         """Writes them to environment.json, save the configuration, which lies in config.yaml."""
         rest = {name: fact for name, fact in facts.items() if name != "config"}
-        replace(Path(self.log_dir) / ENVIRONMENT, json.dumps(rest, indent=2) + "\n")
+        write_whole(Path(self.log_dir) / ENVIRONMENT, json.dumps(rest, indent=2) + "\n")
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
         """Adds a line of JSON for each to samples.jsonl."""
         lines = [json.dumps({"step": step, **asdict(each)}, ensure_ascii=False) for each in samples]
         with (Path(self.log_dir) / SAMPLES).open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 class Appending(ExperimentWriter):

@@ -14,7 +14,7 @@ from sedtrain.checkpoint_files import newest_whole, read_checkpoint
 from sedtrain.data.buckets import buckets_of
 from sedtrain.data.sources import absolute_path
 from sedtrain.ranks import is_first
-from sedtrain.run_folder import LAST, checkpoints_of, config_of
+from sedtrain.run_folder import LAST, checkpoints_of, config_of, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ def keep_until(step: int, file: Path) -> None:
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = "".join(line for line in lines if step_of(line) <= step)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(kept, encoding="utf-8")
-    unfinished.replace(file)
+    write_whole(file, kept)
 
 
 def step_of(line: str) -> int:

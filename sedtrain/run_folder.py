@@ -31,3 +31,10 @@ def is_finished(run: str) -> bool:
     """Whether a training is at its end, the model scored: the model's card is the last thing that is written."""
     card = run_folder(run) / "model" / "README.md"
     return card.is_file() and card.stat().st_size > 0
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

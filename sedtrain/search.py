@@ -25,7 +25,7 @@ from sedtrain.definition import suggest
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.pruning import PRUNED_AT
-from sedtrain.run_folder import is_finished
+from sedtrain.run_folder import is_finished, write_whole
 
 FOUND, DATABASE = "search.json", "study.db"
 FOLDER, METRIC = "folder", "metric"  # of a trial, and of a study
@@ -241,9 +241,7 @@ class Search:
             "command": best and self.command(best.params),
             "trials": trials,
         }
-        unfinished = self.folder / f"{FOUND}.unfinished"
-        unfinished.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(self.folder / FOUND)
+        write_whole(self.folder / FOUND, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
     def show(self) -> None:
         """Prints the trials, the best first, and the command that trains with its values."""

@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "strategies": {"batch", "models"},
     "guards": {"batch", "exact", "module"},
     "progress": {"batch", "evaluation.results"},
-    "metrics_file": {"evaluation.evaluate"},
+    "metrics_file": {"evaluation.evaluate", "run_folder"},
     "loggers": {"batch", "evaluation.evaluate"},
     "tracking": {"batch", "evaluation.evaluate", "evaluation.results", "models"},
     "random_state": set(),
