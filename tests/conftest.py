@@ -61,6 +61,14 @@ class Ended:
     err: str
 
 
+def end_of_process(environment):
+    """Undoes what a command leaves to the end of its process: variables, and the group of its ranks."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def sedtrain():
     """The command `sedtrain ARGUMENTS` in this process; returns how it ended. Its problems raise, as in the shell."""
@@ -70,6 +78,7 @@ def sedtrain():
         out, err, status = io.StringIO(), io.StringIO(), 0
         argv, path = sys.argv, list(sys.path)
         before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
+        environment = dict(os.environ)
         logger = logging.getLogger("sedtrain")
         handlers, logger.handlers = logger.handlers, []
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -85,6 +94,7 @@ def sedtrain():
                 for handler in logger.handlers:
                     handler.close()
                 logger.handlers = handlers
+                end_of_process(environment)
         return Ended(status, out.getvalue(), err.getvalue())
 
     return command

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "sedtrain"
 # What a file, or any file of a package, may import of ours; files of one package may import each other.
 MAY_IMPORT = {
     "__init__": set(),
-    "__main__": {"jobs", "ranks"},
+    "__main__": {"command_line", "ranks"},
+    "command_line": {"config", "jobs", "overrides", "ranks"},
     "jobs": {"batch", "config", "overrides", "ranks", "run_folder", "tasks"},
     # configuration: what a command line means, before anything heavy is imported
     "annotation": set(),
@@ -134,8 +135,9 @@ MAY_IMPORT = {
 CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 # Which of ours may import these of others'; the rest is free.
 ONLY_IN = {
-    "hydra": {"jobs", "config", "composition", "overrides", "creation", "search"},
+    "hydra": {"command_line", "jobs", "config", "composition", "overrides", "creation", "search"},
     "omegaconf": {
+        "command_line",
         "jobs",
         "config",
         "composition",
@@ -180,6 +182,7 @@ LIGHT = {
     "__init__",
     "__main__",
     "annotation",
+    "command_line",
     "composition",
     "config",
     "definition",
@@ -292,7 +295,7 @@ def test_what_reads_the_configuration_imports_nothing_heavy(name):
 
 
 def test_a_command_line_is_read_without_torch():
-    code = "import sys, sedtrain.jobs; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, sedtrain.command_line; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )

@@ -118,7 +118,7 @@ def test_what_is_not_there_ends_with_status_2_and_the_alternatives(shell, argume
 
 
 def test_the_package_and_its_configuration_do_not_import_torch(tmp_path):
-    code = TELL_OF_IMPORTS + "import sedtrain, sedtrain.config, sedtrain.overrides, sedtrain.jobs"
+    code = TELL_OF_IMPORTS + "import sedtrain, sedtrain.config, sedtrain.overrides, sedtrain.command_line"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "imported" not in ended.stderr
@@ -126,9 +126,9 @@ def test_the_package_and_its_configuration_do_not_import_torch(tmp_path):
 
 SIGUSR1_BEFORE_ANYTHING = """
 import os, signal
-from sedtrain import jobs
+from sedtrain import command_line
 from sedtrain.__main__ import main
-jobs.run_command_line = lambda arguments: os.kill(os.getpid(), signal.SIGUSR1)
+command_line.run_command_line = lambda arguments: os.kill(os.getpid(), signal.SIGUSR1)
 main()
 """
 

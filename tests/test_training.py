@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sedtrain.data.clips import read_audio
+from sedtrain.overrides import check_command_line
 
 GOLDEN = Path(__file__).parent / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
@@ -519,15 +520,41 @@ def test_a_job_of_a_sweep_that_breaks_stops_no_other(sedtrain, trained, corpus, 
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "test", "train"}
 
 
+def test_processes_started_for_a_job_of_a_sweep_run_this_job_alone(sedtrain, tmp_path, monkeypatch):
+    started = []
+
+    def run(cfg):
+        started.append(sys.argv[1:])
+        os.environ |= {"LOCAL_RANK": "0", "MASTER_PORT": "1", "SEDTRAIN_RUN_DIR": cfg.run_dir}
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        if cfg.seed == 1:
+            raise RuntimeError("a job that fails")
+
+    monkeypatch.setattr("sedtrain.command_line.run", run)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more/adapter").mkdir(parents=True)
+    overrides = ["-m", "seed=1,2", "strategy=ddp", "hydra.sweep.dir=all", f"hydra.searchpath=[{tmp_path / 'more'}]"]
+    before = dict(os.environ)
+    ended = sedtrain("--config-dir", "more", *overrides, "hydra/launcher=basic")
+    assert "0 (seed=1 strategy=ddp): exit status 1" in ended.err
+    assert os.environ == before
+    assert not torch.distributed.is_initialized()
+    flags = ["--config-dir", "more", f"hydra.searchpath=[{tmp_path / 'more'}]"]
+    assert started == [[*flags, f"seed={seed}", "strategy=ddp"] for seed in (1, 2)]
+    assert all(check_command_line(arguments) for arguments in started)
+
+
 # --- ranks
 
 
 def test_two_ranks_share_one_folder_and_score_the_whole_split(corpus, tmp_path):
-    folder = tmp_path / "run"
+    """In a sweep whose other job has one."""
+    alone, folder = tmp_path / "0", tmp_path / "1"
     run = subprocess.run(
         [
-            sys.executable, "-m", "sedtrain", "data=parquet", f"data.path={corpus}", f"run_dir={folder}", "strategy=ddp",
-            "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=-1", "++trainer.max_epochs=1",
+            sys.executable, "-m", "sedtrain", "-m", "data=parquet", f"data.path={corpus}", f"hydra.sweep.dir={tmp_path}",
+            "strategy=ddp", "trainer.devices=1,2", "trainer.accelerator=cpu", "trainer.max_steps=-1", "++trainer.max_epochs=1",
             "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1",
             "data.batch_seconds=4", "data.num_buckets=3", "decoding.max_new_tokens=5",
         ],
@@ -538,7 +565,8 @@ def test_two_ranks_share_one_folder_and_score_the_whole_split(corpus, tmp_path):
     assert results(folder)["train"]["steps"] == 4
     assert re.search(r"steps +4, at most", run.stdout)
     assert results(folder)["num_utterances"] == pq.read_table(corpus / "test.parquet").num_rows
-    assert run.stdout.count("saved in") == 1
+    assert run.stdout.count("saved in") == 2
+    assert results(alone)["train"]["steps"] > 4
 
 
 # --- a user's own class
