@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - the environment is set before torch and datasets read it
 
 import contextlib
+import gc
 import importlib
 import io
 import logging
@@ -117,6 +118,10 @@ def train(sedtrain, corpus):
 def trained(train, tmp_path_factory):
     """The folder of a run with the defaults, encoder=hubert decoder=bert."""
     return train(tmp_path_factory.mktemp("runs") / "trained")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays for good, and need not be searched again and again
 
 
 def pytest_unconfigure():

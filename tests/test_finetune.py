@@ -1,10 +1,6 @@
 """What each schedule of fine-tuning moves, when and how fast, over all families; the same when it is resumed."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning
 import pytest
@@ -332,40 +328,6 @@ def test_a_schedule_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_p
     half.save_checkpoint(tmp_path / "half.ckpt")
     _, resumed = run_small(tmp_path, 6, resume=tmp_path / "half.ckpt", thaw=thaw)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-RANKS = """
-import sys, lightning, torch
-sys.path.insert(0, {tests!r})
-from test_finetune import SmallModule
-from sedtrain.finetune import FineTuning
-
-class OwnData(SmallModule):
-    def training_step(self, batch, index):
-        torch.manual_seed(10 * self.global_step + self.trainer.global_rank)
-        return self.model(torch.randn(5, 4)).square().mean()
-
-callback = FineTuning(thaw={{"encoder": 2}})
-module = OwnData(callback)
-callback.prepare(module.model)
-trainer = lightning.Trainer(
-    max_steps=4, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-)
-trainer.fit(module, torch.utils.data.DataLoader(range(20), batch_size=None))
-torch.save(module.model.state_dict(), f"rank{{trainer.global_rank}}.pt")
-"""
-
-
-def test_what_thaws_later_is_reduced_over_the_ranks_too(tmp_path):
-    (tmp_path / "train.py").write_text(RANKS.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run(
-        [sys.executable, "train.py"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=200
-    )
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["encoder.0.weight"], Small().encoder[0].weight)
 
 
 # --- in whole runs, from a saved model

@@ -109,11 +109,18 @@ def test_a_mistake_makes_no_folder(shell, tmp_path):
         (["size=base"], "size=tiny (random weights, needs no network)"),
     ],
 )
-def test_what_is_not_there_ends_with_status_2_and_the_alternatives(shell, arguments, words):
-    ended = shell(*arguments, "run_dir=run")
+def test_what_is_not_there_ends_with_status_2_and_the_alternatives(sedtrain, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    ended = sedtrain(*arguments, "run_dir=run")
+    assert ended.status == 2
+    assert words in ended.err
+    assert "write instead: " in ended.err
+
+
+def test_what_is_not_there_is_told_in_a_shell_without_a_traceback(shell):
+    ended = shell("data=parquet", "data.path=./nowhere", "run_dir=run")
     assert ended.returncode == 2
-    assert words in ended.stderr
-    assert "write instead: " in ended.stderr
+    assert "data.path=./nowhere: there is no such file or folder" in ended.stderr
     assert "imported torch" in ended.stderr, "the other tests here rely on being told"
 
 

@@ -99,17 +99,16 @@ def test_the_exported_folder_is_that_of_one_process(runs):
     transformers.SpeechEncoderDecoderModel.from_pretrained(sharded)
 
 
-def test_the_moving_average_over_two_ranks_goes_on_as_in_one_process(runs):
-    single, sharded = (
-        read_checkpoint(runs / name / "checkpoints" / "last.ckpt") for name in ("single_late_on", "fsdp_late_on")
-    )
+@pytest.mark.parametrize(("name", "reference"), [("ddp_late", "single_late"), ("fsdp_late_on", "single_late_on")])
+def test_two_ranks_have_the_weights_of_one_process_and_their_average_when_a_part_has_thawed(runs, name, reference):
+    single, of_two = (read_checkpoint(runs / each / "checkpoints/last.ckpt") for each in (reference, name))
     for part in ("state_dict", "current_model_state"):
-        assert sharded[part].keys() == single[part].keys()
-        for name, weight in sharded[part].items():
-            torch.testing.assert_close(weight, single[part][name], rtol=1e-3, atol=1e-4)
-    assert any(
-        not torch.equal(weight, single["state_dict"][name]) for name, weight in single["current_model_state"].items()
-    )
+        assert of_two[part].keys() == single[part].keys()
+        for weight_name, weight in of_two[part].items():
+            torch.testing.assert_close(weight, single[part][weight_name], rtol=1e-3, atol=1e-4)
+    averaged, own = single["state_dict"], single["current_model_state"]
+    moved = {weight_name for weight_name, weight in own.items() if not torch.equal(weight, averaged[weight_name])}
+    assert any(".encoder.layers." in weight_name for weight_name in moved)
 
 
 def test_a_checkpoint_of_two_ranks_is_one_whole_file_of_the_same_layout(runs):
