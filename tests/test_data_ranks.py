@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_datamodule import data_module, write
 from torch import distributed
-from torch.multiprocessing import set_start_method, spawn
+from torch.multiprocessing import start_processes
 
 KINDS = {
     "whole": {},
@@ -36,8 +36,6 @@ def steps_together(loader, num_steps=None):
 
 
 def rank_main(rank, folder, init):
-    torch.set_num_threads(1)
-    set_start_method("fork", force=True)  # of workers, as in a process that was not spawned itself
     distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     seen = {}
     for kind, options in KINDS.items():
@@ -65,7 +63,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What each of the two saw, by kind, workers and epoch."""
-    spawn(rank_main, (folder, f"file://{folder.parent}/meet"), nprocs=2)
+    start_processes(rank_main, (folder, f"file://{folder.parent}/meet"), nprocs=2, start_method="fork")
     return [json.loads((folder.parent / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
