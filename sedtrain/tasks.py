@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
@@ -89,7 +90,8 @@ def train(cfg: DictConfig) -> None:
             "  resume=auto with this run_dir goes on from there",
             number,
         )
-    results = score(cfg, run.saved, run.data, run.totals())
+    with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
+        results = score(cfg, run.saved, run.data, run.totals())
     log_scores(run.trainer, results)
     write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)
 

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+gc.disable()  # until all is imported, which stays for good and need not be searched again and again
 CACHE = tempfile.mkdtemp(prefix="sedtrain-tests-")
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE, "MPLBACKEND": "Agg"}
 
@@ -121,7 +122,8 @@ def trained(train, tmp_path_factory):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what was imported stays for good, and need not be searched again and again
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from sedtrain.batch import UserError
 from sedtrain.data.collate import Collator
 from sedtrain.models.encoder import feature_extractor_of
-from sedtrain.models.execution import Execution
+from sedtrain.models.execution import Execution, compile_layers
 from sedtrain.models.parts import layers_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -44,6 +44,22 @@ def test_losses_and_gradients_are_those_of_plain_layers(execution):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_compiles_for_its_training_and_nothing_for_validations_and_scores(train, tmp_path, monkeypatch):
+    modes = []
+
+    def backend(graph, _):
+        modes.append(torch.is_grad_enabled())
+        return graph
+
+    def compiled(name, part, _):
+        compile_layers(name, part, backend)
+
+    monkeypatch.setattr("sedtrain.models.execution.compile_layers", compiled)
+    train(tmp_path / "run", "compile=eager")
+    assert modes and all(modes)
 
 
 def calls_of_layers(model, part, inputs, **options):
