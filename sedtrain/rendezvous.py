@@ -1,4 +1,4 @@
-"""Processes that torchrun has started again meet where nothing is left of those before."""
+"""How the processes of a run meet, where nothing is left of those before, and part, when one has failed."""
 
 import os
 
@@ -29,3 +29,16 @@ def meet_again(strategy: Strategy) -> None:
         timeout=strategy._timeout,
         device_id=device if device.type != "cpu" else None,
     )
+
+
+def end_others(strategy: Strategy) -> None:
+    """Ends the processes that Lightning started beside this one, which has failed and speaks for them.
+
+    They would say the same again later, and Lightning ends whoever started a process that has failed: in a sweep, the next
+    job. So it is first told that there are none.
+    """
+    started = getattr(strategy.launcher, "procs", [])
+    processes = list(started)
+    started.clear()
+    for process in processes:
+        process.kill()

@@ -26,7 +26,7 @@ from sedtrain.finetune import FineTuning, PartPlan
 from sedtrain.interrupts import StopOnInterrupt
 from sedtrain.module import SpeechSeq2SeqModule
 from sedtrain.progress import ProgressBar
-from sedtrain.rendezvous import meet_again
+from sedtrain.rendezvous import end_others, meet_again
 from sedtrain.run_folder import checkpoints_of
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ class TrainingRun:
         try:
             with contextlib.suppress(Stopped):
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)
-        except RuntimeError as error:
+        except Exception as error:
+            end_others(self.trainer.strategy)
             if (first := user_error_behind(error)) and "iter(combined_loader)" in str(error):
                 raise first from None  # Lightning's teardown fails where workers have not begun, and hides what stopped them
             raise

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import slurm
@@ -181,6 +182,24 @@ def test_a_restart_takes_its_own_checkpoints_before_those_it_began_from(tmp_path
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/previous.ckpt").touch()
     assert ranks.resume_of_restart(str(tmp_path), "other.ckpt") == "auto"
+
+
+# --- Lightning's own
+
+
+def test_where_a_training_fails_the_processes_that_were_started_beside_it_end(sedtrain, corpus, tmp_path, monkeypatch):
+    beside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    launcher = SimpleNamespace(procs=[beside])
+
+    def fit(trainer, *_, **__):
+        trainer.strategy._launcher = launcher
+        raise UserError("what is wrong", "something else")
+
+    monkeypatch.setattr("lightning.Trainer.fit", fit)
+    ended = sedtrain("data=parquet", f"data.path={corpus}", f"run_dir={tmp_path / 'run'}")
+    assert ended.status == 2
+    assert launcher.procs == [], "Lightning would end this process too"
+    assert beside.wait(10) == -signal.SIGKILL
 
 
 # --- torchrun
