@@ -30,6 +30,12 @@ from sedtrain.data.workers import Loader, start_worker
 from sedtrain.peak_memory import return_freed_memory
 
 
+def copies_of(folder: str) -> Path:
+    """Where a run keeps what it has fetched of streams; each machine makes and removes its own."""
+    run_key = hashlib.sha256(f"{platform.node()} {Path(folder).absolute()}".encode()).hexdigest()[:16]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
+
+
 class SpeechTextDataModule(lightning.LightningDataModule):
     """Loads, filters and batches the splits of one dataset, or of several.
 
@@ -99,11 +105,6 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         require(num_buckets >= 1, "data.num_buckets", num_buckets, "1 or more")
         require(block_utterances >= 1, "data.block_utterances", block_utterances, "1 or more")
         require(temperature > 0, "data.temperature", temperature, "a number above 0")
-        require(min_seconds >= 0, "data.min_seconds", min_seconds, "0 or more")
-        require(max_seconds > min_seconds, "data.max_seconds", max_seconds, f"above data.min_seconds, {min_seconds}")
-        require(min_characters >= 1, "data.min_characters", min_characters, "1 or more")
-        at_least = f"{min_characters}, data.min_characters, or more"
-        require(max_characters >= min_characters, "data.max_characters", max_characters, at_least)
         require(0 <= max_bad_fraction <= 1, "data.max_bad_fraction", max_bad_fraction, "a fraction from 0 to 1")
         require(keep_decoded_hours >= 0, "data.keep_decoded_hours", keep_decoded_hours, "0 or more")
         require(num_workers >= 0, "data.num_workers", num_workers, "0 or more")
@@ -119,12 +120,9 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.batch_seconds, self.batch_tokens, self.num_buckets = batch_seconds, batch_tokens, num_buckets
         self.buckets = None if batches is None else buckets_of(batches)
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
-        place = f"{platform.node()} {Path(folder).absolute()}"  # each machine makes and removes its own copies
-        run_key = hashlib.sha256(place.encode()).hexdigest()[:16]
-        copies = Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
-        self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies)
+        self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies_of(folder))
         self.position: Position | None = None
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None

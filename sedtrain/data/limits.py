@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sedtrain.batch import Skipped
+from sedtrain.batch import Skipped, require
 from sedtrain.data.manifests import NOT_TEXT
 from sedtrain.data.rows import UtteranceRows
 
@@ -15,12 +15,20 @@ Reason = tuple[str, str]
 
 @dataclass(frozen=True)
 class Limits:
-    """What an utterance has to keep to be used."""
+    """What an utterance has to keep to be used. Raises UserError for limits that nothing could keep."""
 
     min_seconds: float
     max_seconds: float
     min_characters: int = 1
     max_characters: int = 10_000
+
+    def __post_init__(self) -> None:
+        require(self.min_seconds >= 0, "data.min_seconds", self.min_seconds, "0 or more")
+        above = f"above data.min_seconds, {self.min_seconds}"
+        require(self.max_seconds > self.min_seconds, "data.max_seconds", self.max_seconds, above)
+        require(self.min_characters >= 1, "data.min_characters", self.min_characters, "1 or more")
+        at_least = f"{self.min_characters}, data.min_characters, or more"
+        require(self.max_characters >= self.min_characters, "data.max_characters", self.max_characters, at_least)
 
     def sift(
         self,
