@@ -36,6 +36,7 @@ from sedtrain.run import TrainingRun
 from sedtrain.tags import add_tags
 from sedtrain.text import start_end_pad
 from sedtrain.tracking import Tracker, Tracking
+from sedtrain.validations import NEVER, ValidateEvery
 from sedtrain.vocabulary import VocabularyReport
 
 logger = logging.getLogger(__name__)
@@ -237,17 +238,19 @@ def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
     }
     checkpoints = callbacks.pop("checkpoints")
     bars = [each for each in callbacks.values() if isinstance(each, ProgressBar)]
+    steps = cfg.trainer.get("val_check_interval")  # a duration is Lightning's
+    every = [ValidateEvery(steps)] if isinstance(steps, int) else []
     shows_progress = cfg.trainer.get("enable_progress_bar") is not False
     for bar in [] if shows_progress else bars:
         bar.disable()  # it stays, since it counts what training consumes
     built: lightning.Trainer = create(cfg, "trainer")(
         default_root_dir=cfg.run_dir,
-        callbacks=[*callbacks.values(), Tracking(resolved(cfg)), finetuning, checkpoints],
+        callbacks=[*callbacks.values(), *every, Tracking(resolved(cfg)), finetuning, checkpoints],
         logger=loggers(cfg) or False,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=shows_progress or bool(bars),
-        **validation_interval(cfg.trainer),
+        **({"val_check_interval": NEVER} if every else {}),
     )
     if built.max_steps == -1 and built.max_epochs in (None, -1):
         raise ConfigError.single(
@@ -273,19 +276,6 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def validation_interval(options: DictConfig) -> dict[str, int]:
-    """The Trainer's `val_check_interval`, which counts batches, from ours, which counts steps of the optimizer.
-
-    A run of fewer steps validates at its end. A fraction of an epoch or a duration stays as it is.
-    """
-    steps = options.get("val_check_interval")
-    if not isinstance(steps, int):
-        return {}
-    if options.get("max_steps", -1) > 0:
-        steps = min(steps, options.max_steps)
-    return {"val_check_interval": steps * options.get("accumulate_grad_batches", 1)}
 
 
 def device(cfg: DictConfig) -> torch.device:

@@ -60,6 +60,13 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     sync_folder(path.parent)
 
 
+def set_aside_damaged(folder: Path) -> None:
+    """Renames a damaged `last.ckpt`, which at the next write would take the place of the whole one before it."""
+    last = folder / LAST
+    if last.is_file() and not is_whole(last):
+        last.replace(last.with_name(f"{LAST}.damaged"))
+
+
 def sync_folder(folder: Path) -> None:
     """Brings the new names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

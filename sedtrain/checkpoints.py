@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from torch.optim.lr_scheduler import LambdaLR
 
 from sedtrain.averaging import EMA, OWN_WEIGHTS
 from sedtrain.batch import UserError, require
-from sedtrain.checkpoint_files import CheckpointFiles
+from sedtrain.checkpoint_files import CheckpointFiles, set_aside_damaged
 from sedtrain.random_state import of_all_ranks, random_state, set_random_state
 from sedtrain.tracking import trackers
 
@@ -64,6 +65,10 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         refuse_different_starts(of_all_ranks({"step": trainer.global_step}))
+        if trainer.is_global_zero:
+            set_aside_damaged(Path(str(self.dirpath)))
+        if self.resumed and not self.in_own_folder:
+            take_settings(trainer, pl_module)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -144,6 +149,9 @@ class Checkpoints(ModelCheckpoint):
         assert trainer.ckpt_path is not None
         self.in_own_folder = Path(trainer.ckpt_path).resolve().parent == Path(str(self.dirpath)).resolve()
         trainer.should_stop = self.in_own_folder and self.resumed["ended"]
+        for each in [] if self.in_own_folder else trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(each, EarlyStopping | Timer) or getattr(each, "counts_one_run", False):
+                checkpoint["callbacks"].pop(each.state_key, None)
         for each in trackers(trainer):
             each.keep_before(self.resumed["logged_steps"])
         own = checkpoint.get(OWN_WEIGHTS)
@@ -167,6 +175,21 @@ def refuse_different_starts(starts: list[dict[str, Any]]) -> None:
             f"the processes of this run start from different steps, by rank: {steps}",
             "run_dir=FOLDER on a disk where all machines see the same files, or the same command again",
         )
+
+
+def take_settings(trainer: lightning.Trainer, pl_module: Any) -> None:
+    """Gives the optimizer, which has its moments from another run, the settings of this one."""
+    [optimizer], [config] = trainer.optimizers, trainer.lr_scheduler_configs
+    new = pl_module.configure_optimizers()
+    for group, new_group in zip(optimizer.param_groups, new["optimizer"].param_groups, strict=True):
+        group.update({name: value for name, value in new_group.items() if name != "params"})
+    schedule: Any = config.scheduler
+    schedule.base_lrs = new["lr_scheduler"]["scheduler"].base_lrs
+    if isinstance(schedule, LambdaLR):
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def between_batches(loops: dict[str, Any], ended: bool, epoch_is_over: bool) -> None:

@@ -36,6 +36,8 @@ class Guards(lightning.Callback):
     probe_after: from this fraction of the steps on, and after the first 100
     """
 
+    counts_one_run = True  # another run that starts from a checkpoint of this one counts anew
+
     def __init__(
         self,
         folder: str,

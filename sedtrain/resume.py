@@ -59,7 +59,8 @@ def named(name: str) -> Path:
         raise UserError(
             f"resume={name}: there is no such checkpoint", f"resume=auto, resume=none or resume=RUN/checkpoints/{LAST}"
         )
-    read_checkpoint(newest)
+    if "optimizer_states" not in read_checkpoint(newest):
+        raise UserError(f"{newest}: this checkpoint holds weights alone", f"resume=RUN, or its checkpoints/{LAST}")
     return newest
 
 

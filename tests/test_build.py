@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from sedtrain import build
 from sedtrain.batch import UserError
+from sedtrain.checkpoint_files import read_checkpoint
 from sedtrain.config import ConfigError, conf_dir, register
 from sedtrain.text import train_tokenizer
 
@@ -223,6 +224,11 @@ class Watch(lightning.Callback):
         (["trainer.max_steps=4", "trainer.val_check_interval=2"], {2: 1, 4: 1}),
         (["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2"], {2: 1, 4: 1}),
         (["trainer.max_steps=3", "trainer.accumulate_grad_batches=2"], {3: 1}),
+        (["trainer.max_steps=-1", "++trainer.max_epochs=1"], {12: 1}),
+        (
+            ["trainer.max_steps=6", "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=5"],
+            {2: 1, 4: 1, 6: 1},
+        ),
         (["trainer.max_steps=1", "trainer.num_sanity_val_steps=1"], {0: 1, 1: 1}),
     ],
 )
@@ -232,6 +238,7 @@ def test_validation_comes_after_so_many_steps_of_the_optimizer(built, overrides,
     run.trainer.callbacks.insert(0, watch)
     run.trainer.fit(run.module, datamodule=run.data)
     assert watch.validations == validations
+    assert read_checkpoint(run.folder / "checkpoints/best.ckpt")["global_step"] in validations.keys() - {0}
 
 
 @pytest.mark.parametrize("overrides", [[], ["~callbacks.progress"]], ids=["our bar", "no bar"])

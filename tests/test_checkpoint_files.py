@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from sedtrain import checkpoint_files
 from sedtrain.batch import UserError
-from sedtrain.checkpoint_files import CheckpointFiles, is_whole, newest_whole, read_checkpoint, write_checkpoint
+from sedtrain.checkpoint_files import (
+    CheckpointFiles,
+    is_whole,
+    newest_whole,
+    read_checkpoint,
+    set_aside_damaged,
+    write_checkpoint,
+)
 
 
 def content(step):
@@ -64,6 +71,19 @@ def test_the_one_before_stays_and_stands_in_where_the_last_is_damaged_or_missing
     assert f"{last} is missing or damaged; continuing from previous.ckpt" in caplog.text
     last.unlink()  # as between the two renames
     assert newest_whole(tmp_path) == previous
+
+
+def test_a_damaged_last_one_takes_the_place_of_no_other_at_the_next_write(tmp_path):
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for step in (1, 2):
+        write_checkpoint({"global_step": step}, last)
+    set_aside_damaged(tmp_path)
+    assert (step_of(last), step_of(previous)) == (2, 1)
+    last.write_bytes(last.read_bytes()[:-1])
+    set_aside_damaged(tmp_path)
+    write_checkpoint({"global_step": 3}, last)
+    assert (step_of(last), step_of(previous)) == (3, 1)
+    assert not is_whole(tmp_path / "last.ckpt.damaged")
 
 
 def test_of_several_that_are_whole_the_newest_stands_in(tmp_path):

@@ -14,11 +14,12 @@ from test_datamodule import data_module, good  # noqa: F401 - a fixture
 from test_training_data import OVERLAPPING, shards  # noqa: F401 - a fixture
 
 from sedtrain.batch import UserError
-from sedtrain.checkpoint_files import read_checkpoint
+from sedtrain.checkpoint_files import is_whole, read_checkpoint
 from sedtrain.checkpoints import Checkpoints, Stopped
 from sedtrain.interrupts import StopOnInterrupt
 from sedtrain.metrics_file import MetricsFile
 from sedtrain.tracking import Tracker
+from sedtrain.validations import NEVER, ValidateEvery
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -110,7 +111,11 @@ def moved_to(run, kept):
 CASES = {
     "validation in the middle of epochs": {},
     "validation at the end of epochs": {"check_val_every_n_epoch": 1, "val_check_interval": 1.0},
-    "accumulation": {"accumulate_grad_batches": 2, "val_check_interval": 4},
+    "accumulation": {
+        "accumulate_grad_batches": 2,
+        "val_check_interval": NEVER,
+        "callbacks": [ValidateEvery(3)],
+    },
     "accumulation over more than is left of an epoch": {"accumulate_grad_batches": 4},
     "an end in the middle of an epoch": {"max_epochs": None, "max_steps": 11, "val_check_interval": 3},
     "no validation": {"limit_val_batches": 0},
@@ -129,6 +134,16 @@ def test_training_goes_on_from_every_step_as_if_it_had_never_stopped(good, tmp_p
         assert model.num_trained > 0
         assert equal(last(run), last(never)), path
         assert (run / "metrics.csv").read_text() == (never / "metrics.csv").read_text()
+
+
+def test_a_training_that_goes_on_sets_a_damaged_last_checkpoint_aside(good, tmp_path):  # noqa: F811
+    fit(good, tmp_path, kind=Keeping)
+    shutil.copy(tmp_path / "3.kept", tmp_path / "checkpoints/previous.ckpt")
+    damaged = tmp_path / "checkpoints/last.ckpt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    fit(good, tmp_path, start=tmp_path / "checkpoints/previous.ckpt")
+    assert not is_whole(tmp_path / "checkpoints/last.ckpt.damaged")
+    assert is_whole(damaged)
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_epochs": None, "max_steps": 11}], ids=["epochs", "steps"])

@@ -72,6 +72,7 @@ MAY_IMPORT = {
     "checkpoint_files": {"batch", "run_folder"},
     "checkpoints": {"averaging", "batch", "checkpoint_files", "random_state", "tracking"},
     "interrupts": {"checkpoints", "progress"},
+    "validations": set(),
     "resume": {"batch", "checkpoint_files", "data.buckets", "data.sources", "ranks", "run_folder"},
     "run": {
         "averaging",
@@ -109,6 +110,7 @@ MAY_IMPORT = {
         "tags",
         "text",
         "tracking",
+        "validations",
         "vocabulary",
     },
     "trial_steps": {"averaging", "batch", "creation", "data", "memory", "module", "peak_memory", "run"},
@@ -172,6 +174,7 @@ ONLY_IN = {
         "data.workers",
         "rendezvous",
         "trial_steps",
+        "validations",
     },
     "datasets": {"data", "hub"},
     "rich": {"data.durations", "inspection.tables", "progress", "search", "terminal"},

@@ -1,5 +1,6 @@
 """What `resume` does: goes on, starts, starts another, or says why not."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -175,6 +176,55 @@ def test_another_run_starts_from_a_checkpoint_or_a_run(command, trained, tmp_pat
     assert results["train"]["steps"] == step_of(tmp_path / "run") == 4
     assert [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()][1:]
     assert step_of(trained) == 3
+
+
+def column(folder, name):
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_another_run_has_its_own_learning_rates_and_weight_decay(command, trained, tmp_path):
+    theirs = ["optimizer.lr=1e-5", "optimizer.weight_decay=0.5", "scheduler=constant"]
+    ended = command(tmp_path / "run", f"resume={trained}", *theirs, steps=5)
+    assert ended.status == 0, ended.err
+    assert column(tmp_path / "run", "learning_rate/encoder") == pytest.approx([1e-5, 1e-5])
+    groups = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.5}
+
+
+def test_another_run_has_its_own_time_patience_and_count_of_bad_steps(command, sedtrain, tmp_path):
+    patient = [
+        "+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping",
+        "+callbacks.early.monitor=val/loss",
+    ]
+    options = [
+        *patient,
+        "+callbacks.early.patience=1",
+        "+callbacks.early.min_delta=100",
+        "trainer.val_check_interval=1",
+    ]
+    ended = command(tmp_path / "first", *options, steps=9)
+    assert ended.status == 0, ended.err
+    assert step_of(tmp_path / "first") == 2
+    last = tmp_path / "first/checkpoints/last.ckpt"
+    content = read_checkpoint(last)
+    states = content["callbacks"]
+    [timer], [guards] = ([name for name in states if name.startswith(each)] for each in ("Timer", "Guards"))
+    states[timer]["time_elapsed"]["train"] = 1e6
+    states[guards]["num_bad"] = 3
+    write_checkpoint(content, last)
+    ended = command(tmp_path / "second", f"resume={last}", *options, steps=9)
+    assert ended.status == 0, ended.err
+    assert "were left out" not in ended.err
+    assert step_of(tmp_path / "second") == 4
+
+
+def test_weights_alone_are_no_checkpoint_to_start_from(command, trained, tmp_path):
+    weights = tmp_path / "average-2.ckpt"
+    write_checkpoint({"state_dict": read_checkpoint(trained / "checkpoints/last.ckpt")["state_dict"]}, weights)
+    ended = command(tmp_path / "run", f"resume={weights}")
+    assert ended.status == 2
+    assert f"{weights}: this checkpoint holds weights alone\n  write instead: resume=RUN" in ended.err
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(command, tmp_path):
