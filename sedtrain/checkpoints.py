@@ -16,6 +16,7 @@ from sedtrain.averaging import EMA, OWN_WEIGHTS
 from sedtrain.batch import UserError, require
 from sedtrain.checkpoint_files import CheckpointFiles, set_aside_damaged
 from sedtrain.random_state import of_all_ranks, random_state, set_random_state
+from sedtrain.run_folder import LAST
 from sedtrain.tracking import trackers
 
 
@@ -65,7 +66,7 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         refuse_different_starts(of_all_ranks({"step": trainer.global_step}))
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and Path(str(trainer.ckpt_path)).name != LAST:  # that was verified when it was read
             set_aside_damaged(Path(str(self.dirpath)))
         if self.resumed and not self.in_own_folder:
             take_settings(trainer, pl_module)

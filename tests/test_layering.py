@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "random_state": set(),
     "rendezvous": set(),
     "checkpoint_files": {"batch", "run_folder"},
-    "checkpoints": {"averaging", "batch", "checkpoint_files", "random_state", "tracking"},
+    "checkpoints": {"averaging", "batch", "checkpoint_files", "random_state", "run_folder", "tracking"},
     "interrupts": {"checkpoints", "progress"},
     "validations": set(),
     "resume": {"batch", "checkpoint_files", "data.buckets", "data.sources", "ranks", "run_folder"},
