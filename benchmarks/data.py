@@ -46,12 +46,11 @@ from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from sedtrain.config import conf_dir, register
-from sedtrain.creation import create
+from sedtrain.config.instantiate import create
+from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
-from sedtrain.data.datamodule import SpeechTextDataModule  # noqa: F401 - imported before the clock starts
 from sedtrain.models.encoder import feature_extractor_of
-from sedtrain.text import train_tokenizer
+from sedtrain.text.tokenizers import train_tokenizer
 
 ENCODERS = ("wav2vec2", "moonshine", "whisper", "w2v_bert", "speech_to_text", "parakeet")
 SIDES = ("sedtrain", "streaming", "peer")

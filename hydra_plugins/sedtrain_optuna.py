@@ -36,9 +36,8 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         context, task, config = self.given
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-        from sedtrain.batch import UserError
-        from sedtrain.config import ConfigError
-        from sedtrain.jobs import fail
+        from sedtrain.cli import fail
+        from sedtrain.errors import ConfigError, UserError
         from sedtrain.search import search
 
         try:

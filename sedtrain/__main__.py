@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-from sedtrain.ranks import is_first
+from sedtrain.launch import is_first
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Threads that spin for long while they wait bring two programs on the same cores to a near standstill.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from sedtrain.command_line import run_command_line
+    from sedtrain.cli import run_command_line
 
     run_command_line(sys.argv[1:])
 

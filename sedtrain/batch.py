@@ -12,24 +12,6 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-class UserError(ValueError):
-    """A fault that the user can repair: what is wrong, and what to write instead."""
-
-    def __init__(self, what_is_wrong: str, write_instead: str) -> None:
-        super().__init__(what_is_wrong, write_instead)
-        self.what_is_wrong = what_is_wrong
-        self.write_instead = write_instead
-
-    def __str__(self) -> str:
-        return f"{self.what_is_wrong}\n  write instead: {self.write_instead}"
-
-
-def require(holds: bool, option: str, value: object, wanted: str) -> None:
-    """Raises UserError where a number is not what its option wants, such as `a number above 0`."""
-    if not holds:
-        raise UserError(f"{option}={value}: this has to be {wanted}", f"{option}=NUMBER, {wanted}")
-
-
 @dataclass(frozen=True)
 class Utterance:
     """One (speech, text) pair as it was read: `audio` is (S,) float32 in -1..1 at `sampling_rate` hertz.

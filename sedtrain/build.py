@@ -12,32 +12,32 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedtrain.config import ConfigError, Problem
-from sedtrain.creation import create, import_target
+from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.collate import Collator
+from sedtrain.data.corpus import each_source, is_same_for_all, stands_for_several
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.mix import each_source, is_same_for_all, stands_for_several
 from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.errors import ConfigError, Problem
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.export import SavedModel
-from sedtrain.finetune import FineTuning
-from sedtrain.losses import LossWeights
 from sedtrain.models.adapter import Adapter
+from sedtrain.models.config import frame_width
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.encoder import feature_extractor_of
-from sedtrain.models.execution import Execution
-from sedtrain.models.joint_config import frame_width
+from sedtrain.models.losses import LossWeights
+from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.module import SpeechSeq2SeqModule
-from sedtrain.normalisers import normaliser
-from sedtrain.progress import ProgressBar
-from sedtrain.run import TrainingRun
-from sedtrain.tags import add_tags
-from sedtrain.text import start_end_pad
-from sedtrain.tracking import Tracker, Tracking
-from sedtrain.validations import NEVER, ValidateEvery
-from sedtrain.vocabulary import VocabularyReport
+from sedtrain.text.coverage import VocabularyReport
+from sedtrain.text.normalisers import normaliser
+from sedtrain.text.tags import add_tags
+from sedtrain.text.tokenizers import start_end_pad
+from sedtrain.training.checkpoints import NEVER, ValidateEvery
+from sedtrain.training.finetune import FineTuning
+from sedtrain.training.loggers import Tracker, Tracking
+from sedtrain.training.module import SpeechSeq2SeqModule
+from sedtrain.training.progress import ProgressBar
+from sedtrain.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 

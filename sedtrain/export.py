@@ -9,12 +9,12 @@ from transformers import AutoFeatureExtractor, PreTrainedTokenizerBase, Sequence
 
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.results import Results
-from sedtrain.models.checkpoint import check_loaded, load_tokenizer, loading
 from sedtrain.models.encoder import loads_in_stock_transformers
-from sedtrain.models.low_rank import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
+from sedtrain.models.loading import check_loaded, load_tokenizer, loading
+from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.run_folder import model_of
-from sedtrain.tags import TASK_OF, Tags
+from sedtrain.run_dir import model_of
+from sedtrain.text.tags import TASK_OF, Tags
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,26 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
-from sedtrain.batch import UserError, Utterance, require
-from sedtrain.creation import create
-from sedtrain.data.clips import UNREADABLE, read_audio
+from sedtrain.batch import Utterance
+from sedtrain.config.instantiate import create
+from sedtrain.data.audio import UNREADABLE, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sources import audio_paths
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
+from sedtrain.errors import UserError, require
 from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
 from sedtrain.export import SavedModel, write_model_card
-from sedtrain.fit_batches import fitted_batches, write_batches
-from sedtrain.inspection.page import write_page
+from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
-from sedtrain.inspection.tables import tables
-from sedtrain.normalisers import normaliser
-from sedtrain.resume import plain, starting_point
-from sedtrain.run_folder import config_of
-from sedtrain.tags import TASK_OF
-from sedtrain.tracking import log_scores
+from sedtrain.run_dir import config_of
+from sedtrain.text.normalisers import normaliser
+from sedtrain.text.tags import TASK_OF
+from sedtrain.training.fit_batches import fitted_batches, write_batches
+from sedtrain.training.loggers import log_scores
+from sedtrain.training.resume import plain, starting_point
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()

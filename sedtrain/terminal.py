@@ -8,8 +8,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from sedtrain.evaluation.evaluate import Evaluation
-from sedtrain.finetune import PartPlan
-from sedtrain.fit_batches import Budget, Fitted
+from sedtrain.training.finetune import PartPlan
+from sedtrain.training.fit_batches import Budget, Fitted
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch.nn.utils import parameters_to_vector
 from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.evaluation.metrics import MetricSet
-from sedtrain.guards import Guards
-from sedtrain.losses import LossWeights
-from sedtrain.module import SpeechSeq2SeqModule
+from sedtrain.models.losses import LossWeights
+from sedtrain.training.guards import Guards
+from sedtrain.training.module import SpeechSeq2SeqModule
 
 SAMPLES = [1200, 5000, 2600, 8000, 900, 3300, 6100, 1700]
 TOKENS = [2, 7, 1, 9, 3, 4, 8, 2]

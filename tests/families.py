@@ -5,10 +5,10 @@ import string
 import torch
 from omegaconf import OmegaConf
 
-from sedtrain.config import conf_dir
+from sedtrain.config.schema import conf_dir
 from sedtrain.models.decoder import load_decoder
 from sedtrain.models.encoder import load_encoder
-from sedtrain.text import train_tokenizer
+from sedtrain.text.tokenizers import train_tokenizer
 
 ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
 DECODERS = sorted(path.stem for path in (conf_dir() / "decoder").glob("*.yaml"))

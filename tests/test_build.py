@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sedtrain import build
-from sedtrain.batch import UserError
-from sedtrain.checkpoint_files import read_checkpoint
-from sedtrain.config import ConfigError, conf_dir, register
-from sedtrain.text import train_tokenizer
+from sedtrain.config.schema import conf_dir, register
+from sedtrain.errors import ConfigError, UserError
+from sedtrain.text.tokenizers import train_tokenizer
+from sedtrain.training.checkpoints import read_checkpoint
 
 SMALL = [
     "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",

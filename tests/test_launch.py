@@ -15,13 +15,11 @@ from hydra.core.config_store import ConfigStore
 from kill_and_resume import differences, whole_checkpoints
 from omegaconf import OmegaConf
 
-from sedtrain import ranks
-from sedtrain.batch import UserError
-from sedtrain.checkpoint_files import read_checkpoint
-from sedtrain.checkpoints import refuse_different_starts
-from sedtrain.config import ConfigError, Problem
-from sedtrain.jobs import follow
-from sedtrain.overrides import check_command_line
+from sedtrain import launch as ranks
+from sedtrain.cli import follow
+from sedtrain.config.overrides import check_command_line
+from sedtrain.errors import ConfigError, Problem, UserError
+from sedtrain.training.checkpoints import read_checkpoint, refuse_different_starts
 
 ROOT = Path(__file__).parents[1]
 SHORT = [

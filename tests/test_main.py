@@ -125,7 +125,7 @@ def test_what_is_not_there_is_told_in_a_shell_without_a_traceback(shell):
 
 
 def test_the_package_and_its_configuration_do_not_import_torch(tmp_path):
-    code = TELL_OF_IMPORTS + "import sedtrain, sedtrain.config, sedtrain.overrides, sedtrain.command_line"
+    code = TELL_OF_IMPORTS + "import sedtrain, sedtrain.config.schema, sedtrain.config.overrides, sedtrain.cli"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "imported" not in ended.stderr

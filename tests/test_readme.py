@@ -19,7 +19,7 @@ def test_every_file_of_the_package_has_its_phrase_in_the_tree():
 
 
 def test_every_command_line_composes():
-    from sedtrain.overrides import check_command_line
+    from sedtrain.config.overrides import check_command_line
 
     commands = re.findall(r"^(?:\$ )?python -m sedtrain (.+)$", README, flags=re.MULTILINE)
     assert len(commands) >= 4

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sedtrain.composition import hydra_known
-from sedtrain.config import conf_dir, register
-from sedtrain.overrides import check_command_line
+from sedtrain.config.overrides import check_command_line, hydra_known
+from sedtrain.config.schema import conf_dir, register
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")

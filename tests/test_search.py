@@ -15,11 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from sedtrain.batch import UserError
-from sedtrain.config import ConfigError, conf_dir, register
-from sedtrain.overrides import check_command_line
-from sedtrain.pruning import Reporting
-from sedtrain.search import distribution, search
+from sedtrain.config.overrides import check_command_line
+from sedtrain.config.schema import conf_dir, register
+from sedtrain.errors import ConfigError, UserError
+from sedtrain.search import Reporting, distribution, search
 
 # --- a real one
 
@@ -127,7 +126,7 @@ def searched(tmp_path):
             lr, folder = given["optimizer.lr"], tmp_path / "sweep" / str(number)
             (folder / "model").mkdir(parents=True, exist_ok=True)
             options = given["callbacks.search"]
-            assert options.pop("_target_") == "sedtrain.pruning.Reporting"
+            assert options.pop("_target_") == "sedtrain.search.Reporting"
             reporting = Reporting(**options)
             for step in (1, 2):
                 if number == dying and step == 2:
@@ -292,7 +291,7 @@ def test_a_mistake_is_told_before_any_trial(sedtrain, tmp_path, monkeypatch, arg
 
 
 def test_a_missing_package_is_told_with_the_extra(sedtrain, monkeypatch):
-    monkeypatch.setattr("sedtrain.overrides.find_spec", lambda name: None)
+    monkeypatch.setattr("sedtrain.config.overrides.find_spec", lambda name: None)
     ended = sedtrain("-m", "hydra/sweeper=optuna", LR)
     assert ended.status == 2
     assert "it needs packages that are not installed\n    pip install 'sedtrain[optuna]'" in ended.err

@@ -12,7 +12,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from sedtrain.batch import UserError
+from sedtrain.errors import UserError
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, Whis
 
 from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
 from sedtrain.data.features import features_of
-from sedtrain.tags import NUM_TAGS, Tags
-from sedtrain.text import encode_target
+from sedtrain.text.tags import NUM_TAGS, Tags
+from sedtrain.text.tokenizers import encode_target
 
 
 class Collator:

@@ -2,21 +2,242 @@
 
 import atexit
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
+from math import inf
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from sedtrain.batch import Skipped, UserError
-from sedtrain.data.durations import durations
-from sedtrain.data.limits import Limits
-from sedtrain.data.mix import heated
-from sedtrain.data.parts import Part, Parts, Reference, Source
-from sedtrain.data.rows import UtteranceRows
-from sedtrain.data.shards import BrokenShard
+import datasets
+import pyarrow as pa
+
+from sedtrain.batch import Skipped
+from sedtrain.data.readers import PROBLEM
+from sedtrain.data.shards import BrokenShard, Shard, shards_of
 from sedtrain.data.skipped import SkippedUtterances
-from sedtrain.data.sources import public_name
-from sedtrain.ranks import is_first_of_machine
+from sedtrain.data.sources import is_pattern, load_rows, local_path, public_name, split_files
+from sedtrain.data.utterances import Columns, Limits, UtteranceRows, durations
+from sedtrain.errors import UserError, require
+from sedtrain.launch import is_first_of_machine
+from sedtrain.text.tags import TASK_OF, Tags
+
+Reference = tuple[int, int]
+"""An utterance: the number of its part, and its row there."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset.
+
+    splits: its own names of train, validation and test; None where it has no part in one
+    weight: how often its training split is seen in an epoch
+    label:  its name in a mix, which its ids begin with
+    """
+
+    path: str
+    columns: Columns
+    splits: Mapping[str, str | None]
+    name: str | None = None
+    audio_folder: str | None = None
+    weight: float = 1.0
+    label: str = ""
+    language: str | None = None
+    task: str = "transcribe"
+
+    def whole(self, split: str) -> list["Part"]:
+        """A split, which is train, validation or test, in one piece."""
+        name = self.splits[split]
+        return [] if name is None else [Part(self, name)]
+
+    def shards(self, split: str, copies: Path) -> list["Part"]:
+        """The files of the split, or the whole of it; copies: where what is fetched or converted is kept."""
+        name = self.splits[split]
+        if name is None:
+            return []
+        found = shards_of(self.path, name, self.name, copies)
+        return [Part(self, name, shard) for shard in found] or self.whole(split)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are opened together: a split of a source, or one shard of it."""
+
+    source: Source
+    split: str
+    shard: Shard | None = None
+
+    @property
+    def name(self) -> str:
+        """What rows without an id are named after."""
+        return self.split if self.shard is None else self.shard.name
+
+    @property
+    def place(self) -> str | None:
+        """The file or the URL, where it is one."""
+        return file_of(self.source.path, self.split) if self.shard is None else self.shard.place
+
+    def open(self) -> UtteranceRows:
+        """Raises UserError where there is nothing, or no rows of utterances, BrokenShard where a file cannot be read."""
+        source = self.source
+        if self.shard is None:
+            rows = load_rows(source.path, self.split, source.name)
+        else:
+            rows = with_columns(self.shard.rows(), source.columns)
+        return UtteranceRows(
+            rows,
+            source.columns,
+            source.path,
+            self.name,
+            None if source.audio_folder is None else Path(source.audio_folder).expanduser(),
+            f"{source.label}/" if source.label else "",
+            source.language,
+            source.task,
+            self.place,
+        )
+
+
+def with_columns(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
+    """Rows of an empty file, or of lines of which none can be read, with the columns of the others, all null."""
+    if set(rows.column_names) - {PROBLEM}:
+        return rows
+    used = dict.fromkeys(column for column in vars(columns).values() if column)
+    problems = {PROBLEM: rows[PROBLEM][:]} if len(rows) else {}
+    return datasets.Dataset(pa.table({**{column: pa.nulls(len(rows)) for column in used}, **problems}))
+
+
+def file_of(path: str, split: str) -> str | None:
+    """The file of a folder that a split is stored in, where it is one."""
+    where = local_path(path)
+    files = split_files(where, split.partition("[")[0]) if where.is_dir() else []
+    return str(files[0]) if len(files) == 1 else None
+
+
+class Parts(Sequence[UtteranceRows]):
+    """The rows of each part, opened when they are asked for.
+
+    num_rows: how many of them stay open at least; None: all
+    """
+
+    def __init__(self, parts: Iterable[Part], num_rows: int | None = None) -> None:
+        self.parts, self.num_rows = list(parts), num_rows
+        self.opened: OrderedDict[int, UtteranceRows] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
+        if number not in self.opened:
+            self.opened[number] = self.parts[number].open()
+            if self.num_rows is not None:
+                self.close_oldest(self.num_rows)
+        self.opened.move_to_end(number)
+        return self.opened[number]
+
+    def close_oldest(self, num_rows: int) -> None:
+        left = sum(map(len, self.opened.values()))
+        for number, rows in list(self.opened.items())[:-1]:
+            left -= len(rows)
+            if left < num_rows:
+                break
+            del self.opened[number]
+
+    def fetch_ahead(self, number: int) -> None:
+        if shard := self.parts[number].shard:
+            shard.fetch_ahead()
+
+    def remove_copy(self, number: int) -> None:
+        """What was fetched or converted to open this part is removed; it can be opened anew."""
+        self.opened.pop(number, None)
+        if shard := self.parts[number].shard:
+            shard.remove_copy()
+
+
+SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
+
+
+OWN = ("path", "name", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
+
+
+def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
+    """The datasets of a mix by name, or the only one; what one does not say itself is taken from `common`."""
+    if mix:
+        return [named_source(name, options, common) for name, options in mix.items()]
+    if common["path"] is None:
+        raise UserError("data.path is not set", "data.path=FOLDER_OR_FILE_OR_HUB_ID, or data.mix")
+    return [source_of(common, "data")]
+
+
+def each_source(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of the datasets that the group `data` names, by where they stand."""
+    common = {name: data.get(name) for name in OWN}
+    mix = data.get("mix") or {}
+    return {f"data.mix.{name}": {**common, **options} for name, options in mix.items()} or {"data": common}
+
+
+def is_same_for_all(source: Mapping[str, Any]) -> bool:
+    """Whether several splits would be the same file or, by a pattern or URL without `{split}`, the same files.
+
+    Splits that are each cut differently, such as `train[:90%]` and `train[90%:]`, are not.
+    """
+    path, splits = source["path"], [str(source[split]) for split in SPLITS if source[split] is not None]
+    cuts = {split.partition("[")[2] for split in splits}
+    if path is None or len(splits) < 2 or (len(cuts) == len(splits) and "" not in cuts):
+        return False
+    return Path(path).expanduser().is_file() or (stands_for_several(path) and "{split}" not in path)
+
+
+def stands_for_several(path: str) -> bool:
+    return is_pattern(path) or "://" in path
+
+
+def named_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> Source:
+    where = f"data.mix.{name}"
+    if unknown := [key for key in options if key not in OWN]:
+        raise UserError(f"{where}.{unknown[0]}: there is no such option", f"{where}.NAME, NAME one of {', '.join(OWN)}")
+    if options.get("path", common["path"]) is None:
+        raise UserError(f"{where}.path is not set", f"{where}.path=FOLDER_OR_FILE_OR_HUB_ID")
+    weight = options.get("weight", 1.0)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    require(is_number and 0 < weight < inf, f"{where}.weight", weight, "a number above 0")
+    if options.get("target", common["target"]) not in TASK_OF:
+        raise UserError(
+            f"{where}.target={options['target']}: there is no such target",
+            f"{where}.target=ONE_OF {', '.join(TASK_OF)}",
+        )
+    if not isinstance(language := options.get("language"), str | None):
+        raise UserError(
+            f"{where}.language={language}: this is no text",
+            f"{where}.language in quotes, as YAML reads no and on as values",
+        )
+    columns = {**common["columns"], **options.get("columns", {})}
+    return source_of({**common, **options, "columns": columns, "label": name}, where)
+
+
+def source_of(options: Mapping[str, Any], where: str) -> Source:
+    return Source(
+        path=options["path"],
+        columns=Columns.of(options["columns"], options["target"], where),
+        splits={split: options[option] for option, split in SPLITS.items()},
+        name=options["name"],
+        audio_folder=options["audio_folder"],
+        weight=float(options.get("weight", 1.0)),
+        label=options.get("label", ""),
+        language=options["language"],
+        task=TASK_OF[options["target"]],
+    )
+
+
+def heated(sizes: Sequence[int], temperature: float) -> list[float]:
+    """How often each of several datasets is seen in an epoch, so that their shares are those of size ** (1 / temperature).
+
+    An epoch stays as long as all of them together (arXiv 1907.05019, where the shares come from).
+    """
+    powers = [size ** (1 / temperature) for size in sizes]
+    return [sum(sizes) * power / (sum(powers) * size) for size, power in zip(sizes, powers, strict=True)]
 
 
 class Corpus:
@@ -179,3 +400,51 @@ def none_left(sources: Sequence[Source], split: str, skipped: Sequence[Skipped])
         f"({', '.join(f'{count} {reason}' for reason, count in reasons.items())})",
         "data.min_seconds, data.max_seconds and data.columns that fit this dataset",
     )
+
+
+Pair = tuple[str | None, str]
+"""Language and task."""
+
+
+def learnt_pairs(corpus: Corpus) -> set[tuple[str, str]]:
+    """Those of the training split. Raises UserError where nothing says the language of a text."""
+    pairs = pairs_of(corpus, "train")
+    if untold := [task for language, task in pairs if language is None]:
+        raise UserError(
+            f"data.tags=true: nothing says in which language there are texts to {untold[0]}",
+            "data.language=LANGUAGE, data.mix.NAME.language=LANGUAGE or data.columns.language=COLUMN",
+        )
+    return {(language, task) for language, task in pairs if language is not None}
+
+
+def refuse_unlearnt(corpus: Corpus, splits: Iterable[str], tags: Tags) -> None:
+    """Raises UserError where a split asks for what a model never learnt to write."""
+    for split in dict.fromkeys(splits):
+        for pair in pairs_of(corpus, split):
+            tags.of(*pair)
+
+
+def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
+    """Those of the texts that are used; of a stream, of all texts."""
+    if corpus.streaming and split == "train":
+        return {pair for part in corpus.shards() for pair in pairs_of_shard(part)}
+    parts = corpus.parts(split)
+    return {
+        (language, parts.parts[part].source.task)
+        for part, references in groupby(corpus.kept(split), itemgetter(0))
+        for language in parts[part].languages([index for _, index in references])
+    }
+
+
+def pairs_of_shard(part: Part) -> Iterator[Pair]:
+    """Read from its column of languages alone; one that cannot be read is left to who trains on it."""
+    source = part.source
+    if source.columns.language is None:
+        yield source.language, source.task
+    elif part.shard is None:
+        yield from {(language, source.task) for language in part.open().languages()}
+    else:
+        try:
+            yield from {(text or source.language, source.task) for text in part.shard.texts(source.columns.language)}
+        except BrokenShard:
+            return

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from sedtrain.batch import Batch, Skipped, UserError, Utterance
+from sedtrain.batch import Batch, Skipped, Utterance
+from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
-from sedtrain.data.clips import UNREADABLE
 from sedtrain.data.collate import Collator
-from sedtrain.data.parts import Parts, Reference
+from sedtrain.data.corpus import Parts, Reference
 from sedtrain.data.shards import BrokenShard
+from sedtrain.errors import UserError
 
 ROUNDED = 0.01  # seconds by which audio may be longer than its header says, once it is resampled
 

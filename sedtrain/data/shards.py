@@ -18,22 +18,23 @@ import pyarrow.parquet
 from aiohttp import ClientError
 from filelock import FileLock
 
-from sedtrain.batch import UserError
-from sedtrain.data.columns import check_columns
-from sedtrain.data.formats import (
+from sedtrain.data.readers import PROBLEM
+from sedtrain.data.sources import (
     TABLES,
     TARS,
     expanded,
     is_pattern,
+    local_path,
+    one_line,
     pattern_files,
+    readable,
     readable_cells,
     split_files,
     table_rows,
     tar_rows,
 )
-from sedtrain.data.manifests import PROBLEM
-from sedtrain.data.rows import as_text
-from sedtrain.data.sources import local_path, one_line, readable
+from sedtrain.data.utterances import as_text, check_columns
+from sedtrain.errors import UserError
 
 BUILDERS = {"parquet", "json", "csv", "webdataset"}  # of `datasets`, whose files are read alike here
 NUM_ATTEMPTS = 5

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
-from sedtrain.batch import Skipped, UserError
+from sedtrain.batch import Skipped
+from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 

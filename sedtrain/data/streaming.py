@@ -13,12 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from sedtrain.batch import UserError
-from sedtrain.data.batching import BatchesWithEpoch, DurationBatches, Position, other_kind, random_keys
 from sedtrain.data.buckets import Bucket
-from sedtrain.data.corpus import Corpus
+from sedtrain.data.corpus import Corpus, Reference
 from sedtrain.data.dataset import SplitDataset
-from sedtrain.data.parts import Reference
+from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches, Position, other_kind, random_keys
+from sedtrain.errors import UserError
 
 STEPS_BEHIND = 256  # more than the batches that workers prefetch
 NUM_AHEAD = 4  # remote files are fetched while the block before them is trained on

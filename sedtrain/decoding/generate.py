@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch, require
+from sedtrain.batch import Batch
+from sedtrain.errors import require
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch, UserError
+from sedtrain.batch import Batch
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
+from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import Counts, MetricSet
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder

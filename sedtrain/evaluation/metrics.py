@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from sedtrain.normalisers import Normaliser, collapse_whitespace, normaliser, pick
+from sedtrain.text.normalisers import Normaliser, collapse_whitespace, normaliser, pick
 
 Counts = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]

@@ -10,12 +10,11 @@ import jiwer
 import numpy as np
 
 from sedtrain.evaluation.evaluate import Evaluation, Hypothesis
-from sedtrain.evaluation.figures import bars_figure, curves_figure, read_curves
+from sedtrain.evaluation.html import bars_figure, curves_figure, definitions, page, player, read_curves, row, table
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet
-from sedtrain.evaluation.page import definitions, page, player, row, table
 from sedtrain.evaluation.results import Results
-from sedtrain.normalisers import Normaliser, collapse_whitespace, normaliser
+from sedtrain.text.normalisers import Normaliser, collapse_whitespace, normaliser
 
 AudioOf = Callable[[str], tuple[np.ndarray, int]]  # utterance id -> samples in -1..1, sampling rate
 WordPair = tuple[str, str]  # reference word above hypothesis word, "" where one has none

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sedtrain.batch import UserError
+from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval
 
 PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "jiwer", "sacrebleu")

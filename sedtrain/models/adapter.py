@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sedtrain.batch import UserError
+from sedtrain.errors import UserError
 
 
 class Adapter(nn.Module):

@@ -19,10 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sedtrain.batch import UserError
-from sedtrain.models.attention import attention_of, attention_wanted
-from sedtrain.models.checkpoint import (
+from sedtrain.errors import UserError
+from sedtrain.models.loading import (
     CROSS_ATTENTION,
+    attention_of,
+    attention_wanted,
     configured,
     load_config,
     load_tokenizer,
@@ -30,7 +31,7 @@ from sedtrain.models.checkpoint import (
     parts,
     published_name,
 )
-from sedtrain.text import start_end_pad
+from sedtrain.text.tokenizers import start_end_pad
 
 ALTERNATIVES = "decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-attention layers"
 

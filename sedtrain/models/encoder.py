@@ -24,17 +24,17 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from sedtrain.batch import UserError
-from sedtrain.models.attention import attention_of, attention_wanted
-from sedtrain.models.checkpoint import (
+from sedtrain.errors import UserError
+from sedtrain.models.encoder_families import MASKED, OF_WHOLE, STANDALONE, encoder_config
+from sedtrain.models.loading import (
+    attention_of,
+    attention_wanted,
     configured,
     load_config,
     load_weights,
     loading,
     published_name,
 )
-from sedtrain.models.families import MASKED
-from sedtrain.models.sub_encoders import OF_WHOLE, STANDALONE, encoder_config
 
 KINDS = {**MASKED, **STANDALONE}
 OF_TYPE = {kind.config_class.model_type: kind for kind in KINDS.values()}

@@ -19,29 +19,28 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as KNOWN_TO_PIPELINES
 
-from sedtrain.losses import labelled_cross_entropy, shift_right, token_cross_entropy
 from sedtrain.models.adapter import Adapter, saved_adapter
-from sedtrain.models.attention import refuse_unsupported
-from sedtrain.models.decoder import as_decoder, decoder_positions, settle_config
-from sedtrain.models.encoded import EncodedSpeech, given_input, seq2seq_output, split_options
-from sedtrain.models.encoder import (
-    encoder_from_config,
-    frame_mask,
-    freeze_front_end,
-    refuse_without_hook,
-    standalone,
-)
-from sedtrain.models.joint_config import (
+from sedtrain.models.config import (
     AdaptedSpeechEncoderDecoderConfig,
+    FollowedRates,
     frame_width,
     joint_config,
     share_config,
     with_adapter,
 )
-from sedtrain.models.masks import ZeroGradients
-from sedtrain.models.output_layer import DeferrableLinear, deferred_output_layer, make_deferrable
-from sedtrain.models.rates import FollowedRates
-from sedtrain.models.saving import LoadsAndSaves
+from sedtrain.models.decoder import as_decoder, decoder_positions, settle_config
+from sedtrain.models.encoder import encoder_from_config, frame_mask, freeze_front_end, refuse_without_hook, standalone
+from sedtrain.models.generation import EncodedSpeech, LoadsAndSaves, given_input, seq2seq_output, split_options
+from sedtrain.models.loading import refuse_unsupported
+from sedtrain.models.losses import (
+    DeferrableLinear,
+    deferred_output_layer,
+    labelled_cross_entropy,
+    make_deferrable,
+    shift_right,
+    token_cross_entropy,
+)
+from sedtrain.models.masking import ZeroGradients
 
 
 class SpeechEncoderDecoder(LoadsAndSaves):

@@ -1,0 +1,198 @@
+"""What the pages for people are made of: a page that needs nothing else, tables, sound; all text is escaped."""
+
+import base64
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import soundfile
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from sedtrain.evaluation.intervals import Interval
+
+Curve = tuple[list[int], list[float]]  # optimizer steps, values
+
+
+INK = "#010203"  # stands for the page's text colour, which follows the reader's theme
+
+
+INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+
+
+# Blue, vermilion and green of Okabe and Ito: no reader mixes them up, and all stand out from black as from white.
+LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
+
+
+MAX_EDGES = 9  # named below a histogram: more would run into each other
+
+
+LOOK: dict[Any, Any] = {
+    **dict.fromkeys(INKED, INK),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sedtrain",
+}
+
+
+def read_curves(metrics_csv: Path) -> dict[str, Curve]:
+    """Every column of what Lightning's CSVLogger wrote, without the cells that it left blank."""
+    curves: dict[str, Curve] = {}
+    with metrics_csv.open(newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            for name in row.keys() - {"step", "epoch", None}:
+                if row[name]:
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(row[name]))
+    return dict(sorted(curves.items()))
+
+
+def curves_figure(caption: str, curves: Mapping[str, Curve], percent: bool = False) -> str:
+    """Values against optimizer steps; those of a validation, which are few, with a dot each."""
+
+    def draw(axes: Axes) -> None:
+        for (name, curve), (colour, line) in zip(curves.items(), cycle(LINES)):
+            axes.plot(*curve, line, color=colour, label=name, marker="." if name.startswith("val/") else "")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.set_xlabel("optimizer step")
+        axes.legend()
+
+    return _figure(caption, draw, percent)
+
+
+def bars_figure(caption: str, labels: Sequence[str], intervals: Sequence[Interval], axis: str) -> str:
+    """Fractions as bars in percent, each with its interval; `axis` says what the labels are."""
+
+    def draw(axes: Axes) -> None:
+        places = range(len(labels))
+        axes.bar(places, [each.value for each in intervals], width=0.7, alpha=0.85, color=LINES[0][0])
+        axes.vlines(places, [each.low for each in intervals], [each.high for each in intervals], color=INK)
+        axes.set_xticks(places, labels)
+        axes.set_xlabel(axis)
+        axes.grid(visible=False, axis="x")
+
+    return _figure(caption, draw, percent=True)
+
+
+def histogram_figure(caption: str, edges: Sequence[str], counts: Sequence[int], axis: str) -> str:
+    """Counts as bars without gaps, the edges between them named; `axis` says what was counted by."""
+
+    def draw(axes: Axes) -> None:
+        places = [place + 0.5 for place in range(len(counts))]
+        axes.bar(places, counts, width=0.96, alpha=0.85, color=LINES[0][0])
+        last, every = len(edges) - 1, -(-len(edges) // MAX_EDGES)
+        named = [*range(0, last - every + 1, every), last]
+        axes.set_xticks(named, [edges[place] for place in named])
+        axes.set_xlabel(axis)
+        axes.set_ylabel("utterances")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(visible=False, axis="x")
+
+    return _figure(caption, draw, percent=False)
+
+
+def _figure(caption: str, draw: Callable[[Axes], None], percent: bool) -> str:
+    svg = io.StringIO()
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_ylim(bottom=0)
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        no_metadata = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+        figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
+    drawing = svg.getvalue().replace(INK, "currentColor")
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{drawing[drawing.index('<svg') :]}</figure>"
+
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --quiet: #59636e; --line: #d5dae0;
+  --sub: #7a4d00; --sub-ground: #fff1c2; --del: #a40e26; --del-ground: #ffe3e0; --ins: #0a4a9e; --ins-ground: #dcebff }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #14171b; --ink: #e3e7eb; --quiet: #9aa4af; --line: #343a42;
+  --sub: #f2cc60; --sub-ground: #3b2e05; --del: #ffaaa3; --del-ground: #4a1619; --ins: #8cc5ff; --ins-ground: #10304f }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--ground); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+.quiet, dt, th, figcaption, summary { color: var(--quiet); font-size: .875rem; font-weight: 400 }
+table { border-collapse: collapse }
+th, td { padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
+td.number, th.number { text-align: right; white-space: nowrap } tr :last-child { padding-right: 0 }
+td { max-width: min(14rem, 32vw) } td.number { max-width: none } .row section, dd, .words { min-width: 0 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: .5rem 0 } dd { margin: 0 }
+dt { line-height: 1.5rem } .row { display: grid; gap: 0 2.5rem }
+@media (min-width: 46rem) { .row { grid-template-columns: 1fr 1fr } }
+.wide { overflow-x: auto } .wide td { min-width: 6rem; max-width: 34rem } .wide td.number { min-width: 0 }
+ul { margin: .5rem 0; padding-left: 1.25rem }
+summary { padding: .25rem 0; cursor: pointer }
+figure { margin: .5rem 0; max-width: 30rem } svg { width: 100%; height: auto }
+svg text { font-family: inherit !important }
+article { border-top: 1px solid var(--line); padding: .75rem 0 } p { margin: .25rem 0 .75rem }
+article header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem }
+audio { display: block; width: 100%; max-width: 24rem; height: 2.25rem; margin: .4rem 0 }
+.sides { display: grid; grid-template-columns: max-content 1fr; gap: 0 .9rem }
+.words { display: flex; flex-wrap: wrap; gap: .3rem .1rem }
+.pair span, .sides .quiet span { display: block; min-height: 1.5rem; line-height: 1.5rem }
+article b, dd, .pair { max-width: 100%; overflow-wrap: anywhere } .pair span { padding: 0 .25rem }
+.pair, .key { border-radius: .2rem } .key { padding: .1rem .3rem }
+.substitution { color: var(--sub); background: var(--sub-ground) }
+.deletion { color: var(--del); background: var(--del-ground); text-decoration: line-through }
+.insertion { color: var(--ins); background: var(--ins-ground); text-decoration: underline }
+"""
+
+
+def page(title: str, body: str) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def row(*sections: str) -> str:
+    """Sections beside each other where the page is wide enough."""
+    return '<div class="row">' + "".join(f"<section>{section}</section>" for section in sections) + "</div>"
+
+
+def definitions(entries: Mapping[str, str]) -> str:
+    rows = (f'<dt>{escape(name)}</dt><dd dir="auto">{escape(value)}</dd>' for name, value in entries.items())
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int = 1) -> str:
+    """Cells of text, of which the first `num_texts` in a row are words and the others numbers."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        words = (f"<{tag}>{escape(cell)}</{tag}>" for cell in cells[:num_texts])
+        numbers = (f'<{tag} class="number">{escape(cell)}</{tag}>' for cell in cells[num_texts:])
+        return f"<tr>{''.join(words)}{''.join(numbers)}</tr>"
+
+    return f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def player(samples: np.ndarray, sampling_rate: int) -> str:
+    return f'<audio controls preload="metadata" src="{audio_uri(samples, sampling_rate)}"></audio>'
+
+
+def audio_uri(samples: np.ndarray, sampling_rate: int) -> str:
+    """The sound itself as a link: FLAC, which browsers play at every sampling rate, phones included."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, sampling_rate, format="FLAC", subtype="PCM_16")
+    return "data:audio/flac;base64," + base64.b64encode(file.getvalue()).decode("ascii")

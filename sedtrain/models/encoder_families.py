@@ -1,0 +1,448 @@
+"""The encoder families of transformers whose saved folders it loads itself, with masks that reach everything.
+
+Each class computes what upstream's does; only padding is another matter.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Data2VecAudioModel,
+    HubertModel,
+    MoonshineConfig,
+    MoonshineModel,
+    ParakeetEncoder,
+    PreTrainedConfig,
+    SeamlessM4TConfig,
+    SeamlessM4TForSpeechToText,
+    SeamlessM4Tv2Config,
+    SeamlessM4Tv2ForSpeechToText,
+    SEWDModel,
+    SEWModel,
+    Speech2TextConfig,
+    Speech2TextModel,
+    SpeechT5Config,
+    SpeechT5ForSpeechToText,
+    UniSpeechModel,
+    UniSpeechSatModel,
+    Wav2Vec2BertModel,
+    Wav2Vec2ConformerModel,
+    Wav2Vec2Model,
+    WavLMModel,
+    WhisperConfig,
+    WhisperModel,
+)
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder
+from transformers.models.seamless_m4t.modeling_seamless_m4t import (
+    SeamlessM4TConformerAdapterLayer,
+    SeamlessM4TSpeechEncoder,
+)
+from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import (
+    SeamlessM4Tv2ConformerEncoder,
+    SeamlessM4Tv2SpeechEncoder,
+)
+from transformers.models.sew.modeling_sew import SEWEncoder, SEWPositionalConvEmbedding
+from transformers.models.sew_d.modeling_sew_d import SEWDEncoder
+from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextEncoder
+from transformers.models.speecht5.modeling_speecht5 import (
+    SpeechT5EncoderWithSpeechPrenet,
+    SpeechT5PositionalConvEmbedding,
+    SpeechT5SpeechEncoderPrenet,
+)
+from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertAdapter
+from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from sedtrain.errors import UserError
+from sedtrain.models.loading import encoder_within
+from sedtrain.models.masking import (
+    GuardedSpecAugment,
+    Masked,
+    MaskedConv1d,
+    MaskedGroupNorm,
+    Recomputed,
+    Steps,
+    length_mask,
+    mask_front_end,
+    output_lengths,
+    step,
+)
+
+
+class MaskedWav2Vec2(GuardedSpecAugment, Masked, Wav2Vec2Model):
+    def mask_modules(self) -> Steps:
+        return mask_front_end(self, self.feature_extractor)
+
+
+class MaskedHubert(GuardedSpecAugment, Masked, HubertModel):
+    """Where a batch norm stands before its position embedding, padding is no longer zero."""
+
+    def mask_modules(self) -> Steps:
+        steps = mask_front_end(self, self.feature_extractor)
+        if self.config.conv_pos_batch_norm:
+            self.mask(self.encoder.pos_conv_embed.conv, MaskedConv1d, steps)
+        return steps
+
+
+class MaskedWavLM(GuardedSpecAugment, Masked, WavLMModel):
+    mask_modules = MaskedWav2Vec2.mask_modules
+
+    def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over nothing is NaN: a row without a frame attends to all, and is masked behind the encoder."""
+        empty = output_lengths(attention_mask.sum(-1), self.frame_steps) == 0
+        return inputs, attention_mask.masked_fill(empty[:, None], 1)
+
+
+class MaskedUniSpeech(GuardedSpecAugment, Masked, UniSpeechModel):
+    mask_modules = MaskedWav2Vec2.mask_modules
+
+
+class MaskedUniSpeechSat(GuardedSpecAugment, Masked, UniSpeechSatModel):
+    mask_modules = MaskedWav2Vec2.mask_modules
+
+
+class MaskedData2VecAudio(GuardedSpecAugment, Masked, Data2VecAudioModel):
+    """Its position embedding is a stack of convolutions: behind the first, padding is no longer zero."""
+
+    def mask_modules(self) -> Steps:
+        steps = mask_front_end(self, self.feature_extractor)
+        for layer in self.encoder.pos_conv_embed.layers:
+            self.mask(layer.conv, MaskedConv1d, steps)
+        return steps
+
+
+class MaskedConformerLayer(Recomputed, Wav2Vec2ConformerEncoderLayer):
+    masked = "conv_module.depthwise_conv"
+
+
+class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, Wav2Vec2ConformerModel):
+    def mask_modules(self) -> Steps:
+        steps = mask_front_end(self, self.feature_extractor)
+        for layer in self.encoder.layers:
+            layer.__class__ = MaskedConformerLayer
+            self.mask(layer.conv_module.depthwise_conv, MaskedConv1d, steps)
+        self.encoder.pos_conv_embed.requires_grad_(False)  # made, saved and never used
+        return steps
+
+
+class FittingBertAdapter(Wav2Vec2BertAdapter):
+    """Upstream counts frames with another padding than its convolutions have."""
+
+    def _compute_sub_sample_lengths_from_attention_mask(self, seq_lens: Tensor | None) -> Tensor | None:
+        return None if seq_lens is None else output_lengths(seq_lens, step(self.layers[0].residual_conv))
+
+
+class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, Wav2Vec2BertModel):
+    front_end = ("feature_projection",)
+
+    def mask_modules(self) -> Steps:
+        return ()
+
+    def mask_adapter(self, steps: Steps) -> Steps:
+        self.adapter.__class__ = FittingBertAdapter
+        self.adapter.layerdrop = 0.0
+        for layer in self.adapter.layers:
+            self.mask(layer.residual_conv, MaskedConv1d, steps)
+            self.mask(layer.self_attn_conv, MaskedConv1d, steps)
+            steps += step(layer.residual_conv)
+        return steps
+
+
+class PositionsOfAllFrames(SEWPositionalConvEmbedding):
+    """Positions of `frames` where they are given: a last frame without a partner gives its position, not its content."""
+
+    frames: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states if self.frames is None else self.frames)
+
+
+class PairedFrames:
+    """Mixin for an encoder that squeezes frames in pairs: one left over at an utterance's end comes out as zeros.
+
+    Upstream does so at the end of the batch only, and elsewhere pairs the last frame with padding.
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is None:
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
+        factor: int = self.config.squeeze_factor  # type: ignore[attr-defined]
+        paired = length_mask(attention_mask.sum(-1) // factor * factor, hidden_states.shape[1])
+        self.pos_conv_embed.frames = hidden_states.masked_fill(~attention_mask[..., None], 0.0).transpose(1, 2)  # type: ignore[attr-defined]
+        output = super().forward(hidden_states, paired, **kwargs)  # type: ignore[misc]
+        self.pos_conv_embed.frames = None  # type: ignore[attr-defined]
+        output.last_hidden_state = output.last_hidden_state.masked_fill(~paired[..., None], 0.0)
+        return output
+
+
+class PairedSEWEncoder(PairedFrames, SEWEncoder):
+    pass
+
+
+class PairedSEWDEncoder(PairedFrames, SEWDEncoder):
+    pass
+
+
+class MaskedSEW(GuardedSpecAugment, Masked, SEWModel):
+    paired = PairedSEWEncoder
+
+    def mask_modules(self) -> Steps:
+        self.encoder.__class__ = self.paired
+        self.encoder.pos_conv_embed.__class__ = PositionsOfAllFrames
+        return mask_front_end(self, self.feature_extractor)
+
+
+class MaskedSEWD(GuardedSpecAugment, Masked, SEWDModel):
+    paired = PairedSEWDEncoder
+    mask_modules = MaskedSEW.mask_modules
+
+
+class MaskedParakeet(Masked, ParakeetEncoder):
+    """Upstream masks all that comes after its first convolution."""
+
+    _supports_flex_attn = False  # transformers takes the first head's position bias for all heads
+    front_end = ("subsampling",)
+
+    def mask_modules(self) -> Steps:
+        convolutions = [layer for layer in self.subsampling.layers if isinstance(layer, torch.nn.Conv2d)]
+        return sum((step(convolution) for convolution in convolutions), ())
+
+    def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs.masked_fill(attention_mask[..., None] == 0, 0.0), attention_mask
+
+
+MASKED: dict[type, type[Masked]] = {
+    Wav2Vec2Model: MaskedWav2Vec2,
+    HubertModel: MaskedHubert,
+    WavLMModel: MaskedWavLM,
+    UniSpeechModel: MaskedUniSpeech,
+    UniSpeechSatModel: MaskedUniSpeechSat,
+    Data2VecAudioModel: MaskedData2VecAudio,
+    Wav2Vec2ConformerModel: MaskedWav2Vec2Conformer,
+    Wav2Vec2BertModel: MaskedWav2Vec2Bert,
+    SEWModel: MaskedSEW,
+    SEWDModel: MaskedSEWD,
+    ParakeetEncoder: MaskedParakeet,
+}
+"""Upstream's class of a family's encoder -> ours."""
+
+
+class WhisperEncoderConfig(WhisperConfig):
+    model_type = "whisper-encoder"
+    is_encoder_decoder: bool = False
+
+
+class Speech2TextEncoderConfig(Speech2TextConfig):
+    model_type = "speech_to_text-encoder"
+    is_encoder_decoder: bool = False
+
+
+class MoonshineEncoderConfig(MoonshineConfig):
+    model_type = "moonshine-encoder"
+    is_encoder_decoder: bool = False
+
+
+class SeamlessM4TEncoderConfig(SeamlessM4TConfig):
+    model_type = "seamless_m4t-encoder"
+    is_encoder_decoder: bool = False
+
+
+class SeamlessM4Tv2EncoderConfig(SeamlessM4Tv2Config):
+    model_type = "seamless_m4t_v2-encoder"
+    is_encoder_decoder: bool = False
+
+
+class SpeechT5EncoderConfig(SpeechT5Config):
+    model_type = "speecht5-encoder"
+    is_encoder_decoder: bool = False
+
+
+class VariableLengthWhisperEncoder(WhisperEncoder):
+    """Whisper's encoder for clips of any length up to its limit: positions are cropped, padding is masked.
+
+    The upstream class computes 30 seconds for every clip. Parameters and their names are unchanged.
+    """
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """(B, F, T) log-mel features -> (B, ceil(T / 2), D). Raises UserError for more frames than it has positions."""
+        hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)
+        num_frames = hidden_states.shape[1]
+        if num_frames > self.max_source_positions:
+            raise UserError(
+                f"an utterance of {num_frames} frames does not fit an encoder with {self.max_source_positions} positions",
+                "data.max_seconds=30, the limit of Whisper's encoder",
+            )
+        hidden_states = hidden_states + self.embed_positions.weight[:num_frames]
+        hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
+        mask = None
+        if attention_mask is not None:
+            frame_mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
+            mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
+        layerdrop = self.config.encoder_layerdrop if self.training else 0.0
+        for layer in self.layers:
+            if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
+                hidden_states = layer(hidden_states, mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+
+class StandaloneWhisper(Masked, VariableLengthWhisperEncoder):
+    config: WhisperEncoderConfig
+    front_end = ("conv1", "conv2")
+    layerdrop_name = "encoder_layerdrop"
+    whole = WhisperModel
+
+    def mask_modules(self) -> Steps:
+        self.mask(self.conv1, MaskedConv1d, ())
+        self.mask(self.conv2, MaskedConv1d, step(self.conv1))
+        self.embed_positions.requires_grad_(False)  # sinusoids
+        return step(self.conv1) + step(self.conv2)
+
+
+class StandaloneSpeech2Text(Masked, Speech2TextEncoder):
+    config: Speech2TextEncoderConfig
+    front_end = ("conv",)
+    layerdrop_name = "encoder_layerdrop"
+    whole = Speech2TextModel
+
+    def mask_modules(self) -> Steps:
+        steps: Steps = ()
+        for convolution in self.conv.conv_layers:
+            self.mask(convolution, MaskedConv1d, steps)
+            steps += step(convolution)
+        return steps
+
+
+class StandaloneMoonshine(Masked, MoonshineEncoder):
+    config: MoonshineEncoderConfig
+    front_end = ("conv1", "conv2", "conv3", "groupnorm")
+    whole = MoonshineModel
+
+    def mask_modules(self) -> Steps:
+        self.mask(self.groupnorm, MaskedGroupNorm, step(self.conv1))
+        return step(self.conv1) + step(self.conv2) + step(self.conv3)
+
+    def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Upstream takes every 384th sample's mask for a frame's: here each of those is right."""
+        stride = self.conv1.stride[0] * self.conv2.stride[0] * self.conv3.stride[0]
+        num_frames = -(-inputs.shape[1] // stride)
+        mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
+        return inputs, mask.repeat_interleave(stride, dim=1)[:, : inputs.shape[1]]
+
+
+class FittingAdapterLayer(SeamlessM4TConformerAdapterLayer):
+    """Upstream counts the frames of every layer as if it were the first. Both versions of the family have this layer."""
+
+    def _compute_sub_sample_lengths_from_attention_mask(self, attention_mask: Tensor) -> Tensor:
+        return output_lengths(self.residual_conv.lengths, step(self.residual_conv))
+
+
+class StandaloneSeamlessM4T(Masked, SeamlessM4TSpeechEncoder):
+    config: SeamlessM4TEncoderConfig
+    front_end = ("feature_projection",)
+    layerdrop_name = "speech_encoder_layerdrop"
+    whole = SeamlessM4TForSpeechToText
+
+    def mask_modules(self) -> Steps:
+        return ()
+
+    def mask_adapter(self, steps: Steps) -> Steps:
+        for layer in self.adapter.layers:
+            layer.__class__ = FittingAdapterLayer
+            self.mask(layer.residual_conv, MaskedConv1d, steps)
+            self.mask(layer.self_attn_conv, MaskedConv1d, steps)
+            steps += step(layer.residual_conv)
+        return steps
+
+
+class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
+    """Upstream hands on a mask of truth values, which all backends but sdpa add to the scores: it would mask nothing."""
+
+    def _apply_chunk_attention(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+        attended: Tensor = super()._apply_chunk_attention(attention_mask, hidden_states)
+        if self.config._attn_implementation == "sdpa":
+            return attended
+        scores = torch.zeros_like(attended, dtype=hidden_states.dtype)
+        return scores.masked_fill(~attended, torch.finfo(scores.dtype).min)
+
+
+class StandaloneSeamlessM4Tv2(Masked, SeamlessM4Tv2SpeechEncoder):
+    config: SeamlessM4Tv2EncoderConfig
+    front_end = StandaloneSeamlessM4T.front_end
+    layerdrop_name = StandaloneSeamlessM4T.layerdrop_name
+    whole = SeamlessM4Tv2ForSpeechToText
+    mask_adapter = StandaloneSeamlessM4T.mask_adapter
+
+    def mask_modules(self) -> Steps:
+        self.encoder.__class__ = ChunkMaskedEncoder
+        return ()
+
+
+class MaskedPositionalConvEmbedding(SpeechT5PositionalConvEmbedding):
+    lengths: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        if self.lengths is not None:
+            padding = ~length_mask(self.lengths, hidden_states.shape[1])
+            hidden_states = hidden_states.masked_fill(padding[..., None], 0.0)
+        return super().forward(hidden_states)
+
+
+class MaskedPrenet(GuardedSpecAugment, SpeechT5SpeechEncoderPrenet):
+    def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
+        assert self.lengths is not None
+        return length_mask(self.lengths, feature_vector_length)
+
+
+class StandaloneSpeechT5(Masked, SpeechT5EncoderWithSpeechPrenet):
+    config: SpeechT5EncoderConfig
+    front_end = ("prenet.feature_encoder",)
+    layerdrop_name = "encoder_layerdrop"
+    whole = SpeechT5ForSpeechToText
+
+    def mask_modules(self) -> Steps:
+        steps = mask_front_end(self, self.prenet.feature_encoder)
+        self.mask(self.prenet, MaskedPrenet, steps)
+        self.mask(self.prenet.pos_conv_embed, MaskedPositionalConvEmbedding, steps)
+        return steps
+
+
+STANDALONE: dict[type, type[Masked]] = {
+    WhisperEncoder: StandaloneWhisper,
+    Speech2TextEncoder: StandaloneSpeech2Text,
+    MoonshineEncoder: StandaloneMoonshine,
+    SeamlessM4TSpeechEncoder: StandaloneSeamlessM4T,
+    SeamlessM4Tv2SpeechEncoder: StandaloneSeamlessM4Tv2,
+    SpeechT5EncoderWithSpeechPrenet: StandaloneSpeechT5,
+}
+"""Upstream's class of the encoder in a whole model -> ours."""
+
+
+for kind in STANDALONE.values():
+    AutoConfig.register(kind.config_class.model_type, kind.config_class)
+    AutoModel.register(kind.config_class, kind)
+
+
+OF_WHOLE = {kind.whole.config_class.model_type: kind for kind in STANDALONE.values()}
+"""The whole model's type -> the class of its encoder alone."""
+
+
+def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a whole model's encoder alone; any other as it is."""
+    if config.model_type in OF_WHOLE:
+        kind = OF_WHOLE[config.model_type].config_class
+        config = copy.deepcopy(config)
+        config.__class__ = kind
+        config.model_type, config.is_encoder_decoder = kind.model_type, False
+        return config
+    return encoder_within(config)

@@ -1,0 +1,176 @@
+"""The label shift and the losses; every loss is a sum beside the number of tokens it was summed over.
+
+B batch, T frames, U target tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from sedtrain.batch import IGNORE_INDEX
+from sedtrain.errors import require
+
+
+def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) -> Tensor:
+    """(B, U) labels -> (B, U) decoder inputs: the start token, then the labels without their last column.
+
+    The only place where labels are shifted: shifting twice still trains to a plausible, wrong loss.
+    """
+    shifted = torch.empty_like(labels)
+    shifted[:, 0] = decoder_start_token_id
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill(shifted == IGNORE_INDEX, pad_token_id)
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(B, U, V) logits, (B, U) labels -> summed loss in nats, number of target tokens (both scalars).
+
+    A batch without a target token gives a zero that still has a gradient, not NaN.
+    """
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return loss, (labels != IGNORE_INDEX).sum()
+
+
+class OutputLayer(Protocol):
+    """(..., D) -> (..., V), with V known beforehand."""
+
+    out_features: int
+
+    def outputs(self, input: Tensor) -> Tensor: ...
+
+
+def labelled_cross_entropy(
+    output_layer: OutputLayer,
+    hidden_states: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    chunk_elements: int = 2**25,
+) -> tuple[Tensor, Tensor]:
+    """(B, U, D) inputs of the output layer, (B, U) labels -> what `token_cross_entropy` gives for its (B, U, V) logits.
+
+    The output layer runs on labelled positions only, in chunks of at most `chunk_elements` logits that are computed again in
+    the backward pass, so that (B, U, V) is never in memory. Compiled code, whose shapes are fixed, takes all positions.
+    """
+    labelled = labels != IGNORE_INDEX
+    if torch.compiler.is_compiling():
+        inputs, targets = hidden_states.flatten(0, 1), labels.flatten()
+    else:
+        inputs, targets = hidden_states[labelled], labels[labelled]
+
+    def summed_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss, _ = token_cross_entropy(output_layer.outputs(inputs)[None], targets[None], label_smoothing)
+        return loss
+
+    rows = max(chunk_elements // output_layer.out_features, 1)
+    if len(targets) <= rows:
+        return summed_loss(inputs, targets), labelled.sum()
+    chunks = zip(inputs.split(rows), targets.split(rows), strict=True)
+    losses = [checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(losses).sum(), labelled.sum()
+
+
+def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int) -> tuple[Tensor, Tensor]:
+    """(B, T, V) logits, (B,) valid frames, (B, U) labels -> summed loss in nats, number of aligned tokens (both scalars).
+
+    The end token is not aligned. An utterance with fewer frames than its labels need has no alignment: it adds zero loss and
+    zero tokens. Source: Graves et al. 2006.
+    """
+    targets, num_targets = without_token(labels, end)
+    log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
+    losses = F.ctc_loss(
+        log_probabilities, targets, num_frames, num_targets, blank=blank, reduction="none", zero_infinity=True
+    )
+    repeats = ((targets[:, 1:] == targets[:, :-1]) & (positions(targets)[:, 1:] < num_targets[:, None])).sum(1)
+    alignable = num_frames >= num_targets + repeats
+    return losses.sum(), (num_targets * alignable).sum()
+
+
+def without_token(labels: Tensor, token: int) -> tuple[Tensor, Tensor]:
+    """(B, U) labels -> the labels other than `token` moved to the front (B, U), zeros behind, and their number (B,)."""
+    kept = (labels != IGNORE_INDEX) & (labels != token)
+    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
+    num_kept = kept.sum(1)
+    moved = labels.gather(1, order)
+    return moved.masked_fill(positions(moved) >= num_kept[:, None], 0), num_kept
+
+
+def positions(rows: Tensor) -> Tensor:
+    """(B, U) -> (1, U) column numbers."""
+    return torch.arange(rows.shape[1], device=rows.device)[None]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, both sums divided by the number of target tokens.
+
+    ctc_weight: None stands for 0.3 where the encoder's weights start random (it is what makes cross-attention align), else 0
+    """
+
+    label_smoothing: float = 0.1
+    ctc_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no fraction."""
+        for name, value in vars(self).items():
+            require(value is None or 0 <= value <= 1, f"loss.{name}", value, "a fraction from 0 to 1")
+
+    def joint(self, cross_entropy: Tensor, ctc: Tensor) -> Tensor:
+        """The weighted sum of two sums."""
+        return (1 - (self.ctc_weight or 0.0)) * cross_entropy + (self.ctc_weight or 0.0) * ctc
+
+
+# The families whose logits are what their output layer returns, nothing after it. Others compute every logit.
+ENDS_WITH_OUTPUT_LAYER = {
+    "bart", "bert", "bert-generation", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
+    "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm-roberta", "xmod",
+}  # fmt: skip
+
+
+class DeferrableLinear(nn.Linear):
+    """A linear layer that can be told to hand its input through."""
+
+    deferred: bool = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.deferred else super().forward(input)
+
+    def outputs(self, input: Tensor) -> Tensor:
+        """What the layer gives when it is not deferred."""
+        return super().forward(input)
+
+
+def make_deferrable(decoder: PreTrainedModel) -> None:
+    """Swaps the class of the decoder's output layer, where it is a plain linear one; parameters and names stay."""
+    layer = decoder.get_output_embeddings()
+    if decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER and type(layer) is nn.Linear:
+        layer.__class__ = DeferrableLinear
+
+
+@contextmanager
+def deferred_output_layer(decoder: PreTrainedModel, deferred: bool) -> Iterator[DeferrableLinear | None]:
+    """While it lasts, the decoder's "logits" are the (B, U, D) inputs of the layer that it yields.
+
+    It yields None, and the logits are logits, where not `deferred` or where the decoder's output layer cannot be.
+    """
+    layer = decoder.get_output_embeddings()
+    if not deferred or not isinstance(layer, DeferrableLinear):
+        yield None
+        return
+    layer.deferred = True
+    try:
+        yield layer
+    finally:
+        layer.deferred = False

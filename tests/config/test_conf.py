@@ -1,0 +1,247 @@
+"""Every option file of conf/, found by walking the folder."""
+
+import re
+from typing import NamedTuple
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_datamodule import wav
+
+from sedtrain.config.instantiate import create
+from sedtrain.config.schema import conf_dir, find_problems, register
+
+FILES = sorted(path for path in conf_dir().glob("*/*.yaml"))
+CHOICES = [(path.parent.name, path.stem) for path in FILES]
+PARTS = [(group, name) for group, name in CHOICES if group in ("encoder", "decoder")]
+LOCAL = ("folder", "manifest", "parquet", "webdataset")
+MISSING = {
+    **{("data", name): "data.path" for name in LOCAL},
+    ("experiment", "connected_digits"): "data.path",
+    ("augment", "recorded_noise"): "augment.recorded_noise.path",
+    ("augment", "reverb"): "augment.reverb.folder",
+}
+FAMILIES = {
+    "encoder": [
+        "data2vec", "hubert", "moonshine", "parakeet", "seamless_m4t", "seamless_m4t_v2", "sew", "sew_d", "speech_to_text",
+        "speecht5", "unispeech", "unispeech_sat", "w2v_bert", "wav2vec2", "wav2vec2_conformer", "wavlm", "whisper",
+    ],
+    "decoder": [
+        "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "camembert", "data2vec_text", "electra", "ernie",
+        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm_roberta", "xmod",
+    ],
+}  # fmt: skip
+ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder models
+PUBLISHED = {
+    "hubert": "facebook/hubert-base-ls960",
+    "wav2vec2": "facebook/wav2vec2-base",
+    "wavlm": "microsoft/wavlm-base-plus",
+    "w2v_bert": "facebook/w2v-bert-2.0",
+    "whisper": "openai/whisper-base",
+    "bert": "google-bert/bert-base-uncased",
+    "gpt2": "openai-community/gpt2",
+    "bart": "facebook/bart-base",
+    "mbart": "facebook/mbart-large-50",
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def composed(*overrides):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", [*overrides, "run_dir=run"])
+
+
+def defaults():
+    """The defaults list as (group, option), options that are no choice of a group as (name, None)."""
+    entries = yaml.safe_load((conf_dir() / "train.yaml").read_text())["defaults"]
+    return [next(iter(entry.items())) if isinstance(entry, dict) else (entry, None) for entry in entries]
+
+
+def test_the_walk_finds_the_options():
+    assert len(CHOICES) >= 40
+    assert {each.stem for each in conf_dir().glob("*.yaml")} == {"train", "data_settings"}
+    assert len(list(conf_dir().glob("*/*.yaml"))) == len(CHOICES)
+    assert {group for group, _ in CHOICES} == {each.name for each in conf_dir().iterdir() if each.is_dir()} - {"hydra"}
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=map("/".join, CHOICES))
+def test_every_option_composes_without_a_problem(group, name):
+    problems = find_problems(composed(f"{group}={name}"))
+    expected = [(MISSING[group, name], "no value is given")] if (group, name) in MISSING else []
+    assert [(each.path, each.wrong) for each in problems] == expected
+
+
+@pytest.mark.parametrize("size", ["tiny", "base", "large"])
+@pytest.mark.parametrize(("group", "name"), PARTS, ids=map("/".join, PARTS))
+def test_every_family_composes_at_every_size(group, name, size):
+    config = composed(f"{group}={name}", f"size={size}")
+    assert find_problems(config) == []
+    assert config[group].size == size
+
+
+def test_every_group_has_its_line_in_the_table_of_contents():
+    groups = [
+        group for group, _ in defaults() if not group.startswith("override") and group not in ("schema", "_self_")
+    ]
+    assert sorted(groups) == sorted({group for group, _ in CHOICES})
+    assert all(option is None or (group, option) in CHOICES for group, option in defaults() if group in groups)
+
+
+def test_the_schema_is_first_and_an_experiment_has_the_last_word():
+    names = [name for name, _ in defaults() if not name.startswith("override")]
+    assert names[:2] == ["schema", "_self_"]
+    assert names[-1] == "experiment"
+    config = composed("experiment=translate_digits")
+    assert (config.target, config.data.target) == ("translation", "translation")
+    assert composed("experiment=connected_digits", "data.path=x").data.columns.id == "utt_id"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_option_says_what_it_is_on_top(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(next(line for line in lines if not line.startswith("# @package")).removeprefix("# ")) > 8
+    assert all(line.startswith("# ") for line in lines[:1])
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "experiment"])
+def test_every_experiment_opens_with_its_command(name):
+    text = (conf_dir() / f"experiment/{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n# ")
+    assert f"#   python -m sedtrain experiment={name}" in text
+
+
+def test_every_family_is_there():
+    for group, names in FAMILIES.items():
+        assert [name for each, name in PARTS if each == group] == names
+
+
+@pytest.mark.parametrize(("group", "name"), PARTS, ids=map("/".join, PARTS))
+def test_every_family_has_a_tiny_member_and_names_published_ones(group, name):
+    family = OmegaConf.to_container(composed(f"{group}={name}")[group])
+    assert family["tiny"]
+    published = [family[size] for size in ("base", "large") if family[size] is not None]
+    assert bool(published) is (name not in ONLY_INSIDE_OTHERS)
+    assert all(HUB_ID.fullmatch(each) for each in published)
+    assert family["base"] == PUBLISHED.get(name, family["base"])
+
+
+def test_tiny_is_the_default_and_a_part_follows_the_root():
+    config = composed()
+    assert [config.size, config.encoder.size, config.decoder.size] == ["tiny"] * 3
+    assert composed("attention=eager").decoder.attention == "eager"
+    assert composed("pretrained=false").encoder.pretrained is False
+    assert composed("seed=7").data.seed == 7
+
+
+# --- datasets of the Hub
+
+
+class Card(NamedTuple):
+    """The columns of a published dataset beside its audio, with their types, and two rows of them.
+
+    splits: those that the option reads
+    expected: text, id, speaker and language of the first row; None: the id is made from split and number
+    """
+
+    features: dict[str, str]
+    rows: list[tuple]
+    splits: tuple[str, str, str]
+    expected: tuple[str, str | None, object, str | None]
+    target: str = "transcription"
+
+
+LIBRISPEECH = {"file": "string", "text": "string", "speaker_id": "int64", "chapter_id": "int64", "id": "string"}
+SPOKEN = [("374-0000.flac", "CHAPTER ONE", 374, 180298, "374-180298-0000"), ("2.flac", "TWO", 26, 495, "26-495-0001")]
+READ = ("CHAPTER ONE", "374-180298-0000", 374, None)
+ALL_TRAIN = "train.clean.100+train.clean.360+train.other.500"
+COVOST = {"client_id": "string", "file": "string", "sentence": "string", "translation": "string", "id": "string"}
+TRANSLATED = [("c1", "a.mp3", "Good day.", "Guten Tag.", "common_voice_en_1"), ("c2", "b.mp3", "Two.", "Zwei.", "cv_2")]
+USUAL = ("train", "validation", "test")
+CARDS = {
+    "librispeech_100h": Card(LIBRISPEECH, SPOKEN, ("train.100", "validation", "test"), READ),
+    "librispeech_960h": Card(LIBRISPEECH, SPOKEN, (ALL_TRAIN, "validation.clean", "test.clean"), READ),
+    "common_voice": Card(
+        {"client_id": "string", "path": "string", "sentence": "string", "up_votes": "int64", "locale": "string"},
+        [("c1", "a.mp3", "Good day.", 2, "en"), ("c1", "b.mp3", "Two.", 3, "en")],
+        USUAL, ("Good day.", None, "c1", "en"),
+    ),
+    "fleurs": Card(
+        {"id": "int32", "num_samples": "int32", "transcription": "string", "raw_transcription": "string",
+         "gender": "int64", "lang_id": "int64", "language": "string"},
+        [(7, 8000, "good day", "Good day.", 0, 19, "English"), (7, 8000, "good day", "Good day.", 1, 19, "English")],
+        USUAL, ("good day", None, None, "English"),
+    ),
+    "covost2": Card(COVOST, TRANSLATED, USUAL, ("Good day.", "common_voice_en_1", "c1", None)),
+    "covost2, translated": Card(COVOST, TRANSLATED, USUAL, ("Guten Tag.", "common_voice_en_1", "c1", None), "translation"),
+    "mls": Card(
+        {"original_path": "string", "begin_time": "float64", "end_time": "float64", "transcript": "string",
+         "audio_duration": "float64", "speaker_id": "string", "chapter_id": "string", "file": "string", "id": "string"},
+        [("u", 331.8, 332.3, "guten tag", 0.5, "4800", "10003", "a.opus", "4800_10003_000000"),
+         ("u", 340.0, 340.5, "zwei", 0.5, "4800", "10003", "b.opus", "4800_10003_000001")],
+        ("train", "dev", "test"), ("guten tag", "4800_10003_000000", "4800", None),
+    ),
+    "voxpopuli": Card(
+        {"audio_id": "string", "language": "int64", "raw_text": "string", "normalized_text": "string",
+         "gender": "string", "speaker_id": "string", "is_gold_transcript": "bool", "accent": "string"},
+        [("20180206-en_1", 0, "", "good day", "female", "96718", True, "None"),
+         ("20180206-en_2", 0, "Two.", "two", "male", "1", True, "None")],
+        USUAL, ("good day", "20180206-en_1", "96718", None),
+    ),
+    "gigaspeech": Card(
+        {"segment_id": "string", "speaker": "string", "text": "string", "begin_time": "float32",
+         "end_time": "float32", "audio_id": "string", "source": "int64"},
+        [("POD1_S1", "N/A", "GOOD DAY <PERIOD>", 0.5, 1.0, "POD1", 1), ("POD1_S2", "N/A", "TWO", 2.0, 2.5, "POD1", 1)],
+        USUAL, ("GOOD DAY <PERIOD>", "POD1_S1", "N/A", None),
+    ),
+}  # fmt: skip
+
+
+def publish(folder, name, card):
+    """Writes a dataset as the Hub stores it: Parquet with the types of `datasets`, and a card that names splits."""
+    types = {column: datasets.Value(each) for column, each in card.features.items()}
+    schema = datasets.Features({**types, "audio": datasets.Audio(sampling_rate=16_000)}).arrow_schema
+    files = []
+    (folder / "data").mkdir(parents=True)
+    for place, split in [each for own in card.splits for each in enumerate(own.split("+"))]:
+        rows = [
+            dict(zip(card.features, row, strict=True), audio={"bytes": wav(0.5), "path": "x.wav"}) for row in card.rows
+        ]
+        if place:  # of splits that are joined
+            rows = [{**row, "id": f"{row['id']}-{place}"} for row in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), folder / f"data/{split}.parquet")
+        files.append({"split": split, "path": f"data/{split}.parquet"})
+    config = yaml.safe_dump({"configs": [{"config_name": name, "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{config}---\n")
+
+
+def test_every_dataset_of_the_hub_has_its_card():
+    paths = {
+        path.stem: yaml.safe_load(path.read_text()).get("path") or "" for path in FILES if path.parent.name == "data"
+    }
+    assert {name for name, path in paths.items() if HUB_ID.fullmatch(path)} == {
+        each.partition(",")[0] for each in CARDS
+    }
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_dataset_of_the_hub_is_read_by_its_option(name, tmp_path, monkeypatch):
+    """Our options against columns as they are written down above, from memory of the cards: the Hub is not asked."""
+    monkeypatch.chdir(tmp_path)
+    card, option = CARDS[name], name.partition(",")[0]
+    path = tmp_path / name.replace(", ", "_")
+    config = composed(f"data={option}", f"data.path={path}", f"data.target={card.target}")
+    publish(path, config.data.name, card)
+    corpus = create(config, "data").corpus
+    text, id, speaker, language = card.expected
+    for split, own in zip(USUAL, card.splits, strict=True):
+        num_files = own.count("+") + 1
+        [rows] = corpus.parts(split)
+        assert list(corpus.kept(split).values()) == [0.5] * 2 * num_files
+        read = rows.utterance(0, 16_000)
+        assert (read.text, read.id, read.speaker, read.language) == (text, id or f"{own}-0", speaker, language)
+        assert (read.sampling_rate, read.seconds) == (16_000, 0.5)

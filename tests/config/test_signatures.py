@@ -1,0 +1,198 @@
+"""Signatures read from source; `inspect` on the imported object is the reference."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sedtrain.config import signatures as definition
+from sedtrain.config.signatures import Parameter, Signature, TargetError, read_signature, suggest
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch, request):
+    """Writes a user's module in the folder that Python starts in and returns its name."""
+
+    def write(source, name=None):
+        name = name or f"user_{abs(hash(request.node.name))}"
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        return name
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return write
+
+
+def names(target):
+    return [parameter.name for parameter in read_signature(target).parameters]
+
+
+def inspected(target):
+    module, _, name = target.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+    named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    return (
+        [(each.name, each.default is not each.empty) for each in named],
+        any(each.kind is each.VAR_KEYWORD for each in parameters),
+    )
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "json.dumps",
+        "argparse.ArgumentParser",
+        "logging.handlers.RotatingFileHandler",
+        "concurrent.futures.ThreadPoolExecutor",
+        "tempfile.TemporaryDirectory",
+        "fractions.Fraction",
+        "textwrap.TextWrapper",
+        "email.message.EmailMessage",
+        "omegaconf.OmegaConf",
+        "hydra.compose",
+        "sedtrain.errors.Problem",
+        "sedtrain.config.schema.Config",
+        "sedtrain.config.schema.find_problems",
+        "sedtrain.config.signatures.TargetError",
+    ],
+)
+def test_source_and_inspect_agree(target):
+    signature = read_signature(target)
+    parameters = [(each.name, each.has_default) for each in signature.parameters]
+    assert (parameters, signature.takes_kwargs) == inspected(target)
+
+
+HEAVY = ["torch.optim.AdamW", "torch.optim.SGD", "torch.nn.Linear", "lightning.Trainer"]
+
+
+def test_heavy_targets_are_read_without_importing_them():
+    program = (
+        "import sys; from sedtrain.signature import read_signature\n"
+        f"for target in {HEAVY}: print(target, *[each.name for each in read_signature(target).parameters])\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    )
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert "torch.optim.AdamW params lr betas eps weight_decay" in output
+    assert "torch.nn.Linear in_features out_features bias" in output
+    assert "max_steps" in output
+
+
+@pytest.mark.parametrize("target", HEAVY)
+def test_reading_a_heavy_target_takes_milliseconds(target):
+    def seconds():
+        definition._parsed.cache_clear()
+        start = time.perf_counter()
+        read_signature(target)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.02
+
+
+def test_a_function_in_the_working_folder_is_read_with_its_annotations(user_module):
+    module = user_module("def build(size: str, width: int = 3, *, rate: float = None, **more): ...")
+    assert read_signature(f"{module}.build") == Signature(
+        (
+            Parameter("size", "str", has_default=False),
+            Parameter("width", "int", has_default=True),
+            Parameter("rate", "float | None", has_default=True),
+        ),
+        takes_kwargs=True,
+    )
+
+
+def test_an_edited_module_is_read_again(user_module):
+    module = user_module("def build(size): ...")
+    assert names(f"{module}.build") == ["size"]
+    user_module("def build(size, width): ...", module)
+    assert names(f"{module}.build") == ["size", "width"]
+
+
+def test_a_constructor_is_inherited(user_module):
+    module = user_module("class A:\n  def __init__(self, a, b=1): ...\nclass B(A): ...\nclass C: ...")
+    assert names(f"{module}.B") == ["a", "b"]
+    assert read_signature(f"{module}.C") == Signature((), takes_kwargs=False)
+
+
+def test_a_dataclass_takes_the_fields_that_its_constructor_takes(user_module):
+    module = user_module(
+        "import dataclasses\nfrom dataclasses import dataclass, field\nfrom typing import ClassVar\n"
+        "@dataclass\nclass A:\n  a: int\n  hidden: int = field(init=False, default=1)\n"
+        "  kind: ClassVar[str] = 'x'\n"
+        "@dataclasses.dataclass(order=True)\nclass B(A):\n  b: list[int] = field(default_factory=list)\n"
+        "  c: str = field(kw_only=True)\n"
+    )
+    found = read_signature(f"{module}.B").parameters
+    assert [(each.name, each.has_default) for each in found] == [("a", False), ("b", True), ("c", False)]
+    assert ([(each.name, each.has_default) for each in found], False) == inspected(f"{module}.B")
+
+
+def test_aliases_re_exports_stars_and_overloads_are_followed(user_module):
+    parts = user_module("def original(a, b): ...\ndef starred(c): ...", "user_parts")
+    module = user_module(
+        f"from typing import overload\nfrom {parts} import original as renamed\nfrom {parts} import *\n"
+        "alias = renamed\n@overload\ndef many(x: int): ...\n@overload\ndef many(x: str): ...\n"
+        "def many(x, y=1): ...\nif True:\n  def guarded(g): ...\nelse:\n  guarded = None\n"
+    )
+    assert names(f"{module}.renamed") == names(f"{module}.alias") == ["a", "b"]
+    assert names(f"{module}.starred") == ["c"]
+    assert names(f"{module}.many") == ["x", "y"]
+    assert names(f"{module}.guarded") == ["g"]
+
+
+def test_a_class_method_is_read_without_its_class(user_module):
+    module = user_module("class A:\n  @classmethod\n  def load(cls, folder): ...\n")
+    assert names(f"{module}.A.load") == ["folder"]
+
+
+def test_what_the_source_hides_is_imported(user_module):
+    module = user_module("import functools\ndef base(a, b): ...\nmade = functools.partial(base, b=1)\n")
+    assert names(f"{module}.made") == ["a", "b"]
+    lazy = user_module("def __getattr__(name):\n  return lambda width: width\n", "user_lazy")
+    assert names(f"{lazy}.anything") == ["width"]
+
+
+def test_a_builtin_that_tells_nothing_takes_everything():
+    assert read_signature("builtins.dict") == Signature((), takes_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "wrong", "write"),
+    [
+        ("torch.optim.AdamWW", "torch.optim has no 'AdamWW'", "did you mean 'AdamW'?"),
+        ("troch.optim.AdamW", "no module 'troch' can be imported", "did you mean 'torch'?"),
+        ("sedtrain.signatur.Parameter", "sedtrain has no 'signatur'", "did you mean 'signature'?"),
+        ("zqxj.Thing", "no module 'zqxj' can be imported", "install it, or run in the folder that holds it"),
+        ("sedtrain.config.schema", "sedtrain.config.schema is a module", "write the class or function in it"),
+        ("AdamW", "'AdamW' is no dotted name", "write package.module.Name"),
+        ("json.decoder.NaN", "json.decoder.NaN is a float", "write the name of a class or function"),
+    ],
+)
+def test_a_target_that_does_not_exist_is_named(target, wrong, write):
+    with pytest.raises(TargetError) as caught:
+        read_signature(target)
+    assert caught.value.wrong == wrong
+    assert caught.value.write.startswith(write)
+
+
+def test_a_module_that_does_not_parse_is_named_with_its_line(user_module, tmp_path):
+    module = user_module("x = 1\ndef broken(:\n")
+    with pytest.raises(TargetError) as caught:
+        read_signature(f"{module}.broken")
+    assert caught.value.wrong == f"{tmp_path / module}.py, line 2: invalid syntax"
+
+
+def test_a_module_that_fails_to_import_is_named_with_its_error(user_module):
+    module = user_module("raise OSError('no disk')\ndef __getattr__(name): ...")
+    with pytest.raises(TargetError, match=f"importing {module} fails with OSError: no disk"):
+        read_signature(f"{module}.thing")
+
+
+def test_the_names_to_choose_from_are_listed_unless_they_would_hide_the_close_one():
+    many = [f"name{index}" for index in range(20)]
+    assert suggest("huber", ["hubert", "wavlm"]) == "did you mean 'hubert'? available: hubert, wavlm"
+    assert suggest("zzz", ["hubert", "_hidden", "*"]) == "available: hubert"
+    assert suggest("name_3", many) == "did you mean 'name3'?"
+    assert suggest("zzz", many) == f"available: {', '.join(many)}"

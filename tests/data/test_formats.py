@@ -1,0 +1,557 @@
+"""What a local path can be: every format is written here with other tools than those that read it."""
+
+import io
+import json
+import os
+import tarfile
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import soundfile
+
+from sedtrain.batch import Skipped
+from sedtrain.data import sources as formats
+from sedtrain.data.audio import UNREADABLE, ByteRange, path_in, read_audio
+from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.readers import PROBLEM
+from sedtrain.data.sources import load_rows
+from sedtrain.data.utterances import Columns, UtteranceRows
+from sedtrain.errors import UserError
+
+PLAIN = Columns(audio="audio", text="text")
+WITH_ID = Columns(audio="audio", text="text", id="id")
+NEMO = Columns(audio="audio_filepath", text="text", seconds="duration", start="offset")
+RATE = 16_000
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def speech(seed, seconds=0.2):
+    """(S,) samples that 16 bits hold exactly, other ones for every seed."""
+    return np.random.default_rng(seed).integers(-(2**14), 2**14, int(seconds * RATE)).astype(np.float32) / 2**15
+
+
+def save(path, samples, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, RATE, **options)
+
+
+def wav(samples):
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="WAV")
+    return file.getvalue()
+
+
+def rows_of(path, columns=PLAIN, split="train", folder=None):
+    return UtteranceRows(load_rows(str(path), split), columns, str(path), split, folder)
+
+
+def read(path, columns=PLAIN, split="train"):
+    """Text and samples of each utterance by its id."""
+    rows = rows_of(path, columns, split)
+    found = (rows.utterance(index, RATE) for index in range(len(rows)))
+    return {each.id: (each.text, each.audio.numpy()) for each in found}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for id, (text, samples) in expected.items():
+        assert found[id][0] == text
+        np.testing.assert_array_equal(found[id][1], samples)
+
+
+def problems(path, columns=PLAIN, split="train"):
+    rows = rows_of(path, columns, split)
+    found = {rows.id(index): rows.problem(index, seconds) for index, seconds in enumerate(rows.seconds())}
+    return {id: reason for id, reason in found.items() if reason}
+
+
+def message(call, *arguments):
+    with pytest.raises(UserError) as raised:
+        call(*arguments)
+    return str(raised.value)
+
+
+# --- saved by datasets
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    clips = [speech(i) for i in range(3)]
+    rows = datasets.Dataset.from_dict({"audio": [wav(each) for each in clips], "text": ["a", "b", "c"]})
+    rows.save_to_disk(tmp_path / "one")
+    expected = {f"train-{i}": ("abc"[i], clips[i]) for i in range(3)}
+    assert_same(read(tmp_path / "one"), expected)
+    datasets.DatasetDict({"train": rows, "test": rows.select([2])}).save_to_disk(tmp_path / "several")
+    assert_same(read(tmp_path / "several"), expected)
+    assert_same(read(tmp_path / "several", split="test"), {"test-0": ("c", clips[2])})
+    assert message(load_rows, str(tmp_path / "several"), "dev") == (
+        f"data.path={tmp_path / 'several'}: there is no split 'dev', there are train, test\n"
+        "  write instead: data.train_split, data.validation_split, data.test_split that are there, or cut one: "
+        "'train[:90%]', 'train[90%:]'"
+    )
+
+
+# --- folders of audio
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_a_folder_has_its_texts_in_a_metadata_file(tmp_path, table):
+    for split in ("train", "test"):
+        rows = [{"file_name": f"{i}.flac", "text": f"{split} {i}", "translation": "x"} for i in range(2)]
+        for i in range(2):
+            save(tmp_path / split / f"{i}.flac", speech(i))
+        pyarrow_rows = pa.Table.from_pylist(rows)
+        if table.endswith("csv"):
+            pyarrow.csv.write_csv(pyarrow_rows, tmp_path / split / table)
+        elif table.endswith("jsonl"):
+            (tmp_path / split / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pyarrow.parquet.write_table(pyarrow_rows, tmp_path / split / table)
+    for split in ("train", "test"):
+        expected = {f"{i}.flac": (f"{split} {i}", speech(i)) for i in range(2)}
+        assert_same(read(tmp_path, WITH_ID, split), expected)
+
+
+def test_a_metadata_file_without_file_names_is_told(tmp_path):
+    save(tmp_path / "a.wav", speech(0))
+    (tmp_path / "metadata.csv").write_text("name,text\na.wav,hello\n")
+    assert message(load_rows, str(tmp_path), "train") == (
+        f"data.path={tmp_path}: metadata.csv has no column 'file_name', it has name, text\n"
+        "  write instead: a metadata.csv with file_name, relative to its folder, and text"
+    )
+
+
+def test_a_folder_has_a_text_file_beside_each_audio_file(tmp_path):
+    for i, name in enumerate(["a.wav", "deep/b.flac"]):
+        save(tmp_path / name, speech(i))
+        (tmp_path / name).with_suffix(".txt").write_text(f"text {i}\n", encoding="utf-8-sig")
+    assert_same(read(tmp_path, WITH_ID), {"a": ("text 0", speech(0)), "deep/b": ("text 1", speech(1))})
+
+
+def test_a_missing_or_unreadable_text_file_is_a_problem_of_its_utterance(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.wav", speech(0))
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    assert problems(tmp_path, WITH_ID) == {
+        "b": ("no transcript", "b.txt"),
+        "c": ("text that is not UTF-8", "c.txt"),
+    }
+
+
+def test_librispeech_as_unpacked_is_read(tmp_path):
+    folder = tmp_path / "train-clean-100/19/198"
+    for i in range(2):
+        save(folder / f"19-198-000{i}.flac", speech(i))
+    (folder / "19-198.trans.txt").write_text(
+        "19-198-0000 NORTHANGER ABBEY\n19-198-0001 THIS LITTLE WORK\n19-198-0002 GONE\n"
+    )
+    for path, split in [(tmp_path, "train-clean-100"), (tmp_path / "train-clean-100", "train")]:
+        rows = rows_of(path, WITH_ID, split)
+        assert rows.texts() == ["NORTHANGER ABBEY", "THIS LITTLE WORK", "GONE"]
+        for i in range(2):
+            assert np.array_equal(rows.utterance(rows.index_of[f"19-198-000{i}"], RATE).audio, speech(i))
+        assert problems(path, WITH_ID, split) == {"19-198-0002": ("missing file", "the audio of 19-198-0002")}
+
+
+def test_a_folder_of_folders_for_other_splits_does_not_stand_for_a_missing_one(tmp_path):
+    for split in ("train", "test_clean"):
+        save(tmp_path / split / "a.wav", speech(0))
+        (tmp_path / split / "a.txt").write_text("one")
+    assert message(load_rows, str(tmp_path), "validation").startswith(
+        f"data.path={tmp_path}: there is no split 'validation', there are test_clean, train\n"
+    )
+
+
+def test_any_local_split_can_be_cut(tmp_path):
+    for i in range(10):
+        save(tmp_path / f"{i}.wav", speech(i))
+        (tmp_path / f"{i}.txt").write_text(str(i))
+    assert load_rows(str(tmp_path), "train[:80%]")["text"][:] == list("01234567")
+    assert load_rows(str(tmp_path), "train[80%:]")["text"][:] == list("89")
+
+
+def test_a_folder_without_transcripts_is_told(tmp_path):
+    save(tmp_path / "a.wav", speech(0))
+    assert message(load_rows, str(tmp_path), "train") == (
+        f"data.path={tmp_path}: there is no transcript of its 1 audio files\n  write instead: metadata.csv or "
+        "metadata.jsonl with file_name and text, a .txt beside each audio file, or *.trans.txt"
+    )
+
+
+def test_a_format_that_is_not_known_is_told(tmp_path):
+    (tmp_path / "x.docx").write_text("hello")
+    assert message(load_rows, str(tmp_path / "x.docx"), "train") == (
+        f"data.path={tmp_path / 'x.docx'}: .docx is no format that can be read\n  write instead: data.path=FILE, one of "
+        ".parquet, .jsonl, .json, .csv, .tsv, .tar, or data.path=FOLDER"
+    )
+
+
+# --- manifests
+
+
+def test_nemo_manifests_are_read_with_or_without_offsets(tmp_path):
+    save(tmp_path / "long.wav", speech(0, 2.0))
+    lines = [
+        {"audio_filepath": "long.wav", "duration": 2.0, "text": "all"},
+        {"audio_filepath": "long.wav", "duration": 0.5, "offset": 1.25, "text": "part"},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "test.json").write_text(json.dumps(lines[0]))
+    whole = speech(0, 2.0)
+    expected = {"train-0": ("all", whole), "train-1": ("part", whole[20_000:28_000])}
+    assert_same(read(tmp_path, NEMO), expected)
+    assert_same(read(tmp_path, NEMO, "test"), {"test-0": ("all", whole)})
+    assert list(rows_of(tmp_path, NEMO).seconds()) == [2.0, 0.5]
+
+
+def test_a_broken_line_is_a_problem_of_its_own_with_its_number(tmp_path):
+    lines = [b'{"id": "a", "audio": "a.wav", "text": "x"}', b'{"id": "b", "audio": ', b"", b"[1]", b'{"text": "\xff"}']
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join([*lines, b'{"id": "c", "audio": "a.wav", "text": "z"}']))
+    save(tmp_path / "a.wav", speech(0))
+    assert problems(tmp_path / "m.jsonl", WITH_ID) == {
+        "train-1": ("broken JSON", "line 2, Expecting value"),
+        "train-2": ("broken JSON", "line 4 is no object"),
+        "train-3": ("text that is not UTF-8", "line 5"),
+    }
+    rows = rows_of(tmp_path / "m.jsonl", WITH_ID)
+    assert rows.texts() == ["x", "", "", "", "z"]
+    assert rows.utterance(rows.index_of["c"], RATE).text == "z"
+
+
+def test_text_of_a_manifest_stays_as_it_was_written(tmp_path):
+    texts = ["2020-01-01", "null", "NA", "1.50", "007", "true", "\ud83d"]
+    lines = [json.dumps({"audio": "a.wav", "text": text}) for text in texts]
+    (tmp_path / "m.jsonl").write_text("\n".join([*lines, '{"text": 3}', '{"text": NaN}']))
+    assert rows_of(tmp_path / "m.jsonl").texts() == [*texts[:-1], "?", "3", ""]
+    (tmp_path / "m.csv").write_text("audio,text\n" + "".join(f"a.wav,{text}\n" for text in texts[:-1]))
+    assert rows_of(tmp_path / "m.csv").texts() == texts[:-1]
+    (tmp_path / "n.csv").write_text("audio,text\na.wav,007\na.wav,008\n")
+    assert rows_of(tmp_path / "n.csv").texts() == ["007", "008"]
+
+
+def test_numbers_for_texts_are_text_and_nan_is_none(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": 6.5}\n{"audio": "a.wav", "text": NaN}\n')
+    assert rows_of(tmp_path / "m.jsonl").texts() == ["6.5", ""]
+
+
+def test_common_voice_as_unpacked_is_read(tmp_path):
+    save(tmp_path / "clips/a.mp3", speech(0, 0.5))
+    (tmp_path / "train.tsv").write_text('client_id\tpath\tsentence\nx\ta.mp3\tHe said "no", and left\n')
+    columns = Columns(audio="path", text="sentence", speaker="client_id")
+    rows = rows_of(tmp_path, columns, folder=tmp_path / "clips")
+    assert rows.utterance(0, RATE).text == 'He said "no", and left'
+
+
+def test_a_line_with_other_cells_than_the_header_is_a_problem(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"audio,text,length\na.wav,x,1.5\na.wav,y,z,1\n\na.wav,caf\xe9,2\n")
+    save(tmp_path / "a.wav", speech(0))
+    columns = Columns(audio="audio", text="text", seconds="length")
+    assert problems(tmp_path / "m.csv", columns) == {
+        "train-1": ("broken CSV", "line 3 has 4 cells, the header 3"),
+        "train-2": ("text that is not UTF-8", "line 5"),
+    }
+    assert next(rows_of(tmp_path / "m.csv", columns).seconds()) == 1.5
+
+
+# --- paths that leave the folder
+
+
+@pytest.mark.parametrize("name", ["../secret.wav", "clips/../../secret.wav", "./../secret.wav", "a\0.wav"])
+def test_a_relative_path_that_leaves_the_folder_is_refused(tmp_path, name):
+    save(tmp_path / "secret.wav", speech(0))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/m.jsonl").write_text(json.dumps({"audio": name, "text": "x", "seconds": 0.2}))
+    shown = name.replace("\0", "\\0")
+    assert problems(tmp_path / "corpus/m.jsonl") == {"train-0": ("path outside the dataset's folder", shown)}
+    with pytest.raises(OSError, match=r"secret|a.0"):
+        rows_of(tmp_path / "corpus/m.jsonl").utterance(0, RATE)
+
+
+def test_a_metadata_file_cannot_name_files_outside_its_folder(tmp_path):
+    save(tmp_path / "secret.wav", speech(0))
+    save(tmp_path / "train/a.wav", speech(0))
+    (tmp_path / "train/metadata.csv").write_text("file_name,text\n../secret.wav,x\na.wav,y\n")
+    assert problems(tmp_path, WITH_ID) == {"../secret.wav": ("path outside the dataset's folder", "../secret.wav")}
+
+
+def test_paths_may_climb_within_the_folder_be_absolute_or_start_elsewhere(tmp_path):
+    save(tmp_path / "a.wav", speech(0))
+    assert path_in(tmp_path, "b/../a.wav") == f"{tmp_path}/b/../a.wav"
+    assert path_in(tmp_path / "b", f"{tmp_path}/a.wav") == f"{tmp_path}/a.wav"
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/m.jsonl").write_text('{"audio": "a.wav", "text": "x"}')
+    rows = rows_of(tmp_path / "lists/m.jsonl", folder=tmp_path)
+    assert np.array_equal(rows.utterance(0, RATE).audio, speech(0))
+
+
+# --- tar shards
+
+
+def tar(path, members, **options):
+    with tarfile.open(path, "w", **options) as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return path
+
+
+def shard(path, numbers):
+    members = {}
+    for i in numbers:
+        fields = json.dumps({"translation": f"wort {i}", "speaker": 7}).encode()
+        members |= {f"d/{i:03}.wav": wav(speech(i)), f"d/{i:03}.txt": f"word {i}".encode(), f"d/{i:03}.json": fields}
+    return tar(path, members)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for number in range(3):
+        shard(tmp_path / f"train-{number:02}.tar", range(number * 4, number * 4 + 4))
+    shard(tmp_path / "test-00.tar", [100])
+    return tmp_path
+
+
+PATTERNS = ["", "train-*.tar", "train-{00..02}.tar", "{split}-*.tar", "train-0{0,1,2}.tar"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_shards_are_named_by_folder_glob_or_braces(shards, pattern):
+    expected = {f"train-{i // 4:02}/d/{i:03}": (f"word {i}", speech(i)) for i in range(12)}
+    assert_same(read(f"{shards}/{pattern}", WITH_ID), expected)
+
+
+def test_fields_of_a_json_are_columns(shards):
+    rows = rows_of(shards, Columns(audio="audio", text="translation", id="id", speaker="speaker"), "test")
+    utterance = rows.utterance(0, RATE)
+    assert (utterance.text, rows.rows[0]["speaker"], list(rows.seconds())) == ("wort 100", 7, [0.2])
+
+
+def test_a_clip_is_read_without_the_rest_of_its_shard(tmp_path, monkeypatch):
+    shard(tmp_path / "train-0.tar", range(50))
+    rows = rows_of(tmp_path, WITH_ID)
+    number_read = []
+    readinto = ByteRange.readinto
+    monkeypatch.setattr(ByteRange, "readinto", lambda *given: number_read.append(readinto(*given)) or number_read[-1])
+    rows.utterance(49, RATE)
+    assert len(wav(speech(49))) <= sum(number_read) < 2 * len(wav(speech(49)))
+
+
+def test_shards_are_indexed_once_and_again_after_a_change(shards, monkeypatch):
+    assert len(load_rows(str(shards), "test")) == 1
+    read_shards, calls = formats.read_shards, []
+    monkeypatch.setattr(formats, "read_shards", counted := lambda files: calls.append(files) or read_shards(files))
+    counted.__name__ = "read_shards"
+    assert len(load_rows(str(shards), "test")) == 1
+    assert calls == []
+    shard(shards / "test-00.tar", [100, 101])
+    assert len(load_rows(str(shards), "test")) == 2
+    assert len(calls) == 1
+
+
+def test_members_that_point_outside_are_never_followed(tmp_path):
+    save(tmp_path / "secret.wav", speech(0))
+    members = {"../secret.wav": wav(speech(1)), "/etc/x.wav": wav(speech(1)), "fine.wav": wav(speech(2))}
+    tar(tmp_path / "train.tar", {**members, "fine.txt": b"ok"})
+    with tarfile.open(tmp_path / "train.tar", "a") as file:
+        link = tarfile.TarInfo("link.wav")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "secret.wav")
+        file.addfile(link)
+    assert problems(tmp_path / "train.tar", WITH_ID) == {
+        "train/../secret": ("path outside the dataset's folder", "../secret"),
+        "train//etc/x": ("path outside the dataset's folder", "/etc/x"),
+    }
+    assert len(load_rows(str(tmp_path / "train.tar"), "train")) == 3
+
+
+def test_a_truncated_shard_gives_what_is_left_of_it(tmp_path):
+    path = shard(tmp_path / "train.tar", range(4))
+    os.truncate(path, path.stat().st_size * 6 // 10)
+    found = problems(path, WITH_ID)
+    assert [reason for reason, _ in found.values()] == ["truncated tar"]
+    rows = rows_of(path, WITH_ID)
+    assert np.array_equal(rows.utterance(0, RATE).audio, speech(0))
+
+
+def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
+    members = {"a.wav": wav(speech(0)), "a.json": b"{", "b.wav": wav(speech(0)), "b.txt": b"\xff", "c.txt": b"no audio"}
+    tar(tmp_path / "x.tar", members)
+    found = problems(tmp_path / "x.tar", WITH_ID)
+    reasons = {"x/a": "broken JSON", "x/b": "text that is not UTF-8", "x/c": "no audio"}
+    assert {id: reason for id, (reason, _) in found.items()} == reasons
+    rows = rows_of(tmp_path / "x.tar", WITH_ID)
+    with pytest.raises(UNREADABLE):
+        rows.utterance(rows.index_of["x/c"], RATE)
+
+
+def test_shards_that_are_missing_or_compressed_are_told(tmp_path):
+    assert message(load_rows, f"{tmp_path}/train-*.tar", "train") == (
+        f"data.path={tmp_path}/train-*.tar: there is no such file\n"
+        "  write instead: 'data.path=\"SHARDS-{000..127}.tar\"', or a glob"
+    )
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as file:
+        file.addfile(tarfile.TarInfo("a.wav"), io.BytesIO())
+    told = message(load_rows, f"{tmp_path}/x.tar.gz", "train")
+    assert told.startswith(f"data.path: {tmp_path}/x.tar.gz is no plain tar (")
+    assert told.endswith("data.path=SHARDS.tar, unpacked if they are .tar.gz")
+
+
+# --- parts of long recordings
+
+SEGMENTS = Columns(audio="audio", text="text", start="from", end="to")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_segment_is_exactly_its_samples(tmp_path, suffix):
+    whole = speech(0, 3.0)
+    save(tmp_path / f"a.{suffix}", whole)
+    rows = [{"audio": f"a.{suffix}", "text": "x", "from": start, "to": end} for start, end in SPANS]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = list(read(tmp_path / "m.jsonl", SEGMENTS).values())
+    for (start, end), (_, samples) in zip(SPANS, found, strict=True):
+        first, last = int((start or 0) * RATE), int((3 if end is None else end) * RATE)
+        np.testing.assert_array_equal(samples, whole[first:last])
+    seconds = [(3 if end is None else end) - (start or 0) for start, end in SPANS]
+    assert list(rows_of(tmp_path / "m.jsonl", SEGMENTS).seconds()) == seconds
+
+
+SPANS = [(0.5, 1.25), (2.0, None), (None, 0.25), (None, None), (2.5, 3.0)]
+
+
+def test_of_a_long_recording_only_the_segment_is_decoded(tmp_path):
+    samples = speech(0, 60.0)
+    save(tmp_path / "a.flac", samples)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)  # what lies behind is destroyed
+    np.testing.assert_array_equal(read_audio(bytes(content), RATE, None, 10.0, 11.0), samples[160_000:176_000])
+    with pytest.raises(UNREADABLE):
+        read_audio(bytes(content), RATE, None, 50.0, 51.0)
+
+
+@pytest.mark.parametrize(("container", "subtype"), [("MP3", "MPEG_LAYER_III"), ("OGG", "OPUS")])
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_a_segment_of_compressed_audio_is_that_of_the_whole(container, subtype, rate):
+    ramp = np.linspace(0, 0.5, 4 * rate) * np.sin(2 * np.pi * 440 / rate * np.arange(4 * rate))
+    file = io.BytesIO()
+    soundfile.write(file, ramp, rate, format=container, subtype=subtype)
+    whole = read_audio(file.getvalue(), rate).numpy()
+    for start, end in [(0.1, 0.3), (2.0, 3.5), (3.0, None)]:
+        part = read_audio(file.getvalue(), rate, None, start, end).numpy()
+        last = None if end is None else round(end * rate)
+        np.testing.assert_allclose(part, whole[round(start * rate) : last], atol=1e-6)
+
+
+def test_a_segment_of_another_rate_is_resampled():
+    audio = read_audio(wav(speech(0, 2.0)), 8_000, None, 0.5, 1.5)
+    assert len(audio) == 8_000
+
+
+IMPOSSIBLE = [(2.0, 1.0), (5.0, None), (-1.0, 1.0), (1.0, 1.0), (float("nan"), 1.0), (0.0, float("nan"))]
+
+
+@pytest.mark.parametrize(("start", "end"), IMPOSSIBLE)
+def test_a_segment_that_cannot_be_is_a_reason_to_skip(start, end):
+    with pytest.raises(OSError, match=r"of 3\.00 s") as raised:
+        read_audio(wav(speech(0, 3.0)), RATE, None, start, end)
+    assert raised.value.reason == "no such segment"
+
+
+def test_an_end_behind_the_recording_is_its_end():
+    assert len(read_audio(wav(speech(0, 3.0)), RATE, None, 2.5, 3.5)) == 8_000
+
+
+# --- Parquet with rows that cannot be decoded
+
+
+@pytest.mark.parametrize("kind", [(pa.binary(), pa.string()), (pa.large_binary(), pa.large_string())])
+def test_texts_of_a_parquet_that_are_not_utf8_are_problems_of_their_rows(tmp_path, kind):
+    texts = pa.array([b"fine", b"caf\xe9", None, b""], kind[0]).view(kind[1])
+    pyarrow.parquet.write_table(
+        pa.table({"audio": [wav(speech(0))] * 4, "text": texts, "other": texts}), tmp_path / "x.parquet"
+    )
+    assert problems(tmp_path / "x.parquet") == {"train-1": ("text that is not UTF-8", "column text")}
+    rows = rows_of(tmp_path / "x.parquet")
+    assert rows.texts() == ["fine", "", "", ""]
+    assert np.array_equal(rows.utterance(0, RATE).audio, speech(0))
+
+
+def test_a_row_group_of_a_parquet_that_is_destroyed_costs_its_rows_alone(tmp_path):
+    path = tmp_path / "x.parquet"
+    table = pa.table({"audio": [wav(speech(i)) for i in range(6)], "text": list("abcdef")})
+    pyarrow.parquet.write_table(table, path, row_group_size=2, compression="zstd")
+    group = pyarrow.parquet.read_metadata(path).row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    first = group.dictionary_page_offset or group.data_page_offset
+    content[first : first + group.total_compressed_size] = bytes(group.total_compressed_size)
+    path.write_bytes(content)
+    found = problems(path)
+    assert {id: reason for id, (reason, _) in found.items()} == dict.fromkeys(["train-2", "train-3"], "broken Parquet")
+    rows = rows_of(path)
+    assert rows.texts() == ["a", "b", "", "", "e", "f"]
+    assert PROBLEM not in message(
+        UtteranceRows, load_rows(str(path), "train"), Columns("sound", "text"), str(path), "train"
+    )
+    assert np.array_equal(rows.utterance(5, RATE).audio, speech(5))
+
+
+def test_numbers_in_one_manifest_and_words_in_the_next_are_text(tmp_path):
+    (tmp_path / "train-0.jsonl").write_text('{"audio": "a.wav", "text": "one", "n": 1}\n')
+    (tmp_path / "train-1.jsonl").write_text('{"audio": "b.wav", "text": 2, "n": 2}\n{"audio": "c.wav", "text": null}\n')
+    rows = load_rows(str(tmp_path), "train")
+    assert (rows["text"][:], rows["n"][:]) == (["one", "2", None], [1, 2, None])
+
+
+# --- what becomes of problems
+
+
+def test_problems_are_counted_listed_and_skipped(tmp_path):
+    save(tmp_path / "data/a.wav", speech(0))
+    rows = [{"audio_filepath": "a.wav", "text": "fine"}, {"audio_filepath": "../b.wav", "text": "x"}]
+    rows.append({"audio_filepath": "../b.wav", "text": "its length is given", "duration": 1.0})
+    (tmp_path / "data/train.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"audio_filepath": "a.wav"']))
+    columns = {"audio": "audio_filepath", "transcription": "text", "seconds": "duration", "start": "offset"}
+    module = SpeechTextDataModule(str(tmp_path / "data"), columns, folder=str(tmp_path))
+    assert list(module.corpus.kept("train")) == [(0, 0), (0, 2)]
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    outside, manifest = f"{tmp_path}/data/../b.wav", f"{tmp_path}/data/train.jsonl"
+    assert listed == [
+        {"id": "train-1", "path": outside, "reason": "path outside the dataset's folder", "detail": "../b.wav"},
+        {"id": "train-3", "path": manifest, "reason": "broken JSON", "detail": "line 4, Expecting ',' delimiter"},
+    ]
+    split = SplitDataset(module.corpus.parts("train"), {}, SimpleNamespace(sampling_rate=RATE), 0)
+    assert split.decode((0, 2)) == Skipped("train-2", "path outside the dataset's folder", "../b.wav", outside)
+
+
+# --- the Hub
+
+
+def test_a_branch_of_the_hub_is_named_behind_the_id(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: asked.append((given, named)) or [1])
+    load_rows("some/corpus@refs/pr/20", "train[:5]", "xl")
+    load_rows("some/corpus", "train")
+    assert asked == [
+        (("some/corpus", "xl"), {"split": "train[:5]", "revision": "refs/pr/20"}),
+        (("some/corpus", None), {"split": "train", "revision": None}),
+    ]
+
+
+def test_a_dataset_that_is_a_script_is_told(monkeypatch):
+    def load_dataset(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found fleurs.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert message(load_rows, "google/fleurs", "train", "en_us") == (
+        "data.path=google/fleurs: RuntimeError: Dataset scripts are no longer supported, but found fleurs.py\n  write "
+        "instead: data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
+    )

@@ -1,0 +1,397 @@
+import csv
+import io
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import soundfile
+import torch
+
+from sedtrain.data.audio import UNREADABLE, read_audio
+from sedtrain.data.sources import absolute_path, audio_paths, load_rows
+from sedtrain.data.utterances import Columns, UtteranceRows
+from sedtrain.errors import UserError
+
+PLAIN = Columns(audio="audio", text="text")
+
+
+def tone(seconds=0.5, rate=16_000, hertz=440.0):
+    """(S,) float32 sine."""
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def encoded(samples, rate=16_000, container="WAV", subtype="FLOAT"):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=container, subtype=subtype)
+    return file.getvalue()
+
+
+def parquet(path, **columns):
+    pyarrow.parquet.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def utterances(path, columns=PLAIN, split="train", rate=16_000):
+    rows = UtteranceRows(load_rows(str(path), split), columns, str(path), split)
+    return [rows.utterance(index, rate) for index in range(len(rows))]
+
+
+def message(call, *arguments, **options):
+    with pytest.raises(UserError) as raised:
+        call(*arguments, **options)
+    return str(raised.value)
+
+
+# --- where rows come from
+
+
+def test_a_parquet_file_gives_its_rows_as_utterances(tmp_path):
+    samples = tone()
+    path = parquet(
+        tmp_path / "x.parquet",
+        audio=[{"bytes": encoded(samples), "path": None}],
+        text=["four four nought"],
+        name=["a-17"],
+        who=["Ann"],
+        lang=["en"],
+    )
+    columns = Columns(audio="audio", text="text", id="name", speaker="who", language="lang")
+    [utterance] = utterances(path, columns)
+    assert (utterance.id, utterance.text, utterance.speaker) == ("a-17", "four four nought", "Ann")
+    assert (utterance.language, utterance.sampling_rate, utterance.seconds) == ("en", 16_000, 0.5)
+    assert utterance.audio.dtype == torch.float32
+    assert np.array_equal(utterance.audio.numpy(), samples)
+
+
+def test_a_file_is_whatever_split_is_asked_for(tmp_path):
+    path = parquet(tmp_path / "x.parquet", audio=[encoded(tone())], text=["one"])
+    for split in ("train", "test", "train.100"):
+        assert load_rows(path, split)["text"][:] == ["one"]
+
+
+def test_a_folder_has_a_file_for_each_split(tmp_path):
+    for split in ("train", "validation", "test.other"):
+        parquet(tmp_path / f"{split}.parquet", audio=[encoded(tone())], text=[split])
+    for split in ("train", "validation", "test.other"):
+        assert [each.text for each in utterances(tmp_path, split=split)] == [split]
+
+
+def test_a_slice_of_a_split_can_be_asked_for(tmp_path):
+    parquet(tmp_path / "train.parquet", audio=[b""] * 10, text=[str(i) for i in range(10)])
+    assert load_rows(str(tmp_path), "train[:20%]")["text"][:] == ["0", "1"]
+
+
+def test_a_folder_with_a_card_is_read_as_it_is_now_and_not_as_one_of_its_name(tmp_path):
+    card = "---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: data/0.parquet}\n---\n"
+    for text, name in [("one", "a"), ("two", "b"), ("two and three", "b")]:
+        folder = tmp_path / name / "same"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card)
+        parquet(folder / "data/0.parquet", audio=[encoded(tone())], text=[text])
+        assert load_rows(str(folder), "train", "en")["text"][:] == [text]
+
+
+def test_the_embedded_corpus_needs_no_path():
+    columns = Columns(audio="audio", text="text", id="id", speaker="speaker", seconds="seconds")
+    rows = UtteranceRows(load_rows("spoken_digits", "validation"), columns, "spoken_digits", "validation")
+    first = rows.utterance(0, 16_000)
+    assert first.seconds == pytest.approx(next(rows.seconds()), abs=0.01)
+    assert set(first.text.split()) <= {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_manifest_names_audio_files_relative_to_its_own_folder(tmp_path, name, as_folder):
+    (tmp_path / "clips").mkdir()
+    rows = [{"audio": f"clips/{i}.wav", "text": f"number {i}"} for i in range(2)]
+    for i, row in enumerate(rows):
+        soundfile.write(tmp_path / row["audio"], tone(0.1 * (i + 1)), 16_000)
+    rows[1]["audio"] = str(tmp_path / "clips/1.wav")
+    with (tmp_path / name).open("w") as file:
+        if name.endswith("csv"):
+            writer = csv.DictWriter(file, ["audio", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    read = utterances(tmp_path if as_folder else tmp_path / name)
+    assert [(each.text, round(each.seconds, 3)) for each in read] == [("number 0", 0.1), ("number 1", 0.2)]
+
+
+def test_recordings_of_the_shared_data_can_be_read(shared):
+    columns = Columns(audio="audio", text="translation", id="utt_id", seconds="duration")
+    path = str(shared / "data/artikulate-st")
+    rows = UtteranceRows(load_rows(path, "test"), columns, path, "test")
+    first = rows.utterance(0, 16_000)
+    assert first.seconds == pytest.approx(next(rows.seconds()), abs=0.02)
+    assert first.text == rows.texts()[0] != ""
+    assert rows.index_of[first.id] == 0
+
+
+# --- audio
+
+
+@pytest.mark.parametrize("wrap", [lambda it: it, lambda it: {"bytes": it, "path": "x.wav"}, lambda it: {"bytes": it}])
+def test_audio_is_bytes_plain_or_beside_a_path(wrap):
+    samples = tone()
+    assert np.array_equal(read_audio(wrap(encoded(samples)), 16_000).numpy(), samples)
+
+
+def test_audio_is_a_path_plain_or_beside_no_bytes(tmp_path):
+    path = str(tmp_path / "a.wav")
+    soundfile.write(path, tone(), 16_000, subtype="FLOAT")
+    for cell in (path, {"bytes": None, "path": path}, {"path": path}):
+        assert np.array_equal(read_audio(cell, 16_000).numpy(), tone())
+    assert np.array_equal(read_audio("a.wav", 16_000, tmp_path).numpy(), tone())
+
+
+def test_channels_are_averaged_and_other_rates_resampled():
+    at_8_khz = np.stack([tone(1.0, 8000), np.zeros(8000, np.float32)], axis=1)
+    audio = read_audio(encoded(at_8_khz, 8000), 16_000).numpy()
+    assert audio.shape == (16_000,)
+    middle = slice(500, -500)  # the resampling filter rings at the ends
+    np.testing.assert_allclose(audio[middle], tone(1.0)[middle] / 2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("container", "subtype"), [("FLAC", "PCM_16"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+def test_compressed_audio_is_decoded(container, subtype):
+    audio = read_audio(encoded(tone(1.0), 16_000, container, subtype), 16_000).numpy()
+    spectrum = np.abs(np.fft.rfft(audio[2000:14_000]))
+    assert np.argmax(spectrum) * 16_000 / 12_000 == pytest.approx(440, abs=2)
+
+
+UNDECODABLE = {
+    "nothing": None,
+    "no bytes": b"",
+    "other bytes": b"this is no audio",
+    "no file": "nowhere.wav",
+    "neither": {"bytes": None, "path": None},
+    "no samples": encoded(tone(0)),
+    "no numbers": encoded(np.array([0.1, np.nan, 0.1], np.float32)),
+}
+
+
+@pytest.mark.parametrize("cell", UNDECODABLE.values(), ids=UNDECODABLE)
+def test_audio_that_cannot_be_decoded_is_an_error_that_the_policy_knows(cell):
+    with pytest.raises(UNREADABLE):
+        read_audio(cell, 16_000)
+
+
+# --- columns
+
+
+def test_lengths_come_from_the_column_else_from_the_header(tmp_path):
+    audio = [encoded(tone(0.25)), b"junk", encoded(tone(0.75))]
+    path = parquet(tmp_path / "x.parquet", audio=audio, text=["a", "b", "c"], length=[1.5, 2.5, None])
+    rows = load_rows(path, "train")
+    with_column = Columns(audio="audio", text="text", seconds="length")
+    assert list(UtteranceRows(rows, with_column, path, "train").seconds()) == [1.5, 2.5, 0.75]
+    assert list(UtteranceRows(rows, PLAIN, path, "train").seconds()) == [0.25, None, 0.75]
+
+
+@pytest.mark.parametrize("impossible", [float("nan"), float("inf"), -1.0])
+def test_a_length_that_cannot_be_is_read_from_the_header(tmp_path, impossible):
+    path = parquet(tmp_path / "x.parquet", audio=[encoded(tone(0.25))], text=["a"], length=[impossible])
+    with_column = Columns(audio="audio", text="text", seconds="length")
+    assert list(UtteranceRows(load_rows(path, "train"), with_column, path, "train").seconds()) == [0.25]
+
+
+WRONG_TYPES = {
+    "seconds": (["1.5"], "Value('string') in the column 'x' for the seconds, expected numbers", "numbers"),
+    "text": ([["a", "b"]], "List(Value('string')) in the column 'x' for the text, expected text", "text"),
+    "audio": (
+        [[0.1, 0.2]],
+        "List(Value('float64')) in the column 'x' for the audio, expected bytes or the path of a file",
+        "bytes or the path of a file",
+    ),
+    "id": (
+        [{"a": 1}],
+        "{'a': Value('int64')} in the column 'x' for the id, expected text or numbers",
+        "text or numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("role", WRONG_TYPES)
+def test_a_column_that_holds_something_else_is_told(tmp_path, role):
+    cells, wrong, wanted = WRONG_TYPES[role]
+    path = parquet(tmp_path / "x.parquet", audio=[b""], text=["a"], x=cells)
+    columns = Columns(**{"audio": "audio", "text": "text", role: "x"})
+    assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
+        f"data.columns: {path} (train) has {wrong}\n  write instead: data.columns.NAME=COLUMN that holds {wanted}"
+    )
+
+
+def test_names_of_classes_are_no_text(tmp_path):
+    classes = datasets.Features({"audio": datasets.Value("binary"), "text": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"audio": [b""], "text": [1]}, classes)
+    assert "ClassLabel(names=['no', 'yes']) in the column 'text'" in message(UtteranceRows, rows, PLAIN, "x", "train")
+
+
+def test_an_id_of_two_rows_is_told(tmp_path):
+    path = parquet(tmp_path / "x.parquet", audio=[b""] * 3, text=["a"] * 3, name=["p", "q", "p"])
+    columns = Columns(audio="audio", text="text", id="name")
+    assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
+        "data.columns.id=name: rows 0 and 2 of 'train' have the same id, 'p'\n"
+        "  write instead: data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
+    )
+
+
+def test_rows_without_an_id_are_named_after_split_and_row(tmp_path):
+    path = parquet(tmp_path / "x.parquet", audio=[encoded(tone())] * 2, text=["a", "b"], name=[7, 8])
+    rows = UtteranceRows(load_rows(path, "test"), PLAIN, path, "test")
+    assert [rows.id(0), rows.id(1)] == ["test-0", "test-1"]
+    assert rows.index_of == {"test-0": 0, "test-1": 1}
+    named = UtteranceRows(load_rows(path, "test"), Columns(audio="audio", text="text", id="name"), path, "test")
+    assert named.index_of == {"7": 0, "8": 1}
+
+
+def test_text_that_a_manifest_wrote_as_numbers_is_text(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"audio": "a.wav", "text": 65}\n{"audio": "a.wav", "text": null}\n')
+    path = str(tmp_path / "x.jsonl")
+    assert UtteranceRows(load_rows(path, "train"), PLAIN, path, "train").texts() == ["65", ""]
+
+
+def test_a_missing_column_is_told_with_those_that_are_there(tmp_path):
+    path = parquet(tmp_path / "x.parquet", speech=[encoded(tone())], text=["a"])
+    assert message(UtteranceRows, load_rows(path, "train"), PLAIN, path, "train") == (
+        f"data.columns: {path} (train) has no column 'audio' for the audio, it has speech, text\n"
+        "  write instead: data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
+        "speaker, language, seconds, start or end"
+    )
+
+
+def test_columns_are_given_by_role_and_the_target_is_the_text():
+    roles = {"audio": "speech", "transcription": "said", "translation": "meant", "id": None}
+    assert Columns.of(roles, "transcription") == Columns(audio="speech", text="said")
+    assert Columns.of({**roles, "language": "l"}, "translation") == Columns("speech", "meant", language="l")
+
+
+def test_a_role_that_is_missing_or_unknown_is_told():
+    assert message(Columns.of, {"audio": "a", "transcription": "t", "translation": None}, "translation") == (
+        "data.columns.translation is not set (target=translation)\n  write instead: data.columns.translation=COLUMN"
+    )
+    assert message(Columns.of, {"audio": None, "transcription": "t"}, "transcription") == (
+        "data.columns.audio is not set (target=transcription)\n  write instead: data.columns.audio=COLUMN"
+    )
+    assert message(Columns.of, {"audio": "a", "transcription": "t", "speeker": "s"}, "transcription") == (
+        "data.columns.speeker: there is no such role\n"
+        "  write instead: data.columns.NAME, NAME one of audio, transcription, translation, id, speaker, language, "
+        "seconds, start, end"
+    )
+
+
+def test_a_path_is_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("mine", "./mine", "~/mine", f"{tmp_path}/mine"):
+        assert absolute_path(path) == f"{tmp_path}/mine"
+    for path in ("spoken_digits", "some/corpus"):
+        assert absolute_path(path) == path
+
+
+# --- what is not there
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "nowhere.parquet", "nowhere.jsonl", "my/data/train"])
+def test_a_path_to_nothing_is_no_such_file(path):
+    assert message(load_rows, path, "train") == (
+        f"data.path={path}: there is no such file or folder\n  write instead: data.path=FOLDER_OR_FILE_OR_HUB_ID"
+    )
+
+
+def test_a_hub_id_without_network_is_told_the_offline_ways():
+    told = message(load_rows, "some/corpus", "train")
+    assert told.startswith(
+        "data.path=some/corpus: neither a folder here nor a dataset that can be read (ConnectionError"
+    )
+    assert told.endswith("data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network")
+
+
+def test_a_folder_without_data_is_told(tmp_path):
+    told = message(load_rows, str(tmp_path), "train")
+    assert told.startswith(f"data.path={tmp_path}: this folder holds no dataset that can be read (EmptyDatasetError")
+
+
+def test_a_split_that_is_missing_is_told(tmp_path):
+    parquet(tmp_path / "train.parquet", audio=[b""], text=["a"])
+    told = message(load_rows, str(tmp_path), "validation")
+    assert told.startswith(f"data.path={tmp_path}, split 'validation': ValueError: Unknown split")
+    assert told.endswith("data.validation_split, data.test_split that the dataset has, in files that can be read")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.csv"])
+def test_an_empty_dataset_is_told(tmp_path, name):
+    (tmp_path / name).touch()
+    expected = "the split 'train' is empty\n  write instead: a split with at least one row"
+    assert message(load_rows, str(tmp_path / name), "train") == f"data.path={tmp_path / name}: {expected}"
+    path = parquet(tmp_path / "y.parquet", audio=pa.array([], pa.binary()), text=pa.array([], pa.string()))
+    assert message(load_rows, path, "train") == f"data.path={path}: {expected}"
+
+
+def test_a_file_that_is_no_parquet_is_told(tmp_path):
+    (tmp_path / "x.parquet").write_text("this is not a table")
+    told = message(load_rows, str(tmp_path / "x.parquet"), "train")
+    assert told.startswith(
+        f"data.path={tmp_path / 'x.parquet'}, split 'train': ArrowInvalid: Parquet magic bytes not found"
+    )
+    assert "\n" not in told.partition("\n  write instead")[0]
+
+
+# --- audio files by name
+
+
+@pytest.fixture
+def clips(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.wav", "a.flac", "deep/c.wav"):
+        soundfile.write(tmp_path / name, tone(0.1), 16_000)
+    (tmp_path / "notes.txt").write_text("no audio")
+    return tmp_path
+
+
+def names(folder, audio):
+    return [path.removeprefix(f"{folder}/") for path in audio_paths(audio)]
+
+
+def test_audio_files_are_named_by_file_glob_folder_or_list(clips):
+    assert names(clips, f"{clips}/b.wav") == ["b.wav"]
+    assert names(clips, f"{clips}/*.wav") == ["b.wav"]
+    assert names(clips, f"{clips}/**/*.wav") == ["b.wav", "deep/c.wav"]
+    assert names(clips, str(clips)) == ["a.flac", "b.wav", "deep/c.wav"]
+    assert names(clips, [f"{clips}/b.wav", f"{clips}/deep"]) == ["b.wav", "deep/c.wav"]
+
+
+def test_a_file_name_that_looks_like_a_glob_is_that_file(clips):
+    (clips / "b.wav").rename(clips / "b[1].wav")
+    assert names(clips, f"{clips}/b[1].wav") == ["b[1].wav"]
+
+
+@pytest.mark.parametrize("missing", ["nowhere.wav", "*.mp3", "empty"])
+def test_audio_that_is_not_there_is_told(clips, missing):
+    (clips / "empty").mkdir()
+    name = f"{clips}/{missing}"
+    assert message(audio_paths, [f"{clips}/b.wav", name]) == (
+        f"audio={name}: there is no such audio file\n  write instead: audio=FILE, a glob that matches or a folder"
+    )
+
+
+def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
+    assert names(clips, [f"{clips}/b.wav", f"{clips}/notes.txt"]) == ["b.wav", "notes.txt"]
+
+
+def test_a_file_that_is_no_audio_is_told(clips):
+    told = message(audio_paths, f"{clips}/notes.txt")
+    assert told.startswith(f"audio={clips}/notes.txt: this is no audio (LibsndfileError: ")
+    assert told.endswith("write instead: audio=FILE that libsndfile can read")
+
+
+@pytest.mark.parametrize("audio", [None, "", []])
+def test_no_audio_at_all_is_told(audio):
+    assert message(audio_paths, audio) == (
+        "task=transcribe needs audio\n  write instead: audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
+    )

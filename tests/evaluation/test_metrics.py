@@ -1,0 +1,131 @@
+import math
+
+import jiwer
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sedtrain.errors import UserError
+from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, CorpusMetrics, MetricSet
+from sedtrain.text.normalisers import normaliser
+
+REFERENCES = ["the cat sat on the mat", "one two three four five", "hello there , my friend", "yes"]
+HYPOTHESES = ["the cat sat on mat", "one too three three four five", "hello my friend", "no sir"]
+
+words = st.lists(st.sampled_from(["a", "b", "c", "d", "ee"]), max_size=6).map(" ".join)
+corpora = st.lists(st.tuples(words.filter(bool), words), min_size=1, max_size=8)
+
+
+def corpus_metrics(names, references, hypotheses):
+    metrics = CorpusMetrics(MetricSet(names))
+    metrics.update(references, hypotheses)
+    return metrics.compute()
+
+
+@given(corpora)
+@settings(max_examples=30, deadline=None)
+def test_error_rates_equal_jiwer_over_the_whole_corpus(pairs):
+    references, hypotheses = map(list, zip(*pairs, strict=True))
+    values = corpus_metrics(TRANSCRIPTION, references, hypotheses)
+    assert values["wer"] == pytest.approx(jiwer.wer(references, hypotheses))
+    assert values["cer"] == pytest.approx(jiwer.cer(references, hypotheses))
+
+
+@given(corpora)
+@settings(max_examples=30, deadline=None)
+def test_overlap_scores_equal_sacrebleu_over_the_whole_corpus(pairs):
+    references, hypotheses = map(list, zip(*pairs, strict=True))
+    values = corpus_metrics(TRANSLATION, references, hypotheses)
+    assert values["bleu"] == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score / 100)
+    assert values["chrf"] == pytest.approx(sacrebleu.corpus_chrf(hypotheses, [references]).score / 100)
+
+
+def test_counts_added_over_ranks_give_the_metrics_of_the_whole():
+    names = TRANSCRIPTION + TRANSLATION
+    ranks = [CorpusMetrics(MetricSet(names)) for _ in range(2)]
+    for rank, metrics in enumerate(ranks):
+        metrics.update(REFERENCES[rank::2], HYPOTHESES[rank::2])
+    reduced = torch.from_numpy(ranks[0].counts()) + torch.from_numpy(ranks[1].counts())
+    ranks[0].set_counts(reduced)
+    assert ranks[0].compute() == corpus_metrics(names, REFERENCES, HYPOTHESES)
+
+
+def test_the_counts_are_a_copy_of_whole_numbers_and_do_not_grow():
+    metrics = CorpusMetrics(MetricSet(["wer"]))
+    before = metrics.counts()
+    metrics.update(REFERENCES, HYPOTHESES)
+    assert before.dtype == np.int64 and before.sum() == 0
+    assert metrics.counts().shape == before.shape == (5,)
+
+
+def test_update_returns_the_counts_of_each_utterance():
+    rows = CorpusMetrics(MetricSet(["wer"])).update(["a b c", "a"], ["a x", "a b c d"])
+    # utterances, substitutions, deletions, insertions, hits
+    assert rows.tolist() == [[1, 1, 1, 0, 1], [1, 0, 0, 3, 1]]
+
+
+def test_reset_forgets_every_utterance():
+    metrics = CorpusMetrics(MetricSet(["wer"]))
+    metrics.update(["a"], ["b"])
+    metrics.reset()
+    metrics.update(["a"], ["a"])
+    assert metrics.compute() == {"wer": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "wer"),
+    [("a", "a b c d", 3.0), ("a b", "", 1.0), ("", "", 0.0), ("", "a b", 2.0), ("a\t b ", "\na b", 0.0)],
+)
+def test_wer_of_corner_cases(reference, hypothesis, wer):
+    assert corpus_metrics(["wer"], [reference], [hypothesis]) == {"wer": wer}
+
+
+def test_insertions_against_an_empty_reference_count_in_the_corpus():
+    assert corpus_metrics(["wer"], ["a b c d", ""], ["a b c d", "uh"]) == {"wer": 0.25}
+
+
+@pytest.mark.parametrize("pair", [("", ""), ("", "a b"), ("a b", "")])
+def test_overlap_with_an_empty_side_is_zero(pair):
+    assert corpus_metrics(TRANSLATION, [pair[0]], [pair[1]]) == {"bleu": 0.0, "chrf": 0.0}
+
+
+def test_a_perfect_translation_scores_exactly_one():
+    assert corpus_metrics(TRANSLATION, REFERENCES, REFERENCES) == {"bleu": 1.0, "chrf": 1.0}
+
+
+def test_no_utterance_has_no_error_rate():
+    values = CorpusMetrics(MetricSet(TRANSCRIPTION + TRANSLATION)).compute()
+    assert all(math.isnan(value) for value in values.values())
+    assert MetricSet(["wer"]).count([], []).shape == (0, 5)
+
+
+def test_the_normaliser_applies_to_both_sides():
+    assert corpus_metrics(["wer"], ["One  TWO"], ["one two"]) == {"wer": 0.0}
+    exact = CorpusMetrics(MetricSet(["wer"], normaliser("none")))
+    exact.update(["One  TWO"], ["one two"])
+    assert exact.compute() == {"wer": 1.0}
+
+
+def test_values_of_many_sums_at_once_equal_values_of_each():
+    metric_set = MetricSet(TRANSCRIPTION + TRANSLATION)
+    rows = metric_set.count(REFERENCES, HYPOTHESES)
+    for name, values in metric_set.values(rows).items():
+        assert values.tolist() == [metric_set.values(row)[name] for row in rows]
+
+
+def test_texts_without_partner_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        MetricSet(["wer"]).count(["a", "b"], ["a"])
+
+
+def test_an_unknown_metric_is_named_with_the_closest_one():
+    with pytest.raises(UserError, match="no metric called 'were': did you mean 'wer'") as error:
+        MetricSet(["were"])
+    assert error.value.write_instead == "one of wer, cer, bleu, chrf"
+
+
+def test_error_rates_fall_and_overlaps_rise_when_a_model_improves():
+    assert [name for name, metric in METRICS.items() if metric.higher_is_better] == ["bleu", "chrf"]

@@ -1,0 +1,99 @@
+import json
+import math
+import os
+from dataclasses import replace
+
+import pytest
+
+from sedtrain.errors import UserError
+from sedtrain.evaluation.intervals import Interval
+from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
+
+RESULTS = Results(
+    task="train",
+    split="test",
+    num_utterances=200,
+    audio_seconds=431.5,
+    metrics={"wer": Interval(0.08, 0.06, 0.1), "cer": Interval(0.03, 0.02, 0.04)},
+    normaliser={"name": "lowercase", "version": "1"},
+    decoding={"num_beams": 1, "max_new_tokens": 40},
+    rtfx=120.0,
+    train=TrainingTotals(seconds=300.0, steps=1000, utterances=32000, audio_seconds_per_second=210.0),
+    skipped={"too_long": 3},
+    versions={"python": "3.11.9", "lightning": None},
+    training_normaliser={"name": "none", "version": "1"},
+)
+
+
+def test_the_file_has_the_documented_keys(tmp_path):
+    RESULTS.write(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {
+        "task": "train",
+        "split": "test",
+        "num_utterances": 200,
+        "audio_seconds": 431.5,
+        "metrics": {
+            "wer": {"value": 0.08, "low": 0.06, "high": 0.1},
+            "cer": {"value": 0.03, "low": 0.02, "high": 0.04},
+        },
+        "normaliser": {"name": "lowercase", "version": "1"},
+        "decoding": {"num_beams": 1, "max_new_tokens": 40},
+        "rtfx": 120.0,
+        "train": {"seconds": 300.0, "steps": 1000, "utterances": 32000, "audio_seconds_per_second": 210.0},
+        "skipped": {"too_long": 3},
+        "versions": {"python": "3.11.9", "lightning": None},
+        "training_normaliser": {"name": "none", "version": "1"},
+    }
+
+
+@pytest.mark.parametrize("train", [RESULTS.train, None])
+def test_reading_gives_back_what_was_written(tmp_path, train):
+    results = replace(RESULTS, train=train)
+    results.write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results
+
+
+def test_a_metric_of_no_utterance_is_null_in_the_file_and_nan_when_read(tmp_path):
+    nothing = Interval(math.nan, math.nan, math.nan)
+    replace(RESULTS, metrics={"wer": nothing}, rtfx=math.nan).write(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["wer"]["value"] is None
+    read = Results.read(tmp_path / "results.json")
+    assert math.isnan(read.metrics["wer"].value) and math.isnan(read.rtfx)
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    RESULTS.write(path)
+
+    def no_space_left(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space_left)
+    with pytest.raises(OSError, match="No space left"):
+        replace(RESULTS, split="validation").write(path)
+    assert Results.read(path) == RESULTS
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no file .*results\.json"):
+        Results.read(tmp_path / "results.json")
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "results.json").write_text("wer 0.08")
+    with pytest.raises(UserError, match=r"results\.json is not JSON"):
+        Results.read(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"wer": 0.1}', '{"metrics": 3, "train": null}'])
+def test_json_of_another_kind_is_refused_with_the_keys_expected(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match="holds no results: expected the keys task, split, num_utterances"):
+        Results.read(tmp_path / "results.json")
+
+
+def test_versions_name_what_decides_a_number():
+    versions = installed_versions()
+    assert set(versions) >= {"sedtrain", "python", "torch", "transformers", "lightning", "datasets"}
+    assert versions["python"] and versions["torch"] and versions["transformers"]

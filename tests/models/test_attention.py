@@ -1,0 +1,269 @@
+"""Attention implementations: equal to each other, refused where a family or a machine has them not, the same in both parts."""
+
+import pytest
+import torch
+from families import DECODERS, ENCODERS, tiny_decoder, tiny_encoder
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from transformers import PreTrainedModel
+
+from sedtrain.config.schema import conf_dir, register
+from sedtrain.errors import UserError
+from sedtrain.models import loading as attention
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+
+pytestmark = pytest.mark.filterwarnings(  # of FlexAttention, and of what it imports
+    "ignore:_compile flag", "ignore:flex_attention called without", "ignore:.*torch.jit.script_method"
+)
+EAGER_ONLY = {"sew_d", "speech_to_text", "speecht5", "wavlm"} | {"rembert", "trocr", "xglm"}
+NO_FLEX = {"gpt2", "moonshine", "parakeet"} | EAGER_ONLY
+FEATURES = {"speech_to_text": 80, "parakeet": 80, "seamless_m4t": 160, "seamless_m4t_v2": 160, "w2v_bert": 160}
+IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 0, 0]])
+REAL_IDS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+@pytest.fixture
+def interpreted():
+    """FlexAttention as written: to compile it for a CPU takes ten seconds and more for each shape of mask."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "cuda"])
+def has_cuda(request, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
+    return request.param
+
+
+def heard(name, num_long=80, num_short=53):
+    """Inputs of an encoder family, two of different lengths, and their mask."""
+    shape = {"whisper": (2, 80, num_long)}.get(name, (2, num_long, FEATURES.get(name, 0)))
+    scale = 1 if name in ("whisper", *FEATURES) else 160
+    mask = torch.ones(2, num_long * scale, dtype=torch.long)
+    mask[1, num_short * scale :] = 0
+    if scale > 1:
+        shape = (2, num_long * scale)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)), mask
+
+
+def implementations(name):
+    return [
+        "eager",
+        *(["sdpa"] if name not in EAGER_ONLY else []),
+        *(["flex_attention"] if name not in NO_FLEX else []),
+    ]
+
+
+@torch.no_grad()
+def of_each(name, model, output):
+    """What `output()` gives with every implementation that the family has."""
+    given = []
+    for each in implementations(name):
+        model.set_attn_implementation(each)
+        assert model.config._attn_implementation == each
+        given.append(output())
+    return given
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_frames_of_an_encoder_are_equal_with_all_it_has(name):
+    encoder = tiny_encoder(name, attention="eager")
+    inputs, mask = heard(name)
+
+    def frames():
+        made = encoder(inputs, attention_mask=mask).last_hidden_state
+        return made[encoder._get_feature_vector_attention_mask(made.shape[1], mask).bool()]
+
+    first, *others = of_each(name, encoder, frames)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_of_a_decoder_are_equal_with_all_it_has(name):
+    decoder = tiny_decoder(name, attention="eager")
+    audio = torch.randn(2, 20, decoder.config.hidden_size)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 13:] = 0
+    options = {"attention_mask": REAL_IDS, "encoder_hidden_states": audio, "encoder_attention_mask": mask}
+    first, *others = of_each(name, decoder, lambda: decoder(IDS, **options).logits[REAL_IDS.bool()])
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("group", "name"), [*(("encoder", n) for n in ENCODERS), *(("decoder", n) for n in DECODERS)])
+def test_auto_is_sdpa_where_the_family_has_it_and_eager_elsewhere(group, name):
+    model = {"encoder": tiny_encoder, "decoder": tiny_decoder}[group](name, attention=None)
+    implementation = "eager" if name in EAGER_ONLY else "sdpa"
+    assert model.config._attn_implementation == implementation
+    assert {each.config._attn_implementation for each in parts(model)} == {implementation}
+
+
+def parts(model):
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def test_auto_holds_for_saved_weights_too(tmp_path):
+    for name, implementation in (("wavlm", "eager"), ("hubert", "sdpa")):
+        tiny_encoder(name, attention="eager").save_pretrained(tmp_path / name)
+        assert (
+            tiny_encoder(name, attention=None, checkpoint=str(tmp_path / name)).config._attn_implementation
+            == implementation
+        )
+
+
+# --- what a family or a machine has not
+
+
+def problem(make, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        make(*arguments, **options)
+    return caught.value.what_is_wrong, caught.value.write_instead
+
+
+@pytest.mark.parametrize("name", sorted(EAGER_ONLY))
+def test_a_family_without_sdpa_names_what_it_has(name):
+    part, make = ("encoder", tiny_encoder) if name in ENCODERS else ("decoder", tiny_decoder)
+    wrong, write = problem(make, name, attention="sdpa")
+    assert wrong.startswith(
+        f"{part}.attention=sdpa: {make(name, attention=None).config.model_type} cannot use it here: "
+    )
+    assert "does not support an attention implementation through torch.nn.functional" in wrong
+    assert write == f"{part}.attention=eager, or attention=auto, the best that each part can"
+
+
+def test_saved_weights_of_such_a_family_are_refused_too(tmp_path):
+    tiny_encoder("wavlm", attention=None).save_pretrained(tmp_path)
+    wrong, _ = problem(tiny_encoder, "wavlm", attention="sdpa", checkpoint=str(tmp_path))
+    assert wrong.startswith("encoder.attention=sdpa: wavlm cannot use it here: ")
+
+
+def test_flash_attention_is_refused_before_training_where_it_is_not_installed():
+    wrong, write = problem(tiny_decoder, "bert", attention="flash_attention_2")
+    assert wrong.startswith("decoder.attention=flash_attention_2: bert cannot use it here: FlashAttention2 has been ")
+    assert "doesn't seem to be installed" in wrong
+    assert write.startswith("decoder.attention=eager or decoder.attention=sdpa")
+
+
+def test_a_family_without_flash_attention_names_what_it_has(monkeypatch):
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda _: True)
+    wrong, write = problem(tiny_encoder, "w2v_bert", attention="flash_attention_2")
+    assert "wav2vec2-bert cannot use it here" in wrong
+    assert "does not support Flash Attention 2" in wrong
+    assert "flash" not in write
+
+
+def test_what_a_machine_has_is_offered(monkeypatch, has_cuda):
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda _: has_cuda)
+    _, write = problem(tiny_decoder, "bert", attention="sdap")
+    names = ["eager", "sdpa", *(["flash_attention_2", "flex_attention"] if has_cuda else [])]
+    offered = " or ".join(f"decoder.attention={each}" for each in names)
+    assert write == f"{offered}, or attention=auto, the best that each part can"
+
+
+def test_flex_attention_is_refused_before_training_where_it_has_no_gradient(has_cuda):
+    if has_cuda:
+        assert tiny_encoder("hubert", attention="flex_attention").config._attn_implementation == "flex_attention"
+    else:
+        assert problem(tiny_encoder, "hubert", attention="flex_attention") == (
+            "encoder.attention=flex_attention: hubert cannot use it here: FlexAttention has no backward on a CPU",
+            "encoder.attention=eager or encoder.attention=sdpa, or attention=auto, the best that each part can",
+        )
+
+
+@pytest.mark.parametrize("has_cuda", [True], indirect=True)
+@pytest.mark.parametrize(
+    ("part", "make", "name", "option"),
+    [
+        ("encoder", tiny_encoder, "hubert", "attention_dropout"),
+        ("decoder", tiny_decoder, "bert", "attention_probs_dropout_prob"),
+    ],
+)
+def test_flex_attention_is_refused_beside_attention_dropout(has_cuda, part, make, name, option):
+    assert problem(make, name, attention="flex_attention", options={option: 0.1}) == (
+        f"{part}.attention=flex_attention: it has no dropout, and {option} is 0.1",
+        f"{part}.options.{option}=0, or attention=auto, the best that each part can",
+    )
+
+
+@pytest.mark.parametrize("has_cuda", [True], indirect=True)
+def test_flex_attention_is_refused_where_each_head_has_a_bias_of_its_own(has_cuda):
+    wrong, write = problem(tiny_encoder, "parakeet", attention="flex_attention")
+    assert wrong.startswith("encoder.attention=flex_attention: parakeet_encoder cannot use it here: ")
+    assert write == "encoder.attention=eager or encoder.attention=sdpa, or attention=auto, the best that each part can"
+
+
+# --- both parts
+
+
+@pytest.mark.parametrize("option", ["auto", "eager", "sdpa"])
+def test_the_option_reaches_both_parts(option):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", ["encoder=wav2vec2", "decoder=gpt2", f"attention={option}", "run_dir=run"])
+    encoder = instantiate(config.encoder, _convert_="all")
+    decoder = instantiate(config.decoder, _convert_="all")(tiny_decoder.__globals__["TOKENIZER"])
+    implementation = "sdpa" if option == "auto" else option
+    assert encoder.config._attn_implementation == decoder.config._attn_implementation == implementation
+
+
+@pytest.fixture
+def joined():
+    torch.manual_seed(0)
+    model = SpeechEncoderDecoder(encoder=tiny_encoder("wav2vec2"), decoder=tiny_decoder("bart"))
+    return model.eval()
+
+
+@torch.no_grad()
+def spoken(model, **options):
+    inputs, mask = heard("wav2vec2")
+    return model(inputs, attention_mask=mask, decoder_input_ids=IDS, decoder_attention_mask=REAL_IDS, **options)
+
+
+def test_eager_set_on_the_joined_model_reaches_every_module_and_gives_attentions(joined):
+    assert {each.config._attn_implementation for each in parts(joined)} == {"sdpa"}
+    joined.set_attn_implementation("eager")
+    assert {each.config._attn_implementation for each in parts(joined)} == {"eager"}
+    output = spoken(joined, output_attentions=True)
+    assert [len(output[f"{each}attentions"]) for each in ("encoder_", "decoder_", "cross_")] == [4, 2, 2]
+    num_frames = output.encoder_attentions[0].shape[-1]
+    assert output.encoder_attentions[0].shape == (2, 4, num_frames, num_frames)
+    assert output.cross_attentions[0].shape == (2, 4, IDS.shape[1], num_frames)
+    ends = joined.encoder._get_feature_vector_attention_mask(num_frames, heard("wav2vec2")[1]).sum(1)
+    assert ends[1] < num_frames
+    assert (output.cross_attentions[0][1, ..., ends[1] :] == 0).all()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_logits_of_the_joined_model_are_equal(joined):
+    given = []
+    for implementation in ("eager", "sdpa", "flex_attention"):
+        joined.set_attn_implementation(implementation)
+        assert {each.config._attn_implementation for each in parts(joined)} == {implementation}
+        given.append(spoken(joined).logits[REAL_IDS.bool()])
+    for other in given[1:]:
+        torch.testing.assert_close(other, given[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_flex_attention_has_no_gradient_on_a_cpu():
+    decoder = tiny_decoder("bert", attention="eager")
+    decoder.set_attn_implementation("flex_attention")
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        decoder(IDS, encoder_hidden_states=torch.randn(2, 20, decoder.config.hidden_size))
+
+
+@pytest.mark.parametrize("decoder", ["rembert", "trocr", "xglm"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_a_backend_that_a_part_lacks_is_refused_when_it_is_set_afterwards(decoder, attention, tmp_path):
+    model = SpeechEncoderDecoder(encoder=tiny_encoder("hubert"), decoder=tiny_decoder(decoder))
+    with pytest.raises(UserError, match=f"decoder.attention={attention}: {decoder} cannot use it here") as caught:
+        model.set_attn_implementation(attention)
+    assert "decoder.attention=eager" in str(caught.value)
+    assert model.encoder.config._attn_implementation == "sdpa"
+    assert model.decoder.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"decoder.attention={attention}: {decoder} cannot use it here"):
+        SpeechEncoderDecoder.from_pretrained(tmp_path, attn_implementation=attention)

@@ -1,0 +1,102 @@
+"""The front end as matrix products, against the convolutions of torch and transformers."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import Wav2Vec2Config
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
+
+from sedtrain.models.encoder import encoder_from_config
+from sedtrain.models.masking import MatrixProductFeatureEncoder, strided_convolution
+
+
+@st.composite
+def convolutions(draw):
+    """kernel, stride, and a number of frames that at least one kernel fits into."""
+    kernel, stride = draw(st.integers(1, 21)), draw(st.integers(1, 12))
+    return kernel, stride, kernel + draw(st.integers(0, 60))
+
+
+@given(convolutions(), st.booleans(), st.integers(1, 3))
+def test_a_strided_convolution_is_that_of_torch(shape, bias, input_dim):
+    kernel, stride, num_frames = shape
+    torch.manual_seed(kernel)
+    convolution = nn.Conv1d(input_dim, 4, kernel, stride, bias=bias).double()
+    frames = torch.randn(2, num_frames, input_dim, dtype=torch.float64)
+    expected = convolution(frames.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(strided_convolution(frames, convolution), expected)
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 6)), min_size=1, max_size=4), st.integers(0, 400))
+def test_the_front_end_and_its_gradients_are_those_of_transformers(layers, more_samples):
+    kernels, strides = zip(*layers, strict=True)
+    front_end = double_front_end(kernels, strides)
+    receptive_field = 1
+    for kernel, stride in reversed(layers):
+        receptive_field = (receptive_field - 1) * stride + kernel
+    audio = torch.randn(2, receptive_field + more_samples, dtype=torch.float64)
+    expected = front_end(audio)
+    front_end.__class__ = MatrixProductFeatureEncoder
+    by_products = front_end(audio)
+    torch.testing.assert_close(by_products, expected)
+    weights = torch.randn_like(expected)
+    parameters = list(front_end.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad((by_products * weights).sum(), parameters),
+        torch.autograd.grad((expected * weights).sum(), parameters),
+    )
+
+
+def double_front_end(kernels, strides):
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        conv_dim=[3, 4, 5, 6][: len(kernels)],
+        conv_kernel=kernels,
+        conv_stride=strides,
+        num_feat_extract_layers=len(kernels),
+        feat_extract_norm="layer",
+        conv_bias=True,
+    )
+    front_end = Wav2Vec2FeatureEncoder(config).double()
+    front_end._requires_grad = False  # upstream sets requires_grad on its input, which matters to checkpointing only
+    return front_end
+
+
+def tiny_encoder(norm):
+    return encoder_from_config(
+        Wav2Vec2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, feat_extract_norm=norm,
+            conv_dim=[8, 8], conv_kernel=[10, 4], conv_stride=[5, 2], num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("norm", "is_replaced"), [("layer", True), ("group", False)])
+def test_an_encoder_takes_the_fast_form_only_where_it_is_equal(norm, is_replaced):
+    front_end = tiny_encoder(norm).eval().feature_extractor
+    audio = torch.randn(2, 800)
+    assert isinstance(front_end, MatrixProductFeatureEncoder) == is_replaced
+    torch.testing.assert_close(front_end(audio), Wav2Vec2FeatureEncoder.forward(front_end, audio), rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    encoder = tiny_encoder("layer").eval()
+    copied = copy.deepcopy(encoder)
+    torch.nn.init.zeros_(copied.feature_extractor.conv_layers[-1].layer_norm.weight)
+    audio = torch.randn(2, 800)
+    assert copied.feature_extractor(audio).abs().max() == 0
+    assert encoder.feature_extractor(audio).abs().max() > 0
+
+
+def test_a_checkpointed_front_end_is_recomputed_as_transformers_does():
+    encoder = tiny_encoder("layer").train()
+    front_end = encoder.feature_extractor
+    assert not front_end.is_checkpointed()
+    encoder.activation_checkpointing_enable()
+    assert front_end.is_checkpointed()
+    assert not front_end.eval().is_checkpointed()

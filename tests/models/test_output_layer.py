@@ -1,0 +1,155 @@
+"""The output layer on labelled positions only, against the dense loss, for every family of decoder."""
+
+import pytest
+import torch
+from families import DECODERS, TOKENIZER, tiny_decoder
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import HubertConfig, HubertModel
+
+from sedtrain.models import losses
+from sedtrain.models.losses import DeferrableLinear, deferred_output_layer
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+
+START, END, PAD = 1, 2, 0
+VOCABULARY = len(TOKENIZER)
+
+
+def joined(decoder):
+    config = HubertConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=[8, 8], conv_kernel=[10, 8],
+        conv_stride=[10, 8], num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer", do_stable_layer_norm=True, mask_time_prob=0.0, layerdrop=0.0, hidden_dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0,
+    )  # fmt: skip
+    model = SpeechEncoderDecoder(encoder=HubertModel(config), decoder=decoder)
+    model.set_special_tokens(START, END, PAD)
+    return model.train()
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def model(request):
+    torch.manual_seed(0)
+    return joined(tiny_decoder(request.param))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
+    labels[0, 6:], labels[1, 2:] = -100, -100
+    return {"input_values": torch.randn(3, 2000, generator=generator), "labels": labels}
+
+
+def loss_and_gradient(model, batch, **options):
+    model.zero_grad()
+    loss = model(**batch, **options).loss
+    loss.backward()
+    return loss.detach(), {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
+
+
+def relative_difference(gradients, others):
+    assert gradients.keys() == others.keys()
+    difference = torch.stack([(gradients[name] - others[name]).norm() for name in gradients]).norm()
+    return difference / torch.stack([each.norm() for each in others.values()]).norm()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk_elements", [2**25, 3 * VOCABULARY])
+def test_loss_and_gradient_are_those_of_the_dense_loss(model, batch, label_smoothing, chunk_elements, monkeypatch):
+    monkeypatch.setattr(losses.labelled_cross_entropy, "__defaults__", (0.0, chunk_elements))
+    loss, gradients = loss_and_gradient(model, batch, label_smoothing=label_smoothing)
+    dense, expected = loss_and_gradient(model, batch, label_smoothing=label_smoothing, output_logits=True)
+    torch.testing.assert_close(loss, dense, rtol=1e-6, atol=0)
+    assert relative_difference(gradients, expected) < 1e-6
+
+
+class MostLogits(TorchDispatchMode):
+    """Notes the most elements of any tensor as wide as the vocabulary that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        wide = [
+            each.numel()
+            for each in tree_leaves(made)
+            if isinstance(each, torch.Tensor) and each.ndim > 1 and each.shape[-1] == VOCABULARY
+        ]
+        self.elements = max([self.elements, *wide])
+        return made
+
+
+def test_a_training_step_never_holds_the_logits_of_all_positions(model, batch, monkeypatch):
+    monkeypatch.setattr(losses.labelled_cross_entropy, "__defaults__", (0.0, 3 * VOCABULARY))
+    batch["labels"] = torch.randint(3, VOCABULARY, (3, 60))
+    with MostLogits() as most:
+        output = model(**batch)
+        output.loss.backward()
+    assert output.logits is None
+    assert 0 < most.elements <= 3 * VOCABULARY + model.decoder.get_output_embeddings().weight.numel()
+    with MostLogits() as most:
+        model(**batch, output_logits=True).loss.backward()
+    assert most.elements >= 3 * 60 * VOCABULARY
+
+
+def test_evaluation_and_a_forward_without_labels_give_logits(model, batch):
+    assert model(batch["input_values"], decoder_input_ids=torch.full((3, 4), START)).logits.shape == (3, 4, VOCABULARY)
+    assert model.eval()(**batch).logits.shape == (3, 9, VOCABULARY)
+    model.train()
+
+
+def test_the_layer_is_itself_again_after_an_error(model):
+    with pytest.raises(RuntimeError, match="stop"), deferred_output_layer(model.decoder, deferred=True):
+        raise RuntimeError("stop")
+    layer = model.decoder.get_output_embeddings()
+    assert isinstance(layer, DeferrableLinear)
+    assert layer(torch.ones(1, layer.in_features)).shape == (1, VOCABULARY)
+
+
+def test_a_batch_without_target_tokens_has_a_zero_loss_with_a_gradient_of_zeros(model, batch):
+    loss, gradients = loss_and_gradient(model, {**batch, "labels": torch.full((3, 5), -100)})
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_the_vocabulary_grows_and_the_layer_stays_deferrable(batch):
+    model = joined(tiny_decoder("bert"))
+    model.resize_token_embeddings(VOCABULARY + 5)
+    assert model(**batch).logits is None
+    assert model.config.decoder.vocab_size == VOCABULARY + 5
+    assert model.eval()(**batch).logits.shape[-1] == VOCABULARY + 5
+
+
+# --- one update however the batch is cut
+
+
+def gradient(model, rows, num_items):
+    model.zero_grad()
+    for row in rows:
+        model(**row, num_items_in_batch=num_items).loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_eight_at_once_and_eight_accumulated_give_the_same_gradient(padded):
+    torch.manual_seed(0)
+    model = joined(tiny_decoder("bert"))
+    lengths, num_tokens = [2000, 800, 1600, 900, 2000, 1100, 1300, 1700], [9, 2, 5, 3, 7, 1, 6, 4]
+    audio, labels = torch.randn(8, 2000), torch.randint(3, VOCABULARY, (8, 9))
+    mask = (torch.arange(2000) < torch.tensor(lengths)[:, None]).long()
+    labels[torch.arange(9) >= torch.tensor(num_tokens)[:, None]] = -100
+    whole = {"input_values": audio * mask, "attention_mask": mask, "labels": labels}
+    cuts = [(2000, 9) if padded else each for each in zip(lengths, num_tokens, strict=True)]
+    rows = [
+        {"input_values": audio[[i], :s] * mask[[i], :s], "attention_mask": mask[[i], :s], "labels": labels[[i], :u]}
+        for i, (s, u) in enumerate(cuts)
+    ]
+    at_once, accumulated = gradient(model, [whole], sum(num_tokens)), gradient(model, rows, sum(num_tokens))
+    assert relative_difference(accumulated, at_once) < 1e-5
+    model.zero_grad()
+    model(**whole).loss.backward()
+    mean = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert relative_difference(at_once, mean) < 1e-6

@@ -1,0 +1,206 @@
+"""Steps that go wrong are left out, named and counted; too many end the run; a deaf decoder is reported."""
+
+import io
+import json
+import logging
+import math
+
+import lightning
+import pytest
+import torch
+from exactness import Loader, batch, new_module, trainer_of
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.nn.utils import parameters_to_vector
+
+from sedtrain.errors import UserError
+from sedtrain.training import guards
+from sedtrain.training.gradients import Update
+from sedtrain.training.guards import Guards
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:.*treespec, LeafSpec",
+    "ignore:Detected call of `lr_scheduler.step",
+)
+
+
+class Spoil(lightning.Callback):
+    """Makes the audio of some batches, or the gradient after them, what is not finite."""
+
+    def __init__(self, audio=(), gradient=()):
+        self.audio, self.gradient, self.batch = audio, gradient, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batch = batch_idx
+        if batch_idx in self.audio:
+            batch.inputs[0, 7] = torch.nan
+
+    def on_after_backward(self, trainer, pl_module):
+        if self.batch in self.gradient:
+            next(pl_module.parameters()).grad[0] = torch.inf
+
+
+def fitted(guard, *callbacks, utterances=((0,), (1,), (2,), (3,)), precision="32-true", **options):
+    module = new_module()
+    trainer = trainer_of(precision, callbacks=[*callbacks, guard], **{"max_steps": len(utterances), **options})
+    trainer.fit(module, Loader([batch(each) for each in utterances]))
+    return module
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
+
+
+def test_a_batch_with_nan_is_left_out_named_and_counted(tmp_path, caplog):
+    guard = Guards(str(tmp_path))
+    with caplog.at_level(logging.WARNING, "sedtrain"):
+        module = fitted(guard, Spoil(audio=[1]))
+    without = fitted(Guards(str(tmp_path)), utterances=[(0,), (2,), (3,)])
+    assert torch.equal(parameters_to_vector(module.parameters()), parameters_to_vector(without.parameters()))
+    [line] = lines(tmp_path)
+    assert line == {
+        "step": 2,
+        "reason": "the loss is not finite",
+        "skipped": True,
+        "loss": "nan",
+        "ctc_loss": "nan",
+        "gradient_norm": "nan",
+        "utterances": ["utterance 1"],
+    }
+    assert (guard.num_bad, guard.num_in_a_row) == (1, 0)
+    assert module.trainer.callback_metrics["train/bad_steps"] == 1
+    assert (
+        "step 2: the loss is not finite (loss nan, gradient norm nan), left out; its 1 utterances are in" in caplog.text
+    )
+    assert f"1 steps were left out for what is not finite; see {tmp_path}" in caplog.text
+
+
+def test_of_several_micro_batches_the_bad_one_is_named(tmp_path):
+    fitted(Guards(str(tmp_path)), Spoil(audio=[2]), max_steps=1, accumulate_grad_batches=4)
+    assert lines(tmp_path)[0]["utterances"] == ["utterance 2"]
+
+
+def test_where_only_the_gradient_is_not_finite_every_utterance_of_the_step_is_named(tmp_path):
+    fitted(Guards(str(tmp_path)), Spoil(gradient=[3]), max_steps=2, accumulate_grad_batches=2)
+    [line] = lines(tmp_path)
+    assert (line["step"], line["reason"]) == (2, "the gradient is not finite")
+    assert math.isfinite(line["loss"])
+    assert line["gradient_norm"] == "inf"
+    assert line["utterances"] == ["utterance 2", "utterance 3"]
+
+
+def test_a_run_that_makes_only_bad_steps_ends_with_a_message(tmp_path):
+    with pytest.raises(UserError) as raised:
+        fitted(Guards(str(tmp_path), max_bad_steps=2), Spoil(audio=[0, 2, 3]))
+    assert str(raised.value) == (
+        "2 steps in a row had a loss or a gradient that is not finite and were left out; "
+        f"{tmp_path}/bad_steps.jsonl names their utterances\n"
+        "  write instead: a lower optimizer.lr, trainer.precision=32-true, or data without these utterances; "
+        "callbacks.guards.max_bad_steps=NUMBER to go on for longer"
+    )
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3, 4]
+
+
+def half(init_scale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return {"precision": None, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def test_gradients_too_large_for_float16_are_the_scaler_s_business(tmp_path):
+    guard = Guards(str(tmp_path), max_bad_steps=1)
+    module = fitted(guard, **half(2.0**60))
+    assert guard.num_bad == 0
+    assert module.trainer.precision_plugin.scaler.get_scale() == 2.0**56
+    assert torch.equal(parameters_to_vector(module.parameters()), parameters_to_vector(new_module().parameters()))
+
+
+def test_gradients_too_large_for_float16_at_any_scale_are_not(tmp_path):
+    with pytest.raises(UserError, match=r"^3 steps in a row"):
+        fitted(Guards(str(tmp_path), max_bad_steps=3), Spoil(gradient=range(4)), **half(1.0))
+
+
+def test_a_spike_of_the_loss_is_named_and_not_left_out(tmp_path):
+    guard = Guards(str(tmp_path))
+    guard.losses.extend([2.0, 2.1] * 10)
+    module = fitted(guard, utterances=[(0, 1)])
+    [line] = lines(tmp_path)
+    assert (line["reason"], line["skipped"], line["utterances"]) == (
+        "loss spike",
+        False,
+        ["utterance 0", "utterance 1"],
+    )
+    assert module.trainer.callback_metrics["train/loss_spikes"] == 1
+    assert not torch.equal(parameters_to_vector(module.parameters()), parameters_to_vector(new_module().parameters()))
+
+
+@pytest.mark.parametrize(("losses", "loss"), [([2.0, 2.1] * 9, 9.0), ([2.0, 4.0] * 10, 8.0), ([2.0, 2.1] * 10, 2.3)])
+def test_few_steps_or_scattered_losses_make_no_spike(tmp_path, losses, loss):
+    guard = Guards(str(tmp_path))
+    guard.losses.extend(losses)
+    assert not guard.is_spike(loss)
+
+
+def test_gradient_norms_are_logged_by_part(tmp_path):
+    module = fitted(Guards(str(tmp_path)))
+    logged = {name: value.item() for name, value in module.trainer.callback_metrics.items() if "norm/" in name}
+    assert set(logged) == {
+        f"gradient_norm/{part}" for part in ("encoder", "adapter", "cross_attention", "decoder", "ctc_head")
+    }
+    assert logged == pytest.approx(
+        {f"gradient_norm/{name}": value for name, value in module.update.gradient_norms.items()}
+    )
+    assert not (tmp_path / "bad_steps.jsonl").exists()
+
+
+def test_its_state_travels_in_a_checkpoint_without_code(tmp_path):
+    guard = Guards(str(tmp_path), max_bad_steps=5)
+    fitted(guard, Spoil(audio=[2, 3]))
+    file = io.BytesIO()
+    torch.save(guard.state_dict(), file)
+    file.seek(0)
+    again = Guards(str(tmp_path), max_bad_steps=5)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert again.state_dict() == guard.state_dict()
+    assert (again.num_bad, again.num_in_a_row, len(again.losses)) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("values", [{"max_bad_steps": 0}, {"spike_deviations": 0.0}, {"probe_after": 1.5}])
+def test_options_out_of_range_are_refused(tmp_path, values):
+    [(name, value)] = values.items()
+    with pytest.raises(UserError, match=rf"^callbacks\.guards\.{name}={value}: this has to be"):
+        Guards(str(tmp_path), **values)
+
+
+def test_a_step_without_tokens_is_neither_bad_nor_a_loss(tmp_path):
+    guard = Guards(str(tmp_path), max_bad_steps=1)
+    fitted(guard, utterances=[(0,), (), (1,)])
+    assert guard.num_bad == 0
+    assert len(guard.losses) == 2
+
+
+def test_an_update_that_is_not_finite_says_which():
+    def update(loss, norm):
+        return Update(3, loss, 0.0, {"encoder": 1.0, "decoder": norm}, [])
+
+    assert update(1.0, 2.0).loss_is_finite and update(1.0, 2.0).gradient_is_finite
+    assert not update(math.nan, 2.0).loss_is_finite
+    assert not update(1.0, math.inf).gradient_is_finite
+    assert update(1.0, 2.0).gradient_norm == pytest.approx(5**0.5)
+
+
+# --- a decoder that does not listen
+
+
+@pytest.mark.parametrize(("beginning", "gain", "said"), [(0, 100.0, True), (0, -100.0, False), (100, 100.0, False)])
+def test_a_decoder_that_hardly_listens_is_reported_after_the_beginning(
+    sedtrain, corpus, tmp_path, monkeypatch, beginning, gain, said
+):
+    monkeypatch.setattr(guards, "HISTORY", beginning)
+    ended = sedtrain(
+        "data=parquet", f"data.path={corpus}", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=2",
+        "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",
+        f"callbacks.guards.min_audio_gain={gain}",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    assert ("step 2: the decoder hardly listens: with the audio of other utterances its loss is" in ended.err) == said
+    assert "val/audio_gain" in (tmp_path / "run/metrics.csv").read_text()

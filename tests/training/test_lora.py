@@ -1,0 +1,149 @@
+"""Low-rank matrices in every family: heard, trained alone, merged or saved apart, and read by stock transformers."""
+
+import sys
+
+import pytest
+import torch
+import transformers
+from test_finetune import PAIRS, finetuning, joined, moving, parts_of
+from test_trained_parameters import LABELS
+from torch import nn
+
+from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.errors import UserError
+from sedtrain.export import SavedModel
+from sedtrain.models.lora import base_weights, lora_layers
+from sedtrain.models.parts import part_of
+
+
+def inputs_of(model):
+    """Half a second of what the encoder takes."""
+    config = model.encoder.config
+    if model.encoder.main_input_name == "input_values":
+        return torch.randn(2, 8000)
+    mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None)
+    shape = (2, mels, 100) if "whisper" in config.model_type else (2, 100, mels or config.feature_projection_input_dim)
+    return torch.randn(shape)
+
+
+def adapted(encoder="hubert", decoder="bert", *overrides):
+    model = joined(encoder, decoder)
+    model.set_special_tokens(1, 2, 0)
+    callback = finetuning("lora", *overrides)
+    callback.prepare(model)
+    return model, callback
+
+
+def stirred(model):
+    """The model with matrices as they are after training: the second one starts as zeros."""
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    return model.eval()
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(inputs, decoder_input_ids=torch.tensor([[1, 5, 6], [1, 7, 8]])).logits
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [pair for pair in PAIRS if pair[0] != "wavlm"], ids=map("-".join, [
+    pair for pair in PAIRS if pair[0] != "wavlm"]))  # fmt: skip
+def test_every_matrix_has_a_gradient_and_merges_into_what_it_said(encoder, decoder):
+    model, callback = adapted(encoder, decoder)
+    trained = moving(model)
+    assert parts_of(name for name in trained if ".lora_" not in name) <= {"cross_attention", "adapter"}
+    assert {part_of(name) for name in trained if ".lora_" in name} == {"encoder", "decoder"}
+    inputs = inputs_of(model)
+    model(inputs, labels=LABELS).loss.backward()
+    assert [name for name in trained if model.get_parameter(name).grad is None] == []
+    untouched = logits(model.eval(), inputs)
+    said = logits(stirred(model), inputs)
+    assert (said - untouched).abs().max() > 1e-3
+    callback.finish(model)
+    assert lora_layers(model) == {}
+    torch.testing.assert_close(logits(model, inputs), said, rtol=1e-4, atol=1e-4)
+    assert model.state_dict().keys() == joined(encoder, decoder).state_dict().keys()
+
+
+def test_only_the_attention_is_adapted_and_little_moves():
+    model, _ = adapted()
+    before = sum(weight.numel() for weight in joined().parameters())
+    assert sum(model.get_parameter(name).numel() for name in moving(model)) < 0.2 * before
+    assert all("attention" in name for name in lora_layers(model))
+    assert len(lora_layers(model)) == 4 * 4 + 2 * 4
+
+
+def test_wavlm_whose_attention_goes_past_its_layers_is_adapted_elsewhere_or_refused():
+    with pytest.raises(UserError) as caught:
+        adapted("wavlm", "bert", "finetune.targets=[encoder_self_attention]")
+    assert str(caught.value) == (
+        "finetune.targets: there is no linear layer that can be adapted in encoder_self_attention\n"
+        "  write instead: finetune.targets=[encoder,decoder], or other parts with linear layers"
+    )
+    model, _ = adapted("wavlm", "bert", "finetune.targets=[encoder]")
+    model(inputs_of(model), labels=LABELS).loss.backward()
+    assert [name for name in moving(model) if model.get_parameter(name).grad is None] == []
+
+
+def test_a_target_of_which_nothing_can_be_adapted_is_told(caplog):
+    with caplog.at_level("WARNING", "sedtrain"):
+        adapted("wavlm", "bert")
+    assert [record.getMessage() for record in caplog.records] == [
+        "finetune.targets: encoder_self_attention has no linear layer that can be adapted, and stays as it is"
+    ]
+
+
+def test_without_peft_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError) as caught:
+        adapted()
+    assert caught.value.what_is_wrong.startswith("finetune=lora needs peft: ")
+    assert caught.value.write_instead == "pip install 'sedtrain[lora]'"
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("finetune.rank=0", "finetune.rank=0: this has to be 1 or more"),
+        ("finetune.alpha=0", "finetune.alpha=0.0: this has to be above 0"),
+        ("finetune.dropout=1", "finetune.dropout=1.0: this has to be a fraction from 0 to below 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(override, text):
+    with pytest.raises(Exception) as caught:
+        finetuning("lora", override)
+    assert text.replace(".0:", ":") in str(caught.value.__cause__).replace(".0:", ":")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers by an old name
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")  # and finds out how the layers of GPT-2 lie
+@pytest.mark.parametrize("decoder", ["bert", "gpt2", "bart"])
+def test_kept_apart_it_is_an_adapter_that_stock_transformers_and_peft_load(decoder, tmp_path, own_tokenizer):
+    import peft
+
+    model, callback = adapted("hubert", decoder, "finetune.merge=false")
+    callback.finish(stirred(model))
+    assert lora_layers(model)
+    inputs = inputs_of(model)
+    said = logits(model, inputs)
+    saved = SavedModel(model, *own_tokenizer)
+    saved.save(tmp_path, DecodingOptions())
+    stock = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path).eval()
+    assert set(stock.state_dict()) == set(base_weights(model))
+    assert (logits(stock, inputs) - said).abs().max() > 1e-3
+    stock.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(stock, inputs), said, rtol=1e-4, atol=1e-4)
+    by_peft = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path).eval()
+    by_peft = peft.PeftModel.from_pretrained(by_peft, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(by_peft.base_model.model, inputs), said, rtol=1e-4, atol=1e-4)
+    own = SavedModel.load(str(tmp_path))
+    torch.testing.assert_close(logits(own.model, inputs), said, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def own_tokenizer():
+    from families import TOKENIZER
+
+    from sedtrain.models.encoder import feature_extractor_of
+
+    return TOKENIZER, feature_extractor_of(joined().encoder)

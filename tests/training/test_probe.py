@@ -1,0 +1,64 @@
+"""What its own audio is worth to the decoder, against audio exchanged by hand."""
+
+import pytest
+import torch
+from exactness import batch, new_module
+
+from sedtrain.training.module import OtherAudio
+
+
+@pytest.fixture
+def module():
+    """One whose decoder listens more than random weights of 0.02 do."""
+    module = new_module().eval()
+    for name, weight in module.model.named_parameters():
+        if "crossattention" in name and weight.ndim == 2:
+            weight.data *= 20
+    return module
+
+
+def sums_of(module, *batches):
+    total = torch.zeros(4)
+    with torch.no_grad():
+        for each in batches:
+            encoded = module.model.encode(each.inputs, each.attention_mask)
+            total += module.with_other_audio(encoded, each.labels)
+    return total.tolist()
+
+
+def loss_of(module, text, audio):
+    """The summed cross-entropy of one utterance's text with the audio of another, alone and unpadded."""
+    with torch.no_grad():
+        encoded = module.model.encode(batch([audio]).inputs, batch([audio]).attention_mask)
+        return module.cross_entropy(encoded, batch([text]).labels).item()
+
+
+def test_every_utterance_hears_the_one_before_it(module):
+    own, num_tokens, gain, num_compared = sums_of(module, batch([0, 3, 1]))
+    expected = loss_of(module, 0, audio=1) + loss_of(module, 3, audio=0) + loss_of(module, 1, audio=3)
+    assert own == pytest.approx(sum(loss_of(module, each, audio=each) for each in (0, 3, 1)), rel=1e-5)
+    assert gain == pytest.approx(expected - own, rel=1e-3)
+    assert num_tokens == num_compared == 3 + 10 + 8
+
+
+def test_an_utterance_alone_in_its_batch_hears_the_batch_before(module):
+    _, num_tokens, gain, num_compared = sums_of(module, batch([5]), batch([3]), batch([1, 2]), batch([0]))
+    pairs = [(3, 5), (1, 2), (2, 1), (0, 1)]
+    expected = sum(loss_of(module, text, audio) - loss_of(module, text, text) for text, audio in pairs)
+    assert gain == pytest.approx(expected, rel=1e-3)
+    assert num_tokens - num_compared == 5  # the first had no other to hear
+
+
+def test_a_decoder_that_does_not_hear_gains_nothing(module):
+    for name, weight in module.model.named_parameters():
+        if "crossattention.output.dense" in name:
+            weight.data.zero_()
+    _, _, gain, num_compared = sums_of(module, batch([0, 3, 1]))
+    assert abs(gain / num_compared) < 1e-6
+
+
+def test_a_model_without_masks_is_probed_too(module):
+    encoded = module.model.encode(torch.randn(2, 4000))
+    other = OtherAudio().instead_of(encoded)
+    assert other.attention_mask is None
+    assert torch.equal(other.last_hidden_state, encoded.last_hidden_state.flip(0))

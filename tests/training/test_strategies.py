@@ -1,0 +1,137 @@
+"""Trainings over two ranks, their weights whole or in pieces, against the same in one process."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import EMBEDDED, cut_corpus
+from safetensors.torch import load_file
+from sharded import BF16, STARTS_LATE, arguments
+
+from sedtrain.training.checkpoints import is_whole, read_checkpoint
+
+LOGGED = ["train/loss", "train/ctc_loss", "val/loss", "val/wer", "val/cer", "val/audio_gain"]
+FIRST, THEN = range(3), range(3, 6)
+
+
+@pytest.fixture(scope="module")
+def runs(sedtrain, tmp_path_factory):
+    """Trainings over two ranks, and beside them in one process with as many utterances a step."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = cut_corpus(EMBEDDED, folder / "corpus", train=21, validation=5, test=5)
+
+    def alone(name, *overrides):
+        options = ["trainer.devices=1", "trainer.accumulate_grad_batches=2"]
+        ended = sedtrain(*arguments(folder, corpus, name, *overrides), *options)
+        assert ended.status == 0, ended.err
+
+    alone("single")
+    script, log = Path(__file__).parents[1] / "sharded.py", folder / "torchrun.log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    env.pop("SEDTRAIN_RUN_DIR", None)  # of the run in this process
+    with log.open("w") as file:
+        ended = subprocess.run(
+            [*command, script, folder, corpus], stdout=file, stderr=file, timeout=280, check=False, env=env
+        )
+    assert ended.returncode == 0, log.read_text()
+    alone("single_on", "resume=single")
+    alone("fsdp_single", "resume=fsdp")
+    alone("single_bf16", *BF16)
+    alone("single_late", *STARTS_LATE)
+    alone("single_late_on", *STARTS_LATE, "resume=single_late")
+    return folder
+
+
+def logged(folder, column, steps):
+    """The values of a column of metrics.csv at these steps."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get(column) and int(row["step"]) in steps]
+    return [float(row[column]) for row in rows]
+
+
+@pytest.mark.parametrize("column", LOGGED)
+@pytest.mark.parametrize(
+    ("name", "reference", "steps"),
+    [
+        ("fsdp", "single", FIRST),
+        ("fsdp_on", "single_on", THEN),
+        ("single_fsdp", "single_on", THEN),
+        ("fsdp_single", "single_on", THEN),
+        ("fsdp_late", "single_late", FIRST),
+        ("ddp_late", "single_late", FIRST),
+        ("fsdp_late_on", "single_late_on", THEN),
+    ],
+)
+def test_two_ranks_log_what_one_process_logs(runs, name, reference, steps, column):
+    expected = logged(runs / reference, column, steps)
+    assert len(expected) == (len(steps) if column.startswith("train") else 1)
+    assert logged(runs / name, column, steps) == pytest.approx(expected, rel=1e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize("column", ["train/loss", "train/ctc_loss", "val/loss"])
+def test_two_ranks_in_bf16_log_what_one_process_logs_within_its_rounding(runs, column):
+    """Which has 8 bits: 0.4 % of a value."""
+    expected = logged(runs / "single_bf16", column, FIRST)
+    assert logged(runs / "fsdp_bf16", column, FIRST) == pytest.approx(expected, rel=1e-3)
+    assert expected != logged(runs / "single", column, FIRST)
+
+
+def test_a_rank_has_no_utterances_in_the_last_step_of_the_epoch(runs):
+    """Else nothing here would show that it keeps up with the other."""
+    assert "10 s of audio, 7 in an epoch" in (runs / "fsdp_on" / "sedtrain.log").read_text()
+
+
+def test_the_exported_folder_is_that_of_one_process(runs):
+    single, sharded = runs / "single_late" / "model", runs / "fsdp_late" / "model"
+    assert {path.name for path in single.iterdir()} == {path.name for path in sharded.iterdir()}
+    assert (single / "config.json").read_text() == (sharded / "config.json").read_text()
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (single, sharded))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+    transformers.SpeechEncoderDecoderModel.from_pretrained(sharded)
+
+
+@pytest.mark.parametrize(("name", "reference"), [("ddp_late", "single_late"), ("fsdp_late_on", "single_late_on")])
+def test_two_ranks_have_the_weights_of_one_process_and_their_average_when_a_part_has_thawed(runs, name, reference):
+    single, of_two = (read_checkpoint(runs / each / "checkpoints/last.ckpt") for each in (reference, name))
+    for part in ("state_dict", "current_model_state"):
+        assert of_two[part].keys() == single[part].keys()
+        for weight_name, weight in of_two[part].items():
+            torch.testing.assert_close(weight, single[part][weight_name], rtol=1e-3, atol=1e-4)
+    averaged, own = single["state_dict"], single["current_model_state"]
+    moved = {weight_name for weight_name, weight in own.items() if not torch.equal(weight, averaged[weight_name])}
+    assert any(".encoder.layers." in weight_name for weight_name in moved)
+
+
+def test_a_checkpoint_of_two_ranks_is_one_whole_file_of_the_same_layout(runs):
+    paths = [runs / name / "checkpoints" / "last.ckpt" for name in ("single", "fsdp")]
+    assert is_whole(paths[1])
+    single, sharded = map(read_checkpoint, paths)
+    assert sharded["state_dict"].keys() == single["state_dict"].keys()
+    expected, state = single["optimizer_states"][0], sharded["optimizer_states"][0]
+    assert state["param_groups"] == expected["param_groups"]
+    assert state["state"].keys() == expected["state"].keys()
+    for number, entry in state["state"].items():
+        for name, value in entry.items():
+            torch.testing.assert_close(value, expected["state"][number][name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer=adafactor"], "optimizer=Adafactor: its state cannot be cut along with the weights"),
+        (["encoder.tiny.layerdrop=0.1"], "encoder=hubert: layerdrop is 0.1, and a layer that one device leaves out"),
+        (["trainer.precision=16-mixed"], "does not support"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(sedtrain, corpus, tmp_path, overrides, message):
+    ended = sedtrain(*arguments(tmp_path, corpus, "refused", "strategy=fsdp", *overrides), "trainer.devices=1")
+    assert ended.status == 2
+    assert message in ended.err
