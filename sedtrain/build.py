@@ -29,7 +29,7 @@ from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.text.coverage import VocabularyReport
-from sedtrain.text.normalisers import normaliser
+from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tags import add_tags
 from sedtrain.text.tokenizers import start_end_pad
 from sedtrain.training.checkpoints import NEVER, ValidateEvery
@@ -61,14 +61,14 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data: SpeechTextDataModule = create(cfg, "data")
     data.augment = augment(cfg)
-    rewrite = data.corpus.rewrite = normaliser(cfg.training_normaliser)
+    rewrite = data.corpus.rewrite = normalizer(cfg.training_normalizer)
     data.corpus.refuse_unusable(["train", "validation", cfg.split])
     tokenizer = tokenizer_for(cfg, data, rewrite)
     encoder: PreTrainedModel = create(cfg, "encoder")
     decoder: PreTrainedModel = create(cfg, "decoder")(tokenizer)
     feature_extractor = feature_extractor_of(encoder)
     saved = SavedModel(joined(encoder, decoder, create(cfg, "adapter"), tokenizer), tokenizer, feature_extractor)
-    saved.model.config.training_normaliser = rewrite.label()  # lies in config.json, wherever the folder goes
+    saved.model.config.training_normalizer = rewrite.label()  # lies in config.json, wherever the folder goes
     if data.tags:
         add_tags_of(data, saved)
     connect(data, saved)
@@ -207,9 +207,9 @@ def add_tags_of(data: SpeechTextDataModule, saved: SavedModel) -> None:
 
 def connect(data: SpeechTextDataModule, saved: SavedModel) -> None:
     """Hands the data what the model fixes: features, token ids, the start token, how texts are written."""
-    name = (saved.training_normaliser or {"name": "none"})["name"]
+    name = (saved.training_normalizer or {"name": "none"})["name"]
     start = saved.model.config.decoder_start_token_id
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, normaliser(name), saved.tags)
+    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, normalizer(name), saved.tags)
 
 
 def loss_weights(weights: LossWeights, starts_random: bool) -> LossWeights:
@@ -220,7 +220,7 @@ def loss_weights(weights: LossWeights, starts_random: bool) -> LossWeights:
 
 
 def metric_set(cfg: DictConfig) -> MetricSet:
-    return MetricSet(METRICS_OF[cfg.target], normaliser(cfg.normaliser))
+    return MetricSet(METRICS_OF[cfg.target], normalizer(cfg.normalizer))
 
 
 def decoding_options(cfg: DictConfig) -> DecodingOptions:

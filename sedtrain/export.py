@@ -26,9 +26,9 @@ class SavedModel:
     feature_extractor: SequenceFeatureExtractor
 
     @property
-    def training_normaliser(self) -> Mapping[str, str] | None:
+    def training_normalizer(self) -> Mapping[str, str] | None:
         """Name and version of what rewrote the texts that the model learnt to write; None where its folder does not say."""
-        label: Mapping[str, str] | None = getattr(self.model.config, "training_normaliser", None)
+        label: Mapping[str, str] | None = getattr(self.model.config, "training_normalizer", None)
         return label
 
     @property
@@ -79,7 +79,7 @@ A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with 
 |---|---|---|
 {rows}
 
-Text normaliser for scoring: `{normaliser}`; for training: `{training_normaliser}`.
+Text normalizer for scoring: `{normalizer}`; for training: `{training_normalizer}`.
 {num_utterances} utterances, {minutes:.1f} minutes of audio.
 
 ```python
@@ -115,8 +115,8 @@ def prompt(tags: Tags | None, task: str) -> str:
     return PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
 
 
-def named(normaliser: Mapping[str, str] | None) -> str:
-    return " ".join(normaliser.values()) if normaliser else "unknown"
+def named(normalizer: Mapping[str, str] | None) -> str:
+    return " ".join(normalizer.values()) if normalizer else "unknown"
 
 
 def write_model_card(folder: Path, saved: SavedModel, results: Results, data: str) -> None:
@@ -136,8 +136,8 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         data=data,
         split=results.split,
         rows="\n".join(rows),
-        normaliser=named(results.normaliser),
-        training_normaliser=named(results.training_normaliser),
+        normalizer=named(results.normalizer),
+        training_normalizer=named(results.training_normalizer),
         num_utterances=results.num_utterances,
         minutes=results.audio_seconds / 60,
         sampling_rate=saved.feature_extractor.sampling_rate,

@@ -28,7 +28,7 @@ from sedtrain.export import SavedModel, write_model_card
 from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
 from sedtrain.run_dir import config_of
-from sedtrain.text.normalisers import normaliser
+from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tags import TASK_OF
 from sedtrain.training.fit_batches import fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
@@ -124,13 +124,13 @@ def score(cfg: DictConfig, saved: SavedModel, data: SpeechTextDataModule, train:
         num_utterances=len(evaluation.hypotheses),
         audio_seconds=evaluation.audio_seconds,
         metrics=evaluation.metrics,
-        normaliser=metric_set.normalise.label(),
+        normalizer=metric_set.normalize.label(),
         decoding=asdict(options),
         rtfx=evaluation.rtfx,
         train=train,
         skipped=data.skipped.totals(),
         versions=installed_versions(),
-        training_normaliser=saved.training_normaliser,
+        training_normalizer=saved.training_normalizer,
     )
     folder = Path(cfg.run_dir)
     results.write(folder / "results.json")
@@ -199,7 +199,7 @@ def inspect_data(cfg: DictConfig) -> None:
     require(most is None or most > 0, "inspect_utterances", most, "1 or more, or null")
     cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
     data: SpeechTextDataModule = create(cfg, "data")
-    data.corpus.rewrite = normaliser(cfg.training_normaliser)
+    data.corpus.rewrite = normalizer(cfg.training_normalizer)
     found, columns = inspected(data, most)
     found.write(folder / "inspect.json")
     write_page(folder / "inspect.html", found, columns)

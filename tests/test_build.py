@@ -402,8 +402,8 @@ def reported(caplog):
     return {record.getMessage()[: record.getMessage().index(":")]: record for record in records}
 
 
-def test_labels_and_tokenizer_follow_the_training_normaliser_and_references_do_not(built, loud):
-    run = built(f"data.path={loud}", "training_normaliser=lowercase")
+def test_labels_and_tokenizer_follow_the_training_normalizer_and_references_do_not(built, loud):
+    run = built(f"data.path={loud}", "training_normalizer=lowercase")
     [*_, batch] = run.data.batches("validation")
     assert all(text.isupper() for text in batch.texts)
     written = [run.saved.tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in batch.labels]
@@ -417,34 +417,34 @@ def test_texts_are_learnt_as_they_are_by_default(built, loud):
     assert run.saved.tokenizer.decode(batch.labels[0][batch.labels[0] >= 0], skip_special_tokens=True) == batch.texts[0]
 
 
-def test_a_model_its_card_and_its_results_name_both_normalisers(command, sedtrain, loud, tmp_path):
-    ended = command(f"data.path={loud}", "training_normaliser=whisper_basic", "normaliser=none")
+def test_a_model_its_card_and_its_results_name_both_normalizers(command, sedtrain, loud, tmp_path):
+    ended = command(f"data.path={loud}", "training_normalizer=whisper_basic", "normalizer=none")
     assert ended.status == 0, ended.err
     label = {"name": "whisper_basic", "version": f"whisper-normalizer {version('whisper-normalizer')}"}
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "run/model").training_normaliser == label
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "run/model").training_normalizer == label
     card = (tmp_path / "run/model/README.md").read_text()
     assert f"for scoring: `none 1`; for training: `{' '.join(label.values())}`" in card
     again = sedtrain("task=evaluate", f"checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'again'}")
     assert again.status == 0, again.err
     for folder in ("run", "again"):
         stored = json.loads((tmp_path / folder / "results.json").read_text())
-        assert (stored["normaliser"]["name"], stored["training_normaliser"]) == ("none", label)
+        assert (stored["normalizer"]["name"], stored["training_normalizer"]) == ("none", label)
 
 
-def test_a_model_that_does_not_name_a_training_normaliser_is_scored_all_the_same(command, sedtrain, tmp_path):
+def test_a_model_that_does_not_name_a_training_normalizer_is_scored_all_the_same(command, sedtrain, tmp_path):
     assert command().status == 0
     config = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert config.pop("training_normaliser") == {"name": "none", "version": "1"}
+    assert config.pop("training_normalizer") == {"name": "none", "version": "1"}
     (tmp_path / "run/model/config.json").write_text(json.dumps(config))
     ended = sedtrain("task=evaluate", f"checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'again'}")
     assert ended.status == 0, ended.err
-    assert json.loads((tmp_path / "again/results.json").read_text())["training_normaliser"] is None
+    assert json.loads((tmp_path / "again/results.json").read_text())["training_normalizer"] is None
 
 
-def test_an_unknown_training_normaliser_is_refused_with_the_closest(command):
-    ended = command("training_normaliser=lowercas")
+def test_an_unknown_training_normalizer_is_refused_with_the_closest(command):
+    ended = command("training_normalizer=lowercas")
     assert ended.status == 2
-    assert "training_normaliser has no option 'lowercas'\n    did you mean 'lowercase'?" in ended.err
+    assert "training_normalizer has no option 'lowercas'\n    did you mean 'lowercase'?" in ended.err
 
 
 def test_a_tokenizer_from_the_first_texts_is_told_what_the_others_hold(built, caplog):
@@ -499,8 +499,8 @@ def test_characters_that_a_pretrained_tokenizer_cannot_write_are_warned_of(built
     said = reported(caplog)["train"]
     assert said.levelname == "WARNING"
     assert f"\n  'z' (U+007A) {number} times as in " in said.getMessage()
-    built(f"decoder.checkpoint={tmp_path / 'decoder'}", "training_normaliser=whisper_english")  # zero becomes 0
-    assert "'0' (U+0030)" in (brought := caplog.records[-2].getMessage()) and "brought in by the normaliser" in brought
+    built(f"decoder.checkpoint={tmp_path / 'decoder'}", "training_normalizer=whisper_english")  # zero becomes 0
+    assert "'0' (U+0030)" in (brought := caplog.records[-2].getMessage()) and "brought in by the normalizer" in brought
 
 
 def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write(built):

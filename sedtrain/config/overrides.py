@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
@@ -121,7 +121,7 @@ def _refusal(error: OmegaConfBaseException, key: str, value: object) -> Problem:
 SEARCH = "hydra/sweeper=optuna"
 
 
-INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normaliser", "decoding")
+INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normalizer", "decoding")
 
 
 NEEDS = {("hydra/launcher", "slurm"): "submitit_slurm"}  # options that need an extra, by one that this brings

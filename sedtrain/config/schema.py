@@ -11,7 +11,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from sedtrain.config.signatures import Signature, TargetError, fits, literals, read_signature, suggest
-from sedtrain.errors import UNSET, Problem, _shown
+from sedtrain.errors import UNSET, Problem, _as_yaml
 
 
 def one_of(*choices: str) -> Any:
@@ -28,8 +28,8 @@ class Config:
     size: str = one_of("tiny", "base", "large")
     pretrained: bool = True
     target: str = one_of("transcription", "translation")
-    normaliser: str = one_of("lowercase", "none", "whisper_english", "whisper_basic")
-    training_normaliser: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
+    normalizer: str = one_of("lowercase", "none", "whisper_english", "whisper_basic")
+    training_normalizer: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
     vocabulary_texts: int | None = 100_000
     inspect_utterances: int | None = 20_000
     memory_gb: float | None = None
@@ -147,7 +147,7 @@ def _check_target(node: DictConfig, path: str) -> Iterator[Problem]:
     target = _plain(node, "_target_")
     try:
         if not isinstance(target, str):
-            raise TargetError(f"expected a dotted name, not {_shown(target)}", "write package.module.Name")
+            raise TargetError(f"expected a dotted name, not {_as_yaml(target)}", "write package.module.Name")
         signature = read_signature(target)
     except TargetError as error:
         yield Problem(f"{path}._target_", target, error.wrong, error.write)

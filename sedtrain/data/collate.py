@@ -63,7 +63,7 @@ class Collator:
             prompts=torch.tensor([[self.decoder_start_token_id, *ids] for ids in tags]) if self.tags else None,
         )
 
-    def silence(self) -> Batch:
+    def dummy_batch(self) -> Batch:
         """A second of silence without text, which a rank that has no utterance left can compute with."""
         frames = self.features(torch.zeros(self.sampling_rate))[None]
         return Batch(
@@ -84,7 +84,7 @@ class Collator:
         return encode_target(self.tokenizer, self.rewrite(text), self.decoder_start_token_id)
 
     def features(self, audio: Tensor) -> Tensor:
-        """(S,) audio -> (S,) normalised audio or (T, F) features, time first, unpadded and not cut to 30 s.
+        """(S,) audio -> (S,) normalized audio or (T, F) features, time first, unpadded and not cut to 30 s.
 
         Shorter audio than 0.1 s gets silence behind it: the first frame of an encoder can span half as much.
         """

@@ -231,7 +231,7 @@ def source_of(options: Mapping[str, Any], where: str) -> Source:
     )
 
 
-def heated(sizes: Sequence[int], temperature: float) -> list[float]:
+def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
     """How often each of several datasets is seen in an epoch, so that their shares are those of size ** (1 / temperature).
 
     An epoch stays as long as all of them together (arXiv 1907.05019, where the shares come from).
@@ -243,7 +243,7 @@ def heated(sizes: Sequence[int], temperature: float) -> list[float]:
 class Corpus:
     """The splits train, validation and test of one dataset or of several; each is opened when it is first asked for.
 
-    temperature: see `heated`
+    temperature: see `temperature_weights`
     streaming:   whether the training split is read shard after shard; the others never are
     copies:      a folder for what has to be fetched or converted, which is gone when the process ends
     rewrite:     what is done to training texts before they are learnt
@@ -365,7 +365,7 @@ class Corpus:
             return [part.source.weight for part in self.shards()]
         parts = self.parts("train").parts
         sizes = Counter(parts[part].source.label for part, _ in self.kept("train"))
-        factors = dict(zip(sizes, heated(list(sizes.values()), self.temperature), strict=True))
+        factors = dict(zip(sizes, temperature_weights(list(sizes.values()), self.temperature), strict=True))
         return [part.source.weight * factors.get(part.source.label, 1.0) for part in parts]
 
     def has_length(self) -> bool:

@@ -463,7 +463,7 @@ class Limits:
             return "text too short", f"{number} characters < data.min_characters={self.min_characters}"
         if number > self.max_characters:
             return "text too long", f"{number} characters > data.max_characters={self.max_characters}"
-        return None if rewrite(text).strip() else ("text empty once normalised", shortened(text))
+        return None if rewrite(text).strip() else ("text empty once normalized", shortened(text))
 
 
 def shortened(text: str) -> str:

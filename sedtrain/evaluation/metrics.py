@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from sedtrain.text.normalisers import Normaliser, collapse_whitespace, normaliser, pick
+from sedtrain.text.normalizers import Normalizer, collapse_whitespace, normalizer, pick
 
 Counts = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
@@ -78,12 +78,12 @@ METRICS = {
 
 
 class MetricSet:
-    """Several metrics under one normaliser: texts to counts, sums of counts to values."""
+    """Several metrics under one normalizer: texts to counts, sums of counts to values."""
 
-    def __init__(self, names: Sequence[str], normalise: Normaliser | None = None) -> None:
-        """`normalise` is the `lowercase` normaliser if not given; a UserError names an unknown metric."""
+    def __init__(self, names: Sequence[str], normalize: Normalizer | None = None) -> None:
+        """`normalize` is the `lowercase` normalizer if not given; a UserError names an unknown metric."""
         self.metrics = {name: pick(METRICS, name, "metric") for name in names}
-        self.normalise = normaliser("lowercase") if normalise is None else normalise
+        self.normalize = normalizer("lowercase") if normalize is None else normalize
         widths = (metric.num_counts for metric in self.metrics.values())
         self._edges = np.cumsum([1, *widths]).tolist()
         self.num_counts: int = self._edges[-1]
@@ -95,7 +95,7 @@ class MetricSet:
         return np.array(rows, dtype=np.int64).reshape(len(rows), self.num_counts)
 
     def _count_utterance(self, reference: str, hypothesis: str) -> list[int]:
-        reference, hypothesis = (collapse_whitespace(self.normalise(text)) for text in (reference, hypothesis))
+        reference, hypothesis = (collapse_whitespace(self.normalize(text)) for text in (reference, hypothesis))
         counts = [1]
         for metric in self.metrics.values():
             counts.extend(metric.count(reference, hypothesis))

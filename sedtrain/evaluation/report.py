@@ -14,7 +14,7 @@ from sedtrain.evaluation.html import bars_figure, curves_figure, definitions, pa
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet
 from sedtrain.evaluation.results import Results
-from sedtrain.text.normalisers import Normaliser, collapse_whitespace, normaliser
+from sedtrain.text.normalizers import Normalizer, collapse_whitespace, normalizer
 
 AudioOf = Callable[[str], tuple[np.ndarray, int]]  # utterance id -> samples in -1..1, sampling rate
 WordPair = tuple[str, str]  # reference word above hypothesis word, "" where one has none
@@ -37,15 +37,15 @@ def write_report(
     `metrics_csv` is what Lightning's CSVLogger wrote; without it, or where there is no such file, the page has no
     curves. `audio_of` is asked for the worst utterances only. `model` names encoder and decoder in the title.
     """
-    normalise = normaliser(results.normaliser["name"])
-    metric_set = MetricSet(list(evaluation.metrics), normalise)
+    normalize = normalizer(results.normalizer["name"])
+    metric_set = MetricSet(list(evaluation.metrics), normalize)
     ranking = "wer" if "wer" in evaluation.metrics else "chrf"
     title = f"{model or 'Speech encoder-decoder'}: {results.task}"
     sections = [f"<h1>{escape(title)}</h1>", row(_scores(evaluation.metrics), _facts(results))]
     if metrics_csv and metrics_csv.exists():
         sections.append(_curves(metrics_csv))
     if evaluation.hypotheses:
-        pairs = align(evaluation.hypotheses, normalise)
+        pairs = align(evaluation.hypotheses, normalize)
         by_length = _lengths(ranking, metric_set, evaluation.counts, pairs)
         values = metric_set.values(evaluation.counts)[ranking]
         sections += [
@@ -55,10 +55,10 @@ def write_report(
     path.write_text(page(title, "\n".join(sections)), encoding="utf-8")
 
 
-def align(hypotheses: Sequence[Hypothesis], normalise: Normaliser) -> list[list[WordPair]]:
+def align(hypotheses: Sequence[Hypothesis], normalize: Normalizer) -> list[list[WordPair]]:
     """The words of every utterance in pairs, as the word error rate pairs them; at least one utterance."""
-    references = [collapse_whitespace(normalise(each.reference)) for each in hypotheses]
-    words = jiwer.process_words(references, [collapse_whitespace(normalise(each.hypothesis)) for each in hypotheses])
+    references = [collapse_whitespace(normalize(each.reference)) for each in hypotheses]
+    words = jiwer.process_words(references, [collapse_whitespace(normalize(each.hypothesis)) for each in hypotheses])
     aligned = []
     for reference, hypothesis, chunks in zip(words.references, words.hypotheses, words.alignments, strict=True):
         sides = (
@@ -95,7 +95,7 @@ def _facts(results: Results) -> str:
         else "none",
         "decoding": ", ".join(f"{name} {value}" for name, value in results.decoding.items()),
         "RTFx": f"{results.rtfx:.1f} s of audio decoded per second",
-        "normaliser": f"{results.normaliser['name']} {results.normaliser['version']}",
+        "normalizer": f"{results.normalizer['name']} {results.normalizer['version']}",
         "skipped": ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "none",
     }
     versions = {name: version or "not installed" for name, version in results.versions.items()}

@@ -31,7 +31,7 @@ class Results:
     """One evaluation of one split. Metrics are fractions; `train` is None where nothing was trained.
 
     `rtfx` is seconds of audio decoded per second of wall clock; `skipped` counts utterances by reason;
-    `normaliser` is that of the scores, `training_normaliser` that of the texts learnt, None where the model does not say.
+    `normalizer` is that of the scores, `training_normalizer` that of the texts learnt, None where the model does not say.
     """
 
     task: str
@@ -39,13 +39,13 @@ class Results:
     num_utterances: int
     audio_seconds: float
     metrics: Mapping[str, Interval]
-    normaliser: Mapping[str, str]
+    normalizer: Mapping[str, str]
     decoding: Mapping[str, Any]
     rtfx: float
     train: TrainingTotals | None
     skipped: Mapping[str, int]
     versions: Mapping[str, str | None]
-    training_normaliser: Mapping[str, str] | None = None
+    training_normalizer: Mapping[str, str] | None = None
 
     def write(self, path: Path) -> None:
         """Write JSON, whole or not at all; numbers that JSON has no word for (NaN) become null."""

@@ -175,10 +175,10 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
     if name:
         with loading("encoder.checkpoint", name):
             return AutoFeatureExtractor.from_pretrained(name)
-    return FEATURE_EXTRACTORS.get(encoder.config.model_type, normalised_audio)(encoder.config)
+    return FEATURE_EXTRACTORS.get(encoder.config.model_type, normalized_audio)(encoder.config)
 
 
-def normalised_audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+def normalized_audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
     return Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
 
 
@@ -222,4 +222,4 @@ FEATURE_EXTRACTORS: dict[str, Callable[[PreTrainedConfig], SequenceFeatureExtrac
     "speech_to_text-encoder": speech_to_text,
     "parakeet_encoder": parakeet,
 }
-"""By the encoder's model type; of any other, normalised audio."""
+"""By the encoder's model type; of any other, normalized audio."""

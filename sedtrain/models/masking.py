@@ -1,4 +1,4 @@
-"""Masks that reach convolutions and what normalises over time, so that a padded utterance is what it is alone.
+"""Masks that reach convolutions and what normalizes over time, so that a padded utterance is what it is alone.
 
 B batch, C channels, G groups, S inputs (samples or feature frames), T frames, D width.
 
@@ -67,8 +67,8 @@ class MaskedGroupNorm(nn.GroupNorm):
         count = (self.lengths.clamp(min=1) * frames.shape[2])[:, None, None, None]
         centred = frames - frames.masked_fill(padding, 0.0).sum((2, 3), keepdim=True) / count
         variance = centred.masked_fill(padding, 0.0).square().sum((2, 3), keepdim=True) / count
-        normalised = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return torch.addcmul(self.bias[:, None], normalised, self.weight[:, None]).to(input.dtype)
+        normalized = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
+        return torch.addcmul(self.bias[:, None], normalized, self.weight[:, None]).to(input.dtype)
 
 
 class Recomputed(nn.Module):

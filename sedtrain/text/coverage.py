@@ -76,14 +76,14 @@ class VocabularyReport:
         if rest := sum(islice(sorted(self.unwritable.values(), reverse=True), NUM_SHOWN, None)):
             lines.append(f"  and {len(self.unwritable) - NUM_SHOWN:,} more, {rest:,} times")
         if self.num_emptied:
-            lines.append(f"  {self.num_emptied:,} texts are empty once they are normalised for training")
+            lines.append(f"  {self.num_emptied:,} texts are empty once they are normalized for training")
         return "\n".join(lines)
 
     def line(self, character: str, count: int) -> str:
         """A character that cannot be written, and the first text it is in, or came from."""
         text = self.first_text[character]
         start = max(normalize("NFC", text).find(character) - WIDTH // 2, 0)
-        brought = "" if character in normalize("NFC", text) else ", brought in by the normaliser,"
+        brought = "" if character in normalize("NFC", text) else ", brought in by the normalizer,"
         return (
             f"  {character!r} (U+{ord(character):04X}) {count:,} times{brought} as in {text[start : start + WIDTH]!r}"
         )

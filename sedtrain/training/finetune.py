@@ -112,17 +112,17 @@ class FineTuning(lightning.Callback):
         """What is left to do once training is over and the best weights are in the model: nothing."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.let_move(trainer, pl_module)
+        self.unfreeze(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
         if trainer.global_step in self.starts.values():
-            self.let_move(trainer, pl_module)
+            self.unfreeze(trainer, pl_module)
         for module in self.resting:
             module.eval()
 
-    def let_move(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def unfreeze(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Gives their gradient to the weights whose step has come, which follows from the number of steps alone.
 
         DistributedDataParallel reduces what had a gradient when it was made, so a new one is made around the module: then

@@ -108,7 +108,7 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         """What a micro-batch adds to the cross-entropy and to CTC; where it has no utterance, nothing."""
         if len(batch) == 0:
             none = torch.zeros((), device=self.device)
-            return LossSums(self.nothing(), none, none, none)
+            return LossSums(self.zero_loss(), none, none, none)
         return self.loss_sums(batch)
 
     def loss_sums(self, batch: Batch) -> LossSums:
@@ -136,14 +136,14 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
         logits = self.model.ctc_head(encoded.encoder_frames)
         return ctc(logits, encoded.encoder_mask.sum(1), labels, blank=config.pad_token_id, end=config.eos_token_id)
 
-    def nothing(self) -> Tensor:
+    def zero_loss(self) -> Tensor:
         """A loss of zero with a gradient of zeros, by which a rank without utterances takes part in the step of the others.
 
         Where the weights lie in pieces it has to gather them as often as the others: it computes with silence.
         """
         if isinstance(self._trainer and self._trainer.strategy, FullySharded):
             datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            sums = self.loss_sums(datamodule.collator.silence().to(self.device))
+            sums = self.loss_sums(datamodule.collator.dummy_batch().to(self.device))
             return 0.0 * self.weights.joint(sums.cross_entropy, sums.ctc)
         return 0.0 * torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum()
 
@@ -183,7 +183,7 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         if isinstance(self.trainer.strategy, FullySharded):
-            self.trainer.strategy.gather()
+            self.trainer.strategy.unshard()
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
@@ -211,7 +211,7 @@ class SpeechSeq2SeqModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the scores; raises UserError where no utterance could be read."""
         if isinstance(self.trainer.strategy, FullySharded):
-            self.trainer.strategy.let_go()
+            self.trainer.strategy.reshard()
         self.other_audio = OtherAudio()
         loss_sum, num_tokens, gain_sum, num_compared = self.over_ranks(self.validation_sums).tolist()
         if not num_tokens:

@@ -26,7 +26,7 @@ from sedtrain.training.finetune import FineTuning, PartPlan
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 from sedtrain.training.signals import StopOnInterrupt
-from sedtrain.training.strategies import end_others, meet_again
+from sedtrain.training.strategies import end_others, rejoin
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class TrainingRun:
         """Trains, from the checkpoint `start` where there is one; returns also where training was asked to stop."""
         if start:
             self.refuse_other_model(start)
-        meet_again(self.trainer.strategy)
+        rejoin(self.trainer.strategy)
         try:
             with contextlib.suppress(Stopped):
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)

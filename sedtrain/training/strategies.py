@@ -10,7 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,7 +20,7 @@ from sedtrain.errors import UserError
 from sedtrain.models.parts import layers_of
 
 
-def meet_again(strategy: Strategy) -> None:
+def rejoin(strategy: Strategy) -> None:
     """Joins the other processes in place of Lightning, where this process was started again.
 
     The store of torchrun lasts over restarts, with the addresses of processes that have ended, under the same names: who
@@ -105,13 +105,13 @@ class FullySharded(ModelParallelStrategy):
                     "optimizer=adamw, or strategy=ddp",
                 )
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """All weights to every rank, so that no forward of the validation waits for another one."""
         for unit in units(self.lightning_module):
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
 
-    def let_go(self) -> None:
+    def reshard(self) -> None:
         """Of what was gathered every rank keeps its own pieces."""
         for unit in units(self.lightning_module):
             unit.set_reshard_after_forward(not isinstance(unit, lightning.LightningModule), recurse=False)

@@ -61,7 +61,7 @@ def test_features_in_a_batch_are_those_of_the_feature_extractor_for_each_alone(f
 
 
 @pytest.mark.parametrize("loudness", [1e-6, 0.9])
-def test_audio_is_normalised_as_upstream_does_at_any_loudness(loudness):
+def test_audio_is_normalized_as_upstream_does_at_any_loudness(loudness):
     together = utterances(5000, 16_000, loudness=loudness)
     batch = Collator(EXTRACTORS["hubert"], TOKENIZER, START)(together)
     for utterance, row in zip(together, batch.inputs, strict=True):

@@ -22,7 +22,7 @@ from sedtrain.data.audio import UNREADABLE, RefusedAudio, read_audio
 from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.utterances import Limits
 from sedtrain.errors import UserError
-from sedtrain.text.normalisers import normaliser
+from sedtrain.text.normalizers import normalizer
 
 RATE = 16_000
 NOISE = np.random.default_rng(0).normal(0, 0.1, RATE)
@@ -264,7 +264,7 @@ TEXTS = {
     "C1": ("one\x85two", "control characters in the text"),
     "short": ("o", "text too short"),
     "long": ("one " * 20, "text too long"),
-    "marks": ("?! ...", "text empty once normalised"),
+    "marks": ("?! ...", "text empty once normalized"),
 }
 GOOD_TEXTS = ["one", 314, 2.5, "tab\tand\nline", "نعم", "zero\u200dwidth", "1", True]
 
@@ -277,19 +277,19 @@ def test_every_kind_of_bad_text_has_a_reason_and_numbers_are_text(tmp_path):
     data = data_module(
         folder, tmp_path, {**NO_SECONDS, "id": "id"}, min_characters=2, max_characters=70, max_bad_fraction=1
     )
-    data.corpus.rewrite = normaliser("whisper_basic")
+    data.corpus.rewrite = normalizer("whisper_basic")
     assert len(data.corpus.kept("train")) == len(good)
     found = {line["id"]: line["reason"] for line in listed(tmp_path)}
     assert found == {name: reason for name, (_, reason) in TEXTS.items()}
 
 
-def test_only_training_texts_have_to_survive_their_normaliser(tmp_path):
+def test_only_training_texts_have_to_survive_their_normalizer(tmp_path):
     rows = [{"audio": "a.wav", "text": "..."}, {"audio": "a.wav"}]
     split_of(tmp_path, rows, "validation")
     folder = split_of(tmp_path, rows)
     (folder / "a.wav").write_bytes(wav(1.0))
     data = data_module(folder, tmp_path, NO_SECONDS)
-    data.corpus.rewrite = normaliser("whisper_basic")
+    data.corpus.rewrite = normalizer("whisper_basic")
     assert (len(data.corpus.kept("train")), len(data.corpus.kept("validation"))) == (1, 2)
 
 

@@ -20,7 +20,7 @@ EXTRACTORS = {
     "wav2vec2_base": Wav2Vec2FeatureExtractor(do_normalize=True),
     "moonshine": Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True),
     "speecht5": SpeechT5FeatureExtractor(do_normalize=False),
-    "speecht5_normalised": SpeechT5FeatureExtractor(do_normalize=True),
+    "speecht5_normalized": SpeechT5FeatureExtractor(do_normalize=True),
     "whisper": WhisperFeatureExtractor(feature_size=80),
     "whisper_large_v3": WhisperFeatureExtractor(feature_size=128),
     "whisper_other_frames": WhisperFeatureExtractor(feature_size=40, n_fft=512, hop_length=128),

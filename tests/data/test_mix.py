@@ -10,7 +10,7 @@ from test_training_data import fitted
 from transformers import Wav2Vec2FeatureExtractor
 
 from sedtrain.data.collate import Collator
-from sedtrain.data.corpus import heated
+from sedtrain.data.corpus import temperature_weights
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sources import absolute_path, public_name
 from sedtrain.errors import UserError
@@ -158,7 +158,7 @@ def test_a_temperature_makes_shares_of_powers_of_the_sizes(datasets_of, tmp_path
 
 
 def test_temperature_one_is_the_concatenation_and_a_weight_comes_on_top(datasets_of, tmp_path):
-    assert heated([6, 9, 4], 1.0) == pytest.approx([1, 1, 1])
+    assert temperature_weights([6, 9, 4], 1.0) == pytest.approx([1, 1, 1])
     [ids] = epochs(module(tmp_path, weighted(datasets_of, 2, 1, 1), temperature=1e9), 1)
     share = sum(SIZES.values()) / 3
     for name, wanted in {"parquet": 2 * share, "manifest": share, "hub": share}.items():

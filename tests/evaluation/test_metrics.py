@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, CorpusMetrics, MetricSet
-from sedtrain.text.normalisers import normaliser
+from sedtrain.text.normalizers import normalizer
 
 REFERENCES = ["the cat sat on the mat", "one two three four five", "hello there , my friend", "yes"]
 HYPOTHESES = ["the cat sat on mat", "one too three three four five", "hello my friend", "no sir"]
@@ -102,9 +102,9 @@ def test_no_utterance_has_no_error_rate():
     assert MetricSet(["wer"]).count([], []).shape == (0, 5)
 
 
-def test_the_normaliser_applies_to_both_sides():
+def test_the_normalizer_applies_to_both_sides():
     assert corpus_metrics(["wer"], ["One  TWO"], ["one two"]) == {"wer": 0.0}
-    exact = CorpusMetrics(MetricSet(["wer"], normaliser("none")))
+    exact = CorpusMetrics(MetricSet(["wer"], normalizer("none")))
     exact.update(["One  TWO"], ["one two"])
     assert exact.compute() == {"wer": 1.0}
 

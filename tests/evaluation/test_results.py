@@ -15,13 +15,13 @@ RESULTS = Results(
     num_utterances=200,
     audio_seconds=431.5,
     metrics={"wer": Interval(0.08, 0.06, 0.1), "cer": Interval(0.03, 0.02, 0.04)},
-    normaliser={"name": "lowercase", "version": "1"},
+    normalizer={"name": "lowercase", "version": "1"},
     decoding={"num_beams": 1, "max_new_tokens": 40},
     rtfx=120.0,
     train=TrainingTotals(seconds=300.0, steps=1000, utterances=32000, audio_seconds_per_second=210.0),
     skipped={"too_long": 3},
     versions={"python": "3.11.9", "lightning": None},
-    training_normaliser={"name": "none", "version": "1"},
+    training_normalizer={"name": "none", "version": "1"},
 )
 
 
@@ -36,13 +36,13 @@ def test_the_file_has_the_documented_keys(tmp_path):
             "wer": {"value": 0.08, "low": 0.06, "high": 0.1},
             "cer": {"value": 0.03, "low": 0.02, "high": 0.04},
         },
-        "normaliser": {"name": "lowercase", "version": "1"},
+        "normalizer": {"name": "lowercase", "version": "1"},
         "decoding": {"num_beams": 1, "max_new_tokens": 40},
         "rtfx": 120.0,
         "train": {"seconds": 300.0, "steps": 1000, "utterances": 32000, "audio_seconds_per_second": 210.0},
         "skipped": {"too_long": 3},
         "versions": {"python": "3.11.9", "lightning": None},
-        "training_normaliser": {"name": "none", "version": "1"},
+        "training_normalizer": {"name": "none", "version": "1"},
     }
 
 

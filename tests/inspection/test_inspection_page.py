@@ -97,11 +97,11 @@ def test_a_bound_on_tokens_is_told_not_to_be_counted(sedtrain, tmp_path):
         assert f"{told} (data.batch_tokens=500 is not counted)" in " ".join(text.split())
 
 
-def test_what_the_normaliser_empties_is_left_out(sedtrain, tmp_path):
+def test_what_the_normalizer_empties_is_left_out(sedtrain, tmp_path):
     rows = {"audio": [wav(1.0)] * 2, "text": ["[noise]", "two"]}
     pyarrow.parquet.write_table(pa.table(rows), tmp_path / "train.parquet")
-    ended = inspect(sedtrain, tmp_path, tmp_path / "run", "training_normaliser=whisper_english")
-    assert "train: 1 of 2 utterances would be skipped: 1 text empty once normalised" in " ".join(ended.out.split())
+    ended = inspect(sedtrain, tmp_path, tmp_path / "run", "training_normalizer=whisper_english")
+    assert "train: 1 of 2 utterances would be skipped: 1 text empty once normalized" in " ".join(ended.out.split())
 
 
 def test_a_split_without_a_usable_utterance_is_told(sedtrain, tmp_path):

@@ -229,8 +229,8 @@ def test_a_masked_group_norm_is_that_of_each_utterance_alone(num_groups):
     frames = 100 + torch.randn(4, 6, 9)
     output = masked(frames)
     assert output.isfinite().all()
-    for row, normalised, length in zip(frames, output, masked.lengths.tolist()[:2], strict=False):
-        torch.testing.assert_close(normalised[:, :length], norm(row[None, :, :length])[0], rtol=1e-3, atol=1e-3)
+    for row, normalized, length in zip(frames, output, masked.lengths.tolist()[:2], strict=False):
+        torch.testing.assert_close(normalized[:, :length], norm(row[None, :, :length])[0], rtol=1e-3, atol=1e-3)
     assert masked(frames.bfloat16()).dtype == torch.bfloat16
 
 

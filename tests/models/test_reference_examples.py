@@ -241,7 +241,7 @@ def test_training(decoder_id):
     model.config.decoder_start_token_id = tokenizer.cls_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
 
-    # load an audio input and pre-process (normalise mean/std to 0/1)
+    # load an audio input and pre-process (normalize mean/std to 0/1)
     ds = load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
     input_values = feature_extractor(ds[0]["audio"]["array"], return_tensors="pt").input_values
 

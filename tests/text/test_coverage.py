@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sedtrain.text.coverage import VocabularyReport
-from sedtrain.text.normalisers import normaliser
+from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tokenizers import train_tokenizer
 
 KNOWN = "eno trw"
@@ -97,14 +97,14 @@ def test_the_text_shown_is_cut_around_the_character():
     assert line == f"  'ß' (U+00DF) 1 times as in {'one ' * 5 + 'ß' + (' two' * 5)[:19]!r}"
 
 
-def test_what_the_normaliser_brings_in_is_named_with_the_text_it_came_from():
+def test_what_the_normalizer_brings_in_is_named_with_the_text_it_came_from():
     tokenizer = train_tokenizer(["ONE TWO", "Three"], "char", 100)
-    report = VocabularyReport(tokenizer, ["ONE TWO"], normaliser("lowercase"))
+    report = VocabularyReport(tokenizer, ["ONE TWO"], normalizer("lowercase"))
     assert set(report.unwritable) == {"o", "n", "t", "w"}
-    assert "  'o' (U+006F) 2 times, brought in by the normaliser, as in 'ONE TWO'" in str(report).splitlines()
+    assert "  'o' (U+006F) 2 times, brought in by the normalizer, as in 'ONE TWO'" in str(report).splitlines()
 
 
-def test_texts_of_which_the_normaliser_leaves_nothing_are_counted():
-    report = VocabularyReport(TOKENIZERS["char"], ["[laughs]", "", "one (inaudible)"], normaliser("whisper_basic"))
+def test_texts_of_which_the_normalizer_leaves_nothing_are_counted():
+    report = VocabularyReport(TOKENIZERS["char"], ["[laughs]", "", "one (inaudible)"], normalizer("whisper_basic"))
     assert report.num_emptied == 1 and not report.finds_nothing
-    assert str(report).splitlines()[-1] == "  1 texts are empty once they are normalised for training"
+    assert str(report).splitlines()[-1] == "  1 texts are empty once they are normalized for training"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sedtrain.errors import UserError
-from sedtrain.text.normalisers import normaliser
+from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tokenizers import encode_target, start_end_pad, train_tokenizer
 
 DIGITS = ["three one four", "one five nine two", "six five three five", "eight nine seven zero"] * 3
@@ -45,8 +45,8 @@ def test_decoding_gives_back_the_text_up_to_white_space(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @settings(max_examples=50)
-def test_a_tokenizer_of_normalised_texts_gives_back_a_normalised_text(kind, name, data):
-    rewrite = normaliser(name)
+def test_a_tokenizer_of_normalized_texts_gives_back_a_normalized_text(kind, name, data):
+    rewrite = normalizer(name)
     tokenizer = train_tokenizer(map(rewrite, [*MULTILINGUAL, *seen_characters]), kind, 300)
     text = rewrite(data.draw(st.text(st.sampled_from(seen_characters))))
     target = encode_target(tokenizer, text, tokenizer.bos_token_id)

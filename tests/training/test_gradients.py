@@ -200,7 +200,7 @@ def test_a_step_that_is_left_out_moves_neither_weights_nor_the_state_of_the_opti
 
 
 class OverFrames(torch.nn.BatchNorm1d):
-    """(B, T, E) normalised over utterances and frames."""
+    """(B, T, E) normalized over utterances and frames."""
 
     def forward(self, frames):
         return super().forward(frames.transpose(1, 2)).transpose(1, 2)

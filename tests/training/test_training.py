@@ -30,8 +30,8 @@ from sedtrain.data.audio import read_audio
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
-    "task", "split", "num_utterances", "audio_seconds", "metrics", "normaliser", "decoding", "rtfx", "train", "skipped",
-    "versions", "training_normaliser",
+    "task", "split", "num_utterances", "audio_seconds", "metrics", "normalizer", "decoding", "rtfx", "train", "skipped",
+    "versions", "training_normalizer",
 ]  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def assert_whole_results(stored):
     for interval in stored["metrics"].values():
         assert list(interval) == ["value", "low", "high"]
         assert 0 <= interval["low"] <= interval["value"] <= interval["high"]
-    assert list(stored["normaliser"]) == ["name", "version"]
+    assert list(stored["normalizer"]) == ["name", "version"]
     assert list(stored["train"]) == ["seconds", "steps", "utterances", "audio_seconds_per_second"]
     assert stored["train"]["steps"] == 3
     assert stored["audio_seconds"] > 0

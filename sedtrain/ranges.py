@@ -1,0 +1,32 @@
+"""Ranges of numbers, written as types of options: `rate: Positive`. The check of the configuration reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`; the ends belong to them unless `open` says otherwise. `words` names them."""
+
+    words: str
+    low: float = -inf
+    high: float = inf
+    open: str = ""  # "low", "high" or "both": the ends that do not belong
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open in ("low", "both") else number >= self.low
+        below = number < self.high if self.open in ("high", "both") else number <= self.high
+        return above and below and abs(number) != inf
+
+
+Positive = Annotated[float, Range("a number above 0", low=0, open="low")]
+NonNegative = Annotated[float, Range("a number of 0 or more", low=0)]
+Fraction = Annotated[float, Range("a fraction from 0 to 1", low=0, high=1)]
+PositiveFraction = Annotated[float, Range("a fraction above 0, at most 1", low=0, high=1, open="low")]
+FractionBelowOne = Annotated[float, Range("a fraction from 0 to below 1", low=0, high=1, open="high")]
+InnerFraction = Annotated[float, Range("a fraction between 0 and 1", low=0, high=1, open="both")]
+Count = Annotated[int, Range("a whole number of 1 or more", low=1)]
+CountOrZero = Annotated[int, Range("a whole number of 0 or more", low=0)]
