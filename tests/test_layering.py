@@ -33,13 +33,14 @@ MAY_IMPORT = {
     "hub": "",
     "batch": "",
     "errors": "",
+    "ranges": "",
 }
 CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 # The only places that may import these packages; every other package is free.
 ONLY_IN = {
     "hydra": "cli config search",
     "omegaconf": "build cli config search tasks training",
-    "lightning": "build config training data.datamodule",
+    "lightning": "build config data.datamodule search training",
     "datasets": "data hub",
     "rich": "data.utterances inspection.report search terminal training.progress",
     "matplotlib": "evaluation",
