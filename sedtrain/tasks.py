@@ -32,7 +32,7 @@ from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tags import TASK_OF
 from sedtrain.training.fit_batches import fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
-from sedtrain.training.resume import plain, starting_point
+from sedtrain.training.resume import starting_point
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -74,7 +74,7 @@ class Interrupted(Unfinished):
 
 def train(cfg: DictConfig) -> None:
     """Trains, keeps the best weights as a Hugging Face folder, and scores them on the test split."""
-    start = starting_point(cfg)
+    start = starting_point(cfg.resume, Path(cfg.run_dir), build.settings_of(cfg))
     run = build.training_run(cfg)
     if run.trainer.is_global_zero:
         keep_configuration(cfg)
@@ -100,7 +100,7 @@ def keep_configuration(cfg: DictConfig) -> None:
     """Writes config.yaml, with the data as it is found from any folder."""
     kept, unfinished = config_of(cfg.run_dir), Path(cfg.run_dir) / "config.yaml.unfinished"
     with unfinished.open("w", encoding="utf-8") as file:
-        OmegaConf.save(OmegaConf.create(plain(cfg)), file)
+        OmegaConf.save(OmegaConf.create(build.settings_of(cfg)), file)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(kept)
@@ -208,7 +208,9 @@ def inspect_data(cfg: DictConfig) -> None:
 
 def fit_batches(cfg: DictConfig) -> None:
     """Finds the largest batches that memory holds, and writes them for `data.batches`."""
-    found, budget = fitted_batches(cfg, build.training_run(cfg))
+    run = build.training_run(cfg)
+    make_trainer = build.trainer_factory(cfg, run.trainer.world_size)
+    found, budget = fitted_batches(run, make_trainer, cfg.memory_gb, cfg.inspect_utterances)
     file = Path(cfg.run_dir) / "batches.yaml"
     write_batches(file, found, budget, shlex.join(sys.argv[1:]))
     arguments = [each for each in sys.argv[1:] if each.lstrip("+").partition("=")[0] not in OF_FITTING]

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml  # type: ignore[import-untyped]
 
-from sedtrain.data.buckets import buckets_of
-from sedtrain.data.sources import absolute_path
 from sedtrain.errors import UserError
 from sedtrain.launch import is_first
 from sedtrain.run_dir import LAST, checkpoints_of, config_of, write_whole
@@ -30,24 +28,26 @@ AVERAGES = ("callbacks.ema", "callbacks.average")
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
 
 
-def starting_point(cfg: DictConfig) -> Path | None:
+def starting_point(resume: str, run_dir: Path, settings: Mapping[str, Any]) -> Path | None:
     """The checkpoint that `resume` means, verified; None to start anew.
+
+    settings: the whole configuration as plain values
 
     Raises UserError where there is none that is whole, or where the run of this folder had other settings.
     """
-    if cfg.resume == "none":
+    if resume == "none":
         return None
-    if cfg.resume != "auto":
-        return named(cfg.resume)
-    start = newest_whole(checkpoints_of(cfg.run_dir))
+    if resume != "auto":
+        return named(resume)
+    start = newest_whole(checkpoints_of(str(run_dir)))
     if start is None:
-        forget(Path(cfg.run_dir))
+        forget(run_dir)
         return None
-    refuse_other_settings(cfg)
+    refuse_other_settings(run_dir, settings)
     step = read_checkpoint(start)["global_step"]
     logger.info("continuing from %s, step %d", start, step)
     for name in LISTS:
-        keep_until(step, Path(cfg.run_dir) / name)
+        keep_until(step, run_dir / name)
     return start
 
 
@@ -89,42 +89,28 @@ def step_of(line: str) -> int:
         return 0
 
 
-def refuse_other_settings(cfg: DictConfig) -> None:
+def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError with every setting that decides the weights and is not that of the run in this folder."""
-    stored = config_of(cfg.run_dir)
-    written = OmegaConf.to_container(OmegaConf.load(stored)) if stored.is_file() else {}
-    assert isinstance(written, dict)
-    before, now = dict(settings(written)), dict(settings(plain(cfg)))
+    stored = config_of(str(run_dir))
+    written = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    before, now = dict(decisive(written)), dict(decisive(settings))
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
         listed = "".join(f"\n    {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
         raise UserError(
-            f"run_dir={cfg.run_dir} holds a training with other settings:{listed}",
-            f"the settings of that training, or resume={checkpoints_of(cfg.run_dir) / LAST} run_dir=ANOTHER_FOLDER "
+            f"run_dir={run_dir} holds a training with other settings:{listed}",
+            f"the settings of that training, or resume={checkpoints_of(str(run_dir)) / LAST} run_dir=ANOTHER_FOLDER "
             "to start another one from where it stands",
         )
 
 
-def settings(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def decisive(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Every plain value that decides the weights, by its dotted name; lists count as one value."""
     for key, value in config.items():
         name = f"{path}{key}"
         if name in FREE or (path == "callbacks." and name not in AVERAGES):
             continue
         if isinstance(value, dict) and value:
-            yield from settings(value, f"{name}.")
+            yield from decisive(value, f"{name}.")
         else:
             yield name, value
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration, with the data as it is found from any folder, and the buckets that its batches are cut by."""
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(resolved, dict)
-    data = resolved["data"]
-    for source in (data, *(data.get("mix") or {}).values()):
-        if source.get("path"):
-            source["path"] = absolute_path(source["path"])
-    if data.get("batches"):  # what stands in the file may change
-        data["batches"] = [bucket._asdict() for bucket in buckets_of(data["batches"])]
-    return {str(key): value for key, value in resolved.items()}

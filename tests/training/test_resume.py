@@ -12,9 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.training.checkpoints import read_checkpoint, write_checkpoint
-from sedtrain.training.resume import keep_until, plain, settings
+from sedtrain.training.resume import decisive, keep_until
 
 AVERAGED = "callbacks=[default,ema]"
 SHORT = ["trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]
@@ -277,7 +278,7 @@ def test_the_strategy_decides_nothing_and_may_change():
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         of = [
-            dict(settings(plain(compose("train", [f"strategy={name}", "run_dir=run"]))))
+            dict(decisive(settings_of(compose("train", [f"strategy={name}", "run_dir=run"]))))
             for name in ("auto", "ddp", "fsdp")
         ]
     assert of[0] == of[1] == of[2]
