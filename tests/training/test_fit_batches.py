@@ -224,7 +224,7 @@ import os, re, signal, sys, threading, time
 from pathlib import Path
 import lightning
 from sedtrain.__main__ import main
-from sedtrain.peak_memory import ProcessMemory
+from sedtrain.training.fit_batches import ProcessMemory
 
 class Sizes(lightning.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):
