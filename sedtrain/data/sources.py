@@ -1,4 +1,4 @@
-"""Where rows come from: the embedded corpus, files, folders, the Hub; and the audio files that a command names."""
+"""Where rows come from: the embedded corpus, files, folders, the Hub."""
 
 import glob
 import hashlib
@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
-import soundfile
 
-from sedtrain.data.audio import UNREADABLE, is_audio_file
+from sedtrain.data.audio import is_audio_file
 from sedtrain.data.readers import METADATA, PROBLEM, as_array, read_folder, read_manifest, read_shards
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
@@ -393,29 +392,3 @@ def public_name(path: str) -> str:
 
 def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
-    """The files that `audio` names: files, globs and folders (searched through).
-
-    Raises UserError where a name stands for none, or all of them for one that is no audio.
-    """
-    if not audio:
-        raise UserError("task=transcribe needs audio", "audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'")
-    found: list[str] = []
-    for name in [audio] if isinstance(audio, str) else audio:
-        where = Path(name).expanduser()
-        if where.is_dir():
-            matches = [str(path) for path in sorted(where.rglob("*")) if is_audio_file(path.name)]
-        else:
-            matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
-        if not matches:
-            raise UserError(f"audio={name}: there is no such audio file", "audio=FILE, a glob that matches or a folder")
-        found += matches
-    if len(found) == 1:
-        try:
-            soundfile.info(found[0])
-        except UNREADABLE as error:
-            no_audio = f"audio={found[0]}: this is no audio ({one_line(error)})"
-            raise UserError(no_audio, "audio=FILE that libsndfile can read") from error
-    return found

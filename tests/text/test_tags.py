@@ -243,7 +243,7 @@ def test_a_decoder_with_weights_grows_by_the_tags_and_keeps_its_rows(built, tmp_
     batch = next(run.data.batches("validation"))
     run.module.losses(batch).cross_entropy.backward()
     transcribe_batch(run.saved.model, run.saved.tokenizer, batch, run.module.decoding)
-    run.saved.save(tmp_path / "saved", run.module.decoding)
+    run.saved.save(tmp_path / "saved", run.module.decoding.generation_kwargs())
     assert type(run.saved).load(str(tmp_path / "saved")).tags == run.saved.tags
 
 
