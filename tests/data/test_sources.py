@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from sedtrain.data.audio import UNREADABLE, read_audio
-from sedtrain.data.sources import absolute_path, audio_paths, load_rows
+from sedtrain.data.sources import absolute_path, load_rows
 from sedtrain.data.utterances import Columns, UtteranceRows
 from sedtrain.errors import UserError
 
@@ -340,58 +340,3 @@ def test_a_file_that_is_no_parquet_is_told(tmp_path):
         f"data.path={tmp_path / 'x.parquet'}, split 'train': ArrowInvalid: Parquet magic bytes not found"
     )
     assert "\n" not in told.partition("\n  write instead")[0]
-
-
-# --- audio files by name
-
-
-@pytest.fixture
-def clips(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name in ("b.wav", "a.flac", "deep/c.wav"):
-        soundfile.write(tmp_path / name, tone(0.1), 16_000)
-    (tmp_path / "notes.txt").write_text("no audio")
-    return tmp_path
-
-
-def names(folder, audio):
-    return [path.removeprefix(f"{folder}/") for path in audio_paths(audio)]
-
-
-def test_audio_files_are_named_by_file_glob_folder_or_list(clips):
-    assert names(clips, f"{clips}/b.wav") == ["b.wav"]
-    assert names(clips, f"{clips}/*.wav") == ["b.wav"]
-    assert names(clips, f"{clips}/**/*.wav") == ["b.wav", "deep/c.wav"]
-    assert names(clips, str(clips)) == ["a.flac", "b.wav", "deep/c.wav"]
-    assert names(clips, [f"{clips}/b.wav", f"{clips}/deep"]) == ["b.wav", "deep/c.wav"]
-
-
-def test_a_file_name_that_looks_like_a_glob_is_that_file(clips):
-    (clips / "b.wav").rename(clips / "b[1].wav")
-    assert names(clips, f"{clips}/b[1].wav") == ["b[1].wav"]
-
-
-@pytest.mark.parametrize("missing", ["nowhere.wav", "*.mp3", "empty"])
-def test_audio_that_is_not_there_is_told(clips, missing):
-    (clips / "empty").mkdir()
-    name = f"{clips}/{missing}"
-    assert message(audio_paths, [f"{clips}/b.wav", name]) == (
-        f"audio={name}: there is no such audio file\n  write instead: audio=FILE, a glob that matches or a folder"
-    )
-
-
-def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
-    assert names(clips, [f"{clips}/b.wav", f"{clips}/notes.txt"]) == ["b.wav", "notes.txt"]
-
-
-def test_a_file_that_is_no_audio_is_told(clips):
-    told = message(audio_paths, f"{clips}/notes.txt")
-    assert told.startswith(f"audio={clips}/notes.txt: this is no audio (LibsndfileError: ")
-    assert told.endswith("write instead: audio=FILE that libsndfile can read")
-
-
-@pytest.mark.parametrize("audio", [None, "", []])
-def test_no_audio_at_all_is_told(audio):
-    assert message(audio_paths, audio) == (
-        "task=transcribe needs audio\n  write instead: audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
-    )
