@@ -18,7 +18,7 @@ from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import each_source, is_same_for_all, stands_for_several
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
-from sedtrain.errors import ConfigError, Problem
+from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.export import SavedModel
 from sedtrain.models.adapter import Adapter
@@ -43,20 +43,10 @@ logger = logging.getLogger(__name__)
 
 RANDOM_CTC_WEIGHT = 0.3
 METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
-DECIDED = {
-    "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
-    "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
-    "default_root_dir": "write run_dir=FOLDER",
-    "use_distributed_sampler": "leave it out: batches are shared among the devices when they are cut",
-    "enable_checkpointing": "leave it out: a run keeps its best and its last weights",
-    "enable_model_summary": "leave it out: the parts of the model are shown before training starts",
-    "overfit_batches": "write trainer.limit_train_batches=NUMBER, or data.path=PATH of data with few utterances",
-}
-"""Options of the Trainer that follow from others, and what to write instead."""
 
 
 def training_run(cfg: DictConfig) -> TrainingRun:
-    """Builds what `task=train` needs; raises ConfigError or UserError for what the user can repair."""
+    """Builds what `task=train` needs; raises UserError for what the user can repair."""
     refuse_unusable(cfg)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data: SpeechTextDataModule = create(cfg, "data")
@@ -99,46 +89,20 @@ def training_run(cfg: DictConfig) -> TrainingRun:
 
 
 def refuse_unusable(cfg: DictConfig) -> None:
-    """Raises one ConfigError of everything that no component would refuse by itself, or too late."""
-    problems = [
-        Problem(f"trainer.{option}", cfg.trainer[option], f"{option} is decided elsewhere", write)
-        for option, write in DECIDED.items()
-        if option in cfg.trainer
-    ]
-    for option in ("val_check_interval", "accumulate_grad_batches"):
-        value = cfg.trainer.get(option)
-        if isinstance(value, int) and value < 1:
-            write = f"write trainer.{option}=NUMBER of 1 or more"
-            problems.append(Problem(f"trainer.{option}", value, "this has to be 1 or more", write))
-    if isinstance(cfg.trainer.get("max_time"), int | float):
-        wrong, write = "this has no unit", 'write trainer.max_time="DD:HH:MM:SS", or trainer.max_time={minutes: NUMBER}'
-        problems.append(Problem("trainer.max_time", cfg.trainer.max_time, wrong, write))
-    if not 0 <= cfg.seed < 2**32:
-        write = "write seed=NUMBER from 0 to 4294967295"
-        problems.append(Problem("seed", cfg.seed, "random number generators do not take this seed", write))
-    if cfg.vocabulary_texts is not None and cfg.vocabulary_texts < 0:
-        write = "write vocabulary_texts=NUMBER, 0 for no report, or vocabulary_texts=null for all texts"
-        problems.append(Problem("vocabulary_texts", cfg.vocabulary_texts, "there are no fewer texts than none", write))
-    if not cfg.callbacks.get("checkpoints"):
-        write = "leave callbacks.checkpoints as it is; other callbacks may go"
-        problems.append(Problem("callbacks.checkpoints", None, "a run keeps its best weights by it", write))
-    if cfg.attention.implementation == "flash_attention_2" and str(cfg.trainer.precision).startswith("32"):
-        wrong = f"it computes in 16 bits, and trainer.precision is {cfg.trainer.precision}"
-        problems.append(Problem("attention", "flash_attention_2", wrong, "write trainer.precision=bf16-mixed"))
-    for where, source in each_source(cfg.data).items():
-        if is_same_for_all(source):
-            problems.append(same_for_all(f"{where}.path", source["path"]))
+    """Raises UserError where splits of a dataset would be the same files."""
+    sources = each_source(cfg.data).items()
+    problems = [same_for_all(f"{where}.path", source["path"]) for where, source in sources if is_same_for_all(source)]
     if problems:
-        raise ConfigError(problems)
+        raise UserError.all_of(problems)
 
 
-def same_for_all(where: str, path: str) -> Problem:
+def same_for_all(where: str, path: str) -> UserError:
     several = stands_for_several(path)
     wrong = f"{'the same files' if several else 'one file'} would be training, validation and test data at once"
     instead = "with {split} where they differ" if several else "with train, validation and test files"
     other = "what is for all splits" if several else "a single file"
     kind = "PATTERN" if several else "FOLDER"
-    return Problem(where, path, wrong, f"write {where}={kind} {instead} ({other} serves task=evaluate)")
+    return UserError(where, path, wrong, f"write {where}={kind} {instead} ({other} serves task=evaluate)")
 
 
 def augment(cfg: DictConfig) -> Augment:
@@ -180,7 +144,7 @@ def joined(
 ) -> SpeechEncoderDecoder:
     """The model with the start token of the decoder's pretraining, else the tokenizer's."""
     if decoder.config.vocab_size < len(tokenizer):
-        raise ConfigError.single(
+        raise UserError(
             "decoder.checkpoint",
             decoder.config._name_or_path,
             f"its tokenizer writes {len(tokenizer)} tokens, its embeddings hold {decoder.config.vocab_size}",
@@ -253,7 +217,7 @@ def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
         **({"val_check_interval": NEVER} if every else {}),
     )
     if built.max_steps == -1 and built.max_epochs in (None, -1):
-        raise ConfigError.single(
+        raise UserError(
             "trainer.max_steps",
             -1,
             "the learning rate falls until the end of training, and this has none",
@@ -267,7 +231,7 @@ def loggers(cfg: DictConfig) -> list[Tracker]:
     for name, node in cfg.logger.items():
         if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
             write = "write +logger.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
-            raise ConfigError.single(f"logger.{name}", node, "a logger has a name of its own, and a _target_", write)
+            raise UserError(f"logger.{name}", node, "a logger has a name of its own, and a _target_", write)
     return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
 
 

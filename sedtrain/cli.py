@@ -132,7 +132,7 @@ def follow(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
         if asked[name] not in (None, "auto", -1, "-1", number, str(number))
     ]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError.all_of(problems)
     with open_dict(cfg.trainer):
         cfg.trainer.update(started)
 
