@@ -70,7 +70,6 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     """The components of `task=train`, connected. Raises one UserError of everything that they refuse."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     attempt = Attempts()
-    attempt(refuse_flash_attention, cfg)
     data = attempt(training_data, cfg)
     augmentations = {str(name): attempt(augmentation, cfg, str(name)) for name in cfg.augment}
     finetuning, loss, options, optimizer, scheduler = (
@@ -86,14 +85,6 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     if trainer.is_global_zero:
         report_vocabulary(data, cfg.vocabulary_texts)
     return TrainingRun(trainer, module, data, saved, finetuning, Path(cfg.run_dir))
-
-
-def refuse_flash_attention(cfg: DictConfig) -> None:
-    """Raises UserError for it where the precision is 32 bits."""
-    attention, precision = cfg.attention.implementation, cfg.trainer.precision
-    if attention == "flash_attention_2" and str(precision).startswith("32"):
-        wrong = f"it computes in 16 bits, and trainer.precision is {precision}"
-        raise UserError("attention", attention, wrong, "write trainer.precision=bf16-mixed")
 
 
 def training_data(cfg: DictConfig) -> SpeechTextDataModule:
