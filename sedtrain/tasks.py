@@ -1,7 +1,6 @@
 """What a command does: train, evaluate, transcribe, inspect, fit_batches."""
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from sedtrain.evaluation.results import Results, TrainingTotals, installed_versi
 from sedtrain.export import SavedModel, write_model_card
 from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
-from sedtrain.run_dir import config_of
+from sedtrain.run_dir import config_of, write_whole
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tags import TASK_OF
 from sedtrain.training.fit_batches import fitted_batches, write_batches
@@ -98,12 +97,7 @@ def train(cfg: DictConfig) -> None:
 
 def keep_configuration(cfg: DictConfig) -> None:
     """Writes config.yaml, with the data as it is found from any folder."""
-    kept, unfinished = config_of(cfg.run_dir), Path(cfg.run_dir) / "config.yaml.unfinished"
-    with unfinished.open("w", encoding="utf-8") as file:
-        OmegaConf.save(OmegaConf.create(build.settings_of(cfg)), file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(kept)
+    write_whole(config_of(cfg.run_dir), OmegaConf.to_yaml(OmegaConf.create(build.settings_of(cfg))))
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> None:
