@@ -26,6 +26,7 @@ from sedtrain.data.datamodule import SpeechTextDataModule, return_freed_memory
 from sedtrain.data.sampler import SHORTEST_SECONDS
 from sedtrain.data.streaming import Place
 from sedtrain.errors import UserError, require
+from sedtrain.run_dir import write_whole
 from sedtrain.training.averaging import EMA
 from sedtrain.training.module import OutOfMemory, SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun
@@ -482,4 +483,4 @@ def write_batches(file: Path, found: Sequence[Fitted], budget: Budget, command: 
         for each in found
     ]
     head = [f"# The largest batches that fit into {budget.told}", f"# {command}"]
-    file.write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
+    write_whole(file, "\n".join([*head, *rows]) + "\n")

@@ -1,4 +1,4 @@
-"""Where a training starts: anew, from where its run folder stands, or from another run's checkpoint."""
+"""What `resume` means: a fresh start, the newest checkpoint of the run's folder, or a checkpoint of another run."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from sedtrain.errors import UserError
 from sedtrain.launch import is_first
 from sedtrain.run_dir import LAST, checkpoints_of, config_of, write_whole
-from sedtrain.training.checkpoints import newest_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import newest_whole, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,11 @@ FREE = {
     "trainer.devices", "trainer.enable_progress_bar", "trainer.inference_mode", "trainer.log_every_n_steps",
     "trainer.max_time", "trainer.num_nodes", "trainer.strategy",
 }  # fmt: skip
-"""What a run may go on with differently: it decides where and how fast the same weights are computed."""
+"""Settings that may change when a run resumes: they decide where and how fast the same weights are computed."""
 AVERAGES = ("callbacks.ema", "callbacks.average")
-"""The callbacks that decide the weights; others, such as what a user watches with, may come and go."""
+"""Callbacks that decide the weights; all others may come and go."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
+"""Files of a run with a line of JSON for each entry, many of which say their step."""
 
 
 def starting_point(resume: str, run_dir: Path, settings: Mapping[str, Any]) -> Path | None:
@@ -38,7 +39,7 @@ def starting_point(resume: str, run_dir: Path, settings: Mapping[str, Any]) -> P
     if resume == "none":
         return None
     if resume != "auto":
-        return named(resume)
+        return checkpoint_of(resume)
     start = newest_whole(checkpoints_of(str(run_dir)))
     if start is None:
         forget(run_dir)
@@ -46,26 +47,27 @@ def starting_point(resume: str, run_dir: Path, settings: Mapping[str, Any]) -> P
     refuse_other_settings(run_dir, settings)
     step = read_checkpoint(start)["global_step"]
     logger.info("continuing from %s, step %d", start, step)
-    for name in LISTS:
-        keep_until(step, run_dir / name)
+    if is_first():
+        for name in LISTS:
+            keep_until(step, run_dir / name)
     return start
 
 
-def named(name: str) -> Path:
-    """A checkpoint, or the newest of a run's folder."""
+def checkpoint_of(name: str) -> Path:
+    """The checkpoint of that name, or the newest of the run in that folder; raises UserError where there is none."""
     path = Path(name).expanduser()
     newest = newest_whole(checkpoints_of(name)) if path.is_dir() else path
     if newest is None or not newest.is_file():
-        raise UserError(
-            f"resume={name}: there is no such checkpoint", f"resume=auto, resume=none or resume=RUN/checkpoints/{LAST}"
-        )
+        instead = f"write resume=auto, resume=none or resume=RUN/checkpoints/{LAST}"
+        raise UserError("resume", name, "there is no such checkpoint", instead)
     if "optimizer_states" not in read_checkpoint(newest):
-        raise UserError(f"{newest}: this checkpoint holds weights alone", f"resume=RUN, or its checkpoints/{LAST}")
+        instead = f"write resume=RUN, or its checkpoints/{LAST}"
+        raise UserError("resume", str(newest), "this checkpoint holds weights alone", instead)
     return newest
 
 
 def forget(folder: Path) -> None:
-    """Removes what a run left that was killed before its first checkpoint."""
+    """Removes what a run wrote that was killed before its first checkpoint."""
     if is_first():
         for name in ("metrics.csv", "samples.jsonl", *LISTS):
             (folder / name).unlink(missing_ok=True)
@@ -73,16 +75,14 @@ def forget(folder: Path) -> None:
 
 
 def keep_until(step: int, file: Path) -> None:
-    """Drops the lines that were written later, which will be written again, and a last one that was cut."""
-    if not file.is_file() or not is_first():
-        return
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = "".join(line for line in lines if step_of(line) <= step)
-    write_whole(file, kept)
+    """Drops the lines of later steps, which the run writes again, and a last line that is truncated."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_whole(file, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= step))
 
 
 def step_of(line: str) -> int:
-    """Of a line of a list, 0 where it does not say."""
+    """The step that a line of JSON names, 0 where it names none."""
     try:
         return int(json.loads(line).get("step", 0))
     except (ValueError, AttributeError):
@@ -90,22 +90,24 @@ def step_of(line: str) -> int:
 
 
 def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError with every setting that decides the weights and is not that of the run in this folder."""
+    """Raises UserError with every setting that decides the weights and that the run in this folder has otherwise."""
     stored = config_of(str(run_dir))
     written = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     before, now = dict(decisive(written)), dict(decisive(settings))
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
-        listed = "".join(f"\n    {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
+        listed = "".join(f"\n  {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
+        instead = f"resume={checkpoints_of(str(run_dir)) / LAST} run_dir=ANOTHER_FOLDER"
         raise UserError(
-            f"run_dir={run_dir} holds a training with other settings:{listed}",
-            f"the settings of that training, or resume={checkpoints_of(str(run_dir)) / LAST} run_dir=ANOTHER_FOLDER "
-            "to start another one from where it stands",
+            "run_dir",
+            str(run_dir),
+            f"this folder holds a run with other settings:{listed}",
+            f"write the settings of that run, or {instead} to start another run from it",
         )
 
 
 def decisive(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value that decides the weights, by its dotted name; lists count as one value."""
+    """The settings that decide the weights, by dotted name; a list is one value."""
     for key, value in config.items():
         name = f"{path}{key}"
         if name in FREE or (path == "callbacks." and name not in AVERAGES):
