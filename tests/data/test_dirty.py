@@ -19,8 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, RefusedAudio, read_audio
-from sedtrain.data.skipped import SkippedUtterances
-from sedtrain.data.utterances import Limits
+from sedtrain.data.skipped import Limits, SkippedUtterances
 from sedtrain.errors import UserError
 from sedtrain.text.normalizers import normalizer
 
