@@ -12,8 +12,8 @@ from corpora import OVERLAPPING, STREAMED, data_module
 from kill_and_resume import equal
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from sedtrain.errors import UserError
-from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery, is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
+from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.loggers import MetricsFile, Tracker
 from sedtrain.training.signals import StopOnInterrupt
 
@@ -199,12 +199,6 @@ def test_checkpoints_are_written_by_steps_minutes_epochs_validations_and_at_the_
 ):
     fit(good, tmp_path, kind=Keeping, every=every, **options)
     assert steps_of(tmp_path) == expected
-
-
-@pytest.mark.parametrize("option", ["every_steps", "every_minutes", "every_epochs"])
-def test_an_interval_of_nothing_is_refused(tmp_path, option):
-    with pytest.raises(UserError, match=f"callbacks.checkpoints.{option}=0: this has to be"):
-        Checkpoints(str(tmp_path), "val/score", "min", **{option: 0})
 
 
 # --- state of other callbacks
