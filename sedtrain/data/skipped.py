@@ -42,17 +42,11 @@ class Limits:
     def __post_init__(self) -> None:
         if self.max_seconds <= self.min_seconds:
             above = f"above data.min_seconds, {self.min_seconds}"
-            raise UserError(
-                "data.max_seconds",
-                self.max_seconds,
-                f"this has to be {above}",
-                f"write data.max_seconds=NUMBER {above}",
-            )
+            wrong, write = f"this has to be {above}", f"write data.max_seconds=NUMBER {above}"
+            raise UserError("data.max_seconds", self.max_seconds, wrong, write)
         if self.max_characters < self.min_characters:
-            wrong, write = (
-                f"data.min_characters is {self.min_characters}",
-                "write data.max_characters=NUMBER as high or higher",
-            )
+            or_more = f"data.min_characters, {self.min_characters}, or more"
+            wrong, write = f"this has to be {or_more}", f"write data.max_characters=NUMBER, {or_more}"
             raise UserError("data.max_characters", self.max_characters, wrong, write)
 
     def filter(
