@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "evaluation": "batch data decoding errors models run_dir text",
     "decoding": "batch data errors models ranges text",
     "models": "batch errors hub run_dir text",
-    "data": "batch errors hub launch text",
+    "data": "batch errors hub launch ranges run_dir text",
     "text": "errors",
     "config": "errors ranges run_dir",
     "launch": "run_dir",
@@ -44,7 +44,7 @@ ONLY_IN = {
     "omegaconf": "build cli config search tasks",
     "lightning": "build config data.datamodule search training",
     "datasets": "data",
-    "rich": "data.utterances inspection.report search terminal training.progress",
+    "rich": "data.durations inspection.report search terminal training.progress",
     "matplotlib": "evaluation",
 }
 # Imported before the configuration has passed: nothing here may be slow.
