@@ -93,11 +93,36 @@ def test_options_that_cannot_be_are_refused(model, speech):
     option, wrong, write = refusal(package.transcribe, model, speech[0], num_beam=5)
     assert (option, wrong) == ("num_beam", "decoding has no option 'num_beam'")
     assert "num_beams" in write
-    assert refusal(package.transcribe, model, speech[0], num_beams=0)[0].endswith("num_beams")
     assert refusal(package.transcribe, model, speech[0], target="translate")[0] == "target"
     option, wrong, _ = refusal(package.transcribe, model, speech[0], language="de")
     assert option == "data.language"
     assert "trained without data.tags" in wrong
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("num_beams", 0, "a whole number of 1 or more"),
+        ("num_beams", 1.5, "a whole number of 1 or more"),
+        ("max_new_tokens", None, "a whole number of 1 or more"),
+        ("top_k", -1, "a whole number of 0 or more"),
+        ("no_repeat_ngram_size", -1, "a whole number of 0 or more"),
+        ("temperature", 0, "a number above 0"),
+        ("temperature", float("nan"), "a number above 0"),
+        ("top_p", 1.5, "a fraction above 0, at most 1"),
+        ("top_p", 0, "a fraction above 0, at most 1"),
+    ],
+)
+def test_decoding_options_out_of_range_are_refused_without_a_configuration_too(option, value, wanted):
+    wrong, write = f"this has to be {wanted}", f"write {option}=NUMBER"
+    assert refusal(decoding_options, {option: value}) == (option, wrong, write)
+
+
+def test_decoding_options_that_cannot_be_are_refused_together_and_the_ends_of_ranges_are_in_them():
+    with pytest.raises(UserError, match=r"2 problems:\n\n  top_p = 2\n"):
+        decoding_options({"top_p": 2, "num_beams": 0})
+    ends = {"num_beams": 1, "max_new_tokens": 1, "top_k": 0, "top_p": 1, "no_repeat_ngram_size": 0, "temperature": 1e-3}
+    assert decoding_options(ends).top_p == 1
 
 
 INFERENCE = """
