@@ -120,7 +120,7 @@ def test_where_the_model_alone_is_too_large_it_is_said():
     assert refused(lambda number: int(1.95e9), at_rest=int(1.9e9)) == expected.format("1.90")
 
     def out_of_memory(number):
-        raise OutOfMemory("out of memory", "less")
+        raise OutOfMemory("data.batch_seconds", 24.0, "out of memory", "write less")
 
     assert refused(out_of_memory) == expected.format("3.00")
 
