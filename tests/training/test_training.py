@@ -250,7 +250,7 @@ def test_a_wav_without_samples_is_refused(sedtrain, trained, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, dtype="float32"), 16000)
     ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path / 'empty.wav'}")
     assert ended.status == 2
-    assert f"audio={tmp_path / 'empty.wav'}: the audio has no samples" in ended.err
+    assert f"audio = '{tmp_path / 'empty.wav'}'\n    the audio has no samples\n" in ended.err
 
 
 def test_of_several_files_those_that_cannot_be_transcribed_stop_no_other(sedtrain, trained, tmp_path, wav):
@@ -349,7 +349,7 @@ def test_a_folder_that_is_no_model_is_refused(sedtrain, tmp_path, wav, task):
 def test_audio_that_is_not_there_is_refused(sedtrain, trained):
     ended = sedtrain("task=transcribe", f"checkpoint={trained}", "audio=nowhere/*.wav")
     assert ended.status == 2
-    assert "audio=nowhere/*.wav: there is no such audio file" in ended.err
+    assert "audio = 'nowhere/*.wav'\n    there is no such audio file\n" in ended.err
 
 
 # --- bad data
