@@ -60,7 +60,7 @@ class SavedModel:
                 name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
             feature_extractor = AutoFeatureExtractor.from_pretrained(name)
-        check_loaded(f"checkpoint={name}", model, loaded, used=model)
+        check_loaded("checkpoint", name, model, loaded, used=model)
         load_adapter(model, name)
         tokenizer = load_tokenizer("checkpoint", name)
         return cls(model.eval(), tokenizer, feature_extractor)
