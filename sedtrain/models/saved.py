@@ -80,7 +80,7 @@ def load(checkpoint: str | Path) -> SavedModel:
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
         feature_extractor = AutoFeatureExtractor.from_pretrained(name)
-    check_loaded(f"checkpoint={name}", model, loaded, used=model)
+    check_loaded("checkpoint", name, model, loaded, used=model)
     load_adapter(model, name)
     return SavedModel(model.eval(), load_tokenizer("checkpoint", name), feature_extractor)
 

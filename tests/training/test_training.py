@@ -420,7 +420,7 @@ def test_a_full_disk_ends_the_run_with_a_message(sedtrain, corpus, tmp_path, mon
         "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
     )  # fmt: skip
     assert ended.status == 2
-    assert f"run_dir={folder} cannot be written to: " in ended.err
+    assert f"run_dir = '{folder}'\n    cannot be written to: " in ended.err
     assert "write run_dir=FOLDER on a disk with room" in ended.err
 
 
