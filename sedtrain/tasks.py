@@ -18,7 +18,7 @@ from sedtrain.config.instantiate import create
 from sedtrain.data.audio import UNREADABLE, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.sources import audio_paths
+from sedtrain.data.paths import audio_paths
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.errors import UserError, require
 from sedtrain.evaluation.evaluate import evaluate

@@ -16,10 +16,12 @@ import datasets
 import pyarrow as pa
 
 from sedtrain.batch import Skipped
-from sedtrain.data.readers import PROBLEM
-from sedtrain.data.shards import BrokenShard, Shard, shards_of
+from sedtrain.data.paths import is_pattern, local_path, public_name, split_files
+from sedtrain.data.readers import BrokenFile
+from sedtrain.data.shards import Shard, shards_of
 from sedtrain.data.skipped import SkippedUtterances
-from sedtrain.data.sources import is_pattern, load_rows, local_path, public_name, split_files
+from sedtrain.data.sources import load_rows
+from sedtrain.data.tables import PROBLEM
 from sedtrain.data.utterances import Columns, Limits, UtteranceRows, durations
 from sedtrain.errors import UserError, require
 from sedtrain.launch import is_first_of_machine
@@ -81,7 +83,7 @@ class Part:
         return file_of(self.source.path, self.split) if self.shard is None else self.shard.place
 
     def open(self) -> UtteranceRows:
-        """Raises UserError where there is nothing, or no rows of utterances, BrokenShard where a file cannot be read."""
+        """Raises UserError where there is nothing, or no rows of utterances, BrokenFile where a file cannot be read."""
         source = self.source
         if self.shard is None:
             rows = load_rows(source.path, self.split, source.name)
@@ -293,14 +295,14 @@ class Corpus:
             return
         try:
             yield from part.shard.texts(part.source.columns.text)
-        except BrokenShard as error:
+        except BrokenFile as error:
             self.skipped.broken_file(part.shard.name, part.shard.place, str(error), len(self.shards()))
 
     def opened(self, parts: Parts, number: int) -> UtteranceRows | None:
         """One of the parts; one that cannot be read is noted, and None."""
         try:
             return parts[number]
-        except BrokenShard as error:
+        except BrokenFile as error:
             shard = parts.parts[number].shard
             assert shard is not None
             self.skipped.broken_file(shard.name, shard.place, str(error), len(parts))
@@ -446,5 +448,5 @@ def pairs_of_shard(part: Part) -> Iterator[Pair]:
     else:
         try:
             yield from {(text or source.language, source.task) for text in part.shard.texts(source.columns.language)}
-        except BrokenShard:
+        except BrokenFile:
             return

@@ -14,7 +14,7 @@ from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Parts, Reference
-from sedtrain.data.shards import BrokenShard
+from sedtrain.data.readers import BrokenFile
 from sedtrain.errors import UserError
 
 ROUNDED = 0.01  # seconds by which audio may be longer than its header says, once it is resampled
@@ -92,7 +92,7 @@ class SplitDataset(Dataset[Batch]):
         part, index = reference
         try:
             rows = self.parts[part]
-        except (BrokenShard, UserError) as error:  # it was there when the batches were planned
+        except (BrokenFile, UserError) as error:  # it was there when the batches were planned
             gone = self.parts.parts[part]
             return Skipped(f"{gone.name}-{index}", "unreadable shard", str(error), gone.place)
         try:

@@ -25,8 +25,8 @@ from rich.progress import Progress
 
 from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE, read_audio, refuse_silence, seconds_between
-from sedtrain.data.readers import NOT_TEXT, PROBLEM
-from sedtrain.data.sources import local_path, with_readable_text
+from sedtrain.data.paths import local_path
+from sedtrain.data.tables import NOT_TEXT, PROBLEM, with_readable_text
 from sedtrain.errors import UserError, require
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, opened
 from sedtrain.data.corpus import Corpus, Parts, Reference
+from sedtrain.data.paths import local_path
 from sedtrain.data.sampler import DurationBatches
-from sedtrain.data.sources import local_path
 from sedtrain.data.utterances import UtteranceRows, durations
 from sedtrain.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.data.buckets import buckets_of
-from sedtrain.data.sources import absolute_path
+from sedtrain.data.paths import absolute_path
 from sedtrain.errors import UserError
 from sedtrain.launch import is_first
 from sedtrain.run_dir import LAST, checkpoints_of, config_of, write_whole
