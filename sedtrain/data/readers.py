@@ -28,6 +28,7 @@ from sedtrain.data.audio import is_audio_file, leaves_folder
 from sedtrain.data.tables import PROBLEM, Row, as_table, decoded, problem
 from sedtrain.errors import UserError
 
+Reader = Callable[[Path], Iterator[pa.Table]]
 VERSION = 2  # to be counted up where rows are read differently from the same files
 ROWS_AT_ONCE = 100  # of a Parquet file, whose audio is a few MB each at most
 NUMBER = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?$"  # 007 is text
@@ -57,16 +58,11 @@ def read_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
         facts = file.stat()
         if not facts.st_size:
             return datasets.Dataset.from_dict({})
-        suffix = suffix_of(file.name) or (".parquet" if file.open("rb").read(4) == b"PAR1" else None)
-        if suffix is None:
-            wrong = f"{file.suffix or 'a file without a suffix'} is no format that can be read"
-            write = f"write data.path=FILE, unpacked, one of {', '.join(READERS)}, or data.path=FOLDER"
-            raise UserError("data.path", str(file), wrong, write)
-        key = (VERSION, suffix, os.path.abspath(file), facts.st_size, facts.st_mtime_ns)
+        key = (VERSION, os.path.abspath(file), facts.st_size, facts.st_mtime_ns)
         folder = cache or Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain"
         copy = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
-            write_copy(copy, READERS[suffix](file))
+            write_copy(copy, reader_of(file)(file))
     except UserError:
         raise
     except (ValueError, OSError, pa.ArrowException, tarfile.ReadError) as error:
@@ -86,6 +82,18 @@ def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
             for table in chain([first], tables):
                 writer.write_table(table, max_chunksize=1000)
         unfinished.replace(copy)
+
+
+def reader_of(file: Path) -> Reader:
+    """Raises UserError for a format that is not in READERS."""
+    if suffix := suffix_of(file.name):
+        return READERS[suffix]
+    with file.open("rb") as content:
+        if content.read(4) == b"PAR1":
+            return read_parquet
+    wrong = f"{file.suffix or 'a file without a suffix'} is no format that can be read"
+    write = f"write data.path=FILE, unpacked, one of {', '.join(READERS)}, or data.path=FOLDER"
+    raise UserError("data.path", str(file), wrong, write)
 
 
 def suffix_of(name: str) -> str | None:
@@ -220,7 +228,7 @@ def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], t
     return {}
 
 
-READERS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {
+READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     ".jsonl": read_json,
     ".json": read_json,

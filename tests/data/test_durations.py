@@ -12,7 +12,7 @@ import soundfile
 
 from sedtrain.data import utterances as durations_module
 from sedtrain.data.corpus import Part, Source
-from sedtrain.data.readers import read_shards
+from sedtrain.data.readers import read_rows
 from sedtrain.data.utterances import ROWS_AT_ONCE, Columns, UtteranceRows, durations, index_of
 
 RATE = 8000
@@ -122,7 +122,7 @@ def test_bytes_in_parquet_and_members_of_a_tar_are_read_once(tmp_path, read):
     for _ in range(2):
         assert durations(rows_of(tmp_path / "tar")) == [0.5]
     assert len(read) == 4
-    assert len(read_shards([tmp_path / "tar/train.tar"])) == 1
+    assert len(read_rows(tmp_path / "tar/train.tar")) == 1
 
 
 def pack(path, members):

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_datamodule import data_module, good, write  # noqa: F401 - a fixture
 
-from sedtrain.data.augment import Augment, ColouredNoise, Speed
+from sedtrain.data.augment import Augment
+from sedtrain.data.augmentations import ColouredNoise, Speed
 from sedtrain.data.buckets import Bucket
 
 pytestmark = pytest.mark.filterwarnings(
