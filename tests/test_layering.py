@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "evaluation": "batch decoding errors models run_dir text",
     "decoding": "batch errors models",
     "models": "batch errors hub text",
-    "data": "batch errors hub launch text",
+    "data": "batch errors hub launch ranges text",
     "text": "errors",
     "config": "errors run_dir",
     "launch": "run_dir",
