@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, opened
-from sedtrain.data.corpus import Corpus, Parts, Reference
+from sedtrain.data.buckets import Bounds
+from sedtrain.data.corpus import Corpus
+from sedtrain.data.dataset import Parts, Reference
+from sedtrain.data.durations import durations
 from sedtrain.data.paths import local_path
 from sedtrain.data.sampler import DurationBatches
-from sedtrain.data.utterances import UtteranceRows, durations
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -120,7 +123,7 @@ def batchings(
         batches: list[list[int]] = []
         for start in range(0, len(seconds), block or len(seconds)):
             here = seconds[start : start + (block or len(seconds))]
-            plan = DurationBatches(here, batch_seconds, shuffle=shuffle, seed=seed, num_buckets=number)
+            plan = DurationBatches(here, Bounds(batch_seconds, num_buckets=number), shuffle=shuffle, seed=seed)
             batches += [[start + index for index in batch] for batch in plan]
         return Batching.of(f"{number} bucket{'s' * (number > 1)}", seconds, batches)
 
@@ -316,9 +319,9 @@ class SplitColumns:
         return np.array([len(text.split()) for text in self.texts], dtype=np.int64)
 
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
-        """Some rows of a part, sifted as they are for training."""
+        """Some rows of a part, filtered as they are for training."""
         known = None if corpus.streaming else durations(rows)
-        kept, skipped = corpus.limits.sift(rows, indices, known, corpus.rewriting(self.split))
+        kept, skipped = corpus.limits.filter(rows, indices, known, corpus.rewriting(self.split))
         self.num_read += len(indices)
         ids = list(rows.index_of)
         here = list(kept)
@@ -365,7 +368,7 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitColumns:
         if room == 0:
             columns.is_whole = False
             break
-        rows = corpus.opened(parts, part)
+        rows = corpus.open(parts, part)
         if rows is None:
             shard = parts.parts[part].shard
             columns.skipped.append(Skipped(shard.name if shard else split, "unreadable shard"))

@@ -240,7 +240,7 @@ def summary(
     }
     is_train = columns.split == "train"
     block = data.block_utterances if is_train and data.corpus.streaming else None
-    bounds = (data.batch_seconds, data.num_buckets, data.seed)
+    bounds = (data.bounds.batch_seconds, data.bounds.num_buckets, data.seed)
     return SplitSummary(
         columns.split,
         columns.is_whole,
