@@ -11,7 +11,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
-from sedtrain.decoding.transcribe import audio_paths
+from sedtrain.data.paths import audio_paths
 from sedtrain.errors import UserError
 from sedtrain.export import write_model_card
 from sedtrain.inspection.report import tables, write_page

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "__main__": "cli launch",
     "cli": "config errors launch run_dir tasks",
     "search": "config errors evaluation run_dir tasks",
-    "tasks": "build decoding errors export inspection run_dir terminal training",
+    "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models text training",
     "terminal": "evaluation training",
     "training": "batch data decoding errors evaluation launch models ranges run_dir",

@@ -5,7 +5,7 @@ from typing import Any
 
 from sedtrain.data.buckets import buckets_of
 from sedtrain.data.corpus import each_source, is_same_for_all, stands_for_several
-from sedtrain.data.sources import absolute_path
+from sedtrain.data.paths import absolute_path
 from sedtrain.errors import UserError
 
 

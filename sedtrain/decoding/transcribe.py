@@ -3,7 +3,6 @@
 S samples.
 """
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from sedtrain.batch import Utterance
-from sedtrain.data.audio import RATES, UNREADABLE, is_audio_file, one_channel, opened, read_audio
+from sedtrain.data.audio import RATES, UNREADABLE, one_channel, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.errors import UserError
@@ -138,29 +137,3 @@ def misfits(name: str, value: Any, hint: Any, known: Sequence[str]) -> Iterator[
         fits = isinstance(value, int | kind) and not isinstance(value, bool)
         if isinstance(each, Range) and not (fits and value in each):
             yield UserError(name, value, f"this has to be {each.words}", f"write {name}=NUMBER")
-
-
-def audio_paths(audio: str | Sequence[str]) -> list[str]:
-    """The files that `audio` names: files, globs and folders (searched through).
-
-    Raises UserError where a name stands for none, or all of them for one that is no audio.
-    """
-    found: list[str] = []
-    for name in [audio] if isinstance(audio, str) else audio:
-        where = Path(name).expanduser()
-        if where.is_dir():
-            matches = [str(path) for path in sorted(where.rglob("*")) if is_audio_file(path.name)]
-        else:
-            matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
-        if not matches:
-            write = "write audio=FILE, a glob that matches or a folder"
-            raise UserError("audio", name, "there is no such audio file", write)
-        found += matches
-    if len(found) == 1:
-        try:
-            with opened(found[0]):
-                return found
-        except UNREADABLE as error:
-            write = "write audio=FILE that libsndfile can read"
-            raise UserError("audio", found[0], f"this is no audio: {error}", write) from error
-    return found

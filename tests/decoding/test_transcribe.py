@@ -12,7 +12,7 @@ import soundfile
 import soxr
 
 import sedtrain as package
-from sedtrain.decoding.transcribe import Transcriber, audio_paths, decoding_options
+from sedtrain.decoding.transcribe import Transcriber, decoding_options
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder
 
@@ -144,47 +144,3 @@ def test_inference_imports_nothing_that_only_training_needs(trained, model, spee
     assert "torch" in imported
     training = {"lightning", "hydra", "omegaconf", "datasets", "pandas", "pyarrow", "jiwer", "sacrebleu"}
     assert training & set(imported) == set()
-
-
-# --- audio files by name
-
-
-@pytest.fixture
-def clips(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name in ("b.wav", "a.flac", "deep/c.wav"):
-        soundfile.write(tmp_path / name, np.sin(np.arange(1_600) / 10), 16_000)
-    (tmp_path / "notes.txt").write_text("no audio")
-    return tmp_path
-
-
-def names(folder, audio):
-    return [path.removeprefix(f"{folder}/") for path in audio_paths(audio)]
-
-
-def test_audio_files_are_named_by_file_glob_folder_or_list(clips):
-    assert names(clips, f"{clips}/b.wav") == ["b.wav"]
-    assert names(clips, f"{clips}/*.wav") == ["b.wav"]
-    assert names(clips, f"{clips}/**/*.wav") == ["b.wav", "deep/c.wav"]
-    assert names(clips, str(clips)) == ["a.flac", "b.wav", "deep/c.wav"]
-    assert names(clips, [f"{clips}/b.wav", f"{clips}/deep"]) == ["b.wav", "deep/c.wav"]
-
-
-def test_a_file_name_that_looks_like_a_glob_is_that_file(clips):
-    (clips / "b.wav").rename(clips / "b[1].wav")
-    assert names(clips, f"{clips}/b[1].wav") == ["b[1].wav"]
-
-
-@pytest.mark.parametrize("missing", ["nowhere.wav", "*.mp3", "empty"])
-def test_audio_that_is_not_there_is_refused(clips, missing):
-    (clips / "empty").mkdir()
-    name = f"{clips}/{missing}"
-    wrong, write = "there is no such audio file", "write audio=FILE, a glob that matches or a folder"
-    assert refusal(audio_paths, [f"{clips}/b.wav", name]) == ("audio", wrong, write)
-
-
-def test_a_file_that_is_no_audio_is_refused_alone_and_left_to_the_reader_among_others(clips):
-    option, wrong, write = refusal(audio_paths, f"{clips}/notes.txt")
-    assert (option, write) == ("audio", "write audio=FILE that libsndfile can read")
-    assert wrong.startswith("this is no audio: ")
-    assert names(clips, [f"{clips}/b.wav", f"{clips}/notes.txt"]) == ["b.wav", "notes.txt"]

@@ -16,7 +16,8 @@ from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedtrain.data.augment import Augment, Speed
+from sedtrain.data.augment import Augment
+from sedtrain.data.augmentations import Speed
 from sedtrain.data.buckets import Bucket, groups_by_buckets
 from sedtrain.errors import UserError
 from sedtrain.training import fit_batches as peak_memory
