@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "export": "evaluation models run_dir text",
     "evaluation": "batch data decoding errors models run_dir text",
     "decoding": "batch data errors models ranges text",
-    "models": "batch errors hub run_dir text",
+    "models": "batch errors hub ranges run_dir text",
     "data": "batch errors hub launch ranges run_dir text",
     "text": "errors",
     "config": "errors ranges run_dir",
