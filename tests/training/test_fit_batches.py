@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 from conftest import EMBEDDED, cut_corpus
+from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
-from test_datamodule import data_module, write
 
 from sedtrain.data.augment import Augment, Speed
 from sedtrain.data.buckets import Bucket, fitted
