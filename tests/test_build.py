@@ -379,9 +379,7 @@ def test_texts_are_learnt_as_they_are_by_default(built, loud):
     assert run.saved.tokenizer.decode(batch.labels[0][batch.labels[0] >= 0], skip_special_tokens=True) == batch.texts[0]
 
 
-def test_both_normalizers_are_named_by_model_card_and_results_and_need_not_be(
-    command, sedtrain, loud, tmp_path
-):
+def test_both_normalizers_are_named_by_model_card_and_results_and_need_not_be(command, sedtrain, loud, tmp_path):
     ended = command(f"data.path={loud}", "training_normalizer=whisper_basic", "normalizer=none")
     assert ended.status == 0, ended.err
     label = {"name": "whisper_basic", "version": f"whisper-normalizer {version('whisper-normalizer')}"}
