@@ -5,7 +5,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sedtrain.evaluation.intervals import Interval
 
+Audio = tuple[np.ndarray, int]  # (S,) samples in -1..1, sampling rate in hertz
 Curve = tuple[list[int], list[float]]  # optimizer steps, values
 
 
@@ -176,15 +177,22 @@ def definitions(entries: Mapping[str, str]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int = 1) -> str:
-    """Cells of text, of which the first `num_texts` in a row are words and the others numbers."""
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int = 1, sounds: Sequence[Audio | None] = ()
+) -> str:
+    """A table of text cells, of which the first `num_texts` in a row are words and the others numbers.
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        words = (f"<{tag}>{escape(cell)}</{tag}>" for cell in cells[:num_texts])
+    sounds: what a row says aloud, in a column of its own; None where it cannot be played
+    """
+
+    def line(cells: Sequence[str], tag: str, last: str = "") -> str:
+        words = (f'<{tag} dir="auto">{escape(cell)}</{tag}>' for cell in cells[:num_texts])
         numbers = (f'<{tag} class="number">{escape(cell)}</{tag}>' for cell in cells[num_texts:])
-        return f"<tr>{''.join(words)}{''.join(numbers)}</tr>"
+        return f"<tr>{''.join(words)}{''.join(numbers)}{last}</tr>"
 
-    return f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    heads = line(headings, "th", "<th>listen</th>" if sounds else "")
+    players = [f"<td>{player(*sound) if sound else 'cannot be decoded'}</td>" for sound in sounds] or repeat("")
+    return f"<table>{heads}{''.join(line(row, 'td', last) for row, last in zip(rows, players, strict=False))}</table>"
 
 
 def player(samples: np.ndarray, sampling_rate: int) -> str:
