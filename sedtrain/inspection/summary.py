@@ -10,33 +10,10 @@ import numpy as np
 
 from sedtrain.batch import Skipped
 from sedtrain.data.datamodule import SpeechTextDataModule
-<<<<<<< HEAD
 from sedtrain.inspection import statistics
 from sedtrain.inspection.sound import Sound, listen
 from sedtrain.inspection.splits import SplitEntries, read_corpus
 from sedtrain.inspection.statistics import Batching, Floats, Group, Histogram, Numbers, Spread
-=======
-from sedtrain.inspection.statistics import (
-    Batching,
-    Floats,
-    Group,
-    Histogram,
-    Numbers,
-    Overlap,
-    Sound,
-    SplitColumns,
-    Spread,
-    Texts,
-    batchings,
-    groups_of,
-    listen,
-    overlap,
-    read_corpus,
-    robust_scores,
-    skipped_examples,
-    texts_of,
-)
->>>>>>> base
 from sedtrain.run_dir import write_whole
 
 NUM_DECODED = 200  # utterances of a split, drawn at random
