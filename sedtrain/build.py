@@ -63,7 +63,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data: SpeechTextDataModule = create(cfg, "data")
     data.augment = augment(cfg)
-    rewrite = data.corpus.rewrite = normalizer(cfg.training_normalizer)
+    rewrite = data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
     data.corpus.refuse_unusable(["train", "validation", cfg.split])
     tokenizer = tokenizer_for(cfg, data, rewrite)
     encoder: PreTrainedModel = create(cfg, "encoder")

@@ -193,7 +193,7 @@ def inspect_data(cfg: DictConfig) -> None:
     require(most is None or most > 0, "inspect_utterances", most, "1 or more, or null")
     cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
     data: SpeechTextDataModule = create(cfg, "data")
-    data.corpus.rewrite = normalizer(cfg.training_normalizer)
+    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
     found, columns = inspected(data, most)
     found.write(folder / "inspect.json")
     write_page(folder / "inspect.html", found, columns)

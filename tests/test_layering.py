@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "decoding": "batch models ranges",
     "models": "batch errors hub text",
     "data": "batch errors hub launch text",
-    "text": "errors",
+    "text": "errors ranges",
     "config": "errors run_dir",
     "launch": "run_dir",
     "run_dir": "",
