@@ -9,18 +9,8 @@ from pathlib import Path
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from sedtrain.evaluation import html
 from sedtrain.evaluation.evaluate import Evaluation, Hypothesis
-from sedtrain.evaluation.html import (
-    Audio,
-    bars_figure,
-    curves_figure,
-    definitions,
-    page,
-    player,
-    read_curves,
-    row,
-    table,
-)
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet
 from sedtrain.evaluation.results import Results
@@ -38,7 +28,7 @@ def write_report(
     results: Results,
     evaluation: Evaluation,
     metrics_csv: Path | None,
-    audio_of: Callable[[str], Audio] | None,
+    audio_of: Callable[[str], html.Audio] | None,
     model: str = "",
 ) -> None:
     """Writes one HTML file without links to anything outside it.
@@ -51,31 +41,30 @@ def write_report(
     metric_set = MetricSet(list(evaluation.metrics), normalize)
     ranking = "wer" if "wer" in evaluation.metrics else "chrf"  # BLEU says little of a single utterance
     title = f"{model or 'Speech encoder-decoder'}: {results.task}"
-    sections = [f"<h1>{escape(title)}</h1>", row(scores(evaluation.metrics), facts(results))]
+    sections = [f"<h1>{escape(title)}</h1>", html.row(scores(evaluation.metrics), facts(results))]
     if metrics_csv and metrics_csv.exists():
         sections.append(learning_curves(metrics_csv))
     if evaluation.hypotheses:
-        pairs = align(evaluation.hypotheses, normalize)
+        pairs = [align(utterance, normalize) for utterance in evaluation.hypotheses]
         by_length = scores_by_length(ranking, metric_set, evaluation.counts, pairs)
         values = metric_set.values(evaluation.counts)[ranking]
         sections += [
-            row(by_length + errors_by_kind(pairs), frequent_errors(pairs)) if ranking == "wer" else by_length,
+            html.row(by_length + errors_by_kind(pairs), frequent_errors(pairs)) if ranking == "wer" else by_length,
             worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of),
         ]
-    write_whole(path, page(title, "\n".join(sections)))
+    write_whole(path, html.page(title, "\n".join(sections)))
 
 
-def align(hypotheses: Iterable[Hypothesis], normalize: Normalizer) -> list[list[WordPair]]:
-    """The words of every utterance in pairs, as the word error rate pairs them."""
-    aligned = []
-    for utterance in hypotheses:
-        reference, hypothesis = normalize(utterance.reference).split(), normalize(utterance.hypothesis).split()
-        chunks = (
-            (reference[c.src_start : c.src_end], hypothesis[c.dest_start : c.dest_end])
-            for c in Levenshtein.opcodes(reference, hypothesis)
+def align(utterance: Hypothesis, normalize: Normalizer) -> list[WordPair]:
+    """The words in pairs, as the word error rate pairs them."""
+    reference, hypothesis = normalize(utterance.reference).split(), normalize(utterance.hypothesis).split()
+    return [
+        pair
+        for edit in Levenshtein.opcodes(reference, hypothesis)
+        for pair in zip_longest(
+            reference[edit.src_start : edit.src_end], hypothesis[edit.dest_start : edit.dest_end], fillvalue=""
         )
-        aligned.append([pair for chunk in chunks for pair in zip_longest(*chunk, fillvalue="")])
-    return aligned
+    ]
 
 
 def kind(pair: WordPair) -> str:
@@ -86,11 +75,9 @@ def kind(pair: WordPair) -> str:
 
 
 def scores(metrics: Mapping[str, Interval]) -> str:
-    rows = [
-        (METRICS[name].title, percent(m.value), f"{100 * m.low:.2f} to {percent(m.high)}")
-        for name, m in metrics.items()
-    ]
-    return "<h2>Scores</h2>" + table(("metric", "value", "95 % interval"), rows)
+    bounds = {name: f"{100 * interval.low:.2f} to {percent(interval.high)}" for name, interval in metrics.items()}
+    rows = [(METRICS[name].title, percent(metrics[name].value), bounds[name]) for name in metrics]
+    return "<h2>Scores</h2>" + html.table(("metric", "value", "95 % interval"), rows)
 
 
 def percent(fraction: float) -> str:
@@ -98,31 +85,31 @@ def percent(fraction: float) -> str:
 
 
 def facts(results: Results) -> str:
-    train = results.train
+    train, cost = results.train, "none"
+    if train:
+        audio = f"{train.audio_seconds_per_second:.0f} s of audio per second"
+        cost = f"{train.seconds / 60:.1f} min, {train.steps:,} steps, {train.utterances:,} utterances, {audio}"
     facts = {
         "split": results.split,
         "utterances": f"{results.num_utterances:,}, {results.audio_seconds / 60:.1f} min of audio",
-        "training": f"{train.seconds / 60:.1f} min, {train.steps:,} steps, {train.utterances:,} utterances, "
-        f"{train.audio_seconds_per_second:.0f} s of audio per second"
-        if train
-        else "none",
+        "training": cost,
         "decoding": ", ".join(f"{name} {value}" for name, value in results.decoding.items()),
         "RTFx": f"{results.rtfx:.1f} s of audio decoded per second",
         "normalizer": f"{results.normalizer['name']} {results.normalizer['version']}",
         "skipped": ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "none",
     }
     versions = {name: version or "not installed" for name, version in results.versions.items()}
-    folded = f"<details><summary>versions</summary>{definitions(versions)}</details>"
-    return f"<h2>Facts</h2>{definitions(facts)}{folded}"
+    folded = f"<details><summary>versions</summary>{html.definitions(versions)}</details>"
+    return f"<h2>Facts</h2>{html.definitions(facts)}{folded}"
 
 
 def learning_curves(metrics_csv: Path) -> str:
-    curves = read_curves(metrics_csv)
+    curves = html.read_curves(metrics_csv)
     losses = {name: curve for name, curve in curves.items() if name.endswith("loss")}
     scores = {name: curve for name, curve in curves.items() if name.removeprefix("val/") in METRICS}
-    figures = [curves_figure("Loss, nats per token", losses)] if losses else []
-    figures += [curves_figure("Scores of the validation split", scores, percent=True)] if scores else []
-    return f"<h2>Learning curves</h2>{row(*figures)}" if figures else ""
+    figures = [html.curves_figure("Loss, nats per token", losses)] if losses else []
+    figures += [html.curves_figure("Scores of the validation split", scores, percent=True)] if scores else []
+    return f"<h2>Learning curves</h2>{html.row(*figures)}" if figures else ""
 
 
 def scores_by_length(name: str, metric_set: MetricSet, counts: Counts, pairs: Sequence[list[WordPair]]) -> str:
@@ -134,7 +121,7 @@ def scores_by_length(name: str, metric_set: MetricSet, counts: Counts, pairs: Se
     groups = [np.searchsorted(longest, lengths) == group for group in range(len(longest))]
     intervals = [bootstrap_intervals(metric_set, counts[group])[name] for group in groups]
     labels = ["–".join(map(str, sorted({lengths[group].min(), lengths[group].max()}))) for group in groups]
-    figure = bars_figure("with 95 % intervals", labels, intervals, "words in the reference")
+    figure = html.bars_figure("with 95 % intervals", labels, intervals, "words in the reference")
     return f"<h2>{METRICS[name].title} by length</h2>{figure}"
 
 
@@ -142,13 +129,13 @@ def errors_by_kind(pairs: Iterable[list[WordPair]]) -> str:
     counts = Counter(kind(pair) for words in pairs for pair in words)
     num_words = max(counts["hit"] + counts["substitution"] + counts["deletion"], 1)
     rows = [(f"{name}s", f"{counts[name]:,}", percent(counts[name] / num_words)) for name in KINDS]
-    return "<h2>Errors by kind</h2>" + table(("kind", "words", "of the reference"), rows)
+    return "<h2>Errors by kind</h2>" + html.table(("kind", "words", "of the reference"), rows)
 
 
 def frequent_errors(pairs: Iterable[list[WordPair]]) -> str:
     counts = Counter(pair for words in pairs for pair in words if kind(pair) != "hit")
     rows = [(pair[0] or "–", pair[1] or "–", f"{count:,}") for pair, count in counts.most_common(NUM_CONFUSIONS)]
-    listed = table(("reference", "hypothesis", "times"), rows, num_texts=2)
+    listed = html.table(("reference", "hypothesis", "times"), rows, num_texts=2)
     return f"<h2>Most frequent errors</h2>{listed}" if rows else ""
 
 
@@ -157,25 +144,27 @@ def worst_utterances(
     values: np.ndarray,
     hypotheses: Sequence[Hypothesis],
     pairs: Sequence[list[WordPair]],
-    audio_of: Callable[[str], Audio] | None,
+    audio_of: Callable[[str], html.Audio] | None,
 ) -> str:
     """Utterances with the worst score, the longest first among equals; "" where no utterance has an error."""
     badness = 1 - values if METRICS[name].higher_is_better else values
-    faulty = [index for index in range(len(values)) if badness[index] > 0]
-    order = sorted(faulty, key=lambda index: (-badness[index], -len(pairs[index])))[:NUM_WORST]
-    if not order:
+    faulty = np.flatnonzero(badness > 0).tolist()
+    worst = sorted(faulty, key=lambda index: (-badness[index], -len(pairs[index])))[:NUM_WORST]
+    if not worst:
         return ""
-    key = ", ".join(f'<span class="key {each}">{each}</span>' for each in KINDS)
-    articles = [
-        f"<article><header><b>{escape(hypotheses[index].id)}</b>"
-        f'<span class="quiet">{METRICS[name].title} {percent(values[index])}</span></header>'
-        + (player(*audio_of(hypotheses[index].id)) if audio_of else "")
-        + (aligned_words(pairs[index]) if name == "wer" else both_texts(hypotheses[index]))
-        + "</article>"
-        for index in order
-    ]
-    legend = f'<p class="quiet">Words: {key}</p>' if name == "wer" else ""
-    return f"<section><h2>The {len(order)} worst utterances, by {METRICS[name].title}</h2>{legend}{''.join(articles)}</section>"
+    title, legend = METRICS[name].title, ""
+    if name == "wer":
+        keys = ", ".join(f'<span class="key {kind}">{kind}</span>' for kind in KINDS)
+        legend = f'<p class="quiet">Words: {keys}</p>'
+    articles = []
+    for index in worst:
+        utterance = hypotheses[index]
+        score = f'<span class="quiet">{title} {percent(values[index])}</span>'
+        sound = html.player(*audio_of(utterance.id)) if audio_of else ""
+        texts = {"reference": utterance.reference, "hypothesis": utterance.hypothesis}
+        words = aligned_words(pairs[index]) if name == "wer" else html.definitions(texts)
+        articles.append(f"<article><header><b>{escape(utterance.id)}</b>{score}</header>{sound}{words}</article>")
+    return f"<section><h2>The {len(worst)} worst utterances, by {title}</h2>{legend}{''.join(articles)}</section>"
 
 
 def aligned_words(words: Iterable[WordPair]) -> str:
@@ -186,7 +175,3 @@ def aligned_words(words: Iterable[WordPair]) -> str:
     )
     sides = '<div class="quiet"><span>reference</span><span>hypothesis</span></div>'
     return f'<div class="sides">{sides}<div class="words" dir="auto">{"".join(columns)}</div></div>'
-
-
-def both_texts(each: Hypothesis) -> str:
-    return definitions({"reference": each.reference, "hypothesis": each.hypothesis})
