@@ -91,7 +91,7 @@ def training_data(cfg: DictConfig) -> SpeechTextDataModule:
     """The data, with its texts as they are learnt; every split that the run needs has been read."""
     refuse_same_for_all(cfg.data)
     data: SpeechTextDataModule = create(cfg, "data")
-    data.corpus.rewrite = normalizer(cfg.training_normalizer)
+    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
     data.corpus.refuse_unusable(["train", "validation", cfg.split])
     return data
 
@@ -259,7 +259,7 @@ def inspected_data(cfg: DictConfig) -> SpeechTextDataModule:
     """The data of `task=inspect`, which counts every bad utterance and is stopped by none."""
     cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
     data: SpeechTextDataModule = create(cfg, "data")
-    data.corpus.rewrite = normalizer(cfg.training_normalizer)
+    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
     return data
 
 

@@ -70,7 +70,7 @@ def batches(found: Sequence[Fitted], budget: Budget) -> Table:
     for (seconds, tokens, utterances), peak_gb, speed in found:
         audio = f"{seconds * utterances:,.0f} s"
         table.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
-    table.caption = f"into {budget.told}\nspeed: seconds of audio per second, of one step"
+    table.caption = f"into {budget.text}\nspeed: seconds of audio per second, of one step"
     return table
 
 

@@ -30,7 +30,7 @@ TEXTS = ["one two three", "nine", "four four", "<|de|>"]
 PAIRS = {("en", "transcribe"), ("fr", "transcribe"), ("de", "translate")}
 SMALL = ["encoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=8"]
 KNOWN = "the model writes <|en|><|transcribe|> and <|de|><|translate|>, and is asked to "
-INSTEAD = "\n  write instead: target=transcription data.language=en, or target=translation data.language=de"
+INSTEAD = "\n    write target=transcription data.language=en, or target=translation data.language=de"
 
 
 def tagged(kind="char"):
@@ -82,9 +82,7 @@ def test_what_was_never_learnt_is_refused_with_what_was(language, task, asked):
     message = refused(tags.of, language, task)
     assert sorted(re.findall(r"(?:<\|\w+\|>)+", message)) == ["<|de|><|translate|>", "<|en|><|transcribe|>"]
     assert f"and is asked to {asked}\n" in message
-    assert message.endswith(
-        "write instead: target=transcription data.language=en, or target=translation data.language=de"
-    )
+    assert message.endswith("    write target=transcription data.language=en, or target=translation data.language=de")
 
 
 def test_a_language_of_several_has_to_be_named():
