@@ -1,58 +1,12 @@
-import io
-import json
 import pickle
 from collections import Counter
 
-import lightning
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
-import soundfile
 import torch
+from corpora import WITH_SECONDS, WORDS, data_module, fit, listed, wav, write
 from lightning.pytorch.plugins.precision import HalfPrecision
-from transformers import Wav2Vec2FeatureExtractor
 
-from sedtrain.data.collate import Collator
-from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.errors import UserError
-from sedtrain.text.tokenizers import train_tokenizer
-
-COLUMNS = {"audio": "audio", "transcription": "text", "translation": "translation"}
-WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four"}
-TOKENIZER = train_tokenizer([*WORDS, *WORDS.values()], "char", 100)
-
-
-def wav(seconds, seed=0):
-    file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, round(seconds * 16_000)), 16_000, format="WAV")
-    return file.getvalue()
-
-
-def write(path, lengths, **columns):
-    """A Parquet file of utterances of so many seconds."""
-    german, english = zip(*(list(WORDS.items())[i % len(WORDS)] for i in range(len(lengths))), strict=True)
-    rows = {"audio": [wav(each, i) for i, each in enumerate(lengths)], "text": english, "translation": german}
-    pyarrow.parquet.write_table(pa.table({**rows, **columns}), path)
-
-
-def data_module(path, folder=None, columns=COLUMNS, **options):
-    data = SpeechTextDataModule(str(path), columns, folder=str(folder or path), **options)
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    data.collator = Collator(extractor, TOKENIZER, TOKENIZER.bos_token_id)
-    return data
-
-
-def listed(folder):
-    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def good(tmp_path):
-    """Twelve utterances of 0.3 to 1.4 s."""
-    for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.parquet", [0.3 + 0.1 * i for i in range(12)])
-    return tmp_path
 
 
 @pytest.fixture
@@ -71,9 +25,6 @@ def undecodable(tmp_path):
     audio = [wav(1.0), b"no audio", wav(1.0), wav(1.0)]
     write(tmp_path / "train.parquet", [1.0] * 4, audio=audio, seconds=[1.0] * 4)
     return tmp_path
-
-
-WITH_SECONDS = {**COLUMNS, "seconds": "seconds"}
 
 
 # --- batches
@@ -196,46 +147,49 @@ def test_the_first_bad_utterance_can_be_an_error(dirty, options, fault):
     with pytest.raises(UserError) as raised:
         data_module(dirty, on_bad_utterance="error", **options).train_dataloader()
     fault = fault.replace("FILE", f"{dirty}/train.parquet")
-    assert str(raised.value) == (f"utterance {fault}\n  write instead: data.on_bad_utterance=skip to go on without it")
-
-
-def test_a_split_of_which_nothing_is_left_is_told(dirty):
-    with pytest.raises(UserError) as raised:
-        data_module(dirty, min_seconds=5).train_dataloader()
     assert str(raised.value) == (
-        f"data.path={dirty}: none of the 6 utterances of 'train' can be used (5 too short, 1 unreadable audio)\n"
-        "  write instead: data.min_seconds, data.max_seconds and data.columns that fit this dataset"
+        f"1 problem:\n\n  data.on_bad_utterance = 'error'\n    utterance {fault}\n"
+        "    write data.on_bad_utterance=skip to continue without it"
     )
 
 
-def test_everything_that_is_wrong_with_the_splits_is_told_at_once(good):
+def test_a_split_of_which_nothing_is_left_is_reported(dirty):
+    with pytest.raises(UserError) as raised:
+        data_module(dirty, min_seconds=5).train_dataloader()
+    assert raised.value.args == (
+        "data.path",
+        str(dirty),
+        "none of the 6 utterances of 'train' can be used (5 too short, 1 unreadable audio)",
+        "write data.min_seconds, data.max_seconds and data.columns that fit this dataset",
+    )
+
+
+def test_everything_that_is_wrong_with_the_splits_is_reported_at_once(good):
     write(good / "test.parquet", [0.01])
     data = data_module(good, validation_split="nein", test_split="test")
     data.corpus.refuse_unusable(["train", "train"])
     with pytest.raises(UserError) as raised:
         data.corpus.refuse_unusable(["train", "validation", "test"])
-    first, second, instead = str(raised.value).splitlines()
-    assert first.startswith(f"data.path={good}, split 'nein': ValueError: Unknown split")
-    assert second == f"data.path={good}: none of the 1 utterances of 'test' can be used (1 too short)"
-    assert instead == (
-        "  write instead: data.train_split, data.validation_split, data.test_split that the dataset has, in files that can "
-        "be read; data.min_seconds, data.max_seconds and data.columns that fit this dataset"
-    )
+    first, second = raised.value.errors
+    assert "Unknown split" in first.wrong
+    assert second.wrong == "none of the 1 utterances of 'test' can be used (1 too short)"
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "wanted"),
+    ("options", "name", "wrong"),
     [
-        ("batch_seconds", 0, "a number above 0"),
-        ("min_seconds", -1, "0 or more"),
-        ("max_seconds", 0.01, "above data.min_seconds, 0.05"),
-        ("keep_decoded_hours", -1, "0 or more"),
-        ("num_workers", -1, "0 or more"),
+        ({"max_seconds": 0.01}, "max_seconds", "this has to be above data.min_seconds, 0.05"),
+        (
+            {"min_characters": 9, "max_characters": 3},
+            "max_characters",
+            "this has to be data.min_characters, 9, or more",
+        ),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(good, option, value, wanted):
-    with pytest.raises(UserError, match=f"data.{option}={value}: this has to be {wanted}"):
-        data_module(good, **{option: value})
+def test_limits_that_nothing_can_keep_are_refused(good, options, name, wrong):
+    with pytest.raises(UserError) as raised:
+        data_module(good, **options)
+    assert (raised.value.option, raised.value.value, raised.value.wrong) == (f"data.{name}", options[name], wrong)
 
 
 def test_lightning_can_change_the_precision_of_a_batch_that_lacks_an_utterance(undecodable):
@@ -262,42 +216,11 @@ def test_a_batch_of_which_nothing_can_be_decoded_is_empty(undecodable):
     assert len(split[0, [(0, 1)]].skipped) == 1
 
 
-class Silent(lightning.LightningModule):
-    """Learns nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch, batch_index):
-        return self.weight * 0
-
-    def validation_step(self, batch, batch_index):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters())
-
-
-def fit(data, **options):
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        **options,
-    )
-    trainer.fit(Silent(), datamodule=data)
-
-
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_could_not_be_decoded_is_counted_once_however_long_training_runs(undecodable, num_workers):
     data = data_module(undecodable, columns=WITH_SECONDS, batch_seconds=2, num_workers=num_workers)
-    fit(data, max_epochs=3)
+    fit(data, 3, limit_val_batches=0)
     assert data.skipped.counts == {"unreadable audio": 1}
     line = {"id": "train-1", "path": f"{undecodable}/train.parquet", "reason": "unreadable audio"}
     assert listed(undecodable) == [line | {"detail": "Format not recognised."}]
@@ -310,4 +233,4 @@ def test_what_could_not_be_decoded_can_be_an_error_also_from_a_worker(undecodabl
     with pytest.raises(
         UserError, match=r"utterance 'train-1' \(.*train.parquet\): unreadable audio Format not recognised"
     ):
-        fit(data, max_epochs=1)
+        fit(data, 1, limit_val_batches=0)

@@ -14,9 +14,9 @@ from transformers import AutoModel
 
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
-from sedtrain.export import SavedModel
 from sedtrain.models.adapter import ConvAdapter
 from sedtrain.models.parts import PARTS, depths, layers_of, part_of
+from sedtrain.models.saved import load
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.terminal import ends
 from sedtrain.terminal import plan as table_of
@@ -337,7 +337,7 @@ def test_a_schedule_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_p
 def pretrained(trained, tmp_path_factory):
     """Overrides that start from the encoder and the decoder of a trained model, each saved alone."""
     folder = tmp_path_factory.mktemp("pretrained")
-    saved = SavedModel.load(str(trained))
+    saved = load(str(trained))
     saved.model.encoder.save_pretrained(folder / "encoder")
     saved.feature_extractor.save_pretrained(folder / "encoder")
     saved.model.decoder.save_pretrained(folder / "decoder")
@@ -366,7 +366,7 @@ def test_a_schedule_trains_a_saved_model_and_leaves_one_that_stock_transformers_
     assert trainable > 0
     assert frozen > 0 or overrides[0] == "finetune=gradual"  # where everything moves in the end
     stock = transformers.SpeechEncoderDecoderModel.from_pretrained(folder / "model").eval()
-    own = SavedModel.load(str(folder))
+    own = load(str(folder))
     audio, tokens = torch.randn(1, 8000), torch.tensor([[1, 5, 6]])
     with torch.no_grad():
         logits = stock(audio, decoder_input_ids=tokens).logits

@@ -9,11 +9,10 @@ from test_finetune import PAIRS, finetuning, joined, moving, parts_of
 from test_trained_parameters import LABELS
 from torch import nn
 
-from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.errors import UserError
-from sedtrain.export import SavedModel
 from sedtrain.models.lora import base_weights, lora_layers
 from sedtrain.models.parts import part_of
+from sedtrain.models.saved import SavedModel, load
 
 
 def inputs_of(model):
@@ -113,7 +112,7 @@ def test_kept_apart_it_is_an_adapter_that_stock_transformers_and_peft_load(decod
     inputs = inputs_of(model)
     said = logits(model, inputs)
     saved = SavedModel(model, *own_tokenizer)
-    saved.save(tmp_path, DecodingOptions())
+    saved.save(tmp_path, {})
     stock = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path).eval()
     assert set(stock.state_dict()) == set(base_weights(model))
     assert (logits(stock, inputs) - said).abs().max() > 1e-3
@@ -122,7 +121,7 @@ def test_kept_apart_it_is_an_adapter_that_stock_transformers_and_peft_load(decod
     by_peft = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path).eval()
     by_peft = peft.PeftModel.from_pretrained(by_peft, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(by_peft.base_model.model, inputs), said, rtol=1e-4, atol=1e-4)
-    own = SavedModel.load(str(tmp_path))
+    own = load(str(tmp_path))
     torch.testing.assert_close(logits(own.model, inputs), said, rtol=1e-4, atol=1e-4)
 
 

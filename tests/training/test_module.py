@@ -137,8 +137,8 @@ def test_an_evaluation_in_which_nothing_is_readable_is_an_error(run):
     with pytest.raises(UserError) as raised:
         evaluate(run.saved.model, run.saved.tokenizer, [empty], MetricSet(["wer"]), DecodingOptions())
     assert str(raised.value) == (
-        "none of the utterances could be decoded: there is nothing to score\n"
-        "  write instead: data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
+        "1 problem:\n\n  data = '0 utterances'\n    none of the utterances could be decoded: there is nothing to score\n"
+        "    write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
     )
 
 
