@@ -77,7 +77,7 @@ class FineTuning(Callback):
                 self.starts[weight] = max(self.starts[weight], step)
         for name in self.moving:
             self.starts |= dict.fromkeys(selected(model, name, "finetune.moving") & movable, 0)
-        self.refuse_standstill(has_adapter=any(part_of(weight) == "adapter" for weight in movable))
+        self.refuse_standstill()
         depth_of = dict(depths(model)) if self.layer_decay != 1 else {}
         self.scales = {
             weight: self.learning_rates.get(part_of(weight), 1.0) * self.layer_decay ** depth_of.get(weight, 0)
@@ -86,22 +86,15 @@ class FineTuning(Callback):
         for name in movable:
             model.get_parameter(name).requires_grad_(self.starts.get(name) == 0)
 
-    def refuse_standstill(self, has_adapter: bool) -> None:
+    def refuse_standstill(self) -> None:
+        """Raises UserError if no weight would move at the first step."""
         if not self.starts:
-            wrong = "with these frozen, no weight of this model would move"
-            raise UserError(
-                "finetune.frozen",
-                self.frozen,
-                wrong if has_adapter else f"{wrong}; it has no adapter",
-                "write finetune=all, or an adapter that has weights, such as adapter=conv",
-            )
+            wrong = "the weights of this model are all in these: none would move"
+            write = "write finetune=all, or an adapter that has weights, such as adapter=conv"
+            raise UserError("finetune.frozen", self.frozen, wrong, write)
         if first := min(self.starts.values()):
-            raise UserError(
-                "finetune.thaw",
-                self.thaw,
-                f"no weight would move before step {first}",
-                "write finetune.moving=[PART], with a part that moves from the start",
-            )
+            write = "write finetune.moving=[PART], with a part that moves from the start"
+            raise UserError("finetune.thaw", self.thaw, f"no weight would move before step {first}", write)
 
     def grouped(self, model: nn.Module) -> list[dict[str, Any]]:
         """The weights that move now or later, in groups: a checkpoint of any step fits the optimizer of any other."""

@@ -20,7 +20,6 @@ from sedtrain.training.module import SpeechSeq2SeqModule
 
 logger = logging.getLogger(__name__)
 
-FILE = "bad_steps.jsonl"
 HISTORY = 100
 """A spike is measured against the losses of so many steps."""
 ENOUGH = 20
@@ -52,7 +51,7 @@ class Guards(Callback):
         min_audio_gain: float = 0.05,
         probe_after: Fraction = 0.25,
     ) -> None:
-        self.file = Path(folder) / FILE
+        self.file = Path(folder) / "bad_steps.jsonl"
         self.max_bad_steps, self.spike_deviations = max_bad_steps, spike_deviations
         self.min_audio_gain, self.probe_after = min_audio_gain, probe_after
         self.num_bad = self.num_in_a_row = self.num_spikes = 0
@@ -130,14 +129,13 @@ class Guards(Callback):
 
     def suspects(self, trainer: Trainer, update: Update) -> list[str]:
         """The utterances of all ranks in micro-batches with a loss that is not finite; all, if every loss is finite."""
-        is_finite = update.micro_batches.isfinite().all(dim=1).tolist()
-        own = list(zip(self.utterances, is_finite, strict=True))
+        own = list(zip(self.utterances, update.micro_batches.isfinite().all(dim=1).tolist(), strict=True))
         ranks = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(ranks, own)
         micro_batches = [micro_batch for rank in ranks for micro_batch in rank]
-        bad = [ids for ids, is_finite in micro_batches if not is_finite] or [ids for ids, _ in micro_batches]
-        return [utterance for ids in bad for utterance in ids]
+        chosen = [ids for ids, is_finite in micro_batches if not is_finite] or [ids for ids, _ in micro_batches]
+        return [utterance for ids in chosen for utterance in ids]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns of a decoder that hardly listens, once training is past its beginning."""

@@ -19,9 +19,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from sedtrain.errors import UserError
 from sedtrain.models.parts import layers_of
 
-ROOT_FORWARDS = ("losses", "validation_step")
-"""The methods of the module that use its weights."""
-
 
 class FullySharded(ModelParallelStrategy):
     """FSDP2: each layer of encoder and decoder is gathered when it is needed, the rest of the model once a batch.
@@ -54,7 +51,7 @@ class FullySharded(ModelParallelStrategy):
             for layer in stack[1] if stack else ():
                 fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
-        for method in ROOT_FORWARDS:
+        for method in ("losses", "validation_step"):  # those that use its weights
             register_fsdp_forward_method(module, method)
 
     def setup_optimizers(self, trainer: lightning.Trainer) -> None:
