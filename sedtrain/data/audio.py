@@ -44,7 +44,7 @@ def is_audio_file(name: str) -> bool:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a relative name climbs out of the folder that it is relative to, links not followed."""
+    """True for a relative name that climbs out of its folder by `..`; links are not looked at."""
     return os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 

@@ -37,7 +37,7 @@ def features_of(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def is_plain(extractor: Extractor) -> bool:
-    """Whether the extractor has no dither, groups frames in pairs if at all, and does not use torchaudio."""
+    """True for an extractor without dither and torchaudio that groups frames in pairs, if at all."""
     has_filters = hasattr(extractor, "mel_filters") or not isinstance(extractor, Speech2TextFeatureExtractor)
     return not getattr(extractor, "dither", 0.0) and getattr(extractor, "stride", 2) == 2 and has_filters
 

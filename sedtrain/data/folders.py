@@ -16,7 +16,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def has_audio(folder: Path) -> bool:
-    """Whether a folder, searched through, has audio or metadata of audio; the first file found decides."""
+    """True if a folder, searched through, has audio or metadata of audio."""
     return any(os.path.basename(file) in METADATA or is_audio_file(file) for file in files_in(folder))
 
 
@@ -60,7 +60,7 @@ def metadata_rows(path: Path) -> datasets.Dataset:
 
 
 def path_below(folder: Path, name: str) -> str:
-    """The path of a file of the folder; a name that leaves it stays as it is, and is refused when it is to be read."""
+    """The path of a file of the folder; a name that leaves it stays as it is, to be refused when it is read."""
     return name if leaves_folder(name) else os.path.abspath(folder / name)
 
 

@@ -21,12 +21,12 @@ def local_path(path: str) -> Path:
 
 
 def is_here(path: str) -> bool:
-    """Whether a path is a file or folder, or a pattern, whose files are looked for when they are read."""
+    """True for a file, a folder, and a pattern, whose files are looked for when they are read."""
     return local_path(path).exists() or is_pattern(path)
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for several files, by globs, ranges `{000..127}`, lists `{a,b}` or `{split}`."""
+    """True for a path that stands for files by globs, ranges `{000..127}`, lists `{a,b}` or `{split}`."""
     return any(character in path for character in "*?[{") and not local_path(path).exists()
 
 

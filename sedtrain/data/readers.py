@@ -29,8 +29,8 @@ from sedtrain.data.tables import PROBLEM, Row, as_table, decoded, problem
 from sedtrain.errors import UserError
 
 Reader = Callable[[Path], Iterator[pa.Table]]
-VERSION = 2  # to be counted up where rows are read differently from the same files
-ROWS_AT_ONCE = 100  # of a Parquet file, whose audio is a few MB each at most
+VERSION = 2  # counted up when a reader changes, so that old copies are not used
+ROWS_AT_ONCE = 100  # that are in memory of a Parquet file, at about 1 MB of audio each
 NUMBER = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?$"  # 007 is text
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot of the base name
@@ -65,11 +65,11 @@ def read_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
             write_copy(copy, reader_of(file)(file))
     except UserError:
         raise
-    except (ValueError, OSError, pa.ArrowException, tarfile.ReadError) as error:
+    except (ValueError, OSError, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
         raise BrokenFile(file, error) from error
     rows = datasets.Dataset.from_file(str(copy))
-    has_none = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
-    return rows.remove_columns(PROBLEM) if has_none else rows
+    is_whole = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
+    return rows.remove_columns(PROBLEM) if is_whole else rows
 
 
 def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
@@ -174,8 +174,8 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
         lines = csv.reader(
             file, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         )
-        header = next(lines, [])
         try:
+            header = next(lines, [])
             for cells in lines:
                 position = f"line {lines.line_num}"
                 if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
@@ -184,7 +184,7 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
                     yield problem("broken CSV", f"{position} has {len(cells)} cells, the header {len(header)}")
                 elif cells:
                     yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
-        except csv.Error as error:  # such as a cell without end
+        except csv.Error as error:  # such as a quote that is never closed
             yield problem("broken CSV", f"line {lines.line_num} and all that follow, {error}")
 
 
@@ -192,7 +192,7 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def read_tar(path: Path) -> Iterator[pa.Table]:
-    """The samples of a WebDataset: columns audio (where in which file), text (of .txt), id, and the fields of a .json."""
+    """The samples of a WebDataset: columns audio (file, offset, size), text (of .txt), id, and the fields of a .json."""
     yield as_table(tar_rows(path))
 
 
@@ -216,7 +216,7 @@ def tar_rows(path: Path) -> list[Row]:
 
 
 def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], tar: str) -> Row:
-    """What one member adds to its sample."""
+    """The fields that one member adds to its sample."""
     if is_audio_file(member.name):
         return {"audio": {"path": tar, "offset": member.offset_data, "size": member.size}}
     if suffix == "txt":

@@ -40,7 +40,7 @@ def audio_files(option: str, folder: str, write: str) -> list[str]:
 
 
 def audio_cells(path: str, split: str, name: str | None, column: str) -> Sequence[Any]:
-    """A column of a dataset, of which each cell is read when it is asked for. Raises UserError."""
+    """A column of a dataset, whose cells are read when they are asked for. Raises UserError."""
     option, value = "path", path
     try:
         rows = load_rows(path, split, name)

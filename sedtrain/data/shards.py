@@ -1,4 +1,4 @@
-"""The files that a split is stored in, each opened by itself, so that a stream can read one after the other."""
+"""The files that a split is stored in, opened one by one, so that a stream can read one after the other."""
 
 import hashlib
 import os
@@ -34,8 +34,8 @@ class Shard:
     """One file of a split.
 
     place:  its path or URL
-    name:   what its rows are named after, unlike those of all others
-    copies: the folder of everything that has been fetched or converted, in which each shard has a folder of its own
+    name:   begins the ids of its rows; no other shard of the split has it
+    copies: the folder of all that is fetched or converted, in which each shard has a folder
     """
 
     place: str
@@ -54,11 +54,11 @@ class Shard:
         """Raises BrokenFile, and UserError for a file that cannot be fetched or is of no known format."""
         if not self.is_remote and suffix_of(self.place) == ".tar":
             return read_rows(Path(self.place))  # makes no copy but an index, which other runs can use
-        with self.lock():  # nobody removes a copy that another has half made
+        with self.lock():  # no process removes a copy that another has half made
             return read_rows(self.fetched() if self.is_remote else Path(self.place), self.copy)
 
     def lock(self) -> FileLock:
-        """Held by one of the processes that stream for the same run on a machine; it may take it twice."""
+        """A lock among the processes of a run on this machine; a process may take it twice."""
         self.copies.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self.copy}.lock", is_singleton=True)
 
@@ -86,14 +86,14 @@ class Shard:
             check_columns({"text": column}, datasets.Features.from_arrow_schema(schema), self.place)
 
     def parquet(self, file: IO[bytes]) -> pa.parquet.ParquetFile:
-        """The file as it is opened, or a copy of it where a server does not give parts of it."""
+        """The opened file, or a copy of it if its server does not give parts of files."""
         try:
             return pa.parquet.ParquetFile(file)
         except ValueError:
             return pa.parquet.ParquetFile(self.fetched() if self.is_remote else self.place)
 
     def fetch_ahead(self) -> None:
-        """Begins to fetch a remote file; what goes wrong is reported when the file is needed."""
+        """Begins to fetch a remote file; an error is reported when the file is needed."""
 
         def fetch_quietly() -> None:
             with suppress(UserError):
@@ -134,7 +134,7 @@ def fetch(url: str, file: Path) -> None:
 
 
 def shards_of(path: str, split: str, name: str | None, copies: Path) -> list[Shard]:
-    """The files of one split, or of several joined by +, in the order of their names; none where it is not stored in files.
+    """The files of one split, or of several joined by +, in order; none for a split that is not stored in files.
 
     Raises UserError where the split is missing, or a slice of it is asked for.
     """
@@ -162,7 +162,7 @@ def places_of(path: str, split: str, name: str | None) -> list[str]:
 
 
 def names_of(places: list[str]) -> list[str]:
-    """The name of each file, without what says its format; with its folders where names alone are not distinct."""
+    """The name of each file without its suffix; with its folders if names alone are not distinct."""
     short = [without_format(Path(place).name) for place in places]
     if len(set(short)) == len(short):
         return short

@@ -42,7 +42,7 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
 
 @contextmanager
 def readable(path: str, split: str) -> Iterator[None]:
-    """What cannot be found or read while it lasts is a UserError."""
+    """Turns errors of finding or reading the dataset into UserErrors."""
     where = local_path(path)
     looks_local = path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") > 1 or suffix_of(path)
     if looks_local and not is_here(path):
@@ -106,12 +106,12 @@ def common_value(dtypes: set[str]) -> datasets.Value:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of `datasets` wrote the folder."""
+    """True for a folder that `save_to_disk` of `datasets` wrote."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def saved_rows(folder: Path, split: str) -> datasets.Dataset:
-    """A split of what `save_to_disk` wrote; a single Dataset is whatever split is asked for."""
+    """A split of what `save_to_disk` wrote; a single Dataset holds whatever split is asked for."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.Dataset):
         return saved
@@ -121,7 +121,7 @@ def saved_rows(folder: Path, split: str) -> datasets.Dataset:
 
 
 def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
-    """The audio of the folder that is named after the split, or of one that has no folders named after splits."""
+    """The audio of the subfolder named after the split, or of a folder without subfolders named after splits."""
     if (folder / split).is_dir():
         return read_folder(folder / split) if has_audio(folder / split) else None
     if not has_audio(folder):
@@ -163,7 +163,7 @@ def hub_or_folder(path: str) -> tuple[str, str | None]:
 
 
 def cache_of(folder: Path) -> str | None:
-    """A cache of its own for a folder with a card, which `datasets` would know by its name alone, whatever lies in it."""
+    """The cache of a folder with a card: `datasets` would know it by its name alone, whatever it holds now."""
     if not (folder / "README.md").is_file():
         return None
     files = sorted(Path(file) for file in files_in(folder))

@@ -23,7 +23,7 @@ def as_dataset(rows: Iterable[Row]) -> datasets.Dataset:
 
 
 def as_table(rows: Iterable[Row]) -> pa.Table:
-    """Rows by columns; a column of things that no one type can hold becomes text."""
+    """A table of rows, in which a column whose values have no common type becomes text."""
     columns: dict[str, list[Any]] = {}
     num_rows = 0
     for num_rows, row in enumerate(rows, start=1):
@@ -34,7 +34,7 @@ def as_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def as_array(values: list[Any]) -> pa.Array:
-    """Lists and objects become text as well, but for an object that says where audio is: files differ in them."""
+    """Lists and objects become text too, as files differ in them; an object with the path of audio does not."""
     try:
         cells = pa.array(values)
         if not pa.types.is_nested(cells.type) or (pa.types.is_struct(cells.type) and "path" in cells.type.names):
@@ -52,7 +52,7 @@ def as_words(value: Any) -> str:
 
 
 def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
-    """`rows` in which a text that is not UTF-8, which no access survives, is null, with a PROBLEM. Reads no audio."""
+    """Replaces texts that are not UTF-8, which any access would fail on, by null and a PROBLEM. Reads no audio."""
     for column in columns:
         cells = rows.with_format("arrow")[column][:]
         if is_readable(cells):
