@@ -391,9 +391,8 @@ def read_corpus(corpus: Corpus, most: int | None) -> tuple[list[SplitColumns], d
             continue
         splits.append(columns)
     if not splits:
-        wrong, instead = (dict.fromkeys(each) for each in zip(*(error.args for error in errors.values()), strict=True))
-        raise UserError("\n".join(wrong), "; ".join(instead)) from next(iter(errors.values()))
-    return splits, {split: error.what_is_wrong for split, error in errors.items()}
+        raise UserError.all_of(errors.values())
+    return splits, {split: error.wrong for split, error in errors.items()}
 
 
 def skipped_examples(skipped: list[Skipped], reason: str, number: int = 3) -> Iterator[str]:

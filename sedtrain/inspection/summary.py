@@ -209,7 +209,7 @@ def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection,
     splits = [summary(each, sounds, data, train) for each, sounds in zip(columns, heard, strict=True)]
     audible = [{number: each for number, each in of.items() if isinstance(each, Sound)} for of in heard]
     options = ("batch_seconds", "batch_tokens", "num_buckets")
-    settings = {f"data.{option}": getattr(data, option) for option in options}
+    settings = {f"data.{option}": getattr(data.bounds, option) for option in options}
     return Inspection(
         data.corpus.public_name, settings, splits, absent, strangest(columns, audible, NUM_STRANGE)
     ), columns
