@@ -1,6 +1,7 @@
 """The command in a shell: mistakes end with status 2, one message, no traceback and before torch is imported."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_every_mistake_is_named_in_one_message_without_importing_torch(shell):
     )
     assert ended.returncode == 2
     assert "imported" not in ended.stderr
-    assert "6 problems in the configuration:" in ended.stderr
+    assert "6 problems:" in ended.stderr
     for words in (
         "encoder has no option 'hubrt'",
         "did you mean 'hubert'?",
@@ -76,6 +77,21 @@ def test_every_mistake_is_named_in_one_message_without_importing_torch(shell):
         "did you mean 'size'?",
     ):
         assert words in ended.stderr
+
+
+def test_values_out_of_range_are_told_in_about_a_second_beside_all_other_mistakes(shell):
+    mistakes = [
+        "seed=-1", "memory_gb=0", "inspect_utterances=0", "vocabulary_texts=-4", "trainer.accumulate_grad_batches=0",
+        "trainer.max_time=5", "encoder=hubrt", "optimizer.lr=fast",
+    ]  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = shell(*mistakes)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 2
+    assert "imported" not in ended.stderr
+    assert ended.stderr.startswith("8 problems:\n")
+    assert all(f"  {each.partition('=')[0]} = " in ended.stderr for each in mistakes)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from sedtrain.batch import Skipped
-from sedtrain.data.readers import NOT_TEXT
+from sedtrain.data.tables import NOT_TEXT
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 

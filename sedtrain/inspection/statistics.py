@@ -17,8 +17,8 @@ from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Parts, Reference
 from sedtrain.data.durations import durations
+from sedtrain.data.paths import local_path
 from sedtrain.data.sampler import DurationBatches
-from sedtrain.data.sources import local_path
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings(  # of FlexAttention, and of what it imp
 EAGER_ONLY = {"sew_d", "speech_to_text", "speecht5", "wavlm"} | {"rembert", "trocr", "xglm"}
 NO_FLEX = {"gpt2", "moonshine", "parakeet"} | EAGER_ONLY
 FEATURES = {"speech_to_text": 80, "parakeet": 80, "seamless_m4t": 160, "seamless_m4t_v2": 160, "w2v_bert": 160}
+AUTO = "or attention=auto, the best that encoder and decoder each can"
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 0, 0]])
 REAL_IDS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
@@ -120,36 +121,37 @@ def test_auto_holds_for_saved_weights_too(tmp_path):
 def problem(make, *arguments, **options):
     with pytest.raises(UserError) as caught:
         make(*arguments, **options)
-    return caught.value.what_is_wrong, caught.value.write_instead
+    error = caught.value
+    assert (error.option.rpartition(".")[2], error.value) == ("attention", options["attention"])
+    return error.option.partition(".")[0], error.wrong, error.write
 
 
 @pytest.mark.parametrize("name", sorted(EAGER_ONLY))
 def test_a_family_without_sdpa_names_what_it_has(name):
     part, make = ("encoder", tiny_encoder) if name in ENCODERS else ("decoder", tiny_decoder)
-    wrong, write = problem(make, name, attention="sdpa")
-    assert wrong.startswith(
-        f"{part}.attention=sdpa: {make(name, attention=None).config.model_type} cannot use it here: "
-    )
+    where, wrong, write = problem(make, name, attention="sdpa")
+    assert where == part
+    assert wrong.startswith(f"{make(name, attention=None).config.model_type} cannot use it here: ")
     assert "does not support an attention implementation through torch.nn.functional" in wrong
-    assert write == f"{part}.attention=eager, or attention=auto, the best that each part can"
+    assert write == f"write {part}.attention=eager, {AUTO}"
 
 
 def test_saved_weights_of_such_a_family_are_refused_too(tmp_path):
     tiny_encoder("wavlm", attention=None).save_pretrained(tmp_path)
-    wrong, _ = problem(tiny_encoder, "wavlm", attention="sdpa", checkpoint=str(tmp_path))
-    assert wrong.startswith("encoder.attention=sdpa: wavlm cannot use it here: ")
+    _, wrong, _ = problem(tiny_encoder, "wavlm", attention="sdpa", checkpoint=str(tmp_path))
+    assert wrong.startswith("wavlm cannot use it here: ")
 
 
 def test_flash_attention_is_refused_before_training_where_it_is_not_installed():
-    wrong, write = problem(tiny_decoder, "bert", attention="flash_attention_2")
-    assert wrong.startswith("decoder.attention=flash_attention_2: bert cannot use it here: FlashAttention2 has been ")
+    _, wrong, write = problem(tiny_decoder, "bert", attention="flash_attention_2")
+    assert wrong.startswith("bert cannot use it here: FlashAttention2 has been ")
     assert "doesn't seem to be installed" in wrong
-    assert write.startswith("decoder.attention=eager or decoder.attention=sdpa")
+    assert write.startswith("write decoder.attention=eager or decoder.attention=sdpa")
 
 
 def test_a_family_without_flash_attention_names_what_it_has(monkeypatch):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda _: True)
-    wrong, write = problem(tiny_encoder, "w2v_bert", attention="flash_attention_2")
+    _, wrong, write = problem(tiny_encoder, "w2v_bert", attention="flash_attention_2")
     assert "wav2vec2-bert cannot use it here" in wrong
     assert "does not support Flash Attention 2" in wrong
     assert "flash" not in write
@@ -157,10 +159,10 @@ def test_a_family_without_flash_attention_names_what_it_has(monkeypatch):
 
 def test_what_a_machine_has_is_offered(monkeypatch, has_cuda):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda _: has_cuda)
-    _, write = problem(tiny_decoder, "bert", attention="sdap")
+    _, _, write = problem(tiny_decoder, "bert", attention="sdap")
     names = ["eager", "sdpa", *(["flash_attention_2", "flex_attention"] if has_cuda else [])]
     offered = " or ".join(f"decoder.attention={each}" for each in names)
-    assert write == f"{offered}, or attention=auto, the best that each part can"
+    assert write == f"write {offered}, {AUTO}"
 
 
 def test_flex_attention_is_refused_before_training_where_it_has_no_gradient(has_cuda):
@@ -168,8 +170,9 @@ def test_flex_attention_is_refused_before_training_where_it_has_no_gradient(has_
         assert tiny_encoder("hubert", attention="flex_attention").config._attn_implementation == "flex_attention"
     else:
         assert problem(tiny_encoder, "hubert", attention="flex_attention") == (
-            "encoder.attention=flex_attention: hubert cannot use it here: FlexAttention has no backward on a CPU",
-            "encoder.attention=eager or encoder.attention=sdpa, or attention=auto, the best that each part can",
+            "encoder",
+            "hubert cannot use it here: FlexAttention has no backward on a CPU",
+            f"write encoder.attention=eager or encoder.attention=sdpa, {AUTO}",
         )
 
 
@@ -183,16 +186,17 @@ def test_flex_attention_is_refused_before_training_where_it_has_no_gradient(has_
 )
 def test_flex_attention_is_refused_beside_attention_dropout(has_cuda, part, make, name, option):
     assert problem(make, name, attention="flex_attention", options={option: 0.1}) == (
-        f"{part}.attention=flex_attention: it has no dropout, and {option} is 0.1",
-        f"{part}.options.{option}=0, or attention=auto, the best that each part can",
+        part,
+        f"it has no dropout, and {option} is 0.1",
+        f"write {part}.options.{option}=0, {AUTO}",
     )
 
 
 @pytest.mark.parametrize("has_cuda", [True], indirect=True)
 def test_flex_attention_is_refused_where_each_head_has_a_bias_of_its_own(has_cuda):
-    wrong, write = problem(tiny_encoder, "parakeet", attention="flex_attention")
-    assert wrong.startswith("encoder.attention=flex_attention: parakeet_encoder cannot use it here: ")
-    assert write == "encoder.attention=eager or encoder.attention=sdpa, or attention=auto, the best that each part can"
+    _, wrong, write = problem(tiny_encoder, "parakeet", attention="flex_attention")
+    assert wrong.startswith("parakeet_encoder cannot use it here: ")
+    assert write == f"write encoder.attention=eager or encoder.attention=sdpa, {AUTO}"
 
 
 # --- both parts
@@ -259,11 +263,12 @@ def test_flex_attention_has_no_gradient_on_a_cpu():
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 def test_a_backend_that_a_part_lacks_is_refused_when_it_is_set_afterwards(decoder, attention, tmp_path):
     model = SpeechEncoderDecoder(encoder=tiny_encoder("hubert"), decoder=tiny_decoder(decoder))
-    with pytest.raises(UserError, match=f"decoder.attention={attention}: {decoder} cannot use it here") as caught:
+    refused = f"decoder.attention = '{attention}'\n    {decoder} cannot use it here"
+    with pytest.raises(UserError, match=refused) as caught:
         model.set_attn_implementation(attention)
     assert "decoder.attention=eager" in str(caught.value)
     assert model.encoder.config._attn_implementation == "sdpa"
     assert model.decoder.config._attn_implementation == "eager"
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"decoder.attention={attention}: {decoder} cannot use it here"):
+    with pytest.raises(UserError, match=refused):
         SpeechEncoderDecoder.from_pretrained(tmp_path, attn_implementation=attention)

@@ -250,7 +250,7 @@ def test_a_wav_without_samples_is_refused(sedtrain, trained, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, dtype="float32"), 16000)
     ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path / 'empty.wav'}")
     assert ended.status == 2
-    assert f"audio={tmp_path / 'empty.wav'}: the audio has no samples" in ended.err
+    assert f"audio = '{tmp_path / 'empty.wav'}'\n    the audio has no samples\n" in ended.err
 
 
 def test_of_several_files_those_that_cannot_be_transcribed_stop_no_other(sedtrain, trained, tmp_path, wav):
@@ -349,7 +349,7 @@ def test_a_folder_that_is_no_model_is_refused(sedtrain, tmp_path, wav, task):
 def test_audio_that_is_not_there_is_refused(sedtrain, trained):
     ended = sedtrain("task=transcribe", f"checkpoint={trained}", "audio=nowhere/*.wav")
     assert ended.status == 2
-    assert "audio=nowhere/*.wav: there is no such audio file" in ended.err
+    assert "audio = 'nowhere/*.wav'\n    there is no such audio file\n" in ended.err
 
 
 # --- bad data
@@ -400,7 +400,10 @@ def test_a_read_only_folder_is_refused(sedtrain):
 FULL = [
     ("torch.save", RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0")),
     ("torch.save", RuntimeError("[enforce fail] . unexpected pos 576 vs 534")),
-    ("sedtrain.export.SavedModel.save", SafetensorError("Error while serializing: I/O error: No space left on device")),
+    (
+        "sedtrain.models.saved.SavedModel.save",
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
+    ),
     ("sedtrain.evaluation.results.Results.write", OSError(errno.ENOSPC, "No space left on device")),
 ]
 
@@ -417,7 +420,7 @@ def test_a_full_disk_ends_the_run_with_a_message(sedtrain, corpus, tmp_path, mon
         "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
     )  # fmt: skip
     assert ended.status == 2
-    assert f"run_dir={folder} cannot be written to: " in ended.err
+    assert f"run_dir = '{folder}'\n    cannot be written to: " in ended.err
     assert "write run_dir=FOLDER on a disk with room" in ended.err
 
 
@@ -512,7 +515,7 @@ def test_a_job_of_a_sweep_that_breaks_stops_no_other(sedtrain, trained, corpus, 
         raise RuntimeError("a fault of ours")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sedtrain.tasks.build.restored", fail)
+    monkeypatch.setattr("sedtrain.tasks.build.evaluation", fail)
     ended = sedtrain("-m", "task=evaluate", f"checkpoint={trained}", "split=test,train", 'run_dir="${split}"')
     assert ended.status == 1
     assert ended.err.count("RuntimeError: a fault of ours") == 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 from corpora import data_module, fit
 
-from sedtrain.data.augment import Augment, ColouredNoise, Speed
+from sedtrain.data.augment import Augment
+from sedtrain.data.augmentations import ColouredNoise, Speed
 from sedtrain.data.buckets import Bucket
 
 pytestmark = pytest.mark.filterwarnings(
