@@ -153,9 +153,6 @@ def test_an_error_of_the_encoder_s_own_making_is_a_problem(built):
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
-        ("loss.label_smoothing=7", "a fraction from 0 to 1"),
-        ("loss.ctc_weight=5", "a fraction from 0 to 1"),
-        ("loss.ctc_weight=nan", "a fraction from 0 to 1"),
         ("scheduler.warmup_fraction=2", "a fraction from 0 to 1"),
         ("decoding.num_beams=0", "1 or more"),
         ("decoding.max_new_tokens=0", "1 or more"),

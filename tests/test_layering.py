@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "export": "decoding evaluation models run_dir text",
     "evaluation": "batch decoding errors models text",
     "decoding": "batch errors models",
-    "models": "batch errors hub text",
+    "models": "batch errors hub ranges text",
     "data": "batch errors hub launch text",
     "text": "errors",
     "config": "errors run_dir",

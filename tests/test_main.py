@@ -103,8 +103,8 @@ def test_a_mistake_makes_no_folder(shell, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["task=evaluate", "checkpoint=./nowhere"], "checkpoint=./nowhere: there is no such folder"),
-        (["encoder.checkpoint=./nowhere"], "encoder.checkpoint=./nowhere: there is no such folder"),
+        (["task=evaluate", "checkpoint=./nowhere"], "  checkpoint = './nowhere'\n    there is no such folder"),
+        (["encoder.checkpoint=./nowhere"], "  encoder.checkpoint = './nowhere'\n    there is no such folder"),
         (["data=parquet", "data.path=./nowhere"], "data.path=./nowhere: there is no such file or folder"),
         (["size=base"], "size=tiny (random weights, needs no network)"),
     ],
@@ -114,7 +114,7 @@ def test_what_is_not_there_ends_with_status_2_and_the_alternatives(sedtrain, tmp
     ended = sedtrain(*arguments, "run_dir=run")
     assert ended.status == 2
     assert words in ended.err
-    assert "write instead: " in ended.err
+    assert "write" in ended.err
 
 
 def test_what_is_not_there_is_told_in_a_shell_without_a_traceback(shell):

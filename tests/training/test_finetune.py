@@ -152,10 +152,10 @@ def test_without_an_adapter_there_is_no_adapter_to_train():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"frozen": ["ears"]}, "finetune.frozen: the model has no part 'ears', it has encoder, adapter, cross_attention, "
+        ({"frozen": ["ears"]}, "the model has no part 'ears', it has encoder, adapter, cross_attention, "
          "decoder, ctc_head, feature_encoder, encoder_self_attention, decoder_self_attention, layer_norms, lora and"),
-        ({"thaw": {"ears": 3}}, "finetune.thaw.ears: the model has no part 'ears'"),
-        ({"moving": ["ears"]}, "finetune.moving: the model has no part 'ears'"),
+        ({"thaw": {"ears": 3}}, "the model has no part 'ears'"),
+        ({"moving": ["ears"]}, "the model has no part 'ears'"),
         ({"thaw": dict.fromkeys(PARTS, 3)}, "finetune.thaw: nothing would move before step 3"),
         ({"thaw": {"encoder": -1}}, "finetune.thaw.encoder=-1: this has to be a number of steps, 0 or more"),
         ({"learning_rates": {"encoder": 0}}, "finetune.learning_rates.encoder=0: this has to be above 0"),
