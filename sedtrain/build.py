@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
+from sedtrain.data.buckets import buckets_of
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import each_source, is_same_for_all, stands_for_several
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.sources import absolute_path
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.errors import ConfigError, Problem
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
@@ -262,6 +264,17 @@ def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
     return built
 
 
+def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
+    """Makes the run's own Trainer with some arguments replaced; `strategy=auto` stays what it is for `world_size` processes."""
+    several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
+
+    def make_trainer(**replaced: Any) -> lightning.Trainer:
+        made: lightning.Trainer = create(cfg, "trainer")(**several, **replaced)  # a strategy serves one Trainer
+        return made
+
+    return make_trainer
+
+
 def loggers(cfg: DictConfig) -> list[Tracker]:
     """One of each entry of `logger`."""
     for name, node in cfg.logger.items():
@@ -276,6 +289,18 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """The whole configuration as plain values that hold anywhere: absolute data paths, and the buckets of `data.batches`."""
+    settings = resolved(cfg)
+    data = settings["data"]
+    for source in (data, *(data.get("mix") or {}).values()):
+        if source.get("path"):
+            source["path"] = absolute_path(source["path"])
+    if data.get("batches"):  # what stands in the file may change
+        data["batches"] = [bucket._asdict() for bucket in buckets_of(data["batches"])]
+    return settings
 
 
 def device(cfg: DictConfig) -> torch.device:

@@ -13,7 +13,7 @@ from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.run_dir import model_of
+from sedtrain.run_dir import model_of, write_whole
 from sedtrain.text.tags import TASK_OF, Tags
 
 
@@ -142,4 +142,4 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         minutes=results.audio_seconds / 60,
         sampling_rate=saved.feature_extractor.sampling_rate,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_whole(folder / "README.md", card)

@@ -1,7 +1,6 @@
 """What a command does: train, evaluate, transcribe, inspect, fit_batches."""
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,12 +26,12 @@ from sedtrain.evaluation.results import Results, TrainingTotals, installed_versi
 from sedtrain.export import SavedModel, write_model_card
 from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
-from sedtrain.run_dir import config_of
+from sedtrain.run_dir import config_of, write_whole
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tags import TASK_OF
 from sedtrain.training.fit_batches import fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
-from sedtrain.training.resume import plain, starting_point
+from sedtrain.training.resume import starting_point
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
@@ -74,7 +73,7 @@ class Interrupted(Unfinished):
 
 def train(cfg: DictConfig) -> None:
     """Trains, keeps the best weights as a Hugging Face folder, and scores them on the test split."""
-    start = starting_point(cfg)
+    start = starting_point(cfg.resume, Path(cfg.run_dir), build.settings_of(cfg))
     run = build.training_run(cfg)
     if run.trainer.is_global_zero:
         keep_configuration(cfg)
@@ -98,12 +97,7 @@ def train(cfg: DictConfig) -> None:
 
 def keep_configuration(cfg: DictConfig) -> None:
     """Writes config.yaml, with the data as it is found from any folder."""
-    kept, unfinished = config_of(cfg.run_dir), Path(cfg.run_dir) / "config.yaml.unfinished"
-    with unfinished.open("w", encoding="utf-8") as file:
-        OmegaConf.save(OmegaConf.create(plain(cfg)), file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(kept)
+    write_whole(config_of(cfg.run_dir), OmegaConf.to_yaml(OmegaConf.create(build.settings_of(cfg))))
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> None:
@@ -208,7 +202,9 @@ def inspect_data(cfg: DictConfig) -> None:
 
 def fit_batches(cfg: DictConfig) -> None:
     """Finds the largest batches that memory holds, and writes them for `data.batches`."""
-    found, budget = fitted_batches(cfg, build.training_run(cfg))
+    run = build.training_run(cfg)
+    make_trainer = build.trainer_factory(cfg, run.trainer.world_size)
+    found, budget = fitted_batches(run, make_trainer, cfg.memory_gb, cfg.inspect_utterances)
     file = Path(cfg.run_dir) / "batches.yaml"
     write_batches(file, found, budget, shlex.join(sys.argv[1:]))
     arguments = [each for each in sys.argv[1:] if each.lstrip("+").partition("=")[0] not in OF_FITTING]

@@ -19,7 +19,7 @@ from sedtrain import build
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import ConfigError, UserError
 from sedtrain.text.tokenizers import train_tokenizer
-from sedtrain.training.checkpoints import read_checkpoint
+from sedtrain.training.checkpoint_files import read_checkpoint
 
 SMALL = [
     "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",
@@ -294,8 +294,8 @@ def test_the_plan_tells_that_epochs_of_unknown_length_may_end_before_the_steps(b
     assert facts["steps"] == "1,800, or 2 epochs if they end first, at most 0:08:00"
     [warning] = [each.getMessage() for each in caplog.records if "is planned for" in each.getMessage()]
     assert warning == (
-        "the learning rate is planned for trainer.max_steps=1800: nobody knows how many steps an epoch of a stream, "
-        "or of a weighted mix, has, and trainer.max_epochs=2 may end training long before, even in warm-up"
+        "the learning rate is planned for trainer.max_steps=1800: the steps in an epoch of a stream, or of a weighted "
+        "mix, are unknown, and trainer.max_epochs=2 may end training long before, even in warm-up"
     )
 
 

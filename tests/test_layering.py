@@ -19,10 +19,10 @@ MAY_IMPORT = {
     "tasks": "batch build config data decoding errors evaluation export inspection run_dir terminal text training",
     "build": "config data decoding errors evaluation export models text training",
     "terminal": "evaluation training",
-    "training": "batch config data decoding errors evaluation export launch models run_dir",
-    "inspection": "batch data errors evaluation",
+    "training": "batch data decoding errors evaluation export launch models ranges run_dir",
+    "inspection": "batch data errors evaluation run_dir",
     "export": "decoding evaluation models run_dir text",
-    "evaluation": "batch decoding errors models text",
+    "evaluation": "batch decoding errors models run_dir text",
     "decoding": "batch errors models",
     "models": "batch errors hub ranges text",
     "data": "batch errors hub launch text",
@@ -39,7 +39,7 @@ CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 # The only places that may import these packages; every other package is free.
 ONLY_IN = {
     "hydra": "cli config search",
-    "omegaconf": "build cli config search tasks training",
+    "omegaconf": "build cli config search tasks",
     "lightning": "build config data.datamodule search training",
     "datasets": "data hub",
     "rich": "data.utterances inspection.report search terminal training.progress",

@@ -133,9 +133,9 @@ def test_the_package_and_its_configuration_do_not_import_torch(tmp_path):
 
 SIGUSR1_BEFORE_ANYTHING = """
 import os, signal
-from sedtrain import command_line
+from sedtrain import cli
 from sedtrain.__main__ import main
-command_line.run_command_line = lambda arguments: os.kill(os.getpid(), signal.SIGUSR1)
+cli.run_command_line = lambda arguments: os.kill(os.getpid(), signal.SIGUSR1)
 main()
 """
 

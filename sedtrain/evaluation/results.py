@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval
+from sedtrain.run_dir import write_whole
 
 PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "jiwer", "sacrebleu")
 
@@ -50,13 +50,7 @@ class Results:
     def write(self, path: Path) -> None:
         """Write JSON, whole or not at all; numbers that JSON has no word for (NaN) become null."""
         text = json.dumps(_without_nan(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished = path.with_name(path.name + ".tmp")
-        try:
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+        write_whole(path, text + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":

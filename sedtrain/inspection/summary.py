@@ -31,6 +31,7 @@ from sedtrain.inspection.statistics import (
     skipped_examples,
     texts_of,
 )
+from sedtrain.run_dir import write_whole
 
 STRANGE = 3.5  # robust standard deviations; of normal values one in 2,000 is farther off
 
@@ -191,9 +192,7 @@ class Inspection:
     strangest: list[Strange]
 
     def write(self, path: Path) -> None:
-        path.write_text(
-            json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        write_whole(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitColumns]]:

@@ -15,19 +15,18 @@ from typing import Any, NamedTuple, Protocol
 import lightning
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from sedtrain.batch import Batch
-from sedtrain.config.instantiate import create
 from sedtrain.data.buckets import Bucket, Floats, Integers, bucket_edges
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule, return_freed_memory
 from sedtrain.data.sampler import SHORTEST_SECONDS
 from sedtrain.data.streaming import Place
 from sedtrain.errors import UserError, require
+from sedtrain.run_dir import write_whole
 from sedtrain.training.averaging import EMA
 from sedtrain.training.module import OutOfMemory, SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun
@@ -146,8 +145,8 @@ class Trial:
 class TrialSteps:
     """Steps as one process of the run makes them once all that is ever to move moves, with no layer left out by chance."""
 
-    def __init__(self, cfg: DictConfig, run: TrainingRun, memory: Memory) -> None:
-        self.cfg, self.run, self.memory = cfg, run, memory
+    def __init__(self, run: TrainingRun, make_trainer: Callable[..., lightning.Trainer], memory: Memory) -> None:
+        self.run, self.make_trainer, self.memory = run, make_trainer, memory
         run.module.scheduler = standing_still
         run.finetuning.starts = dict.fromkeys(run.finetuning.starts, 0)
         for part in (run.saved.model.encoder, run.saved.model.decoder):
@@ -175,11 +174,9 @@ class TrialSteps:
 
     def trainer(self, watch: "Watch") -> lightning.Trainer:
         """The run's own, for a few steps of one process."""
-        strategy, device = self.cfg.trainer.get("strategy", "auto"), self.run.trainer.strategy.root_device
+        device = self.run.trainer.strategy.root_device
         callbacks = [each for each in self.run.callbacks if isinstance(each, EMA)]
-        several = {"strategy": "ddp"} if strategy == "auto" and self.run.trainer.world_size > 1 else {}
-        trainer: lightning.Trainer = create(self.cfg, "trainer")(
-            **several,
+        return self.make_trainer(
             devices=1 if device.index is None else [device.index],
             num_nodes=1,
             max_steps=SMALL_STEPS + 1,
@@ -190,14 +187,13 @@ class TrialSteps:
             val_check_interval=None,
             accumulate_grad_batches=1,
             callbacks=[*callbacks, self.run.finetuning, watch],
-            default_root_dir=self.cfg.run_dir,
+            default_root_dir=self.run.folder,
             logger=False,
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        return trainer
 
 
 class Watch(lightning.Callback):
@@ -314,18 +310,27 @@ class Budget(NamedTuple):
     told: str
 
 
-def fitted_batches(cfg: DictConfig, run: TrainingRun) -> tuple[list[Fitted], Budget]:
+def fitted_batches(
+    run: TrainingRun,
+    make_trainer: Callable[..., lightning.Trainer],
+    memory_gb: float | None,
+    max_utterances: int | None,
+) -> tuple[list[Fitted], Budget]:
     """The buckets, from short to long; the longest is measured first, so that what does not fit at all is told at once.
+
+    make_trainer: makes the run's own Trainer with some arguments replaced
+    memory_gb: what training may take; None: all of a GPU
+    max_utterances: of a stream, how many are read for their lengths; None: all
 
     Raises UserError where memory cannot be measured, or does not suffice.
     """
     device = run.trainer.strategy.root_device
     memory, num_ranks = memory_of(device), run.trainer.world_size
-    budget = budget_of(cfg.memory_gb, memory, device.type, kept_audio(run.data) if device.type == "cpu" else 0)
-    seconds, tokens = lengths(run.data, cfg.inspect_utterances)
+    budget = budget_of(memory_gb, memory, device.type, kept_audio(run.data) if device.type == "cpu" else 0)
+    seconds, tokens = lengths(run.data, max_utterances)
     longest = Shape(float(seconds.max()), int(tokens.max()), ceil(len(seconds) / num_ranks))
     logger.info("measuring batches of up to %g s and %d tokens, with %s", *longest[:2], budget.told)
-    steps = TrialSteps(cfg, run, memory)
+    steps = TrialSteps(run, make_trainer, memory)
     best = search(steps, longest, budget, guess=1)
     edges = bucket_edges(seconds, best.utterances * longest.seconds, run.data.num_buckets)
     shapes = shapes_of(seconds, tokens, edges, num_ranks)
@@ -478,4 +483,4 @@ def write_batches(file: Path, found: Sequence[Fitted], budget: Budget, command: 
         for each in found
     ]
     head = [f"# The largest batches that fit into {budget.told}", f"# {command}"]
-    file.write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
+    write_whole(file, "\n".join([*head, *rows]) + "\n")

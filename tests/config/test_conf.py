@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from corpora import wav
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_datamodule import wav
 
 from sedtrain.config.instantiate import create
 from sedtrain.config.schema import conf_dir, find_problems, register

@@ -70,7 +70,7 @@ HEAVY = ["torch.optim.AdamW", "torch.optim.SGD", "torch.nn.Linear", "lightning.T
 
 def test_heavy_targets_are_read_without_importing_them():
     program = (
-        "import sys; from sedtrain.signature import read_signature\n"
+        "import sys; from sedtrain.config.signatures import read_signature\n"
         f"for target in {HEAVY}: print(target, *[each.name for each in read_signature(target).parameters])\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     )
@@ -163,7 +163,7 @@ def test_a_builtin_that_tells_nothing_takes_everything():
     [
         ("torch.optim.AdamWW", "torch.optim has no 'AdamWW'", "did you mean 'AdamW'?"),
         ("troch.optim.AdamW", "no module 'troch' can be imported", "did you mean 'torch'?"),
-        ("sedtrain.signatur.Parameter", "sedtrain has no 'signatur'", "did you mean 'signature'?"),
+        ("sedtrain.config.signatur.Parameter", "sedtrain.config has no 'signatur'", "did you mean 'signatures'?"),
         ("zqxj.Thing", "no module 'zqxj' can be imported", "install it, or run in the folder that holds it"),
         ("sedtrain.config.schema", "sedtrain.config.schema is a module", "write the class or function in it"),
         ("AdamW", "'AdamW' is no dotted name", "write package.module.Name"),

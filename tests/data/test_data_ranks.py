@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_datamodule import data_module, write
+from corpora import data_module, write
 from torch import distributed
 from torch.multiprocessing import start_processes
 

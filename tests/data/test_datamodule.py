@@ -1,58 +1,12 @@
-import io
-import json
 import pickle
 from collections import Counter
 
-import lightning
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
-import soundfile
 import torch
+from corpora import WITH_SECONDS, WORDS, data_module, fit, listed, wav, write
 from lightning.pytorch.plugins.precision import HalfPrecision
-from transformers import Wav2Vec2FeatureExtractor
 
-from sedtrain.data.collate import Collator
-from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.errors import UserError
-from sedtrain.text.tokenizers import train_tokenizer
-
-COLUMNS = {"audio": "audio", "transcription": "text", "translation": "translation"}
-WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four"}
-TOKENIZER = train_tokenizer([*WORDS, *WORDS.values()], "char", 100)
-
-
-def wav(seconds, seed=0):
-    file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, round(seconds * 16_000)), 16_000, format="WAV")
-    return file.getvalue()
-
-
-def write(path, lengths, **columns):
-    """A Parquet file of utterances of so many seconds."""
-    german, english = zip(*(list(WORDS.items())[i % len(WORDS)] for i in range(len(lengths))), strict=True)
-    rows = {"audio": [wav(each, i) for i, each in enumerate(lengths)], "text": english, "translation": german}
-    pyarrow.parquet.write_table(pa.table({**rows, **columns}), path)
-
-
-def data_module(path, folder=None, columns=COLUMNS, **options):
-    data = SpeechTextDataModule(str(path), columns, folder=str(folder or path), **options)
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    data.collator = Collator(extractor, TOKENIZER, TOKENIZER.bos_token_id)
-    return data
-
-
-def listed(folder):
-    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def good(tmp_path):
-    """Twelve utterances of 0.3 to 1.4 s."""
-    for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.parquet", [0.3 + 0.1 * i for i in range(12)])
-    return tmp_path
 
 
 @pytest.fixture
@@ -71,9 +25,6 @@ def undecodable(tmp_path):
     audio = [wav(1.0), b"no audio", wav(1.0), wav(1.0)]
     write(tmp_path / "train.parquet", [1.0] * 4, audio=audio, seconds=[1.0] * 4)
     return tmp_path
-
-
-WITH_SECONDS = {**COLUMNS, "seconds": "seconds"}
 
 
 # --- batches
@@ -262,42 +213,11 @@ def test_a_batch_of_which_nothing_can_be_decoded_is_empty(undecodable):
     assert len(split[0, [(0, 1)]].skipped) == 1
 
 
-class Silent(lightning.LightningModule):
-    """Learns nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch, batch_index):
-        return self.weight * 0
-
-    def validation_step(self, batch, batch_index):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters())
-
-
-def fit(data, **options):
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        **options,
-    )
-    trainer.fit(Silent(), datamodule=data)
-
-
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_could_not_be_decoded_is_counted_once_however_long_training_runs(undecodable, num_workers):
     data = data_module(undecodable, columns=WITH_SECONDS, batch_seconds=2, num_workers=num_workers)
-    fit(data, max_epochs=3)
+    fit(data, 3, limit_val_batches=0)
     assert data.skipped.counts == {"unreadable audio": 1}
     line = {"id": "train-1", "path": f"{undecodable}/train.parquet", "reason": "unreadable audio"}
     assert listed(undecodable) == [line | {"detail": "Format not recognised."}]
@@ -310,4 +230,4 @@ def test_what_could_not_be_decoded_can_be_an_error_also_from_a_worker(undecodabl
     with pytest.raises(
         UserError, match=r"utterance 'train-1' \(.*train.parquet\): unreadable audio Format not recognised"
     ):
-        fit(data, max_epochs=1)
+        fit(data, 1, limit_val_batches=0)

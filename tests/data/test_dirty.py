@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
+from corpora import COLUMNS, WITH_SECONDS, data_module, fit, listed, wav, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_datamodule import COLUMNS, data_module, fit, listed, wav, write
 from torch.multiprocessing import ProcessRaisedException
 
 from sedtrain.batch import Skipped
@@ -80,7 +80,7 @@ def split_of(folder, rows, name="train"):
 def left_out(folder, columns=NO_SECONDS, **options):
     """What training leaves out of a manifest, by id, and the ids of the others."""
     data = data_module(folder, folder.parent, columns, **options)
-    fit(data, max_epochs=1)
+    fit(data, 1, limit_val_batches=0)
     seen = sorted(id for batch in data.train_dataloader() for id in batch.ids)
     return {line["id"]: line for line in listed(folder.parent)} if data.skipped.counts else {}, seen
 
@@ -426,13 +426,12 @@ def test_what_is_beyond_the_limits_that_were_set_does_not_count(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_that_cannot_be_decoded_stop_training(tmp_path, num_workers):
     write(tmp_path / "train.parquet", [0.5] * 30, audio=[wav(0.5)] * 22 + [b"no audio"] * 8, seconds=[0.5] * 30)
-    columns = {**COLUMNS, "seconds": "seconds"}
-    fit(data_module(tmp_path, columns=columns, batch_seconds=2, num_workers=num_workers), max_epochs=1)
-    data = data_module(tmp_path, columns=columns, batch_seconds=2, num_workers=num_workers)
+    fit(data_module(tmp_path, columns=WITH_SECONDS, batch_seconds=2, num_workers=num_workers), 1, limit_val_batches=0)
+    data = data_module(tmp_path, columns=WITH_SECONDS, batch_seconds=2, num_workers=num_workers)
     with pytest.raises(
         UserError, match=r"utterances of train: 1\d of \d\d could not be decoded, .* 8 unreadable audio;"
     ):
-        fit(data, max_epochs=9)
+        fit(data, 9, limit_val_batches=0)
 
 
 def test_a_stream_with_too_many_bad_utterances_stops_where_it_reads_them(tmp_path):
@@ -527,10 +526,9 @@ def test_ranks_stop_at_the_same_step_whichever_of_them_met_the_bad_utterances(tm
 def test_two_processes_end_together_with_the_same_message(tmp_path, policy, told):
     audio = [wav(0.5)] * 22 + [b"no audio"] * 8
     write(tmp_path / "train.parquet", [0.5] * 30, audio=audio, seconds=[0.5] * 30)
-    columns = {**COLUMNS, "seconds": "seconds"}
-    data = data_module(tmp_path, columns=columns, batch_seconds=1, on_bad_utterance=policy)
+    data = data_module(tmp_path, columns=WITH_SECONDS, batch_seconds=1, on_bad_utterance=policy)
     with pytest.raises(ProcessRaisedException, match=told):
-        fit(data, max_epochs=20, devices=2, strategy="ddp_fork")
+        fit(data, 20, limit_val_batches=0, devices=2, strategy="ddp_fork")
     assert len(listed(tmp_path)) == len({line["id"] for line in listed(tmp_path)})
 
 

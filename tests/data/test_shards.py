@@ -15,7 +15,7 @@ from typing import ClassVar
 import datasets
 import pyarrow.parquet
 import pytest
-from test_datamodule import COLUMNS, data_module, listed, wav, write
+from corpora import COLUMNS, data_module, listed, wav, write
 from test_formats import shard
 
 from sedtrain.data import shards

@@ -4,9 +4,9 @@ from math import log10, sqrt
 
 import numpy as np
 import pytest
+from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
-from test_datamodule import data_module, write
 
 from sedtrain.inspection.report import named_character, number
 from sedtrain.inspection.statistics import (

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from test_datamodule import data_module, wav, write
+from corpora import data_module, wav, write
 from test_report import Page
 
 from sedtrain.inspection.report import write_page

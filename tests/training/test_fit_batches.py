@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 from conftest import EMBEDDED, cut_corpus
+from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
-from test_datamodule import data_module, write
 
 from sedtrain.data.augment import Augment, Speed
 from sedtrain.data.buckets import Bucket, fitted
@@ -224,7 +224,7 @@ import os, re, signal, sys, threading, time
 from pathlib import Path
 import lightning
 from sedtrain.__main__ import main
-from sedtrain.peak_memory import ProcessMemory
+from sedtrain.training.fit_batches import ProcessMemory
 
 class Sizes(lightning.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):

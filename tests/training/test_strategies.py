@@ -13,7 +13,7 @@ from conftest import EMBEDDED, cut_corpus
 from safetensors.torch import load_file
 from sharded import BF16, STARTS_LATE, arguments
 
-from sedtrain.training.checkpoints import is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
 
 LOGGED = ["train/loss", "train/ctc_loss", "val/loss", "val/wer", "val/cer", "val/audio_gain"]
 FIRST, THEN = range(3), range(3, 6)

@@ -568,23 +568,3 @@ def test_two_ranks_share_one_folder_and_score_the_whole_split(corpus, tmp_path):
     assert results(folder)["num_utterances"] == pq.read_table(corpus / "test.parquet").num_rows
     assert run.stdout.count("saved in") == 2
     assert results(alone)["train"]["steps"] > 4
-
-
-# --- a user's own class
-
-
-def test_the_readme_s_own_encoder_trains_and_is_found_again(train, sedtrain, own_folder):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = re.search(r"^## Your own encoder$(.*?)^## ", readme, re.MULTILINE | re.DOTALL)[1]
-    files = re.findall(r"^`([^`\n]+)`\n```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert [name.partition(".")[2] for name, _ in files] == ["yaml", "py"]
-    for name, text in files:
-        (own_folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (own_folder / name).write_text(text)
-    [command] = re.findall(r"^`python -m sedtrain (.*)`$", section, re.MULTILINE)
-    folder = train(own_folder / "run", *command.split(), "encoder.width=40")
-    assert_whole_results(results(folder))
-    assert json.loads((folder / "model/config.json").read_text())["encoder"]["hidden_size"] == 40
-    ended = sedtrain("task=evaluate", f"checkpoint={folder}", f"run_dir={own_folder / 'again'}")
-    assert ended.status == 0, ended.err
-    assert results(own_folder / "again")["metrics"] == results(folder)["metrics"]

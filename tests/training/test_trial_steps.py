@@ -40,7 +40,8 @@ def steps(corpus, tmp_path):
         small = ["encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "vocabulary_texts=0"]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("train", [*choices, *small, *overrides])
-        return TrialSteps(cfg, build.training_run(cfg), Counted())
+        run = build.training_run(cfg)
+        return TrialSteps(run, build.trainer_factory(cfg, run.trainer.world_size), Counted())
 
     return made
 
