@@ -76,8 +76,9 @@ def test_wavlm_whose_attention_goes_past_its_layers_is_adapted_elsewhere_or_refu
     with pytest.raises(UserError) as caught:
         adapted("wavlm", "bert", "finetune.targets=[encoder_self_attention]")
     assert str(caught.value) == (
-        "finetune.targets: there is no linear layer that can be adapted in encoder_self_attention\n"
-        "  write instead: finetune.targets=[encoder,decoder], or other parts with linear layers"
+        "1 problem:\n\n  finetune.targets = ['encoder_self_attention']\n"
+        "    these have no linear layer that can be adapted\n"
+        "    write finetune.targets=[encoder,decoder], or other parts with linear layers"
     )
     model, _ = adapted("wavlm", "bert", "finetune.targets=[encoder]")
     model(inputs_of(model), labels=LABELS).loss.backward()
@@ -96,8 +97,9 @@ def test_without_peft_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError) as caught:
         adapted()
-    assert caught.value.what_is_wrong.startswith("finetune=lora needs peft: ")
-    assert caught.value.write_instead == "pip install 'sedtrain[lora]'"
+    assert (caught.value.option, caught.value.value) == ("finetune", "lora")
+    assert caught.value.wrong.startswith("it needs peft: ")
+    assert caught.value.write == "pip install 'sedtrain[lora]'"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers by an old name

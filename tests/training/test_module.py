@@ -177,7 +177,9 @@ def test_frozen_parts_stay_in_evaluation_mode_without_gradient_and_do_not_move(b
 
 
 def test_a_part_that_is_not_there_is_refused(built):
-    with pytest.raises(UserError, match=r"finetune\.frozen: the model has no part 'ears', it has encoder, adapter"):
+    with pytest.raises(
+        UserError, match=r"finetune.frozen = 'ears'\n    the model has no part 'ears', it has encoder, adapter"
+    ):
         built("finetune.frozen=[ears]")
 
 
@@ -215,9 +217,9 @@ def test_training_and_generation_start_end_and_pad_with_the_tokens_of_the_tokeni
 
 
 def test_unequal_widths_without_an_adapter_are_refused(built):
-    with pytest.raises(UserError, match="adapter=none: the encoder is 96 wide and the decoder 144") as caught:
+    with pytest.raises(UserError, match="adapter = 'none'\n    the encoder is 96 wide and the decoder 144") as caught:
         built("adapter=none", "encoder.tiny.hidden_size=96")
-    assert caught.value.write_instead == "adapter=linear, which projects one to the other"
+    assert caught.value.write == "write adapter=linear, which projects one to the other"
 
 
 def test_data_and_module_are_what_lightning_takes(run):

@@ -332,18 +332,19 @@ def test_a_model_whose_weights_are_another_s_is_refused(sedtrain, trained, tmp_p
     transcribe = ["task=transcribe", f"checkpoint={tmp_path}", f"audio={wav}"]
     ended = sedtrain(*transcribe)
     assert ended.status == 2
-    assert f"checkpoint={tmp_path / 'model'}: its weights are of another model" in ended.err
+    assert "  checkpoint = " in ended.err
+    assert "    its weights are of another model" in ended.err
     weights.write_bytes(b"x" * 100)
     ended = sedtrain(*transcribe)
     assert ended.status == 2
-    assert f"checkpoint={tmp_path / 'model'}: the folder gave: Error while deserializing" in ended.err
+    assert "    the folder gave: Error while deserializing" in ended.err
 
 
 @pytest.mark.parametrize("task", ["evaluate", "transcribe"])
 def test_a_folder_that_is_no_model_is_refused(sedtrain, tmp_path, wav, task):
     ended = sedtrain(f"task={task}", f"checkpoint={tmp_path}", f"audio={wav}", f"run_dir={tmp_path / 'scores'}")
     assert ended.status == 2
-    assert f"checkpoint={tmp_path}: this folder is no model, it holds no config.json" in ended.err
+    assert "    this folder is no model, it holds no config.json" in ended.err
 
 
 def test_audio_that_is_not_there_is_refused(sedtrain, trained):
@@ -499,7 +500,7 @@ def test_a_job_of_a_sweep_that_fails_stops_no_other(sedtrain, corpus, tmp_path, 
         "trainer.max_steps=1", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
     )  # fmt: skip
     assert ended.status == 2
-    assert ended.err.count("encoder.checkpoint=./nowhere: there is no such folder") == 2
+    assert ended.err.count("encoder.checkpoint = './nowhere'\n    there is no such folder") == 2
     assert "jobs of the sweep that failed: 2\n  1 (decoder=bert encoder.checkpoint=./nowhere data=parquet " in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     [sweep] = (tmp_path / "runs").iterdir()
