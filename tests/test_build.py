@@ -350,7 +350,7 @@ def test_what_stops_a_stream_in_its_first_block_is_told_without_a_traceback(comm
     assert ended.err.count("write instead:") == 1
     told, instead = ended.err.splitlines()[-2:]
     assert (told.endswith("empty text"), instead) == (
-        True, "  write instead: data.on_bad_utterance=skip to go on without it",
+        True, "    write data.on_bad_utterance=skip to continue without it",
     )  # fmt: skip
 
 

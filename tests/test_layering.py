@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "evaluation": "batch decoding errors models run_dir text",
     "decoding": "batch models ranges",
     "models": "batch errors hub text",
-    "data": "batch errors hub launch text",
+    "data": "batch errors hub launch ranges run_dir text",
     "text": "errors ranges",
     "config": "errors run_dir",
     "launch": "run_dir",
@@ -42,7 +42,7 @@ ONLY_IN = {
     "omegaconf": "build cli config search tasks",
     "lightning": "build config data.datamodule search training",
     "datasets": "data hub",
-    "rich": "data.utterances inspection.report search terminal training.progress",
+    "rich": "data.durations inspection.report search terminal training.progress",
     "matplotlib": "evaluation",
 }
 # Imported before the configuration has passed: nothing here may be slow.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, opened
-from sedtrain.data.corpus import Parts, Reference
+from sedtrain.data.dataset import Parts, Reference
 
 Samples = NDArray[np.float32]  # (S,) in -1..1
 

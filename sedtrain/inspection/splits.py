@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sedtrain.batch import Skipped
-from sedtrain.data.corpus import Corpus, Parts, Reference
+from sedtrain.data.corpus import Corpus
+from sedtrain.data.dataset import Parts, Reference
+from sedtrain.data.durations import durations
 from sedtrain.data.sources import local_path
-from sedtrain.data.utterances import UtteranceRows, durations
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 from sedtrain.inspection.statistics import Floats
 
@@ -46,7 +48,7 @@ class SplitEntries:
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Filters rows of a part as for training."""
         known = None if corpus.streaming else durations(rows)
-        kept, skipped = corpus.limits.sift(rows, indices, known, corpus.rewriting(self.split))
+        kept, skipped = corpus.limits.filter(rows, indices, known, corpus.rewriting(self.split))
         used, ids, columns = list(kept), list(rows.index_of), rows.columns
         self.entries += map(
             Entry,
@@ -96,7 +98,7 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
         if room == 0:
             found.is_whole = False
             break
-        rows = corpus.opened(found.parts, part)
+        rows = corpus.open(found.parts, part)
         if rows is None:
             found.skipped.append((Skipped(described.name, "unreadable shard"), None))
         else:

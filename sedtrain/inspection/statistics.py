@@ -8,6 +8,7 @@ from math import ceil, floor, log10
 import numpy as np
 from numpy.typing import NDArray
 
+from sedtrain.data.buckets import Bounds
 from sedtrain.data.sampler import DurationBatches
 
 Floats = NDArray[np.float64]
@@ -98,9 +99,8 @@ def batchings(
     def planned(number: int) -> Batching:
         batches: list[list[int]] = []
         for start in range(0, len(seconds), block):
-            plan = DurationBatches(
-                seconds[start : start + block], batch_seconds, shuffle=shuffle, seed=seed, num_buckets=number
-            )
+            bounds = Bounds(batch_seconds, num_buckets=number)
+            plan = DurationBatches(seconds[start : start + block], bounds, shuffle=shuffle, seed=seed)
             batches += [[start + index for index in batch] for batch in plan]
         return Batching.of(f"{number} bucket{'s' * (number > 1)}", seconds, batches)
 

@@ -173,7 +173,7 @@ class SplitSummary:
         names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
         shuffle = split.split == "train"
         block = data.block_utterances if shuffle and data.corpus.streaming else None
-        bounds = (data.batch_seconds, data.num_buckets, data.seed)
+        bounds = (data.bounds.batch_seconds, data.bounds.num_buckets, data.seed)
         return cls(
             split.split,
             split.is_whole,
@@ -238,7 +238,8 @@ def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection,
         data.skipped.note([utterance for utterance, _ in split.skipped])
         summaries.append(SplitSummary.of(split, Sounds.of(split, audible, len(decoded)), data, train))
         sounds.append(audible)
-    settings = {f"data.{option}": getattr(data, option) for option in ("batch_seconds", "batch_tokens", "num_buckets")}
+    options = ("batch_seconds", "batch_tokens", "num_buckets")
+    settings = {f"data.{option}": getattr(data.bounds, option) for option in options}
     return Inspection(data.corpus.public_name, settings, summaries, absent, strangest(splits, sounds)), splits
 
 

@@ -24,7 +24,7 @@ from sedtrain.data.buckets import Bucket, Floats, Integers, bucket_edges
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule, return_freed_memory
 from sedtrain.data.sampler import SHORTEST_SECONDS
-from sedtrain.data.streaming import Place
+from sedtrain.data.streaming import BlockStart
 from sedtrain.errors import UserError, require
 from sedtrain.run_dir import write_whole
 from sedtrain.training.averaging import EMA
@@ -332,7 +332,7 @@ def fitted_batches(
     logger.info("measuring batches of up to %g s and %d tokens, with %s", *longest[:2], budget.told)
     steps = TrialSteps(run, make_trainer, memory)
     best = search(steps, longest, budget, guess=1)
-    edges = bucket_edges(seconds, best.utterances * longest.seconds, run.data.num_buckets)
+    edges = bucket_edges(seconds, best.utterances * longest.seconds, run.data.bounds.num_buckets)
     shapes = shapes_of(seconds, tokens, edges, num_ranks)
     found: list[Fitted] = []
     for number, shape in enumerate(reversed(shapes), start=1):
@@ -382,10 +382,10 @@ def lengths(data: SpeechTextDataModule, most: int | None) -> tuple[Floats, Integ
     tokens: list[int] = []
     if data.corpus.streaming:
         dataset, batches = data.stream(counts_tokens=True)
-        place, end = None, Place(0, 0)
-        while place != end and (most is None or len(seconds) < most):
-            place = end
-            block = batches.stream.read_block(0, place)
+        start, end = None, BlockStart(0, 0)
+        while start != end and (most is None or len(seconds) < most):
+            start = end
+            block = batches.stream.read_block(0, start)
             seconds, tokens, end = seconds + block.seconds, tokens + (block.tokens or []), block.end
         seconds, tokens = [*seconds, data.limits.max_seconds / dataset.longest], [*tokens, max(tokens, default=1)]
     else:

@@ -147,46 +147,49 @@ def test_the_first_bad_utterance_can_be_an_error(dirty, options, fault):
     with pytest.raises(UserError) as raised:
         data_module(dirty, on_bad_utterance="error", **options).train_dataloader()
     fault = fault.replace("FILE", f"{dirty}/train.parquet")
-    assert str(raised.value) == (f"utterance {fault}\n  write instead: data.on_bad_utterance=skip to go on without it")
-
-
-def test_a_split_of_which_nothing_is_left_is_told(dirty):
-    with pytest.raises(UserError) as raised:
-        data_module(dirty, min_seconds=5).train_dataloader()
     assert str(raised.value) == (
-        f"data.path={dirty}: none of the 6 utterances of 'train' can be used (5 too short, 1 unreadable audio)\n"
-        "  write instead: data.min_seconds, data.max_seconds and data.columns that fit this dataset"
+        f"1 problem:\n\n  data.on_bad_utterance = 'error'\n    utterance {fault}\n"
+        "    write data.on_bad_utterance=skip to continue without it"
     )
 
 
-def test_everything_that_is_wrong_with_the_splits_is_told_at_once(good):
+def test_a_split_of_which_nothing_is_left_is_reported(dirty):
+    with pytest.raises(UserError) as raised:
+        data_module(dirty, min_seconds=5).train_dataloader()
+    assert raised.value.args == (
+        "data.path",
+        str(dirty),
+        "none of the 6 utterances of 'train' can be used (5 too short, 1 unreadable audio)",
+        "write data.min_seconds, data.max_seconds and data.columns that fit this dataset",
+    )
+
+
+def test_everything_that_is_wrong_with_the_splits_is_reported_at_once(good):
     write(good / "test.parquet", [0.01])
     data = data_module(good, validation_split="nein", test_split="test")
     data.corpus.refuse_unusable(["train", "train"])
     with pytest.raises(UserError) as raised:
         data.corpus.refuse_unusable(["train", "validation", "test"])
-    first, second, instead = str(raised.value).splitlines()
-    assert first.startswith(f"data.path={good}, split 'nein': ValueError: Unknown split")
-    assert second == f"data.path={good}: none of the 1 utterances of 'test' can be used (1 too short)"
-    assert instead == (
-        "  write instead: data.train_split, data.validation_split, data.test_split that the dataset has, in files that can "
-        "be read; data.min_seconds, data.max_seconds and data.columns that fit this dataset"
-    )
+    first, second = raised.value.errors
+    assert "Unknown split" in first.wrong
+    assert second.wrong == "none of the 1 utterances of 'test' can be used (1 too short)"
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "wanted"),
+    ("options", "name", "wrong"),
     [
-        ("batch_seconds", 0, "a number above 0"),
-        ("min_seconds", -1, "0 or more"),
-        ("max_seconds", 0.01, "above data.min_seconds, 0.05"),
-        ("keep_decoded_hours", -1, "0 or more"),
-        ("num_workers", -1, "0 or more"),
+        ({"max_seconds": 0.01}, "max_seconds", "this has to be above data.min_seconds, 0.05"),
+        (
+            {"min_characters": 9, "max_characters": 3},
+            "max_characters",
+            "this has to be data.min_characters, 9, or more",
+        ),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(good, option, value, wanted):
-    with pytest.raises(UserError, match=f"data.{option}={value}: this has to be {wanted}"):
-        data_module(good, **{option: value})
+def test_limits_that_nothing_can_keep_are_refused(good, options, name, wrong):
+    with pytest.raises(UserError) as raised:
+        data_module(good, **options)
+    assert (raised.value.option, raised.value.value, raised.value.wrong) == (f"data.{name}", options[name], wrong)
 
 
 def test_lightning_can_change_the_precision_of_a_batch_that_lacks_an_utterance(undecodable):

@@ -19,8 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, RefusedAudio, read_audio
-from sedtrain.data.skipped import SkippedUtterances
-from sedtrain.data.utterances import Limits
+from sedtrain.data.skipped import Limits, SkippedUtterances
 from sedtrain.errors import UserError
 from sedtrain.text.normalizers import normalizer
 
@@ -406,11 +405,13 @@ def test_a_plan_with_too_many_bad_utterances_is_an_error_with_counts(tmp_path):
     (folder / "a.wav").write_bytes(wav(0.1))
     with pytest.raises(UserError) as raised:
         data_module(folder, tmp_path, NO_SECONDS).corpus.refuse_unusable(["train"])
-    assert str(raised.value) == (
-        "utterances of train: 15 of 120 could not be used, which is more than data.max_bad_fraction=0.1 "
-        f"(in all splits 10 empty text, 5 missing file; {tmp_path}/skipped.jsonl names them)\n"
-        "  write instead: data.path and data.columns of utterances that can be used, "
-        "or a higher data.max_bad_fraction to go on with the others"
+    assert raised.value.args == (
+        "data.max_bad_fraction",
+        0.1,
+        "utterances of train: 15 of 120 could not be used, which is more "
+        f"(in all splits 10 empty text, 5 missing file; {tmp_path}/skipped.jsonl lists them)",
+        "write data.path and data.columns of utterances that can be used, "
+        "or a higher data.max_bad_fraction to continue with the others",
     )
     data_module(folder, tmp_path, NO_SECONDS, max_bad_fraction=0.125).corpus.refuse_unusable(["train"])
 
@@ -509,10 +510,10 @@ def test_ranks_stop_at_the_same_step_whichever_of_them_met_the_bad_utterances(tm
     if policy == "error":
         assert step == 4
         assert set(ended.values()) == {(4, error)}
-        assert error.startswith("utterance 'bad-5' (/a.wav): silent audio\n")
+        assert "\n    utterance 'bad-5' (/a.wav): silent audio\n" in error
     else:
         assert step == 14
-        assert error.startswith("utterances of train: 11 of 96 could not be decoded, which is more")
+        assert "\n    utterances of train: 11 of 96 could not be decoded, which is more" in error
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")

@@ -221,7 +221,8 @@ def test_a_column_that_holds_something_else_is_told(tmp_path, role):
     path = parquet(tmp_path / "x.parquet", audio=[b""], text=["a"], x=cells)
     columns = Columns(**{"audio": "audio", "text": "text", role: "x"})
     assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
-        f"data.columns: {path} (train) has {wrong}\n  write instead: data.columns.NAME=COLUMN that holds {wanted}"
+        f"1 problem:\n\n  data.columns = 'x'\n    {path} (train) has {wrong}\n"
+        f"    write data.columns.NAME=COLUMN that holds {wanted}"
     )
 
 
@@ -235,8 +236,8 @@ def test_an_id_of_two_rows_is_told(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[b""] * 3, text=["a"] * 3, name=["p", "q", "p"])
     columns = Columns(audio="audio", text="text", id="name")
     assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
-        "data.columns.id=name: rows 0 and 2 of 'train' have the same id, 'p'\n"
-        "  write instead: data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
+        "1 problem:\n\n  data.columns.id = 'name'\n    rows 0 and 2 of 'train' have the same id, 'p'\n"
+        "    write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
     )
 
 
@@ -258,8 +259,8 @@ def test_text_that_a_manifest_wrote_as_numbers_is_text(tmp_path):
 def test_a_missing_column_is_told_with_those_that_are_there(tmp_path):
     path = parquet(tmp_path / "x.parquet", speech=[encoded(tone())], text=["a"])
     assert message(UtteranceRows, load_rows(path, "train"), PLAIN, path, "train") == (
-        f"data.columns: {path} (train) has no column 'audio' for the audio, it has speech, text\n"
-        "  write instead: data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
+        f"1 problem:\n\n  data.columns = 'audio'\n    {path} (train) has no column 'audio' for the audio, it has speech, text\n"
+        "    write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
         "speaker, language, seconds, start or end"
     )
 
@@ -272,14 +273,16 @@ def test_columns_are_given_by_role_and_the_target_is_the_text():
 
 def test_a_role_that_is_missing_or_unknown_is_told():
     assert message(Columns.of, {"audio": "a", "transcription": "t", "translation": None}, "translation") == (
-        "data.columns.translation is not set (target=translation)\n  write instead: data.columns.translation=COLUMN"
+        "1 problem:\n\n  data.columns.translation = null\n    target=translation needs this column\n"
+        "    write data.columns.translation=COLUMN"
     )
     assert message(Columns.of, {"audio": None, "transcription": "t"}, "transcription") == (
-        "data.columns.audio is not set (target=transcription)\n  write instead: data.columns.audio=COLUMN"
+        "1 problem:\n\n  data.columns.audio = null\n    target=transcription needs this column\n"
+        "    write data.columns.audio=COLUMN"
     )
     assert message(Columns.of, {"audio": "a", "transcription": "t", "speeker": "s"}, "transcription") == (
-        "data.columns.speeker: there is no such role\n"
-        "  write instead: data.columns.NAME, NAME one of audio, transcription, translation, id, speaker, language, "
+        "1 problem:\n\n  data.columns.speeker = 's'\n    there is no such role\n"
+        "    write data.columns.NAME, NAME one of audio, transcription, translation, id, speaker, language, "
         "seconds, start, end"
     )
 

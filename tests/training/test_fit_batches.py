@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedtrain.data.augment import Augment, Speed
-from sedtrain.data.buckets import Bucket, fitted
+from sedtrain.data.buckets import Bucket, groups_by_buckets
 from sedtrain.errors import UserError
 from sedtrain.training import fit_batches as peak_memory
 from sedtrain.training.fit_batches import (
@@ -179,7 +179,7 @@ def test_the_buckets_of_a_corpus_hold_all_of_it(corpus, num_buckets, num_ranks):
     edges = np.unique(np.quantile(seconds, np.linspace(0, 1, num_buckets + 1)[1:], method="higher")).astype(float)
     shapes = shapes_of(seconds.astype(float), tokens, edges, num_ranks)
     assert [list(each) == sorted(each) for each in zip(*[shape[:2] for shape in shapes], strict=True)] == [True, True]
-    groups, _ = fitted(seconds.astype(float), tokens, [Bucket(*shape[:2], 1) for shape in shapes])
+    groups, _ = groups_by_buckets(seconds.astype(float), tokens, [Bucket(*shape[:2], 1) for shape in shapes])
     held = np.bincount(groups)
     assert [shape.utterances for shape in shapes] == [-(-number // num_ranks) for number in held]
     assert sum(held) == len(corpus) and shapes[-1][:2] == (seconds.max(), tokens.max())

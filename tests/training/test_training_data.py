@@ -74,7 +74,11 @@ def test_measured_buckets_cut_what_trains_and_not_what_is_scored(good):
 def test_a_file_of_buckets_is_what_stands_in_it(good, tmp_path):
     (tmp_path / "batches.yaml").write_text(json.dumps(BUCKETS))
     from_file = data_module(good, batches=str(tmp_path / "batches.yaml"))
-    assert from_file.buckets == data_module(good, batches=BUCKETS).buckets == [Bucket(**each) for each in BUCKETS]
+    assert (
+        from_file.bounds.buckets
+        == data_module(good, batches=BUCKETS).bounds.buckets
+        == [Bucket(**each) for each in BUCKETS]
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
