@@ -99,9 +99,8 @@ def batchings(
     def planned(number: int) -> Batching:
         batches: list[list[int]] = []
         for start in range(0, len(seconds), block):
-            plan = DurationBatches(
-                seconds[start : start + block], Bounds(batch_seconds, num_buckets=number), shuffle=shuffle, seed=seed
-            )
+            bounds = Bounds(batch_seconds, num_buckets=number)
+            plan = DurationBatches(seconds[start : start + block], bounds, shuffle=shuffle, seed=seed)
             batches += [[start + index for index in batch] for batch in plan]
         return Batching.of(f"{number} bucket{'s' * (number > 1)}", seconds, batches)
 

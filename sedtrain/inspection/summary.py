@@ -238,9 +238,8 @@ def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection,
         data.skipped.note([utterance for utterance, _ in split.skipped])
         summaries.append(SplitSummary.of(split, Sounds.of(split, audible, len(decoded)), data, train))
         sounds.append(audible)
-    settings = {
-        f"data.{option}": getattr(data.bounds, option) for option in ("batch_seconds", "batch_tokens", "num_buckets")
-    }
+    options = ("batch_seconds", "batch_tokens", "num_buckets")
+    settings = {f"data.{option}": getattr(data.bounds, option) for option in options}
     return Inspection(data.corpus.public_name, settings, summaries, absent, strangest(splits, sounds)), splits
 
 
