@@ -46,6 +46,7 @@ class MetricsFile(Logger):
     def __init__(self, save_dir: str) -> None:
         super().__init__()
         self.folder = Path(save_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "metrics.csv"
         self.columns, _ = self.read()
         self.rows: list[dict[str, Any]] = []  # that are not saved yet
