@@ -1,5 +1,6 @@
 """The folder of a run: where its files lie, and how a file is written whole."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -61,3 +62,18 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: P
         os.fsync(folder)  # the names
     finally:
         os.close(folder)
+
+
+def keep_until(step: int, file: Path) -> None:
+    """Drops the lines of JSON of later steps, which the run writes again, and a last line that is truncated."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_whole(file, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= step))
+
+
+def step_of(line: str) -> int:
+    """The step that a line of JSON names, 0 where it names none."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, AttributeError):
+        return 0

@@ -15,9 +15,9 @@ from typing import Any
 from sedtrain.batch import Skipped
 from sedtrain.data.dataset import Part, Parts, Reference, Source
 from sedtrain.data.durations import durations
-from sedtrain.data.shards import BrokenShard
+from sedtrain.data.paths import is_pattern, public_name
+from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import Limits, SkippedUtterances, in_words
-from sedtrain.data.sources import is_pattern, public_name
 from sedtrain.data.utterances import Columns, UtteranceRows
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
@@ -171,7 +171,7 @@ class Corpus:
             for part in self.shards():
                 try:
                     yield from part.texts(part.source.columns.text)
-                except BrokenShard as error:
+                except BrokenFile as error:
                     self.skipped.broken_file(part.name, part.path, str(error), len(self.shards()))
         else:
             for _, rows in self.open_all(self.parts(split)):
@@ -181,7 +181,7 @@ class Corpus:
         """The rows of one part; None for a part that cannot be read, which is noted."""
         try:
             return parts[number]
-        except BrokenShard as error:
+        except BrokenFile as error:
             part = parts.parts[number]
             self.skipped.broken_file(part.name, part.path, str(error), len(parts))
             return None
@@ -303,5 +303,5 @@ def pairs_of_shard(part: Part) -> Iterator[Pair]:
     if column is None:
         yield source.language, source.task
         return
-    with suppress(BrokenShard):
+    with suppress(BrokenFile):
         yield from {(text or source.language, source.task) for text in part.texts(column)}

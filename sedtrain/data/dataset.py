@@ -18,9 +18,11 @@ from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
 from sedtrain.data.collate import Collator
-from sedtrain.data.readers import PROBLEM
-from sedtrain.data.shards import BrokenShard, Shard, shards_of
-from sedtrain.data.sources import load_rows, local_path, split_files
+from sedtrain.data.paths import local_path, split_files
+from sedtrain.data.readers import BrokenFile
+from sedtrain.data.shards import Shard, shards_of
+from sedtrain.data.sources import load_rows
+from sedtrain.data.tables import PROBLEM
 from sedtrain.data.utterances import Columns, UtteranceRows, as_text
 from sedtrain.errors import UserError
 
@@ -80,7 +82,7 @@ class Part:
         return file_of(self.source.path, self.split) if self.shard is None else self.shard.place
 
     def open(self) -> UtteranceRows:
-        """Raises UserError where there are no rows of utterances, BrokenShard for a file that cannot be read."""
+        """Raises UserError where there are no rows of utterances, BrokenFile for a file that cannot be read."""
         source = self.source
         if self.shard is None:
             rows = load_rows(source.path, self.split, source.name)
@@ -229,7 +231,7 @@ class SplitDataset(Dataset[Batch]):
         part, index = reference
         try:
             rows = self.parts[part]
-        except (BrokenShard, UserError) as error:  # it could be read when the batches were planned
+        except (BrokenFile, UserError) as error:  # it could be read when the batches were planned
             broken = self.parts.parts[part]
             return Skipped(f"{broken.name}-{index}", "unreadable shard", str(error), broken.path)
         try:

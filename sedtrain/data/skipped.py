@@ -7,12 +7,12 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 from sedtrain.batch import Skipped
-from sedtrain.data.readers import NOT_TEXT
+from sedtrain.data.tables import NOT_TEXT
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 
@@ -113,22 +113,6 @@ class FilterCounts:
         return self.num_bad / max(self.num_seen, MIN_SEEN)
 
 
-@dataclass
-class SplitCounts:
-    """Counts of a split: of its utterances before they are decoded, and when those that are left are decoded.
-
-    num_batches: decoded so far
-    """
-
-    planned: FilterCounts = field(default_factory=FilterCounts)
-    decoded: FilterCounts = field(default_factory=FilterCounts)
-    num_batches: int = 0
-
-    def fraction(self, decoded: FilterCounts) -> float:
-        """The share of bad utterances among all, as far as it is known."""
-        return self.planned.fraction + (1 - self.planned.fraction) * decoded.fraction
-
-
 class SkippedUtterances:
     """Lists each utterance that is left out once, whichever rank meets it, how often, and however often the run resumes.
 
@@ -147,7 +131,9 @@ class SkippedUtterances:
         self.counts: Counter[str] = Counter()
         self.num_bytes_read = 0
         self.broken_files: set[str | None] = set()
-        self.splits: Mapping[str, SplitCounts] = defaultdict(SplitCounts)
+        self.before_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
+        self.in_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
+        self.num_batches: Counter[str] = Counter()  # decoded so far of each split
         self.read()
 
     def planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
@@ -158,10 +144,9 @@ class SkippedUtterances:
         self.note(skipped)
         if skipped and self.on_bad_utterance == "error":
             raise bad(skipped[0])
-        counts = self.splits[split]
-        counts.planned.num_seen += num_seen
-        counts.planned.num_bad += num_faults(skipped)
-        self.judge(split, counts.decoded)
+        self.before_decoding[split].num_seen += num_seen
+        self.before_decoding[split].num_bad += num_faults(skipped)
+        self.judge(split, self.in_decoding[split])
 
     def decoded(
         self,
@@ -175,14 +160,13 @@ class SkippedUtterances:
         over_ranks: numbers of this rank -> their sums over all, where there are several; all call it at the same batch
         """
         self.note(skipped)
-        counts = self.splits[split]
-        own = counts.decoded
+        own = self.in_decoding[split]
         own.num_seen += num_seen
         own.num_bad += num_faults(skipped) if self.on_bad_utterance == "skip" else len(skipped)
-        counts.num_batches += 1
+        self.num_batches[split] += 1
         if over_ranks is None:
             total = own
-        elif self.on_bad_utterance == "error" or counts.num_batches % BATCHES_BETWEEN_SUMS == 0:
+        elif self.on_bad_utterance == "error" or self.num_batches[split] % BATCHES_BETWEEN_SUMS == 0:
             total = FilterCounts(*over_ranks([own.num_seen, own.num_bad]))
         else:
             return
@@ -207,11 +191,11 @@ class SkippedUtterances:
             )
 
     def judge(self, split: str, decoded: FilterCounts) -> None:
-        """Raises UserError where more of a split is bad than `max_bad_fraction`."""
-        counts = self.splits[split]
-        if counts.fraction(decoded) <= self.max_bad_fraction:
+        """Raises UserError where more of a split is bad than `max_bad_fraction`, as far as it has been seen."""
+        planned = self.before_decoding[split]
+        if planned.fraction + (1 - planned.fraction) * decoded.fraction <= self.max_bad_fraction:
             return
-        filters = {"could not be used": counts.planned, "could not be decoded": decoded}
+        filters = {"could not be used": planned, "could not be decoded": decoded}
         texts = [f"{each.num_bad:,} of {each.num_seen:,} {what}" for what, each in filters.items() if each.num_bad]
         faults = {reason: count for reason, count in self.totals().items() if reason not in LIMITED}
         raise UserError(

@@ -12,8 +12,8 @@ import datasets
 
 from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE, read_audio, refuse_silence, seconds_between
-from sedtrain.data.readers import PROBLEM
-from sedtrain.data.sources import local_path, with_readable_text
+from sedtrain.data.paths import local_path
+from sedtrain.data.tables import PROBLEM, with_readable_text
 from sedtrain.errors import UserError
 
 ROWS_AT_ONCE = 64  # rows whose headers one thread reads at a time

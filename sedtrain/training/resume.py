@@ -1,6 +1,5 @@
 """What `resume` means: a fresh start, the newest checkpoint of the run's folder, or a checkpoint of another run."""
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from sedtrain.errors import UserError
 from sedtrain.launch import is_first
-from sedtrain.run_dir import LAST, checkpoints_of, config_of, write_whole
+from sedtrain.run_dir import LAST, checkpoints_of, config_of, keep_until
 from sedtrain.training.checkpoint_files import newest_whole, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -72,21 +71,6 @@ def forget(folder: Path) -> None:
         for name in ("metrics.csv", "samples.jsonl", *LISTS):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-
-
-def keep_until(step: int, file: Path) -> None:
-    """Drops the lines of later steps, which the run writes again, and a last line that is truncated."""
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_whole(file, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= step))
-
-
-def step_of(line: str) -> int:
-    """The step that a line of JSON names, 0 where it names none."""
-    try:
-        return int(json.loads(line).get("step", 0))
-    except (ValueError, AttributeError):
-        return 0
 
 
 def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import soundfile
 from sedtrain.data import durations as durations_module
 from sedtrain.data.dataset import Part, Source
 from sedtrain.data.durations import cache_file, durations
-from sedtrain.data.readers import read_shards
+from sedtrain.data.readers import read_rows
 from sedtrain.data.utterances import ROWS_AT_ONCE, Columns, UtteranceRows
 
 RATE = 8000
@@ -123,7 +123,7 @@ def test_bytes_in_parquet_and_members_of_a_tar_are_read_once(tmp_path, read):
     for _ in range(2):
         assert durations(rows_of(tmp_path / "tar")) == [0.5]
     assert len(read) == 4
-    assert len(read_shards([tmp_path / "tar/train.tar"])) == 1
+    assert len(read_rows(tmp_path / "tar/train.tar")) == 1
 
 
 def pack(path, members):

@@ -8,7 +8,7 @@ from corpora import COLUMNS, NUMBERS, STREAMED, fit, mix_module, refused
 
 from sedtrain.data.corpus import temperature_weights
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.sources import absolute_path, public_name
+from sedtrain.data.paths import absolute_path, public_name
 from sedtrain.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")

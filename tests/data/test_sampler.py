@@ -23,7 +23,7 @@ measured = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 90), st.integer
     lambda rows: [Bucket(*row) for row in rising(rows)]
 )
 cuts = st.one_of(st.just({}), st.builds(dict, buckets=measured))
-"""What batches are cut by: the bounds, or measured buckets."""
+"""The bounds of batches, or measured buckets."""
 
 
 def rising(rows):
@@ -300,7 +300,7 @@ stops = st.lists(st.integers(0, 30), max_size=6)
 
 
 @given(utterances, rank_numbers, stops, st.integers(0, 3), cuts)
-def test_an_epoch_stopped_anywhere_and_often_goes_on_as_if_never_stopped(corpus, num_ranks, stops, number, cut):
+def test_an_epoch_stopped_anywhere_and_often_resumes_as_if_never_stopped(corpus, num_ranks, stops, number, cut):
     expected = steps(corpus, num_ranks, {"seed": 0, "epoch": number, "segments": []}, **cut)
     made, position = 0, {"seed": 0, "epoch": number, "segments": []}
     for more in stops:
@@ -314,7 +314,7 @@ def test_an_epoch_stopped_anywhere_and_often_goes_on_as_if_never_stopped(corpus,
 
 
 @given(utterances, st.lists(st.tuples(rank_numbers, st.integers(0, 12)), max_size=6), rank_numbers, cuts)
-def test_an_epoch_goes_on_with_other_numbers_of_ranks_without_loss_or_repeat(corpus, stops, last, cut):
+def test_an_epoch_resumes_with_other_numbers_of_ranks_without_loss_or_repeat(corpus, stops, last, cut):
     """Against a brute force: a list from which each step takes its first batch and the next of its bucket."""
     groups, left = sampler(corpus, **cut).plan.groups, epoch(corpus, **cut)
     position, made, taken = {"seed": 0, "epoch": 0, "segments": []}, 0, []
@@ -413,7 +413,7 @@ def test_a_loader_hands_the_batches_out_in_order_with_any_number_of_workers(num_
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_stopped_ahead_of_training_goes_on_where_training_stopped(num_workers):
+def test_a_loader_stopped_ahead_of_training_resumes_where_training_stopped(num_workers):
     corpus = [(seconds, 1) for seconds in digits(61)]
     expected, batches = epoch(corpus), sampler(corpus)
     loader = DataLoader(Numbers(), batch_size=None, sampler=batches, num_workers=num_workers)

@@ -96,10 +96,9 @@ def test_splits_joined_by_plus_are_the_files_of_each(numbered, tmp_path):
 def test_a_part_of_a_split_cannot_be_streamed(numbered, tmp_path):
     with pytest.raises(UserError) as raised:
         shards_of(str(numbered), "train[:90%]", None, tmp_path)
-    assert str(raised.value) == (
-        "'train[:90%]' is a part of a split, which neither a stream nor a URL has\n"
-        "  write instead: data.streaming=false of what is not on a server, or a split of its own"
-    )
+    assert (raised.value.option, raised.value.value) == ("data.path", str(numbered))
+    assert raised.value.wrong == "'train[:90%]' is a slice of a split, which neither a stream nor a URL has"
+    assert raised.value.write == "write data.streaming=false for what is not on a server, or a split of its own"
 
 
 def test_a_missing_folder_is_told(tmp_path):
@@ -327,5 +326,6 @@ def test_a_file_that_is_not_there_is_told_by_its_url(server, tmp_path):
     url = f"{server}/none.parquet"
     with pytest.raises(UserError) as raised:
         Shard(url, "none", tmp_path / "copies").rows()
-    assert str(raised.value).startswith(f"data.path: {url} cannot be fetched (FileNotFoundError: ")
+    assert (raised.value.option, raised.value.value) == ("data.path", url)
+    assert raised.value.wrong.startswith(f"{url} cannot be fetched (FileNotFoundError: ")
     assert list((tmp_path / "copies").rglob("*.parquet*")) == []

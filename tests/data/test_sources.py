@@ -11,7 +11,8 @@ import soundfile
 import torch
 
 from sedtrain.data.audio import UNREADABLE, read_audio
-from sedtrain.data.sources import absolute_path, audio_paths, load_rows
+from sedtrain.data.paths import absolute_path, audio_paths
+from sedtrain.data.sources import load_rows
 from sedtrain.data.utterances import Columns, UtteranceRows
 from sedtrain.errors import UserError
 
@@ -43,6 +44,14 @@ def message(call, *arguments, **options):
     with pytest.raises(UserError) as raised:
         call(*arguments, **options)
     return str(raised.value)
+
+
+def refused(call, *arguments):
+    """The option that a call refuses, its value, what is wrong and what to write instead."""
+    with pytest.raises(UserError) as raised:
+        call(*arguments)
+    error = raised.value
+    return error.option, error.value, error.wrong, error.write
 
 
 # --- where rows come from
@@ -302,47 +311,47 @@ def test_a_path_is_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/where", "nowhere.parquet", "nowhere.jsonl", "my/data/train"])
 def test_a_path_to_nothing_is_no_such_file(path):
-    assert message(load_rows, path, "train") == (
-        f"data.path={path}: there is no such file or folder\n  write instead: data.path=FOLDER_OR_FILE_OR_HUB_ID"
-    )
+    write = "write data.path=FOLDER_OR_FILE_OR_HUB_ID"
+    assert refused(load_rows, path, "train") == ("data.path", path, "there is no such file or folder", write)
 
 
 def test_a_hub_id_without_network_is_told_the_offline_ways():
-    told = message(load_rows, "some/corpus", "train")
-    assert told.startswith(
-        "data.path=some/corpus: neither a folder here nor a dataset that can be read (ConnectionError"
-    )
-    assert told.endswith("data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network")
+    option, value, wrong, write = refused(load_rows, "some/corpus", "train")
+    assert (option, value) == ("data.path", "some/corpus")
+    assert wrong.startswith("neither a folder here nor a dataset that can be read (ConnectionError")
+    assert write == "write data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network"
 
 
 def test_a_folder_without_data_is_told(tmp_path):
-    told = message(load_rows, str(tmp_path), "train")
-    assert told.startswith(f"data.path={tmp_path}: this folder holds no dataset that can be read (EmptyDatasetError")
+    option, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    assert (option, value) == ("data.path", str(tmp_path))
+    assert wrong.startswith("this folder holds no dataset that can be read (EmptyDatasetError")
 
 
 def test_a_split_that_is_missing_is_told(tmp_path):
     parquet(tmp_path / "train.parquet", audio=[b""], text=["a"])
-    told = message(load_rows, str(tmp_path), "validation")
-    assert told.startswith(f"data.path={tmp_path}, split 'validation': ValueError: Unknown split")
-    assert told.endswith("data.validation_split, data.test_split that the dataset has, in files that can be read")
+    option, value, wrong, write = refused(load_rows, str(tmp_path), "validation")
+    assert (option, value) == ("data.path", str(tmp_path))
+    assert wrong.startswith("split 'validation': ValueError: Unknown split")
+    assert write.endswith("data.validation_split, data.test_split that the dataset has, in files that can be read")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.csv"])
 def test_an_empty_dataset_is_told(tmp_path, name):
     (tmp_path / name).touch()
-    expected = "the split 'train' is empty\n  write instead: a split with at least one row"
-    assert message(load_rows, str(tmp_path / name), "train") == f"data.path={tmp_path / name}: {expected}"
     path = parquet(tmp_path / "y.parquet", audio=pa.array([], pa.binary()), text=pa.array([], pa.string()))
-    assert message(load_rows, path, "train") == f"data.path={path}: {expected}"
+    for empty in (str(tmp_path / name), path):
+        told = ("data.path", empty, "the split 'train' is empty", "write a split with at least one row")
+        assert refused(load_rows, empty, "train") == told
 
 
 def test_a_file_that_is_no_parquet_is_told(tmp_path):
-    (tmp_path / "x.parquet").write_text("this is not a table")
-    told = message(load_rows, str(tmp_path / "x.parquet"), "train")
-    assert told.startswith(
-        f"data.path={tmp_path / 'x.parquet'}, split 'train': ArrowInvalid: Parquet magic bytes not found"
-    )
-    assert "\n" not in told.partition("\n  write instead")[0]
+    parquet(tmp_path / "train-0.parquet", audio=[b""], text=["a"])
+    (tmp_path / "train-1.parquet").write_text("this is not a table")
+    option, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    assert (option, value) == ("data.path", str(tmp_path))
+    assert wrong.startswith(f"split 'train': {tmp_path}/train-1.parquet: ArrowInvalid: Parquet magic bytes not found")
+    assert "\n" not in wrong
 
 
 # --- audio files by name
@@ -369,6 +378,14 @@ def test_audio_files_are_named_by_file_glob_folder_or_list(clips):
     assert names(clips, [f"{clips}/b.wav", f"{clips}/deep"]) == ["b.wav", "deep/c.wav"]
 
 
+def test_a_link_to_a_folder_is_followed_but_not_in_circles(clips, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    soundfile.write(elsewhere / "d.wav", tone(0.1), 16_000)
+    (clips / "deep/linked").symlink_to(elsewhere)
+    (clips / "deep/around").symlink_to(clips)
+    assert names(clips, str(clips)) == ["a.flac", "b.wav", "deep/c.wav", "deep/linked/d.wav"]
+
+
 def test_a_file_name_that_looks_like_a_glob_is_that_file(clips):
     (clips / "b.wav").rename(clips / "b[1].wav")
     assert names(clips, f"{clips}/b[1].wav") == ["b[1].wav"]
@@ -378,9 +395,8 @@ def test_a_file_name_that_looks_like_a_glob_is_that_file(clips):
 def test_audio_that_is_not_there_is_told(clips, missing):
     (clips / "empty").mkdir()
     name = f"{clips}/{missing}"
-    assert message(audio_paths, [f"{clips}/b.wav", name]) == (
-        f"audio={name}: there is no such audio file\n  write instead: audio=FILE, a glob that matches or a folder"
-    )
+    write = "write audio=FILE, a glob that matches or a folder"
+    assert refused(audio_paths, [f"{clips}/b.wav", name]) == ("audio", name, "there is no such audio file", write)
 
 
 def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
@@ -388,13 +404,12 @@ def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
 
 
 def test_a_file_that_is_no_audio_is_told(clips):
-    told = message(audio_paths, f"{clips}/notes.txt")
-    assert told.startswith(f"audio={clips}/notes.txt: this is no audio (LibsndfileError: ")
-    assert told.endswith("write instead: audio=FILE that libsndfile can read")
+    option, value, wrong, write = refused(audio_paths, f"{clips}/notes.txt")
+    assert (option, value, write) == ("audio", f"{clips}/notes.txt", "write audio=FILE that libsndfile can read")
+    assert wrong.startswith("this is no audio (LibsndfileError: ")
 
 
 @pytest.mark.parametrize("audio", [None, "", []])
 def test_no_audio_at_all_is_told(audio):
-    assert message(audio_paths, audio) == (
-        "task=transcribe needs audio\n  write instead: audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
-    )
+    write = "write audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
+    assert refused(audio_paths, audio) == ("audio", audio, "task=transcribe needs audio", write)

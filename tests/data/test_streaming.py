@@ -1,4 +1,4 @@
-"""Streams: every utterance once, the same steps for all ranks, and a position to go on from, wherever training stops."""
+"""Streams: every utterance once, the same steps for all ranks, and a position to resume from, wherever training stops."""
 
 import json
 from collections import Counter
@@ -173,7 +173,7 @@ def test_an_utterance_of_weight_w_is_seen_w_times_an_epoch_and_all_as_often_as_t
 
 
 @given(shard_sizes, st.lists(rank_numbers, min_size=1, max_size=3), block_sizes, stops)
-def test_measured_buckets_hold_in_a_stream_that_stops_and_goes_on_with_other_ranks(sizes, ranks, num_rows, stops):
+def test_measured_buckets_hold_in_a_stream_that_stops_and_resumes_with_other_ranks(sizes, ranks, num_rows, stops):
     buckets = [Bucket(2.0, 5, 4), Bucket(10.0, 12, 2)]
     seen = flat(stopped(sizes, ranks, stops, num_rows=num_rows, buckets=buckets))
     assert sorted(flat(seen)) == everything(sizes)
@@ -212,14 +212,14 @@ def test_a_run_that_stops_again_and_again_takes_the_same_steps(sizes, num_ranks,
 
 
 @given(shard_sizes, st.lists(rank_numbers, min_size=1, max_size=3), block_sizes, stops)
-def test_going_on_with_other_ranks_loses_and_repeats_nothing(sizes, ranks, num_rows, stops):
+def test_resuming_with_other_ranks_loses_and_repeats_nothing(sizes, ranks, num_rows, stops):
     seen = flat(stopped(sizes, ranks, stops, num_rows=num_rows))
     assert sorted(flat(seen)) == everything(sizes)
     assert sorted(batch for batch in seen if batch) == sorted(epoch(sizes, 1, num_rows=num_rows))
 
 
 @given(shard_sizes, st.integers(1, 30))
-def test_going_on_reads_one_block(sizes, num_rows):
+def test_resuming_reads_one_block(sizes, num_rows):
     whole = sampler(sizes, num_rows=num_rows)
     num_steps = len(list(whole))
     position = whole.state_dict(num_steps)

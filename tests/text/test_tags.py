@@ -21,7 +21,7 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
 from sedtrain.decoding.generate import transcribe_batch
-from sedtrain.errors import ConfigError
+from sedtrain.errors import UserError
 from sedtrain.models.losses import shift_right
 from sedtrain.text.tags import Tags, add_tags
 from sedtrain.text.tokenizers import train_tokenizer
@@ -241,7 +241,7 @@ def test_a_decoder_with_weights_grows_by_the_tags_and_keeps_its_rows(built, tmp_
     batch = next(run.data.batches("validation"))
     run.module.losses(batch).cross_entropy.backward()
     transcribe_batch(run.saved.model, run.saved.tokenizer, batch, run.module.decoding)
-    run.saved.save(tmp_path / "saved", run.module.decoding)
+    run.saved.save(tmp_path / "saved", run.module.decoding.generation_kwargs())
     assert type(run.saved).load(str(tmp_path / "saved")).tags == run.saved.tags
 
 
@@ -356,7 +356,7 @@ def wav(tmp_path):
 
 def test_one_file_for_all_splits_is_refused_at_its_dataset_unless_it_is_for_one(built, corpus):
     file = corpus / "train.parquet"
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         built(f"data.mix.german.path={file}")
     [problem] = raised.value.problems
     assert (problem.path, problem.value) == ("data.mix.german.path", str(file))

@@ -80,7 +80,7 @@ def fit(data, run, *, start=None, callbacks=(), kind=Checkpoints, every=None, mo
     trainer = lightning.Trainer(
         accelerator="cpu", use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, callbacks=[*callbacks, checkpoints],
-        logger=Tracker("csv", lambda: MetricsFile(run, name="", version="")),
+        logger=Tracker("csv", lambda: MetricsFile(run)),
         **(defaults | options),
     )  # fmt: skip
     try:

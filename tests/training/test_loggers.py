@@ -18,7 +18,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from sedtrain.build import loggers
 from sedtrain.config.schema import conf_dir, register
-from sedtrain.errors import ConfigError, UserError
+from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Hypothesis
 from sedtrain.evaluation.results import installed_versions
 from sedtrain.training.loggers import MetricsFile, TensorBoard, Tracker, commit
@@ -266,7 +266,7 @@ def test_what_a_logger_does_with_what_it_is_given_does_not_reach_the_others():
 
 
 def test_a_disk_that_is_full_takes_the_metrics_away_and_not_the_run(tmp_path, caplog, monkeypatch):
-    tracker = Tracker("csv", lambda: MetricsFile(tmp_path, name="", version=""))
+    tracker = Tracker("csv", lambda: MetricsFile(tmp_path))
     tracker.log_metrics({"loss": 1.0}, 0)
     monkeypatch.setattr(Path, "open", full)
     tracker.log_samples([Hypothesis("a", "b", "c")], 0)
@@ -315,19 +315,20 @@ def test_a_missing_package_is_told_with_the_extra(made, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError) as error:
         made(f"logger={name}")
-    assert error.value.what_is_wrong.startswith(f"logger={name} needs {name}: ")
-    assert error.value.write_instead == f"pip install 'sedtrain[{name}]', or logger=csv"
+    assert (error.value.option, error.value.value) == ("logger", name)
+    assert error.value.wrong.startswith(f"this logger needs {name}: ")
+    assert error.value.write == f"pip install 'sedtrain[{name}]', or write logger=csv"
 
 
 def test_a_package_that_a_user_s_own_logger_lacks_is_told(made, tmp_path, monkeypatch):
     (tmp_path / "lacking.py").write_text("def make():\n    import nowhere_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="No module named 'nowhere_at_all'"):
+    with pytest.raises(UserError, match="No module named 'nowhere_at_all'"):
         made("+logger.mine._target_=lacking.make")
 
 
 def test_a_logger_without_a_name_is_refused(made):
-    with pytest.raises(ConfigError, match="a logger has a name of its own, and a _target_") as error:
+    with pytest.raises(UserError, match="a logger has a name of its own, and a _target_") as error:
         made("logger=none", "+logger._target_=lightning.pytorch.loggers.CSVLogger")
     assert "write +logger.NAME._target_=package.module.Name" in str(error.value)
 

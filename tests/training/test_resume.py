@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
+from sedtrain.run_dir import keep_until
 from sedtrain.training.checkpoint_files import read_checkpoint, write_checkpoint
-from sedtrain.training.resume import decisive, keep_until
+from sedtrain.training.resume import decisive
 
 AVERAGED = "callbacks=[default,ema]"
 SHORT = ["trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]
@@ -144,7 +145,8 @@ def test_skipped_utterances_are_listed_once_over_restarts(command, stopped, tmp_
         (folder / "skipped.jsonl").read_text(),
         json.loads((folder / "results.json").read_text())["skipped"],
     )
-    assert len(listed.splitlines()) == sum(counted.values()) > 0
+    assert {json.loads(line)["reason"] for line in listed.splitlines()} == {"too long"}
+    assert counted == {"too long": len(listed.splitlines())}
     shutil.rmtree(folder / "model")
     assert command(folder, *given, steps=1).status == 0
     assert (folder / "skipped.jsonl").read_text() == listed
@@ -170,14 +172,19 @@ def test_an_evaluation_never_writes_into_a_run(sedtrain, trained):
 # --- a path
 
 
-@pytest.mark.parametrize("of", ["", "checkpoints/last.ckpt"])
-def test_another_run_starts_from_a_checkpoint_or_a_run(command, trained, tmp_path, of):
-    ended = command(tmp_path / "run", f"resume={trained / of}", "optimizer.lr=1e-5", steps=4)
+def check_starts_from_another_run(command, trained, folder, start, *overrides):
+    ended = command(folder, f"resume={start}", *overrides, steps=5)
     assert ended.status == 0, ended.err
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["train"]["steps"] == step_of(tmp_path / "run") == 4
-    assert [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()][1:]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["train"]["steps"] == step_of(folder) == 5
+    assert (folder / "metrics.csv").read_text().splitlines()[1:]
     assert step_of(trained) == 3
+
+
+def test_another_run_starts_from_a_checkpoint(command, trained, tmp_path):
+    check_starts_from_another_run(
+        command, trained, tmp_path / "run", trained / "checkpoints/last.ckpt", "optimizer.lr=1e-5"
+    )
 
 
 def column(folder, name):
@@ -185,10 +192,9 @@ def column(folder, name):
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_another_run_has_its_own_learning_rates_and_weight_decay(command, trained, tmp_path):
+def test_another_run_starts_from_a_run_with_its_own_learning_rates_and_weight_decay(command, trained, tmp_path):
     theirs = ["optimizer.lr=1e-5", "optimizer.weight_decay=0.5", "scheduler=constant"]
-    ended = command(tmp_path / "run", f"resume={trained}", *theirs, steps=5)
-    assert ended.status == 0, ended.err
+    check_starts_from_another_run(command, trained, tmp_path / "run", trained, *theirs)
     assert column(tmp_path / "run", "learning_rate/encoder") == pytest.approx([1e-5, 1e-5])
     groups = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0, 0.5}
