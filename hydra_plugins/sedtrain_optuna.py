@@ -7,6 +7,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from sedtrain.ranges import Count, CountOrZero
+
 
 class OptunaSweeper(Sweeper):
     """Leaves everything to `sedtrain.search`, which is not imported before it is needed.
@@ -18,13 +20,13 @@ class OptunaSweeper(Sweeper):
         self,
         metric: str | None,
         direction: Literal["minimize", "maximize"] | None,
-        num_trials: int,
-        num_parallel: int,
+        num_trials: Count,
+        num_parallel: Count,
         sampler: Literal["tpe", "random"],
-        seed: int,
+        seed: CountOrZero,
         pruner: Literal["median", "none"],
-        full_trials: int,
-        warmup_steps: int,
+        full_trials: CountOrZero,
+        warmup_steps: CountOrZero,
         storage: str | None,
         study: str,
     ) -> None:
@@ -37,10 +39,10 @@ class OptunaSweeper(Sweeper):
         context, task, config = self.given
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
         from sedtrain.cli import fail
-        from sedtrain.errors import ConfigError, UserError
+        from sedtrain.errors import UserError
         from sedtrain.search import search
 
         try:
             search(config, arguments, launcher.launch, context.config_loader)
-        except (ConfigError, UserError) as error:
+        except UserError as error:
             fail(str(error))

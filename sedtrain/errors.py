@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 UNSET = "???"  # how YAML writes a value that nobody has given yet
 
@@ -39,7 +38,7 @@ class UserError(ValueError):
         lines = [line for text in (self.wrong, self.write) for line in text.splitlines()]
         if not self.option:  # TRANSITIONAL
             return f"{self.wrong}\n  write instead: {self.write}"
-        return "\n    ".join([f"  {self.option} = {_as_yaml(self.value)}", *lines])
+        return "\n    ".join([f"  {self.option} = {as_yaml(self.value)}", *lines])
 
     def __str__(self) -> str:
         number = len(self.errors)
@@ -47,52 +46,38 @@ class UserError(ValueError):
             return self.entry()
         return "\n\n".join([f"{number} problem{'s' if number > 1 else ''}:", *(each.entry() for each in self.errors)])
 
+    # TRANSITIONAL from here to as_yaml: gone once every file raises UserError(option, value, wrong, write)
     @property
-    def what_is_wrong(self) -> str:  # TRANSITIONAL
+    def what_is_wrong(self) -> str:
         return self.wrong
 
     @property
-    def write_instead(self) -> str:  # TRANSITIONAL
+    def write_instead(self) -> str:
         return self.write
 
+    @property
+    def path(self) -> str:
+        return self.option
 
-# TRANSITIONAL from here to _as_yaml: gone once every file raises UserError(option, value, wrong, write)
+    @property
+    def problems(self) -> list[UserError]:
+        return list(self.errors)
+
+    @classmethod
+    def single(cls, path: str, value: object, wrong: str, write: str) -> UserError:
+        return cls(path, value, wrong, write)
+
+
+ConfigError = Problem = UserError
+
+
 def require(holds: bool, option: str, value: object, wanted: str) -> None:
     """Raises UserError where a number is not what its option wants, such as `a number above 0`."""
     if not holds:
         raise UserError(f"{option}={value}: this has to be {wanted}", f"{option}=NUMBER, {wanted}")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One mistake: where, the value there, what is wrong with it, and what to write instead."""
-
-    path: str
-    value: object
-    wrong: str
-    write: str
-
-    def __str__(self) -> str:
-        return f"  {self.path} = {_as_yaml(self.value)}\n    {self.wrong}\n    {self.write}"
-
-
-class ConfigError(Exception):
-    """Everything the user has to repair; prints as one message."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__(problems)
-        self.problems = problems
-
-    @classmethod
-    def single(cls, path: str, value: object, wrong: str, write: str) -> ConfigError:
-        return cls([Problem(path, value, wrong, write)])
-
-    def __str__(self) -> str:
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        return "\n\n".join([f"{count} in the configuration:", *map(str, self.problems)])
-
-
-def _as_yaml(value: object) -> str:
+def as_yaml(value: object) -> str:
     """A value the way YAML writes it, cut to one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sedtrain.config.signatures import suggest
-from sedtrain.errors import ConfigError, UserError, require
+from sedtrain.config.suggest import suggest
+from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
@@ -129,11 +129,9 @@ class Objective:
 def search(config: DictConfig, arguments: list[str], launch: Launch, loader: ConfigLoader) -> None:
     """Runs trials until there are `num_trials`; shows the best, and leaves search.json in the folder of the sweep.
 
-    Raises ConfigError and UserError for what the user can repair.
+    Raises UserError for what the user can repair.
     """
     settings, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir).resolve()
-    for name in ("num_trials", "num_parallel"):
-        require(settings[name] > 0, f"hydra.sweeper.{name}", settings[name], "1 or more")
     space = space_of(arguments, loader)
     job = loader.load_sweep_config(config, space.fixed)
     refuse_unusable(job, space)
@@ -147,22 +145,22 @@ def search(config: DictConfig, arguments: list[str], launch: Launch, loader: Con
 
 
 def space_of(arguments: list[str], loader: ConfigLoader) -> Space:
-    """Raises ConfigError where nothing is searched."""
+    """Raises UserError where nothing is searched."""
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
     distributions = {each.get_key_element(): distribution(each) for each in parsed if each.is_sweep_override()}
     if not distributions:
         write = "write what to search, such as 'optimizer.lr=tag(log,interval(1e-5,1e-3))' or encoder=hubert,wavlm"
-        raise ConfigError.single("hydra/sweeper", "optuna", "no option has several values", write)
+        raise UserError("hydra/sweeper", "optuna", "no option has several values", write)
     return Space(distributions, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
 
 
 def refuse_unusable(job: DictConfig, space: Space) -> None:
-    """Raises ConfigError for what is the same in every trial and cannot be."""
+    """Raises UserError for what is the same in every trial and cannot be."""
     if job.task != "train":
-        raise ConfigError.single("task", job.task, "only trainings are searched", "leave hydra/sweeper=optuna out")
+        raise UserError("task", job.task, "only trainings are searched", "leave hydra/sweeper=optuna out")
     if any(each.lstrip("+").startswith("run_dir=") for each in space.fixed):
         write = "leave it out, and write hydra.sweep.dir=FOLDER"
-        raise ConfigError.single("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
+        raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
 
 
 def distribution(override: Override) -> Any:
@@ -181,7 +179,7 @@ def distribution(override: Override) -> Any:
 
 
 def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
-    """Raises ConfigError for a metric that no training logs.
+    """Raises UserError for a metric that no training logs.
 
     job: the configuration of a trial, without the values that are searched
     """
@@ -194,7 +192,7 @@ def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
     if direction is None or not (metric in known or metric.startswith("val/")):
         wrong = f"no training of target={job.target} logs it: there are {', '.join(sorted(known))}"
         write = f"{suggest(metric, known)}; of a val/NAME that your own callback logs, also hydra.sweeper.direction"
-        raise ConfigError.single("hydra.sweeper.metric", metric, wrong, write)
+        raise UserError("hydra.sweeper.metric", metric, wrong, write)
     return Objective(metric, direction, metric if metric.startswith("val/") else f"val/{metric.partition('/')[2]}")
 
 
@@ -214,7 +212,7 @@ class Search:
         before = self.study.user_attrs.get(METRIC, objective.metric)
         if before != objective.metric:
             write = f"write hydra.sweeper.metric={before}, or another hydra.sweep.dir"
-            raise ConfigError.single("hydra.sweeper.metric", objective.metric, f"this study is by {before}", write)
+            raise UserError("hydra.sweeper.metric", objective.metric, f"this study is by {before}", write)
         self.study.set_user_attr(METRIC, objective.metric)
         seed = settings.seed + len(self.study.trials)  # one that goes on draws other values than at its beginning
         samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
@@ -225,12 +223,12 @@ class Search:
         return int(self.settings.num_trials) - finished
 
     def asked(self, number: int) -> list[int]:
-        """New trials. Raises ConfigError where the study has searched other values."""
+        """New trials. Raises UserError where the study has searched other values."""
         try:
             trials = [self.study.ask(self.space.distributions) for _ in range(number)]
         except ValueError as error:
             write = "write the values that were searched, or another hydra.sweep.dir"
-            raise ConfigError.single("hydra.sweep.dir", str(self.folder), f"its study: {error}", write) from error
+            raise UserError("hydra.sweep.dir", str(self.folder), f"its study: {error}", write) from error
         for trial in trials:
             trial.set_user_attr(FOLDER, str(self.folder))
         return [trial.number for trial in trials]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +24,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sedtrain.config.schema import Config, conf_dir, example, find_problems, misfit, register
-from sedtrain.config.signatures import closest, suggest
-from sedtrain.errors import ConfigError, Problem
+from sedtrain.config.annotations import example, misfits
+from sedtrain.config.schema import ANNOTATIONS, conf_dir, find_problems, register
+from sedtrain.config.suggest import closest, suggest
+from sedtrain.errors import UserError
 from sedtrain.run_dir import config_of
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
@@ -34,7 +35,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OS
 
 def compose_choices(
     config_name: str, search: list[str], choices: dict[str, str]
-) -> tuple[DictConfig | None, dict[str, Problem]]:
+) -> tuple[DictConfig | None, dict[str, UserError]]:
     """The configuration of those group choices that compose, and by key why the others do not.
 
     search:  the override of Hydra's search path, or nothing
@@ -49,7 +50,7 @@ def compose_choices(
     except COMPOSITION_ERRORS:
         return None, {"": failure}
     good: list[str] = []
-    problems: dict[str, Problem] = {}
+    problems: dict[str, UserError] = {}
     for key, choice in choices.items():
         try:
             config = _composed(config_name, [*search, *good, choice])
@@ -77,45 +78,46 @@ def hydra_known(config: DictConfig) -> Iterator[None]:
         instance.cfg = before
 
 
-def composition_problem(error: BaseException, path: str, value: object) -> Problem:
+def composition_problem(error: BaseException, path: str, value: object) -> UserError:
     """What Hydra, OmegaConf or the YAML parser raised, as a problem at `path` or where the error says."""
     if isinstance(error, yaml.MarkedYAMLError):
         return _yaml_problem(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         name = error.missing_cfg_file.rpartition("/")[2]
         write = suggest(name, error.options) if error.options else "name a file of the configuration folder"
-        return Problem(path, value, str(error).splitlines()[0], write)
+        return UserError(path, value, str(error).splitlines()[0], write)
     for each in (error.__cause__, error.__context__, error):
         if isinstance(each, OmegaConfBaseException) and each.full_key:
             return _typed_problem(each, path, value)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     plain = f"write {path.lstrip('+')}={value}" if path.startswith("+") else f"mend or leave out {path}"
-    return Problem(path, value, lines[0], " ".join(lines[1:]) or plain)
+    return UserError(path, value, lines[0], " ".join(lines[1:]) or plain)
 
 
-def _yaml_problem(error: Any) -> Problem:
+def _yaml_problem(error: Any) -> UserError:
     mark = error.problem_mark
     lines = Path(mark.name).read_text(encoding="utf-8").rstrip().splitlines()
     index = min(mark.line, len(lines) - 1)  # a mark at the end of the file stands behind its last line
     wrong = f"this is no YAML: {error.problem}"
-    return Problem(f"{mark.name}, line {index + 1}", lines[index].strip(), wrong, "mend that line")
+    return UserError(f"{mark.name}, line {index + 1}", lines[index].strip(), wrong, "mend that line")
 
 
-def _typed_problem(error: OmegaConfBaseException, path: str, value: object) -> Problem:
+def _typed_problem(error: OmegaConfBaseException, path: str, value: object) -> UserError:
     """A key or value that the composed configuration refuses: an override's own, or one in a chosen file."""
     key = str(error.full_key)
     problem = _refusal(error, key, value if key == path else error.value)
-    return problem if key == path else replace(problem, wrong=f"{problem.wrong} (set by {path}={value})")
+    if key == path:
+        return problem
+    return UserError(problem.option, problem.value, f"{problem.wrong} (set by {path}={value})", problem.write)
 
 
-def _refusal(error: OmegaConfBaseException, key: str, value: object) -> Problem:
-    annotations = {each.name: str(each.type) for each in fields(Config)}
-    if key in annotations:
-        return misfit(key, value, annotations[key])
+def _refusal(error: OmegaConfBaseException, key: str, value: object) -> UserError:
+    if key in ANNOTATIONS and (found := list(misfits(key, value, ANNOTATIONS[key]))):
+        return found[0]
     wrong = str(error).splitlines()[0]
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(error.parent_node, DictConfig):
-        return Problem(key, value, wrong, suggest(str(error.key), map(str, error.parent_node.keys())))
-    return Problem(key, value, wrong, example(key, ""))
+        return UserError(key, value, wrong, suggest(str(error.key), map(str, error.parent_node.keys())))
+    return UserError(key, value, wrong, example(key, ""))
 
 
 SEARCH = "hydra/sweeper=optuna"
@@ -133,7 +135,7 @@ OF_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # of data, 
 def check_command_line(arguments: list[str]) -> list[str]:
     """The arguments for Hydra, checked, its flags first; those that only ask for help pass as they are.
 
-    Raises ConfigError. An option that a target takes but no option file lists gets the `++` that Hydra wants.
+    Raises UserError. An option that a target takes but no option file lists gets the `++` that Hydra wants.
     """
     flags = get_args_parser().parse_intermixed_args(arguments)
     asks_help = flags.help or flags.hydra_help or flags.shell_completion or flags.info
@@ -153,7 +155,7 @@ def check_overrides(
     config_name: str = "train",
     multirun: bool = False,
 ) -> list[str]:
-    """The overrides for Hydra; raises one ConfigError with every problem in them and in what they compose.
+    """The overrides for Hydra; raises one UserError with every problem in them and in what they compose.
 
     primary_dir: the folder of `config_name`, else `conf_dir()`
     """
@@ -168,7 +170,7 @@ def check_overrides(
         for turn in range(max(map(len, values), default=1) or 1):
             check.compose_and_apply([each[min(turn, len(each) - 1)] for each in values if each])
     if check.problems:
-        raise ConfigError(check.problems)
+        raise UserError.all_of(check.problems)
     return [f"++{each.input_line}" if check.has_added(each) else str(each.input_line) for each in parsed]
 
 
@@ -177,7 +179,7 @@ class _Check:
     """The problems of one command line so far, and the keys it sets that no option file lists."""
 
     config_name: str
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[UserError] = field(default_factory=list)
     added: set[str] = field(default_factory=set)
     search: list[str] = field(default_factory=list)  # the override of Hydra's search path
     searches: bool = False  # whether Optuna draws the values
@@ -186,9 +188,8 @@ class _Check:
         self.loader: Any = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
 
-    def report(self, problem: Problem) -> None:
-        if problem not in self.problems:
-            self.problems.append(problem)
+    def report(self, problem: UserError) -> None:
+        self.problems.append(problem)
 
     def has_added(self, override: Override) -> bool:
         return override.type is OverrideType.CHANGE and override.key_or_group in self.added
@@ -206,7 +207,7 @@ class _Check:
         """The override that has Hydra search the folders too; none where there is nothing to add."""
         for folder in folders:
             if not folder.is_dir():
-                self.report(Problem("--config-dir", str(folder), "no such folder", "name a folder of groups"))
+                self.report(UserError("--config-dir", str(folder), "no such folder", "name a folder of groups"))
         places = [f"file://{folder.resolve()}" for folder in folders if folder.is_dir()]
         for override in filter(_is_search_path, overrides):
             value = override.value()
@@ -219,9 +220,9 @@ class _Check:
         self.searches = any(each.input_line == SEARCH for each in overrides)
         if self.searches and find_spec("optuna") is None:
             missing = "it needs packages that are not installed"
-            self.report(Problem("hydra/sweeper", "optuna", missing, "pip install 'sedtrain[optuna]'"))
+            self.report(UserError("hydra/sweeper", "optuna", missing, "pip install 'sedtrain[optuna]'"))
         if self.searches and not multirun:
-            self.report(Problem("hydra/sweeper", "optuna", "it runs several trainings", "add --multirun, or -m"))
+            self.report(UserError("hydra/sweeper", "optuna", "it runs several trainings", "add --multirun, or -m"))
 
     def single_values(self, override: Override, multirun: bool) -> list[Override]:
         """A sweep's values, of a range the first, of an interval its ends; the override itself where it is no sweep."""
@@ -231,12 +232,12 @@ class _Check:
         if not multirun:
             quoted = shlex.quote(f'{key}="{value}"')
             write = f"add --multirun to run each; a list is '{key}=[{value}]', a text {quoted}"
-            self.report(Problem(override.key_or_group, value, "several values without --multirun", write))
+            self.report(UserError(override.key_or_group, value, "several values without --multirun", write))
             return []
         sweep = override.value()
         if isinstance(sweep, IntervalSweep) and not self.searches:
             wrong = "an interval has no values to run one after the other"
-            self.report(Problem(override.key_or_group, value, wrong, f"add {SEARCH} to search it, or list values"))
+            self.report(UserError(override.key_or_group, value, wrong, f"add {SEARCH} to search it, or list values"))
         if isinstance(sweep, IntervalSweep):
             return self.parse([f"{key}={sweep.start}", f"{key}={sweep.end}"])
         if isinstance(sweep, RangeSweep):
@@ -297,9 +298,9 @@ class _Check:
             if NEEDS.get((group, option), name) in [*known, name]:
                 return option
             missing = f"{group}={option} needs packages that are not installed"
-            self.report(Problem(group, option, missing, f"pip install 'sedtrain[{option}]'"))
+            self.report(UserError(group, option, missing, f"pip install 'sedtrain[{option}]'"))
             return None
-        self.report(Problem(group, option, f"{group} has no option {option!r}", suggest(option, known)))
+        self.report(UserError(group, option, f"{group} has no option {option!r}", suggest(option, known)))
         return closest(option, known)
 
     # --- values
@@ -316,7 +317,7 @@ class _Check:
             self.added.add(key)
             return
         if lacking and override.type in (OverrideType.CHANGE, OverrideType.DEL):
-            self.report(Problem(key, value, *self.unknown_key(config, node, path, lacking)))
+            self.report(UserError(key, value, *self.unknown_key(config, node, path, lacking)))
             return
         try:
             ConfigLoaderImpl._apply_overrides_to_config([override], config)
@@ -358,13 +359,13 @@ def _deepest(config: DictConfig, key: str) -> tuple[Any, str, str]:
     return node, path, ""
 
 
-def _unreadable(text: str) -> Problem:
+def _unreadable(text: str) -> UserError:
     key, equals, value = text.partition("=")
     if not equals:
-        return Problem(key, "", "no value is given", f"write {key}=VALUE")
+        return UserError(key, "", "no value is given", f"write {key}=VALUE")
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     quoted = shlex.quote(f'{key}="{escaped}"')
-    return Problem(key, value, "this has characters with a meaning of their own", f"quote it: {quoted}")
+    return UserError(key, value, "this has characters with a meaning of their own", f"quote it: {quoted}")
 
 
 def inherit_run(config: DictConfig, overrides: list[str]) -> None:

@@ -20,7 +20,7 @@ from sedtrain.data.buckets import Bucket, Floats, Integers, bucket_edges
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sampler import SHORTEST_SECONDS
-from sedtrain.data.streaming import Place
+from sedtrain.data.streaming import BlockStart
 from sedtrain.errors import UserError
 from sedtrain.ranges import Positive
 from sedtrain.run_dir import write_whole
@@ -97,7 +97,7 @@ def fitted_batches(
     steps = TrialSteps(run, make_trainer, memory)
     best, measured = search(steps, longest, budget, guess=1), longest.seconds
     buckets = filled(
-        bucket_edges(seconds, best.utterances * measured, run.data.num_buckets), seconds, tokens, num_ranks
+        bucket_edges(seconds, best.utterances * measured, run.data.bounds.num_buckets), seconds, tokens, num_ranks
     )
     found: list[Fitted] = []
     for number, bucket in enumerate(reversed(buckets), start=1):
@@ -155,7 +155,7 @@ def lengths(data: SpeechTextDataModule, max_utterances: int | None) -> tuple[Flo
     tokens: list[int] = []
     if data.corpus.streaming:
         dataset, batches = data.stream(counts_tokens=True)
-        start, end = None, Place(0, 0)
+        start, end = None, BlockStart(0, 0)
         while start != end and (max_utterances is None or len(seconds) < max_utterances):
             start = end
             block = batches.stream.read_block(0, start)

@@ -18,7 +18,7 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sampler import BatchesWithEpoch
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import TrainingTotals
-from sedtrain.export import SavedModel
+from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
 from sedtrain.training.averaging import AverageBest, mean_weights
 from sedtrain.training.checkpoint_files import is_whole, newest_whole, read_checkpoint

@@ -11,9 +11,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from told import Problem, told
 
 from sedtrain.config.overrides import check_command_line, check_overrides
-from sedtrain.errors import ConfigError, Problem
+from sedtrain.errors import UserError
 
 FILES = {
     "train": """
@@ -70,9 +71,9 @@ def conf(tmp_path_factory):
 
 
 def problems(conf, *overrides, folders=(), **options):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         check_overrides(list(overrides), list(folders), primary_dir=conf, **options)
-    return caught.value.problems
+    return told(caught.value.errors)
 
 
 def composed(conf, overrides):
@@ -118,7 +119,7 @@ def test_every_problem_is_reported_at_once(conf):
         "decoding.num_beam=3",
         "audio=a(b",
     )
-    assert [each.path for each in found] == [
+    assert [each.option for each in found] == [
         "audio",
         "encoder",
         "seed",
@@ -185,7 +186,10 @@ def test_every_problem_is_reported_at_once(conf):
                 "choose one first: adapter=linear | none",
             ),
         ),
-        ("seed=abc", Problem("seed", "abc", "expected int", "write a whole number, e.g. seed=1000")),
+        (
+            "seed=abc",
+            Problem("seed", "abc", "expected a whole number from 0 to 4294967295", "write a whole number, e.g. seed=1"),
+        ),
         (
             "pretrained=maybe",
             Problem("pretrained", "maybe", "expected bool", "write pretrained=true or pretrained=false"),
@@ -246,8 +250,8 @@ def test_every_problem_is_reported_at_once(conf):
             Problem(
                 "seed",
                 "abc",
-                "expected int (set by experiment=mistyped)",
-                "write a whole number, e.g. seed=1000",
+                "expected a whole number from 0 to 4294967295 (set by experiment=mistyped)",
+                "write a whole number, e.g. seed=1",
             ),
         ),
         (
@@ -267,7 +271,7 @@ def test_a_mistake_is_told_what_to_write(conf, override, expected):
 
 def test_an_unknown_key_in_an_option_file_is_named_with_the_file(conf):
     (problem,) = problems(conf, "experiment=unknown")
-    assert problem.path == "sede"
+    assert problem.option == "sede"
     assert problem.wrong == "Key 'sede' not in 'Config' (set by experiment=unknown)"
     assert problem.write.startswith("did you mean 'seed'?")
 
@@ -283,7 +287,7 @@ def test_a_folder_of_ones_own_adds_options(conf, tmp_path):
     checked = check_overrides(overrides, [folder], primary_dir=conf)
     assert checked == ["encoder=mine", "++encoder.size=tiny"]
     (problem,) = problems(conf, "encoder=mine", folders=[folder])
-    assert (problem.path, problem.wrong) == ("encoder.size", "load needs 'size'")
+    assert (problem.option, problem.wrong) == ("encoder.size", "load needs 'size'")
     chosen, missing = problems(conf, "encoder=min", folders=[folder])
     assert chosen.write == "did you mean 'mine'? available: hubert, mine, wavlm"
     assert missing == problem  # the close option stands in for the unknown one
@@ -298,7 +302,7 @@ def test_a_folder_on_hydras_search_path_counts_too(conf, tmp_path):
 def test_a_folder_that_does_not_exist_is_a_problem_beside_the_others(conf, tmp_path):
     found = problems(conf, "seed=abc", folders=[tmp_path / "nowhere"])
     assert found[0] == Problem("--config-dir", str(tmp_path / "nowhere"), "no such folder", "name a folder of groups")
-    assert [each.path for each in found] == ["--config-dir", "seed"]
+    assert [each.option for each in found] == ["--config-dir", "seed"]
 
 
 @pytest.mark.parametrize(
@@ -318,10 +322,10 @@ def test_broken_yaml_is_named_with_file_and_line(conf, tmp_path, text, line, sho
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "mine.yaml").write_text(text)
     found = problems(conf, "encoder=mine", "encoder.anything=3", "seed=abc", folders=[tmp_path])
-    assert found[0].path == f"{tmp_path}/encoder/mine.yaml, line {line}"
+    assert found[0].option == f"{tmp_path}/encoder/mine.yaml, line {line}"
     assert found[0].value == shown
     assert found[0].wrong == wrong
-    assert [each.path for each in found[1:]] == ["seed"]
+    assert [each.option for each in found[1:]] == ["seed"]
 
 
 def test_every_value_of_a_sweep_is_checked_once(conf):
@@ -330,7 +334,7 @@ def test_every_value_of_a_sweep_is_checked_once(conf):
     assert check_overrides(sweep, [], primary_dir=conf, multirun=True) == expected
     assert check_overrides([*sweep, "hydra.mode=MULTIRUN"], [], primary_dir=conf)[:3] == expected
     found = problems(conf, "encoder=hubert,wavml,wavlm", "encoder.width=1,2,x", "seed=abc", multirun=True)
-    assert [(each.path, each.value) for each in found] == [
+    assert [(each.option, each.value) for each in found] == [
         ("seed", "abc"),
         ("encoder", "wavml"),
         ("encoder.width", "x"),
@@ -340,7 +344,7 @@ def test_every_value_of_a_sweep_is_checked_once(conf):
 
 def test_a_primary_configuration_that_does_not_exist_is_named(conf):
     (problem,) = problems(conf, config_name="nope")
-    assert (problem.path, problem.value) == ("--config-name", "nope")
+    assert (problem.option, problem.value) == ("--config-name", "nope")
     assert problem.wrong.startswith("Cannot find primary config 'nope'")
 
 
@@ -355,7 +359,7 @@ def test_the_check_leaves_hydra_as_it_was(conf):
 def test_no_command_line_ends_in_another_exception(conf, overrides):
     try:
         check_overrides(overrides, [], primary_dir=conf)
-    except ConfigError as error:
+    except UserError as error:
         assert str(error)
 
 
@@ -385,7 +389,7 @@ def test_flags_may_stand_between_overrides_and_come_first(in_conf):
 
 
 def test_the_config_dir_flag_names_the_folder(in_conf, tmp_path):
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         check_command_line(["--config-dir", str(tmp_path / "nowhere")])
 
 
@@ -406,7 +410,7 @@ def run(config):
 
 try:
     sys.argv[1:] = overrides.check_command_line(sys.argv[1:])
-except overrides.ConfigError as error:
+except overrides.UserError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 run()

@@ -48,12 +48,6 @@ def audio():
     return torch.randn(2, 11, 144, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_the_attention_is_the_best_of_the_tiny_decoder(name, tokenizer=tokenizer):
-    decoder = tiny_decoder(name, tokenizer=tokenizer)
-    assert decoder.config._attn_implementation == ("eager" if name in ("rembert", "trocr", "xglm") else "sdpa")
-
-
 def test_a_random_decoder_has_the_vocabulary_and_the_special_tokens_of_the_tokenizer(decoder, tokenizer, ids, audio):
     config = decoder.config
     assert logits(decoder, ids, audio).shape == (2, 6, len(tokenizer))
@@ -146,19 +140,19 @@ TINY_LLM = {"vocab_size": 40, "hidden_size": 8, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
-    "deaf",
+    "llm",
     [
         LlamaForCausalLM(LlamaConfig(intermediate_size=8, num_hidden_layers=1, num_key_value_heads=2, **TINY_LLM)),
         BloomForCausalLM(BloomConfig(n_layer=1, **TINY_LLM)),
     ],
     ids=["llama", "bloom"],
 )
-def test_a_decoder_without_cross_attention_is_refused(deaf, tokenizer, tmp_path):
-    deaf.save_pretrained(tmp_path)
-    error = problem("bert", tokenizer, checkpoint=str(tmp_path), attention="eager", model_type=deaf.config.model_type)
-    name = type(deaf).__name__
-    assert error.what_is_wrong == f"decoder {name} has no cross-attention: it would never hear the audio"
-    assert error.write_instead.startswith("decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-")
+def test_a_decoder_without_cross_attention_is_refused(llm, tokenizer, tmp_path):
+    llm.save_pretrained(tmp_path)
+    error = problem("bert", tokenizer, checkpoint=str(tmp_path), attention="eager", model_type=llm.config.model_type)
+    assert (error.option, error.value) == ("decoder", type(llm).__name__)
+    assert error.wrong == "it takes no encoder_hidden_states: it would never hear the audio"
+    assert error.write.startswith("write decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-")
 
 
 def test_an_encoder_s_checkpoint_becomes_causal_and_keeps_its_weights(tokenizer, tmp_path, ids, audio):
@@ -179,14 +173,16 @@ def test_an_encoder_s_checkpoint_becomes_causal_and_keeps_its_weights(tokenizer,
 
 def test_an_unknown_option_is_met_with_the_close_one(tokenizer):
     error = problem("gpt2", tokenizer, options={"n_layers": 3})
-    assert error.what_is_wrong == "decoder.options.n_layers: GPT2Config has no such option; did you mean 'n_layer'?"
+    assert error.option == "decoder.options.n_layers"
+    assert error.wrong == "GPT2Config has no such option; did you mean 'n_layer'?"
 
 
 def test_a_language_has_to_be_chosen_among_several(tokenizer, tmp_path):
     XmodConfig(languages=["en_XX", "de_DE"]).save_pretrained(tmp_path)
     error = problem("xmod", tokenizer, checkpoint=str(tmp_path), pretrained=False, options={})
-    assert error.what_is_wrong == "decoder xmod has adapters of 2 languages and is told of none to use"
-    assert error.write_instead == "decoder.options.default_language=ONE_OF en_XX, de_DE"
+    assert (error.option, error.value) == ("decoder.options.default_language", None)
+    assert error.wrong == "xmod has adapters of 2 languages, and none is chosen"
+    assert error.write == "write decoder.options.default_language=ONE_OF en_XX, de_DE"
 
 
 def test_the_vocabulary_of_a_translation_model_is_that_of_its_target(tokenizer, tmp_path):
@@ -199,12 +195,14 @@ def test_the_vocabulary_of_a_translation_model_is_that_of_its_target(tokenizer, 
 
 def test_a_folder_that_is_no_model_is_refused(tokenizer, tmp_path):
     error = problem("bert", tokenizer, checkpoint=str(tmp_path))
-    assert error.what_is_wrong == f"decoder.checkpoint={tmp_path}: this folder is no model, it holds no config.json"
+    assert (error.option, error.value) == ("decoder.checkpoint", str(tmp_path))
+    assert error.wrong == "this folder is no model, it holds no config.json"
 
 
 def test_an_attention_that_does_not_exist_is_refused(tokenizer):
     error = problem("bert", tokenizer, attention="sdap")
-    assert error.what_is_wrong.startswith("decoder.attention=sdap: bert cannot use it here: ")
+    assert (error.option, error.value) == ("decoder.attention", "sdap")
+    assert error.wrong.startswith("bert cannot use it here: ")
 
 
 # --- tokenizers
@@ -225,5 +223,5 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tokenizer, tmp_
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"decoder.checkpoint={tmp_path}: this folder has no tokenizer"):
+    with pytest.raises(UserError, match=r"decoder.checkpoint = .*\n    this folder has no tokenizer"):
         tokenizer_of("tiny", str(tmp_path), {})

@@ -21,7 +21,7 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
 from sedtrain.decoding.generate import transcribe_batch
-from sedtrain.errors import ConfigError
+from sedtrain.errors import UserError
 from sedtrain.models.losses import shift_right
 from sedtrain.text.tags import Tags, add_tags
 from sedtrain.text.tokenizers import train_tokenizer
@@ -30,7 +30,7 @@ TEXTS = ["one two three", "nine", "four four", "<|de|>"]
 PAIRS = {("en", "transcribe"), ("fr", "transcribe"), ("de", "translate")}
 SMALL = ["encoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=8"]
 KNOWN = "the model writes <|en|><|transcribe|> and <|de|><|translate|>, and is asked to "
-INSTEAD = "\n  write instead: target=transcription data.language=en, or target=translation data.language=de"
+INSTEAD = "\n    write target=transcription data.language=en, or target=translation data.language=de"
 
 
 def tagged(kind="char"):
@@ -82,9 +82,7 @@ def test_what_was_never_learnt_is_refused_with_what_was(language, task, asked):
     message = refused(tags.of, language, task)
     assert sorted(re.findall(r"(?:<\|\w+\|>)+", message)) == ["<|de|><|translate|>", "<|en|><|transcribe|>"]
     assert f"and is asked to {asked}\n" in message
-    assert message.endswith(
-        "write instead: target=transcription data.language=en, or target=translation data.language=de"
-    )
+    assert message.endswith("    write target=transcription data.language=en, or target=translation data.language=de")
 
 
 def test_a_language_of_several_has_to_be_named():
@@ -141,7 +139,7 @@ def test_languages_and_tasks_come_from_columns_and_datasets(datasets_of, tmp_pat
 def test_a_text_of_no_language_is_refused_before_training(datasets_of, tmp_path):
     datasets_of["hub"] |= {"language": None}
     assert refused(learnt_pairs, mix_module(tmp_path, datasets_of).corpus) == (
-        "data.tags=true: nothing says in which language there are texts to transcribe\n  write instead: "
+        "1 problem:\n\n  data.tags = true\n    nothing says in which language there are texts to transcribe\n    write "
         "data.language=LANGUAGE, data.mix.NAME.language=LANGUAGE or data.columns.language=COLUMN"
     )
 
@@ -243,7 +241,7 @@ def test_a_decoder_with_weights_grows_by_the_tags_and_keeps_its_rows(built, tmp_
     batch = next(run.data.batches("validation"))
     run.module.losses(batch).cross_entropy.backward()
     transcribe_batch(run.saved.model, run.saved.tokenizer, batch, run.module.decoding)
-    run.saved.save(tmp_path / "saved", run.module.decoding)
+    run.saved.save(tmp_path / "saved", run.module.decoding.generation_kwargs())
     assert type(run.saved).load(str(tmp_path / "saved")).tags == run.saved.tags
 
 
@@ -358,7 +356,7 @@ def wav(tmp_path):
 
 def test_one_file_for_all_splits_is_refused_at_its_dataset_unless_it_is_for_one(built, corpus):
     file = corpus / "train.parquet"
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         built(f"data.mix.german.path={file}")
     [problem] = raised.value.problems
     assert (problem.path, problem.value) == ("data.mix.german.path", str(file))

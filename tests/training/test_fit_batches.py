@@ -16,8 +16,9 @@ from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedtrain.data.augment import Augment, Speed
-from sedtrain.data.buckets import Bucket, fitted
+from sedtrain.data.augment import Augment
+from sedtrain.data.augmentations import Speed
+from sedtrain.data.buckets import Bucket, groups_by_buckets
 from sedtrain.errors import UserError
 from sedtrain.training import memory as measured_memory
 from sedtrain.training.fit_batches import (
@@ -181,7 +182,7 @@ def test_the_buckets_of_a_corpus_hold_all_of_it(corpus, num_buckets, num_ranks):
         True,
         True,
     ]
-    groups, _ = fitted(seconds.astype(float), tokens, [bucket._replace(utterances=1) for bucket in buckets])
+    groups, _ = groups_by_buckets(seconds.astype(float), tokens, [bucket._replace(utterances=1) for bucket in buckets])
     held = np.bincount(groups)
     assert [bucket.utterances for bucket in buckets] == [-(-number // num_ranks) for number in held]
     assert sum(held) == len(corpus) and buckets[-1][:2] == (seconds.max(), tokens.max())

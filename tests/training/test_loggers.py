@@ -18,7 +18,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from sedtrain.build import loggers
 from sedtrain.config.schema import conf_dir, register
-from sedtrain.errors import ConfigError, UserError
+from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Hypothesis
 from sedtrain.evaluation.results import installed_versions
 from sedtrain.training.loggers import MetricsFile, TensorBoard, Tracker, commit
@@ -323,12 +323,12 @@ def test_a_missing_package_is_told_with_the_extra(made, monkeypatch, name):
 def test_a_package_that_a_user_s_own_logger_lacks_is_told(made, tmp_path, monkeypatch):
     (tmp_path / "lacking.py").write_text("def make():\n    import nowhere_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="No module named 'nowhere_at_all'"):
+    with pytest.raises(UserError, match="No module named 'nowhere_at_all'"):
         made("+logger.mine._target_=lacking.make")
 
 
 def test_a_logger_without_a_name_is_refused(made):
-    with pytest.raises(ConfigError, match="a logger has a name of its own, and a _target_") as error:
+    with pytest.raises(UserError, match="a logger has a name of its own, and a _target_") as error:
         made("logger=none", "+logger._target_=lightning.pytorch.loggers.CSVLogger")
     assert "write +logger.NAME._target_=package.module.Name" in str(error.value)
 

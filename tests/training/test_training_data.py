@@ -1,4 +1,4 @@
-"""What training sees over epochs: augmented by epoch, within its bounds, and continued where it stopped."""
+"""What training sees over epochs: augmented by epoch, within its bounds, and resumed where it stopped."""
 
 import json
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from corpora import data_module, fit
 
-from sedtrain.data.augment import Augment, ColouredNoise, Speed
+from sedtrain.data.augment import Augment
+from sedtrain.data.augmentations import ColouredNoise, Speed
 from sedtrain.data.buckets import Bucket
 
 pytestmark = pytest.mark.filterwarnings(
@@ -62,7 +63,7 @@ BUCKETS = [
 ]
 
 
-def test_measured_buckets_cut_what_trains_and_not_what_is_scored(good):
+def test_measured_buckets_bound_training_batches_and_not_those_that_are_scored(good):
     data = data_module(good, batch_seconds=100, batches=BUCKETS)
     trained = list(data.train_dataloader())
     assert sorted(len(batch) for batch in trained) == [1, 1, 1, 2, 2, 2, 3]  # 1.3 and 1.4 s are beyond the buckets
@@ -74,11 +75,15 @@ def test_measured_buckets_cut_what_trains_and_not_what_is_scored(good):
 def test_a_file_of_buckets_is_what_stands_in_it(good, tmp_path):
     (tmp_path / "batches.yaml").write_text(json.dumps(BUCKETS))
     from_file = data_module(good, batches=str(tmp_path / "batches.yaml"))
-    assert from_file.buckets == data_module(good, batches=BUCKETS).buckets == [Bucket(**each) for each in BUCKETS]
+    assert (
+        from_file.bounds.buckets
+        == data_module(good, batches=BUCKETS).bounds.buckets
+        == [Bucket(**each) for each in BUCKETS]
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(shards, tmp_path, num_workers):
+def test_a_run_that_was_stopped_resumes_as_if_it_never_was(shards, tmp_path, num_workers):
     """Also from the checkpoints of Lightning's own; those of a run resume every kind of corpus."""
 
     def data():

@@ -1,0 +1,51 @@
+"""Rules that no signature tells, checked with the rest of the command line."""
+
+import pytest
+from told import Problem, told
+
+from sedtrain.config.overrides import check_command_line
+from sedtrain.errors import UserError
+
+
+def problems(*arguments):
+    with pytest.raises(UserError) as caught:
+        check_command_line(list(arguments))
+    return told(caught.value.errors)
+
+
+def test_options_of_the_trainer_that_are_decided_elsewhere_are_all_refused_at_once():
+    options = {
+        "trainer.logger=false": "write logger=csv, logger=[csv,tensorboard] or logger=none",
+        "trainer.callbacks=[]": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
+        "trainer.default_root_dir=elsewhere": "write run_dir=FOLDER",
+        "trainer.use_distributed_sampler=false": "leave it out: batches are shared among the devices when they are made",
+        "trainer.enable_checkpointing=false": "leave it out: a run keeps its best and its last weights",
+        "trainer.enable_model_summary=false": "leave it out: the components of the model are shown before training starts",
+        "trainer.overfit_batches=2": "write trainer.limit_train_batches=NUMBER, or data.path=PATH of data with few utterances",
+    }
+    found = problems(*options)
+    written = {each.option: (each.wrong, each.write) for each in found}
+    assert len(found) == len(options) == 7
+    for override, write in options.items():
+        option = override.partition("=")[0]
+        assert written[option] == (f"{option.partition('.')[2]} is decided elsewhere", write)
+
+
+def test_a_run_keeps_its_checkpoints():
+    write = "leave callbacks.checkpoints as it is; other callbacks may go"
+    expected = Problem("callbacks.checkpoints", None, "a run keeps its best weights by it", write)
+    assert problems("~callbacks.checkpoints") == problems("callbacks.checkpoints=null") == [expected]
+    assert check_command_line(["~callbacks.checkpoints", "task=inspect"])
+
+
+@pytest.mark.parametrize("value", [5, 0.5])
+def test_a_time_limit_has_a_unit(value):
+    write = 'write trainer.max_time="DD:HH:MM:SS", or trainer.max_time={minutes: NUMBER}'
+    assert problems(f"trainer.max_time={value}") == [Problem("trainer.max_time", value, "this has no unit", write)]
+
+
+def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write():
+    wrong = "it computes in 16 bits, and trainer.precision is 32-true"
+    expected = Problem("attention", "flash_attention_2", wrong, "write trainer.precision=bf16-mixed")
+    assert problems("attention=flash_attention_2") == [expected]
+    assert check_command_line(["attention=flash_attention_2", "trainer.precision=bf16-mixed"])

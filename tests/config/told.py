@@ -1,0 +1,14 @@
+"""Errors as tuples, which compare by what they say."""
+
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    option: str
+    value: object
+    wrong: str
+    write: str
+
+
+def told(errors):
+    return [Problem(*each.args) for each in errors]
