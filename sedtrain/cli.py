@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sedtrain.config.overrides import check_command_line, inherit_run
 from sedtrain.config.schema import conf_dir, register
-from sedtrain.errors import ConfigError, Problem
+from sedtrain.errors import ConfigError, Problem, Unfinished, UserError
 from sedtrain.launch import (
     has_parent,
     is_first,
@@ -146,8 +146,7 @@ def holds_time(cfg: DictConfig) -> bool:
 def run_task(cfg: DictConfig) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with without_collection():
-        from sedtrain.errors import UserError
-        from sedtrain.tasks import TASKS, Unfinished
+        from sedtrain.tasks import TASKS
 
     quieten()
     try:

@@ -1,4 +1,4 @@
-"""The one error for what a user can repair: which option, its value, what is wrong, what to write instead."""
+"""The one error for what a user can repair, and the end of a task that is done in part."""
 
 from __future__ import annotations
 
@@ -68,7 +68,13 @@ class UserError(ValueError):
         return cls(path, value, wrong, write)
 
 
-ConfigError = Problem = UserError
+class Unfinished(Exception):
+    """A task is done in part; the message says what exists and what does not."""
+
+    status = 1  # of the command
+
+
+ConfigError = Problem = UserError  # TRANSITIONAL
 
 
 def require(holds: bool, option: str, value: object, wanted: str) -> None:

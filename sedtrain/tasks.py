@@ -20,7 +20,7 @@ from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sources import audio_paths
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
-from sedtrain.errors import UserError, require
+from sedtrain.errors import Unfinished, UserError
 from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
@@ -56,12 +56,6 @@ OF_FITTING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batche
 """Options that are not those of the training whose batches are looked for."""
 TOLERANT = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}
 """Options of the data by which bad utterances are counted, and none of them is the end."""
-
-
-class Unfinished(Exception):
-    """A task is done in part; the message says what is there and what is not."""
-
-    status = 1
 
 
 class Interrupted(Unfinished):
@@ -196,7 +190,6 @@ def transcription(cfg: DictConfig, path: str, saved: SavedModel, collator: Colla
 def inspect_data(cfg: DictConfig) -> None:
     """Shows what the data hold and what of them training would leave out; nothing of a model is needed."""
     most, folder = cfg.inspect_utterances, Path(cfg.run_dir)
-    require(most is None or most > 0, "inspect_utterances", most, "1 or more, or null")
     cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
     data: SpeechTextDataModule = create(cfg, "data")
     data.corpus.rewrite = normalizer(cfg.training_normalizer)

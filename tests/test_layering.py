@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
     "cli": "config errors launch run_dir tasks",
-    "search": "config errors evaluation run_dir tasks",
+    "search": "config errors evaluation run_dir training",
     "tasks": "batch build config data decoding errors evaluation export inspection run_dir terminal text training",
     "build": "config data decoding errors evaluation export models text training",
     "terminal": "evaluation training",
@@ -40,7 +40,7 @@ CONFIGURATION = {"hydra", "omegaconf", "yaml"}
 ONLY_IN = {
     "hydra": "cli config search",
     "omegaconf": "build cli config search tasks training",
-    "lightning": "build config data.datamodule search training",
+    "lightning": "build config data.datamodule training",
     "datasets": "data hub",
     "rich": "data.utterances inspection.report search terminal training.progress",
     "matplotlib": "evaluation",

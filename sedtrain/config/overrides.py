@@ -222,7 +222,7 @@ class _Check:
             missing = "it needs packages that are not installed"
             self.report(UserError("hydra/sweeper", "optuna", missing, "pip install 'sedtrain[optuna]'"))
         if self.searches and not multirun:
-            self.report(UserError("hydra/sweeper", "optuna", "it runs several trainings", "add --multirun, or -m"))
+            self.report(UserError("hydra/sweeper", "optuna", "it runs several jobs", "add --multirun, or -m"))
 
     def single_values(self, override: Override, multirun: bool) -> list[Override]:
         """A sweep's values, of a range the first, of an interval its ends; the override itself where it is no sweep."""

@@ -116,7 +116,6 @@ def test_a_split_without_a_usable_utterance_is_told(sedtrain, tmp_path):
     "options, words",
     [
         (["data.columns.speaker=speakr"], "has no column 'speakr' for the speaker"),
-        (["inspect_utterances=0"], "inspect_utterances=0: this has to be 1 or more, or null"),
         (["data.path=/nowhere"], "there is no such file or folder"),
     ],
 )
