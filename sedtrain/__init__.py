@@ -1,3 +1,27 @@
-"""Speech encoder-decoder models: composed, trained, evaluated, shipped."""
+"""Speech encoder-decoder models: composed, trained, evaluated, shipped.
+
+    model = sedtrain.load("runs/mine")
+    text = sedtrain.transcribe(model, "a.wav", num_beams=5)
+
+`load`, `transcribe` and `SpeechEncoderDecoder` are imported when they are asked for, and torch with them.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+FOUND_IN = {
+    "SpeechEncoderDecoder": "sedtrain.models.speech_encoder_decoder",
+    "load": "sedtrain.models.saved",
+    "transcribe": "sedtrain.decoding.transcribe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in FOUND_IN:
+        raise AttributeError(f"module 'sedtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(FOUND_IN[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *FOUND_IN]

@@ -1,4 +1,4 @@
-"""`python -m sedtrain`: what has to be settled before anything else is imported, and then the command."""
+"""`python -m sedtrain`: settles signals and variables before anything else is imported, then runs the command."""
 
 import contextlib
 import multiprocessing
@@ -11,7 +11,7 @@ from sedtrain.launch import is_first
 
 
 def main() -> None:
-    """Runs the command line; exit status 2 for what the user can repair, 130 after Ctrl-C."""
+    """Runs the command line. Exit status 2 is a mistake that the user can repair, 130 is Ctrl-C."""
     signal.signal(signal.SIGINT, interrupted)
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until training starts there is nothing to save
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """Ends the process at once: in an import or a library's own handling an exception would be lost or take other forms.
+    """Ends the process at once: libraries catch or change an exception that is raised while they run.
 
     The processes that load data leave it to the one that started them.
     """

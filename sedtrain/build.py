@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import torch
@@ -15,215 +15,176 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.collate import Collator
-from sedtrain.data.corpus import each_source, is_same_for_all, stands_for_several
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
-from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, MetricSet
-from sedtrain.export import SavedModel
-from sedtrain.models.adapter import Adapter
-from sedtrain.models.config import frame_width
+from sedtrain.evaluation.score import Scoring, metric_set
 from sedtrain.models.decoder import tokenizer_of
-from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.saved import SavedModel, join, load
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
-from sedtrain.text.tags import add_tags
-from sedtrain.text.tokenizers import start_end_pad
-from sedtrain.training.checkpoints import NEVER, ValidateEvery
 from sedtrain.training.finetune import FineTuning
-from sedtrain.training.loggers import Tracker, Tracking
+from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
-from sedtrain.training.progress import ProgressBar
 from sedtrain.training.run import TrainingRun
+from sedtrain.training.trainer import run_trainer
+
+RANDOM_CTC_WEIGHT = 0.3
+TOLERANT = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}
+"""Options of the data by which every bad utterance is counted, and none ends the task."""
+REFUSED: Any = object()
+"""Stands for a component that could not be made."""
+
+Made = TypeVar("Made")
 
 logger = logging.getLogger(__name__)
 
-RANDOM_CTC_WEIGHT = 0.3
-METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
+
+class Attempts:
+    """Makes components one after the other, and collects what they refuse."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    def __call__(self, make: Callable[..., Made], *needed: Any) -> Made:
+        """`make(*needed)`; REFUSED where it raises UserError, or where one of these was refused itself."""
+        made: Made = REFUSED
+        if not any(each is REFUSED for each in (make, *needed)):
+            try:
+                made = make(*needed)
+            except UserError as error:
+                self.errors.append(error)
+        return made
+
+    def report(self) -> None:
+        """Raises one UserError of everything that was refused."""
+        if self.errors:
+            raise UserError.all_of(self.errors) from self.errors[0]
 
 
 def training_run(cfg: DictConfig) -> TrainingRun:
-    """Builds what `task=train` needs; raises UserError for what the user can repair."""
-    refuse_unusable(cfg)
+    """The components of `task=train`, connected. Raises one UserError of everything that they refuse."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    attempt = Attempts()
+    data = attempt(training_data, cfg)
+    augmentations = {str(name): attempt(augmentation, cfg, str(name)) for name in cfg.augment}
+    finetuning, loss, options, optimizer, scheduler = (
+        attempt(create, cfg, group) for group in ("finetune", "loss", "decoding", "optimizer", "scheduler")
+    )
+    saved = attempt(connected, cfg, data, new_model(cfg, data, attempt))
+    weights = attempt(loss_weights, cfg, loss, saved)
+    saved = attempt(prepared, saved, weights, finetuning)
+    module = attempt(training_module, cfg, saved, weights, finetuning, options, optimizer, scheduler)
+    trainer = attempt(make_trainer, cfg, finetuning)
+    attempt.report()
+    data.augment = Augment(augmentations, cfg.seed, cfg.data.max_seconds)
+    if trainer.is_global_zero:
+        report_vocabulary(data, cfg.vocabulary_texts)
+    return TrainingRun(trainer, module, data, saved, finetuning, Path(cfg.run_dir))
+
+
+def training_data(cfg: DictConfig) -> SpeechTextDataModule:
+    """The data, with its texts as they are learnt; every split that the run needs has been read."""
+    refuse_same_for_all(cfg.data)
     data: SpeechTextDataModule = create(cfg, "data")
-    data.augment = augment(cfg)
-    rewrite = data.corpus.rewrite = normalizer(cfg.training_normalizer)
+    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
     data.corpus.refuse_unusable(["train", "validation", cfg.split])
-    tokenizer = tokenizer_for(cfg, data, rewrite)
-    encoder: PreTrainedModel = create(cfg, "encoder")
-    decoder: PreTrainedModel = create(cfg, "decoder")(tokenizer)
-    feature_extractor = feature_extractor_of(encoder)
-    saved = SavedModel(joined(encoder, decoder, create(cfg, "adapter"), tokenizer), tokenizer, feature_extractor)
-    saved.model.config.training_normalizer = rewrite.label()  # lies in config.json, wherever the folder goes
-    if data.tags:
-        add_tags_of(data, saved)
-    connect(data, saved)
-    data.refuse_unlearnt(["validation", cfg.split])
-    weights = loss_weights(
-        create(cfg, "loss"), starts_random=not (encoder.config._name_or_path and cfg.encoder.get("pretrained", True))
-    )
-    if weights.ctc_weight:
-        saved.model.add_ctc_head(len(tokenizer))
-    finetuning: FineTuning = create(cfg, "finetune")
-    finetuning.prepare(saved.model)
-    module = SpeechSeq2SeqModule(
-        saved.model,
-        tokenizer,
-        weights,
-        metric_set(cfg),
-        decoding_options(cfg),
-        create(cfg, "optimizer"),
-        create(cfg, "scheduler"),
-        finetuning.grouped,
-        Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile),
-    )
-    module.optimizer_and_schedule(num_steps=1)  # what these refuse is refused before training starts
-    run = TrainingRun(trainer(cfg, finetuning), module, data, saved, finetuning, Path(cfg.run_dir))
-    if run.trainer.is_global_zero:
-        report_vocabulary(cfg, data)
-    return run
+    return data
 
 
-def refuse_unusable(cfg: DictConfig) -> None:
-    """Raises UserError where splits of a dataset would be the same files."""
-    sources = each_source(cfg.data).items()
-    problems = [same_for_all(f"{where}.path", source["path"]) for where, source in sources if is_same_for_all(source)]
-    if problems:
-        raise UserError.all_of(problems)
+def augmentation(cfg: DictConfig, name: str) -> Any:
+    with options_of(f"augment.{name}"):
+        return create(cfg, f"augment.{name}")
 
 
-def same_for_all(where: str, path: str) -> UserError:
-    several = stands_for_several(path)
-    wrong = f"{'the same files' if several else 'one file'} would be training, validation and test data at once"
-    instead = "with {split} where they differ" if several else "with train, validation and test files"
-    other = "what is for all splits" if several else "a single file"
-    kind = "PATTERN" if several else "FOLDER"
-    return UserError(where, path, wrong, f"write {where}={kind} {instead} ({other} serves task=evaluate)")
+def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) -> SavedModel:
+    """Encoder, adapter and decoder joined, with the pretrained decoder's tokenizer, else one trained from the texts."""
+    published = {size: cfg.decoder.get(size) for size in ("base", "large")}
+    tokenizer = attempt(tokenizer_of, cfg.size, cfg.decoder.get("checkpoint"), published)
+    if tokenizer is None:
+        tokenizer = attempt(trained_tokenizer, attempt(create, cfg, "tokenizer"), data)
+    encoder: PreTrainedModel = attempt(create, cfg, "encoder")
+    decoder: PreTrainedModel = attempt(attempt(create, cfg, "decoder"), tokenizer)
+    return attempt(join, encoder, decoder, attempt(create, cfg, "adapter"), tokenizer)
 
 
-def augment(cfg: DictConfig) -> Augment:
-    """The chain of `augment`; nothing in it makes an utterance longer than `data.max_seconds`."""
-    made = {}
-    for name in cfg.augment:
-        with options_of(f"augment.{name}"):
-            made[str(name)] = create(cfg, f"augment.{name}")
-    return Augment(made, cfg.seed, cfg.data.max_seconds)
-
-
-def tokenizer_for(
-    cfg: DictConfig, data: SpeechTextDataModule, rewrite: Callable[[str], str]
+def trained_tokenizer(
+    train: Callable[..., PreTrainedTokenizerBase], data: SpeechTextDataModule
 ) -> PreTrainedTokenizerBase:
-    """The pretrained decoder's own tokenizer; where the decoder starts random, one trained from what it is to write."""
-    decoder = cfg.decoder
-    published = {size: decoder.get(size) for size in ("base", "large")}
-    own = tokenizer_of(cfg.size, decoder.get("checkpoint"), published)
-    if own is not None:
-        return own
-    trained: PreTrainedTokenizerBase = create(cfg, "tokenizer")(map(rewrite, data.texts("train")))
-    return trained
+    return train(map(data.corpus.rewrite, data.texts("train")))
 
 
-def report_vocabulary(cfg: DictConfig, data: SpeechTextDataModule) -> None:
-    """Says which characters of the texts the tokenizer cannot write, in the splits that training reads."""
-    assert data.collator is not None
-    for split in ("train", "validation") if cfg.vocabulary_texts != 0 else ():
-        texts = islice(data.texts(split), cfg.vocabulary_texts)
-        report = VocabularyReport(data.collator.tokenizer, texts, data.collator.rewrite)
-        logger.log(logging.INFO if report.finds_nothing else logging.WARNING, "%s: %s", split, report)
+def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) -> SavedModel:
+    """A new model that names the normalizer of its texts and has a token for each tag, connected to the data."""
+    saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
+    if data.tags:
+        saved.learn_tags(data.learnt_pairs())
+    connect(data, saved, ["validation", cfg.split])
+    return saved
 
 
-def joined(
-    encoder: PreTrainedModel,
-    decoder: PreTrainedModel,
-    adapter: Callable[[int, int], Adapter | None],
-    tokenizer: PreTrainedTokenizerBase,
-) -> SpeechEncoderDecoder:
-    """The model with the start token of the decoder's pretraining, else the tokenizer's."""
-    if decoder.config.vocab_size < len(tokenizer):
-        raise UserError(
-            "decoder.checkpoint",
-            decoder.config._name_or_path,
-            f"its tokenizer writes {len(tokenizer)} tokens, its embeddings hold {decoder.config.vocab_size}",
-            "write decoder.checkpoint=FOLDER whose tokenizer and weights belong together",
-        )
-    start, end, pad = start_end_pad(tokenizer)
-    pretrained_start = getattr(decoder.config, "decoder_start_token_id", None)
-    between = adapter(frame_width(encoder.config), decoder.config.hidden_size)
-    model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder, adapter=between)
-    model.set_special_tokens(
-        pretrained_start if decoder.config._name_or_path and pretrained_start is not None else start, end, pad
-    )
-    model.train()  # from_pretrained gives evaluation mode, which Lightning keeps: dropout would never act
-    return model
-
-
-def add_tags_of(data: SpeechTextDataModule, saved: SavedModel) -> None:
-    """Gives a model a token for each language and task that it is to learn."""
-    tags = add_tags(saved.tokenizer, data.learnt_pairs())
-    if len(saved.tokenizer) > saved.model.decoder.config.vocab_size:
-        saved.model.resize_token_embeddings(len(saved.tokenizer))
-    saved.model.config.tags = tags.ids
-
-
-def connect(data: SpeechTextDataModule, saved: SavedModel) -> None:
-    """Hands the data what the model fixes: features, token ids, the start token, how texts are written."""
-    name = (saved.training_normalizer or {"name": "none"})["name"]
+def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) -> None:
+    """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write."""
+    rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
     start = saved.model.config.decoder_start_token_id
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, normalizer(name), saved.tags)
+    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags)
+    data.refuse_unlearnt(splits)
 
 
-def loss_weights(weights: LossWeights, starts_random: bool) -> LossWeights:
-    """The weights with the default of CTC filled in, which depends on how the encoder starts."""
+def loss_weights(cfg: DictConfig, weights: LossWeights, saved: SavedModel) -> LossWeights:
+    """The weights, with a default for CTC that depends on how the encoder starts."""
     if weights.ctc_weight is not None:
         return weights
-    return LossWeights(weights.label_smoothing, RANDOM_CTC_WEIGHT if starts_random else 0.0)
+    is_pretrained = saved.model.encoder.config._name_or_path and cfg.encoder.get("pretrained", True)
+    return LossWeights(weights.label_smoothing, 0.0 if is_pretrained else RANDOM_CTC_WEIGHT)
 
 
-def metric_set(cfg: DictConfig) -> MetricSet:
-    return MetricSet(METRICS_OF[cfg.target], normalizer(cfg.normalizer))
+def prepared(saved: SavedModel, weights: LossWeights, finetuning: FineTuning) -> SavedModel:
+    """The model with all its weights, of which those are frozen that do not move yet."""
+    if weights.ctc_weight:
+        saved.model.add_ctc_head(len(saved.tokenizer))
+    finetuning.prepare(saved.model)
+    return saved
 
 
-def decoding_options(cfg: DictConfig) -> DecodingOptions:
-    options: DecodingOptions = create(cfg, "decoding")
-    return options
-
-
-def trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
-    main_metric = METRICS_OF[cfg.target][0]
-    mode = "max" if METRICS[main_metric].higher_is_better else "min"
-    callbacks = {
-        name: each(monitor=f"val/{main_metric}", mode=mode) if isinstance(each, partial) else each
-        for name, each in create(cfg, "callbacks").items()
-        if each is not None
-    }
-    checkpoints = callbacks.pop("checkpoints")
-    bars = [each for each in callbacks.values() if isinstance(each, ProgressBar)]
-    steps = cfg.trainer.get("val_check_interval")  # a duration is Lightning's
-    every = [ValidateEvery(steps)] if isinstance(steps, int) else []
-    shows_progress = cfg.trainer.get("enable_progress_bar") is not False
-    for bar in [] if shows_progress else bars:
-        bar.disable()  # it stays, since it counts what training consumes
-    built: lightning.Trainer = create(cfg, "trainer")(
-        default_root_dir=cfg.run_dir,
-        callbacks=[*callbacks.values(), *every, Tracking(resolved(cfg)), finetuning, checkpoints],
-        logger=loggers(cfg) or False,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=shows_progress or bool(bars),
-        **({"val_check_interval": NEVER} if every else {}),
+def training_module(
+    cfg: DictConfig,
+    saved: SavedModel,
+    weights: LossWeights,
+    finetuning: FineTuning,
+    options: DecodingOptions,
+    optimizer: Callable[..., Any],
+    scheduler: Callable[..., Any],
+) -> SpeechSeq2SeqModule:
+    """The training step; its optimizer has been made once, so that what it refuses is refused now."""
+    metrics = metric_set(cfg.target, cfg.normalizer)
+    execution = Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile)
+    module = SpeechSeq2SeqModule(
+        saved.model, saved.tokenizer, weights, metrics, options, optimizer, scheduler, finetuning.grouped, execution
     )
-    if built.max_steps == -1 and built.max_epochs in (None, -1):
-        raise UserError(
-            "trainer.max_steps",
-            -1,
-            "the learning rate falls until the end of training, and this has none",
-            "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER",
-        )
-    return built
+    module.optimizer_and_schedule(num_steps=1)
+    return module
+
+
+def make_trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
+    main_metric = next(iter(metric_set(cfg.target, cfg.normalizer).metrics))
+    callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
+    return run_trainer(create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, main_metric)
+
+
+def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
+    """Makes the run's own Trainer with some arguments replaced; `strategy=auto` stays what it is for `world_size` processes."""
+    several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
+
+    def make_trainer(**replaced: Any) -> lightning.Trainer:
+        made: lightning.Trainer = create(cfg, "trainer")(**several, **replaced)  # a strategy serves one Trainer
+        return made
+
+    return make_trainer
 
 
 def loggers(cfg: DictConfig) -> list[Tracker]:
@@ -235,6 +196,18 @@ def loggers(cfg: DictConfig) -> list[Tracker]:
     return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
 
 
+def report_vocabulary(data: SpeechTextDataModule, max_texts: int | None) -> None:
+    """Logs which characters of the training and validation texts the tokenizer cannot write.
+
+    max_texts: as many of each are read; None: all, 0: there is no report
+    """
+    assert data.collator is not None
+    for split in ("train", "validation") if max_texts != 0 else ():
+        texts = islice(data.texts(split), max_texts)
+        report = VocabularyReport(data.collator.tokenizer, texts, data.collator.rewrite)
+        logger.log(logging.INFO if report.finds_nothing else logging.WARNING, "%s: %s", split, report)
+
+
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The whole configuration as plain values."""
     plain = OmegaConf.to_container(cfg, resolve=True)
@@ -242,24 +215,56 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def device(cfg: DictConfig) -> torch.device:
-    """Where a model writes: the accelerator of this process, unless there is none or `trainer.accelerator` wants a CPU."""
-    if cfg.trainer.accelerator == "cpu" or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """The whole configuration as plain values that hold in any folder."""
+    settings = resolved(cfg)
+    return {**settings, "data": lasting(settings["data"])}
+
+
+# --- a saved model
+
+
+def scoring(cfg: DictConfig) -> Scoring:
+    metrics, options = metric_set(cfg.target, cfg.normalizer), create(cfg, "decoding")
+    return Scoring(cfg.target, cfg.split, metrics, options, device(cfg), Path(cfg.run_dir))
+
+
+def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModule]:
+    """The components of `task=evaluate`, connected. Raises one UserError of everything that they refuse."""
+    attempt = Attempts()
+    made = attempt(scoring, cfg), attempt(saved_model, cfg), attempt(create, cfg, "data")
+    attempt(connect, made[2], made[1], [cfg.split])
+    attempt.report()
+    return made
+
+
+def transcriber(cfg: DictConfig) -> Transcriber:
+    """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
+    attempt = Attempts()
+    saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
+    made = attempt(Transcriber, saved, options, cfg.data.get("language"), cfg.target)
+    attempt.report()
+    saved.model.to(device(cfg))
+    return made
 
 
 def saved_model(cfg: DictConfig) -> SavedModel:
-    """The model that `cfg.checkpoint` names; classes of the user's own register themselves when they are imported."""
+    """The model that `checkpoint` names; importing a user's own classes registers them."""
     for group in ("encoder", "decoder", "adapter"):
         import_target(cfg, group)
-    return SavedModel.load(cfg.checkpoint)
+    return load(cfg.checkpoint)
 
 
-def restored(cfg: DictConfig) -> tuple[SavedModel, SpeechTextDataModule]:
-    """A saved model and the data of `cfg`, connected."""
-    saved = saved_model(cfg)
+def inspected_data(cfg: DictConfig) -> SpeechTextDataModule:
+    """The data of `task=inspect`, which counts every bad utterance and is stopped by none."""
+    cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
     data: SpeechTextDataModule = create(cfg, "data")
-    connect(data, saved)
-    data.refuse_unlearnt([cfg.split])
-    return saved, data
+    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
+    return data
+
+
+def device(cfg: DictConfig) -> torch.device:
+    """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
+    if cfg.trainer.accelerator == "cpu" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

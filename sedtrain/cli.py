@@ -1,4 +1,4 @@
-"""A command line becomes jobs: one, or those of a sweep, each of which has a folder and processes of its own."""
+"""A command line as jobs: one, or those of a sweep, each of which has a folder and processes of its own."""
 
 import contextlib
 import errno
@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sedtrain.config.inherit import inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
-from sedtrain.errors import ConfigError, Problem, Unfinished, UserError
+from sedtrain.errors import Unfinished, UserError
 from sedtrain.launch import (
     has_parent,
     is_first,
@@ -34,17 +35,15 @@ from sedtrain.launch import (
 )
 from sedtrain.run_dir import config_of, is_finished
 
+CANNOT_WORK, INTERRUPTED = 2, 130  # exit status
 RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
-
-
+FIRST_SPEAKS_SECONDS = 10  # the launcher ends the other processes meanwhile
+OF_SWEEPS = ("hydra.mode=", "hydra.sweep.", "hydra.sweeper.", "hydra/sweeper=", "hydra.launcher.", "hydra/launcher=")
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-
-
-# How torch and safetensors, which raise classes of their own, say it.
 HALF_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "No space left")
-
-
-NO_CONCERN = (
+"""The same in words of torch and safetensors, which raise errors of their own."""
+LOST_PEER = ("gloo/transport", "Gloo connect", "NCCL error")
+IRRELEVANT = (
     ".*does not have many workers.*",  # small audio is decoded faster than it travels between processes
     ".*Experiment logs directory.*",  # the run's folder is new: open_run_folder made it
     ".*Support for mismatched key_padding_mask.*",  # between WavLM and PyTorch
@@ -52,18 +51,9 @@ NO_CONCERN = (
     ".*LeafSpec.*",  # between Lightning and PyTorch
     ".*your dataloader is not resumable.*",  # the data module resumes it
     ".*callbacks used to create the checkpoint.*",  # another run may start from it; the same may not change them
-    ".*Checkpoint directory .* exists and is not empty.*",  # the run goes on
+    ".*Checkpoint directory .* exists and is not empty.*",  # the run is resumed
 )
-
-
-LOST_PEER = ("gloo/transport", "Gloo connect", "NCCL error")
-
-
-CANNOT_WORK, INTERRUPTED = 2, 130
-
-
-FIRST_SPEAKS_SECONDS = 10  # what launched us ends the other processes meanwhile
-
+"""Warnings of libraries that do not concern the user."""
 
 logger = logging.getLogger("sedtrain")
 
@@ -72,178 +62,8 @@ class Failed(SystemExit):
     """The end of a command that said why."""
 
 
-def run(cfg: DictConfig) -> None:
-    """One job: a configuration that has passed becomes a task that runs."""
-    open_log()
-    try:
-        inherit_run(cfg, list(HydraConfig.get().overrides.task))
-        if cfg.task != "train" and not is_first():
-            return  # one process does it
-        if cfg.task == "fit_batches":
-            refuse_several_processes()
-        agree_on_folder(cfg)
-        if cfg.task == "train" and is_finished(cfg.run_dir):
-            logger.info("run_dir=%s: this run has finished, there is nothing to do", cfg.run_dir)
-            return
-        run_task(cfg)
-    except ConfigError as error:
-        fail(str(error))
-    except Exception as error:
-        if not is_full_or_read_only(error):
-            raise
-        fail(f"run_dir={cfg.run_dir} cannot be written to: {error}\n  write run_dir=FOLDER on a disk with room")
-    finally:
-        close_log()
-
-
-def refuse_several_processes() -> None:
-    """Raises ConfigError where more than one process was started."""
-    num_processes, num_machines = started_processes() or (1, 1)
-    if num_processes * num_machines > 1:
-        wrong = f"one process takes the trial steps, and {num_processes * num_machines} were started"
-        write = "start one, with the trainer.devices=NUMBER and trainer.num_nodes=NUMBER that training will have"
-        raise ConfigError.single("task", "fit_batches", wrong, write)
-
-
-def agree_on_folder(cfg: DictConfig) -> None:
-    """Has all processes of a run use one folder, which the first of them opens, and go on alike where they were restarted."""
-    if has_parent():
-        cfg.run_dir = os.environ[RUN_DIR]
-    elif started_side_by_side() and holds_time(cfg):
-        wrong = "the processes of this run would each take another folder: its name holds the time"
-        raise ConfigError.single("run_dir", cfg.run_dir, wrong, "write run_dir=FOLDER")
-    if processes := started_processes():
-        follow(cfg, *processes)
-    restarted = cfg.task == "train" and is_restart_of(cfg.run_dir)
-    if restarted:
-        cfg.resume = resume_of_restart(cfg.run_dir, cfg.resume)
-    if is_first() and cfg.task != "transcribe":
-        open_run_folder(Path(cfg.run_dir), goes_on=restarted or (cfg.task == "train" and cfg.resume == "auto"))
-        note_launch(cfg.run_dir)
-    os.environ[RUN_DIR] = cfg.run_dir
-
-
-def follow(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
-    """Has the Trainer use the processes that were started. Raises ConfigError where others are asked for."""
-    started = {"devices": num_processes, "num_nodes": num_machines}
-    asked = {name: cfg.trainer.get(name) for name in started}
-    problems = [
-        Problem(f"trainer.{name}", asked[name], f"{number} were started", f"leave trainer.{name} out")
-        for name, number in started.items()
-        if asked[name] not in (None, "auto", -1, "-1", number, str(number))
-    ]
-    if problems:
-        raise ConfigError.all_of(problems)
-    with open_dict(cfg.trainer):
-        cfg.trainer.update(started)
-
-
-def holds_time(cfg: DictConfig) -> bool:
-    written = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(written, dict)
-    return "${now:" in str(written["run_dir"])
-
-
-def run_task(cfg: DictConfig) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with without_collection():
-        from sedtrain.tasks import TASKS
-
-    quieten()
-    try:
-        TASKS[cfg.task](cfg)
-    except UserError as error:
-        fail(str(error))
-    except Unfinished as end:
-        if end.status == 128 + signal.SIGUSR2:
-            logger.info(str(end))
-            signal.raise_signal(signal.SIGUSR2)  # the launcher waited for the checkpoint, and has the job requeued
-        fail(str(end), end.status)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_PEER):
-            raise
-        fail(
-            f"lost the connection to another process of this run, whose own words say why: {str(error).strip()}",
-            status=1,
-        )
-
-
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """Imports take a third less time where nobody looks for garbage among objects that stay for good."""
-    first = "sedtrain.tasks" not in sys.modules
-    if first:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if first:
-            gc.freeze()
-            gc.enable()
-
-
-def open_run_folder(folder: Path, goes_on: bool) -> None:
-    """Makes the run's folder and its log file. Raises ConfigError where nothing can be written, or a run is already kept.
-
-    goes_on: the run that is kept is to be continued
-    """
-    if config_of(str(folder)).exists() and not goes_on:
-        write = "write run_dir=ANOTHER_FOLDER, or resume=auto to go on with this training"
-        raise ConfigError.single("run_dir", str(folder), "this folder already holds a run", write)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(folder / "sedtrain.log")
-    except OSError as error:
-        write = "write run_dir=FOLDER that you may write to"
-        raise ConfigError.single("run_dir", str(folder), f"cannot be written to: {error}", write) from error
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(to_file)
-
-
-def open_log() -> None:
-    """Our own messages plainly on the console."""
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    to_console = logging.StreamHandler()
-    to_console.setLevel(logging.INFO if is_first() else logging.WARNING)
-    to_console.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(to_console)
-
-
-def close_log() -> None:
-    """Ends console and log file, so that the next job of a sweep has its own."""
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.propagate = True
-
-
-def quieten() -> None:
-    """Of the libraries' messages, warnings, and not those that do not concern the user."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in NO_CONCERN:
-        warnings.filterwarnings("ignore", message)
-
-
-def is_full_or_read_only(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in CANNOT_WRITE
-    return any(words in str(error) for words in HALF_WRITTEN)
-
-
-def fail(message: str, status: int = CANNOT_WORK) -> None:
-    """Ends the command; also in the log file, where one is open. What all processes say, the first says for all."""
-    if status == CANNOT_WORK and not is_first():
-        time.sleep(FIRST_SPEAKS_SECONDS)
-    if logger.handlers:
-        logger.error(message)
-    else:
-        print(message, file=sys.stderr)
-    raise Failed(status)
-
-
-OF_SWEEPS = ("hydra.mode=", "hydra.sweep.", "hydra.sweeper.", "hydra/sweeper=", "hydra.launcher.", "hydra/launcher=")
+class JobFailed(Exception):
+    """A job of a sweep failed on another machine, or in another process: its name and status."""
 
 
 def run_command_line(arguments: list[str]) -> None:
@@ -251,7 +71,7 @@ def run_command_line(arguments: list[str]) -> None:
     register()
     try:
         sys.argv[1:] = check_command_line(arguments)
-    except ConfigError as error:
+    except UserError as error:
         fail(str(error))
     failed: dict[str, int] = {}
     launcher = os.getpid()
@@ -274,23 +94,29 @@ def run_command_line(arguments: list[str]) -> None:
             raise
         fail(f"hydra/launcher: {error}", status=1)
     if failed:
-        fail(in_words(failed), status=min(failed.values()))
+        listed = "".join(f"\n  {name}: exit status {status}" for name, status in failed.items())
+        fail(f"jobs of the sweep that failed: {len(failed)}{listed}", status=min(failed.values()))
 
 
-class JobFailed(Exception):
-    """A job of a sweep failed on another machine, or in another process: its name and status."""
+def fail(message: str, status: int = CANNOT_WORK) -> None:
+    """Ends the command with a message, which a log file gets too; the first process says what all of them would."""
+    if status == CANNOT_WORK and not is_first():
+        time.sleep(FIRST_SPEAKS_SECONDS)
+    if logger.handlers:
+        logger.error(message)
+    else:
+        print(message, file=sys.stderr)
+    raise Failed(status)
 
 
-def in_words(failed: dict[str, int]) -> str:
-    listed = "".join(f"\n  {name}: exit status {status}" for name, status in failed.items())
-    return f"jobs of the sweep that failed: {len(failed)}{listed}"
+# --- a sweep
 
 
 def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
-    """One job of several, in a folder of its own; that it fails is noted and stops no other job, unlike Ctrl-C."""
+    """Runs one job of several in its own folder. Its failure is noted and stops no other job, unlike Ctrl-C."""
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
-    if not any(each.lstrip("+").startswith("run_dir=") for each in overrides):
+    if not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
         cfg.run_dir = f"{settings.sweep.dir}/{settings.job.num}"
     name = f"{settings.job.num} ({' '.join(overrides)})"
     try:
@@ -306,17 +132,9 @@ def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
         failed[name] = 1
 
 
-def own_arguments(overrides: list[str]) -> list[str]:
-    """The command line of one job of a sweep: flags, what says where Hydra searches, and the overrides of this job."""
-    flags = get_args_parser().parse_intermixed_args(sys.argv[1:])
-    kept = [each for each in sys.argv[1:] if each not in (*flags.overrides, "-m", "--multirun")]
-    of_hydra = [each for each in HydraConfig.get().overrides.hydra if not each.lstrip("+").startswith(OF_SWEEPS)]
-    return [*kept, *of_hydra, *overrides]
-
-
 @contextlib.contextmanager
 def alone(overrides: list[str]) -> Iterator[None]:
-    """Has the processes that Lightning starts for a job of a sweep run this job and no other, and parts with them at its end.
+    """Has the processes that Lightning starts for a job of a sweep run this job alone, and parts with them at its end.
 
     They repeat the command line, and find each other by variables: both would be those of the whole sweep.
     """
@@ -331,3 +149,146 @@ def alone(overrides: list[str]) -> Iterator[None]:
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_initialized() and not started_side_by_side():
             distributed.destroy_process_group()
+
+
+def own_arguments(overrides: list[str]) -> list[str]:
+    """The command line of one job of a sweep: flags, Hydra's own overrides but for those of sweeps, and the job's."""
+    flags = get_args_parser().parse_intermixed_args(sys.argv[1:])
+    kept = [each for each in sys.argv[1:] if each not in (*flags.overrides, "-m", "--multirun")]
+    of_hydra = [each for each in HydraConfig.get().overrides.hydra if not each.lstrip("+").startswith(OF_SWEEPS)]
+    return [*kept, *of_hydra, *overrides]
+
+
+# --- a job
+
+
+def run(cfg: DictConfig) -> None:
+    """Runs one job, whose configuration has passed, and ends with a message where the user can repair what is wrong."""
+    open_log()
+    try:
+        inherit_run(cfg, list(HydraConfig.get().overrides.task))
+        if cfg.task != "train" and not is_first():
+            return  # one process does it
+        agree_on_folder(cfg)
+        if cfg.task == "train" and is_finished(cfg.run_dir):
+            logger.info("run_dir=%s: this run has finished, there is nothing to do", cfg.run_dir)
+            return
+        run_task(cfg)
+    except UserError as error:
+        fail(str(error))
+    except Exception as error:
+        if not is_full_or_read_only(error):
+            raise
+        write = "write run_dir=FOLDER on a disk with room"
+        fail(str(UserError("run_dir", cfg.run_dir, f"cannot be written to: {error}", write)))
+    finally:
+        for handler in list(logger.handlers):  # the next job of a sweep has its own
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = True
+
+
+def is_full_or_read_only(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in CANNOT_WRITE
+    return any(words in str(error) for words in HALF_WRITTEN)
+
+
+def agree_on_folder(cfg: DictConfig) -> None:
+    """Has all processes of a run use one folder, which the first opens, and resume alike where they were restarted."""
+    written: Any = OmegaConf.to_container(cfg, resolve=False)
+    if has_parent():
+        cfg.run_dir = os.environ[RUN_DIR]
+    elif started_side_by_side() and "${now:" in written["run_dir"]:
+        wrong = "the processes of this run would each take another folder: its name holds the time"
+        raise UserError("run_dir", cfg.run_dir, wrong, "write run_dir=FOLDER")
+    if processes := started_processes():
+        use_started(cfg, *processes)
+    restarted = cfg.task == "train" and is_restart_of(cfg.run_dir)
+    if restarted:
+        cfg.resume = resume_of_restart(cfg.run_dir, cfg.resume)
+    if is_first() and cfg.task != "transcribe":
+        open_run_folder(Path(cfg.run_dir), resumes=restarted or (cfg.task == "train" and cfg.resume == "auto"))
+        note_launch(cfg.run_dir)
+    os.environ[RUN_DIR] = cfg.run_dir
+
+
+def use_started(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
+    """Has the Trainer use the processes that were started. Raises UserError where others are asked for."""
+    number = num_processes * num_machines
+    if cfg.task == "fit_batches" and number > 1:
+        wrong = f"one process takes the trial steps, and {number} were started"
+        write = "start one, with the trainer.devices=NUMBER and trainer.num_nodes=NUMBER that training will have"
+        raise UserError("task", cfg.task, wrong, write)
+    started = {"devices": num_processes, "num_nodes": num_machines}
+    errors = [
+        UserError(f"trainer.{name}", asked, f"{number} were started", f"leave trainer.{name} out")
+        for name, number in started.items()
+        if (asked := cfg.trainer.get(name)) not in (None, "auto", -1, "-1", number, str(number))
+    ]
+    if errors:
+        raise UserError.all_of(errors)
+    with open_dict(cfg.trainer):
+        cfg.trainer.update(started)
+
+
+def open_run_folder(folder: Path, resumes: bool) -> None:
+    """Makes the run's folder and its log file. Raises UserError where nothing can be written.
+
+    resumes: whether the run that lies there is continued; where not, UserError says that there is one
+    """
+    if config_of(str(folder)).exists() and not resumes:
+        write = "write run_dir=ANOTHER_FOLDER, or resume=auto to go on with this training"
+        raise UserError("run_dir", str(folder), "this folder already holds a run", write)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(folder / "sedtrain.log")
+    except OSError as error:
+        write = "write run_dir=FOLDER that you may write to"
+        raise UserError("run_dir", str(folder), f"cannot be written to: {error}", write) from error
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(to_file)
+
+
+def open_log() -> None:
+    """Shows our own messages plainly on the console."""
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    to_console = logging.StreamHandler()
+    to_console.setLevel(logging.INFO if is_first() else logging.WARNING)
+    to_console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(to_console)
+
+
+def run_task(cfg: DictConfig) -> None:
+    """Runs the task of a job that has a folder. Raises UserError."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    first = "sedtrain.tasks" not in sys.modules
+    if first:
+        gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
+    from sedtrain.tasks import TASKS
+
+    if first:
+        gc.freeze()
+        gc.enable()
+    quieten()
+    try:
+        TASKS[cfg.task](cfg)
+    except Unfinished as end:
+        if end.status == 128 + signal.SIGUSR2:
+            logger.info(str(end))
+            signal.raise_signal(signal.SIGUSR2)  # the launcher waited for the checkpoint, and has the job requeued
+        fail(str(end), end.status)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        wrong = "lost the connection to another process of this run, whose own words say why"
+        fail(f"{wrong}: {str(error).strip()}", status=1)
+
+
+def quieten() -> None:
+    """Shows of the libraries' messages only warnings that concern the user."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in IRRELEVANT:
+        warnings.filterwarnings("ignore", message)

@@ -1,15 +1,16 @@
-"""Which of a run's processes this one is, from the environment that torchrun, SLURM or Lightning gives it."""
+"""The processes of a run: which of them this one is, by the environment that torchrun, SLURM or Lightning gives it."""
 
 import os
 from pathlib import Path
 
 from sedtrain.run_dir import BEST, LAST, PREVIOUS, checkpoints_of
 
-AT_HAND = ("bash", "interactive")  # SLURM jobs that are a shell, in which Lightning starts the processes itself
+SHELLS = ("bash", "interactive")  # SLURM jobs in which Lightning starts the processes itself
+LAUNCHED_BY = ".launched_by"  # in the folder of a run, names its launches
 
 
 def is_first() -> bool:
-    """Whether this process makes the run's folder and speaks for all; it is that of global rank 0."""
+    """Whether this process has global rank 0: it makes the run's folder and speaks for all."""
     within_nodes = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK")
     return all(os.environ.get(name, "0") == "0" for name in (*within_nodes, "LOCAL_RANK"))
 
@@ -19,21 +20,21 @@ def is_first_of_machine() -> bool:
 
 
 def has_parent() -> bool:
-    """Whether another process of the run started this one, as Lightning does on each machine, and could tell it things."""
+    """Whether another process of the run started this one, as Lightning does on each machine."""
     return "RANK" not in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def started_side_by_side() -> bool:
-    """Whether others were started along with this process, by torchrun, SLURM, or by hand on each machine."""
+    """Whether torchrun, SLURM, or a person on each machine started others along with this process."""
     return by_slurm() or "RANK" in os.environ or "NODE_RANK" in os.environ
 
 
 def by_slurm() -> bool:
-    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and os.environ.get("SLURM_JOB_NAME") not in AT_HAND
+    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and os.environ.get("SLURM_JOB_NAME") not in SHELLS
 
 
 def started_processes() -> tuple[int, int] | None:
-    """How many processes torchrun or SLURM have started on each machine, and on how many machines."""
+    """The processes on each machine and the number of machines that torchrun or SLURM started; None without them."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if by_slurm():
@@ -46,7 +47,7 @@ def started_processes() -> tuple[int, int] | None:
 
 
 def launches() -> dict[str, bool]:
-    """The names of what launched this process, and whether it did so again; the variables are those of the launchers."""
+    """The launches that this process belongs to by name, and whether each is a restart."""
     names = {}
     if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):  # `none` unless someone chose it
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER_OF_THIS_LAUNCH/attempt_N/RANK/error.json
@@ -55,13 +56,13 @@ def launches() -> dict[str, bool]:
     if job := os.environ.get("SLURM_JOB_ID"):
         names[f"slurm {job}"] = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if job := os.environ.get("SUBMITIT_LOCAL_JOB_ID"):
-        names[f"submitit {job}"] = True  # which runs one thing, unless it was requeued
+        names[f"submitit {job}"] = True  # it runs a job once, unless it was requeued
     return names
 
 
 def note_launch(run: str) -> None:
-    """Writes into a run's folder who launched it."""
-    mark = mark_of(run)
+    """Adds the launches of this process to those that the run's folder names."""
+    mark = Path(run) / LAUNCHED_BY
     noted = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
     with mark.open("a", encoding="utf-8") as file:
         file.writelines(f"{name}\n" for name in launches() if name not in noted)
@@ -69,16 +70,12 @@ def note_launch(run: str) -> None:
 
 def is_restart_of(run: str) -> bool:
     """Whether this process was started again by what launched the run in this folder."""
-    again = {name for name, is_again in launches().items() if is_again}
-    mark = mark_of(run)
-    return bool(again) and mark.is_file() and not again.isdisjoint(mark.read_text(encoding="utf-8").splitlines())
-
-
-def mark_of(run: str) -> Path:
-    return Path(run) / ".launched_by"
+    restarts = {name for name, is_restart in launches().items() if is_restart}
+    mark = Path(run) / LAUNCHED_BY
+    return mark.is_file() and not restarts.isdisjoint(mark.read_text(encoding="utf-8").splitlines())
 
 
 def resume_of_restart(run: str, resume: str) -> str:
-    """What `resume` means in a process that was started again: the run's own checkpoints, once there are any."""
+    """The `resume` of a process that was started again: the run's own checkpoints, once there are any."""
     has_own = any((checkpoints_of(run) / name).is_file() for name in (LAST, PREVIOUS, BEST))
     return "auto" if resume == "none" or has_own else resume

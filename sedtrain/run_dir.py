@@ -1,9 +1,13 @@
-"""The folder of a run: its model in `model`, the configuration of its training, its checkpoints."""
+"""The folder of a run: where its files lie, and how a file is written whole."""
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-"""The newest checkpoint, the one before it, and that of the best validation: those that a training can go on from."""
+"""The newest checkpoint, the one before it, and that of the best validation; a run resumes from any of them."""
 
 
 def run_folder(checkpoint: str) -> Path:
@@ -12,13 +16,13 @@ def run_folder(checkpoint: str) -> Path:
 
 
 def model_of(checkpoint: str) -> str:
-    """What `from_pretrained` takes: the model within a run's folder, else the checkpoint itself."""
+    """The argument of `from_pretrained`: the model within a run's folder, else the checkpoint itself."""
     folder = run_folder(checkpoint)
-    return str(next((place for place in (folder / "model", folder) if place.is_dir()), checkpoint))
+    return str(next((path for path in (folder / "model", folder) if path.is_dir()), checkpoint))
 
 
 def config_of(checkpoint: str) -> Path:
-    """The resolved configuration of a run; of any other checkpoint there is no such file."""
+    """The resolved configuration of a run; no other checkpoint has this file."""
     return run_folder(checkpoint) / "config.yaml"
 
 
@@ -28,13 +32,48 @@ def checkpoints_of(run: str) -> Path:
 
 
 def is_finished(run: str) -> bool:
-    """Whether a training is at its end, the model scored: the model's card is the last thing that is written."""
+    """Whether a run has trained and scored its model: the model card is the last file that it writes."""
     card = run_folder(run) / "model" / "README.md"
     return card.is_file() and card.stat().st_size > 0
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: Path | None = None) -> None:
+    """Writes a file whole or not at all, also through a kill or a power cut; one process at a time.
+
+    The unfinished file always has the same name beside it, so that kills leave at most one; it goes where writing raises.
+
+    content: the text, or a function that writes to the open file
+    keep: where the file that is replaced goes
+    """
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the names
+    finally:
+        os.close(folder)
+
+
+def keep_until(step: int, file: Path) -> None:
+    """Drops the lines of JSON of later steps, which the run writes again, and a last line that is truncated."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_whole(file, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= step))
+
+
+def step_of(line: str) -> int:
+    """The step that a line of JSON names, 0 where it names none."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, AttributeError):
+        return 0

@@ -1,22 +1,31 @@
-"""Tables for people: what will be trained, and what came out."""
+"""Tables and lines for people: the plan of a run, its scores, the batches that fit, the files that were saved."""
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from sedtrain.evaluation.evaluate import Evaluation
+from sedtrain.evaluation.results import Results
 from sedtrain.training.finetune import PartPlan
 from sedtrain.training.fit_batches import Budget, Fitted
 
+RUN_FILES = (
+    "model", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "results.json", "report.html", "metrics.csv",
+    "tensorboard", "wandb", "config.yaml", "skipped.jsonl", "sedtrain.log",
+)  # fmt: skip
+
 logger = logging.getLogger(__name__)
+
+NewTable = partial(Table, title_justify="left", caption_justify="left", caption_style="")
 
 
 def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
-    """What each part of the model does, and below it the facts of the run."""
-    table = Table(title="what will be trained", title_justify="left", caption_justify="left", caption_style="")
+    """How each part of the model is trained, and below it the facts of the run."""
+    table = NewTable(title="what will be trained")
     table.add_column("part", no_wrap=True)
     for heading in ("trainable", "frozen", "peak learning rate", "from step"):
         table.add_column(heading, justify="right")
@@ -36,46 +45,37 @@ def ends(values: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys([*values[:1], *values[-1:]]))
 
 
-def scores(evaluation: Evaluation, split: str) -> Table:
-    table = Table(title=f"{split}: {len(evaluation.hypotheses)} utterances", title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    for name, interval in evaluation.metrics.items():
-        table.add_row(name, f"{100 * interval.value:.2f} %", f"{100 * interval.low:.2f} to {100 * interval.high:.2f} %")
-    return table
-
-
-def examples(evaluation: Evaluation, number: int = 3) -> Table:
-    """References beside their hypotheses, spread over the split."""
-    table = Table(title="examples", title_justify="left")
-    for heading in ("utterance", "reference", "hypothesis"):
-        table.add_column(heading)
-    step = max(len(evaluation.hypotheses) // number, 1)
-    for each in evaluation.hypotheses[::step][:number]:
-        table.add_row(each.id, each.reference, each.hypothesis)
-    return table
+def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples: int = 3) -> list[RenderableType]:
+    """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
+    scores = NewTable(title=f"{results.split}: {results.num_utterances} utterances")
+    scores.add_column("metric")
+    for heading in ("value", "95 % interval"):
+        scores.add_column(heading, justify="right")
+    for name, interval in results.metrics.items():
+        low, high = f"{100 * interval.low:.2f}", f"{100 * interval.high:.2f} %"
+        scores.add_row(name, f"{100 * interval.value:.2f} %", f"{low} to {high}")
+    examples = NewTable("utterance", "reference", "hypothesis", title="examples")
+    step = max(results.num_utterances // num_examples, 1)
+    for each in evaluation.hypotheses[::step][:num_examples]:
+        examples.add_row(each.id, each.reference, each.hypothesis)
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "no utterance"
+    return [scores, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
 
 
 def batches(found: Sequence[Fitted], budget: Budget) -> Table:
     """The largest batch of each bucket, and what a step on it took."""
-    table = Table(title="the largest batches that fit", title_justify="left", caption_justify="left", caption_style="")
+    table = NewTable(title="the largest batches that fit")
     for heading in ("seconds up to", "tokens up to", "utterances", "audio", "peak memory", "speed"):
         table.add_column(heading, justify="right")
     for (seconds, tokens, utterances), peak_gb, speed in found:
         audio = f"{seconds * utterances:,.0f} s"
         table.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
-    table.caption = f"into {budget.told}\nspeed: seconds of audio per second, of one step"
+    table.caption = f"into {budget.text}\nspeed: seconds of audio per second, of one step"
     return table
 
 
-def left_out(counts: Mapping[str, int]) -> str:
-    """How many utterances were not used, by reason."""
-    return "left out: " + (", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "no utterance")
-
-
-def places(folder: Path, names: Sequence[str]) -> str:
-    """Where things were saved, of those that are there."""
+def saved_files(folder: Path, names: Sequence[str]) -> str:
+    """The folder, and those of the files that are in it."""
     return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())
 
 

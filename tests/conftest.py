@@ -121,6 +121,35 @@ def trained(train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs") / "trained")
 
 
+@pytest.fixture
+def good(tmp_path):
+    """Twelve utterances of 0.3 to 1.4 s in each split."""
+    from corpora import write
+
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}.parquet", [0.3 + 0.1 * i for i in range(12)])
+    return tmp_path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Eleven utterances of 0.3 to 1.3 s in three shards, and three to validate on."""
+    from corpora import write
+
+    for number in range(3):
+        write(tmp_path / f"train-{number}.parquet", [0.3 + 0.1 * i for i in range(number, 11, 3)])
+    write(tmp_path / "validation.parquet", [0.5] * 3)
+    return tmp_path
+
+
+@pytest.fixture
+def datasets_of(tmp_path):
+    """The options of three datasets, by name, each stored in another way."""
+    from corpora import write_mix
+
+    return write_mix(tmp_path)
+
+
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()

@@ -1,6 +1,6 @@
-"""One step of the optimizer on eight utterances, cut into micro-batches and ranks in many ways.
+"""One optimizer step on eight utterances, split into micro-batches and ranks in many ways.
 
-`torchrun --nproc-per-node 2 tests/exactness.py OUT` does so for the cuts of two ranks.
+`torchrun --nproc-per-node 2 tests/exactness.py OUT` measures the splits of two ranks.
 """
 
 import os
@@ -23,7 +23,7 @@ from sedtrain.training.module import SpeechSeq2SeqModule
 
 SAMPLES = [1200, 5000, 2600, 8000, 900, 3300, 6100, 1700]
 TOKENS = [2, 7, 1, 9, 3, 4, 8, 2]
-# By rank, the utterances of each micro-batch.
+# The utterances of each micro-batch, by rank.
 CUTS = {
     "8 × 1": [[[0, 1, 2, 3, 4, 5, 6, 7]]],
     "4 × 2": [[[0, 1, 2, 3], [4, 5, 6, 7]]],
@@ -38,7 +38,7 @@ PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 
 
 def batch(utterances, is_padded=False):
-    """Some of the eight utterances; padded with noise, and labels, further than they need."""
+    """Some of the eight utterances; with `is_padded`, noise and padding follow that nobody needs."""
     if not utterances:
         none = torch.zeros(0, 0, dtype=torch.long)
         return Batch(none.float(), none, none, [], [], 0.0)
@@ -57,7 +57,7 @@ def batch(utterances, is_padded=False):
 
 
 def new_module():
-    """Always the same weights; one step of SGD moves them by the gradient itself."""
+    """A module with the same weights at every call; a step of its SGD moves them by the gradient itself."""
     model = joined("hubert", "bert").train()
     model.add_ctc_head(VOCABULARY)
     constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
@@ -86,7 +86,7 @@ class Loader:
 
 
 def trainer_of(precision, **options):
-    """Float16 with its scaler, which Lightning would not give a CPU."""
+    """A trainer on the CPU; for float16 with the loss scaler that Lightning keeps to GPUs."""
     chosen = {"precision": precision}
     if precision == "16-mixed":
         chosen = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
@@ -97,7 +97,7 @@ def trainer_of(precision, **options):
 
 
 def trained(cut, precision="32-true", is_padded=False, **options):
-    """The module after one step, and by how much its weights moved."""
+    """The module after one step, and the update of its weights."""
     module = new_module()
     before = parameters_to_vector(module.parameters()).detach().double()
     mine = cut[int(os.environ.get("RANK", 0))]
@@ -107,7 +107,7 @@ def trained(cut, precision="32-true", is_padded=False, **options):
 
 
 class Synchronised(lightning.Callback):
-    """Notes of every micro-batch whether its gradients were reduced over the ranks."""
+    """Records for every micro-batch whether its gradients are reduced over the ranks."""
 
     def __init__(self):
         self.seen = []
@@ -117,7 +117,7 @@ class Synchronised(lightning.Callback):
 
 
 def over_two_ranks():
-    """Of every cut into two ranks: the update, the micro-batches that synchronised gradients, what the module says of it."""
+    """By split, precision and padding: the update, whether each micro-batch synchronised, and the module's own `Update`."""
     results = {}
     for name, cut in CUTS.items():
         for precision in PRECISIONS if len(cut) == 2 else ():
@@ -129,7 +129,7 @@ def over_two_ranks():
 
 
 def after_a_bad_batch(folder):
-    """The weights of this rank after three steps of two micro-batches, where one of rank 1's in the second holds a NaN."""
+    """The weights of this rank after three steps of two micro-batches; in the second step, one of rank 1 holds a NaN."""
     module, rank = new_module(), int(os.environ["RANK"])
     batches = [batch([each]) for each in ([0, 1, 2, 3, 0, 1], [4, 5, 6, 7, 4, 5])[rank]]
     if rank == 1:

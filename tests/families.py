@@ -1,8 +1,10 @@
 """The families of encoders and decoders that have an option file, at size=tiny."""
 
 import string
+from functools import cache
 
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sedtrain.config.schema import conf_dir
@@ -15,11 +17,13 @@ DECODERS = sorted(path.stem for path in (conf_dir() / "decoder").glob("*.yaml"))
 TOKENIZER = train_tokenizer([" ".join(string.printable)], "char", 200)
 
 
+@cache
 def option_file(group, name):
     """The values of conf/GROUP/NAME.yaml at size=tiny."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        option = compose(f"{group}/{name}")
     root = {"size": "tiny", "pretrained": True, "attention": {"implementation": None}}
-    config = OmegaConf.create({**root, group: OmegaConf.load(conf_dir() / f"{group}/{name}.yaml")})
-    values = OmegaConf.to_container(config[group], resolve=True)
+    values = OmegaConf.to_container(OmegaConf.create({**root, group: option[group]})[group], resolve=True)
     return {key: value for key, value in values.items() if key not in ("_target_", "_partial_")}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import lightning
 import torch
 
-from sedtrain.training.checkpoints import is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
 
 MOMENTS = ("loading", "forward", "backward", "update", "validating", "writing")
 SHORT = [

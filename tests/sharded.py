@@ -1,4 +1,4 @@
-"""Trainings over two ranks, as `torchrun --nproc-per-node 2 tests/sharded.py FOLDER CORPUS` runs them."""
+"""Runs over two ranks, for `torchrun --nproc-per-node 2 tests/sharded.py FOLDER CORPUS`."""
 
 import os
 import sys
@@ -28,12 +28,12 @@ OVER_RANKS = {
 
 
 def arguments(folder, corpus, name, *overrides):
-    """Of a training in FOLDER/NAME; it makes three steps, or, from the last checkpoint of another one, the three after them."""
-    started = [each.partition("=")[2] for each in overrides if each.startswith("resume=")]
-    others = [each for each in overrides if not each.startswith("resume=")]
-    goes_on = [f"resume={folder}/{each}/checkpoints/last.ckpt" for each in started]
-    steps = f"trainer.max_steps={6 if started else 3}"
-    return [*SHORT, f"data.path={corpus}", f"run_dir={folder}/{name}", steps, *others, *goes_on]
+    """The command line of a run in FOLDER/NAME: three steps, or three more from the last checkpoint of another run."""
+    resumed = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
+    others = [override for override in overrides if not override.startswith("resume=")]
+    resume = [f"resume={folder}/{run}/checkpoints/last.ckpt" for run in resumed]
+    steps = f"trainer.max_steps={6 if resumed else 3}"
+    return [*SHORT, f"data.path={corpus}", f"run_dir={folder}/{name}", steps, *others, *resume]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from sedtrain import build
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.text.tokenizers import train_tokenizer
-from sedtrain.training.checkpoints import read_checkpoint
+from sedtrain.training.checkpoint_files import read_checkpoint
 
 SMALL = [
     "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",
@@ -36,16 +36,22 @@ def command(sedtrain, corpus, tmp_path):
 
 
 @pytest.fixture
-def built(corpus, tmp_path):
-    """A function of overrides: the connected objects of a run on the small corpus."""
+def composed(corpus, tmp_path):
+    """A function of overrides: the configuration of a run on the small corpus."""
 
-    def run(*overrides):
+    def compose_run(*overrides):
         register()
         choices = ["data=parquet", f"data.path={corpus}", f"run_dir={tmp_path}", "logger=none"]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return build.training_run(compose("train", [*choices, *SMALL, *overrides]))
+            return compose("train", [*choices, *SMALL, *overrides])
 
-    return run
+    return compose_run
+
+
+@pytest.fixture
+def built(composed):
+    """A function of overrides: the connected components of a run on the small corpus."""
+    return lambda *overrides: build.training_run(composed(*overrides))
 
 
 # --- precision
@@ -102,44 +108,57 @@ def test_a_fused_step_goes_as_far_as_clipping_allows_in_mixed_precision_too(buil
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-# --- values that cannot be
+# --- what components refuse
+
+
+def refused(make, *arguments):
+    """Option and value of everything that is refused at once, with what is wrong and what to write."""
+    with pytest.raises(UserError) as raised:
+        make(*arguments)
+    return {(error.option, error.value): (error.wrong, error.write) for error in raised.value.errors}
 
 
 @pytest.mark.parametrize(
-    ("override", "target", "wrong"),
+    ("override", "wrong"),
     [
-        ("trainer.accelerator=gpuu", "lightning.Trainer", "invalid accelerator name: `accelerator='gpuu'`"),
-        ("trainer.devices=0", "lightning.Trainer", "`Trainer(devices=0)` value is not a valid input"),
-        ("trainer.max_time=abc", "lightning.Trainer", "Expected a string in the format DD:HH:MM:SS"),
-        ("trainer.precision=foo", "lightning.Trainer", "Precision 'foo' is invalid. Allowed"),
-        ("trainer.val_check_interval=0.5", "lightning.Trainer", "should be an integer or a time-based"),
-        ("optimizer.lr=-1", "torch.optim.AdamW", "Invalid learning rate: -1"),
-        ("optimizer.betas=[2,3]", "torch.optim.AdamW", "Invalid beta parameter at index 0: 2"),
+        ("trainer.accelerator=gpuu", "invalid accelerator name: `accelerator='gpuu'`"),
+        ("trainer.devices=0", "`Trainer(devices=0)` value is not a valid input"),
+        ("trainer.max_time=abc", "Expected a string in the format DD:HH:MM:SS"),
+        ("trainer.precision=foo", "Precision 'foo' is invalid. Allowed"),
+        ("trainer.val_check_interval=0.5", "should be an integer or a time-based"),
+        pytest.param(
+            "trainer.accelerator=gpu", "No supported gpu backend found!",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
     ],
-)
-def test_a_value_that_a_component_refuses_is_a_problem_of_the_component(built, override, target, wrong):
-    with pytest.raises(UserError) as raised:
-        built(override)
-    [error] = raised.value.errors
-    group, name = override.partition(".")[0], target.rpartition(".")[2]
-    assert (error.option, error.value) == (group, target)
-    assert wrong in error.wrong
-    assert error.write == f"write values that {name} takes, such as {group}.OPTION=VALUE"
+)  # fmt: skip
+def test_a_value_that_a_component_refuses_is_a_problem_of_the_component(composed, override, wrong):
+    cfg = composed(override)
+    [(place, told)] = refused(build.make_trainer, cfg, build.create(cfg, "finetune")).items()
+    assert place == ("trainer", "lightning.Trainer")
+    assert wrong in told[0]
+    assert told[1] == "write values that Trainer takes, such as trainer.OPTION=VALUE"
 
 
-def test_a_learning_schedule_without_an_end_is_a_problem_at_its_option(built):
-    with pytest.raises(UserError) as raised:
-        built("trainer.max_steps=-1")
-    [error] = raised.value.errors
-    assert (error.option, error.value) == ("trainer.max_steps", -1)
-    assert error.wrong.endswith("and this has none")
-    assert error.write == "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
+def test_everything_that_components_refuse_is_reported_at_once(built, tmp_path):
+    missing = ("encoder.checkpoint", "decoder.checkpoint")
+    overrides = [f"{option}={tmp_path}/nowhere" for option in missing]
+    found = refused(
+        built, *overrides, "data.path=./nowhere", "trainer.devices=0", "augment=reverb", "augment.reverb.folder=no"
+    )
+    assert {option for option, _ in found} == {*missing, "data.path", "augment.reverb.folder", "trainer"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_a_problem(built):
-    with pytest.raises(UserError, match=r"trainer = 'lightning.Trainer'\n    No supported gpu backend found!"):
-        built("trainer.accelerator=gpu")
+def test_what_depends_on_a_refused_component_is_not_tried_and_all_else_is(built):
+    """The optimizer needs the model, which has no width for this adapter; the Trainer needs neither."""
+    found = refused(built, "adapter=none", "decoder.tiny.hidden_size=96", "optimizer.lr=-1", "trainer.max_steps=-1")
+    assert {option for option, _ in found} == {"adapter", "trainer.max_steps"}
+    wrong, write = found["trainer.max_steps", -1]
+    assert wrong == "the learning rate falls until the end of training, and this has none"
+    assert write == "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
+    found = refused(built, "optimizer.lr=-1", "trainer.max_steps=-1")
+    assert found["optimizer", "torch.optim.AdamW"][0] == "Invalid learning rate: -1"
+    assert len(found) == 2
 
 
 def test_an_error_of_the_encoder_s_own_making_is_a_problem(built):
@@ -147,26 +166,13 @@ def test_an_error_of_the_encoder_s_own_making_is_a_problem(built):
         built("+encoder.options.hidden_size=145")
 
 
-@pytest.mark.parametrize(
-    ("override", "wanted"),
-    [
-        ("loss.label_smoothing=7", "a fraction from 0 to 1"),
-        ("loss.ctc_weight=5", "a fraction from 0 to 1"),
-        ("loss.ctc_weight=nan", "a fraction from 0 to 1"),
-        ("scheduler.warmup_fraction=2", "a fraction from 0 to 1"),
-        ("decoding.num_beams=0", "1 or more"),
-        ("decoding.max_new_tokens=0", "1 or more"),
-        ("decoding.temperature=-1", "a number above 0"),
-        ("data.batch_seconds=-3", "a number above 0"),
-        ("data.num_workers=-1", "0 or more"),
-        ("data.max_seconds=0.01", "above data.min_seconds, 0.05"),
-    ],
-)
-def test_a_value_out_of_range_ends_with_status_2_and_its_range(command, override, wanted):
-    ended = command(override)
+def test_every_split_that_the_run_needs_is_checked_before_training(command):
+    ended = command("data.validation_split=nein", "data.test_split=nope", "trainer.devices=0")
     assert ended.status == 2
-    option = override.partition("=")[0]
-    assert ended.err == f"{override}: this has to be {wanted}\n  write instead: {option}=NUMBER, {wanted}\n"
+    assert ended.err.startswith("3 problems:\n\n")
+    assert "'nein'" in ended.err
+    assert "'nope'" in ended.err
+    assert "trainer = 'lightning.Trainer'" in ended.err
     assert "what will be trained" not in ended.out
 
 
@@ -266,8 +272,8 @@ def test_the_plan_tells_that_epochs_of_unknown_length_may_end_before_the_steps(b
     assert facts["steps"] == "1,800, or 2 epochs if they end first, at most 0:08:00"
     [warning] = [each.getMessage() for each in caplog.records if "is planned for" in each.getMessage()]
     assert warning == (
-        "the learning rate is planned for trainer.max_steps=1800: nobody knows how many steps an epoch of a stream, "
-        "or of a weighted mix, has, and trainer.max_epochs=2 may end training long before, even in warm-up"
+        "the learning rate is planned for trainer.max_steps=1800: the steps in an epoch of a stream, or of a weighted "
+        "mix, are unknown, and trainer.max_epochs=2 may end training long before, even in warm-up"
     )
 
 
@@ -278,17 +284,12 @@ SAME_FILES = "the same files would be training, validation and test data at once
 
 
 @pytest.mark.parametrize("path", ["a-{000..127}.tar", "a-*.parquet", "https://host/a.parquet", "hf://datasets/a/*.tar"])
-def test_files_that_are_the_same_for_all_splits_are_refused(built, path):
-    with pytest.raises(UserError) as raised:
-        built(f'data.path="{path}"')
-    [problem] = raised.value.problems
-    assert (problem.path, problem.value, problem.wrong) == ("data.path", path, SAME_FILES)
-    assert problem.write.startswith("write data.path=PATTERN with {split}")
+def test_files_that_are_the_same_for_all_splits_are_refused(composed, path):
     mixed = ["data=mix", f'data.mix.german.path="{path}"', "data.mix.english.path=spoken_digits"]
-    with pytest.raises(UserError) as raised:
-        built(*mixed)
-    [problem] = raised.value.problems
-    assert (problem.path, problem.wrong) == ("data.mix.german.path", SAME_FILES)
+    for option, overrides in (("data.path", [f'data.path="{path}"']), ("data.mix.german.path", mixed)):
+        [(place, (wrong, write))] = refused(build.training_data, composed(*overrides)).items()
+        assert (place, wrong) == ((option, path), SAME_FILES)
+        assert write.startswith(f"write {option}=PATTERN with {{split}}")
 
 
 @pytest.mark.parametrize("file", ["train.parquet", "tr*n.parquet"])
@@ -316,10 +317,10 @@ def test_what_stops_a_stream_in_its_first_block_is_told_without_a_traceback(comm
     )
     assert ended.status == 2
     assert "Traceback" not in ended.err
-    assert ended.err.count("write instead:") == 1
+    assert ended.err.count("1 problem:\n\n") == 1
     told, instead = ended.err.splitlines()[-2:]
     assert (told.endswith("empty text"), instead) == (
-        True, "  write instead: data.on_bad_utterance=skip to go on without it",
+        True, "    write data.on_bad_utterance=skip to continue without it",
     )  # fmt: skip
 
 
@@ -328,21 +329,13 @@ def test_another_failure_of_a_training_keeps_its_own_words(built, monkeypatch):
 
     def fit(*arguments, **options):
         try:
-            raise UserError("this is wrong", "that")
+            raise UserError("data.path", "a", "this is wrong", "write that")
         except UserError:
             raise RuntimeError("out of cheese")  # noqa: B904
 
     monkeypatch.setattr(run.trainer, "fit", fit)
     with pytest.raises(RuntimeError, match="out of cheese"):
         run.fit(None)
-
-
-def test_every_split_that_the_run_needs_is_checked_before_training(command, tmp_path):
-    ended = command("data.validation_split=nein", "data.test_split=nope")
-    assert ended.status == 2
-    assert "split 'nein'" in ended.err
-    assert "split 'nope'" in ended.err
-    assert "what will be trained" not in ended.out
 
 
 def test_the_split_that_is_not_scored_may_be_missing(built):
@@ -386,7 +379,7 @@ def test_texts_are_learnt_as_they_are_by_default(built, loud):
     assert run.saved.tokenizer.decode(batch.labels[0][batch.labels[0] >= 0], skip_special_tokens=True) == batch.texts[0]
 
 
-def test_a_model_its_card_and_its_results_name_both_normalizers(command, sedtrain, loud, tmp_path):
+def test_both_normalizers_are_named_by_model_card_and_results_and_need_not_be(command, sedtrain, loud, tmp_path):
     ended = command(f"data.path={loud}", "training_normalizer=whisper_basic", "normalizer=none")
     assert ended.status == 0, ended.err
     label = {"name": "whisper_basic", "version": f"whisper-normalizer {version('whisper-normalizer')}"}
@@ -398,16 +391,12 @@ def test_a_model_its_card_and_its_results_name_both_normalizers(command, sedtrai
     for folder in ("run", "again"):
         stored = json.loads((tmp_path / folder / "results.json").read_text())
         assert (stored["normalizer"]["name"], stored["training_normalizer"]) == ("none", label)
-
-
-def test_a_model_that_does_not_name_a_training_normalizer_is_scored_all_the_same(command, sedtrain, tmp_path):
-    assert command().status == 0
     config = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert config.pop("training_normalizer") == {"name": "none", "version": "1"}
+    del config["training_normalizer"]
     (tmp_path / "run/model/config.json").write_text(json.dumps(config))
-    ended = sedtrain("task=evaluate", f"checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'again'}")
-    assert ended.status == 0, ended.err
-    assert json.loads((tmp_path / "again/results.json").read_text())["training_normalizer"] is None
+    unnamed = sedtrain("task=evaluate", f"checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'unnamed'}")
+    assert unnamed.status == 0, unnamed.err
+    assert json.loads((tmp_path / "unnamed/results.json").read_text())["training_normalizer"] is None
 
 
 def test_an_unknown_training_normalizer_is_refused_with_the_closest(command):

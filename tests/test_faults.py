@@ -21,5 +21,6 @@ def test_the_tests_of_a_fault_exist(number, tests):
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
     assert len(named) == tests.count("`") // 2 > 0
     for file, name in named:
-        tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+        [path] = TESTS.rglob(file)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"

@@ -16,10 +16,11 @@ from kill_and_resume import differences, whole_checkpoints
 from omegaconf import OmegaConf
 
 from sedtrain import launch as ranks
-from sedtrain.cli import follow
+from sedtrain.cli import use_started
 from sedtrain.config.overrides import check_command_line
 from sedtrain.errors import UserError
-from sedtrain.training.checkpoints import read_checkpoint, refuse_different_starts
+from sedtrain.training.checkpoint_files import read_checkpoint
+from sedtrain.training.checkpoints import refuse_different_starts
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -78,9 +79,9 @@ def test_what_is_not_trained_is_done_by_one_process(environment, sedtrain, tmp_p
 
 
 def test_ranks_that_start_from_different_steps_are_refused():
-    refuse_different_starts([{"step": 4}, {"step": 4}])
+    refuse_different_starts([4, 4], "run/checkpoints")
     with pytest.raises(UserError, match=r"start from different steps, by rank: \[4, 2\]"):
-        refuse_different_starts([{"step": 4}, {"step": 2}])
+        refuse_different_starts([4, 2], "run/checkpoints")
 
 
 # --- the folder
@@ -116,8 +117,8 @@ def test_the_trainer_uses_the_processes_that_were_started(environment, variables
     environment(**variables)
     assert ranks.started_processes() == started
     if started:
-        cfg = OmegaConf.create({"trainer": {"devices": "auto"}})
-        follow(cfg, *started)
+        cfg = OmegaConf.create({"task": "train", "trainer": {"devices": "auto"}})
+        use_started(cfg, *started)
         assert (cfg.trainer.devices, cfg.trainer.num_nodes) == started
 
 

@@ -1,6 +1,6 @@
-"""A cell of an audio column becomes samples: bytes, the path of a file, or a range of bytes in a larger one.
+"""A cell of an audio column as samples; the cell holds bytes, the path of a file, or a range of bytes in a larger one.
 
-S samples. Audio is decoded by soundfile from the bytes as they are stored: neither torchcodec nor FFmpeg is needed.
+S samples. soundfile decodes the bytes as they are stored; neither torchcodec nor FFmpeg is needed.
 """
 
 import io
@@ -19,19 +19,20 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
-AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
-MP3_RESERVOIR = 11_520  # samples: a frame of MP3 needs up to 511 bytes of those before it, or is decoded wrongly
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
-RATES = range(1_000, 768_001)  # hertz; resampled from another, a file of nothing could fill the memory
-AT_ONCE = 1 << 22  # values: memory is taken as audio is decoded, since a header can claim any length
-LOUDEST = 2.0**31  # float audio that was never scaled down from integers reaches this
-CLAIM = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's words of WAV and AIFF
-UNKNOWN_BYTES = 0x7FFF0000  # what is written to a pipe claims this size or a larger one
-TOLERATED_SECONDS = 0.1  # the end of a file may miss so much
+"""The errors of audio that cannot be read."""
+AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
+MP3_RESERVOIR = 11_520  # samples; a frame of MP3 needs up to 511 bytes of the frames before it
+RATES = range(1_000, 768_001)  # hertz; resampling from another rate could fill the memory
+AT_ONCE = 1 << 22  # values per read, since a header can claim any length
+LOUDEST = 2.0**31  # reached by float audio that was never scaled down from integers
+CLAIM = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's words on WAV and AIFF
+UNKNOWN_BYTES = 0x7FFF0000  # a file that was written to a pipe claims this size or a larger one
+TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file
 
 
 class RefusedAudio(OSError):
-    """Audio that is not read although it may be there; `reason` is one of few words, so that reasons can be counted."""
+    """Audio that is not used; `reason` is a short phrase that many utterances share, so that reasons can be counted."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -43,63 +44,51 @@ def is_audio_file(name: str) -> bool:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a relative name climbs out of the folder that it is relative to, links not followed."""
+    """True for a relative name that climbs out of its folder by `..`; links are not looked at."""
     return os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def path_in(folder: Path, name: str) -> str:
-    """Where `name` is. An absolute one is taken as its author wrote it; a relative one has to stay in the folder."""
+    """The path of `name`, which is absolute or stays in the folder. Raises RefusedAudio."""
     if "\0" in name or (not os.path.isabs(name) and leaves_folder(name)):
         raise RefusedAudio("path outside the dataset's folder", name.replace("\0", "\\0"))
     return str(folder / name)
 
 
 class Content(io.BytesIO):
-    """Bytes as a file; to before its beginning, where corrupt headers send libsndfile, is its beginning."""
+    """Bytes as a file. Corrupt headers send libsndfile before its beginning; there it finds the beginning."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: len(self.getbuffer())}[whence]
         return super().seek(max(0, start + offset))
 
 
-class ByteRange(io.RawIOBase):
+class ByteRange(io.FileIO):
     """`size` bytes of a file from `offset` on, as a file of their own: a member of a tar is read without the tar."""
 
+    readall = io.RawIOBase.readall  # by way of readinto
+
     def __init__(self, path: str, offset: int, size: int) -> None:
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        self.offset, self.size, self.position = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        super().__init__(path)
+        self.offset, self.size = offset, size
+        self.seek(0)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        self.position = max(0, start + offset)
-        return self.position
+        start = self.tell() if whence == os.SEEK_CUR else self.size if whence == os.SEEK_END else 0
+        return super().seek(self.offset + max(0, start + offset)) - self.offset
 
     def tell(self) -> int:
-        return self.position
+        return super().tell() - self.offset
 
     def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer)[: max(0, self.size - self.position)]
-        self.file.seek(self.offset + self.position)
-        number = self.file.readinto(room) or 0
-        self.position += number
-        return number
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+        return super().readinto(memoryview(buffer)[: max(0, self.size - self.tell())])
 
 
 @contextmanager
 def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFile]:
     """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
 
-    folder: where relative paths begin, and what they must not leave; without one, paths are the user's own
+    folder: relative paths begin here and must stay inside; None: the user gave the path, which may lead anywhere
     Raises RefusedAudio where there is no audio.
     """
     values = cell if isinstance(cell, dict) else {"bytes" if isinstance(cell, bytes) else "path": cell}
@@ -124,7 +113,7 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFil
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file. Raises RefusedAudio where there is none; to read a pipe could last for ever."""
+    """Bytes of a file. Raises RefusedAudio for what is no file, such as a pipe, which could be read for ever."""
     try:
         facts = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -140,7 +129,7 @@ def refuse_empty(num_bytes: int, detail: str) -> None:
 
 
 def sound_in(file: str | io.IOBase) -> soundfile.SoundFile:
-    """Raises RefusedAudio for what is no audio, whatever its name says, and for a sampling rate that cannot be."""
+    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate."""
     try:
         sound = soundfile.SoundFile(file)
     except (soundfile.LibsndfileError, TypeError) as error:
@@ -158,7 +147,7 @@ def words_of(error: Exception) -> str:
 
 
 def frames_between(sound: soundfile.SoundFile, start: float | None, end: float | None) -> tuple[int, int]:
-    """The first frame of a segment in seconds, and the one behind its last. Raises RefusedAudio where it has none."""
+    """The first frame of a segment given in seconds, and the one after its last. Raises RefusedAudio if it is empty."""
     rate, total = sound.samplerate, sound.frames
     first = 0.0 if start is None else start
     last = inf if end is None else end
@@ -169,7 +158,7 @@ def frames_between(sound: soundfile.SoundFile, start: float | None, end: float |
 
 
 def seconds_between(cell: Any, folder: Path | None, start: float | None = None, end: float | None = None) -> float:
-    """The length of the audio, or of a segment of it, by its header. Raises one of UNREADABLE."""
+    """The length of the audio, or of a segment of it, by its header. Raises an error of UNREADABLE."""
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
         return (last - first) / int(sound.samplerate)
@@ -185,28 +174,25 @@ def read_audio(
 ) -> torch.Tensor:
     """(S,) float32, finite: one channel (the mean of all) at `sampling_rate` hertz. Raises RefusedAudio.
 
-    start, end: seconds; nothing but the frames between them is decoded, of MP3 some before them. In the last page of
-        a Vorbis file libsndfile seeks up to 20 ms too far back.
-    declared: how many seconds the dataset says that these are; where they are not, nothing is decoded
+    start, end: seconds; only the frames between them are decoded, of MP3 also some before. In the last page of a
+        Vorbis file libsndfile seeks up to 20 ms too far back.
+    declared: the seconds that the dataset gives for it; where they are wrong, nothing is decoded, because batches are
+        planned by them and memory would not suffice for much more
     """
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
         stored_rate = sound.samplerate
-        refuse_other_length((last - first) / stored_rate, declared)
+        seconds = (last - first) / stored_rate
+        if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
+            raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
         samples = frames(sound, first, last)
-        refuse_cut(sound, first, last, len(samples))
+        refuse_truncated(sound, first, last, len(samples))
     mono = one_channel(samples)
     if stored_rate != sampling_rate:
         mono = soxr.resample(mono, stored_rate, sampling_rate)
     if not len(mono):
         raise RefusedAudio("no samples", f"{len(samples)} at {stored_rate} Hz")
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
-
-
-def refuse_other_length(seconds: float, declared: float | None) -> None:
-    """Batches are made of what is declared, so that memory would not suffice for much more."""
-    if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
-        raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
 
 
 def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.float32]:
@@ -228,26 +214,25 @@ def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.floa
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
 
 
-def refuse_cut(sound: soundfile.SoundFile, first: int, last: int, found: int) -> None:
-    """Raises RefusedAudio where the header promises more than there is: the text would be of more audio."""
-    missing = (last - first - found) / sound.samplerate
-    claim = CLAIM.search(sound.extra_info) if last == sound.frames else None
-    if claim:
-        claimed, there = int(claim[1]), int(claim[2])
-        if there < claimed < UNKNOWN_BYTES:
-            missing = max(missing, (claimed / max(there, 1) - 1) * sound.frames / sound.samplerate)
+def refuse_truncated(sound: soundfile.SoundFile, first: int, last: int, num_found: int) -> None:
+    """Raises RefusedAudio where the header promises more audio than there is, to which the text would belong."""
+    missing = (last - first - num_found) / sound.samplerate
+    if last == sound.frames and (claim := CLAIM.search(sound.extra_info)):
+        claimed, found = map(int, claim.groups())
+        if found < claimed < UNKNOWN_BYTES:
+            missing = max(missing, (claimed / max(found, 1) - 1) * sound.frames / sound.samplerate)
     if missing > TOLERATED_SECONDS:
         raise RefusedAudio("truncated audio", f"{missing:.2f} s are missing")
 
 
 def refuse_silence(samples: torch.Tensor) -> None:
-    """Raises RefusedAudio where all samples are the same: nothing is said in it, whatever the text."""
+    """Raises RefusedAudio where all samples are equal: nothing is said in it, whatever the text says."""
     if bool((samples == samples[0]).all()):
         raise RefusedAudio("silent audio", f"every sample is {float(samples[0]):g}")
 
 
 def one_channel(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(frames, channels) -> (frames,), their mean. Raises RefusedAudio where there are none, or no numbers."""
+    """(frames, channels) -> (frames,), the mean. Raises RefusedAudio for no samples, and for impossible ones."""
     if not len(samples):
         raise RefusedAudio("no samples", "the audio has no samples")
     if not np.isfinite(samples).all():

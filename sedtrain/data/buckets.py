@@ -1,9 +1,10 @@
-"""Which utterances may share a batch, and how many: by bounds of padded audio and text, or as memory was measured to hold.
+"""Decides which utterances may share a batch, and how many: by bounds of padded audio and text, or by measured buckets.
 
 N utterances, G groups of utterances that may share a batch.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,49 +18,50 @@ from sedtrain.errors import UserError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-NUM_CANDIDATES = 256  # durations tried as edges of buckets, once spread over the utterances and once over the seconds
-BUCKET_PRICE = 0.2  # of a full batch: small corpora get fewer buckets, or the same utterances would always meet
+NUM_CANDIDATES = (
+    256  # durations tried as edges of buckets: so many spread over the utterances, so many over the seconds
+)
+BUCKET_PRICE = 0.2  # of a full batch; small corpora get fewer buckets by it, else the same utterances would always meet
+WRITE = (
+    "write data.batches=FILE of task=fit_batches, or a list of {seconds: NUMBER, tokens: NUMBER, utterances: NUMBER} with "
+    "rising seconds and tokens"
+)
 
 
 class Bucket(NamedTuple):
-    """Utterances of at most so many seconds, and so many target tokens, of which a batch holds so many."""
+    """A batch holds so many `utterances` of at most so many `seconds` and target `tokens` each."""
 
     seconds: float
     tokens: int
     utterances: int
 
 
-WRITE = (
-    "data.batches=FILE of task=fit_batches, or a list of {seconds: NUMBER, tokens: NUMBER, utterances: NUMBER} with "
-    "rising seconds and tokens"
-)
-
-
 def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
-    """The buckets that `data.batches` means: those of a YAML file, or as they are. Raises UserError for what is none."""
-    listed = read(batches) if isinstance(batches, str) else batches
+    """The buckets that `data.batches` lists, or the YAML file that it names. Raises UserError for anything else."""
+    listed = read_yaml(batches) if isinstance(batches, str) else batches
     if not isinstance(listed, list | tuple) or not listed:
-        raise UserError("data.batches: this is no list of buckets", WRITE)
-    buckets = [bucket_of(each, number) for number, each in enumerate(listed)]
+        raise UserError("data.batches", batches, "this is no list of buckets", WRITE)
+    buckets = [bucket_of(values, number) for number, values in enumerate(listed)]
     for number, (before, bucket) in enumerate(pairwise(buckets), start=1):
         if bucket.seconds <= before.seconds or bucket.tokens < before.tokens:
-            raise UserError(f"data.batches[{number}]: {named(bucket)} follows {named(before)}", WRITE)
+            wrong = f"the bucket before it holds {before.seconds:g} s and {before.tokens} tokens"
+            raise UserError(f"data.batches[{number}]", listed[number], wrong, WRITE)
     return buckets
 
 
-def read(path: str) -> Any:
+def read_yaml(path: str) -> Any:
     try:
         return yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:
-        raise UserError(f"data.batches={path} cannot be read: {error}", WRITE) from error
+        raise UserError("data.batches", path, f"this file cannot be read: {error}", WRITE) from error
     except yaml.YAMLError as error:
-        raise UserError(f"data.batches={path} is no YAML: {' '.join(str(error).split())}", WRITE) from error
+        raise UserError("data.batches", path, f"this is no YAML: {' '.join(str(error).split())}", WRITE) from error
 
 
 def bucket_of(values: object, number: int) -> Bucket:
-    is_named = isinstance(values, Mapping) and set(values) == set(Bucket._fields)
-    if not is_named or not all(is_above_0(name, each) for name, each in dict(values).items()):  # type: ignore[call-overload]
-        raise UserError(f"data.batches[{number}]={values}: this is no bucket", WRITE)
+    has_all = isinstance(values, Mapping) and set(values) == set(Bucket._fields)
+    if not has_all or not all(is_above_0(name, value) for name, value in dict(values).items()):  # type: ignore[call-overload]
+        raise UserError(f"data.batches[{number}]", values, "this is no bucket", WRITE)
     return Bucket(**values)  # type: ignore[arg-type]
 
 
@@ -68,15 +70,11 @@ def is_above_0(name: str, value: object) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
-def named(bucket: Bucket) -> str:
-    return f"{bucket.seconds:g} s and {bucket.tokens} tokens"
-
-
 def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Floats:
-    """The longest duration of each of at most `num_buckets` buckets, ascending, so that padding is least.
+    """The longest duration of each of at most `num_buckets` buckets, ascending, chosen so that padding is least.
 
-    Counts the padded seconds of all batches as if each were full and as long as its bucket, and a small price of each
-    bucket, since its last batch is seldom full. The best choice among the candidates, by dynamic programming.
+    Counts the padded seconds of all batches as if each were full and as long as its bucket, plus a small price for each
+    bucket, since its last batch is seldom full. Dynamic programming finds the best choice among the candidates.
     """
     if not len(seconds):
         return seconds
@@ -100,33 +98,53 @@ def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Flo
     return edges[np.unique(chosen)]
 
 
-def bounded(
-    seconds: Floats, batch_seconds: float, tokens: Integers | None, batch_tokens: int | None, num_buckets: int
-) -> tuple[Integers, Integers]:
-    """(N,) the group of each utterance, (G,) how many of each make a batch of so many seconds and tokens at most."""
-    edges = bucket_edges(seconds, batch_seconds, num_buckets)
-    bucket = np.searchsorted(edges, seconds)
-    most = max(len(seconds), 1)
-    room = np.clip(batch_seconds // seconds, 1, most)
-    halvings = np.zeros(len(room), dtype=np.int64)
-    if batch_tokens is not None:
-        assert tokens is not None, "tokens are what batch_tokens bounds"
-        room = np.clip(batch_tokens // np.maximum(tokens, 1), 1, room)
-        full = np.clip(batch_seconds // edges, 1, most)[bucket]
-        halvings = np.ceil(np.log2(np.maximum(full / room, 1))).astype(np.int64)
-    names, groups = np.unique(bucket * 64 + halvings, return_inverse=True)
-    sizes = np.full(len(names), len(seconds))
-    np.minimum.at(sizes, groups, room.astype(np.int64))
-    return groups, sizes
+def groups_by_buckets(seconds: Floats, tokens: Integers, buckets: Sequence[Bucket]) -> tuple[Integers, Integers]:
+    """(N,) the group of each utterance, and (G,) how many of a group make a batch.
 
-
-def fitted(seconds: Floats, tokens: Integers, buckets: Sequence[Bucket]) -> tuple[Integers, Integers]:
-    """(N,) the group of each utterance, (G,) how many of each make a batch.
-
-    A group is the first bucket that holds both its seconds and its tokens: a long text moves to a later one. What is
-    beyond the last stands alone.
+    An utterance goes to the first bucket that holds both its seconds and its tokens, so a long text moves to a later
+    one. An utterance beyond the last bucket is a batch of its own.
     """
     edges, most_tokens, sizes = zip(*buckets, strict=True)
     first = np.maximum(np.searchsorted(edges, seconds), np.searchsorted(most_tokens, tokens))
-    names, groups = np.unique(first, return_inverse=True)
-    return groups, np.array([*sizes, 1])[names]
+    distinct, groups = np.unique(first, return_inverse=True)
+    return groups, np.array([*sizes, 1])[distinct]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a batch may hold.
+
+    batch_seconds, batch_tokens: seconds of audio and, if given, target tokens, padding included
+    num_buckets: of similar durations, each with batches of its own, at most
+    buckets:     bound the batches instead of these, where they are given
+    """
+
+    batch_seconds: float
+    batch_tokens: int | None = None
+    num_buckets: int = 30
+    buckets: Sequence[Bucket] | None = None
+
+    @property
+    def count_tokens(self) -> bool:
+        """Whether the target tokens of each utterance have to be known."""
+        return bool(self.buckets or self.batch_tokens)
+
+    def groups(self, seconds: Floats, tokens: Integers | None) -> tuple[Integers, Integers]:
+        """(N,) the group of each utterance, and (G,) how many of a group make a batch."""
+        if self.buckets is not None:
+            assert tokens is not None, "buckets bound tokens too"
+            return groups_by_buckets(seconds, tokens, self.buckets)
+        edges = bucket_edges(seconds, self.batch_seconds, self.num_buckets)
+        bucket = np.searchsorted(edges, seconds)
+        most = max(len(seconds), 1)
+        room = np.clip(self.batch_seconds // seconds, 1, most)
+        halvings = np.zeros(len(room), dtype=np.int64)
+        if self.batch_tokens is not None:
+            assert tokens is not None, "tokens are what batch_tokens bounds"
+            room = np.clip(self.batch_tokens // np.maximum(tokens, 1), 1, room)
+            full = np.clip(self.batch_seconds // edges, 1, most)[bucket]
+            halvings = np.ceil(np.log2(np.maximum(full / room, 1))).astype(np.int64)
+        distinct, groups = np.unique(bucket * 64 + halvings, return_inverse=True)
+        sizes = np.full(len(distinct), len(seconds))
+        np.minimum.at(sizes, groups, room.astype(np.int64))
+        return groups, sizes

@@ -1,4 +1,4 @@
-"""Utterances become a padded batch: features one by one, so that no utterance depends on its neighbours, then padding.
+"""Makes a padded batch of utterances; features are computed one by one, so that none depends on its neighbours.
 
 B batch, S samples, T frames, F features, U target tokens.
 """
@@ -21,8 +21,8 @@ from sedtrain.text.tokenizers import encode_target
 class Collator:
     """Turns utterances into a Batch with the encoder's feature extractor and the decoder's tokenizer.
 
-    rewrite: what is done to a text before it becomes labels; the batch keeps the text itself, to score against
-    tags: what labels begin with, and prompts end with
+    rewrite: normalizes a text before it becomes labels; the batch keeps the text itself, to score against
+    tags:    begin the labels and end the prompts
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Collator:
         return int(self.feature_extractor.sampling_rate)
 
     def __call__(self, utterances: Sequence[Utterance], skipped: Sequence[Skipped] = ()) -> Batch:
-        """The padded Batch of `utterances`; of none, a Batch of length 0."""
+        """The padded Batch of `utterances`, of length 0 if there are none."""
         if not utterances:
             none = torch.zeros(0, 0, dtype=torch.long)
             return Batch(none.float(), none, none, [], [], 0.0, list(skipped))
@@ -64,7 +64,7 @@ class Collator:
         )
 
     def dummy_batch(self) -> Batch:
-        """A second of silence without text, which a rank that has no utterance left can compute with."""
+        """A second of silence without text, for a rank that has no utterance left."""
         frames = self.features(torch.zeros(self.sampling_rate))[None]
         return Batch(
             inputs=frames.transpose(1, 2) if self.time_is_last else frames,
@@ -76,7 +76,7 @@ class Collator:
         )
 
     def num_tokens(self, text: str) -> int:
-        """Of its labels."""
+        """The number of label ids of a text, tags included."""
         return len(self.target(text)) + (NUM_TAGS if self.tags else 0)
 
     def target(self, text: str) -> list[int]:
@@ -86,7 +86,7 @@ class Collator:
     def features(self, audio: Tensor) -> Tensor:
         """(S,) audio -> (S,) normalized audio or (T, F) features, time first, unpadded and not cut to 30 s.
 
-        Shorter audio than 0.1 s gets silence behind it: the first frame of an encoder can span half as much.
+        Audio below 0.1 s is padded with silence, because the first frame of an encoder can span half as much.
         """
         missing = self.sampling_rate // 10 - len(audio)
         return features_of(self.feature_extractor, pad(audio, (0, missing)) if missing > 0 else audio)

@@ -1,11 +1,16 @@
-"""The utterances of a split, read and decoded in the workers."""
+"""Parts of datasets, opened when they are needed, and a split made of them, read and decoded in the workers."""
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from math import inf
 from operator import itemgetter
+from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -13,19 +18,154 @@ from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
 from sedtrain.data.collate import Collator
-from sedtrain.data.corpus import Parts, Reference
-from sedtrain.data.shards import BrokenShard
+from sedtrain.data.paths import local_path, split_files
+from sedtrain.data.readers import BrokenFile
+from sedtrain.data.shards import Shard, shards_of
+from sedtrain.data.sources import load_rows
+from sedtrain.data.tables import PROBLEM
+from sedtrain.data.utterances import Columns, UtteranceRows, as_text
 from sedtrain.errors import UserError
 
-ROUNDED = 0.01  # seconds by which audio may be longer than its header says, once it is resampled
+ROUNDED = 0.01  # seconds by which resampled audio may be longer than its header says
+
+Reference = tuple[int, int]
+"""An utterance: the number of its part, and its row there."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset.
+
+    splits: its own names of train, validation and test; None for a split that it does not have
+    weight: how often its training split is seen in an epoch
+    label:  its name in a mix, which its ids begin with
+    """
+
+    path: str
+    columns: Columns
+    splits: Mapping[str, str | None]
+    name: str | None = None
+    audio_folder: str | None = None
+    weight: float = 1.0
+    label: str = ""
+    language: str | None = None
+    task: str = "transcribe"
+
+    def parts(self, split: str, copies: Path | None = None) -> list["Part"]:
+        """A split, which is train, validation or test, as one part, or as one for each of its files.
+
+        copies: where files are opened one by one, the folder of what is fetched or converted for that
+        """
+        name = self.splits[split]
+        if name is None:
+            return []
+        shards = shards_of(self.path, name, self.name, copies) if copies else []
+        return [Part(self, name, shard) for shard in shards] or [Part(self, name)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are opened together: one shard of a split of a dataset, or the split where it has no shards."""
+
+    source: Source
+    split: str
+    shard: Shard | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that rows without an id begin with."""
+        return self.split if self.shard is None else self.shard.name
+
+    @property
+    def path(self) -> str | None:
+        """The file or URL, where it is a single one."""
+        return file_of(self.source.path, self.split) if self.shard is None else self.shard.place
+
+    def open(self) -> UtteranceRows:
+        """Raises UserError where there are no rows of utterances, BrokenFile for a file that cannot be read."""
+        source = self.source
+        if self.shard is None:
+            rows = load_rows(source.path, self.split, source.name)
+        else:
+            rows = with_columns(self.shard.rows(), source.columns)
+        return UtteranceRows(
+            rows,
+            source.columns,
+            source.path,
+            self.name,
+            None if source.audio_folder is None else Path(source.audio_folder).expanduser(),
+            f"{source.label}/" if source.label else "",
+            source.language,
+            source.task,
+            self.path,
+        )
+
+    def texts(self, column: str) -> Iterator[str]:
+        """A column as text; of a Parquet file, without reading the others. Raises as `open` does."""
+        return map(as_text, self.open().cells(column)) if self.shard is None else self.shard.texts(column)
+
+
+def with_columns(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
+    """The rows; those of a file without a readable line get the columns that other files have, all null."""
+    if set(rows.column_names) - {PROBLEM}:
+        return rows
+    used = dict.fromkeys(column for column in vars(columns).values() if column)
+    problems = {PROBLEM: rows[PROBLEM][:]} if len(rows) else {}
+    return datasets.Dataset(pa.table({**{column: pa.nulls(len(rows)) for column in used}, **problems}))
+
+
+def file_of(path: str, split: str) -> str | None:
+    """The file of a folder that holds a split, where it is a single one."""
+    folder = local_path(path)
+    files = split_files(folder, split.partition("[")[0]) if folder.is_dir() else []
+    return str(files[0]) if len(files) == 1 else None
+
+
+class Parts(Sequence[UtteranceRows]):
+    """The rows of each part, opened when they are asked for.
+
+    num_rows: parts stay open that have at least so many rows together; None: all parts
+    """
+
+    def __init__(self, parts: Iterable[Part], num_rows: int | None = None) -> None:
+        self.parts, self.num_rows = list(parts), num_rows
+        self.opened: OrderedDict[int, UtteranceRows] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
+        if number not in self.opened:
+            self.opened[number] = self.parts[number].open()
+            self.close_oldest()
+        self.opened.move_to_end(number)
+        return self.opened[number]
+
+    def close_oldest(self) -> None:
+        num_open = sum(map(len, self.opened.values()))
+        for number, rows in list(self.opened.items())[:-1]:
+            num_open -= len(rows)
+            if self.num_rows is None or num_open < self.num_rows:
+                break
+            del self.opened[number]
+
+    def fetch_ahead(self, number: int) -> None:
+        if shard := self.parts[number].shard:
+            shard.fetch_ahead()
+
+    def remove_copy(self, number: int) -> None:
+        """Removes what was fetched or converted to open this part; it can be opened anew."""
+        self.opened.pop(number, None)
+        if shard := self.parts[number].shard:
+            shard.remove_copy()
 
 
 class SplitDataset(Dataset[Batch]):
     """Item `(epoch, [reference, ...])` is a Batch.
 
-    kept: the seconds of each utterance that is used; of a stream nothing is known ahead
-    keep_decoded_hours: what is not longer is decoded once and kept in memory
-    max_seconds: longer audio is left out, although its header or a column of lengths gave it as shorter
+    kept:               the seconds of each utterance that is used; empty for a stream, which is not known before
+    keep_decoded_hours: a split that is not longer is decoded once and kept in memory
+    max_seconds:        audio that turns out longer is left out, although its header or column said otherwise
     """
 
     def __init__(
@@ -50,24 +190,23 @@ class SplitDataset(Dataset[Batch]):
 
     @property
     def longest(self) -> float:
-        """The factor by which an utterance may become longer than it is stored."""
+        """The factor by which augmentation may lengthen an utterance."""
         return self.augment.longest if self.augment else 1.0
 
     def __getitem__(self, drawn: tuple[int, list[Reference]]) -> Batch:
         epoch, references = drawn
-        read = [self.read(reference) for reference in references]
-        utterances = [result for result in read if isinstance(result, Utterance)]
-        return self.collator(
-            [self.augment(utterance, epoch) for utterance in utterances] if self.augment else utterances,
-            [result for result in read if isinstance(result, Skipped)],
-        )
+        results = [self.read(reference) for reference in references]
+        utterances = [result for result in results if isinstance(result, Utterance)]
+        if self.augment:
+            utterances = [self.augment(utterance, epoch) for utterance in utterances]
+        return self.collator(utterances, [result for result in results if isinstance(result, Skipped)])
 
     def num_tokens(self, part: int, indices: Sequence[int]) -> list[int]:
-        """Of the targets of some rows of a part."""
+        """Target tokens of some rows of a part."""
         return [self.collator.num_tokens(text) for text in self.parts[part].texts(indices)]
 
     def all_num_tokens(self) -> list[int]:
-        """Of the targets of all utterances, in order."""
+        """Target tokens of all utterances, in order."""
         by_part = {
             part: self.num_tokens(part, [index for _, index in references])
             for part, references in groupby(self.references, itemgetter(0))
@@ -88,13 +227,13 @@ class SplitDataset(Dataset[Batch]):
         return self.decoded[reference]
 
     def decode(self, reference: Reference) -> Utterance | Skipped:
-        """In a worker an error would lose its class, so audio that cannot be decoded is a value."""
+        """The decoded utterance, or why there is none: as a value, since an error would lose its class in a worker."""
         part, index = reference
         try:
             rows = self.parts[part]
-        except (BrokenShard, UserError) as error:  # it was there when the batches were planned
-            gone = self.parts.parts[part]
-            return Skipped(f"{gone.name}-{index}", "unreadable shard", str(error), gone.place)
+        except (BrokenFile, UserError) as error:  # it could be read when the batches were planned
+            broken = self.parts.parts[part]
+            return Skipped(f"{broken.name}-{index}", "unreadable shard", str(error), broken.path)
         try:
             utterance = rows.utterance(index, self.collator.sampling_rate)
         except UNREADABLE as error:

@@ -1,8 +1,7 @@
 """Features of one utterance as the feature extractors of `transformers` make them, at a fraction of their cost.
 
-S samples, T frames, F features, N Fourier bins. The numbers are the extractor's own (windows, mel filters, floors) and
-so is the precision of each step, so that even what a normalisation magnifies, a recording that is all but silent,
-comes out alike.
+S samples, T frames, F features. Windows, mel filters, floors and the precision of each step are the extractor's own.
+So even an almost silent recording, whose rounding errors normalisation magnifies, comes out alike.
 """
 
 from collections.abc import Callable
@@ -32,19 +31,19 @@ FRAMES_IN_CACHE = 200  # of 4 kB, several times
 
 
 def features_of(extractor: Extractor, audio: Tensor) -> Tensor:
-    """(S,) audio -> (S,) or (T, F) features: time first, unpadded, cut nowhere, zero where there is no number."""
+    """(S,) audio -> (S,) or (T, F) features, time first, without padding or truncation; NaN and infinity are 0."""
     fast = FAST.get(type(extractor))
     return fast(extractor, audio) if fast and is_plain(extractor) else through_extractor(extractor, audio)
 
 
 def is_plain(extractor: Extractor) -> bool:
-    """Whether nothing is set that is left to the extractor: dither, frames in other groups than pairs, torchaudio."""
+    """True for an extractor without dither and torchaudio that groups frames in pairs, if at all."""
     has_filters = hasattr(extractor, "mel_filters") or not isinstance(extractor, Speech2TextFeatureExtractor)
     return not getattr(extractor, "dither", 0.0) and getattr(extractor, "stride", 2) == 2 and has_filters
 
 
 def through_extractor(extractor: Extractor, audio: Tensor) -> Tensor:
-    """What the extractor itself makes of one utterance; the only way of subclasses and of extractors from elsewhere."""
+    """The extractor's own features of one utterance; the only way for subclasses and for extractors from elsewhere."""
     no_limit = {"truncation": False} if isinstance(extractor, WhisperFeatureExtractor) else {}
     with np.errstate(divide="ignore", invalid="ignore"):
         made = extractor(
@@ -58,7 +57,7 @@ def through_extractor(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def samples(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Audio as it is, or with mean 0 and variance 1."""
+    """The audio, with mean 0 and variance 1 if the extractor normalizes."""
     if not extractor.do_normalize:
         return audio
     centred = audio - audio.mean()
@@ -66,7 +65,7 @@ def samples(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def whisper(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Decibels down to 80 below the loudest, scaled to about -1..1; the last frame is left out, as upstream does."""
+    """Decibels down to 80 below the loudest, scaled to about -1..1; without the last frame, as upstream."""
     window = torch.hann_window(extractor.n_fft)
     spectrum = torch.stft(audio, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)[:, :-1]
     mels = torch.from_numpy(extractor.mel_filters).float().T @ power(spectrum)
@@ -77,7 +76,7 @@ def whisper(extractor: Extractor, audio: Tensor) -> Tensor:
 def parakeet(extractor: Extractor, audio: Tensor) -> Tensor:
     """Each feature with mean 0 and deviation 1 over the utterance, whose last frame upstream takes for padding.
 
-    Of bands that hardly change, rounding is most of what comes out; so every sum is formed in upstream's order.
+    In bands that hardly change the result is mostly rounding, so every sum is formed in upstream's order.
     """
     spectrum = torch.stft(
         torch.cat([audio[:1], audio[1:] - (extractor.preemphasis or 0.0) * audio[:-1]]),
@@ -99,7 +98,7 @@ def parakeet(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def speech_to_text(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Each feature with mean 0 and deviation 1 over the utterance; of silence, which has no deviation, 0."""
+    """Each feature with mean 0 and deviation 1 over the utterance; 0 for silence, which has no deviation."""
     features = kaldi_mels(extractor, audio).contiguous().numpy()
     if extractor.do_ceptral_normalize:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -108,7 +107,7 @@ def speech_to_text(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def pairs_of_mels(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Each feature with mean 0 and variance 1 over the utterance; frames in pairs, a last one that has none left out."""
+    """Each feature with mean 0 and variance 1 over the utterance; frames in pairs, without an odd last one."""
     logs = kaldi_mels(extractor, audio).numpy()
     centred = logs - logs.mean(0)
     centred /= np.sqrt(np.square(centred).sum(0) / (len(logs) - 1) + 1e-7)
@@ -126,8 +125,8 @@ def power(spectrum: Tensor) -> Tensor:
 def kaldi_mels(extractor: Extractor, audio: Tensor) -> Tensor:
     """(S,) -> (T, F): logarithms of Kaldi's mel bands, in double precision from a spectrum that is kept in single.
 
-    Upstream takes the mean off each frame, then emphasises it. Here the signal is emphasised, and what the mean has
-    left in a frame is taken off; the first sample, which alone would differ, has the weight 0 in the window.
+    Upstream subtracts the mean of each frame, then emphasises the frame. Here the whole signal is emphasised, and the
+    emphasised mean is subtracted from each frame. Only the first sample would differ; its window weight is 0.
     """
     signal = audio.double() * 2**15
     emphasised = signal.clone()
@@ -168,4 +167,4 @@ FAST: dict[type, Callable[[Extractor, Tensor], Tensor]] = {
     Wav2Vec2FeatureExtractor: samples,
     WhisperFeatureExtractor: whisper,
 }
-"""By the extractor's own class, subclasses not included."""
+"""By the class of the extractor, without its subclasses."""

@@ -1,11 +1,11 @@
-"""The files that a split is stored in, each opened by itself: what a stream reads one after the other."""
+"""The files that a split is stored in, opened one by one, so that a stream can read one after the other."""
 
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -18,31 +18,15 @@ import pyarrow.parquet
 from aiohttp import ClientError
 from filelock import FileLock
 
-from sedtrain.data.readers import PROBLEM
-from sedtrain.data.sources import (
-    TABLES,
-    TARS,
-    expanded,
-    is_pattern,
-    local_path,
-    one_line,
-    pattern_files,
-    readable,
-    readable_cells,
-    split_files,
-    table_rows,
-    tar_rows,
-)
+from sedtrain.data.paths import expanded, files_of, local_path
+from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.sources import hub_or_folder, is_saved, readable
+from sedtrain.data.tables import PROBLEM, readable_cells
 from sedtrain.data.utterances import as_text, check_columns
 from sedtrain.errors import UserError
 
-BUILDERS = {"parquet", "json", "csv", "webdataset"}  # of `datasets`, whose files are read alike here
 NUM_ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds, doubled after every failure
-
-
-class BrokenShard(Exception):
-    """A file that is there, but holds nothing that can be read."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +34,8 @@ class Shard:
     """One file of a split.
 
     place:  its path or URL
-    name:   what its rows are named after, unlike those of all others
-    copies: the folder of everything that has been fetched or converted, of which each shard has a folder
+    name:   begins the ids of its rows; no other shard of the split has it
+    copies: the folder of all that is fetched or converted, in which each shard has a folder
     """
 
     place: str
@@ -67,51 +51,49 @@ class Shard:
         return "://" in self.place
 
     def rows(self) -> datasets.Dataset:
-        """Raises BrokenShard, and UserError where a file cannot be fetched."""
-        datasets.disable_progress_bars()
-        if self.place.endswith(TARS) and not self.is_remote:
-            with whole():
-                return tar_rows(self.place, [Path(self.place)])
-        with self.lock():  # nobody removes a copy that another has half made
-            file = self.fetched() if self.is_remote else Path(self.place)
-            with whole():
-                return (
-                    tar_rows(self.place, [file], self.copy) if file.name.endswith(TARS) else table_rows(file, self.copy)
-                )
+        """Raises BrokenFile, and UserError for a file that cannot be fetched or is of no known format."""
+        if not self.is_remote and suffix_of(self.place) == ".tar":
+            return read_rows(Path(self.place))  # makes no copy but an index, which other runs can use
+        with self.lock():  # no process removes a copy that another has half made
+            return read_rows(self.fetched() if self.is_remote else Path(self.place), self.copy)
 
     def lock(self) -> FileLock:
-        """Held by one of the processes that stream for the same run on a machine; it may take it twice."""
+        """A lock among the processes of a run on this machine; a process may take it twice."""
         self.copies.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self.copy}.lock", is_singleton=True)
 
     def texts(self, column: str) -> Iterator[str]:
-        """The texts of a column, of Parquet without reading or fetching the others.
+        """The texts of a column; of a Parquet file no other column is read or fetched.
 
         Raises as `rows` does, and UserError where there are rows but no such column.
         """
-        if not self.place.endswith(".parquet"):
+        if suffix_of(self.place) != ".parquet":
             rows = self.rows()
             if set(rows.column_names) - {PROBLEM}:
                 check_columns({"text": column}, rows.features, self.place)
                 yield from map(as_text, rows[column])
             return
-        with whole(), fsspec.open(self.place) as file, self.parquet(file) as table:
-            schema, is_there = table.schema_arrow, column in table.schema_arrow.names
-            for batch in table.iter_batches(columns=[column]) if is_there else ():
-                yield from map(as_text, readable_cells(batch.column(column)))
-            is_there |= not table.metadata.num_rows
-        if not is_there:
+        try:
+            with fsspec.open(self.place) as file, self.parquet(file) as table:
+                schema, num_rows = table.schema_arrow, table.metadata.num_rows
+                for batch in table.iter_batches(columns=[column]) if column in schema.names else ():
+                    yield from map(as_text, readable_cells(batch.column(column)))
+        except UserError:
+            raise
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise BrokenFile(self.place, error) from error
+        if num_rows:
             check_columns({"text": column}, datasets.Features.from_arrow_schema(schema), self.place)
 
     def parquet(self, file: IO[bytes]) -> pa.parquet.ParquetFile:
-        """The file as it is opened, or a copy of it where a server does not give parts of it."""
+        """The opened file, or a copy of it if its server does not give parts of files."""
         try:
             return pa.parquet.ParquetFile(file)
         except ValueError:
             return pa.parquet.ParquetFile(self.fetched() if self.is_remote else self.place)
 
     def fetch_ahead(self) -> None:
-        """Begins to fetch a remote file; what goes wrong is told when the file is needed."""
+        """Begins to fetch a remote file; an error is reported when the file is needed."""
 
         def fetch_quietly() -> None:
             with suppress(UserError):
@@ -135,50 +117,52 @@ class Shard:
                 shutil.rmtree(self.copy, ignore_errors=True)  # another process may have done it by now
 
 
-@contextmanager
-def whole() -> Iterator[None]:
-    """What cannot be read while it lasts is a BrokenShard."""
-    try:
-        yield
-    except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
-        raise BrokenShard(one_line(error)) from error
-
-
 def fetch(url: str, file: Path) -> None:
     """Raises UserError when the last attempt fails; nothing incomplete is left under the name of `file`."""
     incomplete = file.with_name(f"{file.name}.incomplete")
-    pause = FIRST_PAUSE
-    for attempt in range(1, NUM_ATTEMPTS + 1):
+    for attempt in range(NUM_ATTEMPTS):
         try:
             filesystem, name = fsspec.url_to_fs(url)
             filesystem.get_file(name, str(incomplete))
             incomplete.rename(file)
             return
         except (OSError, ClientError, TimeoutError) as error:
-            if attempt == NUM_ATTEMPTS or isinstance(error, FileNotFoundError):
-                raise UserError(
-                    f"data.path: {url} cannot be fetched ({one_line(error)})", "a URL that can be reached"
-                ) from error
-        time.sleep(pause)
-        pause *= 2
+            if attempt == NUM_ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
+                wrong = f"{url} cannot be fetched ({one_line(error)})"
+                raise UserError("data.path", url, wrong, "write a URL that can be reached") from error
+        time.sleep(FIRST_PAUSE * 2**attempt)
 
 
 def shards_of(path: str, split: str, name: str | None, copies: Path) -> list[Shard]:
-    """The files of one split, or of several joined by +, in the order of their names; none where it is not stored in files.
+    """The files of one split, or of several joined by +, in order; none for a split that is not stored in files.
 
-    Raises UserError where the split is missing, or a part of it is asked for.
+    Raises UserError where the split is missing, or a slice of it is asked for.
     """
     if "[" in split:
-        raise UserError(
-            f"{split!r} is a part of a split, which neither a stream nor a URL has",
-            "data.streaming=false of what is not on a server, or a split of its own",
-        )
-    found = [place for each in split.split("+") for place in places(path, each, name)]
-    return [Shard(place, name, copies) for place, name in zip(found, names_of(found), strict=True)]
+        wrong = f"{split!r} is a slice of a split, which neither a stream nor a URL has"
+        write = "write data.streaming=false for what is not on a server, or a split of its own"
+        raise UserError("data.path", path, wrong, write)
+    places = [place for each in split.split("+") for place in places_of(path, each, name)]
+    return [Shard(place, name, copies) for place, name in zip(places, names_of(places), strict=True)]
+
+
+def places_of(path: str, split: str, name: str | None) -> list[str]:
+    """The paths or URLs of the files of one split."""
+    if "://" in path:
+        return list(expanded(path.replace("{split}", split)))
+    if files := files_of(path, split):
+        return list(map(str, files))
+    if is_saved(local_path(path)):
+        return []
+    with readable(path, split):
+        repository, revision = hub_or_folder(path)
+        by_split = datasets.load_dataset_builder(repository, name, revision=revision).config.data_files or {}
+        places = list(map(str, by_split.get(split, [])))
+        return places if all(map(suffix_of, places)) else []
 
 
 def names_of(places: list[str]) -> list[str]:
-    """Of each file its name, without what says its format; with its folders where those are not different."""
+    """The name of each file without its suffix; with its folders if names alone are not distinct."""
     short = [without_format(Path(place).name) for place in places]
     if len(set(short)) == len(short):
         return short
@@ -187,33 +171,4 @@ def names_of(places: list[str]) -> list[str]:
 
 
 def without_format(name: str) -> str:
-    return next((name.removesuffix(each) for each in (*TARS, *TABLES) if name.endswith(each)), name)
-
-
-def places(path: str, split: str, name: str | None) -> list[str]:
-    if "://" in path:
-        return list(expanded(path.replace("{split}", split)))
-    where = local_path(path)
-    if is_pattern(path):
-        return sorted(map(str, pattern_files(path, split)))
-    if where.is_file():
-        return [str(where)]
-    if where.is_dir() and (files := split_files(where, split)):
-        return list(map(str, files))
-    if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
-        return []
-    with readable(path, split):
-        return list(listed_files(path, split, name))
-
-
-def listed_files(path: str, split: str, name: str | None) -> Iterator[str]:
-    """What `datasets` finds on the Hub or in a folder, where it is of a format that is read here."""
-    where = local_path(path)
-    hub_id, _, revision = path.partition("@")
-    if where.exists():
-        builder = datasets.load_dataset_builder(str(where), name)
-    else:
-        builder = datasets.load_dataset_builder(hub_id, name, revision=revision or None)
-    files = builder.config.data_files or {}
-    if builder.name in BUILDERS and split in files:
-        yield from map(str, files[split])
+    return name[: len(name) - len(suffix_of(name) or "")]

@@ -1,64 +1,126 @@
-"""Utterances that are left out: counted by reason, listed in a file, told of once per reason; too many stop the run."""
+"""Utterances that are left out: by limits or faults, listed in a file and counted by reason; too many stop the run."""
 
 import fcntl
 import json
 import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 from sedtrain.batch import Skipped
+from sedtrain.data.tables import NOT_TEXT
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ENOUGH = 100
-"""Fractions are of so many utterances at least, so that the first bad one of five stops nothing."""
-CHOSEN = frozenset({"too short", "too long", "text too short", "text too long"})
-"""What the user's own limits leave out is no fault, and stops nothing however much it is."""
-TOGETHER = 16
-"""Batches after which ranks that decode different utterances count together."""
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tab, line feed, carriage return
+MIN_SEEN = 100
+"""Fractions are of at least so many utterances, so that the first bad one of five stops nothing."""
+LIMITED = frozenset({"too short", "too long", "text too short", "text too long"})
+"""Reasons that are the user's own limits: they are no faults, and stop no run."""
+BATCHES_BETWEEN_SUMS = 16
+"""How often ranks that decode different utterances add up their counts."""
+
+Reason = tuple[str, str]
+"""A few words to be counted by, and a detail."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The lengths of audio and text that an utterance needs to be used. Raises UserError for limits that none can keep."""
+
+    min_seconds: float
+    max_seconds: float
+    min_characters: int = 1
+    max_characters: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.max_seconds <= self.min_seconds:
+            above = f"above data.min_seconds, {self.min_seconds}"
+            wrong, write = f"this has to be {above}", f"write data.max_seconds=NUMBER {above}"
+            raise UserError("data.max_seconds", self.max_seconds, wrong, write)
+        if self.max_characters < self.min_characters:
+            or_more = f"data.min_characters, {self.min_characters}, or more"
+            wrong, write = f"this has to be {or_more}", f"write data.max_characters=NUMBER, {or_more}"
+            raise UserError("data.max_characters", self.max_characters, wrong, write)
+
+    def filter(
+        self,
+        rows: UtteranceRows,
+        indices: Sequence[int],
+        seconds: Sequence[float | None] | None = None,
+        rewrite: Callable[[str], str] = str,
+    ) -> tuple[dict[int, float], list[Skipped]]:
+        """The seconds of the rows that are used, by index, and the other rows with the reason.
+
+        seconds: of each row, where they are known already; None for a row whose length cannot be found
+        rewrite: what is done to texts before they are learnt; it must leave something of a text that is used
+        """
+        kept: dict[int, float] = {}
+        skipped: list[Skipped] = []
+        known = rows.seconds(indices) if seconds is None else seconds
+        for index, length, text in zip(indices, known, rows.texts(indices), strict=True):
+            reason = rows.problem(index, length) or self.refused_length(length) or self.refused_text(text, rewrite)
+            if reason:
+                skipped.append(rows.skipped(index, *reason))
+            else:
+                assert length is not None
+                kept[index] = length
+        return kept, skipped
+
+    def refused_length(self, seconds: float | None) -> Reason | None:
+        if seconds is None:
+            return "unreadable audio", ""
+        if seconds < self.min_seconds:
+            return "too short", f"{seconds:.2f} s < data.min_seconds={self.min_seconds}"
+        if seconds > self.max_seconds:
+            return "too long", f"{seconds:.2f} s > data.max_seconds={self.max_seconds}"
+        return None
+
+    def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
+        number = len(text.strip())
+        if not number:
+            return "empty text", ""
+        if text.startswith(NOT_TEXT):
+            return "text that is not text", shortened(text.removeprefix(NOT_TEXT))
+        if found := CONTROL.search(text):
+            return "control characters in the text", f"U+{ord(found[0]):04X} in {shortened(text)}"
+        if number < self.min_characters:
+            return "text too short", f"{number} characters < data.min_characters={self.min_characters}"
+        if number > self.max_characters:
+            return "text too long", f"{number} characters > data.max_characters={self.max_characters}"
+        return None if rewrite(text).strip() else ("text empty once normalized", shortened(text))
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 @dataclass
-class Sieve:
-    """How many utterances were looked at in one way, and how many of them were bad."""
+class FilterCounts:
+    """How many utterances a filter has seen, and how many of them were bad."""
 
     num_seen: int = 0
     num_bad: int = 0
 
     @property
     def fraction(self) -> float:
-        return self.num_bad / max(self.num_seen, ENOUGH)
-
-
-@dataclass
-class Sieves:
-    """Utterances of a split are looked at before they are decoded, and those that are left, when they are.
-
-    num_batches: decoded so far
-    """
-
-    planned: Sieve = field(default_factory=Sieve)
-    decoded: Sieve = field(default_factory=Sieve)
-    num_batches: int = 0
-
-    def fraction(self, decoded: Sieve) -> float:
-        """Of bad ones among all, as far as is known."""
-        return self.planned.fraction + (1 - self.planned.fraction) * decoded.fraction
+        return self.num_bad / max(self.num_seen, MIN_SEEN)
 
 
 class SkippedUtterances:
-    """Notes each utterance once, whichever of the ranks meets it, how often, and in how many parts the run is done.
+    """Lists each utterance that is left out once, whichever rank meets it, how often, and however often the run resumes.
 
-    The list of all ranks and parts is the file, which is read on before anything is written to it.
+    The file is the list of all ranks; what others have added to it is read before anything is written.
 
-    file: a line of JSON for each
-    on_bad_utterance: `error` raises at the first instead
-    max_bad_fraction: more of a split raises; what is CHOSEN does not count
+    file:             a line of JSON for each utterance
+    on_bad_utterance: `error` raises at the first one instead
+    max_bad_fraction: a larger share of a split raises; the user's own limits do not count
     """
 
     def __init__(
@@ -68,22 +130,23 @@ class SkippedUtterances:
         self.noted: dict[tuple[str, str, str | None], Skipped] = {}
         self.counts: Counter[str] = Counter()
         self.num_bytes_read = 0
-        self.broken_files: set[str] = set()
-        self.sieves: Mapping[str, Sieves] = defaultdict(Sieves)
+        self.broken_files: set[str | None] = set()
+        self.before_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
+        self.in_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
+        self.num_batches: Counter[str] = Counter()  # decoded so far of each split
         self.read()
 
     def planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
-        """Notes what was left out of so many utterances before they are decoded, by all ranks alike.
+        """Notes the utterances left out of `num_seen` before they are decoded; all ranks call it alike.
 
-        Raises UserError where bad utterances, or so many, are to stop the run.
+        Raises UserError where one bad utterance, or so many, stop the run.
         """
         self.note(skipped)
         if skipped and self.on_bad_utterance == "error":
             raise bad(skipped[0])
-        sieves = self.sieves[split]
-        sieves.planned.num_seen += num_seen
-        sieves.planned.num_bad += num_faults(skipped)
-        self.judge(split, sieves.decoded)
+        self.before_decoding[split].num_seen += num_seen
+        self.before_decoding[split].num_bad += num_faults(skipped)
+        self.judge(split, self.in_decoding[split])
 
     def decoded(
         self,
@@ -92,20 +155,19 @@ class SkippedUtterances:
         skipped: Sequence[Skipped],
         over_ranks: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
-        """Notes what of a batch could not be decoded. Raises as `planned` does, where there are several ranks on all at once.
+        """Notes the utterances of a batch that could not be decoded. Raises as `planned` does, on all ranks at once.
 
-        over_ranks: numbers of this rank -> their sums over all, which all ranks call with their next batch
+        over_ranks: numbers of this rank -> their sums over all, where there are several; all call it at the same batch
         """
         self.note(skipped)
-        sieves = self.sieves[split]
-        own = sieves.decoded
+        own = self.in_decoding[split]
         own.num_seen += num_seen
         own.num_bad += num_faults(skipped) if self.on_bad_utterance == "skip" else len(skipped)
-        sieves.num_batches += 1
+        self.num_batches[split] += 1
         if over_ranks is None:
             total = own
-        elif self.on_bad_utterance == "error" or sieves.num_batches % TOGETHER == 0:
-            total = Sieve(*over_ranks([own.num_seen, own.num_bad]))
+        elif self.on_bad_utterance == "error" or self.num_batches[split] % BATCHES_BETWEEN_SUMS == 0:
+            total = FilterCounts(*over_ranks([own.num_seen, own.num_bad]))
         else:
             return
         if total.num_bad and self.on_bad_utterance == "error":
@@ -113,43 +175,47 @@ class SkippedUtterances:
             raise bad(skipped[0] if skipped else next(reversed(self.noted.values())))
         self.judge(split, total)
 
-    def broken_file(self, name: str, place: str, error: str, num_files: int) -> None:
+    def broken_file(self, name: str, path: str | None, error: str, num_files: int) -> None:
         """Notes one of the files of a split, of which nothing can be read. Raises as `planned` does."""
-        utterance = Skipped(name, "unreadable shard", error, place)
+        utterance = Skipped(name, "unreadable shard", error, path)
         self.note([utterance])
         if self.on_bad_utterance == "error":
             raise bad(utterance)
-        self.broken_files.add(place)
+        self.broken_files.add(path)
         if len(self.broken_files) > self.max_bad_fraction * num_files:
             raise UserError(
-                f"{len(self.broken_files):,} of {num_files:,} files cannot be read, which is more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g} (the last: {place}: {error})",
-                "data.path of files that are whole, or a higher data.max_bad_fraction to go on with the others",
+                "data.max_bad_fraction",
+                self.max_bad_fraction,
+                f"{len(self.broken_files):,} of {num_files:,} files cannot be read, which is more (the last: {path}: {error})",
+                "write data.path of files that are whole, or a higher data.max_bad_fraction to continue with the others",
             )
 
-    def judge(self, split: str, decoded: Sieve) -> None:
-        sieves = self.sieves[split]
-        if sieves.fraction(decoded) <= self.max_bad_fraction:
+    def judge(self, split: str, decoded: FilterCounts) -> None:
+        """Raises UserError where more of a split is bad than `max_bad_fraction`, as far as it has been seen."""
+        planned = self.before_decoding[split]
+        if planned.fraction + (1 - planned.fraction) * decoded.fraction <= self.max_bad_fraction:
             return
-        looked_at = {"could not be used": sieves.planned, "could not be decoded": decoded}
-        told = [f"{each.num_bad:,} of {each.num_seen:,} {what}" for what, each in looked_at.items() if each.num_bad]
-        faults = {reason: count for reason, count in self.totals().items() if reason not in CHOSEN}
+        filters = {"could not be used": planned, "could not be decoded": decoded}
+        texts = [f"{each.num_bad:,} of {each.num_seen:,} {what}" for what, each in filters.items() if each.num_bad]
+        faults = {reason: count for reason, count in self.totals().items() if reason not in LIMITED}
         raise UserError(
-            f"utterances of {split}: {', '.join(told)}, which is more than data.max_bad_fraction={self.max_bad_fraction:g} "
-            f"(in all splits {in_words(faults)}; {self.file} names them)",
-            "data.path and data.columns of utterances that can be used, "
-            "or a higher data.max_bad_fraction to go on with the others",
+            "data.max_bad_fraction",
+            self.max_bad_fraction,
+            f"utterances of {split}: {', '.join(texts)}, which is more "
+            f"(in all splits {in_words(faults)}; {self.file} lists them)",
+            "write data.path and data.columns of utterances that can be used, "
+            "or a higher data.max_bad_fraction to continue with the others",
         )
 
     def note(self, skipped: Sequence[Skipped]) -> None:
-        """Lists those that no rank has listed yet; the first of a reason is told."""
+        """Lists the utterances that no rank has listed yet; warns of the first one of a reason."""
         if not self.new(skipped):
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            self.read_on(file)
-            file.truncate(self.num_bytes_read)  # without a last line that was cut
+            self.read_more(file)
+            file.truncate(self.num_bytes_read)  # drops an unfinished last line
             for utterance in (new := self.new(skipped)):
                 if not self.counts[utterance.reason]:
                     first = " ".join(filter(None, (utterance.id, utterance.detail)))
@@ -160,9 +226,8 @@ class SkippedUtterances:
             self.num_bytes_read = file.seek(0, os.SEEK_END)
 
     def new(self, skipped: Sequence[Skipped]) -> list[Skipped]:
-        return [
-            utterance for key, utterance in {key_of(each): each for each in skipped}.items() if key not in self.noted
-        ]
+        distinct = {key_of(utterance): utterance for utterance in skipped}
+        return [utterance for key, utterance in distinct.items() if key not in self.noted]
 
     def totals(self) -> dict[str, int]:
         """How many were left out, over all ranks, by reason, most frequent first."""
@@ -172,17 +237,17 @@ class SkippedUtterances:
     def read(self) -> None:
         if self.file.is_file():
             with self.file.open("rb") as file:
-                self.read_on(file)
+                self.read_more(file)
 
-    def read_on(self, file: IO[bytes]) -> None:
-        """Counts what other ranks, or earlier parts of the run, have listed."""
-        if file.seek(0, os.SEEK_END) < self.num_bytes_read:  # the list of a run that was begun anew
+    def read_more(self, file: IO[bytes]) -> None:
+        """Counts the utterances that other ranks, or this run before it was resumed, have added to the list."""
+        if file.seek(0, os.SEEK_END) < self.num_bytes_read:  # the list of a run that has started anew
             self.noted, self.counts, self.num_bytes_read = {}, Counter(), 0
         file.seek(self.num_bytes_read)
-        whole, end, _ = file.read().rpartition(b"\n")
-        self.num_bytes_read += len(whole + end)
-        for each in whole.splitlines():
-            self.count(Skipped(**json.loads(each)))
+        finished, end, _ = file.read().rpartition(b"\n")
+        self.num_bytes_read += len(finished + end)
+        for text in finished.splitlines():
+            self.count(Skipped(**json.loads(text)))
 
     def count(self, utterance: Skipped) -> None:
         self.noted[key_of(utterance)] = utterance
@@ -190,7 +255,7 @@ class SkippedUtterances:
 
 
 def num_faults(skipped: Sequence[Skipped]) -> int:
-    return sum(utterance.reason not in CHOSEN for utterance in skipped)
+    return sum(utterance.reason not in LIMITED for utterance in skipped)
 
 
 def key_of(utterance: Skipped) -> tuple[str, str, str | None]:
@@ -207,8 +272,10 @@ def in_words(counts: Mapping[str, int]) -> str:
 
 
 def bad(utterance: Skipped) -> UserError:
-    where = f" ({utterance.path})" if utterance.path else ""
+    path = f" ({utterance.path})" if utterance.path else ""
     return UserError(
-        f"utterance {utterance.id!r}{where}: {utterance.reason} {utterance.detail}".rstrip(),
-        "data.on_bad_utterance=skip to go on without it",
+        "data.on_bad_utterance",
+        "error",
+        f"utterance {utterance.id!r}{path}: {utterance.reason} {utterance.detail}".rstrip(),
+        "write data.on_bad_utterance=skip to continue without it",
     )

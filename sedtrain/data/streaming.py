@@ -1,11 +1,11 @@
-"""Corpora that are not read whole before training: shards in a random order, cut into blocks, each shuffled and batched.
+"""Streams a corpus: its shards in a random order, divided into blocks, each of them shuffled and batched.
 
-The state of a stream is a place in that order and the steps made since; going on there reads one block anew.
+The state of a stream is the start of a block and the steps made since; to resume there reads that one block anew.
 """
 
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil, floor
 from typing import NamedTuple
@@ -13,38 +13,45 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from sedtrain.data.buckets import Bucket
-from sedtrain.data.corpus import Corpus, Reference
-from sedtrain.data.dataset import SplitDataset
-from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches, Position, other_kind, random_keys
+from sedtrain.data.buckets import Bounds
+from sedtrain.data.corpus import Corpus
+from sedtrain.data.dataset import Reference, SplitDataset
+from sedtrain.data.sampler import (
+    BatchesWithEpoch,
+    DurationBatches,
+    Position,
+    other_reading,
+    random_keys,
+    refuse_other,
+)
 from sedtrain.errors import UserError
 
-STEPS_BEHIND = 256  # more than the batches that workers prefetch
-NUM_AHEAD = 4  # remote files are fetched while the block before them is trained on
+STEPS_BEHIND = 256  # for which copies of shards stay: more than the batches that workers prefetch
+NUM_AHEAD = 4  # remote shards that are fetched while the block before them is trained on
 
 
-class Place(NamedTuple):
-    """Where a block begins: how many visits of parts come before it in the epoch, and how many rows of its first."""
+class BlockStart(NamedTuple):
+    """Where a block begins: visits of parts before it in the epoch, and rows before it in the visit that it begins in."""
 
     visit: int
     row: int
 
 
 class Block(NamedTuple):
-    """Utterances that are shuffled and batched together; they may come from several parts, and a part be cut."""
+    """Utterances that are shuffled and batched together, of several parts or of one; `end` is where the next one starts."""
 
     references: list[Reference]
     seconds: list[float]
     tokens: list[int] | None
-    end: Place
+    end: BlockStart
 
 
 class Stream:
     """The blocks of an epoch.
 
-    A part of weight 2 is visited twice in an epoch; of one of weight 0.5 half is read, and in the next epoch the other.
+    A part of weight 2 is visited twice in an epoch. Of a part of weight 0.5 one half is read, in the next epoch the other.
 
-    num_rows: of a block, those that are left out included; None: the epoch is one block
+    num_rows: rows of a block, counting those that are left out; None: the epoch is one block
     """
 
     def __init__(
@@ -57,42 +64,42 @@ class Stream:
         self.block = lru_cache(maxsize=2)(self.read_block)
 
     def order(self, epoch: int) -> list[tuple[int, int]]:
-        """Every visit of an epoch as (part, how many visits of it came before), shuffled."""
+        """The visits of an epoch, shuffled: (part, number of earlier visits to it in this epoch)."""
         visits = [(part, visit) for part, weight in enumerate(self.weights) for visit in range(ceil(weight))]
         keys = random_keys((self.seed, epoch, 2), len(visits))
         return [visits[i] for i in np.argsort(keys, kind="stable")]
 
     def digest(self) -> str:
-        """Eight hexadecimal digits that differ where files, their order or their weights do; folders may be renamed."""
+        """Eight hexadecimal digits that differ where files, their order or their weights do, but not by their folder."""
         names = [part.name for part in self.dataset.parts.parts]
         return f"{zlib.crc32(repr((names, self.weights, self.num_rows)).encode()):08x}"
 
-    def read_block(self, epoch: int, start: Place) -> Block:
-        """The block that begins at `start`; behind the last visit an empty one."""
+    def read_block(self, epoch: int, start: BlockStart) -> Block:
+        """The block that begins at `start`; after the last visit, an empty one."""
         order = self.order(epoch)
         references: list[Reference] = []
         seconds: list[float] = []
         tokens: list[int] = []
-        place, room = start, self.num_rows
-        while place.visit < len(order) and (room is None or room > 0):
-            part, _ = order[place.visit]
-            visited = self.rows_visited(*order[place.visit], epoch)
-            here = visited[place.row : None if room is None else place.row + room]
-            kept = self.sift(part, here)
+        end, room = start, self.num_rows
+        while end.visit < len(order) and (room is None or room > 0):
+            part, _ = order[end.visit]
+            visited = self.rows_visited(*order[end.visit], epoch)
+            rows = visited[end.row : None if room is None else end.row + room]
+            kept = self.filter(part, rows)
             references += [(part, index) for index in kept]
             seconds += kept.values()
             if self.counts_tokens:
                 tokens += self.dataset.num_tokens(part, list(kept))
-            room = None if room is None else room - len(here)
-            is_read = place.row + len(here) >= len(visited)
-            place = Place(place.visit + 1, 0) if is_read else Place(place.visit, place.row + len(here))
-        for part, _ in order[place.visit : place.visit + NUM_AHEAD]:
+            room = None if room is None else room - len(rows)
+            last = end.row + len(rows)
+            end = BlockStart(end.visit + 1, 0) if last >= len(visited) else BlockStart(end.visit, last)
+        for part, _ in order[end.visit : end.visit + NUM_AHEAD]:
             self.dataset.parts.fetch_ahead(part)
-        return Block(references, seconds, tokens if self.counts_tokens else None, place)
+        return Block(references, seconds, tokens if self.counts_tokens else None, end)
 
     def rows_visited(self, part: int, visit: int, epoch: int) -> list[int]:
-        """Rows of a part, each once: all visits of all epochs together go through them round and round."""
-        opened = self.corpus.opened(self.dataset.parts, part)
+        """The rows that a visit reads, each once: the visits of all epochs go round and round through the part."""
+        opened = self.corpus.open(self.dataset.parts, part)
         num_rows = 0 if opened is None else len(opened)
         seen, due = (floor(count * self.weights[part] * num_rows) for count in (epoch, epoch + 1))
         first = seen + visit * num_rows
@@ -101,17 +108,18 @@ class Stream:
             rows = np.argsort(random_keys((self.seed, part), num_rows), kind="stable")[rows]
         return rows.tolist()
 
-    def sift(self, part: int, indices: list[int]) -> dict[int, float]:
+    def filter(self, part: int, indices: list[int]) -> dict[int, float]:
+        """The seconds of those rows that are used, by index."""
         if not indices:
             return {}
         if self.known:
             return {index: self.known[part, index] for index in indices if (part, index) in self.known}
-        kept, skipped = self.corpus.limits.sift(self.dataset.parts[part], indices, rewrite=self.corpus.rewrite)
+        kept, skipped = self.corpus.limits.filter(self.dataset.parts[part], indices, rewrite=self.corpus.rewrite)
         self.corpus.skipped.planned("train", len(indices), skipped)
         return kept
 
     def remove_copies_between(self, epoch: int, first: int, last: int) -> None:
-        """Parts whose visits, the last of them among these, are all over need no copy any more."""
+        """Removes the copies of parts that have a visit from `first` to before `last`, and none later in the epoch."""
         if first == last:
             return
         order = self.order(epoch)
@@ -124,48 +132,36 @@ class BegunBlock(NamedTuple):
     """A block that batches are drawn from, and the steps of the epoch before it."""
 
     steps_before: int
-    start: Place
+    start: BlockStart
     batches: DurationBatches
 
 
 class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
-    """One rank's batches of a stream, each with its epoch; what `DurationBatches` promises holds within every block.
+    """One rank's batches of a stream, each with its epoch; `DurationBatches` cuts each block into them.
 
-    Nobody knows how many there are, so that it has no length.
+    How many there are is not known before the stream is read, so it has no length.
     """
 
-    def __init__(
-        self,
-        stream: Stream,
-        batch_seconds: float,
-        batch_tokens: int | None,
-        num_buckets: int,
-        seed: int,
-        rank: int,
-        num_ranks: int,
-        buckets: Sequence[Bucket] | None = None,
-    ) -> None:
-        self.stream, self.seed, self.rank, self.num_ranks = stream, seed, rank, num_ranks
-        self.batch_seconds, self.batch_tokens, self.num_buckets = batch_seconds, batch_tokens, num_buckets
-        self.buckets = buckets
+    def __init__(self, stream: Stream, bounds: Bounds, seed: int, rank: int, num_ranks: int) -> None:
+        self.stream, self.bounds, self.seed, self.rank, self.num_ranks = stream, bounds, seed, rank, num_ranks
         self.epoch = 0
         self.begin()
 
     def begin(self) -> None:
-        self.steps_before, self.start = 0, Place(0, 0)
+        self.steps_before, self.start = 0, BlockStart(0, 0)
         self.in_block: Position | None = None
         self.begun: list[BegunBlock] = []
-        self.passed: deque[tuple[int, Place]] = deque()
+        self.passed: deque[tuple[int, BlockStart]] = deque()
         self.num_removed = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of every epoch; the one that was resumed goes on where it stopped."""
+        """Called by Lightning at the start of every epoch; a resumed epoch continues where it stopped."""
         if epoch != self.epoch:
             self.epoch = epoch
             self.begin()
 
     def state_dict(self, consumed_steps: int) -> Position:
-        """The position after so many steps of this epoch, those before a resumption included."""
+        """The position after `consumed_steps` of this epoch, those before it was resumed included."""
         assert self.begun, "batches are drawn before they are consumed"
         while len(self.begun) > 1 and self.begun[1].steps_before <= consumed_steps:
             self.begun.pop(0)
@@ -178,42 +174,34 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
     def load_state_dict(self, state: Position) -> None:
         """Continues from a position, with any number of ranks.
 
-        Raises UserError in the middle of an epoch that reads other files, or those in another order.
+        Raises UserError for a position in the middle of an epoch of other files, or of the same in another order.
         """
         self.epoch = state["epoch"]
         self.begin()
-        if "block" not in state and state["segments"]:
-            raise other_kind("a corpus that is not streamed")
         if "block" in state:
-            written, here = (state["seed"], state["corpus"]), (self.seed, self.stream.digest())
-            if written != here and (state["steps_before"] or state["segments"]):
-                raise UserError(
-                    "the checkpoint is from the middle of an epoch over other files: its seed and their digest are "
-                    f"{written[0]} and {written[1]}, here they are {here[0]} and {here[1]}",
-                    "the seed and the data.* of the run that wrote it, or a checkpoint from the end of an epoch",
-                )
-            self.steps_before, self.start = state["steps_before"], Place(*state["block"])
+            if state["steps_before"] or state["segments"]:
+                refuse_other("files", (state["seed"], state["corpus"]), (self.seed, self.stream.digest()))
+            self.steps_before, self.start = state["steps_before"], BlockStart(*state["block"])
             self.in_block = state
+        elif state["segments"]:
+            raise other_reading("a corpus that is not streamed", self.stream.num_rows is not None)
 
-    def batches_of(self, block: Block, start: Place) -> DurationBatches:
+    def batches_of(self, block: Block, start: BlockStart) -> DurationBatches:
         batches = DurationBatches(
             self.stream.dataset.longest * np.array(block.seconds),
-            self.batch_seconds,
+            self.bounds,
             shuffle=True,
             seed=self.seed,
             rank=self.rank,
             num_ranks=self.num_ranks,
             tokens=block.tokens,
-            batch_tokens=self.batch_tokens,
-            num_buckets=self.num_buckets,
-            buckets=self.buckets,
             block=start,
         )
         batches.set_epoch(self.epoch)
         return batches
 
-    def remove_copies(self, steps: int, start: Place) -> None:
-        """Of what was read so long ago that no worker of any rank can still be at it."""
+    def remove_copies(self, steps: int, start: BlockStart) -> None:
+        """Removes the copies of parts that were read so long ago that no worker of any rank can still read them."""
         self.passed.append((steps, start))
         while len(self.passed) > 1 and self.passed[1][0] <= steps - STEPS_BEHIND:
             self.passed.popleft()
@@ -222,7 +210,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         self.num_removed = last
 
     def __iter__(self) -> Iterator[tuple[int, list[Reference]]]:
-        """Raises UserError at the end of an epoch without an utterance, and where a resumed block is another."""
+        """Raises UserError at the end of an epoch without an utterance, and for a resumed block that has changed."""
         steps, start, resumed = self.steps_before, self.start, self.in_block
         self.begun = []
         self.passed.clear()
@@ -241,6 +229,8 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
             steps, start = steps + len(batches), block.end
         if not steps:
             raise UserError(
+                "data.path",
+                self.stream.corpus.path,
                 f"epoch {self.epoch} of the training corpus has no utterance that can be used",
-                "data.path and data.columns of some, or a higher data.mix.NAME.weight",
+                "write data.path and data.columns of some, or a higher data.mix.NAME.weight",
             )

@@ -4,38 +4,31 @@ B batch, U generated tokens.
 """
 
 from dataclasses import asdict, dataclass
-from math import inf
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
-from sedtrain.errors import require
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.ranges import Count, CountOrZero, Positive, PositiveFraction
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How hypotheses are searched for; the names are those of `transformers.GenerationConfig`."""
+    """How hypotheses are searched for; the names are those of `transformers.GenerationConfig`.
 
-    num_beams: int = 1
+    top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
+    """
+
+    num_beams: Count = 1
     do_sample: bool = False
-    max_new_tokens: int = 200
+    max_new_tokens: Count = 200
     length_penalty: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    no_repeat_ngram_size: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises UserError for what `generate` could not do."""
-        for name in ("num_beams", "max_new_tokens"):
-            require(getattr(self, name) >= 1, f"decoding.{name}", getattr(self, name), "1 or more")
-        for name in ("top_k", "no_repeat_ngram_size"):
-            require(getattr(self, name) >= 0, f"decoding.{name}", getattr(self, name), "0, which is off, or more")
-        require(0 < self.temperature < inf, "decoding.temperature", self.temperature, "a number above 0")
-        require(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "a fraction above 0 and up to 1, which is off")
+    temperature: Positive = 1.0
+    top_k: CountOrZero = 50
+    top_p: PositiveFraction = 1.0
+    no_repeat_ngram_size: CountOrZero = 0
 
     def generation_kwargs(self) -> dict[str, Any]:
         """The options that matter for this search: `generate` warns of the others."""
@@ -48,7 +41,7 @@ class DecodingOptions:
 def transcribe_batch(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
 ) -> list[str]:
-    """One hypothesis for each of the B utterances, in their order, without prompts; the model's mode is left as it was."""
+    """One hypothesis for each of the B utterances, in their order, without prompts; the model keeps its mode."""
     was_training = model.training
     model.eval()
     prompts = {} if batch.prompts is None else {"decoder_input_ids": batch.prompts}

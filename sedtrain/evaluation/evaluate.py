@@ -1,4 +1,4 @@
-"""A model's hypotheses on a set of batches, scored."""
+"""Transcribes batches and scores the hypotheses."""
 
 import time
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One utterance's outcome."""
+    """An utterance's reference, and what the model wrote."""
 
     id: str
     reference: str
@@ -26,7 +26,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split; `rtfx` is seconds of audio per second of decoding, `counts` (N, K) go with `hypotheses`."""
+    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second."""
 
     metrics: dict[str, Interval]
     hypotheses: list[Hypothesis]
@@ -42,14 +42,13 @@ def evaluate(
     metric_set: MetricSet,
     options: DecodingOptions,
 ) -> Evaluation:
-    """Transcribes every batch and scores the hypotheses, with bootstrap 95 % intervals.
-
-    Raises UserError where no utterance could be read.
-    """
+    """Scores every batch, with bootstrap 95 % intervals. Raises UserError where no utterance could be decoded."""
+    num_skipped = 0
     hypotheses: list[Hypothesis] = []
     audio_seconds = decoding_seconds = 0.0
     device = next(model.parameters()).device
     for batch in batches:
+        num_skipped += len(batch.skipped)
         if len(batch) == 0:
             continue
         start = time.perf_counter()
@@ -61,8 +60,10 @@ def evaluate(
         hypotheses += map(Hypothesis, batch.ids, batch.texts, texts)
     if not hypotheses:
         raise UserError(
+            "data",
+            f"{num_skipped} utterances",
             "none of the utterances could be decoded: there is nothing to score",
-            "data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
+            "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
         )
     counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
     metrics = bootstrap_intervals(metric_set, counts)

@@ -1,11 +1,11 @@
-"""What the pages for people are made of: a page that needs nothing else, tables, sound; all text is escaped."""
+"""Pieces of the HTML reports: page, tables, figures, players; all text is escaped."""
 
 import base64
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sedtrain.evaluation.intervals import Interval
 
+Audio = tuple[np.ndarray, int]  # (S,) samples in -1..1, sampling rate in hertz
 Curve = tuple[list[int], list[float]]  # optimizer steps, values
 
-
 INK = "#010203"  # stands for the page's text colour, which follows the reader's theme
-
-
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-
-
-# Blue, vermilion and green of Okabe and Ito: no reader mixes them up, and all stand out from black as from white.
+# Blue, vermilion and green of Okabe and Ito can be told apart by every reader, on black and on white.
 LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
-
-
-MAX_EDGES = 9  # named below a histogram: more would run into each other
-
-
+MAX_EDGES = 9  # labels below a histogram; more would overlap
 LOOK: dict[Any, Any] = {
     **dict.fromkeys(INKED, INK),
     "axes.spines.top": False,
@@ -46,80 +38,6 @@ LOOK: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sedtrain",
 }
-
-
-def read_curves(metrics_csv: Path) -> dict[str, Curve]:
-    """Every column of what Lightning's CSVLogger wrote, without the cells that it left blank."""
-    curves: dict[str, Curve] = {}
-    with metrics_csv.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            for name in row.keys() - {"step", "epoch", None}:
-                if row[name]:
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(row[name]))
-    return dict(sorted(curves.items()))
-
-
-def curves_figure(caption: str, curves: Mapping[str, Curve], percent: bool = False) -> str:
-    """Values against optimizer steps; those of a validation, which are few, with a dot each."""
-
-    def draw(axes: Axes) -> None:
-        for (name, curve), (colour, line) in zip(curves.items(), cycle(LINES)):
-            axes.plot(*curve, line, color=colour, label=name, marker="." if name.startswith("val/") else "")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.set_xlabel("optimizer step")
-        axes.legend()
-
-    return _figure(caption, draw, percent)
-
-
-def bars_figure(caption: str, labels: Sequence[str], intervals: Sequence[Interval], axis: str) -> str:
-    """Fractions as bars in percent, each with its interval; `axis` says what the labels are."""
-
-    def draw(axes: Axes) -> None:
-        places = range(len(labels))
-        axes.bar(places, [each.value for each in intervals], width=0.7, alpha=0.85, color=LINES[0][0])
-        axes.vlines(places, [each.low for each in intervals], [each.high for each in intervals], color=INK)
-        axes.set_xticks(places, labels)
-        axes.set_xlabel(axis)
-        axes.grid(visible=False, axis="x")
-
-    return _figure(caption, draw, percent=True)
-
-
-def histogram_figure(caption: str, edges: Sequence[str], counts: Sequence[int], axis: str) -> str:
-    """Counts as bars without gaps, the edges between them named; `axis` says what was counted by."""
-
-    def draw(axes: Axes) -> None:
-        places = [place + 0.5 for place in range(len(counts))]
-        axes.bar(places, counts, width=0.96, alpha=0.85, color=LINES[0][0])
-        last, every = len(edges) - 1, -(-len(edges) // MAX_EDGES)
-        named = [*range(0, last - every + 1, every), last]
-        axes.set_xticks(named, [edges[place] for place in named])
-        axes.set_xlabel(axis)
-        axes.set_ylabel("utterances")
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.grid(visible=False, axis="x")
-
-    return _figure(caption, draw, percent=False)
-
-
-def _figure(caption: str, draw: Callable[[Axes], None], percent: bool) -> str:
-    svg = io.StringIO()
-    with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_ylim(bottom=0)
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        no_metadata = dict.fromkeys(["Date", "Creator", "Format", "Type"])
-        figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
-    drawing = svg.getvalue().replace(INK, "currentColor")
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{drawing[drawing.index('<svg') :]}</figure>"
-
-
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --quiet: #59636e; --line: #d5dae0;
   --sub: #7a4d00; --sub-ground: #fff1c2; --del: #a40e26; --del-ground: #ffe3e0; --ins: #0a4a9e; --ins-ground: #dcebff }
@@ -158,6 +76,78 @@ article b, dd, .pair { max-width: 100%; overflow-wrap: anywhere } .pair span { p
 """
 
 
+def read_curves(metrics_csv: Path) -> dict[str, Curve]:
+    """Columns of the file that Lightning's CSVLogger wrote, without blank cells."""
+    curves: dict[str, Curve] = {}
+    with metrics_csv.open(newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            for name in row.keys() - {"step", "epoch", None}:
+                if row[name]:
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(row[name]))
+    return dict(sorted(curves.items()))
+
+
+def curves_figure(caption: str, curves: Mapping[str, Curve], percent: bool = False) -> str:
+    """Values against optimizer steps; a dot marks each value of a validation, as these are few."""
+
+    def draw(axes: Axes) -> None:
+        for (name, curve), (colour, line) in zip(curves.items(), cycle(LINES)):
+            axes.plot(*curve, line, color=colour, label=name, marker="." if name.startswith("val/") else "")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.set_xlabel("optimizer step")
+        axes.legend()
+
+    return figure(caption, draw, percent)
+
+
+def bars_figure(caption: str, labels: Sequence[str], intervals: Sequence[Interval], axis: str) -> str:
+    """Fractions as bars in percent, each with its interval; `axis` names the labels."""
+
+    def draw(axes: Axes) -> None:
+        positions = range(len(labels))
+        axes.bar(positions, [each.value for each in intervals], width=0.7, alpha=0.85, color=LINES[0][0])
+        axes.vlines(positions, [each.low for each in intervals], [each.high for each in intervals], color=INK)
+        axes.set_xticks(positions, labels)
+        axes.set_xlabel(axis)
+        axes.grid(visible=False, axis="x")
+
+    return figure(caption, draw, percent=True)
+
+
+def histogram_figure(caption: str, edges: Sequence[str], counts: Sequence[int], axis: str) -> str:
+    """Counts as bars, with the edges between them; `axis` names the edges."""
+
+    def draw(axes: Axes) -> None:
+        centres = [bin + 0.5 for bin in range(len(counts))]
+        axes.bar(centres, counts, width=0.96, alpha=0.85, color=LINES[0][0])
+        last, every = len(edges) - 1, -(-len(edges) // MAX_EDGES)
+        labelled = [*range(0, last - every + 1, every), last]
+        axes.set_xticks(labelled, [edges[edge] for edge in labelled])
+        axes.set_xlabel(axis)
+        axes.set_ylabel("utterances")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(visible=False, axis="x")
+
+    return figure(caption, draw, percent=False)
+
+
+def figure(caption: str, draw: Callable[[Axes], None], percent: bool) -> str:
+    svg = io.StringIO()
+    with matplotlib.rc_context(LOOK):
+        drawn = Figure(figsize=(4.4, 2.6), layout="constrained")
+        axes = drawn.add_subplot()
+        draw(axes)
+        axes.set_ylim(bottom=0)
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        no_metadata = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+        drawn.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
+    _, tag, drawing = svg.getvalue().replace(INK, "currentColor").partition("<svg")
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{tag}{drawing}</figure>"
+
+
 def page(title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -167,7 +157,7 @@ def page(title: str, body: str) -> str:
 
 
 def row(*sections: str) -> str:
-    """Sections beside each other where the page is wide enough."""
+    """Sections side by side where the page is wide enough."""
     return '<div class="row">' + "".join(f"<section>{section}</section>" for section in sections) + "</div>"
 
 
@@ -176,23 +166,27 @@ def definitions(entries: Mapping[str, str]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int = 1) -> str:
-    """Cells of text, of which the first `num_texts` in a row are words and the others numbers."""
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int = 1, sounds: Sequence[Audio | None] = ()
+) -> str:
+    """A table of text cells, of which the first `num_texts` in a row are words and the others numbers.
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        words = (f"<{tag}>{escape(cell)}</{tag}>" for cell in cells[:num_texts])
+    sounds: what a row says aloud, in a column of its own; None where it cannot be played
+    """
+
+    def line(cells: Sequence[str], tag: str, last: str = "") -> str:
+        words = (f'<{tag} dir="auto">{escape(cell)}</{tag}>' for cell in cells[:num_texts])
         numbers = (f'<{tag} class="number">{escape(cell)}</{tag}>' for cell in cells[num_texts:])
-        return f"<tr>{''.join(words)}{''.join(numbers)}</tr>"
+        return f"<tr>{''.join(words)}{''.join(numbers)}{last}</tr>"
 
-    return f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    heads = line(headings, "th", "<th>listen</th>" if sounds else "")
+    players = [f"<td>{player(*sound) if sound else 'cannot be decoded'}</td>" for sound in sounds] or repeat("")
+    return f"<table>{heads}{''.join(line(row, 'td', last) for row, last in zip(rows, players, strict=False))}</table>"
 
 
 def player(samples: np.ndarray, sampling_rate: int) -> str:
-    return f'<audio controls preload="metadata" src="{audio_uri(samples, sampling_rate)}"></audio>'
-
-
-def audio_uri(samples: np.ndarray, sampling_rate: int) -> str:
-    """The sound itself as a link: FLAC, which browsers play at every sampling rate, phones included."""
+    """Plays (S,) samples that are in the page itself, as FLAC: browsers and phones play it at every sampling rate."""
     file = io.BytesIO()
     soundfile.write(file, samples, sampling_rate, format="FLAC", subtype="PCM_16")
-    return "data:audio/flac;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    content = base64.b64encode(file.getvalue()).decode("ascii")
+    return f'<audio controls preload="metadata" src="data:audio/flac;base64,{content}"></audio>'

@@ -1,8 +1,8 @@
-"""Bootstrap confidence intervals and a paired test, from the counts of single utterances.
+"""Bootstrap confidence intervals and a paired test, from counts per utterance.
 
 Utterances are drawn with replacement (Bisani and Ney, 2004, "Bootstrap estimates for confidence intervals in
-ASR performance evaluation"). That takes them to be independent: where few speakers say many utterances each,
-add up each speaker's rows first and hand in one row per speaker.
+ASR performance evaluation"), as if they were independent. Where few speakers say many utterances each, sum the
+rows of each speaker first, and hand in one row per speaker.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric of a corpus and its 95 % interval. Without a single error in the corpus it has no width."""
+    """A metric of a corpus and its 95 % interval, which has no width in a corpus without errors."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The second run's metric minus the first's, its 95 % interval, and how often chance does as much."""
+    """Metric of the second run minus that of the first, its 95 % interval, and how often chance does as much."""
 
     difference: float
     low: float
@@ -36,10 +36,10 @@ class PairedDifference:
 def bootstrap_intervals(
     metric_set: MetricSet, counts: Counts, *, num_resamples: int = 1000, seed: int = 0
 ) -> dict[str, Interval]:
-    """95 % percentile intervals of every metric, from counts (N, K) as `MetricSet.count` gives them."""
+    """95 % percentile intervals of every metric, from counts (N, K) of `MetricSet.count`."""
     values = metric_set.values(counts.sum(axis=0))
-    resampled = metric_set.values(_resampled_sums(counts, num_resamples, seed))
-    return {name: Interval(float(values[name]), *_bounds(resampled[name])) for name in values}
+    resampled = metric_set.values(resampled_sums(counts, num_resamples, seed))
+    return {name: Interval(float(values[name]), *bounds(resampled[name])) for name in values}
 
 
 def paired_test(
@@ -54,23 +54,23 @@ def paired_test(
         raise ValueError(f"paired runs score the same utterances: {first.shape} against {second.shape} counts")
     both = np.stack([first.sum(axis=0), second.sum(axis=0)])
     # One seed: both runs see the same draws.
-    drawn = np.stack([_resampled_sums(counts, num_resamples, seed) for counts in (first, second)])
+    drawn = np.stack([resampled_sums(counts, num_resamples, seed) for counts in (first, second)])
     observed, resampled = metric_set.values(both), metric_set.values(drawn)
-    return {name: _difference(np.diff(observed[name])[0], np.diff(resampled[name], axis=0)[0]) for name in observed}
+    return {name: difference_of(np.diff(observed[name])[0], np.diff(resampled[name], axis=0)[0]) for name in observed}
 
 
-def _difference(observed: np.float64, resampled: np.ndarray) -> PairedDifference:
+def difference_of(observed: np.float64, resampled: np.ndarray) -> PairedDifference:
     as_extreme = np.abs(resampled - observed) >= abs(observed)
     p_value = (1 + as_extreme.sum()) / (1 + len(resampled))
-    return PairedDifference(float(observed), *_bounds(resampled), p_value=float(p_value))
+    return PairedDifference(float(observed), *bounds(resampled), p_value=float(p_value))
 
 
-def _bounds(resampled: np.ndarray) -> tuple[float, float]:
+def bounds(resampled: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(resampled, PERCENTILES)
     return float(low), float(high)
 
 
-def _resampled_sums(counts: Counts, num_resamples: int, seed: int) -> Counts:
+def resampled_sums(counts: Counts, num_resamples: int, seed: int) -> Counts:
     """(num_resamples, K) sums of N rows drawn with replacement; all zero where there are no rows."""
     generator = np.random.default_rng(seed)
     num_utterances = max(len(counts), 1)

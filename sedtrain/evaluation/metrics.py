@@ -1,19 +1,22 @@
 """WER, CER, BLEU and chrF as counts: whole numbers that add up over utterances, batches and ranks.
 
-Shapes: N utterances, K counts (the first is the number of utterances, then those of each metric in turn).
+A new metric is a row of METRICS and its name in TRANSCRIPTION or TRANSLATION: how an utterance is counted, and the
+value of summed counts. Validation, results, intervals, reports and the search take it from there.
+
+Shapes: N utterances, K counts (the number of utterances, then the counts of each metric in turn).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from typing import Any
 
-import jiwer
 import numpy as np
 import numpy.typing as npt
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
+from rapidfuzz.distance import Levenshtein
 
-from sedtrain.text.normalizers import Normalizer, collapse_whitespace, normalizer, pick
+from sedtrain.text.normalizers import Normalizer, collapse_whitespace, find, normalizer
 
 Counts = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
@@ -24,85 +27,86 @@ TRANSLATION = ("bleu", "chrf")
 
 @dataclass(frozen=True)
 class Metric:
-    """How one metric counts an utterance, and what sums of its counts are worth (a fraction, not percent)."""
+    """One metric.
 
+    title: name in reports
+    count: reference and hypothesis, words apart by single spaces -> `num_counts` whole numbers
+    value: summed counts (..., num_counts) -> fractions (...), not percent
+    """
+
+    title: str
     num_counts: int
     higher_is_better: bool
-    count: Callable[[str, str], Sequence[int]]  # (reference, hypothesis) -> num_counts integers
-    value: Callable[[Counts], Values]  # (..., num_counts) -> (...)
+    count: Callable[[str, str], Sequence[int]]
+    value: Callable[[Counts], Values]
 
 
-def _count_words(reference: str, hypothesis: str) -> Sequence[int]:
-    edits = jiwer.process_words(reference, hypothesis)
-    return edits.substitutions, edits.deletions, edits.insertions, edits.hits
+def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> tuple[int, int, int, int]:
+    """Substitutions, deletions, insertions and hits of a shortest alignment."""
+    kinds = [kind for kind, _, _ in Levenshtein.editops(reference, hypothesis).as_list()]
+    substitutions, deletions, insertions = map(kinds.count, ("replace", "delete", "insert"))
+    return substitutions, deletions, insertions, len(reference) - substitutions - deletions
 
 
-def _count_characters(reference: str, hypothesis: str) -> Sequence[int]:
-    edits = jiwer.process_characters(reference, hypothesis)
-    return edits.substitutions, edits.deletions, edits.insertions, edits.hits
-
-
-def _error_rate(counts: Counts) -> Values:
-    """Errors per reference unit; where the reference is empty, the number of insertions, as jiwer has it."""
+def error_rate(counts: Counts) -> Values:
+    """Errors per unit of the references; the number of insertions where these are empty, as in jiwer."""
     substitutions, deletions, insertions, hits = np.moveaxis(counts, -1, 0)
     rate: Values = (substitutions + deletions + insertions) / np.maximum(substitutions + deletions + hits, 1)
     return rate
 
 
-def _error_metric(count: Callable[[str, str], Sequence[int]]) -> Metric:
-    return Metric(num_counts=4, higher_is_better=False, count=count, value=_error_rate)
+def overlap_metric(title: str, num_counts: int) -> Metric:
+    """A metric of sacrebleu, by its title there; its methods for statistics that add up have underscores."""
 
+    @cache
+    def scorer() -> Any:
+        import sacrebleu.metrics
 
-def _overlap_metric(scorer: BLEU | CHRF, num_counts: int) -> Metric:
-    """A metric of sacrebleu, which keeps the statistics that add up behind underscores."""
+        return getattr(sacrebleu.metrics, title.upper())()
 
     def count(reference: str, hypothesis: str) -> Sequence[int]:
-        statistics: list[int] = scorer._extract_corpus_statistics([hypothesis], [[reference]])[0]
+        statistics: list[int] = scorer()._extract_corpus_statistics([hypothesis], [[reference]])[0]
         return statistics
 
     def score(counts: Counts) -> float:
-        return min(scorer._compute_score_from_stats(counts.tolist()).score / 100, 1.0)
+        return float(min(scorer()._compute_score_from_stats(counts.tolist()).score / 100, 1.0))
 
     def value(counts: Counts) -> Values:
         return np.apply_along_axis(score, -1, counts)
 
-    return Metric(num_counts=num_counts, higher_is_better=True, count=count, value=value)
+    return Metric(title, num_counts, higher_is_better=True, count=count, value=value)
 
 
 METRICS = {
-    "wer": _error_metric(_count_words),
-    "cer": _error_metric(_count_characters),
-    "bleu": _overlap_metric(BLEU(), num_counts=10),  # 13a words, orders 1 to 4, exponential smoothing
-    "chrf": _overlap_metric(CHRF(), num_counts=18),  # character orders 1 to 6, beta 2, no word orders
+    "wer": Metric("WER", 4, False, lambda reference, text: count_edits(reference.split(), text.split()), error_rate),
+    "cer": Metric("CER", 4, False, count_edits, error_rate),
+    "bleu": overlap_metric("BLEU", num_counts=10),  # 13a words, orders 1 to 4, exponential smoothing
+    "chrf": overlap_metric("chrF", num_counts=18),  # character orders 1 to 6, beta 2, no word orders
 }
 
 
 class MetricSet:
-    """Several metrics under one normalizer: texts to counts, sums of counts to values."""
+    """Several metrics under one normalizer: counts of texts, values of summed counts."""
 
     def __init__(self, names: Sequence[str], normalize: Normalizer | None = None) -> None:
-        """`normalize` is the `lowercase` normalizer if not given; a UserError names an unknown metric."""
-        self.metrics = {name: pick(METRICS, name, "metric") for name in names}
+        """`normalize` is the `lowercase` normalizer if not given. Raises UserError for an unknown metric."""
+        self.metrics = {name: find(METRICS, name, "metric", "metrics") for name in names}
         self.normalize = normalizer("lowercase") if normalize is None else normalize
         widths = (metric.num_counts for metric in self.metrics.values())
         self._edges = np.cumsum([1, *widths]).tolist()
         self.num_counts: int = self._edges[-1]
 
     def count(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-        """(N, K) counts, one row for each utterance. Words are what whitespace separates."""
-        pairs = zip(references, hypotheses, strict=True)
-        rows = [self._count_utterance(reference, hypothesis) for reference, hypothesis in pairs]
+        """(N, K) counts, one row for each utterance. Words are what white space separates."""
+        rows = []
+        for texts in zip(references, hypotheses, strict=True):
+            reference, hypothesis = (collapse_whitespace(self.normalize(text)) for text in texts)
+            counts = [metric.count(reference, hypothesis) for metric in self.metrics.values()]
+            rows.append([1, *(number for of_metric in counts for number in of_metric)])
         return np.array(rows, dtype=np.int64).reshape(len(rows), self.num_counts)
 
-    def _count_utterance(self, reference: str, hypothesis: str) -> list[int]:
-        reference, hypothesis = (collapse_whitespace(self.normalize(text)) for text in (reference, hypothesis))
-        counts = [1]
-        for metric in self.metrics.values():
-            counts.extend(metric.count(reference, hypothesis))
-        return counts
-
     def values(self, counts: Counts) -> dict[str, Values]:
-        """Metric by name, each (...), of summed counts (..., K); NaN where no utterance was counted."""
+        """Metrics by name, each (...), of summed counts (..., K); NaN where no utterance was counted."""
         columns = zip(self.metrics.items(), pairwise(self._edges), strict=True)
         counted = counts[..., 0] > 0
         return {
@@ -112,7 +116,7 @@ class MetricSet:
 
 
 class CorpusMetrics:
-    """The metrics of a corpus in constant memory: K whole numbers, whatever its size."""
+    """Metrics of a corpus in constant memory: K whole numbers, whatever its size."""
 
     def __init__(self, metric_set: MetricSet) -> None:
         self.metric_set = metric_set
@@ -122,17 +126,17 @@ class CorpusMetrics:
         self._counts: Counts = np.zeros(self.metric_set.num_counts, dtype=np.int64)
 
     def update(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-        """Add utterances; returns their own counts (N, K), to be kept by who wants intervals."""
+        """Adds utterances and returns their counts (N, K), which intervals need."""
         rows = self.metric_set.count(references, hypotheses)
         self._counts += rows.sum(axis=0)
         return rows
 
     def counts(self) -> Counts:
-        """(K,) sums so far. Add them over ranks and hand the sums to `set_counts`: then all ranks agree."""
+        """(K,) sums so far. Added over ranks and handed to `set_counts`, they give all ranks the same metrics."""
         return self._counts.copy()
 
     def set_counts(self, counts: npt.ArrayLike) -> None:
-        """Take over sums, as an array or a CPU tensor (K,)."""
+        """Replaces the sums by an array or a CPU tensor (K,)."""
         self._counts = np.asarray(counts).astype(np.int64).reshape(self.metric_set.num_counts)
 
     def compute(self) -> dict[str, float]:

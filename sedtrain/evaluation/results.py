@@ -1,8 +1,7 @@
-"""results.json: what was measured, on what, how it was decoded, and with which versions."""
+"""results.json: scores of a split, how it was decoded, and the versions of what decides a number."""
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -12,13 +11,14 @@ from typing import Any
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval
+from sedtrain.run_dir import write_whole
 
-PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "jiwer", "sacrebleu")
+PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapidfuzz", "sacrebleu")
 
 
 @dataclass(frozen=True)
 class TrainingTotals:
-    """What training cost: wall-clock seconds, optimizer steps, utterances seen, audio seconds per second."""
+    """Cost of training: wall-clock seconds, optimizer steps, utterances seen, seconds of audio per second."""
 
     seconds: float
     steps: int
@@ -28,10 +28,14 @@ class TrainingTotals:
 
 @dataclass(frozen=True)
 class Results:
-    """One evaluation of one split. Metrics are fractions; `train` is None where nothing was trained.
+    """One evaluation of one split.
 
-    `rtfx` is seconds of audio decoded per second of wall clock; `skipped` counts utterances by reason;
-    `normalizer` is that of the scores, `training_normalizer` that of the texts learnt, None where the model does not say.
+    metrics:             fractions, not percent
+    normalizer:          of references and hypotheses
+    rtfx:                seconds of audio decoded per second of wall clock
+    train:               None where nothing was trained
+    skipped:             number of utterances by reason
+    training_normalizer: of the texts that the model learnt; None where the model does not say
     """
 
     task: str
@@ -48,59 +52,45 @@ class Results:
     training_normalizer: Mapping[str, str] | None = None
 
     def write(self, path: Path) -> None:
-        """Write JSON, whole or not at all; numbers that JSON has no word for (NaN) become null."""
-        text = json.dumps(_without_nan(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished = path.with_name(path.name + ".tmp")
-        try:
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+        """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
+        text = json.dumps(without_nan(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        write_whole(path, text + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Read what `write` wrote; a UserError where the file is missing or is something else."""
-        instead = "the results.json in the folder of a run that has ended"
+        """Reads the file of `write`. Raises UserError where it is missing or holds something else."""
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
+            metrics = {name: Interval(**with_nan(interval)) for name, interval in stored["metrics"].items()}
+            train = stored["train"] and TrainingTotals(**stored["train"])
+            return cls(**{**stored, "metrics": metrics, "train": train, **with_nan({"rtfx": stored["rtfx"]})})
         except FileNotFoundError:
-            raise UserError(f"there is no file {path}", instead) from None
+            wrong = f"there is no file {path}"
         except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}", instead) from None
-        try:
-            return cls._from_json(stored)
+            wrong = f"{path} is not JSON: {error}"
         except (TypeError, KeyError, AttributeError):
-            expected = ", ".join(field.name for field in fields(cls))
-            raise UserError(f"{path} holds no results: expected the keys {expected}", instead) from None
-
-    @classmethod
-    def _from_json(cls, stored: dict[str, Any]) -> "Results":
-        metrics = {name: Interval(**_with_nan(interval)) for name, interval in stored["metrics"].items()}
-        train = stored["train"] and TrainingTotals(**stored["train"])
-        rtfx = _with_nan({"rtfx": stored["rtfx"]})
-        return cls(**{**stored, "metrics": metrics, "train": train, **rtfx})
+            wrong = f"{path} holds no results: expected the keys {', '.join(field.name for field in fields(cls))}"
+        raise UserError("run_dir", str(path.parent), wrong, "write the folder of a run that has ended")
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a number; None for one that is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    """Versions of Python and of PACKAGES; None for a package that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
+def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
     return {key: math.nan if number is None else number for key, number in numbers.items()}

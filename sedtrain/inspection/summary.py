@@ -1,138 +1,88 @@
-"""Everything that an inspection finds: what `inspect.json` holds, and tables and the page show."""
+"""Everything that an inspection finds, as `inspect.json` holds it."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import exp, nan
 from pathlib import Path
 
 import numpy as np
 
 from sedtrain.batch import Skipped
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.inspection.statistics import (
-    Batching,
-    Floats,
-    Group,
-    Histogram,
-    Numbers,
-    Overlap,
-    Sound,
-    SplitColumns,
-    Spread,
-    Texts,
-    batchings,
-    groups_of,
-    listen,
-    overlap,
-    read_corpus,
-    robust_scores,
-    skipped_examples,
-    texts_of,
-)
+from sedtrain.inspection import statistics
+from sedtrain.inspection.sound import Sound, listen
+from sedtrain.inspection.splits import SplitEntries, read_corpus
+from sedtrain.inspection.statistics import Batching, Floats, Group, Histogram, Numbers, Spread
+from sedtrain.run_dir import write_whole
 
+NUM_DECODED = 200  # utterances of a split, drawn at random
+NUM_RAREST, NUM_REPEATED, NUM_EXAMPLES, NUM_STRANGE = 12, 5, 3, 10
+DECLARED_TOLERANCE = 0.1  # seconds
 STRANGE = 3.5  # robust standard deviations; of normal values one in 2,000 is farther off
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Something that every utterance has.
-
-    words:       for people
-    least_sigma: smaller deviations are none
-    is_log:      whether the logarithm is looked at, since it is distributed evenly to both sides
-    """
-
-    words: str
-    least_sigma: float
-    is_log: bool = False
-
-
-FEATURES = (
-    Feature("{:.2f} s long, median {:.2f} s", 0.05, is_log=True),
-    Feature("{:.0f} characters, median {:.0f}", 0.05, is_log=True),
-    Feature("{:.1f} characters per second, median {:.1f}", 0.05, is_log=True),
-    Feature("{:.1f} dBFS, median {:.1f}", 1.0),
-    Feature("{:.0f} % silent, median {:.0f} %", 15.0),
-    Feature("{:+.2f} s against what is declared", 0.1),
+FEATURES = (  # text with value and median, smallest standard deviation, whether it is that of the logarithm
+    ("{:.2f} s long, median {:.2f} s", 0.05, True),
+    ("{:.0f} characters, median {:.0f}", 0.05, True),
+    ("{:.1f} characters per second, median {:.1f}", 0.05, True),
+    ("{:.1f} dBFS, median {:.1f}", 1.0, False),
+    ("{:.0f} % silent, median {:.0f} %", 15.0, False),
+    ("{:+.2f} s against what is declared", 0.1, False),
 )
 
 
 @dataclass(frozen=True)
-class Strange:
-    """An utterance with the reasons, such as `38.07 s long, median 1.50 s`, the worst first, and the score of that."""
+class Use:
+    """A character, its count, and the first utterance with it."""
 
-    split: str
-    number: int
+    character: str
+    times: int
     id: str
     text: str
-    seconds: float
-    score: float
-    reasons: list[str]
-
-
-def features_of(columns: SplitColumns, sounds: Mapping[int, Sound]) -> Floats:
-    """(F, N) in the order of FEATURES; NaN for what was not decoded, whose numbers `sounds` lacks."""
-    seconds, characters = columns.seconds, np.maximum(columns.num_characters, 1)
-    values = np.full((len(FEATURES), len(columns)), nan)
-    values[0], values[1] = np.log(np.maximum(seconds, 1e-3)), np.log(characters)
-    values[2] = values[1] - values[0]
-    for number, sound in sounds.items():
-        values[3:, number] = sound.level, 100 * sound.silence, sound.seconds - seconds[number]
-    return values
-
-
-def strangest(splits: Sequence[SplitColumns], sounds: Sequence[Mapping[int, Sound]], most: int) -> list[Strange]:
-    """The utterances of all splits with the highest scores, of which one is that of its strangest feature."""
-    places = [(columns, number) for columns in splits for number in range(len(columns))]
-    if not places:
-        return []
-    values = np.concatenate([features_of(*each) for each in zip(splits, sounds, strict=True)], axis=1)
-    scores = np.array([robust_scores(row, feature.least_sigma) for row, feature in zip(values, FEATURES, strict=True)])
-    sizes = np.abs(np.nan_to_num(scores))
-    found = []
-    for place in np.argsort(-sizes.max(axis=0), kind="stable")[:most].tolist():
-        columns, number = places[place]
-        by_size = np.argsort(-sizes[:, place]).tolist()
-        told = [row for row in by_size if sizes[row, place] >= STRANGE] or by_size[:1]
-        reasons = [reason(FEATURES[row], values[row, place], float(np.nanmedian(values[row]))) for row in told]
-        score = float(sizes[by_size[0], place])
-        lengths = columns.lengths[number]
-        found.append(
-            Strange(columns.split, number, columns.ids[number], columns.texts[number], lengths, score, reasons)
-        )
-    return found
-
-
-def reason(feature: Feature, value: float, median: float) -> str:
-    return feature.words.format(*(map(exp, (value, median)) if feature.is_log else (value, median)))
-
-
-NUM_DECODED = 200  # utterances of a split
-
-
-NUM_STRANGE = 10
-
-
-DECLARED_TOLERANCE = 0.1  # seconds
 
 
 @dataclass(frozen=True)
-class Left:
-    """What would be left out for one reason; hours: of those whose length is known."""
+class Texts:
+    """Distinct texts, utterances that share theirs with another, the most frequent texts; characters, unseen but spaces."""
 
-    reason: str
-    num_utterances: int
-    hours: float
-    examples: list[str]
+    num_distinct: int
+    num_repeated: int
+    repeated: dict[str, int]
+    num_characters: int
+    rarest: list[Use]
+    unseen: list[Use]
+
+    @classmethod
+    def of(cls, split: SplitEntries) -> "Texts":
+        texts = [entry.text.strip() for entry in split.entries]
+        counts = Counter(texts)
+        several = {text: count for text, count in counts.most_common() if count > 1}
+        frequent = dict(list(several.items())[:NUM_REPEATED])
+        first_uses = statistics.first_uses(texts).items()
+        uses = [Use(character, times, split.entries[i].id, texts[i]) for character, (times, i) in first_uses]
+        unseen = [use for use in uses if not use.character.isprintable()]
+        return cls(len(counts), sum(several.values()), frequent, len(uses), uses[:NUM_RAREST], unseen)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Speakers that are also in the training split, and utterances whose text is."""
+
+    num_speakers: int
+    num_texts: int
+
+    @classmethod
+    def of(cls, split: SplitEntries, train: SplitEntries) -> "Overlap":
+        speakers, train_speakers = ({entry.speaker for entry in each.entries} - {None} for each in (split, train))
+        train_texts = {entry.text.strip() for entry in train.entries}
+        return cls(len(speakers & train_speakers), sum(entry.text.strip() in train_texts for entry in split.entries))
 
 
 @dataclass(frozen=True)
 class Sounds:
-    """Of utterances drawn at random, some of them refused: counts by what headers say, levels in dBFS, shares of silence.
+    """Decoded utterances: counts by stored format, level in dBFS, share of silence; ids where something is wrong.
 
-    clipped, misdeclared: ids of those with samples in a row at full scale, and of another length than declared
+    num_refused: those that could not be decoded, or that training refuses
+    misdeclared: of another length than their row says
     """
 
     num_decoded: int
@@ -146,14 +96,52 @@ class Sounds:
     clipped: list[str]
     misdeclared: list[str]
 
+    @classmethod
+    def of(cls, split: SplitEntries, sounds: Mapping[int, Sound], num_decoded: int) -> "Sounds":
+        """sounds: by index of their entry"""
+        levels = np.array([sound.level for sound in sounds.values()])
+        named = [(split.entries[index], sound) for index, sound in sounds.items()]
+        return cls(
+            num_decoded,
+            num_decoded - len(sounds),
+            dict(Counter(sound.sampling_rate for sound in sounds.values()).most_common()),
+            dict(Counter(sound.num_channels for sound in sounds.values()).most_common()),
+            dict(Counter(sound.format for sound in sounds.values()).most_common()),
+            Spread.of(levels) if sounds else None,
+            Histogram.of(levels) if sounds else None,
+            Spread.of(np.array([sound.silence for sound in sounds.values()])) if sounds else None,
+            [entry.id for entry, sound in named if sound.is_clipped],
+            [entry.id for entry, sound in named if abs(sound.seconds - entry.seconds) > DECLARED_TOLERANCE],
+        )
+
+
+@dataclass(frozen=True)
+class SkippedFor:
+    """Utterances that training would skip for one reason; `hours` counts those whose length is known."""
+
+    reason: str
+    num_utterances: int
+    hours: float
+    examples: list[str]
+
+    @classmethod
+    def each(cls, split: SplitEntries) -> "list[SkippedFor]":
+        """By reason, the most frequent first."""
+        found = []
+        for reason, count in Counter(utterance.reason for utterance, _ in split.skipped).most_common():
+            skipped = [(utterance, seconds) for utterance, seconds in split.skipped if utterance.reason == reason]
+            hours = sum(seconds or 0.0 for _, seconds in skipped) / 3600
+            examples = [f"{id} ({detail})" if detail else id for (id, _, detail, _), _ in skipped[:NUM_EXAMPLES]]
+            found.append(cls(reason, count, hours, examples))
+        return found
+
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split.
+    """One split: `num_read` rows, of which training would use `num_utterances`.
 
-    num_read, num_utterances: rows, and those that would be used as far as is known without decoding
-    spreads, histograms:      of seconds, characters, words, characters per second
-    groups:                   by dataset, language, speaker
+    spreads, histograms: of seconds, characters, words, characters per second
+    groups:              by dataset, language, speaker
     """
 
     split: str
@@ -167,22 +155,62 @@ class SplitSummary:
     batches: list[Batching]
     texts: Texts
     sounds: Sounds
-    skipped: list[Left]
+    skipped: list[SkippedFor]
     overlap: Overlap | None
+
+    @classmethod
+    def of(
+        cls, split: SplitEntries, sounds: Sounds, data: SpeechTextDataModule, train: SplitEntries | None
+    ) -> "SplitSummary":
+        entries, seconds = split.entries, split.seconds
+        num_characters = np.array([len(entry.text.strip()) for entry in entries], dtype=np.int64)
+        measures: dict[str, Numbers] = {
+            "seconds": seconds,
+            "characters": num_characters,
+            "words": np.array([len(entry.text.split()) for entry in entries], dtype=np.int64),
+            "characters per second": num_characters / np.maximum(seconds, 1e-3),
+        }
+        names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
+        shuffle = split.split == "train"
+        block = data.block_utterances if shuffle and data.corpus.streaming else None
+        bounds = (data.bounds.batch_seconds, data.bounds.num_buckets, data.seed)
+        return cls(
+            split.split,
+            split.is_whole,
+            split.num_read,
+            len(entries),
+            float(seconds.sum()) / 3600,
+            {name: Spread.of(values) for name, values in measures.items() if entries},
+            {name: Histogram.of(values) for name, values in measures.items() if entries},
+            {by: statistics.groups_of(values, seconds) for by, values in names.items()},
+            statistics.batchings(seconds, *bounds, shuffle=shuffle, block=block) if entries else [],
+            Texts.of(split),
+            sounds,
+            SkippedFor.each(split),
+            None if train is None or train is split else Overlap.of(split, train),
+        )
 
     @property
     def num_skipped(self) -> int:
-        return sum(each.num_utterances for each in self.skipped)
+        return sum(reason.num_utterances for reason in self.skipped)
+
+
+@dataclass(frozen=True)
+class Strange:
+    """An outlier: its reasons, such as `38.07 s long, median 1.50 s`, the worst first, with the score of the worst."""
+
+    split: str
+    number: int
+    id: str
+    text: str
+    seconds: float
+    score: float
+    reasons: list[str]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All splits together.
-
-    name:     of the data, for people
-    settings: options that the batches follow from
-    absent:   splits that cannot be read, with the reason
-    """
+    """All splits of a dataset with that public name; `absent` gives a reason for each split that cannot be read."""
 
     name: str
     settings: dict[str, float | int | None]
@@ -191,103 +219,64 @@ class Inspection:
     strangest: list[Strange]
 
     def write(self, path: Path) -> None:
-        path.write_text(
-            json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        write_whole(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitColumns]]:
-    """What is in the data, and its columns. Raises UserError where none of its splits can be read.
+def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitEntries]]:
+    """The inspection, and the entries it is made from. Raises UserError where no split can be read.
 
-    most: of a stream, how many utterances of a split are read; None: all
+    most: rows of a streamed split; None: all
     """
-    columns, absent = read_corpus(data.corpus, most)
-    heard = [decoded(each, data.seed) for each in columns]
-    for each, sounds in zip(columns, heard, strict=True):
-        each.refuse({number: sound for number, sound in sounds.items() if isinstance(sound, Skipped)})
-        data.skipped.note(each.skipped)
-    train = next((each for each in columns if each.split == "train"), None)
-    splits = [summary(each, sounds, data, train) for each, sounds in zip(columns, heard, strict=True)]
-    audible = [{number: each for number, each in of.items() if isinstance(each, Sound)} for of in heard]
+    splits, absent = read_corpus(data.corpus, most)
+    train = next((split for split in splits if split.split == "train"), None)
+    summaries, sounds = [], []
+    for split in splits:
+        decoded = decode_some(split, data.seed)
+        audible = {index: sound for index, sound in decoded.items() if isinstance(sound, Sound)}
+        refused = [(each, split.entries[index].seconds) for index, each in decoded.items() if isinstance(each, Skipped)]
+        split.skipped += refused
+        data.skipped.note([utterance for utterance, _ in split.skipped])
+        summaries.append(SplitSummary.of(split, Sounds.of(split, audible, len(decoded)), data, train))
+        sounds.append(audible)
     options = ("batch_seconds", "batch_tokens", "num_buckets")
-    settings = {f"data.{option}": getattr(data, option) for option in options}
-    return Inspection(
-        data.corpus.public_name, settings, splits, absent, strangest(columns, audible, NUM_STRANGE)
-    ), columns
+    settings = {f"data.{option}": getattr(data.bounds, option) for option in options}
+    return Inspection(data.corpus.public_name, settings, summaries, absent, strangest(splits, sounds)), splits
 
 
-def decoded(columns: SplitColumns, seed: int) -> dict[int, Sound | Skipped]:
-    """A few utterances by number, drawn at random."""
-    number = min(NUM_DECODED, len(columns))
-    drawn = sorted(np.random.default_rng(seed).choice(len(columns), number, replace=False).tolist())
-    heard = listen(columns.parts, [columns.references[number] for number in drawn])
-    return dict(zip(drawn, heard, strict=True))
+def decode_some(split: SplitEntries, seed: int) -> dict[int, Sound | Skipped]:
+    """Utterances drawn at random, by index of their entry."""
+    number = min(NUM_DECODED, len(split.entries))
+    drawn = sorted(np.random.default_rng(seed).choice(len(split.entries), number, replace=False).tolist())
+    return dict(zip(drawn, listen(split.parts, [split.entries[index].reference for index in drawn]), strict=True))
 
 
-def summary(
-    columns: SplitColumns, heard: Mapping[int, Sound | Skipped], data: SpeechTextDataModule, train: SplitColumns | None
-) -> SplitSummary:
-    seconds, characters = columns.seconds, columns.num_characters
-    measures: dict[str, Numbers] = {
-        "seconds": seconds,
-        "characters": characters,
-        "words": columns.num_words,
-        "characters per second": characters / np.maximum(seconds, 1e-3),
-    }
-    names: dict[str, Sequence[str | None]] = {
-        "dataset": [each or None for each in columns.datasets],
-        "language": columns.languages,
-        "speaker": columns.speakers,
-    }
-    is_train = columns.split == "train"
-    block = data.block_utterances if is_train and data.corpus.streaming else None
-    bounds = (data.batch_seconds, data.num_buckets, data.seed)
-    return SplitSummary(
-        columns.split,
-        columns.is_whole,
-        columns.num_read,
-        len(columns),
-        float(seconds.sum()) / 3600,
-        {name: Spread.of(values) for name, values in measures.items() if len(values)},
-        {name: Histogram.of(values) for name, values in measures.items() if len(values)},
-        {name: groups_of(values, seconds) for name, values in names.items()},
-        batchings(seconds, *bounds, shuffle=is_train, block=block) if len(seconds) else [],
-        texts_of(columns),
-        sounds_of(columns, heard),
-        left_out(columns),
-        overlap(columns, train) if train is not None and not is_train else None,
-    )
+def strangest(splits: Sequence[SplitEntries], sounds: Sequence[Mapping[int, Sound]]) -> list[Strange]:
+    """Utterances of all splits with the highest scores; the score of an utterance is its highest of any feature."""
+    located = [(split, index) for split in splits for index in range(len(split.entries))]
+    if not located:
+        return []
+    values = np.concatenate([features(*each) for each in zip(splits, sounds, strict=True)], axis=1)
+    sizes = np.empty_like(values)
+    for row, (_, least_sigma, is_log) in enumerate(FEATURES):
+        scores = statistics.robust_scores(np.log(values[row]) if is_log else values[row], least_sigma)
+        sizes[row] = np.abs(np.nan_to_num(scores))
+    found = []
+    for column in np.argsort(-sizes.max(axis=0), kind="stable")[:NUM_STRANGE].tolist():
+        split, index = located[column]
+        _, id, seconds, text, *_ = split.entries[index]
+        by_size = np.argsort(-sizes[:, column]).tolist()
+        shown = [row for row in by_size if sizes[row, column] >= STRANGE] or by_size[:1]
+        reasons = [FEATURES[row][0].format(values[row, column], np.nanmedian(values[row])) for row in shown]
+        found.append(Strange(split.split, index, id, text, seconds, float(sizes[by_size[0], column]), reasons))
+    return found
 
 
-def sounds_of(columns: SplitColumns, heard: Mapping[int, Sound | Skipped]) -> Sounds:
-    sounds = {number: each for number, each in heard.items() if isinstance(each, Sound)}
-    levels = np.array([each.level for each in sounds.values()])
-    silences = np.array([each.silence for each in sounds.values()])
-    off = [
-        number for number, each in sounds.items() if abs(each.seconds - columns.lengths[number]) > DECLARED_TOLERANCE
-    ]
-    return Sounds(
-        len(heard),
-        len(heard) - len(sounds),
-        dict(Counter(each.sampling_rate for each in sounds.values()).most_common()),
-        dict(Counter(each.num_channels for each in sounds.values()).most_common()),
-        dict(Counter(each.format for each in sounds.values()).most_common()),
-        Spread.of(levels) if sounds else None,
-        Histogram.of(levels) if sounds else None,
-        Spread.of(silences) if sounds else None,
-        [columns.ids[number] for number, each in sounds.items() if each.is_clipped],
-        [columns.ids[number] for number in off],
-    )
-
-
-def left_out(columns: SplitColumns) -> list[Left]:
-    """By reason, the most frequent first; of what only decoding tells, those that were decoded."""
-    return [
-        Left(
-            reason,
-            count,
-            columns.skipped_seconds.get(reason, 0.0) / 3600,
-            list(skipped_examples(columns.skipped, reason)),
-        )
-        for reason, count in Counter(each.reason for each in columns.skipped).most_common()
-    ]
+def features(split: SplitEntries, sounds: Mapping[int, Sound]) -> Floats:
+    """(F, N) in the order of FEATURES; NaN where an utterance is not in `sounds`."""
+    values = np.full((len(FEATURES), len(split.entries)), np.nan)
+    values[0] = np.maximum(split.seconds, 1e-3)
+    values[1] = [max(len(entry.text.strip()), 1) for entry in split.entries]
+    values[2] = values[1] / values[0]
+    for index, sound in sounds.items():
+        values[3:, index] = sound.level, 100 * sound.silence, sound.seconds - split.entries[index].seconds
+    return values

@@ -1,9 +1,9 @@
-"""What stands between encoder and decoder: modules that change the rate and the width of frames and carry the mask along.
+"""Adapters: modules between encoder and decoder that change the rate and the width of frames, and their mask.
+
+Padding never reaches a real frame: an utterance has the same output alone and in a padded batch. In every mask 0 is padding.
+An adapter that makes one frame of s makes ceil(T / s) frames; for the last one the missing frames are zeros.
 
 B batch, T frames, E encoder width, D decoder width, W windows, Q queries.
-
-A frame of padding never reaches a real one: an utterance has the same output alone as in a padded batch. In every mask 0 is
-padding. An adapter that makes one frame of s makes ceil(T / s) frames; the last one is made of fewer, filled with zeros.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sedtrain.errors import UserError
+from sedtrain.ranges import Count, Fraction
+
+ADAPTERS: dict[str, "type[Adapter]"] = {}  # by kind
 
 
 class Adapter(nn.Module):
-    """Base class of adapters. `class Mine(Adapter, kind="mine")` is found again in saved models once its module is imported.
+    """Base class of adapters. A saved model finds `class Mine(Adapter, kind="mine")` by its kind, once its module is imported.
 
-    settings: what the subclass was built with besides the two widths, saved in the model's configuration
+    settings: the subclass's arguments besides the two widths, saved in the model's configuration
     """
 
     kind: ClassVar[str]
@@ -38,59 +41,53 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
 
-ADAPTERS: dict[str, type[Adapter]] = {}
-
-
 def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[str, Any]) -> Adapter:
-    """A new adapter of a class that was saved by its kind. Raises UserError for a kind that no imported class has."""
+    """A new adapter of the class with this kind. Raises UserError if no imported class has it."""
     if kind not in ADAPTERS:
-        raise UserError(
-            f"this model was saved with an adapter of kind {kind!r}; known here: {', '.join(ADAPTERS)}",
-            f'adapter=OPTION whose _target_ is the class with kind="{kind}", or import its module before loading',
+        wrong = f"the model was saved with an adapter of this kind; known are {', '.join(ADAPTERS)}"
+        write = (
+            f'write adapter=OPTION whose _target_ is the class with kind="{kind}", or import its module before loading'
         )
+        raise UserError("adapter", kind, wrong, write)
     return ADAPTERS[kind](input_dim, output_dim, **settings)
 
 
 def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:
-    """No module: the joined model of `transformers` has its own linear layer where the widths differ.
+    """No module: the joined model of `transformers` has a linear layer of its own if the widths differ.
 
-    project: whether that layer is wanted; where not, unequal widths raise UserError
+    project: whether that layer is wanted; if not, unequal widths raise UserError
     """
     if input_dim != output_dim and not project:
-        raise UserError(
-            f"adapter=none: the encoder is {input_dim} wide and the decoder {output_dim}",
-            "adapter=linear, which projects one to the other",
-        )
+        wrong = f"the encoder is {input_dim} wide and the decoder {output_dim}"
+        raise UserError("adapter", "none", wrong, "write adapter=linear, which projects one to the other")
 
 
 class ConvAdapter(Adapter, kind="conv"):
-    """Convolutions of 3 frames with gated linear units, each of which leaves one frame of `stride` (arXiv 1911.08460)."""
+    """Convolutions over 3 frames with gated linear units; each makes one frame of `stride` (arXiv 1911.08460)."""
 
-    def __init__(self, input_dim: int, output_dim: int, stride: int = 2, num_layers: int = 2) -> None:
-        super().__init__(input_dim, output_dim, **at_least_one(stride=stride, num_layers=num_layers))
+    def __init__(self, input_dim: int, output_dim: int, stride: Count = 2, num_layers: Count = 2) -> None:
+        super().__init__(input_dim, output_dim, stride=stride, num_layers=num_layers)
         if stride > 2:
-            raise UserError(
-                f"adapter.stride={stride}: convolutions of 3 frames would leave frames out",
-                "adapter.stride=2, and adapter.num_layers for a lower rate, or adapter=stack_mlp",
-            )
+            write = "write adapter.stride=2, and adapter.num_layers for a lower rate, or adapter=stack_mlp"
+            raise UserError("adapter.stride", stride, "convolutions over 3 frames would leave frames out", write)
         self.stride = stride
         widths = [input_dim] + [output_dim] * (num_layers - 1)
-        self.convolutions = nn.ModuleList(nn.Conv1d(each, 2 * output_dim, 3, stride, padding=1) for each in widths)
+        self.convolutions = nn.ModuleList(nn.Conv1d(width, 2 * output_dim, 3, stride, padding=1) for width in widths)
         self.layer_norms = nn.ModuleList(nn.LayerNorm(output_dim) for _ in widths)
 
     def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         for convolution, layer_norm in zip(self.convolutions, self.layer_norms, strict=True):
-            frames = convolution(silenced(frames, mask).transpose(1, 2)).transpose(1, 2)
+            frames = convolution(without_padding(frames, mask).transpose(1, 2)).transpose(1, 2)
             frames = layer_norm(F.glu(frames, dim=-1))
-            mask = every(self.stride, mask)
+            mask = strided(mask, self.stride)
         return frames, mask
 
 
 class StackMLPAdapter(Adapter, kind="stack_mlp"):
     """`stride` consecutive frames as one wide frame, then two linear layers (arXiv 2402.08846)."""
 
-    def __init__(self, input_dim: int, output_dim: int, stride: int = 2) -> None:
-        super().__init__(input_dim, output_dim, **at_least_one(stride=stride))
+    def __init__(self, input_dim: int, output_dim: int, stride: Count = 2) -> None:
+        super().__init__(input_dim, output_dim, stride=stride)
         self.stride = stride
         self.mlp = nn.Sequential(
             nn.Linear(stride * input_dim, 4 * output_dim),
@@ -100,17 +97,21 @@ class StackMLPAdapter(Adapter, kind="stack_mlp"):
         )
 
     def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.mlp(windows(silenced(frames, mask), self.stride).flatten(2)), every(self.stride, mask)
+        return self.mlp(windows(without_padding(frames, mask), self.stride).flatten(2)), strided(mask, self.stride)
 
 
 class TransformerAdapter(Adapter, kind="transformer"):
     """A projection to the decoder's width and pre-norm Transformer layers over the whole utterance."""
 
     def __init__(
-        self, input_dim: int, output_dim: int, num_layers: int = 2, num_heads: int = 4, dropout: float = 0.1
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_layers: Count = 2,
+        num_heads: Count = 4,
+        dropout: Fraction = 0.1,
     ) -> None:
-        settings = at_least_one(num_layers=num_layers, num_heads=num_heads)
-        super().__init__(input_dim, output_dim, **settings, dropout=dropout)
+        super().__init__(input_dim, output_dim, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
         self.projection = nn.Linear(input_dim, output_dim)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(**layer_options(output_dim, num_heads, dropout)) for _ in range(num_layers)
@@ -118,7 +119,7 @@ class TransformerAdapter(Adapter, kind="transformer"):
         self.layer_norm = nn.LayerNorm(output_dim)
 
     def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        frames = self.projection(silenced(frames, mask))
+        frames = self.projection(without_padding(frames, mask))
         for layer in self.layers:
             frames = layer(frames, src_key_padding_mask=unattended(mask))
         return self.layer_norm(frames), mask
@@ -127,20 +128,20 @@ class TransformerAdapter(Adapter, kind="transformer"):
 class QFormerAdapter(Adapter, kind="qformer"):
     """Learned queries that attend to each window of frames, the window-level Q-Former of SALMONN (arXiv 2310.13289).
 
-    Makes `num_queries` frames of `window` frames. The frames carry their positions: the encoder has put them there.
+    Makes `num_queries` frames of `window` frames. It adds no positions: those of the encoder are in the frames.
     """
 
     def __init__(
         self,
         input_dim: int,
         output_dim: int,
-        window: int = 8,
-        num_queries: int = 4,
-        num_layers: int = 2,
-        num_heads: int = 4,
-        dropout: float = 0.1,
+        window: Count = 8,
+        num_queries: Count = 4,
+        num_layers: Count = 2,
+        num_heads: Count = 4,
+        dropout: Fraction = 0.1,
     ) -> None:
-        settings = at_least_one(window=window, num_queries=num_queries, num_layers=num_layers, num_heads=num_heads)
+        settings = {"window": window, "num_queries": num_queries, "num_layers": num_layers, "num_heads": num_heads}
         super().__init__(input_dim, output_dim, **settings, dropout=dropout)
         self.window, self.num_queries = window, num_queries
         self.projection = nn.Linear(input_dim, output_dim)
@@ -152,25 +153,25 @@ class QFormerAdapter(Adapter, kind="qformer"):
 
     def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         real = frames.new_ones(frames.shape[:2]) if mask is None else mask
-        frames = windows(self.projection(silenced(frames, mask)), self.window)  # (B, W, window, D)
+        frames = windows(self.projection(without_padding(frames, mask)), self.window)  # (B, W, window, D)
         real = windows(real[..., None], self.window)[..., 0]
         batch_size, num_windows = frames.shape[:2]
         attended, ignored = frames.flatten(0, 1), unattended(real.flatten(0, 1))
         queries = self.queries.expand(batch_size * num_windows, -1, -1)
         for layer in self.layers:
             queries = layer(queries, attended, memory_key_padding_mask=ignored)
-        mask = every(self.window, mask)
+        mask = strided(mask, self.window)
         made = self.layer_norm(queries).reshape(batch_size, num_windows * self.num_queries, -1)
         return made, None if mask is None else mask.repeat_interleave(self.num_queries, dim=1)
 
 
-def silenced(frames: Tensor, mask: Tensor | None) -> Tensor:
-    """The frames with zeros in the padding, whatever was there, NaN included."""
+def without_padding(frames: Tensor, mask: Tensor | None) -> Tensor:
+    """The frames with zeros in the padding, which may have held NaN."""
     return frames if mask is None else frames.masked_fill(mask[..., None] == 0, 0.0)
 
 
-def every(stride: int, mask: Tensor | None) -> Tensor | None:
-    """(B, T) mask -> (B, ceil(T / stride)) mask of what is made of `stride` frames each."""
+def strided(mask: Tensor | None, stride: int) -> Tensor | None:
+    """(B, T) mask -> (B, ceil(T / stride)) mask of frames that are made of `stride` each."""
     return None if mask is None else mask[:, ::stride]
 
 
@@ -181,17 +182,15 @@ def windows(frames: Tensor, size: int) -> Tensor:
 
 
 def unattended(mask: Tensor | None) -> Tensor | None:
-    """Where attention does not look. A row that is all padding looks everywhere: a softmax over nothing is NaN."""
+    """The positions that attention ignores; none in a row that is all padding, since a softmax over nothing is NaN."""
     return None if mask is None else (mask == 0) & (mask != 0).any(-1, keepdim=True)
 
 
 def layer_options(width: int, num_heads: int, dropout: float) -> dict[str, Any]:
-    """Of PyTorch's Transformer layers. Raises UserError for a number of heads that does not divide the width."""
+    """Arguments of PyTorch's Transformer layers. Raises UserError for a number of heads that does not divide the width."""
     if width % num_heads:
-        raise UserError(
-            f"adapter.num_heads={num_heads}: it does not divide the decoder's width, {width}",
-            f"adapter.num_heads={max(each for each in range(1, num_heads) if width % each == 0)}",
-        )
+        write = f"write adapter.num_heads={max(heads for heads in range(1, num_heads) if width % heads == 0)}"
+        raise UserError("adapter.num_heads", num_heads, f"it does not divide the decoder's width, {width}", write)
     return {
         "d_model": width,
         "nhead": num_heads,
@@ -201,11 +200,3 @@ def layer_options(width: int, num_heads: int, dropout: float) -> dict[str, Any]:
         "batch_first": True,
         "norm_first": True,
     }
-
-
-def at_least_one(**settings: int) -> dict[str, int]:
-    """The settings as they are. Raises UserError for one below 1."""
-    for name, value in settings.items():
-        if value < 1:
-            raise UserError(f"adapter.{name}={value}: an adapter needs at least one", f"adapter.{name}=1 or more")
-    return settings

@@ -1,16 +1,14 @@
-"""One configuration for the joined model and its parts."""
+"""The configuration of the joined model, which contains that of the encoder and that of the decoder."""
 
-import copy
-from collections.abc import Iterator
 from typing import Any, Self
 
-import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     SpeechEncoderDecoderConfig,
@@ -20,12 +18,12 @@ from sedtrain.models.adapter import Adapter
 
 
 class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
-    """Of a model with an adapter that `transformers` does not have.
+    """The configuration of a model with an adapter that `transformers` does not have.
 
     adapter: its `kind` and its `settings`
 
-    The base class would load such a folder without its adapter. It only warns of another model type, so what is saved names
-    the encoder's type in a way that it cannot resolve: it then refuses.
+    The base class would load such a folder without its adapter, and only warn of an unknown model type. Therefore the saved
+    model type of the encoder is one that the base class cannot resolve: it then refuses.
     """
 
     model_type = "adapted-speech-encoder-decoder"
@@ -50,71 +48,45 @@ def needs_sedtrain(adapter: dict[str, Any]) -> str:
 
 
 def frame_width(config: PreTrainedConfig) -> int:
-    """The width of the frames that an encoder gives: behind the family's own adapter it may be another."""
+    """The width of the encoder's output frames, which the family's own adapter may change."""
     adapted = getattr(config, "add_adapter", False)
     width: int = getattr(config, "output_hidden_size", config.hidden_size) if adapted else config.hidden_size
     return width
 
 
 def share_config(part: nn.Module, config: PreTrainedConfig) -> None:
-    """Every module of the part reads this one configuration, so that a change of it reaches them all."""
+    """Gives every module of the part this one configuration object, so that a later change of it reaches them all."""
     for module in part.modules():
         if isinstance(getattr(module, "config", None), type(config)):
             module.config = config
 
 
-def make_known(part: PreTrainedModel, factory: Any) -> None:
-    """Tells transformers of a class of the user's own: it makes a joined configuration from its parts' model types."""
+def register_family(part: PreTrainedModel, factory: Any) -> None:
+    """Registers a class of the user's own: transformers finds the parts of a joined configuration by their model types."""
     if part.config.model_type not in CONFIG_MAPPING:
         AutoConfig.register(part.config.model_type, type(part.config))
         factory.register(type(part.config), type(part))
 
 
 def joint_config(encoder: PreTrainedModel, decoder: PreTrainedModel) -> SpeechEncoderDecoderConfig:
-    """The configuration of two modules that are to be joined."""
-    make_known(encoder, AutoModel)
-    make_known(decoder, AutoModelForCausalLM)
+    """The joined configuration of two modules."""
+    register_family(encoder, AutoModel)
+    register_family(decoder, AutoModelForCausalLM)
     return SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
 
 
 def with_adapter(config: SpeechEncoderDecoderConfig, adapter: Adapter) -> AdaptedSpeechEncoderDecoderConfig:
-    """The configuration of the same model with this adapter in it."""
+    """The configuration of the same model with this adapter."""
     described = {"kind": adapter.kind, "settings": adapter.settings}
     return AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
 
 
-class FollowedRates:
-    """The dropout rates of a part: a module reads them when it is built, `follow` hands it what they have become since."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        values = config.to_dict().items()
-        self.names = [name for name, value in values if "drop" in name and type(value) in (int, float)]
-        self.built_with = self.of(config)
-
-    def of(self, config: PreTrainedConfig) -> list[float]:
-        return [getattr(config, name) for name in self.names]
-
-    def follow(self, part: PreTrainedModel) -> None:
-        """Sets every rate in the part's modules to that of its configuration, where one has changed."""
-        rates = self.of(part.config)
-        if rates == self.built_with:
-            return
-        for module, attribute, name in self.readers(part):
-            setattr(module, attribute, getattr(part.config, name))
-        self.built_with = rates
-
-    def readers(self, part: PreTrainedModel) -> Iterator[tuple[nn.Module, str, str]]:
-        """The modules that keep a rate, the attribute in which they do, and the rate's name.
-
-        Found by building the part once more, without memory, with a rate that no other has under every name.
-        """
-        config = copy.deepcopy(part.config)
-        names = {0.5 + 2.0**-12 * number: name for number, name in enumerate(self.names, start=1)}
-        for rate, name in names.items():
-            setattr(config, name, rate)
-        with torch.device("meta"):
-            probe = type(part)(config)
-        for path, module in probe.named_modules():
-            for attribute, value in vars(module).items():
-                if type(value) is float and value in names:
-                    yield part.get_submodule(path), attribute, names[value]
+def move_generation_options(config: SpeechEncoderDecoderConfig, generation_config: GenerationConfig) -> None:
+    """Moves what `config` says of generation, and copies its special tokens: training and generation start with one token."""
+    for name, value in config._get_generation_parameters().items():  # such as max_length
+        setattr(generation_config, name, value)
+        delattr(config, name)
+    for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        token, known = getattr(config, name, None), getattr(generation_config, name)
+        if token is not None and not (isinstance(known, list) and token in known):  # several may end a text
+            setattr(generation_config, name, token)

@@ -1,6 +1,7 @@
-"""The encoder families of transformers whose saved folders it loads itself, with masks that reach everything.
+"""The encoder families, each with masks that reach everything; without padding a class computes what upstream's does.
 
-Each class computes what upstream's does; only padding is another matter.
+First the encoders that are models of `transformers`, then those that it has only inside sequence-to-sequence models: they
+get a model type of their own. docs/families.md says what upstream does with padding, family by family.
 """
 
 import copy
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -37,8 +37,6 @@ from transformers import (
     WhisperConfig,
     WhisperModel,
 )
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder
 from transformers.models.seamless_m4t.modeling_seamless_m4t import (
     SeamlessM4TConformerAdapterLayer,
@@ -58,11 +56,7 @@ from transformers.models.speecht5.modeling_speecht5 import (
 )
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertAdapter
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoderLayer
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from sedtrain.errors import UserError
 from sedtrain.models.loading import encoder_within
 from sedtrain.models.masking import (
     GuardedSpecAugment,
@@ -76,45 +70,43 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
+from sedtrain.models.whisper_encoder import VariableLengthWhisperEncoder
 
 
 class MaskedWav2Vec2(GuardedSpecAugment, Masked, Wav2Vec2Model):
-    def mask_modules(self) -> Steps:
-        return mask_front_end(self, self.feature_extractor)
+    pass
 
 
 class MaskedHubert(GuardedSpecAugment, Masked, HubertModel):
-    """Where a batch norm stands before its position embedding, padding is no longer zero."""
+    """A batch norm before the position embedding makes padding nonzero."""
 
     def mask_modules(self) -> Steps:
-        steps = mask_front_end(self, self.feature_extractor)
+        steps = super().mask_modules()
         if self.config.conv_pos_batch_norm:
             self.mask(self.encoder.pos_conv_embed.conv, MaskedConv1d, steps)
         return steps
 
 
 class MaskedWavLM(GuardedSpecAugment, Masked, WavLMModel):
-    mask_modules = MaskedWav2Vec2.mask_modules
-
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over nothing is NaN: a row without a frame attends to all, and is masked behind the encoder."""
+        """Lets a row without a frame attend to all, since attention over nothing is NaN; it is masked behind the encoder."""
         empty = output_lengths(attention_mask.sum(-1), self.frame_steps) == 0
         return inputs, attention_mask.masked_fill(empty[:, None], 1)
 
 
 class MaskedUniSpeech(GuardedSpecAugment, Masked, UniSpeechModel):
-    mask_modules = MaskedWav2Vec2.mask_modules
+    pass
 
 
 class MaskedUniSpeechSat(GuardedSpecAugment, Masked, UniSpeechSatModel):
-    mask_modules = MaskedWav2Vec2.mask_modules
+    pass
 
 
 class MaskedData2VecAudio(GuardedSpecAugment, Masked, Data2VecAudioModel):
-    """Its position embedding is a stack of convolutions: behind the first, padding is no longer zero."""
+    """The position embedding is a stack of convolutions: the first makes padding nonzero."""
 
     def mask_modules(self) -> Steps:
-        steps = mask_front_end(self, self.feature_extractor)
+        steps = super().mask_modules()
         for layer in self.encoder.pos_conv_embed.layers:
             self.mask(layer.conv, MaskedConv1d, steps)
         return steps
@@ -126,16 +118,25 @@ class MaskedConformerLayer(Recomputed, Wav2Vec2ConformerEncoderLayer):
 
 class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, Wav2Vec2ConformerModel):
     def mask_modules(self) -> Steps:
-        steps = mask_front_end(self, self.feature_extractor)
+        steps = super().mask_modules()
         for layer in self.encoder.layers:
             layer.__class__ = MaskedConformerLayer
             self.mask(layer.conv_module.depthwise_conv, MaskedConv1d, steps)
-        self.encoder.pos_conv_embed.requires_grad_(False)  # made, saved and never used
+        self.encoder.pos_conv_embed.requires_grad_(False)  # upstream never uses it
         return steps
 
 
+def mask_conformer_adapter(encoder: Masked, steps: Steps) -> Steps:
+    """Masks the adapter of w2v-BERT and of both SeamlessM4T; returns the steps from inputs to its output."""
+    for layer in encoder.adapter.layers:
+        encoder.mask(layer.residual_conv, MaskedConv1d, steps)
+        encoder.mask(layer.self_attn_conv, MaskedConv1d, steps)
+        steps += step(layer.residual_conv)
+    return steps
+
+
 class FittingBertAdapter(Wav2Vec2BertAdapter):
-    """Upstream counts frames with another padding than its convolutions have."""
+    """Counts frames with the padding that its convolutions have; upstream takes another."""
 
     def _compute_sub_sample_lengths_from_attention_mask(self, seq_lens: Tensor | None) -> Tensor | None:
         return None if seq_lens is None else output_lengths(seq_lens, step(self.layers[0].residual_conv))
@@ -144,21 +145,14 @@ class FittingBertAdapter(Wav2Vec2BertAdapter):
 class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, Wav2Vec2BertModel):
     front_end = ("feature_projection",)
 
-    def mask_modules(self) -> Steps:
-        return ()
-
     def mask_adapter(self, steps: Steps) -> Steps:
         self.adapter.__class__ = FittingBertAdapter
         self.adapter.layerdrop = 0.0
-        for layer in self.adapter.layers:
-            self.mask(layer.residual_conv, MaskedConv1d, steps)
-            self.mask(layer.self_attn_conv, MaskedConv1d, steps)
-            steps += step(layer.residual_conv)
-        return steps
+        return mask_conformer_adapter(self, steps)
 
 
 class PositionsOfAllFrames(SEWPositionalConvEmbedding):
-    """Positions of `frames` where they are given: a last frame without a partner gives its position, not its content."""
+    """The position embedding of `frames` if set: a last frame without a partner contributes its position, not its content."""
 
     frames: Tensor | None = None
 
@@ -167,9 +161,9 @@ class PositionsOfAllFrames(SEWPositionalConvEmbedding):
 
 
 class PairedFrames:
-    """Mixin for an encoder that squeezes frames in pairs: one left over at an utterance's end comes out as zeros.
+    """Mixin for an encoder that squeezes frames in pairs: one that is left over at the end of an utterance becomes zeros.
 
-    Upstream does so at the end of the batch only, and elsewhere pairs the last frame with padding.
+    Upstream does so at the end of the batch only; elsewhere it pairs the last frame with padding.
     """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -198,7 +192,7 @@ class MaskedSEW(GuardedSpecAugment, Masked, SEWModel):
     def mask_modules(self) -> Steps:
         self.encoder.__class__ = self.paired
         self.encoder.pos_conv_embed.__class__ = PositionsOfAllFrames
-        return mask_front_end(self, self.feature_extractor)
+        return Masked.mask_modules(self)
 
 
 class MaskedSEWD(GuardedSpecAugment, Masked, SEWDModel):
@@ -207,7 +201,7 @@ class MaskedSEWD(GuardedSpecAugment, Masked, SEWDModel):
 
 
 class MaskedParakeet(Masked, ParakeetEncoder):
-    """Upstream masks all that comes after its first convolution."""
+    """Upstream masks everything behind its first convolution."""
 
     _supports_flex_attn = False  # transformers takes the first head's position bias for all heads
     front_end = ("subsampling",)
@@ -218,22 +212,6 @@ class MaskedParakeet(Masked, ParakeetEncoder):
 
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         return inputs.masked_fill(attention_mask[..., None] == 0, 0.0), attention_mask
-
-
-MASKED: dict[type, type[Masked]] = {
-    Wav2Vec2Model: MaskedWav2Vec2,
-    HubertModel: MaskedHubert,
-    WavLMModel: MaskedWavLM,
-    UniSpeechModel: MaskedUniSpeech,
-    UniSpeechSatModel: MaskedUniSpeechSat,
-    Data2VecAudioModel: MaskedData2VecAudio,
-    Wav2Vec2ConformerModel: MaskedWav2Vec2Conformer,
-    Wav2Vec2BertModel: MaskedWav2Vec2Bert,
-    SEWModel: MaskedSEW,
-    SEWDModel: MaskedSEWD,
-    ParakeetEncoder: MaskedParakeet,
-}
-"""Upstream's class of a family's encoder -> ours."""
 
 
 class WhisperEncoderConfig(WhisperConfig):
@@ -264,36 +242,6 @@ class SeamlessM4Tv2EncoderConfig(SeamlessM4Tv2Config):
 class SpeechT5EncoderConfig(SpeechT5Config):
     model_type = "speecht5-encoder"
     is_encoder_decoder: bool = False
-
-
-class VariableLengthWhisperEncoder(WhisperEncoder):
-    """Whisper's encoder for clips of any length up to its limit: positions are cropped, padding is masked.
-
-    The upstream class computes 30 seconds for every clip. Parameters and their names are unchanged.
-    """
-
-    @merge_with_config_defaults  # type: ignore[untyped-decorator]
-    @capture_outputs  # type: ignore[untyped-decorator]
-    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """(B, F, T) log-mel features -> (B, ceil(T / 2), D). Raises UserError for more frames than it has positions."""
-        hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)
-        num_frames = hidden_states.shape[1]
-        if num_frames > self.max_source_positions:
-            raise UserError(
-                f"an utterance of {num_frames} frames does not fit an encoder with {self.max_source_positions} positions",
-                "data.max_seconds=30, the limit of Whisper's encoder",
-            )
-        hidden_states = hidden_states + self.embed_positions.weight[:num_frames]
-        hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
-        mask = None
-        if attention_mask is not None:
-            frame_mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
-            mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
-        layerdrop = self.config.encoder_layerdrop if self.training else 0.0
-        for layer in self.layers:
-            if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
-                hidden_states = layer(hidden_states, mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
 class StandaloneWhisper(Masked, VariableLengthWhisperEncoder):
@@ -333,7 +281,7 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
         return step(self.conv1) + step(self.conv2) + step(self.conv3)
 
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Upstream takes every 384th sample's mask for a frame's: here each of those is right."""
+        """Upstream takes the mask of every 384th sample for that of a frame: here those samples hold the right mask."""
         stride = self.conv1.stride[0] * self.conv2.stride[0] * self.conv3.stride[0]
         num_frames = -(-inputs.shape[1] // stride)
         mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
@@ -341,7 +289,7 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
 
 
 class FittingAdapterLayer(SeamlessM4TConformerAdapterLayer):
-    """Upstream counts the frames of every layer as if it were the first. Both versions of the family have this layer."""
+    """Counts the frames of its own input; upstream takes every layer for the first. Both versions have this layer."""
 
     def _compute_sub_sample_lengths_from_attention_mask(self, attention_mask: Tensor) -> Tensor:
         return output_lengths(self.residual_conv.lengths, step(self.residual_conv))
@@ -353,20 +301,14 @@ class StandaloneSeamlessM4T(Masked, SeamlessM4TSpeechEncoder):
     layerdrop_name = "speech_encoder_layerdrop"
     whole = SeamlessM4TForSpeechToText
 
-    def mask_modules(self) -> Steps:
-        return ()
-
     def mask_adapter(self, steps: Steps) -> Steps:
         for layer in self.adapter.layers:
             layer.__class__ = FittingAdapterLayer
-            self.mask(layer.residual_conv, MaskedConv1d, steps)
-            self.mask(layer.self_attn_conv, MaskedConv1d, steps)
-            steps += step(layer.residual_conv)
-        return steps
+        return mask_conformer_adapter(self, steps)
 
 
 class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
-    """Upstream hands on a mask of truth values, which all backends but sdpa add to the scores: it would mask nothing."""
+    """Gives the mask as scores: upstream's is boolean, and all backends but sdpa add it to the scores, which masks nothing."""
 
     def _apply_chunk_attention(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
         attended: Tensor = super()._apply_chunk_attention(attention_mask, hidden_states)
@@ -417,28 +359,27 @@ class StandaloneSpeechT5(Masked, SpeechT5EncoderWithSpeechPrenet):
         return steps
 
 
-STANDALONE: dict[type, type[Masked]] = {
-    WhisperEncoder: StandaloneWhisper,
-    Speech2TextEncoder: StandaloneSpeech2Text,
-    MoonshineEncoder: StandaloneMoonshine,
-    SeamlessM4TSpeechEncoder: StandaloneSeamlessM4T,
-    SeamlessM4Tv2SpeechEncoder: StandaloneSeamlessM4Tv2,
-    SpeechT5EncoderWithSpeechPrenet: StandaloneSpeechT5,
+KINDS: tuple[type[Masked], ...] = (
+    MaskedWav2Vec2, MaskedHubert, MaskedWavLM, MaskedUniSpeech, MaskedUniSpeechSat, MaskedData2VecAudio,
+    MaskedWav2Vec2Conformer, MaskedWav2Vec2Bert, MaskedSEW, MaskedSEWD, MaskedParakeet,
+    StandaloneWhisper, StandaloneSpeech2Text, StandaloneMoonshine, StandaloneSeamlessM4T, StandaloneSeamlessM4Tv2,
+    StandaloneSpeechT5,
+)  # fmt: skip
+# each class -> the class of `transformers` that it replaces
+UPSTREAM = {
+    kind: next(each for each in kind.__mro__ if each.__module__.startswith("transformers.models.")) for kind in KINDS
 }
-"""Upstream's class of the encoder in a whole model -> ours."""
+OF_TYPE = {kind.config_class.model_type: kind for kind in KINDS}
+# the model type of a whole sequence-to-sequence model -> the class of its encoder alone
+OF_WHOLE = {kind.whole.config_class.model_type: kind for kind in KINDS if kind.whole is not None}
 
-
-for kind in STANDALONE.values():
+for kind in OF_WHOLE.values():
     AutoConfig.register(kind.config_class.model_type, kind.config_class)
     AutoModel.register(kind.config_class, kind)
 
 
-OF_WHOLE = {kind.whole.config_class.model_type: kind for kind in STANDALONE.values()}
-"""The whole model's type -> the class of its encoder alone."""
-
-
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of a whole model's encoder alone; any other as it is."""
+    """The configuration of the encoder alone of a whole model; any other unchanged."""
     if config.model_type in OF_WHOLE:
         kind = OF_WHOLE[config.model_type].config_class
         config = copy.deepcopy(config)

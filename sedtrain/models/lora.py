@@ -1,4 +1,4 @@
-"""Matrices of low rank beside linear layers (LoRA, arXiv 2106.09685): put in, merged, saved; by peft, which is an extra."""
+"""LoRA (arXiv 2106.09685): low-rank matrices beside linear layers are added, merged and saved; by peft, which is an extra."""
 
 import logging
 import warnings
@@ -18,49 +18,48 @@ from sedtrain.models.parts import selected
 
 logger = logging.getLogger(__name__)
 
+# attention that hands the weights of its layers to PyTorch without calling the layers: matrices beside them would do nothing
 WITHOUT_FORWARD = ("WavLMAttention",)
-"""Attention that hands its weights to PyTorch as they are: what stands beside its layers would not be heard."""
-FOLDER = "adapter"
-"""Where a saved model keeps matrices that are not merged."""
+FOLDER = "adapter"  # of a saved model, for matrices that are not merged
 
 
 @contextmanager
-def peft_for(option: str) -> Iterator[Any]:
-    """The package. Raises UserError where it is not installed; silent on how GPT-2's layers lie, which it finds out."""
+def peft_for(option: str, value: str) -> Iterator[Any]:
+    """The package, without its warning about GPT-2's layers. Raises UserError if it is not installed."""
     try:
         import peft
     except ImportError as error:
-        raise UserError(f"{option} needs peft: {error}", "pip install 'sedtrain[lora]'") from error
+        raise UserError(option, value, f"it needs peft: {error}", "pip install 'sedtrain[lora]'") from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")
         yield peft
 
 
 def adapt(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
-    """Puts matrices beside the linear layers of the targets, in place; what trained before trains still."""
-    movable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with peft_for("finetune=lora") as peft:
+    """Adds matrices beside the linear layers of the targets, in place; parameters that trained before still train."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with peft_for("finetune", "lora") as peft:
         layers = linear_layers(model, targets)
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers)
         peft.inject_adapter_in_model(config, model)
-    for parameter in movable:
+    for parameter in trained:
         parameter.requires_grad_(True)
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The linear layers among the targets that can be adapted, by name. Raises UserError where there is none."""
+    """The names of the linear layers in the targets that can be adapted. Raises UserError if there are none."""
     weights = {target: selected(model, target, "finetune.targets") for target in targets}
-    deaf = [name for name, module in model.named_modules() if type(module).__name__ in WITHOUT_FORWARD]
+    all_weights = set().union(*weights.values())
+    uncalled = tuple(f"{name}." for name, module in model.named_modules() if type(module).__name__ in WITHOUT_FORWARD)
     layers = [
         name
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
-        and any(f"{name}.weight" in each for each in weights.values())
-        and not any(name.startswith(f"{each}.") for each in deaf)
+        if type(module) in (nn.Linear, Conv1D) and f"{name}.weight" in all_weights and not name.startswith(uncalled)
     ]
     if not layers:
-        wrong = f"finetune.targets: there is no linear layer that can be adapted in {', '.join(targets)}"
-        raise UserError(wrong, "finetune.targets=[encoder,decoder], or other parts with linear layers")
+        wrong = "these have no linear layer that can be adapted"
+        write = "write finetune.targets=[encoder,decoder], or other parts with linear layers"
+        raise UserError("finetune.targets", list(targets), wrong, write)
     for target, names in weights.items():
         if not any(f"{layer}.weight" in names for layer in layers):
             logger.warning("finetune.targets: %s has no linear layer that can be adapted, and stays as it is", target)
@@ -68,31 +67,31 @@ def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers by name; none where peft has not touched the model."""
+    """The adapted layers by name; none if peft has not changed the model."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def merge(model: nn.Module) -> None:
-    """Adds what was learned to the weights, in place: the model is as it was before peft, and says the same."""
+    """Adds the matrices to the weights, in place: the model has the modules it had before peft, and the same outputs."""
     for name, layer in lora_layers(model).items():
         layer.merge()
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under their names before peft, without what it added."""
+    """The weights under their names before peft, without its matrices."""
     return {
         name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
     }
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes what was added, as `model.load_adapter(folder)` of transformers and peft read it."""
+    """Writes the matrices, so that `model.load_adapter(folder)` of transformers and peft read them."""
     folder.mkdir(parents=True, exist_ok=True)
-    with peft_for("finetune=lora") as peft:
+    with peft_for("finetune", "lora") as peft:
         weights = peft.get_peft_model_state_dict(model).items()
     save_file(
         {f"base_model.model.{name}": weight.contiguous() for name, weight in weights},
@@ -102,8 +101,8 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
-    """Puts in what lies beside the saved model of this name, if anything."""
-    places = [
+    """Adds the matrices that lie beside the saved model of this name, if any."""
+    files = [
         cached_file(
             checkpoint,
             f"{FOLDER}/{name}",
@@ -112,6 +111,6 @@ def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
         )
         for name in ("adapter_config.json", "adapter_model.safetensors")
     ]
-    if places[0] is not None:
-        with peft_for(f"checkpoint={checkpoint}"):
-            model.load_adapter(str(Path(places[0]).parent))
+    if files[0] is not None:
+        with peft_for("checkpoint", checkpoint):
+            model.load_adapter(str(Path(files[0]).parent))

@@ -1,12 +1,13 @@
-"""The label shift and the losses; every loss is a sum beside the number of tokens it was summed over.
+"""The label shift and the losses. `shift_right` is the only place where labels are shifted.
 
-B batch, T frames, U target tokens, V vocabulary.
+Every loss is a sum, beside the number of tokens that it sums over.
+
+B batch, T frames, D decoder width, U target tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sedtrain.batch import IGNORE_INDEX
-from sedtrain.errors import require
+from sedtrain.ranges import Fraction
+
+# The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
+ENDS_WITH_OUTPUT_LAYER = {
+    "bart", "bert", "bert-generation", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
+    "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm-roberta", "xmod",
+}  # fmt: skip
 
 
 def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) -> Tensor:
     """(B, U) labels -> (B, U) decoder inputs: the start token, then the labels without their last column.
 
-    The only place where labels are shifted: shifting twice still trains to a plausible, wrong loss.
+    Labels that are shifted twice still train to a plausible, wrong loss: nothing else shifts them.
     """
     shifted = torch.empty_like(labels)
     shifted[:, 0] = decoder_start_token_id
@@ -44,16 +51,45 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
     return loss, (labels != IGNORE_INDEX).sum()
 
 
-class OutputLayer(Protocol):
-    """(..., D) -> (..., V), with V known beforehand."""
+class DeferrableLinear(nn.Linear):
+    """A linear layer that hands its input through while `deferred`."""
 
-    out_features: int
+    deferred: bool = False
 
-    def outputs(self, input: Tensor) -> Tensor: ...
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.deferred else super().forward(input)
+
+    def outputs(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., V), deferred or not."""
+        return super().forward(input)
+
+
+def make_deferrable(decoder: PreTrainedModel) -> None:
+    """Swaps the class of the decoder's output layer if it is a plain linear one; parameters and names stay."""
+    layer = decoder.get_output_embeddings()
+    if decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER and type(layer) is nn.Linear:
+        layer.__class__ = DeferrableLinear
+
+
+@contextmanager
+def deferred_output_layer(decoder: PreTrainedModel, deferred: bool) -> Iterator[DeferrableLinear | None]:
+    """Makes the decoder's "logits" the (B, U, D) inputs of its output layer, and yields that layer.
+
+    Yields None, and the logits are logits, if `deferred` is false or the layer cannot be deferred.
+    """
+    layer = decoder.get_output_embeddings()
+    if not deferred or not isinstance(layer, DeferrableLinear):
+        yield None
+        return
+    layer.deferred = True
+    try:
+        yield layer
+    finally:
+        layer.deferred = False
 
 
 def labelled_cross_entropy(
-    output_layer: OutputLayer,
+    output_layer: DeferrableLinear,
     hidden_states: Tensor,
     labels: Tensor,
     label_smoothing: float = 0.0,
@@ -61,8 +97,8 @@ def labelled_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(B, U, D) inputs of the output layer, (B, U) labels -> what `token_cross_entropy` gives for its (B, U, V) logits.
 
-    The output layer runs on labelled positions only, in chunks of at most `chunk_elements` logits that are computed again in
-    the backward pass, so that (B, U, V) is never in memory. Compiled code, whose shapes are fixed, takes all positions.
+    (B, U, V) is never in memory: the output layer runs on labelled positions only, in chunks of at most `chunk_elements`
+    logits, which the backward pass computes again. Compiled code, whose shapes are fixed, takes all positions.
     """
     labelled = labels != IGNORE_INDEX
     if torch.compiler.is_compiling():
@@ -82,11 +118,27 @@ def labelled_cross_entropy(
     return torch.stack(losses).sum(), labelled.sum()
 
 
+def mean_loss(
+    logits: Tensor,
+    output_layer: DeferrableLinear | None,
+    labels: Tensor,
+    label_smoothing: float,
+    num_items: Tensor | int | None,
+) -> Tensor:
+    """The loss of (B, U, V) logits, or of the (B, U, D) inputs of an output layer, over the target tokens or `num_items`."""
+    if output_layer is None:
+        loss_sum, num_tokens = token_cross_entropy(logits, labels, label_smoothing)
+    else:
+        loss_sum, num_tokens = labelled_cross_entropy(output_layer, logits, labels, label_smoothing)
+    divisor = num_tokens if num_items is None else torch.as_tensor(num_items)
+    return loss_sum / divisor.to(loss_sum.device).clamp(min=1)
+
+
 def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int) -> tuple[Tensor, Tensor]:
     """(B, T, V) logits, (B,) valid frames, (B, U) labels -> summed loss in nats, number of aligned tokens (both scalars).
 
-    The end token is not aligned. An utterance with fewer frames than its labels need has no alignment: it adds zero loss and
-    zero tokens. Source: Graves et al. 2006.
+    The end token is not aligned. An utterance with fewer frames than its labels need adds zero loss and zero tokens.
+    Source: Graves et al. 2006.
     """
     targets, num_targets = without_token(labels, end)
     log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
@@ -114,63 +166,14 @@ def positions(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, both sums divided by the number of target tokens.
+    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, each divided by the number of target tokens.
 
-    ctc_weight: None stands for 0.3 where the encoder's weights start random (it is what makes cross-attention align), else 0
+    ctc_weight: None stands for 0.3 if the encoder's weights start random (CTC makes cross-attention align), else for 0
     """
 
-    label_smoothing: float = 0.1
-    ctc_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises UserError for what is no fraction."""
-        for name, value in vars(self).items():
-            require(value is None or 0 <= value <= 1, f"loss.{name}", value, "a fraction from 0 to 1")
+    label_smoothing: Fraction = 0.1
+    ctc_weight: Fraction | None = None
 
     def joint(self, cross_entropy: Tensor, ctc: Tensor) -> Tensor:
         """The weighted sum of two sums."""
         return (1 - (self.ctc_weight or 0.0)) * cross_entropy + (self.ctc_weight or 0.0) * ctc
-
-
-# The families whose logits are what their output layer returns, nothing after it. Others compute every logit.
-ENDS_WITH_OUTPUT_LAYER = {
-    "bart", "bert", "bert-generation", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
-    "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm-roberta", "xmod",
-}  # fmt: skip
-
-
-class DeferrableLinear(nn.Linear):
-    """A linear layer that can be told to hand its input through."""
-
-    deferred: bool = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input if self.deferred else super().forward(input)
-
-    def outputs(self, input: Tensor) -> Tensor:
-        """What the layer gives when it is not deferred."""
-        return super().forward(input)
-
-
-def make_deferrable(decoder: PreTrainedModel) -> None:
-    """Swaps the class of the decoder's output layer, where it is a plain linear one; parameters and names stay."""
-    layer = decoder.get_output_embeddings()
-    if decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER and type(layer) is nn.Linear:
-        layer.__class__ = DeferrableLinear
-
-
-@contextmanager
-def deferred_output_layer(decoder: PreTrainedModel, deferred: bool) -> Iterator[DeferrableLinear | None]:
-    """While it lasts, the decoder's "logits" are the (B, U, D) inputs of the layer that it yields.
-
-    It yields None, and the logits are logits, where not `deferred` or where the decoder's output layer cannot be.
-    """
-    layer = decoder.get_output_embeddings()
-    if not deferred or not isinstance(layer, DeferrableLinear):
-        yield None
-        return
-    layer.deferred = True
-    try:
-        yield layer
-    finally:
-        layer.deferred = False

@@ -1,10 +1,11 @@
-"""Masks that reach convolutions and what normalizes over time, so that a padded utterance is what it is alone.
+"""Masks for convolutions and for norms over time: a padded utterance has the frames that it has alone.
+
+The classes here replace the class of a module of `transformers`, so that its parameters keep their names.
 
 B batch, C channels, G groups, S inputs (samples or feature frames), T frames, D width.
-
-The modules here take the place of upstream's by a swap of their class: parameters keep their names, copies copy.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ Steps = tuple[tuple[int, int, int], ...]
 
 
 def step(convolution: nn.Module) -> Steps:
-    """The one step of a convolution along its first axis, which is time."""
+    """The step of a convolution along its first axis, which is time."""
     kernel, stride, padding = (getattr(convolution, name)[0] for name in ("kernel_size", "stride", "padding"))
     return ((kernel, stride, padding),)
 
 
 def output_lengths(lengths: Tensor, steps: Steps) -> Tensor:
-    """(B,) lengths before convolutions -> (B,) lengths after them, 0 where not one kernel fits."""
+    """(B,) lengths before convolutions -> (B,) lengths after them, 0 if not one kernel fits."""
     for kernel, stride, padding in steps:
         lengths = ((lengths + 2 * padding - kernel).div(stride, rounding_mode="floor") + 1).clamp(min=0)
     return lengths
@@ -36,9 +37,9 @@ def length_mask(lengths: Tensor, num_frames: int) -> Tensor:
 
 
 class MaskedConv1d(nn.Conv1d):
-    """A convolution that sees zeros behind each utterance, as it does in an utterance that ends there.
+    """A convolution that sees zeros behind each utterance, as if the utterance ended there.
 
-    lengths: (B,) of its input, or None where nothing is padded
+    lengths: (B,) of its input, or None if nothing is padded
     """
 
     lengths: Tensor | None = None
@@ -50,9 +51,9 @@ class MaskedConv1d(nn.Conv1d):
 
 
 class MaskedGroupNorm(nn.GroupNorm):
-    """A group norm whose mean and variance are those of the real frames.
+    """A group norm with the mean and variance of the real frames.
 
-    lengths: (B,) of its input, or None where nothing is padded
+    lengths: (B,) of its input, or None if nothing is padded
     """
 
     lengths: Tensor | None = None
@@ -60,9 +61,8 @@ class MaskedGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self.lengths is None:
             return super().forward(input)
-        frames = input.to(torch.promote_types(input.dtype, torch.float32)).unflatten(
-            1, (self.num_groups, -1)
-        )  # (B, G, C / G, T)
+        frames = input.to(torch.promote_types(input.dtype, torch.float32))
+        frames = frames.unflatten(1, (self.num_groups, -1))  # (B, G, C / G, T)
         padding = ~length_mask(self.lengths, input.shape[-1])[:, None, None]
         count = (self.lengths.clamp(min=1) * frames.shape[2])[:, None, None, None]
         centred = frames - frames.masked_fill(padding, 0.0).sum((2, 3), keepdim=True) / count
@@ -72,7 +72,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class Recomputed(nn.Module):
-    """A layer that gradient checkpointing runs a second time: it hands its masked module the lengths of the first.
+    """A layer whose masked module keeps its lengths when gradient checkpointing runs the layer a second time.
 
     masked: the name of that module
     """
@@ -88,11 +88,11 @@ class Recomputed(nn.Module):
 
 
 class GuardedSpecAugment:
-    """Upstream's SpecAugment, over real frames only, that leaves utterances alone which are no longer than a mask.
+    """SpecAugment over real frames only; it leaves utterances alone that are no longer than one mask.
 
-    Upstream raises where the whole batch is shorter, and SEW's masks padding too.
+    Upstream raises an error if the whole batch is that short, and SEW masks padding too.
 
-    lengths: (B,) of the frames that it masks, or None where nothing is padded
+    lengths: (B,) of the frames that it masks, or None if nothing is padded
     """
 
     config: Any
@@ -113,7 +113,7 @@ class GuardedSpecAugment:
 
 
 class ZeroGradients(torch.autograd.Function):
-    """Gives parameters that a step left out, such as a dropped layer's, a gradient of zero; frames pass as they are."""
+    """Returns the frames unchanged, and gives the parameters a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, frames: Tensor, *parameters: Tensor) -> Tensor:
@@ -125,18 +125,28 @@ class ZeroGradients(torch.autograd.Function):
         return gradient, *(weight.new_zeros(()).expand_as(weight) for weight in ctx.saved_tensors)
 
 
-class Masked(PreTrainedModel):
-    """Mixin for an encoder of transformers: what it makes of an utterance does not depend on the padding behind it.
+def with_zero_gradients(frames: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The same frames; parameters that the step does not use, such as those of a dropped layer, get a gradient of zero."""
+    if not parameters:
+        return frames
+    passed: Tensor = ZeroGradients.apply(frames, *parameters)  # type: ignore[no-untyped-call]
+    return passed
 
-    front_end:     names of the submodules that turn inputs into what the first layer takes
-    layerdrop:     the name of the configuration's value
-    frame_steps:   from inputs to the frames that the layers see
-    steps:         from inputs to the frames that come out
-    masked_modules: what has to know the lengths of its input, by the steps before it
+
+class Masked(PreTrainedModel):
+    """Mixin for an encoder of `transformers`: the frames of an utterance do not depend on the padding behind it.
+
+    front_end:      names of the submodules before the first layer
+    layerdrop_name: of the configuration's value
+    whole:          the sequence-to-sequence class that this is the encoder of, if `transformers` has no class for it alone
+    frame_steps:    from inputs to the frames that the layers see
+    steps:          from inputs to the output frames
+    masked_modules: modules that need the lengths of their input, by the steps before them
     """
 
     front_end: tuple[str, ...] = ("feature_extractor",)
     layerdrop_name = "layerdrop"
+    whole: type[PreTrainedModel] | None = None
     frame_steps: Steps
     steps: Steps
     masked_modules: dict[Steps, list[Any]]
@@ -147,17 +157,17 @@ class Masked(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, which makes every weight that it loads a trained one: what no forward uses is frozen again."""
+        """Upstream's, which unfreezes every weight that it loads: what no forward uses is frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).set_up()
         return loaded
 
     def set_up(self) -> None:
-        """Swaps the classes of what has to respect masks, and freezes what no forward uses."""
+        """Swaps the classes of modules that have to respect masks, and freezes what no forward uses."""
         self.masked_modules = {}
         self.frame_steps = self.steps = self.mask_modules()
         if isinstance(self, GuardedSpecAugment):
-            self.tell(self, self.frame_steps)
+            self.masked_modules.setdefault(self.frame_steps, []).append(self)
         if getattr(self, "adapter", None) is not None:
             self.steps = self.mask_adapter(self.frame_steps)
         for owner in self.modules():
@@ -166,23 +176,20 @@ class Masked(PreTrainedModel):
                 owner.masked_spec_embed.requires_grad_(used)
 
     def mask_modules(self) -> Steps:
-        """Masks what is before and in the layers; returns the steps from inputs to frames."""
-        raise NotImplementedError
+        """Masks the front end and the layers; returns the steps from inputs to frames."""
+        return mask_front_end(self, self.feature_extractor) if hasattr(self, "feature_extractor") else ()
 
     def mask_adapter(self, steps: Steps) -> Steps:
-        """Masks the family's own adapter behind the layers; returns the steps from inputs to what it makes."""
-        self.adapter.layerdrop = 0.0  # a dropped layer would leave its stride out, and the mask would not know
+        """Masks the family's own adapter behind the layers; returns the steps from inputs to its output."""
+        self.adapter.layerdrop = 0.0  # the mask cannot know of a stride that was dropped
         for layer in self.adapter.layers:
             self.mask(layer.conv, MaskedConv1d, steps)
             steps += step(layer.conv)
         return steps
 
-    def mask(self, module: nn.Module, kind: type[nn.Module], preceding: Steps) -> None:
-        """Makes `module` one of `kind`, which is told the lengths of its input: those of the utterances after `preceding`."""
+    def mask(self, module: Any, kind: type[nn.Module], preceding: Steps) -> None:
+        """Gives `module` the class `kind` and, in every forward, the lengths of its input: those after `preceding`."""
         module.__class__ = kind
-        self.tell(module, preceding)
-
-    def tell(self, module: Any, preceding: Steps) -> None:
         self.masked_modules.setdefault(preceding, []).append(module)
 
     def set_lengths(self, attention_mask: Tensor | None) -> None:
@@ -192,7 +199,7 @@ class Masked(PreTrainedModel):
                 module.lengths = lengths
 
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and mask as upstream's forward has to have them."""
+        """Inputs and mask as upstream's forward needs them."""
         return inputs, attention_mask
 
     def forward(self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -205,10 +212,10 @@ class Masked(PreTrainedModel):
             output = super().forward(inputs, attention_mask=attention_mask, **kwargs)
         finally:
             self.set_lengths(None)
-        if not (self.training and getattr(self.config, self.layerdrop_name, 0.0) > 0 and torch.is_grad_enabled()):
+        drops_layers = self.training and getattr(self.config, self.layerdrop_name, 0.0) > 0
+        if not (drops_layers and torch.is_grad_enabled()):
             return output
-        trained = [weight for weight in self.parameters() if weight.requires_grad]
-        frames = ZeroGradients.apply(output[0], *trained)  # type: ignore[no-untyped-call]
+        frames = with_zero_gradients(output[0], [weight for weight in self.parameters() if weight.requires_grad])
         if isinstance(output, tuple):
             return frames, *output[1:]
         output.last_hidden_state = frames
@@ -217,7 +224,7 @@ class Masked(PreTrainedModel):
     def _get_feature_vector_attention_mask(
         self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
     ) -> Tensor:
-        """(B, S) mask of inputs -> (B, feature_vector_length) mask of frames; with add_adapter=False before the adapter."""
+        """(B, S) mask of inputs -> (B, feature_vector_length) mask of frames; add_adapter=False: before the adapter."""
         steps = self.frame_steps if add_adapter is False else self.steps
         return length_mask(output_lengths(attention_mask.sum(-1), steps), feature_vector_length)
 
@@ -226,7 +233,7 @@ class Masked(PreTrainedModel):
         for name in self.front_end:
             module = self.get_submodule(name)
             module.requires_grad_(False)
-            if hasattr(module, "_requires_grad"):  # upstream asks for the gradient of its input by this
+            if hasattr(module, "_requires_grad"):  # by which upstream asks for the gradient of the input
                 module._requires_grad = False
 
 
@@ -249,7 +256,7 @@ def strided_convolution(frames: Tensor, convolution: nn.Conv1d) -> Tensor:
 
 
 class MatrixProductFeatureEncoder(Wav2Vec2FeatureEncoder):
-    """A front end with layer norms, of any family, that computes (B, S) -> (B, C, T) by matrix products on CPUs."""
+    """A front end with layer norms, of any family: (B, S) -> (B, C, T), on CPUs by matrix products, which are faster."""
 
     def forward(self, input_values: Tensor) -> Tensor:
         if input_values.device.type != "cpu" or self.is_checkpointed():
@@ -272,7 +279,7 @@ class MaskedGroupNormConvLayer(Recomputed, Wav2Vec2GroupNormConvLayer):
 
 
 def mask_front_end(encoder: Masked, feature_encoder: Any) -> Steps:
-    """Masks the convolutional front end of a family like wav2vec2; returns its steps."""
+    """Masks a convolutional front end like that of wav2vec2; returns its steps."""
     steps: Steps = sum((step(layer.conv) for layer in feature_encoder.conv_layers), ())
     norms = [getattr(layer, "layer_norm", None) for layer in feature_encoder.conv_layers]
     if isinstance(norms[0], nn.GroupNorm):

@@ -1,6 +1,6 @@
-"""The parts of a joined model by name: what moves together, and how deep in its stack a weight lies.
+"""The parameters of a joined model by part and by depth, and how its layers are executed.
 
-A set of parameters is a set of their names, those of `model.named_parameters()`: objects are replaced where a model is sharded.
+A set of parameters is a set of their names in `model.named_parameters()`: sharding a model replaces the objects.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,8 @@ from torch import nn
 from sedtrain.errors import UserError
 from sedtrain.models.loading import CROSS_ATTENTION
 
+# every parameter belongs to one; `decoder` is without its cross-attention, `encoder` without its own adapter
 PARTS = ("encoder", "adapter", "cross_attention", "decoder", "ctc_head")
-"""Every parameter belongs to one; `decoder` is what is not cross-attention in it, `encoder` what is no adapter in it."""
-
-
 ADAPTERS = ("adapter", "enc_to_dec_proj", "encoder.adapter")
 
 
@@ -32,37 +30,35 @@ def part_of(name: str) -> str:
 
 
 def is_cross_attention(module_name: str) -> bool:
-    """Whether this is what transformers calls a module that attends to the encoder; `multihead_attn` is PyTorch's name."""
+    """Whether a module of this name attends to the encoder; `multihead_attn` is PyTorch's name for it."""
     return bool(CROSS_ATTENTION.search(module_name)) or module_name == "multihead_attn"
 
 
 def selected(model: nn.Module, name: str, option: str) -> set[str]:
-    """The parameters that `name` stands for: those of a part, a kind or a submodule.
+    """The parameters of a part, a kind or a submodule; none for a part that this model does without.
 
-    A part that this model does without is empty. Raises UserError, which speaks of `option`, for any other name.
+    Raises UserError, which names `option`, for any other name.
     """
     if name in PARTS:
-        return {each for each, _ in model.named_parameters() if part_of(each) == name}
+        return {parameter for parameter, _ in model.named_parameters() if part_of(parameter) == name}
     if name in KINDS:
         return KINDS[name](model)
     try:
         return names_in(model, [model.get_submodule(name)])
     except AttributeError:
-        there = ", ".join(dict.fromkeys([*PARTS, *KINDS, *(child for child, _ in model.named_children())]))
-        raise UserError(
-            f"{option}: the model has no part {name!r}, it has {there} and what is in them",
-            "finetune=all, or the names of parts that are there",
-        ) from None
+        known = ", ".join(dict.fromkeys([*PARTS, *KINDS, *(child for child, _ in model.named_children())]))
+        wrong = f"the model has no part {name!r}, it has {known} and their submodules"
+        raise UserError(option, name, wrong, "write finetune=all, or names of parts that it has") from None
 
 
 def names_in(model: nn.Module, modules: list[nn.Module]) -> set[str]:
-    """The names, as the model has them, of the parameters of some of its modules; of tied ones the first."""
+    """The parameters of some of the model's modules; tied ones under their first name."""
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
 def feature_encoder(model: Any) -> set[str]:
-    """What lies before the encoder's first layer, as the family says."""
+    """The parameters before the encoder's first layer, which the family names by what it freezes."""
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.freeze_feature_encoder()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad} & before
@@ -77,15 +73,12 @@ def self_attention(model: nn.Module, part: str) -> set[str]:
 
 
 def layer_norms(model: nn.Module) -> set[str]:
-    """Layer norms and root-mean-square norms of encoder and decoder."""
-    norms = [
-        module
-        for module in model.modules()
-        if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and not list(module.children())
-    ]
-    return names_in(model, norms)
+    """Layer norms and root-mean-square norms."""
+    leaves = [module for module in model.modules() if not list(module.children())]
+    return names_in(model, [leaf for leaf in leaves if type(leaf).__name__.endswith(("LayerNorm", "RMSNorm"))])
 
 
+# sets of parameters that cross parts, or lie in one
 KINDS: dict[str, Callable[[Any], set[str]]] = {
     "feature_encoder": feature_encoder,
     "encoder_self_attention": lambda model: self_attention(model, "encoder"),
@@ -93,11 +86,10 @@ KINDS: dict[str, Callable[[Any], set[str]]] = {
     "layer_norms": layer_norms,
     "lora": lambda model: {name for name, _ in model.named_parameters() if ".lora_" in name},
 }
-"""Sets of parameters that cross parts or lie in one."""
 
 
 def layers_of(part: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The Transformer layers of an encoder or decoder and where they are: of its lists with attention in them the longest."""
+    """The Transformer layers of an encoder or decoder, with their name: its longest list of modules with attention in them."""
     stacks = [
         (name, module)
         for name, module in part.named_modules()
@@ -107,9 +99,9 @@ def layers_of(part: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def depths(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Parameters of encoder and decoder with how many layers lie above theirs: 0 in the last layer and behind it.
+    """Parameters of encoder and decoder, each with the number of layers above it: 0 in the last layer and behind it.
 
-    Below the first layer that is their number: so of embeddings, also where the output layer shares them. Adapter,
+    Below the first layer, as in the embeddings, it is the number of layers, also if the output layer shares them. Adapter,
     cross-attention and CTC head have no depth: they rarely come from a checkpoint.
     """
     for part in ("encoder", "decoder"):
@@ -129,39 +121,38 @@ def depths(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Execution:
-    """The same losses and gradients with other costs.
+    """How layers compute: memory and time change, losses and gradients do not.
 
-    activation_checkpointing: layers compute their activations once more in the backward pass, instead of keeping them
-    backend: of torch.compile, by which each layer is compiled in place; None: not
+    activation_checkpointing: the backward pass computes activations again, instead of keeping them
+    backend: of torch.compile, which compiles each layer in place; None: not compiled
     """
 
     activation_checkpointing: bool = False
     backend: str | None = None
 
     def prepare(self, model: Any) -> None:
-        """Raises UserError for a part whose layers cannot be computed so."""
+        """Raises UserError for an encoder or decoder whose layers cannot compute so."""
         for name in ("encoder", "decoder"):
             part = model.get_submodule(name)
             if self.activation_checkpointing:
-                refuse_unrepeatable(name, part)
+                refuse_without_checkpointing(name, part)
             if self.backend:
                 compile_layers(name, part, self.backend)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def refuse_unrepeatable(name: str, part: Any) -> None:
+def refuse_without_checkpointing(name: str, part: Any) -> None:
     if not any(hasattr(module, "gradient_checkpointing") for module in part.modules()):
-        raise UserError(
-            f"activation_checkpointing=true: {name}={part.config.model_type} has no layers that can compute again",
-            "activation_checkpointing=false",
-        )
+        wrong = f"{name}={part.config.model_type} has no layers that can compute again"
+        raise UserError("activation_checkpointing", True, wrong, "write activation_checkpointing=false")
 
 
 def compile_layers(name: str, part: Any, backend: str) -> None:
-    """Layers are alike, so that one compilation serves all; their shapes differ from batch to batch."""
+    """Compiles once for all layers, since they are alike; their shapes differ from batch to batch."""
     stack = layers_of(part)
     if stack is None:
-        raise UserError(f"compile={backend}: no layers were found in {name}={part.config.model_type}", "compile=none")
+        wrong = f"no layers were found in {name}={part.config.model_type}"
+        raise UserError("compile", backend, wrong, "write compile=none")
     for layer in stack[1]:
         layer.compile(backend=backend, dynamic=True)

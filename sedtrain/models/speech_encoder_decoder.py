@@ -1,57 +1,65 @@
-"""The model: `transformers.SpeechEncoderDecoderModel`, made whole.
+"""The model: `transformers.SpeechEncoderDecoderModel` without its faults (docs/faults.md).
 
 B batch, S samples, T frames, E encoder width, D decoder width, U target tokens, V vocabulary.
 """
 
+import inspect
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSpeechSeq2Seq,
+    GenerationConfig,
     PreTrainedModel,
     SpeechEncoderDecoderConfig,
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as KNOWN_TO_PIPELINES
+from transformers.utils import cached_file
 
 from sedtrain.models.adapter import Adapter, saved_adapter
 from sedtrain.models.config import (
     AdaptedSpeechEncoderDecoderConfig,
-    FollowedRates,
     frame_width,
     joint_config,
+    move_generation_options,
     share_config,
     with_adapter,
 )
-from sedtrain.models.decoder import as_decoder, decoder_positions, settle_config
-from sedtrain.models.encoder import encoder_from_config, frame_mask, freeze_front_end, refuse_without_hook, standalone
-from sedtrain.models.generation import EncodedSpeech, LoadsAndSaves, given_input, seq2seq_output, split_options
-from sedtrain.models.loading import refuse_unsupported
-from sedtrain.models.losses import (
-    DeferrableLinear,
-    deferred_output_layer,
-    labelled_cross_entropy,
-    make_deferrable,
-    shift_right,
-    token_cross_entropy,
+from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, decoder_positions, settle_config
+from sedtrain.models.encoded import EncodedSpeech, given_input, seq2seq_output, split_options, states_to_return
+from sedtrain.models.encoder import (
+    encoder_from_config,
+    encoder_from_pretrained,
+    frame_mask,
+    freeze_front_end,
+    refuse_without_frame_mask,
+    standalone,
 )
-from sedtrain.models.masking import ZeroGradients
+from sedtrain.models.loading import HUB_OPTIONS, configured, refuse_unsupported
+from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
+from sedtrain.models.masking import Masked, with_zero_gradients
+
+CTC_FILE = "ctc_head.safetensors"
+LOADERS = {"encoder": encoder_from_pretrained, "decoder": decoder_from_pretrained}
 
 
-class SpeechEncoderDecoder(LoadsAndSaves):
+class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     """A speech encoder joined to a text decoder; everything written against the base class works.
 
-    adapter: stands between them; where it is None, a projection does if their widths differ
-    ctc_head: (E -> V) scores of the encoder's frames, where `config.ctc_vocab_size` asks for it
+    adapter: stands between them; if it is None, a linear projection does where their widths differ
+    ctc_head: (E -> V) scores of the encoder's frames, if `config.ctc_vocab_size` is set; saved in a file of its own,
+        which `transformers` does not look at
     """
 
     _supports_flex_attn = True
-    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"^ctc_head\."]  # they lie in a file of their own
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"^ctc_head\."]
 
     def __init__(
         self,
@@ -71,7 +79,7 @@ class SpeechEncoderDecoder(LoadsAndSaves):
         if config is not None and encoder is not None:
             settle_config(config.decoder)
             if config.encoder.model_type != encoder.config.model_type:
-                config.encoder = encoder.config  # of a sequence-to-sequence model: that of its encoder alone
+                config.encoder = encoder.config  # it was that of a whole sequence-to-sequence model
             if adapter is not None:
                 config = with_adapter(config, adapter)
         super().__init__(config, encoder, decoder)
@@ -79,43 +87,44 @@ class SpeechEncoderDecoder(LoadsAndSaves):
         self.settle_widths(adapter)
         share_config(self.encoder, self.config.encoder)
         share_config(self.decoder, self.config.decoder)
-        self.encoder_rates, self.decoder_rates = FollowedRates(self.encoder.config), FollowedRates(self.decoder.config)
         make_deferrable(self.decoder)
+        self.drops_layers = any(getattr(module, "layerdrop", 0) for module in self.decoder.modules())
         self.ctc_head: nn.Linear | None = None
         if vocab_size := getattr(self.config, "ctc_vocab_size", None):
             self.add_ctc_head(vocab_size)
 
     def settle_widths(self, adapter: Adapter | None) -> None:
-        """The base class decides on one width and builds with another: here both are that of the frames that come out."""
+        """Sets the adapter, or a projection of the right width: the base class decides on one and builds another."""
         self.encoder_output_dim = frame_width(self.config.encoder)
         if hasattr(self.config.encoder, "output_hidden_size"):
             self.config.encoder.output_hidden_size = self.encoder_output_dim  # by which stock transformers decides
         widths = self.encoder_output_dim, self.config.decoder.hidden_size
         saved = getattr(self.config, "adapter", None)
-        self.adapter = (
-            saved_adapter(saved["kind"], *widths, saved["settings"]) if adapter is None and saved else adapter
-        )
+        if adapter is None and saved:
+            adapter = saved_adapter(saved["kind"], *widths, saved["settings"])
+        self.adapter = adapter
         projection: nn.Linear | None = self._modules.pop("enc_to_dec_proj", None)
-        if widths[0] != widths[1] and self.adapter is None:
+        if widths[0] != widths[1] and adapter is None:
             fits = projection is not None and projection.in_features == widths[0]
             self.enc_to_dec_proj = projection if fits else nn.Linear(*widths)
 
     def add_ctc_head(self, vocab_size: int) -> nn.Linear:
-        """Gives the encoder's frames a linear layer to `vocab_size` scores, and saves it with the model from now on."""
+        """Gives the encoder's frames a linear layer to `vocab_size` scores, which is saved with the model."""
         self.config.ctc_vocab_size = vocab_size
         self.ctc_head = nn.Linear(self.encoder_output_dim, vocab_size, device=self.device, dtype=self.dtype)
         return self.ctc_head
 
-    def encode(self, inputs: Tensor, attention_mask: Tensor | None = None, **options: Any) -> EncodedSpeech:
-        """(B, S) audio, or features, and the mask of what is real in them -> what the decoder attends to."""
-        if attention_mask is not None:
-            refuse_without_hook(self.encoder)
-        self.encoder_rates.follow(self.encoder)
-        encoded = self.encoder(inputs, attention_mask=attention_mask, return_dict=True, **options)
-        return self.adapted(encoded, attention_mask)
+    # --- forward
 
-    def adapted(self, encoded: Mapping[str, Any], attention_mask: Tensor | None) -> EncodedSpeech:
-        """The encoder's output and the mask of its input -> what the decoder attends to."""
+    def encode(self, inputs: Tensor, attention_mask: Tensor | None = None, **options: Any) -> EncodedSpeech:
+        """(B, S) audio, or features, and their mask, 1 where an input is real -> what the decoder attends to."""
+        if attention_mask is not None:
+            refuse_without_frame_mask(self.encoder)
+        encoded = self.encoder(inputs, attention_mask=attention_mask, return_dict=True, **options)
+        return self.adapt(encoded, attention_mask)
+
+    def adapt(self, encoded: Mapping[str, Any], attention_mask: Tensor | None) -> EncodedSpeech:
+        """The encoder's output, projected or not, and the mask of its input -> what the decoder attends to."""
         frames: Tensor = encoded["last_hidden_state"]
         mask = None if attention_mask is None else frame_mask(self.encoder, frames.shape[1], attention_mask)
         hidden_states, hidden_mask = frames, mask
@@ -131,6 +140,16 @@ class SpeechEncoderDecoder(LoadsAndSaves):
             encoder_frames=frames,
             encoder_mask=mask,
         )
+
+    def as_encoded(
+        self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attention_mask: Tensor | None
+    ) -> EncodedSpeech:
+        """The `encoder_outputs` of a caller as EncodedSpeech."""
+        if isinstance(encoder_outputs, EncodedSpeech):
+            return encoder_outputs
+        if isinstance(encoder_outputs, tuple):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        return self.adapt(encoder_outputs, attention_mask)
 
     def forward(
         self,
@@ -157,94 +176,89 @@ class SpeechEncoderDecoder(LoadsAndSaves):
         """The base class's arguments and outputs, and three more arguments.
 
         label_smoothing: of the loss
-        output_logits: whether (B, U, V) logits are returned; by default not where the model trains on labels
-        num_items_in_batch: what the summed loss is divided by, instead of the number of target tokens
+        output_logits: whether (B, U, V) logits are returned; None: unless the model trains on labels
+        num_items_in_batch: divides the summed loss, instead of the number of target tokens
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
+        states = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        states = {name: value for name, value in states.items() if value is not None}
         encoder_options, decoder_options = split_options(kwargs)
         if encoder_outputs is None:
             source = given_input(inputs, input_values, input_features)
-            encoded = self.encode(source, attention_mask, **wanted, **encoder_options)
+            encoded = self.encode(source, attention_mask, **states, **encoder_options)
         else:
-            encoded = self.accepted(encoder_outputs, attention_mask)
-        if labels is not None:
-            use_cache = bool(use_cache)
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        tokens = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        decoder_options = {**self.positions(tokens, past_key_values, decoder_attention_mask), **decoder_options}
+            encoded = self.as_encoded(encoder_outputs, attention_mask)
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if output_logits is None:
             output_logits = labels is None or not self.training or not return_dict
-        self.decoder_rates.follow(self.decoder)
         with deferred_output_layer(self.decoder, deferred=not output_logits) as output_layer:
-            decoded = self.decoder(
+            decoded = self.decode(
+                encoded,
                 input_ids=decoder_input_ids,
-                attention_mask=decoder_attention_mask,
-                encoder_hidden_states=encoded.last_hidden_state,
-                encoder_attention_mask=encoded.attention_mask,
                 inputs_embeds=decoder_inputs_embeds,
-                use_cache=use_cache,
+                attention_mask=decoder_attention_mask,
                 past_key_values=past_key_values,
-                return_dict=True,
-                **wanted,
-                **decoder_options,
+                use_cache=use_cache if labels is None else bool(use_cache),
+                **{**states, **decoder_options},
             )
         loss = None
         if labels is not None:
-            loss = self.token_loss(decoded.logits, output_layer, labels, label_smoothing, num_items_in_batch)
-        output = seq2seq_output(loss, decoded, encoded, with_logits=output_layer is None)
-        if self.adapter is not None and encoded.encoder_frames is not None:  # what can be given back as encoder_outputs
-            output.encoder_last_hidden_state = encoded.encoder_frames
+            logits = with_zero_gradients(decoded.logits, self.possibly_unused())
+            loss = mean_loss(logits, output_layer, labels, label_smoothing, num_items_in_batch)
+        output = seq2seq_output(loss, decoded, encoded, output_layer is None, self.adapter is not None)
         return output if return_dict else output.to_tuple()
 
-    def positions(
-        self, tokens: Tensor | None, past: transformers.Cache | None, attention_mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The `position_ids` that the decoder has to be told, if any."""
-        if tokens is None:
-            return {}
-        past_length = 0 if past is None else past.get_seq_length()
-        positions = decoder_positions(self.decoder, tokens, past_length, attention_mask)
-        return {} if positions is None else {"position_ids": positions}
+    def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:
+        """The decoder's output for encoded speech; `inputs` are arguments of the decoder."""
+        tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        past_length = 0 if (cache := inputs["past_key_values"]) is None else cache.get_seq_length()
+        positions = decoder_positions(self.decoder, tokens, past_length, inputs["attention_mask"])
+        return self.decoder(
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=encoded.attention_mask,
+            return_dict=True,
+            **{**positions, **inputs},
+        )
 
-    def token_loss(
-        self,
-        logits: Tensor,
-        output_layer: DeferrableLinear | None,
-        labels: Tensor,
-        label_smoothing: float,
-        num_items: Tensor | int | None,
-    ) -> Tensor:
-        """The loss of (B, U, V) logits, or of the (B, U, D) inputs of an output layer, over the tokens or `num_items`."""
-        if left_out := self.left_out():
-            logits = ZeroGradients.apply(logits, *left_out)  # type: ignore[no-untyped-call]
-        loss_of = token_cross_entropy if output_layer is None else partial(labelled_cross_entropy, output_layer)
-        loss_sum, num_tokens = loss_of(logits, labels, label_smoothing)
-        divisor = num_tokens if num_items is None else torch.as_tensor(num_items)
-        return loss_sum / divisor.to(loss_sum.device).clamp(min=1)
-
-    def left_out(self) -> list[nn.Parameter]:
-        """The parameters that a training step may leave without a gradient, which several ranks would not survive."""
+    def possibly_unused(self) -> list[nn.Parameter]:
+        """The parameters that a training step may leave without a gradient, which DDP does not allow."""
         if not (self.training and torch.is_grad_enabled()):
             return []
-        drops_layers = any(getattr(self.decoder.config, name, 0) for name in ("layerdrop", "decoder_layerdrop"))
-        part: nn.Module | None = self if drops_layers else self.ctc_head
-        return [] if part is None else [weight for weight in part.parameters() if weight.requires_grad]
+        module: nn.Module | None = self if self.drops_layers else self.ctc_head
+        return [] if module is None else [weight for weight in module.parameters() if weight.requires_grad]
 
-    def accepted(
-        self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attention_mask: Tensor | None
-    ) -> EncodedSpeech:
-        """What a caller gives as `encoder_outputs`: EncodedSpeech as it is, else an encoder's output, projected or not."""
-        if isinstance(encoder_outputs, EncodedSpeech):
-            return encoder_outputs
-        if isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        return self.adapted(encoder_outputs, attention_mask)
+    # --- generation
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The base class's `generate`; encoder, adapter and frame mask run once per utterance, not once per token."""
+        source = None
+        if kwargs.get("encoder_outputs") is None:
+            source = given_input(inputs, kwargs.pop("input_values", None), kwargs.pop("input_features", None))
+            generation_config = args[0] if args else kwargs.get("generation_config")
+            states = states_to_return(
+                kwargs, vars(generation_config or GenerationConfig()), vars(self.generation_config)
+            )
+            encoded = self.encode(source, kwargs.get("attention_mask"), **states)
+        else:
+            encoded = self.as_encoded(kwargs["encoder_outputs"], kwargs.get("attention_mask"))
+        kwargs["encoder_outputs"] = EncodedSpeech(  # without the encoder's own frames, which beams would copy
+            last_hidden_state=encoded.last_hidden_state,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            attention_mask=encoded.attention_mask,
+        )
+        self.settle_generation_config()
+        return super().generate(source, *args, **kwargs)  # an assistant model needs the source
+
+    def settle_generation_config(self) -> None:
+        move_generation_options(self.config, self.generation_config)
+        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
+            self.generation_config.use_cache = False
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """(B, U) labels -> (B, U) decoder inputs."""
+        """(B, U) labels -> (B, U) decoder inputs; raises ValueError without special tokens."""
         start, pad = (getattr(self.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
         if start is None or pad is None:
             raise ValueError(
@@ -254,22 +268,24 @@ class SpeechEncoderDecoder(LoadsAndSaves):
         return shift_right(labels, start, pad)
 
     def set_special_tokens(self, start: int, end: int, pad: int) -> None:
-        """The ids that training and generation both use: a difference between them would stay silent."""
+        """Sets the ids for training and for generation: a difference between them would stay silent."""
         for config in (self.config, self.generation_config):
             config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = start, end, pad
         self.generation_config.bos_token_id = start
 
+    # --- changes
+
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """For both parts, or {"encoder": ..., "decoder": ...}. Raises UserError where a part's family lacks it."""
+        """For encoder and decoder, or {"encoder": ..., "decoder": ...}. Raises UserError for what a family lacks."""
         refuse_unsupported(self.config, attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def freeze_feature_encoder(self) -> None:
-        """Stops the gradient of what lies before the encoder's first layer, for every family."""
+        """Stops the gradient of everything before the encoder's first layer, for every family."""
         freeze_front_end(self.encoder)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Grows or shrinks the decoder's vocabulary, input and output, and that of the CTC head where it is the same."""
+        """Resizes the decoder's vocabulary, input and output, and that of the CTC head if it is the same."""
         old_num_tokens = self.decoder.config.vocab_size
         embeddings: nn.Embedding = self.decoder.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if hasattr(self.decoder.config, "decoder_vocab_size"):
@@ -280,6 +296,65 @@ class SpeechEncoderDecoder(LoadsAndSaves):
             kept = min(old.out_features, new.out_features)
             new.weight.data[:kept], new.bias.data[:kept] = old.weight.data[:kept], old.bias.data[:kept]
         return embeddings
+
+    # --- files
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """The base class's; the CTC head goes into a file of its own."""
+        self.settle_generation_config()
+        weights = self.state_dict() if state_dict is None else state_dict
+        others = {name: weight for name, weight in weights.items() if not name.startswith("ctc_head.")}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
+        super().save_pretrained(save_directory, state_dict=others, **kwargs)
+        if self.ctc_head is not None and kwargs.get("is_main_process", True):
+            head = {name: weights[f"ctc_head.{name}"].contiguous() for name in self.ctc_head.state_dict()}
+            save_file(head, Path(save_directory) / CTC_FILE)
+        if repo_id is not None:  # not before the CTC head is written
+            self.push_to_hub(repo_id, token=kwargs.get("token"))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The base class's, also for models with an adapter or a CTC head."""
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
+        if isinstance(kwargs.get("config"), (str, Path)):
+            kwargs["config"] = AutoConfig.from_pretrained(kwargs["config"])
+        if kwargs.get("config") is None:
+            config, rest = configured(pretrained_model_name_or_path, kwargs)
+            kwargs = {**rest, "config": config}
+        refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model.encoder, Masked):
+            model.encoder.set_up()  # loading unfreezes what no forward uses
+        if model.ctc_head is not None:
+            file = cached_file(pretrained_model_name_or_path, CTC_FILE, **hub_options)
+            model.ctc_head.load_state_dict(load_file(file))
+        return loaded
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder_pretrained_model_name_or_path: str | None = None,
+        decoder_pretrained_model_name_or_path: str | None = None,
+        *model_args: Any,
+        **kwargs: Any,
+    ) -> Self:
+        """The base class's. It takes the encoder of a sequence-to-sequence checkpoint; `dtype` and `attn_implementation`
+        without a prefix reach encoder and decoder."""
+        for name in {"dtype", "attn_implementation"} & kwargs.keys():
+            kwargs = {f"encoder_{name}": kwargs[name], f"decoder_{name}": kwargs[name], **kwargs}
+        kwargs.pop("dtype", None)  # the joined configuration reads that of its parts
+        sources = {"encoder": encoder_pretrained_model_name_or_path, "decoder": decoder_pretrained_model_name_or_path}
+        for part, load in LOADERS.items():
+            if f"{part}_model" not in kwargs and (source := sources[part]) is not None:
+                options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(f"{part}_")}
+                options = {name.removeprefix(f"{part}_"): value for name, value in options.items()}
+                kwargs[f"{part}_model"] = load(source, **options)
+        model: Self = super().from_encoder_decoder_pretrained(*sources.values(), *model_args, **kwargs)
+        model.eval()
+        return model
 
 
 class AdaptedSpeechEncoderDecoder(SpeechEncoderDecoder):

@@ -1,4 +1,4 @@
-"""What a tokenizer cannot write of the texts that it is to write, counted before training starts."""
+"""Counts the characters of training texts that a tokenizer cannot write, before training starts."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -8,18 +8,18 @@ from unicodedata import normalize
 
 from transformers import PreTrainedTokenizerBase
 
-NUM_SHOWN = 10
-WIDTH = 40
+NUM_SHOWN = 10  # characters
+WIDTH = 40  # characters of a text that is shown
 
 
 class VocabularyReport:
-    """What a tokenizer makes of texts, read one by one; a character's count and its first text are all that is kept.
+    """Characters and tokens of texts, read one by one; only counts and the first text with a character are kept.
 
-    rewrite: what is done to a text before it becomes labels
+    rewrite: applied to each text before it is encoded
 
-    num_texts, num_emptied: texts that are not empty, and those of them that are once they are rewritten
-    characters: how often each occurs in rewritten texts, white space aside
-    num_tokens, num_unknown: tokens of rewritten texts, and those of them that stand for something unknown
+    num_texts, num_emptied:  texts that are not empty, and those of them that `rewrite` empties
+    characters:              counts in rewritten texts, without white space
+    num_tokens, num_unknown: tokens of rewritten texts, and those of them that are the unknown token
     """
 
     def __init__(
@@ -52,19 +52,20 @@ class VocabularyReport:
 
     @cached_property
     def unwritable(self) -> Counter[str]:
-        """How often each character occurs that the tokenizer writes as unknown or not at all."""
-        ids = {character: self.ids(character) for character in self.characters}
-        unknown = self.tokenizer.unk_token_id
-        return Counter(
-            {each: self.characters[each] for each, written in ids.items() if not written or unknown in written}
-        )
+        """Counts of the characters that the tokenizer writes as unknown or not at all."""
+        found: Counter[str] = Counter()
+        for character, count in self.characters.items():
+            ids = self.ids(character)
+            if not ids or self.tokenizer.unk_token_id in ids:
+                found[character] = count
+        return found
 
     @property
     def finds_nothing(self) -> bool:
         return not (self.unwritable or self.num_unknown or self.num_emptied)
 
     def __str__(self) -> str:
-        """One line where everything can be written, else a line for each of the most frequent characters that cannot."""
+        """One line, and one more for each of the most frequent characters that cannot be written."""
         if self.finds_nothing:
             return f"the tokenizer writes all {len(self.characters):,} characters of {self.num_texts:,} texts"
         lines = [
@@ -80,10 +81,9 @@ class VocabularyReport:
         return "\n".join(lines)
 
     def line(self, character: str, count: int) -> str:
-        """A character that cannot be written, and the first text it is in, or came from."""
+        """A character that cannot be written, and the first text with it, before it was rewritten."""
         text = self.first_text[character]
-        start = max(normalize("NFC", text).find(character) - WIDTH // 2, 0)
-        brought = "" if character in normalize("NFC", text) else ", brought in by the normalizer,"
-        return (
-            f"  {character!r} (U+{ord(character):04X}) {count:,} times{brought} as in {text[start : start + WIDTH]!r}"
-        )
+        position = normalize("NFC", text).find(character)
+        start = max(position - WIDTH // 2, 0)
+        source = ", brought in by the normalizer," if position < 0 else ""
+        return f"  {character!r} (U+{ord(character):04X}) {count:,} times{source} as in {text[start : start + WIDTH]!r}"

@@ -1,4 +1,4 @@
-"""Special tokens in front of a target text that name its language and its task, as Whisper's do (arXiv 2212.04356)."""
+"""Special tokens before a target text that name its language and its task, as in Whisper (arXiv 2212.04356)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,38 +7,39 @@ from transformers import PreTrainedTokenizerBase
 
 from sedtrain.errors import UserError
 
-TASK_OF = {"transcription": "transcribe", "translation": "translate"}
-"""The task of each target."""
-NUM_TAGS = 2
+TASK_OF = {"transcription": "transcribe", "translation": "translate"}  # by target
+NUM_TAGS = 2  # before a text
 
 
 @dataclass(frozen=True)
 class Tags:
-    """What a model learnt to write.
-
-    ids: by task and language, the tokens that ask for it
-    """
+    """The languages and tasks that a model learnt; `ids` holds their tokens, by task and language."""
 
     ids: Mapping[str, Mapping[str, Sequence[int]]]
 
     def of(self, language: str | None, task: str) -> list[int]:
-        """The tokens of a language, by default the only one of the task. Raises UserError for what was never learnt."""
-        known = self.ids.get(task, {})
-        if language is None and len(known) == 1:
-            [language] = known
-        if language is None or language not in known:
+        """Tokens of a language; None is the only language of the task. Raises UserError for what was never learnt."""
+        languages = self.ids.get(task, {})
+        if language is None and len(languages) == 1:
+            [language] = languages
+        if language is None or language not in languages:
+            wanted = f"in {language!r}" if language else "in a language that nothing names"
+            commands = [
+                f"target={target} data.language={known}"
+                for target, of in TASK_OF.items()
+                for known in self.ids.get(of, ())
+            ]
             raise UserError(
-                f"the model writes {' and '.join(map(str, self.known()))}, and is asked to {task} "
-                f"{f'in {language!r}' if language else 'in a language that nothing names'}",
-                ", or ".join(f"target={target} data.language={each}" for target, each in self.targets()),
+                "data.language",
+                language,
+                f"the model writes {' and '.join(self.known())}, and is asked to {task} {wanted}",
+                f"write {', or '.join(commands)}",
             )
-        return list(known[language])
+        return list(languages[language])
 
     def known(self) -> list[str]:
+        """The tags of each language and task, such as `<|de|><|translate|>`."""
         return [tag(language) + tag(task) for task, languages in self.ids.items() for language in languages]
-
-    def targets(self) -> list[tuple[str, str]]:
-        return [(target, language) for target, task in TASK_OF.items() for language in self.ids.get(task, {})]
 
 
 def tag(name: str) -> str:
@@ -46,7 +47,7 @@ def tag(name: str) -> str:
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase, learnt: Iterable[tuple[str, str]]) -> Tags:
-    """Makes a tokenizer write the tags of these pairs of language and task, as tokens that text cannot become."""
+    """Adds the tags of pairs of language and task to a tokenizer, as tokens that no text becomes."""
     pairs = sorted(learnt)
     tokens = dict.fromkeys(tag(name) for pair in pairs for name in pair)
     tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False)

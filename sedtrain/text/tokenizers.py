@@ -1,4 +1,4 @@
-"""Tokenizers trained on transcripts, and the ids that a tokenizer of any family gives a target text."""
+"""Trains tokenizers on transcripts, and encodes target texts with the tokenizer of any family."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -7,25 +7,26 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sedtrain.errors import UserError, require
+from sedtrain.errors import UserError
+from sedtrain.ranges import Count
 
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3
 SPACE = "▁"
 
 
 def train_tokenizer(
-    texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: int, max_texts: int | None = None
+    texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: Count, max_texts: Count | None = None
 ) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocab_size` tokens that decodes what it encoded, up to white space and NFC.
 
-    `bpe` merges within words, so of few distinct words each becomes one token; punctuation stands apart.
-    `char` has one token a character. Both write `</s>` behind a text and nothing before it: those are the
-    labels, since the model puts the start token in front when it shifts them. Special tokens spelled out in a
-    text are text. Of the texts, the first `max_texts` are read, each let go before the next; None reads all.
-    Raises UserError without texts, or where the characters alone are more than `vocab_size`.
+    `bpe` merges within words, so that each of a few distinct words becomes one token; punctuation stays apart.
+    `char` has one token a character. Both write `</s>` after a text and nothing before it, as labels need it: the
+    model prepends the start token when it shifts them. Special tokens spelled out in a text are encoded as text.
+
+    max_texts: the first so many texts are read, one at a time; None: all
+    Raises UserError where there is no text, or where characters alone need more than `vocab_size` tokens.
     """
-    require(max_texts is None or max_texts > 0, "tokenizer.max_texts", max_texts, "a number above 0, or null")
-    tokenizer = _untrained(kind)
+    tokenizer = untrained(kind)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size if kind == "bpe" else 0,  # 0: every character, no merges
         min_frequency=2,
@@ -34,7 +35,13 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(islice(texts, max_texts), trainer)
-    _check_size(tokenizer.get_vocab_size(), vocab_size)
+    size = tokenizer.get_vocab_size()
+    if size == len(SPECIAL_TOKENS) + len(SPACE):
+        wrong, write = "there is no text to train a tokenizer on", "write data.train_split of texts that are not empty"
+        raise UserError("tokenizer.kind", kind, wrong, write)
+    if size > vocab_size:
+        wrong = f"the characters of the texts alone need {size} tokens"
+        raise UserError("tokenizer.vocab_size", vocab_size, wrong, f"write tokenizer.vocab_size={size} or more")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -47,8 +54,8 @@ def train_tokenizer(
     )
 
 
-def _untrained(kind: Literal["bpe", "char"]) -> Tokenizer:
-    # A space before the first word too makes a word the same token wherever it stands; characters need none.
+def untrained(kind: Literal["bpe", "char"]) -> Tokenizer:
+    # With a space before the first word too, a word is the same token at every position; characters need none.
     prepend_scheme = {"bpe": "always", "char": "never"}[kind]
     one_space = normalizers.Replace(Regex(rf"[\s{SPACE}]+"), " ")
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
@@ -63,42 +70,35 @@ def _untrained(kind: Literal["bpe", "char"]) -> Tokenizer:
     return tokenizer
 
 
-def _check_size(trained_size: int, vocab_size: int) -> None:
-    if trained_size == len(SPECIAL_TOKENS) + len(SPACE):
-        raise UserError("there is no text to train a tokenizer on", "a training split whose texts are not empty")
-    if trained_size > vocab_size:
-        raise UserError(
-            f"vocab_size is {vocab_size}, but the characters of the texts alone need {trained_size}",
-            f"vocab_size of {trained_size} or more",
-        )
-
-
 def start_end_pad(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
-    """Ids that start, end and pad a target: (bos, cls or end), (eos or sep), (pad or end); else a UserError.
+    """Ids that start, end and pad a target: (bos, cls or end), (eos or sep), (pad or end).
 
     Where padding is the end token, mask labels by length: masked by id, the model never learns to stop.
+    Raises UserError where the tokenizer has no end token.
     """
-    end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    end = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if end is None:
         raise UserError(
-            f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no end token (eos or sep)",
-            'a tokenizer whose tokenizer_config.json names an "eos_token"',
+            "decoder.checkpoint",
+            tokenizer.name_or_path or type(tokenizer).__name__,
+            "the tokenizer has no end token (eos or sep)",
+            'write decoder.checkpoint of a tokenizer whose tokenizer_config.json names an "eos_token"',
         )
-    start = _first(tokenizer.bos_token_id, tokenizer.cls_token_id, end)
-    pad = _first(tokenizer.pad_token_id, end)
+    start = first_id(tokenizer.bos_token_id, tokenizer.cls_token_id, end)
+    pad = first_id(tokenizer.pad_token_id, end)
     assert start is not None and pad is not None
     return start, end, pad
 
 
-def _first(*ids: int | None) -> int | None:
+def first_id(*ids: int | None) -> int | None:
     return next((id for id in ids if id is not None), None)
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_token_id: int) -> list[int]:
-    """Label ids of a text as the tokenizer writes targets, without the start token, with one end token, last.
+    """Label ids of a text as the tokenizer writes targets: without the start token, with one end token, which is last.
 
-    The start token is dropped because shifting the labels puts it there; so is what a tokenizer writes behind
-    the end token (mBART its language code).
+    Shifting the labels prepends the start token. What a tokenizer writes after the end token, such as mBART's language
+    code, is dropped.
     """
     ids: list[int] = tokenizer(text_target=text)["input_ids"]
     if ids[:1] == [decoder_start_token_id]:

@@ -1,7 +1,14 @@
-"""One update of many micro-batches and ranks: they back-propagate sums, which are divided once, by the tokens of all."""
+"""Token-exact gradients: one update, whatever the batch size, the accumulation and the number of ranks.
+
+The gradient of a step is that of the loss summed over all its target tokens, divided by their number.
+Each micro-batch back-propagates its summed loss, not a mean, times a constant that keeps float16 in range.
+Gradients add up over micro-batches and ranks, as they always do.
+The numbers of tokens are added over the ranks once a step, and divide the gradients before these are clipped.
+A step whose loss or gradient is not finite, or that has no token, is skipped on all ranks: its gradients are dropped.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -12,12 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
+from sedtrain.models.parts import part_of
+
 SCALE = 2.0**-10
-"""What a sum is multiplied by before it is back-propagated, so that its gradients fit into 16 bits; a power of two: exact."""
+"""Multiplies a summed loss before it is back-propagated; a power of two, so that nothing is rounded."""
 
 
 class LossSums(NamedTuple):
-    """Of one micro-batch in nats, beside the number of tokens they were summed over; all scalars."""
+    """Summed losses of one micro-batch in nats, each with the number of tokens that it is summed over; all scalars."""
 
     cross_entropy: Tensor
     num_tokens: Tensor
@@ -27,19 +36,19 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """One step of the optimizer, over all its micro-batches and ranks.
+    """One optimizer step over all its micro-batches and ranks.
 
-    cross_entropy: nats per target token
-    ctc: nats per aligned token
-    gradient_norms: by part of the model, of the gradient that is clipped next
-    micro_batches: of this rank, the (4,) sums of each
+    cross_entropy:  nats per target token
+    ctc:            nats per aligned token
+    gradient_norms: by part of the model, before clipping
+    micro_batches:  (M, 4) LossSums of this rank's micro-batches
     """
 
     num_tokens: int
     cross_entropy: float
     ctc: float
     gradient_norms: dict[str, float]
-    micro_batches: list[Tensor]
+    micro_batches: Tensor
 
     @property
     def loss_is_finite(self) -> bool:
@@ -50,8 +59,8 @@ class Update:
         return all(map(math.isfinite, self.gradient_norms.values()))
 
     @property
-    def is_left_out(self) -> bool:
-        """Whether the optimizer's step changes nothing."""
+    def is_skipped(self) -> bool:
+        """Whether the optimizer changes nothing."""
         return not (self.num_tokens and self.loss_is_finite and self.gradient_is_finite)
 
     @property
@@ -59,68 +68,50 @@ class Update:
         return math.hypot(*self.gradient_norms.values())
 
 
-class MicroBatches:
-    """The sums of this rank's micro-batches since the optimizer's last step."""
+def divide_gradients(
+    model: nn.Module, micro_batches: Tensor, over_ranks: Callable[[Tensor], Tensor], num_ranks: int
+) -> Update:
+    """Divides the gradients of `model` in place by the step's number of target tokens; drops those of a skipped step.
 
-    def __init__(self) -> None:
-        self.sums: list[Tensor] = []
+    Waits for the device once.
 
-    def add(self, sums: LossSums) -> None:
-        self.sums.append(torch.stack([each.detach().float() for each in sums]))
-
-    def divide(
-        self, parts: Mapping[str, Sequence[Tensor]], over_ranks: Callable[[Tensor], Tensor], num_ranks: int
-    ) -> Update:
-        """Divides the gradients of the weights of `parts` in place by the number of target tokens, and starts anew.
-
-        Where they or a loss are not finite, or no token was seen, they are dropped: the optimizer's step then changes nothing,
-        on all ranks alike. It waits for the device once.
-
-        over_ranks: this rank's sums -> those of all ranks
-        num_ranks: what the strategy has divided the sum over the ranks by
-        """
-        micro_batches, self.sums = self.sums, []
-        gradients = {
-            name: [weight.grad for weight in weights if weight.grad is not None] for name, weights in parts.items()
-        }
-        gradients = {name: each for name, each in gradients.items() if each}
-        norms = [whole(get_total_norm(each)).float() for each in gradients.values()]
-        totals = over_ranks(torch.stack(micro_batches).sum(0))
-        values = torch.cat([totals, torch.stack(norms)] if norms else [totals]).tolist()
-        cross_entropy, num_tokens, ctc, num_aligned = values[:4]
-        factor = num_ranks / SCALE / max(num_tokens, 1)
-        update = Update(
-            num_tokens=int(num_tokens),
-            cross_entropy=cross_entropy / max(num_tokens, 1),
-            ctc=ctc / max(num_aligned, 1),
-            gradient_norms={name: norm * factor for name, norm in zip(gradients, values[4:], strict=True)},
-            micro_batches=micro_batches,
-        )
-        if update.is_left_out:
-            for weight in chain(*parts.values()):
-                weight.grad = None
-        else:
-            torch._foreach_mul_(list(chain(*gradients.values())), factor)
-        return update
+    micro_batches: (M, 4) LossSums of this rank
+    over_ranks:    sums of this rank -> sums of all ranks
+    num_ranks:     the strategy has divided the sum of the ranks' gradients by it
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            gradients.setdefault(part_of(name), []).append(weight.grad)
+    norms = [get_total_norm(of_part) for of_part in gradients.values()]
+    norms = [(norm.full_tensor() if isinstance(norm, DTensor) else norm).float() for norm in norms]
+    values = torch.cat([over_ranks(micro_batches.sum(0)), *(norm[None] for norm in norms)]).tolist()
+    cross_entropy, num_tokens, ctc, num_aligned = values[:4]
+    factor = num_ranks / SCALE / max(num_tokens, 1)
+    update = Update(
+        num_tokens=int(num_tokens),
+        cross_entropy=cross_entropy / max(num_tokens, 1),
+        ctc=ctc / max(num_aligned, 1),
+        gradient_norms={part: norm * factor for part, norm in zip(gradients, values[4:], strict=True)},
+        micro_batches=micro_batches,
+    )
+    if update.is_skipped:
+        model.zero_grad()
+    else:
+        torch._foreach_mul_(list(chain(*gradients.values())), factor)
+    return update
 
 
 class RunningStatistics:
-    """What batch norms have seen of the steps so far, without those that are left out: one NaN would stay in them forever."""
+    """The running statistics of batch norms, without skipped steps: a NaN would stay in them forever."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self.now = [buffer for norm in norms for buffer in norm.buffers()]
-        self.before = [buffer.clone() for buffer in self.now]
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self.kept = [buffer.clone() for buffer in self.buffers]
 
-    def settle(self, update: Update) -> None:
-        """Keeps what the micro-batches of an update left in them, or goes back to what was before it."""
-        for now, before in zip(self.now, self.before, strict=True):
-            if update.is_left_out:
-                now.copy_(before)
-            else:
-                before.copy_(now)
-
-
-def whole(norm: Tensor) -> Tensor:
-    """The norm of gradients that may be sharded over ranks."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def keep_or_restore(self, update: Update) -> None:
+        """Keeps what the micro-batches of a step changed; restores what was before a skipped one."""
+        sources, targets = (self.kept, self.buffers) if update.is_skipped else (self.buffers, self.kept)
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)

@@ -1,4 +1,4 @@
-"""What loggers are told of a training, and that none of them ever stops it."""
+"""Loggers of a run, and what is logged with them; a logger that fails is left out, and training continues."""
 
 import csv
 import hashlib
@@ -18,8 +18,7 @@ import lightning
 import yaml  # type: ignore[import-untyped]
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch.optim import Optimizer
 
 from sedtrain.batch import Batch
@@ -27,50 +26,113 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Hypothesis
 from sedtrain.evaluation.results import Results, installed_versions
 from sedtrain.models.parts import part_of
-from sedtrain.run_dir import write_whole
+from sedtrain.run_dir import keep_until, write_whole
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ["utterance", "reference", "hypothesis"]
+NUM_SAMPLES = 8
+"""Utterances of a validation whose texts are logged, the same ones every time."""
+
+
+class MetricsFile(Logger):
+    """metrics.csv, samples.jsonl and environment.json in the run's folder; a run that resumes adds to them.
+
+    Whenever the process is killed, the rows that were saved before are there.
+    """
+
+    name = version = None
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self.folder = Path(save_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "metrics.csv"
+        self.columns, _ = self.read()
+        self.rows: list[dict[str, Any]] = []  # that are not saved yet
+
+    def read(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """The columns and rows of the file, without a last line that is truncated."""
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
+        reader = csv.DictReader(io.StringIO(text.rpartition("\n")[0]))
+        return list(reader.fieldnames or []), list(reader)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces the file as a whole."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.file, text.getvalue())
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.append({**metrics, "step": step})
+
+    def save(self) -> None:
+        columns = sorted({*self.columns, *(name for row in self.rows for name in row)})
+        if columns != self.columns:
+            self.columns = columns
+            self.write([*self.read()[1], *self.rows])
+        elif self.rows:
+            with self.file.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, columns).writerows(self.rows)
+        self.rows = []
+
+    def keep_before(self, step: int) -> None:
+        """Drops the rows and samples of this step and later ones, which the run logs again."""
+        if self.file.is_file():
+            self.write([row for row in self.read()[1] if int(row["step"]) < step])
+        keep_until(step - 1, self.folder / "samples.jsonl")
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Writes them to environment.json, except the configuration, which lies in config.yaml."""
+        rest = {name: fact for name, fact in facts.items() if name != "config"}
+        write_whole(self.folder / "environment.json", json.dumps(rest, indent=2) + "\n")
+
+    def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
+        """Adds a line of JSON for each to samples.jsonl."""
+        lines = [json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) for sample in samples]
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: they lie in config.yaml."""
 
 
 class TensorBoard(TensorBoardLogger):
-    """TensorBoard's event files in one folder, where a run that goes on adds to them.
+    """TensorBoard's event files in one folder; a run that resumes adds to them.
 
     Raises UserError where tensorboard is not installed.
     """
 
     def __init__(self, save_dir: str) -> None:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"logger=tensorboard needs tensorboard: {error}", "pip install 'sedtrain[tensorboard]', or logger=csv"
-            ) from error
+        require_package("tensorboard")
         super().__init__(save_dir, name="", version="", default_hp_metric=False)
 
     def keep_before(self, step: int) -> None:
-        """Has TensorBoard not show this step and later ones, which will be made again."""
+        """Has TensorBoard hide this step and later ones, which the run logs again."""
         self.finalize("success")
         self._experiment, self._kwargs["purge_step"] = None, step
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
         for name, fact in facts.items():
-            written = yaml.safe_dump(fact, sort_keys=False, allow_unicode=True)
-            self.experiment.add_text(name, f"```yaml\n{written}```")
+            text = yaml.safe_dump(fact, sort_keys=False, allow_unicode=True)
+            self.experiment.add_text(name, f"```yaml\n{text}```")
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
-        rows = [COLUMNS, ["---"] * len(COLUMNS), *([escaped(each) for each in astuple(sample)] for sample in samples)]
+        rows = [COLUMNS, ["---"] * len(COLUMNS), *(map(escaped, astuple(sample)) for sample in samples)]
         self.experiment.add_text("samples", "\n".join(f"| {' | '.join(row)} |" for row in rows), step)
 
 
 def escaped(text: str) -> str:
-    """A text as it stands in a cell of a Markdown table."""
+    """A text for a cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())
 
 
 class Wandb(WandbLogger):
-    """A run of Weights & Biases, its files and its id in the run's folder, so that a run that goes on is the same there too.
+    """A run of Weights & Biases with its files and its id in the run's folder; a run that resumes stays the same one there.
 
-    mode: auto is what WANDB_MODE says, else online where the user is logged in, else offline
+    mode: auto: the value of WANDB_MODE, else online where the user is logged in, else offline
     options: those of wandb.init
 
     Raises UserError where wandb is not installed.
@@ -84,12 +146,9 @@ class Wandb(WandbLogger):
         mode: Literal["auto", "online", "offline"] = "auto",
         **options: Any,
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"logger=wandb needs wandb: {error}", "pip install 'sedtrain[wandb]', or logger=csv"
-            ) from error
+        require_package("wandb")
+        import wandb
+
         self.folder, self.mode = Path(save_dir) / "wandb", mode
         settings = wandb.Settings(console="off", quiet=True)  # sedtrain.log has what is printed
         super().__init__(name or Path(save_dir).name, save_dir, project=project, settings=settings, **options)
@@ -98,7 +157,7 @@ class Wandb(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run; not that which another training of this process, a job of a sweep, may have left open."""
+        """The run of Weights & Biases, separate from any that another job of a sweep has left open in this process."""
         if self._experiment is None:
             import wandb
 
@@ -110,15 +169,12 @@ class Wandb(WandbLogger):
         return self._experiment
 
     def run_id(self) -> str:
-        """That of this folder, drawn when the run begins."""
+        """The id in this folder, drawn when the run begins."""
         file = self.folder / "id.txt"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(secrets.token_hex(4), encoding="utf-8")
+            write_whole(file, secrets.token_hex(4))
         return file.read_text(encoding="utf-8")
-
-    def log_facts(self, facts: Mapping[str, Any]) -> None:
-        self.log_hyperparams(dict(facts))
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
         self.log_table("samples", COLUMNS, [list(astuple(sample)) for sample in samples], step=step)
@@ -131,7 +187,7 @@ class Wandb(WandbLogger):
 
 
 def mode_by_login() -> str | None:
-    """None where wandb reads WANDB_MODE itself."""
+    """The mode of a run of Weights & Biases; None where wandb reads WANDB_MODE itself."""
     import wandb
 
     if os.environ.get("WANDB_MODE"):
@@ -139,88 +195,28 @@ def mode_by_login() -> str | None:
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
-SAMPLES, ENVIRONMENT = "samples.jsonl", "environment.json"
+def require_package(name: str) -> None:
+    """Raises UserError where the package of a logger is not installed."""
+    try:
+        __import__(name)
+    except ImportError as error:
+        instead = f"pip install 'sedtrain[{name}]', or write logger=csv"
+        raise UserError("logger", name, f"this logger needs {name}: {error}", instead) from error
 
 
-class MetricsFile(CSVLogger):
-    """Lightning's CSV logger, which does not delete the rows of a run that goes on."""
+def asks(method: str) -> Callable[..., Any]:
+    """A method of Tracker that is passed on to its logger."""
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The writer of the file; on other ranks than the first one that writes nothing."""
-        if self._experiment is None:
-            self._experiment = Appending(self.log_dir)
-        return self._experiment
+    def ask(self: "Tracker", *args: Any, **kwargs: Any) -> Any:
+        return self.ask(method, *args, **kwargs)
 
-    def keep_before(self, step: int) -> None:
-        """Drops the rows of this step and later ones, which will be made again."""
-        self.experiment.keep_before(step)
-        samples = Path(self.log_dir) / SAMPLES
-        if samples.is_file():
-            lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            write_whole(samples, "".join(line for line in whole if json.loads(line)["step"] < step))
-
-    def log_facts(self, facts: Mapping[str, Any]) -> None:
-        """Writes them to environment.json, save the configuration, which lies in config.yaml."""
-        rest = {name: fact for name, fact in facts.items() if name != "config"}
-        write_whole(Path(self.log_dir) / ENVIRONMENT, json.dumps(rest, indent=2) + "\n")
-
-    def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
-        """Adds a line of JSON for each to samples.jsonl."""
-        lines = [json.dumps({"step": step, **asdict(each)}, ensure_ascii=False) for each in samples]
-        with (Path(self.log_dir) / SAMPLES).open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-
-
-class Appending(ExperimentWriter):
-    """Adds rows to what the file holds; whenever the process is killed, what was saved before is there."""
-
-    def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir)
-        self.path = Path(self.metrics_file_path)
-        if self.path.is_file():
-            self.metrics_keys = list(self.read()[0])
-
-    def _check_log_dir_exists(self) -> None:
-        """Nothing, unlike in the class above, which deletes the file."""
-
-    def read(self) -> tuple[list[str], list[dict[str, str]]]:
-        """Heading and rows; a last line that was cut is left out."""
-        text, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
-        reader = csv.DictReader(io.StringIO(text))
-        return list(reader.fieldnames or []), list(reader)
-
-    def write(self, heading: list[str], rows: list[dict[str, str]]) -> None:
-        """Replaces the file as a whole."""
-        unfinished = self.path.with_suffix(".unfinished")
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, heading)
-            writer.writeheader()
-            writer.writerows(rows)
-        unfinished.replace(self.path)
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        self.write(fieldnames, self.read()[1])
-
-    def keep_before(self, step: int) -> None:
-        if self.path.is_file():
-            heading, rows = self.read()
-            self.write(heading, [row for row in rows if int(row["step"]) < step])
-
-
-logger = logging.getLogger(__name__)
-
-
-NUM_SAMPLES = 8
-"""Utterances of a validation whose texts are logged, the same ones every time."""
+    return ask
 
 
 class Tracker(Logger):
-    """A logger of any kind, on the first rank alone. The first thing that it raises is told, and it is left out from there on.
+    """A logger of any kind, on the first rank alone; after the first exception it is left out with a warning.
 
-    make: returns the logger. What it raises for the user to repair, a UserError or a package that is missing, comes out.
+    make: returns the logger; a UserError and a missing package are raised, since the user can repair them
     """
 
     def __init__(self, name: str, make: Callable[[], Logger]) -> None:
@@ -231,89 +227,67 @@ class Tracker(Logger):
             try:
                 self.inner = make()
             except (Exception, SystemExit) as error:
-                if isinstance(cause(error), UserError | ImportError):
+                if isinstance(root_cause(error), UserError | ImportError):
                     raise
-                self.leave_out("its constructor", cause(error))
+                self.leave_out("its constructor", root_cause(error))
 
-    def leave_out(self, where: str, error: BaseException) -> None:
+    def leave_out(self, method: str, error: BaseException) -> None:
         self.inner = None
         what = f"{type(error).__name__}: {error}".strip()
         logger.warning(
-            "logger=%s failed in %s and is left out; training goes on without it: %s", self.label, where, what
+            "logger=%s failed in %s and is left out; training goes on without it: %s", self.label, method, what
         )
 
-    def tell(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What the logger's method returns; None where it has no such method, or is left out."""
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The value of the logger's method or property; None where it has none, or is left out."""
         if self.inner is None or not is_first_rank():
             return None
         try:
-            act = getattr(self.inner, method, None)
-            return act(*args, **kwargs) if callable(act) else act
+            found = getattr(self.inner, method, None)
+            return found(*args, **kwargs) if callable(found) else found
         except (Exception, SystemExit) as error:
             self.leave_out(method, error)
             return None
 
-    @property
-    def name(self) -> str | None:
-        return cast(str | None, self.tell("name"))
-
-    @property
-    def version(self) -> int | str | None:
-        return cast(int | str | None, self.tell("version"))
-
-    @property
-    def save_dir(self) -> str | None:
-        return cast(str | None, self.tell("save_dir"))
+    name = property(asks("name"))
+    version = property(asks("version"))
+    save_dir = property(asks("save_dir"))
+    log_hyperparams = asks("log_hyperparams")
+    log_graph = asks("log_graph")
+    log_samples = asks("log_samples")
+    after_save_checkpoint = asks("after_save_checkpoint")
+    keep_before = asks("keep_before")
+    save = asks("save")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.tell("log_metrics", dict(metrics), step)  # a copy: it is for all loggers
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.tell("log_hyperparams", params, *args, **kwargs)
+        self.ask("log_metrics", dict(metrics), step)  # a copy: all loggers share the metrics
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
-        """What a run is made with, where the logger has no own way to hold it as hyperparameters."""
-        self.tell("log_facts" if hasattr(self.inner, "log_facts") else "log_hyperparams", facts)
-
-    def log_samples(self, samples: list[Hypothesis], step: int) -> None:
-        self.tell("log_samples", samples, step)
-
-    def log_graph(self, *args: Any, **kwargs: Any) -> None:
-        self.tell("log_graph", *args, **kwargs)
-
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        self.tell("after_save_checkpoint", checkpoint_callback)
-
-    def keep_before(self, step: int) -> None:
-        """Drops what was logged of this step and later ones, which will be made again, where the logger can."""
-        self.tell("keep_before", step)
-
-    def save(self) -> None:
-        self.tell("save")
+        """Logs facts of the run by name, as hyperparameters where the logger has no `log_facts`."""
+        self.ask("log_facts" if hasattr(self.inner, "log_facts") else "log_hyperparams", facts)
 
     def finalize(self, status: str) -> None:
-        """Only saves where training has come to its end: the scores of the test split are yet to come."""
-        self.tell("save" if status == "success" else "finalize", *(() if status == "success" else (status,)))
+        """Only saves after a successful training: the scores of the test split follow."""
+        self.ask(*(("save",) if status == "success" else ("finalize", status)))
 
     def close(self) -> None:
-        self.tell("finalize", "success")
+        self.ask("finalize", "success")
 
 
 def is_first_rank() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined,no-any-return]
 
 
-def cause(error: BaseException) -> BaseException:
-    """What an error goes back to."""
+def root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 class Tracking(lightning.Callback):
-    """Logs what a run is made with, the learning rates, and texts of some utterances at every validation.
+    """Logs settings, commit and versions of a run, its learning rates, and texts of some utterances at every validation.
 
-    config: resolved
+    config: all settings, resolved
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -322,19 +296,19 @@ class Tracking(lightning.Callback):
         self.samples: list[Hypothesis] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Learns which groups of the optimizer's parameters are of which part of the model."""
+        """Finds the optimizer's parameter groups of each part of the model, and logs the facts of the run."""
         parts = {id(weight): part_of(name) for name, weight in cast(Any, pl_module.model).named_parameters()}
         self.groups = {}
         for index, group in enumerate(trainer.optimizers[0].param_groups):
             for part in {parts[id(weight)] for weight in group["params"]}:
                 self.groups.setdefault(part, []).append(index)
-        for each in trackers(trainer) if trainer.is_global_zero else []:
-            each.log_facts({"config": self.config, "commit": commit(), "versions": installed_versions()})
+        for tracker in trackers(trainer) if trainer.is_global_zero else []:
+            tracker.log_facts({"config": self.config, "commit": commit(), "versions": installed_versions()})
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Logs the learning rate of each part, of several the highest."""
+        """Logs the highest learning rate of each part of the model."""
         rates = [group["lr"] for group in optimizer.param_groups]
         highest = {f"learning_rate/{part}": max(rates[index] for index in self.groups[part]) for part in self.groups}
         pl_module.log_dict(highest, batch_size=1)
@@ -353,40 +327,40 @@ class Tracking(lightning.Callback):
     ) -> None:
         if outputs is not None:
             seen = [*self.samples, *map(Hypothesis, batch.ids, batch.texts, outputs["hypotheses"])]
-            self.samples = heapq.nsmallest(NUM_SAMPLES, seen, key=place)
+            self.samples = heapq.nsmallest(NUM_SAMPLES, seen, key=random_order)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        for each in trackers(trainer) if trainer.is_global_zero and not trainer.sanity_checking else []:
-            each.log_samples(self.samples, logged_steps(trainer))
+        for tracker in trackers(trainer) if trainer.is_global_zero and not trainer.sanity_checking else []:
+            tracker.log_samples(self.samples, logged_steps(trainer))
 
 
-def place(sample: Hypothesis) -> bytes:
-    """By which utterances are picked: any ones, whatever their order."""
+def random_order(sample: Hypothesis) -> bytes:
+    """A key that picks the same utterances whatever their order."""
     return hashlib.sha256(sample.id.encode()).digest()
 
 
 def trackers(trainer: lightning.Trainer) -> list[Tracker]:
-    return [each for each in trainer.loggers if isinstance(each, Tracker)]
+    return [tracker for tracker in trainer.loggers if isinstance(tracker, Tracker)]
 
 
 def logged_steps(trainer: lightning.Trainer) -> int:
-    """The step that Lightning logs by: of the step under way, the number of those before it."""
+    """The step that Lightning logs with: the number of steps before the one under way."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def log_scores(trainer: lightning.Trainer, results: Results) -> None:
-    """Gives the scores of a finished training, with their intervals, to its loggers, and closes them."""
+    """Logs the scores of a finished run with their intervals, and closes its loggers."""
     scores: dict[str, float] = {}
     for name, interval in results.metrics.items():
         metric = f"{results.split}/{name}"
         scores |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-    for each in trackers(trainer):
-        each.log_metrics(scores, logged_steps(trainer))
-        each.close()
+    for tracker in trackers(trainer):
+        tracker.log_metrics(scores, logged_steps(trainer))
+        tracker.close()
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit that the working directory stands at, and whether its files differ; None where there is none."""
+    """The commit of the working directory, and whether its files differ; None where there is none."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=20)

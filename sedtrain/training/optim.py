@@ -1,8 +1,7 @@
-"""Parameter groups, optimizers, and how the learning rate rises and falls."""
+"""Parameter groups, optimizers and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -10,14 +9,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from sedtrain.errors import UserError, require
+from sedtrain.errors import UserError
+from sedtrain.ranges import Fraction, PositiveFraction
 
 
 def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-    """Groups of parameters with one `lr_scale` each, matrices apart from what does not decay.
+    """Groups of parameters with one `lr_scale` each; those that do not decay are in groups of their own.
 
-    scales: which parameters of the model, and by how much their learning rate is that of the optimizer; where it is None,
-        those that train, all alike
+    scales: names of parameters, each with its learning rate over that of the optimizer; None: those that train, at 1
     """
     if scales is None:
         scales = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -32,7 +31,7 @@ def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a parameter: not on biases, which may be matrices, and not on norms and other vectors."""
+    """Whether weight decay acts on a parameter: neither on biases, which may be matrices, nor on norms and other vectors."""
     return parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
 
 
@@ -53,10 +52,8 @@ def adamw_8bit(
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError(
-            f"optimizer=adamw_8bit needs bitsandbytes: {error}",
-            "pip install 'sedtrain[bitsandbytes]', or optimizer=adafactor, which is small too",
-        ) from error
+        write = "pip install 'sedtrain[bitsandbytes]', or write optimizer=adafactor, which is small too"
+        raise UserError("optimizer", "adamw_8bit", f"this needs bitsandbytes: {error}", write) from error
     optimizer: Optimizer = AdamW8bit(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
     return optimizer
 
@@ -65,13 +62,9 @@ def warmed_up(
     optimizer: Optimizer,
     num_training_steps: int,
     decay: Literal["cosine", "linear", "constant_with_warmup", "inverse_sqrt"] = "cosine",
-    warmup_fraction: float = 0.1,
+    warmup_fraction: Fraction = 0.1,
 ) -> LRScheduler:
-    """A straight line up to the peak over the first `warmup_fraction` of the steps, then the decay, or none.
-
-    Raises UserError for what is no fraction.
-    """
-    require(0 <= warmup_fraction <= 1, "scheduler.warmup_fraction", warmup_fraction, "a fraction from 0 to 1")
+    """A straight line up to the peak over the first `warmup_fraction` of the steps, then the decay, or none."""
     num_warmup_steps = round(warmup_fraction * num_training_steps)
     schedule: LRScheduler = get_scheduler(decay, optimizer, num_warmup_steps, num_training_steps)
     return schedule
@@ -80,48 +73,31 @@ def warmed_up(
 def tri_stage(
     optimizer: Optimizer,
     num_training_steps: int,
-    warmup_fraction: float = 0.1,
-    hold_fraction: float = 0.4,
-    initial_scale: float = 0.01,
-    final_scale: float = 0.05,
+    warmup_fraction: Fraction = 0.1,
+    hold_fraction: Fraction = 0.4,
+    initial_scale: Fraction = 0.01,
+    final_scale: PositiveFraction = 0.05,
 ) -> LRScheduler:
     """The schedule of wav2vec 2.0 (fairseq's `tri_stage`): up in a straight line, level, down exponentially.
 
-    The rate goes from `initial_scale` of the peak to the peak, and in the steps that the first two leave to `final_scale`
-    of it. Raises UserError for fractions that leave no step to the end, and for scales that are none.
+    The rate rises from `initial_scale` of the peak, and falls to `final_scale` of it in the steps that the first two
+    stages leave. Raises UserError where these take more than all steps.
     """
-    for name, fraction in {"warmup_fraction": warmup_fraction, "hold_fraction": hold_fraction}.items():
-        require(0 <= fraction <= 1, f"scheduler.{name}", fraction, "a fraction from 0 to 1")
-    rest = f"a fraction from 0 to {1 - warmup_fraction:g}, what warmup_fraction leaves of 1"
-    require(warmup_fraction + hold_fraction <= 1, "scheduler.hold_fraction", hold_fraction, rest)
-    require(0 <= initial_scale <= 1, "scheduler.initial_scale", initial_scale, "a fraction from 0 to 1")
-    require(0 < final_scale <= 1, "scheduler.final_scale", final_scale, "a fraction above 0, at most 1")
-    num_warmup_steps = round(warmup_fraction * num_training_steps)
-    num_decay_steps = max(num_training_steps - num_warmup_steps - round(hold_fraction * num_training_steps), 0)
-    scale = partial(
-        tri_stage_scale,
-        num_warmup_steps=num_warmup_steps,
-        decay_start=num_training_steps - num_decay_steps,
-        num_training_steps=num_training_steps,
-        initial_scale=initial_scale,
-        final_scale=final_scale,
-    )
+    if warmup_fraction + hold_fraction > 1:
+        most = f"{1 - warmup_fraction:g}"
+        wrong = f"warmup_fraction={warmup_fraction:g} leaves a fraction of {most} of the steps"
+        raise UserError("scheduler.hold_fraction", hold_fraction, wrong, f"write a fraction from 0 to {most}")
+    num_warmup = round(warmup_fraction * num_training_steps)
+    num_decay = max(num_training_steps - num_warmup - round(hold_fraction * num_training_steps), 0)
+    decay_start = num_training_steps - num_decay
+
+    def scale(step: int) -> float:
+        if step < num_warmup:
+            return initial_scale + (1 - initial_scale) * step / num_warmup
+        if step < decay_start:
+            return 1.0
+        if step >= num_training_steps:
+            return final_scale
+        return math.exp(math.log(final_scale) * (step - decay_start) / num_decay)
+
     return LambdaLR(optimizer, scale)
-
-
-def tri_stage_scale(
-    step: int,
-    num_warmup_steps: int,
-    decay_start: int,
-    num_training_steps: int,
-    initial_scale: float,
-    final_scale: float,
-) -> float:
-    """The share of the peak learning rate after `step` steps."""
-    if step < num_warmup_steps:
-        return initial_scale + (1 - initial_scale) * step / num_warmup_steps
-    if step < decay_start:
-        return 1.0
-    if step >= num_training_steps:
-        return final_scale
-    return math.exp(math.log(final_scale) * (step - decay_start) / (num_training_steps - decay_start))

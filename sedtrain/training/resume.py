@@ -1,20 +1,17 @@
-"""Where a training starts: anew, from where its run folder stands, or from another run's checkpoint."""
+"""What `resume` means: a fresh start, the newest checkpoint of the run's folder, or a checkpoint of another run."""
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml  # type: ignore[import-untyped]
 
-from sedtrain.data.buckets import buckets_of
-from sedtrain.data.sources import absolute_path
 from sedtrain.errors import UserError
 from sedtrain.launch import is_first
-from sedtrain.run_dir import LAST, checkpoints_of, config_of, write_whole
-from sedtrain.training.checkpoints import newest_whole, read_checkpoint
+from sedtrain.run_dir import LAST, checkpoints_of, config_of, keep_until
+from sedtrain.training.checkpoint_files import newest_whole, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -24,107 +21,82 @@ FREE = {
     "trainer.devices", "trainer.enable_progress_bar", "trainer.inference_mode", "trainer.log_every_n_steps",
     "trainer.max_time", "trainer.num_nodes", "trainer.strategy",
 }  # fmt: skip
-"""What a run may go on with differently: it decides where and how fast the same weights are computed."""
+"""Settings that may change when a run resumes: they decide where and how fast the same weights are computed."""
 AVERAGES = ("callbacks.ema", "callbacks.average")
-"""The callbacks that decide the weights; others, such as what a user watches with, may come and go."""
+"""Callbacks that decide the weights; all others may come and go."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
+"""Files of a run with a line of JSON for each entry, many of which say their step."""
 
 
-def starting_point(cfg: DictConfig) -> Path | None:
+def starting_point(resume: str, run_dir: Path, settings: Mapping[str, Any]) -> Path | None:
     """The checkpoint that `resume` means, verified; None to start anew.
+
+    settings: the whole configuration as plain values
 
     Raises UserError where there is none that is whole, or where the run of this folder had other settings.
     """
-    if cfg.resume == "none":
+    if resume == "none":
         return None
-    if cfg.resume != "auto":
-        return named(cfg.resume)
-    start = newest_whole(checkpoints_of(cfg.run_dir))
+    if resume != "auto":
+        return checkpoint_of(resume)
+    start = newest_whole(checkpoints_of(str(run_dir)))
     if start is None:
-        forget(Path(cfg.run_dir))
+        forget(run_dir)
         return None
-    refuse_other_settings(cfg)
+    refuse_other_settings(run_dir, settings)
     step = read_checkpoint(start)["global_step"]
     logger.info("continuing from %s, step %d", start, step)
-    for name in LISTS:
-        keep_until(step, Path(cfg.run_dir) / name)
+    if is_first():
+        for name in LISTS:
+            keep_until(step, run_dir / name)
     return start
 
 
-def named(name: str) -> Path:
-    """A checkpoint, or the newest of a run's folder."""
+def checkpoint_of(name: str) -> Path:
+    """The checkpoint of that name, or the newest of the run in that folder; raises UserError where there is none."""
     path = Path(name).expanduser()
     newest = newest_whole(checkpoints_of(name)) if path.is_dir() else path
     if newest is None or not newest.is_file():
-        raise UserError(
-            f"resume={name}: there is no such checkpoint", f"resume=auto, resume=none or resume=RUN/checkpoints/{LAST}"
-        )
+        instead = f"write resume=auto, resume=none or resume=RUN/checkpoints/{LAST}"
+        raise UserError("resume", name, "there is no such checkpoint", instead)
     if "optimizer_states" not in read_checkpoint(newest):
-        raise UserError(f"{newest}: this checkpoint holds weights alone", f"resume=RUN, or its checkpoints/{LAST}")
+        instead = f"write resume=RUN, or its checkpoints/{LAST}"
+        raise UserError("resume", str(newest), "this checkpoint holds weights alone", instead)
     return newest
 
 
 def forget(folder: Path) -> None:
-    """Removes what a run left that was killed before its first checkpoint."""
+    """Removes what a run wrote that was killed before its first checkpoint."""
     if is_first():
         for name in ("metrics.csv", "samples.jsonl", *LISTS):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
-def keep_until(step: int, file: Path) -> None:
-    """Drops the lines that were written later, which will be written again, and a last one that was cut."""
-    if not file.is_file() or not is_first():
-        return
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = "".join(line for line in lines if step_of(line) <= step)
-    write_whole(file, kept)
-
-
-def step_of(line: str) -> int:
-    """Of a line of a list, 0 where it does not say."""
-    try:
-        return int(json.loads(line).get("step", 0))
-    except (ValueError, AttributeError):
-        return 0
-
-
-def refuse_other_settings(cfg: DictConfig) -> None:
-    """Raises UserError with every setting that decides the weights and is not that of the run in this folder."""
-    stored = config_of(cfg.run_dir)
-    written = OmegaConf.to_container(OmegaConf.load(stored)) if stored.is_file() else {}
-    assert isinstance(written, dict)
-    before, now = dict(settings(written)), dict(settings(plain(cfg)))
+def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError with every setting that decides the weights and that the run in this folder has otherwise."""
+    stored = config_of(str(run_dir))
+    written = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    before, now = dict(decisive(written)), dict(decisive(settings))
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
-        listed = "".join(f"\n    {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
+        listed = "".join(f"\n  {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
+        instead = f"resume={checkpoints_of(str(run_dir)) / LAST} run_dir=ANOTHER_FOLDER"
         raise UserError(
-            f"run_dir={cfg.run_dir} holds a training with other settings:{listed}",
-            f"the settings of that training, or resume={checkpoints_of(cfg.run_dir) / LAST} run_dir=ANOTHER_FOLDER "
-            "to start another one from where it stands",
+            "run_dir",
+            str(run_dir),
+            f"this folder holds a run with other settings:{listed}",
+            f"write the settings of that run, or {instead} to start another run from it",
         )
 
 
-def settings(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value that decides the weights, by its dotted name; lists count as one value."""
+def decisive(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings that decide the weights, by dotted name; a list is one value."""
     for key, value in config.items():
         name = f"{path}{key}"
         if name in FREE or (path == "callbacks." and name not in AVERAGES):
             continue
         if isinstance(value, dict) and value:
-            yield from settings(value, f"{name}.")
+            yield from decisive(value, f"{name}.")
         else:
             yield name, value
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration, with the data as it is found from any folder, and the buckets that its batches are cut by."""
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(resolved, dict)
-    data = resolved["data"]
-    for source in (data, *(data.get("mix") or {}).values()):
-        if source.get("path"):
-            source["path"] = absolute_path(source["path"])
-    if data.get("batches"):  # what stands in the file may change
-        data["batches"] = [bucket._asdict() for bucket in buckets_of(data["batches"])]
-    return {str(key): value for key, value in resolved.items()}

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as arrays
 from torch.utils.data import DataLoader, Dataset
 
 from sedtrain.batch import Utterance
-from sedtrain.data.augment import Augment, Augmentation, ColouredNoise, Gain, Speed, TimeMask, generator, options_of
+from sedtrain.data.augment import Augment, Augmentation, generator, options_of
+from sedtrain.data.augmentations import ColouredNoise, Gain, Speed, TimeMask
 from sedtrain.errors import UserError
 
 RATE = 16_000
@@ -182,11 +183,10 @@ def test_a_chain_survives_pickling():
     torch.testing.assert_close(again(spoken, 2).audio, chain(spoken, 2).audio, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("probability", [-0.1, 1.5, float("nan")])
-def test_a_probability_outside_0_to_1_is_refused_with_its_path(probability):
+def test_what_an_augmentation_refuses_is_refused_with_its_path():
     with pytest.raises(UserError) as refused, options_of("augment.hum"):
-        Gain(probability=probability)
+        Gain((3.0, -3.0))
     assert str(refused.value) == (
-        f"augment.hum.probability={probability}: this has to be a number from 0 to 1\n"
-        "  write instead: augment.hum.probability=NUMBER, a number from 0 to 1"
+        "1 problem:\n\n  augment.hum.gain_db = [3.0, -3.0]\n"
+        "    this has to be two numbers of decibels from -100 to 100, the lower one first\n    write [LOW,HIGH]"
     )

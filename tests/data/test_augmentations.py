@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from math import inf, nan
 
 import datasets
 import numpy as np
@@ -18,7 +19,8 @@ from test_conf import FAMILIES, composed
 
 from sedtrain.config.instantiate import create
 from sedtrain.config.schema import find_problems
-from sedtrain.data.augment import Augmentation, ColouredNoise, Gain, RecordedNoise, Reverb, Speed, TimeMask
+from sedtrain.data.augment import Augmentation
+from sedtrain.data.augmentations import ColouredNoise, Gain, RecordedNoise, Reverb, Speed, TimeMask
 from sedtrain.errors import UserError
 
 RATE = 16_000
@@ -274,18 +276,24 @@ def test_a_recording_that_cannot_be_read_gives_way_to_another_and_is_told_of_onc
 
 def test_a_dataset_of_noise_that_cannot_be_read_is_refused(tmp_path):
     table = str(parquet(tmp_path))
-    instead = "path=DATASET split=SPLIT column=COLUMN that holds audio"
     cases = [
-        ({"path": f"{tmp_path}/none.parquet"}, f"path={tmp_path}/none.parquet: there is no such file or folder"),
+        ("path", {"path": f"{tmp_path}/none.parquet"}, "there is no such file or folder"),
         (
+            "column",
             {"path": table, "column": "sound"},
-            f"column: {table} (train) has no column 'sound' for the audio, it has audio",
+            f"{table} (train) has no column 'sound' for the audio, it has audio",
         ),
     ]
-    for options, wrong in cases:
+    for option, options, wrong in cases:
         with pytest.raises(UserError) as refused:
             RecordedNoise(**options, split="train")
-        assert (refused.value.what_is_wrong, refused.value.write_instead) == (wrong, instead)
+        error = refused.value
+        assert (error.option, error.value, error.wrong.removeprefix("data.columns: ")) == (
+            option,
+            options[option],
+            wrong,
+        )
+        assert error.write == "write path=DATASET split=SPLIT column=COLUMN that holds audio"
     with pytest.raises(UserError, match=r"or path=DATASET with split=SPLIT"):
         RecordedNoise(table)
 
@@ -349,27 +357,26 @@ def test_time_masks_reach_both_ends():
 
 # --- settings
 
+DECIBELS = "this has to be two numbers of decibels from -100 to 100, the lower one first"
+COLOURS = "write [white,pink,brown]"
 REFUSED = [
-    (Speed, {"factors": []}, "factors=[]: these have to be numbers from 0.5 to 2, at least one", "factors=[0.9,1.0,1.1]"),
-    (Speed, {"factors": [0.9, 0.0]}, "factors=[0.9, 0.0]: these", "factors=[0.9,1.0,1.1]"),
-    (Gain, {"gain_db": (3.0, -3.0)}, "gain_db=[3.0, -3.0]: this has to be two numbers of decibels", "gain_db=[LOW,HIGH]"),
-    (Gain, {"gain_db": (0.0, float("inf"))}, "gain_db=[0.0, inf]: this", "gain_db=[LOW,HIGH]"),
-    (ColouredNoise, {"snr_db": (20.0, 10.0)}, "snr_db=[20.0, 10.0]: this has to be", "snr_db=[LOW,HIGH]"),
-    (ColouredNoise, {"snr_db": (float("nan"), 10.0)}, "snr_db=[nan, 10.0]: this has to be", "snr_db=[LOW,HIGH]"),
-    (ColouredNoise, {"colours": ["red"]}, "colours=['red']: these have to be some of white, pink, brown", "colours=["),
-    (ColouredNoise, {"colours": []}, "colours=[]: these have to be some of", "colours=[white,pink,brown]"),
-    (TimeMask, {"num_masks": 0}, "num_masks=0: this has to be 1 or more", "num_masks=NUMBER, 1 or more"),
-    (TimeMask, {"max_seconds": 0.0}, "max_seconds=0.0: this has to be a number above 0", "max_seconds=NUMBER"),
-    (TimeMask, {"max_fraction": 1.5}, "max_fraction=1.5: this has to be a number above 0, up to 1", "max_fraction=NUMBER"),
+    (Speed, "factors", [], "these have to be numbers from 0.5 to 2, at least one", "write [0.9,1.0,1.1]"),
+    (Speed, "factors", [0.9, 0.0], "these have to be numbers from 0.5 to 2, at least one", "write [0.9,1.0,1.1]"),
+    (Gain, "gain_db", [3.0, -3.0], DECIBELS, "write [LOW,HIGH]"),
+    (Gain, "gain_db", [0.0, inf], DECIBELS, "write [LOW,HIGH]"),
+    (ColouredNoise, "snr_db", [20.0, 10.0], DECIBELS, "write [LOW,HIGH]"),
+    (ColouredNoise, "snr_db", [nan, 10.0], DECIBELS, "write [LOW,HIGH]"),
+    (ColouredNoise, "colours", ["red"], "these have to be some of white, pink, brown, at least one", COLOURS),
+    (ColouredNoise, "colours", [], "these have to be some of white, pink, brown, at least one", COLOURS),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "options", "wrong", "write"), REFUSED)
-def test_settings_that_cannot_work_are_refused(kind, options, wrong, write):
+@pytest.mark.parametrize(("kind", "option", "value", "wrong", "write"), REFUSED)
+def test_settings_that_cannot_work_are_refused(kind, option, value, wrong, write):
     with pytest.raises(UserError) as refused:
-        kind(**options)
-    assert refused.value.what_is_wrong.startswith(wrong)
-    assert refused.value.write_instead.startswith(write)
+        kind(**{option: value})
+    error = refused.value
+    assert (error.option, error.value, error.wrong, error.write) == (option, value, wrong, write)
 
 
 def test_noise_may_be_louder_than_speech():
@@ -382,18 +389,18 @@ def test_a_folder_without_audio_or_with_a_broken_file_is_refused(kind, option, t
     broken = tmp_path / "broken"
     written(broken, good=(noise(10), RATE), none=(np.zeros(0), RATE))
     cases = [
-        (tmp_path / "missing", "there is no such folder", f"{option}=FOLDER with audio files"),
-        (tmp_path / "readme.txt", "there is no such folder", f"{option}=FOLDER with audio files"),
-        (broken, f"{broken.as_posix()}/none.wav cannot be read (OSError: it has no samples)", f"{option}=FOLDER whose"),
+        (tmp_path / "missing", "there is no such folder", f"write {option}=FOLDER with audio files"),
+        (tmp_path / "readme.txt", "there is no such folder", f"write {option}=FOLDER with audio files"),
+        (broken, f"{broken}/none.wav cannot be read (OSError: it has no samples)", "write a folder whose audio files"),
     ]
     empty = tmp_path / "empty"
     empty.mkdir()
-    cases.append((empty, "there is no audio in it", f"{option}=FOLDER with audio files"))
+    cases.append((empty, "there is no audio in it", f"write {option}=FOLDER with audio files"))
     for folder, wrong, write in cases:
         with pytest.raises(UserError) as refused:
             kind(str(folder))
-        assert refused.value.what_is_wrong == f"{option}={folder}: {wrong}"
-        assert refused.value.write_instead.startswith(write)
+        assert (refused.value.option, refused.value.value, refused.value.wrong) == (option, str(folder), wrong)
+        assert refused.value.write.startswith(write)
     (broken / "none.wav").write_bytes(b"this is text")
     with pytest.raises(UserError, match=r"none\.wav cannot be read \(LibsndfileError"):
         kind(str(broken))

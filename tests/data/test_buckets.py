@@ -6,8 +6,8 @@ from sedtrain.data.buckets import Bucket, buckets_of
 from sedtrain.errors import UserError
 
 WRITE = (
-    "\n  write instead: data.batches=FILE of task=fit_batches, or a list of "
-    "{seconds: NUMBER, tokens: NUMBER, utterances: NUMBER} with rising seconds and tokens"
+    "write data.batches=FILE of task=fit_batches, or a list of {seconds: NUMBER, tokens: NUMBER, utterances: NUMBER} with "
+    "rising seconds and tokens"
 )
 SHORT = {"seconds": 2, "tokens": 10, "utterances": 40}
 LONG = {"seconds": 4.5, "tokens": 10, "utterances": 16}
@@ -16,8 +16,8 @@ LONG = {"seconds": 4.5, "tokens": 10, "utterances": 16}
 def refusal(batches):
     with pytest.raises(UserError) as raised:
         buckets_of(batches)
-    assert str(raised.value).endswith(WRITE)
-    return str(raised.value).removesuffix(WRITE)
+    assert raised.value.write == WRITE
+    return raised.value.option, raised.value.value, raised.value.wrong
 
 
 def test_buckets_are_rows_of_a_list():
@@ -28,7 +28,7 @@ def test_buckets_are_rows_of_a_list():
 def test_what_is_no_list_is_refused(tmp_path, batches):
     file = tmp_path / "batches.yaml"
     file.write_text(str(batches))
-    assert refusal(str(file)) == "data.batches: this is no list of buckets"
+    assert refusal(str(file)) == ("data.batches", str(file), "this is no list of buckets")
 
 
 @pytest.mark.parametrize(
@@ -45,18 +45,21 @@ def test_what_is_no_list_is_refused(tmp_path, batches):
     ],
 )
 def test_what_is_no_bucket_is_named(row):
-    assert refusal([SHORT, row]) == f"data.batches[1]={row}: this is no bucket"
+    assert refusal([SHORT, row]) == ("data.batches[1]", row, "this is no bucket")
 
 
 def test_seconds_rise_and_tokens_do_not_fall():
-    assert refusal([LONG, SHORT]) == "data.batches[1]: 2 s and 10 tokens follows 4.5 s and 10 tokens"
-    assert refusal([SHORT, SHORT]) == "data.batches[1]: 2 s and 10 tokens follows 2 s and 10 tokens"
     fewer = {**LONG, "tokens": 9}
-    assert refusal([SHORT, fewer]) == "data.batches[1]: 4.5 s and 9 tokens follows 2 s and 10 tokens"
+    assert refusal([LONG, SHORT]) == ("data.batches[1]", SHORT, "the bucket before it holds 4.5 s and 10 tokens")
+    for row in (SHORT, fewer):
+        assert refusal([SHORT, row]) == ("data.batches[1]", row, "the bucket before it holds 2 s and 10 tokens")
 
 
 def test_a_file_that_is_not_there_or_no_yaml_is_named(tmp_path):
     gone, broken = tmp_path / "gone.yaml", tmp_path / "broken.yaml"
     broken.write_text("- {seconds: 1")
-    assert refusal(str(gone)) == f"data.batches={gone} cannot be read: [Errno 2] No such file or directory: '{gone}'"
-    assert refusal(str(broken)).startswith(f"data.batches={broken} is no YAML: while parsing a flow mapping")
+    missing = f"this file cannot be read: [Errno 2] No such file or directory: '{gone}'"
+    assert refusal(str(gone)) == ("data.batches", str(gone), missing)
+    option, value, wrong = refusal(str(broken))
+    assert (option, value) == ("data.batches", str(broken))
+    assert wrong.startswith("this is no YAML: while parsing a flow mapping")

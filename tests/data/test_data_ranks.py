@@ -1,11 +1,11 @@
-"""Two processes over gloo share an epoch: each utterance once, as many steps on both, and one goes on alone."""
+"""Two processes over gloo share an epoch: each utterance once, as many steps on both, and one resumes alone."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_datamodule import data_module, write
+from corpora import data_module, write
 from torch import distributed
 from torch.multiprocessing import start_processes
 
@@ -90,7 +90,7 @@ def test_both_make_as_many_steps_and_see_every_utterance_once(ranks, kind, num_w
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_goes_on_alone_without_loss_or_repeat(ranks, folder, kind):
+def test_one_resumes_alone_without_loss_or_repeat(ranks, folder, kind):
     assert ranks[0][f"{kind} position"] == ranks[1][f"{kind} position"]
     loader, _ = loader_of(folder, 0, 1, KINDS[kind], 1, ranks[0][f"{kind} position"])
     rest = [batch.ids for batch in loader]

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import struct
-import threading
 import wave
 
 import numpy as np
@@ -12,15 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
+from corpora import COLUMNS, data_module, fit, listed, wav, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_datamodule import COLUMNS, data_module, fit, listed, wav, write
-from torch.multiprocessing import ProcessRaisedException
 
-from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, RefusedAudio, read_audio
-from sedtrain.data.skipped import SkippedUtterances
-from sedtrain.data.utterances import Limits
 from sedtrain.errors import UserError
 from sedtrain.text.normalizers import normalizer
 
@@ -80,7 +75,7 @@ def split_of(folder, rows, name="train"):
 def left_out(folder, columns=NO_SECONDS, **options):
     """What training leaves out of a manifest, by id, and the ids of the others."""
     data = data_module(folder, folder.parent, columns, **options)
-    fit(data, max_epochs=1)
+    fit(data, 1, limit_val_batches=0)
     seen = sorted(id for batch in data.train_dataloader() for id in batch.ids)
     return {line["id"]: line for line in listed(folder.parent)} if data.skipped.counts else {}, seen
 
@@ -138,6 +133,14 @@ def test_an_mp3_that_is_called_wav_is_read(tmp_path):
     whole = read_audio("a.wav", RATE, tmp_path)
     assert np.array_equal(whole, read_audio(encoded(NOISE, "MP3"), RATE))
     assert len(whole) == RATE
+
+
+def test_a_wave_file_of_the_standard_library_is_read():
+    file = io.BytesIO()
+    with wave.open(file, "wb") as content:
+        content.setparams((1, 2, RATE, 0, "NONE", ""))
+        content.writeframes((NOISE * 32767).astype("<i2").tobytes())
+    np.testing.assert_allclose(read_audio(file.getvalue(), RATE), NOISE, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF024])
@@ -293,13 +296,6 @@ def test_only_training_texts_have_to_survive_their_normalizer(tmp_path):
     assert (len(data.corpus.kept("train")), len(data.corpus.kept("validation"))) == (1, 2)
 
 
-@given(st.text(max_size=30))
-def test_every_text_is_kept_or_has_a_reason(text):
-    reason = Limits(0, 30).refused_text(text)
-    has_control = any((ord(each) < 32 and each not in "\t\n\r") or 127 <= ord(each) < 160 for each in text)
-    assert bool(reason) == (not text.strip() or has_control)
-
-
 # --- rows
 
 
@@ -333,210 +329,11 @@ def test_rows_of_parquet_that_cannot_be_decoded_leave_the_others(tmp_path):
     assert lines.keys() == {"train-2", "train-3"}
 
 
-def test_parquet_whose_end_is_damaged_is_told(tmp_path):
+def test_parquet_whose_end_is_damaged_is_reported(tmp_path):
     write(tmp_path / "train.parquet", [0.5])
     content = bytearray((tmp_path / "train.parquet").read_bytes())
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     content[footer : footer + 50] = b"\xff" * 50
     (tmp_path / "train.parquet").write_bytes(content)
-    with pytest.raises(UserError, match=r"split 'train': .*thrift.*\n  write instead: .* in files that can be read"):
+    with pytest.raises(UserError, match=r"split 'train': .*thrift.*\n    write .* in files that can be read"):
         data_module(tmp_path).corpus.refuse_unusable(["train"])
-
-
-# --- the list
-
-
-def test_the_first_of_a_reason_is_told_and_the_totals_are_by_frequency(tmp_path, caplog):
-    skipped = SkippedUtterances(tmp_path / "skipped.jsonl")
-    skipped.note([Skipped("a", "too long", "9 s", "/a.wav"), Skipped("b", "too short"), Skipped("c", "too short")])
-    assert caplog.messages == [
-        "skipping utterances: too long (first: a 9 s)",
-        "skipping utterances: too short (first: b)",
-    ]
-    assert list(skipped.totals().items()) == [("too short", 2), ("too long", 1)]
-    assert list(json.loads((tmp_path / "skipped.jsonl").read_text().splitlines()[0]).items()) == [
-        ("id", "a"), ("path", "/a.wav"), ("reason", "too long"), ("detail", "9 s")
-    ]  # fmt: skip
-
-
-def test_ranks_list_an_utterance_once_and_count_it_all(tmp_path, caplog):
-    ranks = [SkippedUtterances(tmp_path / "skipped.jsonl") for _ in range(3)]
-    for rank in ranks:
-        rank.note([Skipped("planned", "too long")])
-    for number, rank in enumerate(ranks):
-        rank.note([Skipped(f"decoded-{number}", "silent audio"), Skipped("decoded-by-all", "silent audio")])
-    ids = [line["id"] for line in listed(tmp_path)]
-    assert sorted(ids) == ["decoded-0", "decoded-1", "decoded-2", "decoded-by-all", "planned"]
-    assert [rank.totals() for rank in ranks] == [{"silent audio": 4, "too long": 1}] * 3
-    assert len(caplog.messages) == 2
-
-
-def test_threads_of_ranks_lose_no_line(tmp_path):
-    def note(rank):
-        skipped = SkippedUtterances(tmp_path / "skipped.jsonl")
-        for number in range(50):
-            skipped.note([Skipped(str(number), "shared"), Skipped(f"{rank}-{number}", "own")])
-
-    threads = [threading.Thread(target=note, args=(rank,)) for rank in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert SkippedUtterances(tmp_path / "skipped.jsonl").totals() == {"own": 200, "shared": 50}
-    assert len(listed(tmp_path)) == 250
-
-
-def test_a_run_that_goes_on_reads_what_was_listed_but_for_a_line_that_was_cut(tmp_path):
-    old = '{"id": "a", "reason": "too long", "detail": ""}\n{"id": "b", "rea'
-    (tmp_path / "skipped.jsonl").write_text(old)
-    skipped = SkippedUtterances(tmp_path / "skipped.jsonl")
-    skipped.note([Skipped("a", "too long"), Skipped("c", "too long")])
-    assert [line["id"] for line in listed(tmp_path)] == ["a", "c"]
-    (tmp_path / "skipped.jsonl").unlink()
-    skipped.note([Skipped("a", "too long"), Skipped("d", "too long")])
-    assert [line["id"] for line in listed(tmp_path)] == ["a", "d"]
-
-
-# --- how much is too much
-
-
-def test_a_plan_with_too_many_bad_utterances_is_an_error_with_counts(tmp_path):
-    rows = [{"audio": "a.wav"}] * 105 + [{"audio": "a.wav", "text": ""}] * 10 + [{"audio": "none.wav"}] * 5
-    folder = split_of(tmp_path, rows)
-    (folder / "a.wav").write_bytes(wav(0.1))
-    with pytest.raises(UserError) as raised:
-        data_module(folder, tmp_path, NO_SECONDS).corpus.refuse_unusable(["train"])
-    assert str(raised.value) == (
-        "utterances of train: 15 of 120 could not be used, which is more than data.max_bad_fraction=0.1 "
-        f"(in all splits 10 empty text, 5 missing file; {tmp_path}/skipped.jsonl names them)\n"
-        "  write instead: data.path and data.columns of utterances that can be used, "
-        "or a higher data.max_bad_fraction to go on with the others"
-    )
-    data_module(folder, tmp_path, NO_SECONDS, max_bad_fraction=0.125).corpus.refuse_unusable(["train"])
-
-
-def test_what_is_beyond_the_limits_that_were_set_does_not_count(tmp_path):
-    write(tmp_path / "train.parquet", [0.1, 0.2, 0.3, 0.4] * 30)
-    options = {"max_seconds": 0.35, "min_seconds": 0.15, "max_characters": 3, "max_bad_fraction": 0}
-    data = data_module(tmp_path, **options)
-    assert len(data.corpus.kept("train")) == 30
-    assert data.skipped.totals() == {"too short": 30, "too long": 30, "text too long": 30}
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_too_many_that_cannot_be_decoded_stop_training(tmp_path, num_workers):
-    write(tmp_path / "train.parquet", [0.5] * 30, audio=[wav(0.5)] * 22 + [b"no audio"] * 8, seconds=[0.5] * 30)
-    columns = {**COLUMNS, "seconds": "seconds"}
-    fit(data_module(tmp_path, columns=columns, batch_seconds=2, num_workers=num_workers), max_epochs=1)
-    data = data_module(tmp_path, columns=columns, batch_seconds=2, num_workers=num_workers)
-    with pytest.raises(
-        UserError, match=r"utterances of train: 1\d of \d\d could not be decoded, .* 8 unreadable audio;"
-    ):
-        fit(data, max_epochs=9)
-
-
-def test_a_stream_with_too_many_bad_utterances_stops_where_it_reads_them(tmp_path):
-    write(tmp_path / "train.parquet", [0.1] * 200, text=["one"] * 150 + [""] * 50)
-    options = {"streaming": True, "block_utterances": 20, "batch_seconds": 2}
-    with pytest.raises(UserError, match="utterances of train: 30 of 180 could not be used, which is more"):
-        for _ in data_module(tmp_path, **options).train_dataloader():
-            pass
-    seen = [
-        id for batch in data_module(tmp_path, **options, max_bad_fraction=0.5).train_dataloader() for id in batch.ids
-    ]
-    assert len(seen) == 150
-
-
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), max_size=20), st.floats(0, 1))
-def test_a_run_is_stopped_where_the_fraction_is_passed_and_not_before(tmp_path_factory, batches, most):
-    skipped = SkippedUtterances(tmp_path_factory.mktemp("run") / "skipped.jsonl", max_bad_fraction=most)
-    num_seen = num_bad = 0
-    for number, (size, bad) in enumerate(batches):
-        num_seen, num_bad = num_seen + size, num_bad + min(bad, size)
-        those = [Skipped(f"{number}-{each}", "bad") for each in range(min(bad, size))]
-        if num_bad / max(num_seen, 100) > most:
-            with pytest.raises(UserError):
-                skipped.decoded("train", size, those)
-            return
-        skipped.decoded("train", size, those)
-
-
-class Ranks:
-    """Threads that sum what each of them gives."""
-
-    def __init__(self, number):
-        self.barrier, self.given = threading.Barrier(number, timeout=20), {}
-
-    def sums(self, numbers):
-        self.given[threading.get_ident()] = numbers
-        self.barrier.wait()
-        total = [sum(each) for each in zip(*self.given.values(), strict=True)]
-        self.barrier.wait()
-        return total
-
-    def run(self, steps):
-        """What each rank raised, and after which step."""
-        ended = {}
-
-        def one(rank):
-            try:
-                for step in steps(rank):
-                    ended[rank] = (step, None)
-            except UserError as error:
-                ended[rank] = (ended[rank][0] if rank in ended else -1, str(error))
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.barrier.parties)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return ended
-
-
-@pytest.mark.parametrize("policy", ["skip", "error"])
-def test_ranks_stop_at_the_same_step_whichever_of_them_met_the_bad_utterances(tmp_path, policy):
-    ranks = Ranks(3)
-
-    def steps(rank):
-        skipped = SkippedUtterances(tmp_path / "skipped.jsonl", policy, 0.1)
-        for step in range(100):
-            bad = [Skipped(f"bad-{step}", "silent audio", "", "/a.wav")] if rank == 1 and step >= 5 else []
-            skipped.decoded("train", 2, bad, ranks.sums)
-            yield step
-
-    ended = ranks.run(steps)
-    assert len({step for step, _ in ended.values()}) == 1
-    step, error = ended[0]
-    if policy == "error":
-        assert step == 4
-        assert set(ended.values()) == {(4, error)}
-        assert error.startswith("utterance 'bad-5' (/a.wav): silent audio\n")
-    else:
-        assert step == 14
-        assert error.startswith("utterances of train: 11 of 96 could not be decoded, which is more")
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
-@pytest.mark.parametrize(
-    ("policy", "told"),
-    [
-        ("skip", "utterances of train: 1[0-9]+ of [0-9]+ could not be decoded"),
-        ("error", "utterance 'train-[0-9]+' .*unreadable"),
-    ],
-)
-def test_two_processes_end_together_with_the_same_message(tmp_path, policy, told):
-    audio = [wav(0.5)] * 22 + [b"no audio"] * 8
-    write(tmp_path / "train.parquet", [0.5] * 30, audio=audio, seconds=[0.5] * 30)
-    columns = {**COLUMNS, "seconds": "seconds"}
-    data = data_module(tmp_path, columns=columns, batch_seconds=1, on_bad_utterance=policy)
-    with pytest.raises(ProcessRaisedException, match=told):
-        fit(data, max_epochs=20, devices=2, strategy="ddp_fork")
-    assert len(listed(tmp_path)) == len({line["id"] for line in listed(tmp_path)})
-
-
-def test_a_wave_file_of_the_standard_library_is_read():
-    file = io.BytesIO()
-    with wave.open(file, "wb") as content:
-        content.setparams((1, 2, RATE, 0, "NONE", ""))
-        content.writeframes((NOISE * 32767).astype("<i2").tobytes())
-    np.testing.assert_allclose(read_audio(file.getvalue(), RATE), NOISE, atol=1e-4)

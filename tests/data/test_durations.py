@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from sedtrain.data import utterances as durations_module
-from sedtrain.data.corpus import Part, Source
-from sedtrain.data.readers import read_shards
-from sedtrain.data.utterances import ROWS_AT_ONCE, Columns, UtteranceRows, durations, index_of
+from sedtrain.data import durations as durations_module
+from sedtrain.data.dataset import Part, Source
+from sedtrain.data.durations import cache_file, durations
+from sedtrain.data.readers import read_rows
+from sedtrain.data.utterances import ROWS_AT_ONCE, Columns, UtteranceRows
 
 RATE = 8000
 PLAIN = Columns("audio", "text")
@@ -71,7 +72,7 @@ def test_what_columns_say_is_not_read(tmp_path, read):
     manifest(tmp_path, [{"audio": "none.wav", "length": 0.25}])
     rows = rows_of(tmp_path, columns)
     assert durations(rows) == [0.25]
-    assert not index_of(rows).exists()
+    assert not cache_file(rows).exists()
 
 
 def test_a_file_that_changes_is_read_again(folder):
@@ -122,7 +123,7 @@ def test_bytes_in_parquet_and_members_of_a_tar_are_read_once(tmp_path, read):
     for _ in range(2):
         assert durations(rows_of(tmp_path / "tar")) == [0.5]
     assert len(read) == 4
-    assert len(read_shards([tmp_path / "tar/train.tar"])) == 1
+    assert len(read_rows(tmp_path / "tar/train.tar")) == 1
 
 
 def pack(path, members):
@@ -145,7 +146,7 @@ def test_ranks_that_ask_at_once_read_the_headers_once(folder, read):
         thread.join()
     assert found[0] == found[1] == found[2]
     assert len(read) == len(LENGTHS)
-    assert not [each for each in index_of(rows_of(folder)).parent.iterdir() if each.name.startswith("tmp")]
+    assert not [each for each in cache_file(rows_of(folder)).parent.iterdir() if each.suffix not in (".npy", ".lock")]
 
 
 class Terminal:
@@ -153,7 +154,7 @@ class Terminal:
 
     def __init__(self, monkeypatch, is_terminal):
         self.shown = []
-        monkeypatch.setattr(durations_module, "A_MOMENT", -1.0)
+        monkeypatch.setattr(durations_module, "SHOWN_AFTER_SECONDS", -1.0)
         console = durations_module.Console
 
         def made(**options):
@@ -180,4 +181,4 @@ def test_what_is_there_at_once_is_not_shown(folder, capsys, caplog):
 
 def test_the_index_lies_in_the_cache_of_datasets(folder):
     durations(rows_of(folder))
-    assert index_of(rows_of(folder)).parent == Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain/durations"
+    assert cache_file(rows_of(folder)).parent == Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain/durations"

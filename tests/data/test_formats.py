@@ -15,12 +15,13 @@ import pytest
 import soundfile
 
 from sedtrain.batch import Skipped
-from sedtrain.data import sources as formats
 from sedtrain.data.audio import UNREADABLE, ByteRange, path_in, read_audio
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import SplitDataset
-from sedtrain.data.readers import PROBLEM
+from sedtrain.data.readers import READERS
+from sedtrain.data.shards import shards_of
 from sedtrain.data.sources import load_rows
+from sedtrain.data.tables import NOT_TEXT, PROBLEM
 from sedtrain.data.utterances import Columns, UtteranceRows
 from sedtrain.errors import UserError
 
@@ -81,6 +82,14 @@ def message(call, *arguments):
     return str(raised.value)
 
 
+def refused(call, *arguments):
+    """The option that a call refuses, its value, what is wrong and what to write instead."""
+    with pytest.raises(UserError) as raised:
+        call(*arguments)
+    error = raised.value
+    return error.option, error.value, error.wrong, error.write
+
+
 # --- saved by datasets
 
 
@@ -93,10 +102,12 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
     datasets.DatasetDict({"train": rows, "test": rows.select([2])}).save_to_disk(tmp_path / "several")
     assert_same(read(tmp_path / "several"), expected)
     assert_same(read(tmp_path / "several", split="test"), {"test-0": ("c", clips[2])})
-    assert message(load_rows, str(tmp_path / "several"), "dev") == (
-        f"data.path={tmp_path / 'several'}: there is no split 'dev', there are train, test\n"
-        "  write instead: data.train_split, data.validation_split, data.test_split that are there, or cut one: "
-        "'train[:90%]', 'train[90%:]'"
+    assert refused(load_rows, str(tmp_path / "several"), "dev") == (
+        "data.path",
+        str(tmp_path / "several"),
+        "there is no split 'dev', there are train, test",
+        "write data.train_split, data.validation_split, data.test_split that are there, or slices of one: "
+        "'train[:90%]', 'train[90%:]'",
     )
 
 
@@ -124,10 +135,9 @@ def test_a_folder_has_its_texts_in_a_metadata_file(tmp_path, table):
 def test_a_metadata_file_without_file_names_is_told(tmp_path):
     save(tmp_path / "a.wav", speech(0))
     (tmp_path / "metadata.csv").write_text("name,text\na.wav,hello\n")
-    assert message(load_rows, str(tmp_path), "train") == (
-        f"data.path={tmp_path}: metadata.csv has no column 'file_name', it has name, text\n"
-        "  write instead: a metadata.csv with file_name, relative to its folder, and text"
-    )
+    wrong = "metadata.csv has no column 'file_name', it has name, text"
+    write = "write a metadata.csv with file_name, relative to its folder, and text"
+    assert refused(load_rows, str(tmp_path), "train") == ("data.path", str(tmp_path), wrong, write)
 
 
 def test_a_folder_has_a_text_file_beside_each_audio_file(tmp_path):
@@ -167,9 +177,9 @@ def test_a_folder_of_folders_for_other_splits_does_not_stand_for_a_missing_one(t
     for split in ("train", "test_clean"):
         save(tmp_path / split / "a.wav", speech(0))
         (tmp_path / split / "a.txt").write_text("one")
-    assert message(load_rows, str(tmp_path), "validation").startswith(
-        f"data.path={tmp_path}: there is no split 'validation', there are test_clean, train\n"
-    )
+    option, value, wrong, _ = refused(load_rows, str(tmp_path), "validation")
+    assert (option, value) == ("data.path", str(tmp_path))
+    assert wrong == "there is no split 'validation', there are test_clean, train"
 
 
 def test_any_local_split_can_be_cut(tmp_path):
@@ -182,18 +192,36 @@ def test_any_local_split_can_be_cut(tmp_path):
 
 def test_a_folder_without_transcripts_is_told(tmp_path):
     save(tmp_path / "a.wav", speech(0))
-    assert message(load_rows, str(tmp_path), "train") == (
-        f"data.path={tmp_path}: there is no transcript of its 1 audio files\n  write instead: metadata.csv or "
-        "metadata.jsonl with file_name and text, a .txt beside each audio file, or *.trans.txt"
+    wrong = "there is no transcript of its 1 audio files"
+    write = (
+        "write metadata.csv or metadata.jsonl with file_name and text, a .txt beside each audio file, or *.trans.txt"
     )
+    assert refused(load_rows, str(tmp_path), "train") == ("data.path", str(tmp_path), wrong, write)
 
 
 def test_a_format_that_is_not_known_is_told(tmp_path):
     (tmp_path / "x.docx").write_text("hello")
-    assert message(load_rows, str(tmp_path / "x.docx"), "train") == (
-        f"data.path={tmp_path / 'x.docx'}: .docx is no format that can be read\n  write instead: data.path=FILE, one of "
-        ".parquet, .jsonl, .json, .csv, .tsv, .tar, or data.path=FOLDER"
-    )
+    wrong = ".docx is no format that can be read"
+    write = "write data.path=FILE, unpacked, one of .parquet, .jsonl, .json, .csv, .tsv, .tar, or data.path=FOLDER"
+    assert refused(load_rows, str(tmp_path / "x.docx"), "train") == ("data.path", f"{tmp_path}/x.docx", wrong, write)
+
+
+def test_parquet_under_another_suffix_is_read(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"audio": [wav(speech(0))], "text": ["a"]}), tmp_path / "x.pq")
+    assert_same(read(tmp_path / "x.pq"), {"train-0": ("a", speech(0))})
+
+
+def test_a_format_that_is_listed_is_read_wherever_a_file_is(tmp_path, monkeypatch):
+    def read_lines(path):
+        yield pa.table({"audio": ["a.wav"] * 2, "text": path.read_text().split()})
+
+    monkeypatch.setitem(READERS, ".lines", read_lines)
+    save(tmp_path / "a.wav", speech(0))
+    for number in range(2):
+        (tmp_path / f"train-{number}.lines").write_text(f"{number}a {number}b")
+    for path in (tmp_path, tmp_path / "train-*.lines", tmp_path / "train-{0..1}.lines"):
+        assert rows_of(path).texts() == ["0a", "0b", "1a", "1b"]
+    assert [shard.name for shard in shards_of(str(tmp_path), "train", None, tmp_path)] == ["train-0", "train-1"]
 
 
 # --- manifests
@@ -349,9 +377,8 @@ def test_a_clip_is_read_without_the_rest_of_its_shard(tmp_path, monkeypatch):
 
 def test_shards_are_indexed_once_and_again_after_a_change(shards, monkeypatch):
     assert len(load_rows(str(shards), "test")) == 1
-    read_shards, calls = formats.read_shards, []
-    monkeypatch.setattr(formats, "read_shards", counted := lambda files: calls.append(files) or read_shards(files))
-    counted.__name__ = "read_shards"
+    read_tar, calls = READERS[".tar"], []
+    monkeypatch.setitem(READERS, ".tar", lambda file: calls.append(file) or read_tar(file))
     assert len(load_rows(str(shards), "test")) == 1
     assert calls == []
     shard(shards / "test-00.tar", [100, 101])
@@ -395,15 +422,18 @@ def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
 
 
 def test_shards_that_are_missing_or_compressed_are_told(tmp_path):
-    assert message(load_rows, f"{tmp_path}/train-*.tar", "train") == (
-        f"data.path={tmp_path}/train-*.tar: there is no such file\n"
-        "  write instead: 'data.path=\"SHARDS-{000..127}.tar\"', or a glob"
-    )
-    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as file:
-        file.addfile(tarfile.TarInfo("a.wav"), io.BytesIO())
-    told = message(load_rows, f"{tmp_path}/x.tar.gz", "train")
-    assert told.startswith(f"data.path: {tmp_path}/x.tar.gz is no plain tar (")
-    assert told.endswith("data.path=SHARDS.tar, unpacked if they are .tar.gz")
+    path = f"{tmp_path}/train-*.tar"
+    write = "write 'data.path=\"SHARDS-{000..127}.tar\"', or a glob, of files that are there"
+    assert refused(load_rows, path, "train") == ("data.path", path, "there is no such file", write)
+    for name in ("x.tar.gz", "x.tgz", "y.tar"):
+        with tarfile.open(tmp_path / name, "w:gz") as file:
+            file.addfile(tarfile.TarInfo("a.wav"), io.BytesIO())
+    for name in ("x.tar.gz", "x.tgz", "x*gz"):
+        option, _, wrong, write = refused(load_rows, f"{tmp_path}/{name}", "train")
+        assert (option, wrong.partition(" is ")[2]) == ("data.path", "no format that can be read")
+        assert write.startswith("write data.path=FILE, unpacked, one of .parquet, ")
+    _, _, wrong, _ = refused(load_rows, f"{tmp_path}/y.tar", "train")
+    assert wrong.startswith(f"split 'train': {tmp_path}/y.tar: ReadError: ")
 
 
 # --- parts of long recordings
@@ -504,6 +534,29 @@ def test_a_row_group_of_a_parquet_that_is_destroyed_costs_its_rows_alone(tmp_pat
     assert np.array_equal(rows.utterance(5, RATE).audio, speech(5))
 
 
+@pytest.mark.parametrize("first", [1, "1", None])
+def test_whole_numbers_in_one_manifest_and_fractions_in_the_next_are_numbers(tmp_path, first):
+    (tmp_path / "train-0.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "one", "n": first}))
+    (tmp_path / "train-1.jsonl").write_text('{"audio": "b.wav", "text": "two", "n": 2.5}')
+    assert load_rows(str(tmp_path), "train")["n"][:] == (["1", "2.5"] if first == "1" else [first, 2.5])
+
+
+def test_lists_and_objects_may_differ_from_tar_to_tar(tmp_path):
+    for number, value in enumerate([{"a": 1}, {"b": [2]}, ["c"], "d", 5]):
+        tar(tmp_path / f"train-{number}.tar", {"x.wav": wav(speech(0)), "x.json": json.dumps({"text": value}).encode()})
+    rows = rows_of(tmp_path, WITH_ID)
+    assert [text.removeprefix(NOT_TEXT) for text in rows.texts()] == ['{"a": 1}', '{"b": [2]}', '["c"]', "d", "5"]
+    assert [text.startswith(NOT_TEXT) for text in rows.texts()] == [True, True, True, False, False]
+    assert np.array_equal(rows.utterance(0, RATE).audio, speech(0))
+
+
+def test_a_quote_that_is_never_closed_costs_what_follows_it_and_is_a_problem(tmp_path):
+    lines = ["audio,text", "a.wav,fine", 'b.wav,"open', *["c.wav,lost"] * 20_000]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    found = problems(tmp_path / "m.csv")
+    assert [reason for reason, detail in found.values() if "all that follow" in detail] == ["broken CSV"]
+
+
 def test_numbers_in_one_manifest_and_words_in_the_next_are_text(tmp_path):
     (tmp_path / "train-0.jsonl").write_text('{"audio": "a.wav", "text": "one", "n": 1}\n')
     (tmp_path / "train-1.jsonl").write_text('{"audio": "b.wav", "text": 2, "n": 2}\n{"audio": "c.wav", "text": null}\n')
@@ -541,8 +594,8 @@ def test_a_branch_of_the_hub_is_named_behind_the_id(monkeypatch):
     load_rows("some/corpus@refs/pr/20", "train[:5]", "xl")
     load_rows("some/corpus", "train")
     assert asked == [
-        (("some/corpus", "xl"), {"split": "train[:5]", "revision": "refs/pr/20"}),
-        (("some/corpus", None), {"split": "train", "revision": None}),
+        (("some/corpus", "xl"), {"split": "train[:5]", "revision": "refs/pr/20", "cache_dir": None}),
+        (("some/corpus", None), {"split": "train", "revision": None, "cache_dir": None}),
     ]
 
 
@@ -551,7 +604,8 @@ def test_a_dataset_that_is_a_script_is_told(monkeypatch):
         raise RuntimeError("Dataset scripts are no longer supported, but found fleurs.py")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert message(load_rows, "google/fleurs", "train", "en_us") == (
-        "data.path=google/fleurs: RuntimeError: Dataset scripts are no longer supported, but found fleurs.py\n  write "
-        "instead: data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
+    wrong = "RuntimeError: Dataset scripts are no longer supported, but found fleurs.py"
+    write = (
+        "write data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
     )
+    assert refused(load_rows, "google/fleurs", "train", "en_us") == ("data.path", "google/fleurs", wrong, write)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from sedtrain.data import sampler as batching
-from sedtrain.data.buckets import Bucket, bucket_edges
+from sedtrain.data.buckets import Bounds, Bucket, bucket_edges
 from sedtrain.data.sampler import BatchPlan, DurationBatches, steps_of
 from sedtrain.errors import UserError
 
@@ -23,7 +23,7 @@ measured = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 90), st.integer
     lambda rows: [Bucket(*row) for row in rising(rows)]
 )
 cuts = st.one_of(st.just({}), st.builds(dict, buckets=measured))
-"""What batches are cut by: the bounds, or measured buckets."""
+"""The bounds of batches, or measured buckets."""
 
 
 def rising(rows):
@@ -45,9 +45,10 @@ def log_normal(number, median):
 
 def sampler(corpus, **options):
     """Over (seconds, tokens) of each utterance."""
-    bounds = {"batch_seconds": BATCH_SECONDS, "batch_tokens": BATCH_TOKENS, "num_buckets": 5}
+    bounds = {"batch_seconds": BATCH_SECONDS, "batch_tokens": BATCH_TOKENS, "num_buckets": 5, "buckets": None}
+    bounds = Bounds(**{name: options.pop(name, value) for name, value in bounds.items()})
     seconds, tokens = [each[0] for each in corpus], [each[1] for each in corpus]
-    return DurationBatches(seconds, tokens=tokens, **{"shuffle": True, **bounds, **options})
+    return DurationBatches(seconds, bounds, tokens=tokens, **{"shuffle": True, **options})
 
 
 def epoch(corpus, number=0, **options):
@@ -173,27 +174,27 @@ def test_edges_are_those_of_all_that_pad_least(seconds, num_buckets):
 @pytest.mark.parametrize("median", [2.0, 4.0, 8.0, 12.0])
 def test_thirty_buckets_leave_under_a_twentieth_of_padding(median):
     seconds = log_normal(20_000, median)
-    batches = list(DurationBatches(seconds, 240.0, shuffle=True))
+    batches = list(DurationBatches(seconds, Bounds(240.0), shuffle=True))
     assert real_share(batches, seconds) > 0.95
-    one_bucket = list(DurationBatches(seconds, 240.0, shuffle=True, num_buckets=1))
+    one_bucket = list(DurationBatches(seconds, Bounds(240.0, num_buckets=1), shuffle=True))
     assert real_share(one_bucket, seconds) < 0.95
 
 
 def test_batches_of_a_large_corpus_are_sorted_among_their_neighbours(monkeypatch):
     seconds = log_normal(200_000, 4.0)
-    assert real_share(list(DurationBatches(seconds, 240.0, shuffle=True)), seconds) > 0.98
+    assert real_share(list(DurationBatches(seconds, Bounds(240.0), shuffle=True)), seconds) > 0.98
     monkeypatch.setattr(batching, "MAX_NEIGHBOURS", 1)
-    assert 0.95 < real_share(list(DurationBatches(seconds, 240.0, shuffle=True)), seconds) < 0.97
+    assert 0.95 < real_share(list(DurationBatches(seconds, Bounds(240.0), shuffle=True)), seconds) < 0.97
 
 
 def test_batches_are_nearly_as_full_as_their_bound():
     seconds = log_normal(20_000, 4.0)
-    assert len(DurationBatches(seconds, 240.0, shuffle=True)) < 1.1 * seconds.sum() / 240
+    assert len(DurationBatches(seconds, Bounds(240.0), shuffle=True)) < 1.1 * seconds.sum() / 240
 
 
 def test_a_small_corpus_is_not_torn_into_thirty_batches():
-    assert len(DurationBatches(digits(60), 240.0, shuffle=True)) <= 3
-    assert len(DurationBatches(digits(13), 12.0, shuffle=True)) <= 5
+    assert len(DurationBatches(digits(60), Bounds(240.0), shuffle=True)) <= 3
+    assert len(DurationBatches(digits(13), Bounds(12.0), shuffle=True)) <= 5
 
 
 @given(utterances, rank_numbers, cuts)
@@ -205,7 +206,7 @@ def test_all_ranks_take_batches_of_one_bucket_in_a_step(corpus, num_ranks, cut):
 
 @given(st.lists(st.floats(0.1, 40), max_size=80), st.integers(1, 5))
 def test_buckets_are_ranges_of_durations(seconds, num_buckets):
-    plan = BatchPlan(seconds, BATCH_SECONDS, num_buckets=num_buckets)
+    plan = BatchPlan(seconds, Bounds(BATCH_SECONDS, num_buckets=num_buckets))
     in_order = [group for _, group in sorted(zip(seconds, plan.groups.tolist(), strict=True))]
     assert in_order == sorted(in_order) and len(set(in_order)) <= num_buckets
 
@@ -247,12 +248,12 @@ def test_the_order_is_a_function_of_seed_and_epoch(corpus, seed, number):
 def test_the_order_is_that_of_earlier_versions():
     """A run resumed after an upgrade has to find its place: change this only with a reason in the change log."""
     expected = [[2, 6], [1, 8, 0], [12, 3, 9], [10, 7, 5, 11], [4]]
-    assert list(DurationBatches(digits(13), 12.0, shuffle=True)) == expected
+    assert list(DurationBatches(digits(13), Bounds(12.0), shuffle=True)) == expected
 
 
 def test_epochs_and_seeds_have_other_orders_and_other_batches():
     seconds = digits(400)
-    samplers = [DurationBatches(seconds, BATCH_SECONDS, shuffle=True, seed=seed) for seed in (0, 1, 11)]
+    samplers = [DurationBatches(seconds, Bounds(BATCH_SECONDS), shuffle=True, seed=seed) for seed in (0, 1, 11)]
     orders = []
     for each, number in itertools.product(samplers, (0, 1, 10, 110)):
         each.set_epoch(number)
@@ -264,7 +265,7 @@ def test_epochs_and_seeds_have_other_orders_and_other_batches():
 
 
 def test_a_small_corpus_has_other_batches_in_every_epoch_too():
-    batches = DurationBatches(digits(300), 240.0, shuffle=True)
+    batches = DurationBatches(digits(300), Bounds(240.0), shuffle=True)
     together = set()
     for number in range(10):
         batches.set_epoch(number)
@@ -288,7 +289,9 @@ def test_without_shuffling_steps_go_from_long_to_short(corpus, num_ranks):
 
 def test_shuffled_batches_do_not_run_from_long_to_short():
     seconds = digits(2000)
-    longest = [max(seconds[i] for i in batch) for batch in DurationBatches(seconds, BATCH_SECONDS, shuffle=True)]
+    longest = [
+        max(seconds[i] for i in batch) for batch in DurationBatches(seconds, Bounds(BATCH_SECONDS), shuffle=True)
+    ]
     half = len(longest) // 2
     assert sum(longest[:half]) / half == pytest.approx(sum(longest[half:]) / (len(longest) - half), rel=0.25)
 
@@ -297,7 +300,7 @@ stops = st.lists(st.integers(0, 30), max_size=6)
 
 
 @given(utterances, rank_numbers, stops, st.integers(0, 3), cuts)
-def test_an_epoch_stopped_anywhere_and_often_goes_on_as_if_never_stopped(corpus, num_ranks, stops, number, cut):
+def test_an_epoch_stopped_anywhere_and_often_resumes_as_if_never_stopped(corpus, num_ranks, stops, number, cut):
     expected = steps(corpus, num_ranks, {"seed": 0, "epoch": number, "segments": []}, **cut)
     made, position = 0, {"seed": 0, "epoch": number, "segments": []}
     for more in stops:
@@ -311,7 +314,7 @@ def test_an_epoch_stopped_anywhere_and_often_goes_on_as_if_never_stopped(corpus,
 
 
 @given(utterances, st.lists(st.tuples(rank_numbers, st.integers(0, 12)), max_size=6), rank_numbers, cuts)
-def test_an_epoch_goes_on_with_other_numbers_of_ranks_without_loss_or_repeat(corpus, stops, last, cut):
+def test_an_epoch_resumes_with_other_numbers_of_ranks_without_loss_or_repeat(corpus, stops, last, cut):
     """Against a brute force: a list from which each step takes its first batch and the next of its bucket."""
     groups, left = sampler(corpus, **cut).plan.groups, epoch(corpus, **cut)
     position, made, taken = {"seed": 0, "epoch": 0, "segments": []}, 0, []
@@ -332,7 +335,7 @@ def test_an_epoch_goes_on_with_other_numbers_of_ranks_without_loss_or_repeat(cor
 
 
 def test_a_position_holds_no_utterance():
-    rank = DurationBatches(digits(1000), BATCH_SECONDS, shuffle=True, num_ranks=2, seed=3)
+    rank = DurationBatches(digits(1000), Bounds(BATCH_SECONDS), shuffle=True, num_ranks=2, seed=3)
     rank.set_epoch(4)
     position = rank.state_dict(17)
     assert position == {"seed": 3, "epoch": 4, "segments": [(2, 17)], "plan": rank.plan.digest()}
@@ -343,7 +346,7 @@ def test_a_position_holds_no_utterance():
 
 
 def test_a_position_does_not_depend_on_how_far_the_batches_were_fetched():
-    rank = DurationBatches(digits(100), BATCH_SECONDS, shuffle=True)
+    rank = DurationBatches(digits(100), Bounds(BATCH_SECONDS), shuffle=True)
     before = rank.state_dict(2)
     list(itertools.islice(rank, 5))
     assert rank.state_dict(2) == before
@@ -372,19 +375,19 @@ def test_the_epoch_after_a_resumed_one_is_whole():
         {"corpus": [seconds + 1e-9 for seconds in digits(100)]},
     ],
 )
-def test_other_batches_cannot_go_on_in_the_middle_of_an_epoch(other):
+def test_other_batches_cannot_resume_in_the_middle_of_an_epoch(other):
     other = {"seed": 0, "corpus": digits(100), **other}
-    there = sampler([(seconds, 5) for seconds in digits(100)])
-    here = sampler([(seconds, 5) for seconds in other.pop("corpus")], **other)
+    written = sampler([(seconds, 5) for seconds in digits(100)])
+    resumed = sampler([(seconds, 5) for seconds in other.pop("corpus")], **other)
     with pytest.raises(UserError) as raised:
-        here.load_state_dict(there.state_dict(4))
+        resumed.load_state_dict(written.state_dict(4))
     assert str(raised.value) == (
-        "the checkpoint is from the middle of an epoch with other batches: its seed and plan are "
-        f"0 and {there.plan.digest()}, here they are {here.seed} and {here.plan.digest()}\n"
-        "  write instead: the seed and the data.* of the run that wrote it, or a checkpoint from the end of an epoch"
+        f"1 problem:\n\n  data = 'seed {resumed.seed}, digest {resumed.plan.digest()}'\n"
+        f"    the checkpoint is from the middle of an epoch of other batches: seed 0, digest {written.plan.digest()}\n"
+        "    write the seed and the data.* of the run that wrote it, or resume from the end of an epoch"
     )
-    here.load_state_dict(there.state_dict(len(there)))
-    assert (here.epoch, here.segments) == (1, [])
+    resumed.load_state_dict(written.state_dict(len(written)))
+    assert (resumed.epoch, resumed.segments) == (1, [])
 
 
 class Numbers:
@@ -410,7 +413,7 @@ def test_a_loader_hands_the_batches_out_in_order_with_any_number_of_workers(num_
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_stopped_ahead_of_training_goes_on_where_training_stopped(num_workers):
+def test_a_loader_stopped_ahead_of_training_resumes_where_training_stopped(num_workers):
     corpus = [(seconds, 1) for seconds in digits(61)]
     expected, batches = epoch(corpus), sampler(corpus)
     loader = DataLoader(Numbers(), batch_size=None, sampler=batches, num_workers=num_workers)
@@ -423,6 +426,6 @@ def test_a_loader_stopped_ahead_of_training_goes_on_where_training_stopped(num_w
 
 def test_a_million_utterances_are_planned_by_whole_arrays():
     """In far less than the minute that a loop in Python would take."""
-    plan = BatchPlan(log_normal(1_000_000, 4.0), 240.0)
+    plan = BatchPlan(log_normal(1_000_000, 4.0), Bounds(240.0))
     assert sorted(plan.utterances((0, 0, 1))[:5].tolist()) != [0, 1, 2, 3, 4]
     assert len(plan.batch_groups) < 25_000

@@ -15,7 +15,7 @@ from typing import ClassVar
 import datasets
 import pyarrow.parquet
 import pytest
-from test_datamodule import COLUMNS, data_module, listed, wav, write
+from corpora import COLUMNS, data_module, listed, wav, write
 from test_formats import shard
 
 from sedtrain.data import shards
@@ -96,10 +96,9 @@ def test_splits_joined_by_plus_are_the_files_of_each(numbered, tmp_path):
 def test_a_part_of_a_split_cannot_be_streamed(numbered, tmp_path):
     with pytest.raises(UserError) as raised:
         shards_of(str(numbered), "train[:90%]", None, tmp_path)
-    assert str(raised.value) == (
-        "'train[:90%]' is a part of a split, which neither a stream nor a URL has\n"
-        "  write instead: data.streaming=false of what is not on a server, or a split of its own"
-    )
+    assert (raised.value.option, raised.value.value) == ("data.path", str(numbered))
+    assert raised.value.wrong == "'train[:90%]' is a slice of a split, which neither a stream nor a URL has"
+    assert raised.value.write == "write data.streaming=false for what is not on a server, or a split of its own"
 
 
 def test_a_missing_folder_is_told(tmp_path):
@@ -147,8 +146,9 @@ def test_more_broken_shards_than_allowed_are_an_error(numbered, tmp_path):
     (numbered / "train-00001-of-00003.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError) as raised:
         seen(streamed(numbered, tmp_path, max_bad_fraction=0.33))
-    assert str(raised.value).startswith(
-        "1 of 3 files cannot be read, which is more than data.max_bad_fraction=0.33 "
+    assert (raised.value.option, raised.value.value) == ("data.max_bad_fraction", 0.33)
+    assert raised.value.wrong.startswith(
+        "1 of 3 files cannot be read, which is more "
         f"(the last: {numbered}/train-00001-of-00003.parquet: ArrowInvalid: Parquet magic bytes not found in footer"
     )
 
@@ -188,9 +188,7 @@ def test_a_later_file_with_other_columns_is_told_by_its_name(numbered, tmp_path)
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(place).rename_columns({"text": "words"}), place)
     with pytest.raises(UserError) as raised:
         list(streamed(numbered, tmp_path).texts("train"))
-    assert str(raised.value).splitlines()[0] == (
-        f"data.columns: {place} has no column 'text' for the text, it has audio, words, translation"
-    )
+    assert raised.value.wrong == (f"{place} has no column 'text' for the text, it has audio, words, translation")
 
 
 def test_files_of_one_name_in_two_folders_have_rows_of_different_ids(tmp_path):
@@ -328,5 +326,6 @@ def test_a_file_that_is_not_there_is_told_by_its_url(server, tmp_path):
     url = f"{server}/none.parquet"
     with pytest.raises(UserError) as raised:
         Shard(url, "none", tmp_path / "copies").rows()
-    assert str(raised.value).startswith(f"data.path: {url} cannot be fetched (FileNotFoundError: ")
+    assert (raised.value.option, raised.value.value) == ("data.path", url)
+    assert raised.value.wrong.startswith(f"{url} cannot be fetched (FileNotFoundError: ")
     assert list((tmp_path / "copies").rglob("*.parquet*")) == []

@@ -11,7 +11,8 @@ import soundfile
 import torch
 
 from sedtrain.data.audio import UNREADABLE, read_audio
-from sedtrain.data.sources import absolute_path, audio_paths, load_rows
+from sedtrain.data.paths import absolute_path, audio_paths
+from sedtrain.data.sources import load_rows
 from sedtrain.data.utterances import Columns, UtteranceRows
 from sedtrain.errors import UserError
 
@@ -43,6 +44,14 @@ def message(call, *arguments, **options):
     with pytest.raises(UserError) as raised:
         call(*arguments, **options)
     return str(raised.value)
+
+
+def refused(call, *arguments):
+    """The option that a call refuses, its value, what is wrong and what to write instead."""
+    with pytest.raises(UserError) as raised:
+        call(*arguments)
+    error = raised.value
+    return error.option, error.value, error.wrong, error.write
 
 
 # --- where rows come from
@@ -221,7 +230,8 @@ def test_a_column_that_holds_something_else_is_told(tmp_path, role):
     path = parquet(tmp_path / "x.parquet", audio=[b""], text=["a"], x=cells)
     columns = Columns(**{"audio": "audio", "text": "text", role: "x"})
     assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
-        f"data.columns: {path} (train) has {wrong}\n  write instead: data.columns.NAME=COLUMN that holds {wanted}"
+        f"1 problem:\n\n  data.columns = 'x'\n    {path} (train) has {wrong}\n"
+        f"    write data.columns.NAME=COLUMN that holds {wanted}"
     )
 
 
@@ -235,8 +245,8 @@ def test_an_id_of_two_rows_is_told(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[b""] * 3, text=["a"] * 3, name=["p", "q", "p"])
     columns = Columns(audio="audio", text="text", id="name")
     assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
-        "data.columns.id=name: rows 0 and 2 of 'train' have the same id, 'p'\n"
-        "  write instead: data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
+        "1 problem:\n\n  data.columns.id = 'name'\n    rows 0 and 2 of 'train' have the same id, 'p'\n"
+        "    write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
     )
 
 
@@ -258,8 +268,8 @@ def test_text_that_a_manifest_wrote_as_numbers_is_text(tmp_path):
 def test_a_missing_column_is_told_with_those_that_are_there(tmp_path):
     path = parquet(tmp_path / "x.parquet", speech=[encoded(tone())], text=["a"])
     assert message(UtteranceRows, load_rows(path, "train"), PLAIN, path, "train") == (
-        f"data.columns: {path} (train) has no column 'audio' for the audio, it has speech, text\n"
-        "  write instead: data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
+        f"1 problem:\n\n  data.columns = 'audio'\n    {path} (train) has no column 'audio' for the audio, it has speech, text\n"
+        "    write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
         "speaker, language, seconds, start or end"
     )
 
@@ -272,14 +282,16 @@ def test_columns_are_given_by_role_and_the_target_is_the_text():
 
 def test_a_role_that_is_missing_or_unknown_is_told():
     assert message(Columns.of, {"audio": "a", "transcription": "t", "translation": None}, "translation") == (
-        "data.columns.translation is not set (target=translation)\n  write instead: data.columns.translation=COLUMN"
+        "1 problem:\n\n  data.columns.translation = null\n    target=translation needs this column\n"
+        "    write data.columns.translation=COLUMN"
     )
     assert message(Columns.of, {"audio": None, "transcription": "t"}, "transcription") == (
-        "data.columns.audio is not set (target=transcription)\n  write instead: data.columns.audio=COLUMN"
+        "1 problem:\n\n  data.columns.audio = null\n    target=transcription needs this column\n"
+        "    write data.columns.audio=COLUMN"
     )
     assert message(Columns.of, {"audio": "a", "transcription": "t", "speeker": "s"}, "transcription") == (
-        "data.columns.speeker: there is no such role\n"
-        "  write instead: data.columns.NAME, NAME one of audio, transcription, translation, id, speaker, language, "
+        "1 problem:\n\n  data.columns.speeker = 's'\n    there is no such role\n"
+        "    write data.columns.NAME, NAME one of audio, transcription, translation, id, speaker, language, "
         "seconds, start, end"
     )
 
@@ -299,47 +311,47 @@ def test_a_path_is_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/where", "nowhere.parquet", "nowhere.jsonl", "my/data/train"])
 def test_a_path_to_nothing_is_no_such_file(path):
-    assert message(load_rows, path, "train") == (
-        f"data.path={path}: there is no such file or folder\n  write instead: data.path=FOLDER_OR_FILE_OR_HUB_ID"
-    )
+    write = "write data.path=FOLDER_OR_FILE_OR_HUB_ID"
+    assert refused(load_rows, path, "train") == ("data.path", path, "there is no such file or folder", write)
 
 
 def test_a_hub_id_without_network_is_told_the_offline_ways():
-    told = message(load_rows, "some/corpus", "train")
-    assert told.startswith(
-        "data.path=some/corpus: neither a folder here nor a dataset that can be read (ConnectionError"
-    )
-    assert told.endswith("data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network")
+    option, value, wrong, write = refused(load_rows, "some/corpus", "train")
+    assert (option, value) == ("data.path", "some/corpus")
+    assert wrong.startswith("neither a folder here nor a dataset that can be read (ConnectionError")
+    assert write == "write data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network"
 
 
 def test_a_folder_without_data_is_told(tmp_path):
-    told = message(load_rows, str(tmp_path), "train")
-    assert told.startswith(f"data.path={tmp_path}: this folder holds no dataset that can be read (EmptyDatasetError")
+    option, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    assert (option, value) == ("data.path", str(tmp_path))
+    assert wrong.startswith("this folder holds no dataset that can be read (EmptyDatasetError")
 
 
 def test_a_split_that_is_missing_is_told(tmp_path):
     parquet(tmp_path / "train.parquet", audio=[b""], text=["a"])
-    told = message(load_rows, str(tmp_path), "validation")
-    assert told.startswith(f"data.path={tmp_path}, split 'validation': ValueError: Unknown split")
-    assert told.endswith("data.validation_split, data.test_split that the dataset has, in files that can be read")
+    option, value, wrong, write = refused(load_rows, str(tmp_path), "validation")
+    assert (option, value) == ("data.path", str(tmp_path))
+    assert wrong.startswith("split 'validation': ValueError: Unknown split")
+    assert write.endswith("data.validation_split, data.test_split that the dataset has, in files that can be read")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.csv"])
 def test_an_empty_dataset_is_told(tmp_path, name):
     (tmp_path / name).touch()
-    expected = "the split 'train' is empty\n  write instead: a split with at least one row"
-    assert message(load_rows, str(tmp_path / name), "train") == f"data.path={tmp_path / name}: {expected}"
     path = parquet(tmp_path / "y.parquet", audio=pa.array([], pa.binary()), text=pa.array([], pa.string()))
-    assert message(load_rows, path, "train") == f"data.path={path}: {expected}"
+    for empty in (str(tmp_path / name), path):
+        told = ("data.path", empty, "the split 'train' is empty", "write a split with at least one row")
+        assert refused(load_rows, empty, "train") == told
 
 
 def test_a_file_that_is_no_parquet_is_told(tmp_path):
-    (tmp_path / "x.parquet").write_text("this is not a table")
-    told = message(load_rows, str(tmp_path / "x.parquet"), "train")
-    assert told.startswith(
-        f"data.path={tmp_path / 'x.parquet'}, split 'train': ArrowInvalid: Parquet magic bytes not found"
-    )
-    assert "\n" not in told.partition("\n  write instead")[0]
+    parquet(tmp_path / "train-0.parquet", audio=[b""], text=["a"])
+    (tmp_path / "train-1.parquet").write_text("this is not a table")
+    option, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    assert (option, value) == ("data.path", str(tmp_path))
+    assert wrong.startswith(f"split 'train': {tmp_path}/train-1.parquet: ArrowInvalid: Parquet magic bytes not found")
+    assert "\n" not in wrong
 
 
 # --- audio files by name
@@ -366,6 +378,14 @@ def test_audio_files_are_named_by_file_glob_folder_or_list(clips):
     assert names(clips, [f"{clips}/b.wav", f"{clips}/deep"]) == ["b.wav", "deep/c.wav"]
 
 
+def test_a_link_to_a_folder_is_followed_but_not_in_circles(clips, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    soundfile.write(elsewhere / "d.wav", tone(0.1), 16_000)
+    (clips / "deep/linked").symlink_to(elsewhere)
+    (clips / "deep/around").symlink_to(clips)
+    assert names(clips, str(clips)) == ["a.flac", "b.wav", "deep/c.wav", "deep/linked/d.wav"]
+
+
 def test_a_file_name_that_looks_like_a_glob_is_that_file(clips):
     (clips / "b.wav").rename(clips / "b[1].wav")
     assert names(clips, f"{clips}/b[1].wav") == ["b[1].wav"]
@@ -375,9 +395,8 @@ def test_a_file_name_that_looks_like_a_glob_is_that_file(clips):
 def test_audio_that_is_not_there_is_told(clips, missing):
     (clips / "empty").mkdir()
     name = f"{clips}/{missing}"
-    assert message(audio_paths, [f"{clips}/b.wav", name]) == (
-        f"audio={name}: there is no such audio file\n  write instead: audio=FILE, a glob that matches or a folder"
-    )
+    write = "write audio=FILE, a glob that matches or a folder"
+    assert refused(audio_paths, [f"{clips}/b.wav", name]) == ("audio", name, "there is no such audio file", write)
 
 
 def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
@@ -385,13 +404,12 @@ def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
 
 
 def test_a_file_that_is_no_audio_is_told(clips):
-    told = message(audio_paths, f"{clips}/notes.txt")
-    assert told.startswith(f"audio={clips}/notes.txt: this is no audio (LibsndfileError: ")
-    assert told.endswith("write instead: audio=FILE that libsndfile can read")
+    option, value, wrong, write = refused(audio_paths, f"{clips}/notes.txt")
+    assert (option, value, write) == ("audio", f"{clips}/notes.txt", "write audio=FILE that libsndfile can read")
+    assert wrong.startswith("this is no audio (LibsndfileError: ")
 
 
 @pytest.mark.parametrize("audio", [None, "", []])
 def test_no_audio_at_all_is_told(audio):
-    assert message(audio_paths, audio) == (
-        "task=transcribe needs audio\n  write instead: audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
-    )
+    write = "write audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
+    assert refused(audio_paths, audio) == ("audio", audio, "task=transcribe needs audio", write)

@@ -1,4 +1,4 @@
-"""Streams: every utterance once, the same steps for all ranks, and a position to go on from, wherever training stops."""
+"""Streams: every utterance once, the same steps for all ranks, and a position to resume from, wherever training stops."""
 
 import json
 from collections import Counter
@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from sedtrain.batch import Skipped
 from sedtrain.data import streaming
-from sedtrain.data.buckets import Bucket
-from sedtrain.data.corpus import Corpus, Parts
-from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.buckets import Bounds, Bucket
+from sedtrain.data.corpus import Corpus
+from sedtrain.data.dataset import Parts, SplitDataset
 from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches
-from sedtrain.data.streaming import Place, Stream, StreamedBatches
-from sedtrain.data.utterances import Limits
+from sedtrain.data.skipped import Limits
+from sedtrain.data.streaming import BlockStart, Stream, StreamedBatches
 from sedtrain.errors import UserError
 
 SECONDS = (1.0, 7.3, 2.5, 0.4, 12.0, 3.3, 5.1)
@@ -89,6 +89,7 @@ def sampler(
     num_ranks=1,
     batch_seconds=15.0,
     batch_tokens=None,
+    num_buckets=5,
     max_seconds=30.0,
     buckets=None,
 ):
@@ -97,7 +98,8 @@ def sampler(
     corpus.weights = lambda: weights
     dataset = SplitDataset(Opened(sizes), {}, SimpleNamespace(num_tokens=lambda text: len(text.split())), 0)
     stream = Stream(dataset, corpus, num_rows, seed, counts_tokens=bool(batch_tokens or buckets))
-    return StreamedBatches(stream, batch_seconds, batch_tokens, 5, seed, rank, num_ranks, buckets)
+    bounds = Bounds(batch_seconds, batch_tokens, num_buckets, buckets)
+    return StreamedBatches(stream, bounds, seed, rank, num_ranks)
 
 
 def epoch(sizes, number=0, **options):
@@ -150,10 +152,9 @@ def test_only_a_target_alone_passes_the_bound_of_tokens(sizes, num_rows):
 def test_95_percent_of_the_audio_is_real_in_blocks_of_the_usual_size():
     """Log-normal with sigma 0.65, 1 to 20 s; batches of 24 s: 99 %, of 120 s: 96 %; larger ones want larger blocks."""
     seconds = np.random.default_rng(0).lognormal(log(5), 0.65, 20_000).clip(1, 20)
-    batches = sampler([1000] * 20, num_rows=4096, batch_seconds=120.0)
-    batches.num_buckets = 30
+    batches = sampler([1000] * 20, num_rows=4096, batch_seconds=120.0, num_buckets=30)
     batches.stream.corpus.limits = SimpleNamespace(
-        sift=lambda rows, indices, **_: ({i: seconds[1000 * rows.part + i] for i in indices}, [])
+        filter=lambda rows, indices, **_: ({i: seconds[1000 * rows.part + i] for i in indices}, [])
     )
     padded = sum(len(refs) * max(seconds[1000 * part + index] for part, index in refs) for _, refs in batches)
     assert seconds.sum() / padded > 0.95
@@ -172,7 +173,7 @@ def test_an_utterance_of_weight_w_is_seen_w_times_an_epoch_and_all_as_often_as_t
 
 
 @given(shard_sizes, st.lists(rank_numbers, min_size=1, max_size=3), block_sizes, stops)
-def test_measured_buckets_hold_in_a_stream_that_stops_and_goes_on_with_other_ranks(sizes, ranks, num_rows, stops):
+def test_measured_buckets_hold_in_a_stream_that_stops_and_resumes_with_other_ranks(sizes, ranks, num_rows, stops):
     buckets = [Bucket(2.0, 5, 4), Bucket(10.0, 12, 2)]
     seen = flat(stopped(sizes, ranks, stops, num_rows=num_rows, buckets=buckets))
     assert sorted(flat(seen)) == everything(sizes)
@@ -211,14 +212,14 @@ def test_a_run_that_stops_again_and_again_takes_the_same_steps(sizes, num_ranks,
 
 
 @given(shard_sizes, st.lists(rank_numbers, min_size=1, max_size=3), block_sizes, stops)
-def test_going_on_with_other_ranks_loses_and_repeats_nothing(sizes, ranks, num_rows, stops):
+def test_resuming_with_other_ranks_loses_and_repeats_nothing(sizes, ranks, num_rows, stops):
     seen = flat(stopped(sizes, ranks, stops, num_rows=num_rows))
     assert sorted(flat(seen)) == everything(sizes)
     assert sorted(batch for batch in seen if batch) == sorted(epoch(sizes, 1, num_rows=num_rows))
 
 
 @given(shard_sizes, st.integers(1, 30))
-def test_going_on_reads_one_block(sizes, num_rows):
+def test_resuming_reads_one_block(sizes, num_rows):
     whole = sampler(sizes, num_rows=num_rows)
     num_steps = len(list(whole))
     position = whole.state_dict(num_steps)
@@ -226,7 +227,7 @@ def test_going_on_reads_one_block(sizes, num_rows):
     last.load_state_dict(position)
     opened = last.stream.dataset.parts.asked
     assert not list(last)
-    start = Place(*position["block"])
+    start = BlockStart(*position["block"])
     assert set(opened) <= {part for part, _ in last.stream.order(0)[start.visit :]}
     assert sum(sizes[part] for part in set(opened[1:-1])) <= num_rows
 
@@ -274,7 +275,7 @@ def test_a_position_of_other_data_is_refused():
     position = batches.state_dict(1)
     other = sampler([30, 30], batch_seconds=99.0)
     other.load_state_dict(position)
-    with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch with other batches"):
+    with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch of other batches"):
         list(other)
 
 
@@ -285,16 +286,16 @@ def test_a_position_between_two_blocks_is_not_taken_for_one_of_another_order(oth
     first_of_second = batches.begun[0].steps_before or len(batches.begun[0].batches)
     position = batches.state_dict(first_of_second)
     assert position["segments"] == [] or position["steps_before"] == 0
-    with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch over other files"):
+    with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch of other files"):
         sampler([10, 20], **{"num_rows": 10, **other}).load_state_dict(position)
 
 
 def test_a_position_in_a_corpus_that_is_not_streamed_is_refused_and_the_other_way_round():
-    whole = BatchesWithEpoch(DurationBatches([1.0] * 30, 5.0, shuffle=True), [(0, i) for i in range(30)])
+    whole = BatchesWithEpoch(DurationBatches([1.0] * 30, Bounds(5.0), shuffle=True), [(0, i) for i in range(30)])
     batches = sampler([30])
     list(batches)
     with pytest.raises(
-        UserError, match="of a corpus that is not streamed, and this training reads its corpus in another way"
+        UserError, match="of a corpus that is not streamed, and this run reads its corpus in another way"
     ):
         sampler([30]).load_state_dict(whole.state_dict(1))
     with pytest.raises(UserError, match="reads its corpus in another way"):

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import jiwer
 import numpy as np
@@ -32,6 +34,20 @@ def test_error_rates_equal_jiwer_over_the_whole_corpus(pairs):
     values = corpus_metrics(TRANSCRIPTION, references, hypotheses)
     assert values["wer"] == pytest.approx(jiwer.wer(references, hypotheses))
     assert values["cer"] == pytest.approx(jiwer.cer(references, hypotheses))
+
+
+texts = st.text(st.sampled_from("abé你 🙂ا"), max_size=12)
+
+
+@given(st.lists(st.tuples(texts, texts), max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_edits_of_every_utterance_are_those_of_jiwer(pairs):
+    exact = MetricSet(TRANSCRIPTION, normalizer("none"))
+    for row, texts in zip(exact.count(*map(list, zip(*pairs, strict=True))) if pairs else [], pairs, strict=True):
+        reference, hypothesis = (" ".join(text.split()) for text in texts)
+        for counts, process in ((row[1:5], jiwer.process_words), (row[5:], jiwer.process_characters)):
+            edits = process(reference, hypothesis)
+            assert counts.tolist() == [edits.substitutions, edits.deletions, edits.insertions, edits.hits]
 
 
 @given(corpora)
@@ -124,8 +140,18 @@ def test_texts_without_partner_are_refused():
 def test_an_unknown_metric_is_named_with_the_closest_one():
     with pytest.raises(UserError, match="no metric called 'were': did you mean 'wer'") as error:
         MetricSet(["were"])
-    assert error.value.write_instead == "one of wer, cer, bleu, chrf"
+    assert error.value.write == "write one of wer, cer, bleu, chrf"
 
 
 def test_error_rates_fall_and_overlaps_rise_when_a_model_improves():
     assert [name for name, metric in METRICS.items() if metric.higher_is_better] == ["bleu", "chrf"]
+
+
+def test_packages_of_single_metrics_are_imported_when_these_are_counted():
+    script = (
+        "import sys, sedtrain.evaluation.metrics as metrics, sedtrain.text.tokenizers, sedtrain.text.normalizers, "
+        "sedtrain.text.coverage, sedtrain.text.tags; print({'jiwer', 'sacrebleu', 'pandas', 'datasets'} & {*sys.modules});"
+        "metrics.MetricSet(['bleu']).count(['a'], ['b']); print('sacrebleu' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines() == ["set()", "True"]

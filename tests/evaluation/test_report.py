@@ -165,12 +165,14 @@ def test_coloured_words_are_as_many_as_jiwer_counts(report):
     assert min(counted.values()) > 0
     assert {name: html.count(f'class="pair {name}"') for name in counted} == counted
     for name, count in counted.items():
-        assert f'<td>{name}s</td><td class="number">{count}</td>' in html
+        assert f'<td dir="auto">{name}s</td><td class="number">{count}</td>' in html
 
 
 def test_the_most_frequent_error_comes_first(report):
     html = report([("one two", "one nine")] * 3 + [("one", "")] * 2)
-    rows = re.findall(r"<td>([^<]*)</td><td>([^<]*)</td><td class=\"number\">(\d+)</td>", html)
+    rows = re.findall(
+        r"<td dir=\"auto\">([^<]*)</td><td dir=\"auto\">([^<]*)</td><td class=\"number\">(\d+)</td>", html
+    )
     assert rows == [("two", "nine", "3"), ("one", "–", "2")]
 
 

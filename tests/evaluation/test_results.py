@@ -76,8 +76,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no file .*results\.json"):
+    with pytest.raises(UserError, match=r"there is no file .*results\.json") as raised:
         Results.read(tmp_path / "results.json")
+    assert (raised.value.option, raised.value.value) == ("run_dir", str(tmp_path))
 
 
 def test_a_file_that_is_not_json_is_named(tmp_path):

@@ -4,28 +4,24 @@ from math import log10, sqrt
 
 import numpy as np
 import pytest
+from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
-from test_datamodule import data_module, write
 
-from sedtrain.inspection.report import named_character, number
+from sedtrain.inspection.sound import QUIETEST, is_clipped, level, silence
+from sedtrain.inspection.splits import Entry, SplitEntries, read_corpus
 from sedtrain.inspection.statistics import (
-    QUIETEST,
     Batching,
     Histogram,
     Spread,
     batchings,
     first_uses,
     groups_of,
-    is_clipped,
-    level,
-    num_repeated,
-    read_corpus,
     robust_scores,
     round_step,
-    silence,
 )
-from sedtrain.inspection.summary import inspected
+from sedtrain.inspection.summary import Texts, inspected
+from sedtrain.inspection.tables import in_words, named
 
 SECONDS = st.lists(st.floats(0.05, 60), min_size=1, max_size=60)
 
@@ -110,8 +106,12 @@ def test_characters_are_counted_and_found_where_they_are_first(texts):
 
 
 @given(st.lists(st.sampled_from("abcde")))
-def test_what_is_there_twice_is_repeated(values):
-    assert num_repeated(values) == sum(values.count(each) > 1 for each in values)
+def test_a_text_of_several_utterances_is_repeated(texts):
+    entries = [Entry((0, index), str(index), 1.0, text, None, None, None) for index, text in enumerate(texts)]
+    found = Texts.of(SplitEntries("train", None, entries))
+    assert found.num_repeated == sum(texts.count(each) > 1 for each in texts)
+    assert found.num_distinct == len(set(texts))
+    assert found.repeated == {text: texts.count(text) for text in texts if texts.count(text) > 1}
 
 
 def test_groups_come_with_their_audio_the_largest_first():
@@ -157,16 +157,28 @@ def test_silence_is_what_is_40_decibels_below_the_loudest():
 # --- words
 
 
-@pytest.mark.parametrize("value, words", [(3.0, "3"), (0.956, "0.96"), (23.26, "23.3"), (1234.5, "1,234"), (0.0, "0")])
-def test_numbers_are_short(value, words):
-    assert number(value) == words
+@pytest.mark.parametrize(
+    "cell, words",
+    [
+        (3.0, "3"),
+        (0.956, "0.96"),
+        (23.26, "23.3"),
+        (1234.5, "1,234"),
+        (0.0, "0"),
+        (12345, "12,345"),
+        ("3", "3"),
+        (None, ""),
+    ],
+)
+def test_numbers_are_short(cell, words):
+    assert in_words(cell) == words
 
 
 @pytest.mark.parametrize(
     "character, words", [("a", "a  U+0061"), ("\u200b", "U+200B zero width space"), ("\t", "U+0009 control character")]
 )
 def test_a_character_that_nobody_sees_is_named(character, words):
-    assert named_character(character) == words
+    assert named(character) == words
 
 
 # --- a corpus

@@ -2,25 +2,19 @@
 
 import pytest
 import torch
-from test_decoder import FAMILIES, TEXTS, family
+from families import DECODERS, tiny_decoder
 from transformers import HubertConfig, HubertModel
 
 from sedtrain.models.decoder import decoder_positions
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.text.tokenizers import train_tokenizer
 
 PAD, START, END = 0, 1, 2
 COUNTING = ["camembert", "data2vec_text", "roberta", "xlm_roberta", "xmod"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, "char", 50)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def decoder(request, tokenizer):
-    return family(request.param, tokenizer)
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
+    return tiny_decoder(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +25,7 @@ def audio():
 
 def step(decoder, ids, audio, past_length=0, **cache):
     positions = decoder_positions(decoder, ids, past_length)
-    explicit = {} if positions is None else {"position_ids": positions}
-    return decoder(input_ids=ids, encoder_hidden_states=audio, **explicit, **cache)
+    return decoder(input_ids=ids, encoder_hidden_states=audio, **positions, **cache)
 
 
 @torch.inference_mode()
@@ -56,19 +49,20 @@ def test_without_a_pad_token_within_the_positions_are_the_family_s_own(decoder, 
     torch.testing.assert_close(step(decoder, ids, audio[:1]).logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_positions_are_given_to_the_families_that_skip_pad_tokens(name, tokenizer):
-    decoder = family(name, tokenizer)
+@pytest.mark.parametrize("name", DECODERS)
+def test_positions_are_given_to_the_families_that_skip_pad_tokens(name):
+    decoder = tiny_decoder(name)
     ids = torch.tensor([[START, 5, 6], [PAD, PAD, 7]])
-    positions = decoder_positions(decoder, ids, past_length=0)
+    positions = decoder_positions(decoder, ids)
     if name not in COUNTING:
-        assert positions is None
+        assert positions == {}
         return
     embeddings = decoder.base_model.embeddings
     upstream = embeddings.create_position_ids_from_input_ids(ids[:1], embeddings.padding_idx, 0)
-    assert torch.equal(positions, upstream.expand(2, 3))
-    assert torch.equal(decoder_positions(decoder, ids[:, 2:], past_length=2), positions[:, 2:])
-    assert torch.equal(decoder_positions(decoder, torch.zeros(2, 3, 144), past_length=0), positions)
+    expected = upstream.expand(2, 3)
+    assert torch.equal(positions["position_ids"], expected)
+    assert torch.equal(decoder_positions(decoder, ids[:, 2:], past_length=2)["position_ids"], expected[:, 2:])
+    assert torch.equal(decoder_positions(decoder, torch.zeros(2, 3, 144))["position_ids"], expected)
 
 
 # --- in a model
@@ -113,8 +107,8 @@ def test_a_model_writes_what_teacher_forcing_scores_best(encoder, decoder):
 
 
 @pytest.mark.parametrize("name", ["bart", "mbart", "plbart", "marian", "pegasus", "blenderbot", "blenderbot_small"])
-def test_more_layers_than_the_absent_encoder_has_fit_the_cache(encoder, name, tokenizer):
-    decoder = family(name, tokenizer, options={"decoder_layers": 3, "encoder_layers": 1})
+def test_more_layers_than_the_absent_encoder_has_fit_the_cache(encoder, name):
+    decoder = tiny_decoder(name, options={"decoder_layers": 3, "encoder_layers": 1})
     model = joined(encoder, decoder)
     assert model.config.decoder.num_hidden_layers == 3
     assert_writes_what_it_was_taught(model)

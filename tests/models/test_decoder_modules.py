@@ -1,6 +1,4 @@
-"""Decoders handed over as modules: used as they are, rebuilt so that they hear the audio, or refused."""
-
-import copy
+"""Decoders handed over as modules: used as they are, or refused."""
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     PegasusConfig,
-    PegasusForConditionalGeneration,
+    PegasusForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -43,7 +41,7 @@ from transformers import (
 )
 
 from sedtrain.errors import UserError
-from sedtrain.models.decoder import as_decoder, refuse_deaf, settle_config
+from sedtrain.models.decoder import as_decoder, settle_config
 
 BERT = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
@@ -71,6 +69,15 @@ def logits(decoder, ids=IDS, audio=AUDIO[0]):
     return decoder(input_ids=ids, encoder_hidden_states=audio, use_cache=False).logits
 
 
+def refusal(decoder, write="write decoder=bert, roberta, gpt2, bart or mbart, or another decoder"):
+    """Why a decoder is refused."""
+    with pytest.raises(UserError) as caught:
+        as_decoder(decoder)
+    assert (caught.value.option, caught.value.value) == ("decoder", type(decoder).__name__)
+    assert caught.value.write.startswith(write)
+    return caught.value.wrong
+
+
 def assert_hears_and_is_causal(decoder):
     changed = IDS.clone()
     changed[:, 3] = 9
@@ -96,7 +103,6 @@ def test_a_decoder_that_hears_stays_the_same_object_with_the_same_logits(decoder
     before = logits(decoder)
     assert as_decoder(decoder) is decoder
     assert torch.equal(logits(decoder), before)
-    refuse_deaf(decoder)
 
 
 def test_a_decoder_stays_causal_where_its_configuration_was_changed():
@@ -135,95 +141,15 @@ def test_a_class_of_the_user_s_own_is_known_by_torch_s_layer_or_by_the_name(laye
 
 
 def test_a_class_of_the_user_s_own_without_cross_attention_is_refused():
-    with pytest.raises(UserError) as caught:
-        as_decoder(OwnDecoder(OwnConfig(), nn.Linear(4, 4)))
-    assert "OwnDecoder was built without cross-attention" in caught.value.what_is_wrong
-    assert "named cross_attn, crossattention or encoder_attn" in caught.value.write_instead
+    wrong = refusal(OwnDecoder(OwnConfig(), nn.Linear(4, 4)), "write OwnDecoder(config) with config.is_decoder")
+    assert wrong == "it was built without cross-attention: it would never hear the audio"
 
 
-# --- rebuilt
-
-
-def rebuilt(module):
-    """The decoder around the weights of a module, for inference, and the warning."""
-    with pytest.warns(UserWarning, match="as it was built cannot hear audio and write text") as warned:
-        decoder = as_decoder(module.eval())
-    return decoder, str(warned[0].message)
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "told"),
-    [
-        (BertLMHeadModel(BertConfig(**BERT)), "BertLMHeadModel", "starting at random: cross-attention"),
-        (
-            BertLMHeadModel(BertConfig(**BERT, is_decoder=True)),
-            "BertLMHeadModel",
-            "starting at random: cross-attention",
-        ),
-        (RobertaForCausalLM(RobertaConfig(**BERT)), "RobertaForCausalLM", "starting at random: cross-attention"),
-        (BertForMaskedLM(BertConfig(**BERT)), "BertLMHeadModel", "starting at random: cross-attention"),
-        (
-            BertModel(BertConfig(**BERT)),
-            "BertLMHeadModel",
-            "starting at random: cls.predictions, cross-attention; left out: pooler.dense",
-        ),
-        (GPT2LMHeadModel(GPT2Config(**GPT2)), "GPT2LMHeadModel", "starting at random: cross-attention"),
-        (GPT2Model(GPT2Config(**GPT2)), "GPT2LMHeadModel", "starting at random: cross-attention"),
-        (BartForConditionalGeneration(BartConfig(**BART)), "BartForCausalLM", "left out: model.encoder"),
-        (BartModel(BartConfig(**BART)).decoder, "BartForCausalLM", "with the same weights"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
-)
-def test_a_deaf_module_is_rebuilt_with_its_weights(module, name, told):
-    decoder, warning = rebuilt(module)
-    assert type(decoder).__name__ == name
-    assert not decoder.training
-    assert warning.endswith(told)
-    assert_hears_and_is_causal(decoder)
-    given = {id(weight) for weight in module.parameters()}
-    assert sum(id(weight) in given for weight in decoder.parameters()) >= 15
-    assert decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
-
-
-def test_a_rebuilt_decoder_without_audio_writes_as_the_module_did():
-    module = GPT2LMHeadModel(GPT2Config(**GPT2)).eval()
-    expected = module(IDS).logits
-    decoder, _ = rebuilt(module)
-    torch.testing.assert_close(decoder(IDS).logits, expected)
-
-
-def test_a_seq2seq_module_s_decoder_alone_writes_as_the_whole_did():
-    module = BartForConditionalGeneration(BartConfig(**BART)).eval()
-    expected = module(encoder_outputs=(AUDIO[0],), decoder_input_ids=IDS).logits
-    decoder, _ = rebuilt(module)
-    torch.testing.assert_close(logits(decoder), expected)
-
-
-def test_a_flipped_configuration_does_not_hide_that_a_module_is_deaf():
-    module = BertLMHeadModel(BertConfig(**BERT))
-    module.config.is_decoder = module.config.add_cross_attention = True  # as joining two modules does upstream
-    assert_hears_and_is_causal(rebuilt(module)[0])
-
-
-def test_a_rebuilt_decoder_keeps_precision_mode_and_what_is_frozen():
-    module = BertLMHeadModel(BertConfig(**BERT)).to(torch.bfloat16)
-    module.bert.embeddings.requires_grad_(False)
-    config = copy.deepcopy(module.config)
-    with pytest.warns(UserWarning, match="as it was built"):
-        decoder = as_decoder(module.train())
-    assert {weight.dtype for weight in decoder.parameters()} == {torch.bfloat16}
-    assert decoder.training
-    frozen = {name for name, weight in decoder.named_parameters() if not weight.requires_grad}
-    assert frozen == {name for name, _ in decoder.named_parameters() if name.startswith("bert.embeddings.")}
-    assert module.config.to_dict() == config.to_dict()
-
-
-def test_positions_that_are_computed_are_no_weights_of_a_rebuilt_decoder():
-    module = PegasusForConditionalGeneration(PegasusConfig(**BART)).eval()
-    decoder, _ = rebuilt(module)
-    assert [name for name, _ in decoder.named_parameters() if "embed_positions" in name] == []
-    positions = decoder.state_dict()["model.decoder.embed_positions.weight"]
-    assert torch.equal(positions, module.model.decoder.embed_positions.weight)
+def test_positions_that_are_computed_are_no_weights():
+    decoder = as_decoder(PegasusForCausalLM(PegasusConfig(**BART, **HEARS)))
+    positions = "model.decoder.embed_positions.weight"
+    assert positions in decoder.state_dict()
+    assert positions not in dict(decoder.named_parameters())
 
 
 # --- refused
@@ -232,6 +158,7 @@ def test_positions_that_are_computed_are_no_weights_of_a_rebuilt_decoder():
 @pytest.mark.parametrize(
     "decoder",
     [
+        BartForConditionalGeneration(BartConfig(**BART)),
         LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **LLM)),
         LlamaModel(LlamaConfig(num_key_value_heads=2, **LLM)),
         Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **LLM)),
@@ -245,40 +172,48 @@ def test_positions_that_are_computed_are_no_weights_of_a_rebuilt_decoder():
     ],
     ids=lambda decoder: type(decoder).__name__,
 )
-@pytest.mark.parametrize("check", [as_decoder, refuse_deaf])
-def test_a_family_without_cross_attention_is_refused(check, decoder):
-    with pytest.raises(UserError) as caught:
-        check(decoder)
-    name = type(decoder).__name__
-    assert caught.value.what_is_wrong == f"decoder {name} has no cross-attention: it would never hear the audio"
-    assert caught.value.write_instead.startswith("decoder=bert, roberta, gpt2, bart or mbart, or another decoder")
+def test_a_family_without_cross_attention_is_refused(decoder):
+    assert refusal(decoder) == "it takes no encoder_hidden_states: it would never hear the audio"
 
 
-def test_a_module_whose_family_has_no_text_decoder_is_refused():
-    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(UserError, match="T5Stack has no output layer, and its family no decoder that could have one"):
-        as_decoder(T5Model(config).decoder)
+@pytest.mark.parametrize(
+    "module",
+    [
+        BertModel(BertConfig(**BERT, **HEARS)),
+        BertForMaskedLM(BertConfig(**BERT)),
+        GPT2Model(GPT2Config(**GPT2, add_cross_attention=True)),
+        BartModel(BartConfig(**BART)).decoder,
+        T5Model(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).decoder,
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_module_that_is_no_causal_language_model_is_refused(module):
+    assert refusal(module) == "it is no causal language model: it would write no text"
+
+
+def claims_cross_attention():
+    """Its configuration says that it has cross-attention, as joining two modules does upstream; the module has none."""
+    decoder = BertLMHeadModel(BertConfig(**BERT))
+    decoder.config.is_decoder = decoder.config.add_cross_attention = True
+    return decoder
 
 
 @pytest.mark.parametrize(
     ("decoder", "ahead"),
     [
         (BertLMHeadModel(BertConfig(**BERT)), True),
+        (claims_cross_attention(), True),
         (BertLMHeadModel(BertConfig(**BERT, is_decoder=True)), False),
         (RobertaForCausalLM(RobertaConfig(**BERT)), True),
         (GPT2LMHeadModel(GPT2Config(**GPT2)), False),
     ],
 )
-def test_what_was_built_without_cross_attention_is_told_apart(decoder, ahead):
-    with pytest.raises(UserError) as caught:
-        refuse_deaf(decoder)
+def test_a_module_built_without_cross_attention_is_refused(decoder, ahead):
     name = type(decoder).__name__
-    assert caught.value.what_is_wrong == (
-        f"decoder {name} was built without cross-attention: it would never hear the audio"
+    write = f"write {name}(config) with config.is_decoder = config.add_cross_attention = True"
+    assert refusal(decoder, write) == (
+        "it was built without cross-attention: it would never hear the audio"
         + (", and each token would see the later ones" if ahead else "")
-    )
-    assert caught.value.write_instead.startswith(
-        f"{name}(config) with config.is_decoder = config.add_cross_attention = True"
     )
 
 

@@ -1,4 +1,4 @@
-"""A part's configuration, from a family and from a checkpoint."""
+"""Configurations and weights, from a family and from a checkpoint."""
 
 import shutil
 
@@ -46,8 +46,9 @@ def test_a_checkpoint_keeps_what_the_options_do_not_say(tmp_path):
 def test_an_option_that_the_family_has_not_is_refused(option, hint):
     with pytest.raises(UserError) as caught:
         load_config("encoder", None, "wav2vec2", TINY, **{option: 1})
-    assert caught.value.what_is_wrong == f"encoder.options.{option}: Wav2Vec2Config has no such option{hint}"
-    assert caught.value.write_instead == "encoder.options.NAME=VALUE with a NAME of Wav2Vec2Config"
+    assert (caught.value.option, caught.value.value) == (f"encoder.options.{option}", 1)
+    assert caught.value.wrong == f"Wav2Vec2Config has no such option{hint}"
+    assert caught.value.write == "write encoder.options.NAME=VALUE with a NAME of Wav2Vec2Config"
 
 
 # --- weights
@@ -75,6 +76,7 @@ def wav2vec2(tmp_path):
 def encoder_problem(folder, model_type="wav2vec2", **options):
     with pytest.raises(UserError) as caught:
         load_encoder(model_type, {}, checkpoint=str(folder), options=options)
+    assert (caught.value.option, caught.value.value) == ("encoder.checkpoint", str(folder))
     return caught.value
 
 
@@ -86,18 +88,15 @@ def test_a_folder_with_the_weights_of_another_model_is_refused(wav2vec2, tmp_pat
     BertModel(BERT).save_pretrained(tmp_path / "bert")
     shutil.copy(tmp_path / "bert/model.safetensors", wav2vec2)
     problem = encoder_problem(wav2vec2)
-    assert problem.what_is_wrong == (
-        f"encoder.checkpoint={wav2vec2}: its weights are of another model: it lacks 46 of 46, such as encoder.layer_norm.bias"
-    )
-    assert problem.write_instead == "encoder.checkpoint=FOLDER whose config.json and weights belong together"
+    lack = "it lacks 46 of 46, such as encoder.layer_norm.bias"
+    assert problem.wrong == f"its weights are of another model: {lack}"
+    assert problem.write == "write encoder.checkpoint=FOLDER whose config.json and weights belong together"
 
 
 def test_weights_of_other_sizes_are_refused(wav2vec2):
     problem = encoder_problem(wav2vec2, hidden_size=32)
-    assert problem.what_is_wrong == (
-        f"encoder.checkpoint={wav2vec2}: encoder.layer_norm.bias has the shape (24,) in the file and (32,) in the model"
-    )
-    assert problem.write_instead.endswith("belong together, without options that change sizes")
+    assert problem.wrong == "encoder.layer_norm.bias has the shape (24,) in the file and (32,) in the model"
+    assert problem.write.endswith("belong together, without options that change sizes")
 
 
 def test_weights_that_are_missing_are_told(wav2vec2, caplog):
@@ -118,7 +117,7 @@ def test_a_whole_checkpoint_without_its_encoder_is_refused(tmp_path):
     whole = WhisperModel(WHISPER)
     weights = {name: weight for name, weight in whole.state_dict().items() if not name.startswith("encoder.")}
     whole.save_pretrained(tmp_path, state_dict=weights)
-    assert "its weights are of another model: it lacks 37 of 37" in encoder_problem(tmp_path, "whisper").what_is_wrong
+    assert "its weights are of another model: it lacks 37 of 37" in encoder_problem(tmp_path, "whisper").wrong
 
 
 def test_a_decoder_gets_its_new_cross_attention_without_a_word(tmp_path, caplog):
@@ -139,8 +138,7 @@ def test_a_decoder_without_an_output_layer_is_told_of(tmp_path, caplog):
 def test_a_truncated_file_is_refused(wav2vec2, num_bytes):
     weights = wav2vec2 / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:num_bytes])
-    told = encoder_problem(wav2vec2).what_is_wrong
-    assert told.startswith(f"encoder.checkpoint={wav2vec2}: the folder gave: Error while deserializing header: ")
+    assert encoder_problem(wav2vec2).wrong.startswith("the folder gave: Error while deserializing header: ")
 
 
 def test_a_truncated_pickle_is_refused(wav2vec2):
@@ -149,18 +147,16 @@ def test_a_truncated_pickle_is_refused(wav2vec2):
     weights = wav2vec2 / "pytorch_model.bin"
     for num_bytes in (3000, 0):
         weights.write_bytes(weights.read_bytes()[:num_bytes])
-        assert f"encoder.checkpoint={wav2vec2}: the folder gave: " in encoder_problem(wav2vec2).what_is_wrong
+        assert encoder_problem(wav2vec2).wrong.startswith("the folder gave: ")
 
 
 def test_a_checkpoint_of_another_family_is_refused_and_its_option_named(tmp_path):
     WhisperModel(WHISPER).save_pretrained(tmp_path)
     problem = encoder_problem(tmp_path, "hubert")
-    assert problem.what_is_wrong == (
-        f"encoder.checkpoint={tmp_path}: this is a whisper model, and encoder.model_type is hubert"
-    )
-    assert problem.write_instead == "encoder=whisper, or where no option has that name encoder.model_type=whisper"
+    assert problem.wrong == "this is a whisper model, and encoder.model_type is hubert"
+    assert problem.write == "write encoder=whisper, or if no option has that name encoder.model_type=whisper"
     BertForMaskedLM(BERT).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="decoder=bert, or where no option"):
+    with pytest.raises(UserError, match="write decoder=bert, or if no option"):
         load_decoder(None, "gpt2", {}, checkpoint=str(tmp_path))
 
 
@@ -171,9 +167,9 @@ def test_a_joined_model_is_no_part(wav2vec2, tmp_path, inside):
     joined.save_pretrained(tmp_path / "run/model")
     folder = tmp_path / "run" / inside
     problem = encoder_problem(folder)
-    assert problem.what_is_wrong == f"encoder.checkpoint={folder}: this is a joined model of encoder and decoder"
-    assert problem.write_instead == (
-        f"task=evaluate checkpoint={folder} to score it, or encoder.checkpoint=FOLDER of a part alone, "
+    assert problem.wrong == "this is a joined model of encoder and decoder"
+    assert problem.write == (
+        f"write task=evaluate checkpoint={folder} to score it, or encoder.checkpoint=FOLDER of a part alone, "
         "as model.encoder.save_pretrained(FOLDER) writes it"
     )
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from sedtrain.models.encoder import UPSTREAM, encoder_from_config, frame_mask
+from sedtrain.models.encoder import encoder_from_config, frame_mask
+from sedtrain.models.encoder_families import UPSTREAM
 from sedtrain.models.masking import MaskedConv1d, MaskedGroupNorm, length_mask, output_lengths
 
 AUDIO = {

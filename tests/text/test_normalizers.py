@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from sedtrain.errors import UserError
-from sedtrain.text.normalizers import NORMALISERS, normalizer
+from sedtrain.text.normalizers import NORMALIZERS, normalizer
 
 TEXTS = [
     "Mr. Smith's colour TV cost $20.50, didn't it?",
@@ -59,7 +59,7 @@ def test_whisper_basic_drops_the_vowel_signs_of_devanagari():
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", NORMALISERS)
+@pytest.mark.parametrize("name", NORMALIZERS)
 def test_a_worker_gets_the_same_normalizer(name, text):
     sent = pickle.loads(pickle.dumps(normalizer(name)))
     assert sent.label() == normalizer(name).label()
@@ -70,7 +70,7 @@ def test_whisper_english_writes_digits_and_american_spelling():
     assert normalizer("whisper_english")("three one four colours") == "314 colors"
 
 
-@pytest.mark.parametrize("name", NORMALISERS)
+@pytest.mark.parametrize("name", NORMALIZERS)
 def test_every_normalizer_says_its_name_and_version(name):
     label = normalizer(name).label()
     assert label["name"] == name and label["version"]
@@ -84,7 +84,15 @@ def test_the_version_of_the_whisper_normalizers_is_that_of_their_package():
 def test_an_unknown_normalizer_is_named_with_the_closest_one(wrong, close):
     with pytest.raises(UserError, match=f"no normalizer called '{wrong}': did you mean '{close}'") as error:
         normalizer(wrong)
-    assert error.value.write_instead == "one of none, lowercase, whisper_english, whisper_basic"
+    assert error.value.write == "write one of none, lowercase, whisper_english, whisper_basic"
+
+
+def test_the_option_that_names_a_normalizer_is_named():
+    with pytest.raises(UserError) as error:
+        normalizer("lower", "training_normalizer")
+    assert str(error.value).startswith(
+        "1 problem:\n\n  training_normalizer = 'lower'\n    there is no normalizer called "
+    )
 
 
 def test_a_name_like_no_other_gets_no_guess():

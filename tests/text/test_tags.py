@@ -11,9 +11,9 @@ import soundfile
 import torch
 import transformers
 import yaml
+from corpora import STREAMED, mix_module, refused
 from hydra import compose, initialize_config_dir
 from test_collate import EXTRACTORS, utterances
-from test_mix import STREAMED, datasets_of, module, refused  # noqa: F401 - a fixture
 
 from sedtrain import build
 from sedtrain.batch import IGNORE_INDEX
@@ -30,7 +30,7 @@ TEXTS = ["one two three", "nine", "four four", "<|de|>"]
 PAIRS = {("en", "transcribe"), ("fr", "transcribe"), ("de", "translate")}
 SMALL = ["encoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=8"]
 KNOWN = "the model writes <|en|><|transcribe|> and <|de|><|translate|>, and is asked to "
-INSTEAD = "\n  write instead: target=transcription data.language=en, or target=translation data.language=de"
+INSTEAD = "\n    write target=transcription data.language=en, or target=translation data.language=de"
 
 
 def tagged(kind="char"):
@@ -82,9 +82,7 @@ def test_what_was_never_learnt_is_refused_with_what_was(language, task, asked):
     message = refused(tags.of, language, task)
     assert sorted(re.findall(r"(?:<\|\w+\|>)+", message)) == ["<|de|><|translate|>", "<|en|><|transcribe|>"]
     assert f"and is asked to {asked}\n" in message
-    assert message.endswith(
-        "write instead: target=transcription data.language=en, or target=translation data.language=de"
-    )
+    assert message.endswith("    write target=transcription data.language=en, or target=translation data.language=de")
 
 
 def test_a_language_of_several_has_to_be_named():
@@ -132,26 +130,26 @@ OF_TRAINING = {
 
 
 @pytest.mark.parametrize("options", [{}, STREAMED], ids=["whole", "streamed"])
-def test_languages_and_tasks_come_from_columns_and_datasets(datasets_of, tmp_path, options):  # noqa: F811
-    corpus = module(tmp_path, datasets_of, **options).corpus
+def test_languages_and_tasks_come_from_columns_and_datasets(datasets_of, tmp_path, options):
+    corpus = mix_module(tmp_path, datasets_of, **options).corpus
     assert learnt_pairs(corpus) == OF_TRAINING
     assert pairs_of(corpus, "validation") == OF_TRAINING - {("it", "transcribe")}
 
 
-def test_a_text_of_no_language_is_refused_before_training(datasets_of, tmp_path):  # noqa: F811
+def test_a_text_of_no_language_is_refused_before_training(datasets_of, tmp_path):
     datasets_of["hub"] |= {"language": None}
-    assert refused(learnt_pairs, module(tmp_path, datasets_of).corpus) == (
-        "data.tags=true: nothing says in which language there are texts to transcribe\n  write instead: "
+    assert refused(learnt_pairs, mix_module(tmp_path, datasets_of).corpus) == (
+        "1 problem:\n\n  data.tags = true\n    nothing says in which language there are texts to transcribe\n    write "
         "data.language=LANGUAGE, data.mix.NAME.language=LANGUAGE or data.columns.language=COLUMN"
     )
 
 
-def test_a_split_in_a_language_that_was_never_learnt_is_refused(datasets_of, tmp_path):  # noqa: F811
+def test_a_split_in_a_language_that_was_never_learnt_is_refused(datasets_of, tmp_path):
     ids = {
         task: {each: [1, 2] for each, of in OF_TRAINING - {("fr", "transcribe")} if of == task}
         for _, task in OF_TRAINING
     }
-    corpus = module(tmp_path, datasets_of).corpus
+    corpus = mix_module(tmp_path, datasets_of).corpus
     assert "is asked to transcribe in 'fr'" in refused(refuse_unlearnt, corpus, ["validation"], Tags(ids))
 
 
@@ -243,7 +241,7 @@ def test_a_decoder_with_weights_grows_by_the_tags_and_keeps_its_rows(built, tmp_
     batch = next(run.data.batches("validation"))
     run.module.losses(batch).cross_entropy.backward()
     transcribe_batch(run.saved.model, run.saved.tokenizer, batch, run.module.decoding)
-    run.saved.save(tmp_path / "saved", run.module.decoding)
+    run.saved.save(tmp_path / "saved", run.module.decoding.generation_kwargs())
     assert type(run.saved).load(str(tmp_path / "saved")).tags == run.saved.tags
 
 

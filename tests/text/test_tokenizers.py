@@ -171,11 +171,6 @@ def test_no_more_texts_are_read_than_are_asked_for(kind):
     assert tokenizer.get_vocab() == train_tokenizer(DIGITS[:2], kind, 100).get_vocab()
 
 
-def test_no_texts_at_all_are_refused_as_a_number():
-    with pytest.raises(UserError, match=r"tokenizer\.max_texts=0: this has to be a number above 0, or null"):
-        train_tokenizer(DIGITS, "bpe", 100, max_texts=0)
-
-
 @pytest.mark.parametrize("texts", [[], ["", " \n"]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_on_nothing_is_refused(texts, kind):
@@ -185,9 +180,12 @@ def test_training_on_nothing_is_refused(texts, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vocabulary_smaller_than_the_characters_is_refused_with_both_numbers(kind):
-    with pytest.raises(UserError, match="vocab_size is 20, but the characters of the texts alone need 31") as error:
+    with pytest.raises(UserError) as error:
         train_tokenizer(["abcdefghijklmnopqrstuvwxyz"], kind, 20)
-    assert error.value.write_instead == "vocab_size of 31 or more"
+    assert str(error.value) == (
+        "1 problem:\n\n  tokenizer.vocab_size = 20\n    the characters of the texts alone need 31 tokens\n"
+        "    write tokenizer.vocab_size=31 or more"
+    )
 
 
 def word_tokenizer(words, template=None, **special_tokens):
@@ -255,4 +253,4 @@ def test_an_id_of_zero_is_an_id():
 def test_a_tokenizer_without_end_token_is_refused():
     with pytest.raises(UserError, match="has no end token") as error:
         start_end_pad(word_tokenizer(["a"], bos_token="<s>", unk_token="<unk>"))
-    assert "eos_token" in error.value.write_instead
+    assert error.value.option == "decoder.checkpoint" and "eos_token" in error.value.write

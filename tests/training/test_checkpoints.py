@@ -8,13 +8,12 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from corpora import OVERLAPPING, STREAMED, data_module
 from kill_and_resume import equal
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from test_datamodule import data_module, good  # noqa: F401 - a fixture
-from test_training_data import OVERLAPPING, shards  # noqa: F401 - a fixture
 
-from sedtrain.errors import UserError
-from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery, is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
+from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.loggers import MetricsFile, Tracker
 from sedtrain.training.signals import StopOnInterrupt
 
@@ -81,7 +80,7 @@ def fit(data, run, *, start=None, callbacks=(), kind=Checkpoints, every=None, mo
     trainer = lightning.Trainer(
         accelerator="cpu", use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, callbacks=[*callbacks, checkpoints],
-        logger=Tracker("csv", lambda: MetricsFile(run, name="", version="")),
+        logger=Tracker("csv", lambda: MetricsFile(run)),
         **(defaults | options),
     )  # fmt: skip
     try:
@@ -120,7 +119,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_goes_on_from_every_step_as_if_it_had_never_stopped(good, tmp_path, case):  # noqa: F811
+def test_training_goes_on_from_every_step_as_if_it_had_never_stopped(good, tmp_path, case):
     never = tmp_path / "never"
     fit(good, never, kind=Keeping, **CASES[case])
     kept = sorted(never.glob("*.kept"), key=lambda path: int(path.stem))
@@ -133,7 +132,7 @@ def test_training_goes_on_from_every_step_as_if_it_had_never_stopped(good, tmp_p
         assert (run / "metrics.csv").read_text() == (never / "metrics.csv").read_text()
 
 
-def test_a_training_that_goes_on_sets_a_damaged_last_checkpoint_aside(good, tmp_path):  # noqa: F811
+def test_a_training_that_goes_on_sets_a_damaged_last_checkpoint_aside(good, tmp_path):
     fit(good, tmp_path, kind=Keeping)
     shutil.copy(tmp_path / "3.kept", tmp_path / "checkpoints/previous.ckpt")
     damaged = tmp_path / "checkpoints/last.ckpt"
@@ -144,10 +143,8 @@ def test_a_training_that_goes_on_sets_a_damaged_last_checkpoint_aside(good, tmp_
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_epochs": None, "max_steps": 11}], ids=["epochs", "steps"])
-@pytest.mark.parametrize(
-    "reading", [{"streaming": True, "block_utterances": 5}, OVERLAPPING], ids=["streamed", "mixed"]
-)
-def test_training_on_a_corpus_without_length_goes_on_from_every_step(shards, tmp_path, reading, limit):  # noqa: F811
+@pytest.mark.parametrize("reading", [STREAMED, OVERLAPPING], ids=["streamed", "mixed"])
+def test_training_on_a_corpus_without_length_goes_on_from_every_step(shards, tmp_path, reading, limit):
     never = tmp_path / "never"
     fit(shards, never, kind=Keeping, reading=reading, **limit)
     kept = sorted(never.glob("*.kept"), key=lambda path: int(path.stem))
@@ -158,7 +155,7 @@ def test_training_on_a_corpus_without_length_goes_on_from_every_step(shards, tmp
         assert equal(last(run), last(never)), path
 
 
-def test_a_training_that_ended_trains_no_more_but_another_goes_on_from_it(good, tmp_path):  # noqa: F811
+def test_a_training_that_ended_trains_no_more_but_another_goes_on_from_it(good, tmp_path):
     one, longer, whole = tmp_path / "one", tmp_path / "longer", tmp_path / "whole"
     steps = {"max_epochs": None, "val_check_interval": 3}
     for number in (5, 9, 18):  # in the middle and at the end of an epoch
@@ -194,7 +191,7 @@ def steps_of(run):
     ],
 )
 def test_checkpoints_are_written_by_steps_minutes_epochs_validations_and_at_the_end(
-    good,  # noqa: F811
+    good,
     tmp_path,
     every,
     options,
@@ -202,12 +199,6 @@ def test_checkpoints_are_written_by_steps_minutes_epochs_validations_and_at_the_
 ):
     fit(good, tmp_path, kind=Keeping, every=every, **options)
     assert steps_of(tmp_path) == expected
-
-
-@pytest.mark.parametrize("option", ["every_steps", "every_minutes", "every_epochs"])
-def test_an_interval_of_nothing_is_refused(tmp_path, option):
-    with pytest.raises(UserError, match=f"callbacks.checkpoints.{option}=0: this has to be"):
-        Checkpoints(str(tmp_path), "val/score", "min", **{option: 0})
 
 
 # --- state of other callbacks
@@ -218,7 +209,7 @@ def best(trainer):
     return callback.best_model_path, callback.best_model_score
 
 
-def test_the_best_score_goes_on_in_a_moved_folder_and_starts_anew_in_another_run(good, tmp_path):  # noqa: F811
+def test_the_best_score_goes_on_in_a_moved_folder_and_starts_anew_in_another_run(good, tmp_path):
     never, moved, other = tmp_path / "never", tmp_path / "moved", tmp_path / "other"
     path, score = best(fit(good, never, kind=Keeping, mode="max")[1])
     assert read_checkpoint(Path(path))["global_step"] == 2  # the first validation's
@@ -230,7 +221,7 @@ def test_the_best_score_goes_on_in_a_moved_folder_and_starts_anew_in_another_run
     assert other_score < score
 
 
-def test_early_stopping_goes_on_counting(good, tmp_path):  # noqa: F811
+def test_early_stopping_goes_on_counting(good, tmp_path):
     def stopping():
         return {"callbacks": [EarlyStopping("val/score", patience=3, min_delta=math.inf)], "max_epochs": 30}
 
@@ -242,7 +233,7 @@ def test_early_stopping_goes_on_counting(good, tmp_path):  # noqa: F811
     assert equal(last(run), last(never))
 
 
-def test_the_time_limit_counts_over_restarts(good, tmp_path):  # noqa: F811
+def test_the_time_limit_counts_over_restarts(good, tmp_path):
     never = tmp_path / "never"
     fit(good, never, kind=Keeping, callbacks=[Timer("00:01:00:00")])
     run = moved_to(tmp_path / "run", never / "5.kept")
@@ -271,7 +262,7 @@ def as_found():
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("batch", [0, 3, 8, 9])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_and_nothing_is_lost(good, tmp_path, as_found, batch, number, accumulate):  # noqa: F811
+def test_a_signal_stops_after_the_step_and_nothing_is_lost(good, tmp_path, as_found, batch, number, accumulate):
     options = {"accumulate_grad_batches": accumulate, "val_check_interval": 4}
     fit(good, tmp_path / "never", every={}, **options)
     stop = StopOnInterrupt()
@@ -295,7 +286,7 @@ class SendAtEnd(lightning.Callback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_the_last_checkpoint_is_not_lost(good, tmp_path, as_found, number):  # noqa: F811
+def test_a_signal_before_the_last_checkpoint_is_not_lost(good, tmp_path, as_found, number):
     stop = StopOnInterrupt()
     fit(good, tmp_path, kind=Keeping, every={}, callbacks=[stop, SendAtEnd(number)], limit_val_batches=0)
     assert stop.stopped_by == number
@@ -303,7 +294,7 @@ def test_a_signal_before_the_last_checkpoint_is_not_lost(good, tmp_path, as_foun
     assert handlers() == as_found
 
 
-def test_sigusr1_has_a_checkpoint_written_and_training_goes_on(good, tmp_path, as_found):  # noqa: F811
+def test_sigusr1_has_a_checkpoint_written_and_training_goes_on(good, tmp_path, as_found):
     callbacks = [StopOnInterrupt(), SendAt(signal.SIGUSR1, 3)]
     fit(good, tmp_path, kind=Keeping, every={}, callbacks=callbacks, limit_val_batches=0)
     assert steps_of(tmp_path) == [4, 27]

@@ -1,4 +1,4 @@
-"""One update however it is cut into micro-batches and ranks; steps that are not made."""
+"""The same update over any micro-batches and ranks; steps that are skipped."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """The folder in which `exactness.py` has left what two processes measured."""
+    """The folder with the results of `exactness.py` in two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [
         "torch.distributed.run",
@@ -41,21 +41,21 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(two_ranks):
-    """What `exactness.over_two_ranks` measured."""
+def two_rank_updates(two_ranks):
+    """(cut, precision, padded) -> the update, the micro-batches that synchronised, and `Update`, over two ranks."""
     return torch.load(two_ranks / "out.0", weights_only=False)[0]
 
 
 @pytest.fixture(scope="module")
-def updates(of_two_ranks):
-    """(cut, precision, padded) -> by how much the weights moved."""
+def updates(two_rank_updates):
+    """(cut, precision, padded) -> the update of the weights."""
     alone = {
         (name, precision, is_padded): trained(CUTS[name], precision, is_padded)[1]
         for name, is_padded in ROWS
         for precision in PRECISIONS
         if len(CUTS[name]) == 1
     }
-    return alone | {key: moved for key, (moved, *_) in of_two_ranks.items()}
+    return alone | {key: moved for key, (moved, *_) in two_rank_updates.items()}
 
 
 def difference(update, expected):
@@ -63,11 +63,11 @@ def difference(update, expected):
 
 
 def by_hand(cut, precision, is_padded):
-    """The step down the gradients of the micro-batches, added and divided in float64."""
+    """The update by the gradients of the micro-batches, added and divided in float64."""
     module, total, num_tokens = new_module(), 0.0, 0
     scale = 64.0 if precision == "16-mixed" else 1.0
     types = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    for utterances in [each for rank in cut for each in rank if each]:
+    for utterances in [micro_batch for rank in cut for micro_batch in rank if micro_batch]:
         context = torch.autocast("cpu", types[precision], cache_enabled=False) if precision in types else nullcontext()
         with context:
             cross_entropy, count, ctc, _ = module.losses(batch(utterances, is_padded))
@@ -109,8 +109,8 @@ def test_the_table_says_what_was_measured(updates):
         assert all(float(number) < BOUND[precision] for number, precision in zip(numbers, PRECISIONS, strict=True))
 
 
-def test_gradients_are_reduced_over_the_ranks_once_a_step(of_two_ranks):
-    for (name, *_), (_, synchronised, update) in of_two_ranks.items():
+def test_gradients_are_reduced_over_the_ranks_once_a_step(two_rank_updates):
+    for (name, *_), (_, synchronised, update) in two_rank_updates.items():
         num_micro_batches = len(CUTS[name][0])
         assert synchronised == [False] * (num_micro_batches - 1) + [True]
         assert update.num_tokens == 44
@@ -161,10 +161,10 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches():
     assert difference(moved, expected - start) < 1e-5
 
 
-# --- steps that are not made
+# --- skipped steps
 
 
-def test_a_step_is_left_out_on_every_rank_where_one_has_a_bad_batch(two_ranks):
+def test_a_step_is_skipped_on_every_rank_where_one_has_a_bad_batch(two_ranks):
     weights = [torch.load(two_ranks / f"out.{rank}", weights_only=False)[1] for rank in (0, 1)]
     assert torch.equal(*weights)
     [line] = map(json.loads, (two_ranks / "bad_steps.jsonl").read_text().splitlines())
@@ -183,7 +183,7 @@ def nan_batch(utterances):
 
 
 @pytest.mark.parametrize("empty", [nan_batch([1]), batch([])], ids=["not finite", "without utterances"])
-def test_a_step_that_is_left_out_moves_neither_weights_nor_the_state_of_the_optimizer(empty):
+def test_a_skipped_step_moves_neither_weights_nor_the_state_of_the_optimizer(empty):
     """AdamW moves weights by its momentum, and by decay, where the gradient is zero."""
     states = []
     for batches in ([batch([0]), empty], [batch([0])]):
@@ -206,7 +206,7 @@ class OverFrames(torch.nn.BatchNorm1d):
         return super().forward(frames.transpose(1, 2)).transpose(1, 2)
 
 
-def test_a_step_that_is_left_out_leaves_no_trace_in_batch_norms():
+def test_a_skipped_step_leaves_no_trace_in_batch_norms():
     """A NaN in a running mean would be in every validation after it."""
     statistics = []
     for batches in ([batch([0]), nan_batch([1]), batch([2])], [batch([0]), batch([2])]):

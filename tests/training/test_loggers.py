@@ -266,7 +266,7 @@ def test_what_a_logger_does_with_what_it_is_given_does_not_reach_the_others():
 
 
 def test_a_disk_that_is_full_takes_the_metrics_away_and_not_the_run(tmp_path, caplog, monkeypatch):
-    tracker = Tracker("csv", lambda: MetricsFile(tmp_path, name="", version=""))
+    tracker = Tracker("csv", lambda: MetricsFile(tmp_path))
     tracker.log_metrics({"loss": 1.0}, 0)
     monkeypatch.setattr(Path, "open", full)
     tracker.log_samples([Hypothesis("a", "b", "c")], 0)
@@ -315,8 +315,9 @@ def test_a_missing_package_is_told_with_the_extra(made, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError) as error:
         made(f"logger={name}")
-    assert error.value.what_is_wrong.startswith(f"logger={name} needs {name}: ")
-    assert error.value.write_instead == f"pip install 'sedtrain[{name}]', or logger=csv"
+    assert (error.value.option, error.value.value) == ("logger", name)
+    assert error.value.wrong.startswith(f"this logger needs {name}: ")
+    assert error.value.write == f"pip install 'sedtrain[{name}]', or write logger=csv"
 
 
 def test_a_package_that_a_user_s_own_logger_lacks_is_told(made, tmp_path, monkeypatch):

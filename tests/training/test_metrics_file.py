@@ -6,7 +6,7 @@ from sedtrain.training.loggers import MetricsFile
 
 
 def metrics_file(folder):
-    return MetricsFile(folder, name="", version="")
+    return MetricsFile(folder)
 
 
 def rows(folder):

@@ -112,7 +112,7 @@ def test_a_batch_with_nothing_readable_adds_nothing(run):
     loss = module.training_step(run.data.collator([]), 0)
     loss.backward()
     assert loss == 0
-    assert module.micro_batches.sums[-1].tolist() == [0, 0, 0, 0]
+    assert module.micro_batches[-1].tolist() == [0, 0, 0, 0]
     assert all(not weight.grad.any() for weight in module.parameters())
 
 
@@ -125,9 +125,10 @@ def test_a_validation_in_which_nothing_is_readable_is_an_error(run):
     with pytest.raises(UserError) as raised:
         run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     assert str(raised.value) == (
-        "none of the validation utterances could be decoded: there is nothing to choose the best weights by\n"
-        "  write instead: data.validation_split and data.columns of audio that can be read; "
-        "skipped.jsonl says what is wrong with this"
+        "1 problem:\n\n  data.validation_split = 'validation'\n"
+        "    none of its utterances could be decoded: the best weights cannot be chosen\n"
+        "    skipped.jsonl names the fault of each\n"
+        "    write data.validation_split and data.columns of audio that can be decoded"
     )
 
 
@@ -136,8 +137,8 @@ def test_an_evaluation_in_which_nothing_is_readable_is_an_error(run):
     with pytest.raises(UserError) as raised:
         evaluate(run.saved.model, run.saved.tokenizer, [empty], MetricSet(["wer"]), DecodingOptions())
     assert str(raised.value) == (
-        "none of the utterances could be decoded: there is nothing to score\n"
-        "  write instead: data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
+        "1 problem:\n\n  data = '0 utterances'\n    none of the utterances could be decoded: there is nothing to score\n"
+        "    write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
     )
 
 
@@ -176,7 +177,9 @@ def test_frozen_parts_stay_in_evaluation_mode_without_gradient_and_do_not_move(b
 
 
 def test_a_part_that_is_not_there_is_refused(built):
-    with pytest.raises(UserError, match=r"finetune\.frozen: the model has no part 'ears', it has encoder, adapter"):
+    with pytest.raises(
+        UserError, match=r"finetune.frozen = 'ears'\n    the model has no part 'ears', it has encoder, adapter"
+    ):
         built("finetune.frozen=[ears]")
 
 
@@ -214,9 +217,9 @@ def test_training_and_generation_start_end_and_pad_with_the_tokens_of_the_tokeni
 
 
 def test_unequal_widths_without_an_adapter_are_refused(built):
-    with pytest.raises(UserError, match="adapter=none: the encoder is 96 wide and the decoder 144") as caught:
+    with pytest.raises(UserError, match="adapter = 'none'\n    the encoder is 96 wide and the decoder 144") as caught:
         built("adapter=none", "encoder.tiny.hidden_size=96")
-    assert caught.value.write_instead == "adapter=linear, which projects one to the other"
+    assert caught.value.write == "write adapter=linear, which projects one to the other"
 
 
 def test_data_and_module_are_what_lightning_takes(run):

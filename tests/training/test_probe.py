@@ -1,4 +1,4 @@
-"""What its own audio is worth to the decoder, against audio exchanged by hand."""
+"""How much the right audio lowers the decoder's loss, against audio exchanged by hand."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def sums_of(module, *batches):
     with torch.no_grad():
         for each in batches:
             encoded = module.model.encode(each.inputs, each.attention_mask)
-            total += module.with_other_audio(encoded, each.labels)
+            total += module.probe(encoded, each.labels)
     return total.tolist()
 
 
@@ -33,7 +33,7 @@ def loss_of(module, text, audio):
         return module.cross_entropy(encoded, batch([text]).labels).item()
 
 
-def test_every_utterance_hears_the_one_before_it(module):
+def test_every_utterance_gets_the_audio_of_the_one_before_it(module):
     own, num_tokens, gain, num_compared = sums_of(module, batch([0, 3, 1]))
     expected = loss_of(module, 0, audio=1) + loss_of(module, 3, audio=0) + loss_of(module, 1, audio=3)
     assert own == pytest.approx(sum(loss_of(module, each, audio=each) for each in (0, 3, 1)), rel=1e-5)
@@ -41,15 +41,15 @@ def test_every_utterance_hears_the_one_before_it(module):
     assert num_tokens == num_compared == 3 + 10 + 8
 
 
-def test_an_utterance_alone_in_its_batch_hears_the_batch_before(module):
+def test_an_utterance_alone_in_its_batch_gets_the_audio_of_the_previous_batch(module):
     _, num_tokens, gain, num_compared = sums_of(module, batch([5]), batch([3]), batch([1, 2]), batch([0]))
     pairs = [(3, 5), (1, 2), (2, 1), (0, 1)]
     expected = sum(loss_of(module, text, audio) - loss_of(module, text, text) for text, audio in pairs)
     assert gain == pytest.approx(expected, rel=1e-3)
-    assert num_tokens - num_compared == 5  # the first had no other to hear
+    assert num_tokens - num_compared == 5  # nothing came before the first
 
 
-def test_a_decoder_that_does_not_hear_gains_nothing(module):
+def test_a_decoder_that_does_not_listen_gains_nothing(module):
     for name, weight in module.model.named_parameters():
         if "crossattention.output.dense" in name:
             weight.data.zero_()

@@ -5,13 +5,8 @@ import random
 import numpy as np
 import torch
 
-from sedtrain.training.checkpoints import (
-    of_all_ranks,
-    random_state,
-    read_checkpoint,
-    set_random_state,
-    write_checkpoint,
-)
+from sedtrain.training.checkpoint_files import read_checkpoint, write_checkpoint
+from sedtrain.training.checkpoints import gather_states, random_state, set_random_state
 
 
 def draw():
@@ -21,7 +16,7 @@ def draw():
 def test_a_state_out_of_a_file_repeats_what_was_drawn_after_it(tmp_path):
     draw()
     np.random.standard_normal()  # leaves a second normal number in reserve
-    write_checkpoint({"states": of_all_ranks(random_state())}, tmp_path / "last.ckpt")
+    write_checkpoint({"states": gather_states(random_state())}, tmp_path / "last.ckpt")
     drawn = draw()
     assert draw() != drawn
     [state] = read_checkpoint(tmp_path / "last.ckpt")["states"]

@@ -12,9 +12,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
-from sedtrain.training.checkpoints import read_checkpoint, write_checkpoint
-from sedtrain.training.resume import keep_until, plain, settings
+from sedtrain.run_dir import keep_until
+from sedtrain.training.checkpoint_files import read_checkpoint, write_checkpoint
+from sedtrain.training.resume import decisive
 
 AVERAGED = "callbacks=[default,ema]"
 SHORT = ["trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]
@@ -94,12 +96,13 @@ def test_other_settings_that_decide_the_weights_are_refused_by_name_and_others_a
     assert ended.status == 2
     lr = OmegaConf.load(stopped / "config.yaml").optimizer.lr
     listed = (
-        f"run_dir={stopped} holds a training with other settings:\n"
-        "    data.batch_seconds: 24 then, 12 now\n"
-        f"    optimizer.lr: {lr} then, 0.1 now\n"
-        "    trainer.max_steps: 3 then, 5 now\n"
-        "  write instead: the settings of that training, or "
-        f"resume={stopped}/checkpoints/last.ckpt run_dir=ANOTHER_FOLDER to start another one from where it stands\n"
+        f"  run_dir = '{stopped}'\n"
+        "    this folder holds a run with other settings:\n"
+        "      data.batch_seconds: 24 then, 12 now\n"
+        f"      optimizer.lr: {lr} then, 0.1 now\n"
+        "      trainer.max_steps: 3 then, 5 now\n"
+        "    write the settings of that run, or "
+        f"resume={stopped}/checkpoints/last.ckpt run_dir=ANOTHER_FOLDER to start another run from it\n"
     )
     assert listed in ended.err
 
@@ -120,7 +123,7 @@ def test_where_all_checkpoints_are_damaged_it_says_so(command, stopped):
         path.write_bytes(path.read_bytes()[:1000])
     ended = command(stopped, *decoding())
     assert ended.status == 2
-    assert f"{stopped}/checkpoints: every checkpoint is damaged: best.ckpt, last.ckpt" in ended.err
+    assert f"run_dir = '{stopped}'\n    every checkpoint of this run is damaged: best.ckpt, last.ckpt" in ended.err
     assert "run_dir=ANOTHER_FOLDER, to train anew" in ended.err
 
 
@@ -142,7 +145,8 @@ def test_skipped_utterances_are_listed_once_over_restarts(command, stopped, tmp_
         (folder / "skipped.jsonl").read_text(),
         json.loads((folder / "results.json").read_text())["skipped"],
     )
-    assert len(listed.splitlines()) == sum(counted.values()) > 0
+    assert {json.loads(line)["reason"] for line in listed.splitlines()} == {"too long"}
+    assert counted == {"too long": len(listed.splitlines())}
     shutil.rmtree(folder / "model")
     assert command(folder, *given, steps=1).status == 0
     assert (folder / "skipped.jsonl").read_text() == listed
@@ -168,14 +172,19 @@ def test_an_evaluation_never_writes_into_a_run(sedtrain, trained):
 # --- a path
 
 
-@pytest.mark.parametrize("of", ["", "checkpoints/last.ckpt"])
-def test_another_run_starts_from_a_checkpoint_or_a_run(command, trained, tmp_path, of):
-    ended = command(tmp_path / "run", f"resume={trained / of}", "optimizer.lr=1e-5", steps=4)
+def check_starts_from_another_run(command, trained, folder, start, *overrides):
+    ended = command(folder, f"resume={start}", *overrides, steps=5)
     assert ended.status == 0, ended.err
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["train"]["steps"] == step_of(tmp_path / "run") == 4
-    assert [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()][1:]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["train"]["steps"] == step_of(folder) == 5
+    assert (folder / "metrics.csv").read_text().splitlines()[1:]
     assert step_of(trained) == 3
+
+
+def test_another_run_starts_from_a_checkpoint(command, trained, tmp_path):
+    check_starts_from_another_run(
+        command, trained, tmp_path / "run", trained / "checkpoints/last.ckpt", "optimizer.lr=1e-5"
+    )
 
 
 def column(folder, name):
@@ -183,10 +192,9 @@ def column(folder, name):
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_another_run_has_its_own_learning_rates_and_weight_decay(command, trained, tmp_path):
+def test_another_run_starts_from_a_run_with_its_own_learning_rates_and_weight_decay(command, trained, tmp_path):
     theirs = ["optimizer.lr=1e-5", "optimizer.weight_decay=0.5", "scheduler=constant"]
-    ended = command(tmp_path / "run", f"resume={trained}", *theirs, steps=5)
-    assert ended.status == 0, ended.err
+    check_starts_from_another_run(command, trained, tmp_path / "run", trained, *theirs)
     assert column(tmp_path / "run", "learning_rate/encoder") == pytest.approx([1e-5, 1e-5])
     groups = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0, 0.5}
@@ -224,15 +232,15 @@ def test_weights_alone_are_no_checkpoint_to_start_from(command, trained, tmp_pat
     write_checkpoint({"state_dict": read_checkpoint(trained / "checkpoints/last.ckpt")["state_dict"]}, weights)
     ended = command(tmp_path / "run", f"resume={weights}")
     assert ended.status == 2
-    assert f"{weights}: this checkpoint holds weights alone\n  write instead: resume=RUN" in ended.err
+    assert f"resume = '{weights}'\n    this checkpoint holds weights alone\n    write resume=RUN" in ended.err
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(command, tmp_path):
     for name in ("atuo", str(tmp_path)):
         ended = command(tmp_path / f"run{len(name)}", f"resume={name}")
         assert ended.status == 2
-        assert f"resume={name}: there is no such checkpoint" in ended.err
-        assert "write instead: resume=auto, resume=none or resume=RUN/checkpoints/last.ckpt" in ended.err
+        assert f"resume = '{name}'\n    there is no such checkpoint" in ended.err
+        assert "write resume=auto, resume=none or resume=RUN/checkpoints/last.ckpt" in ended.err
 
 
 def test_a_damaged_checkpoint_is_refused(command, stopped, tmp_path):
@@ -240,18 +248,20 @@ def test_a_damaged_checkpoint_is_refused(command, stopped, tmp_path):
     last.write_bytes(last.read_bytes()[:-5])
     ended = command(tmp_path / "run", f"resume={last}")
     assert ended.status == 2
-    assert f"{last}: this checkpoint is damaged: its digest is not that of its content" in ended.err
+    assert (
+        f"resume = '{last}'\n    this checkpoint is damaged: last.ckpt has another digest than its content" in ended.err
+    )
 
 
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused(command, trained, tmp_path):
     last = trained / "checkpoints/last.ckpt"
     ended = command(tmp_path / "wider", f"resume={last}", "encoder.tiny.intermediate_size=96")
     assert ended.status == 2
-    assert f"{last}: this checkpoint is of another model: " in ended.err
+    assert f"resume = '{last}'\n    this checkpoint is of another model: " in ended.err
     assert "weights differ in name or shape (model." in ended.err
     ended = command(tmp_path / "frozen", f"resume={last}", "optimizer=adafactor")
     assert ended.status == 2
-    assert f"{last}: this checkpoint trains other weights, or with another optimizer" in ended.err
+    assert "this checkpoint trains other weights, or with another optimizer" in ended.err
 
 
 def test_a_checkpoint_that_could_run_code_is_refused(command, tmp_path):
@@ -277,7 +287,7 @@ def test_the_strategy_decides_nothing_and_may_change():
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         of = [
-            dict(settings(plain(compose("train", [f"strategy={name}", "run_dir=run"]))))
+            dict(decisive(settings_of(compose("train", [f"strategy={name}", "run_dir=run"]))))
             for name in ("auto", "ddp", "fsdp")
         ]
     assert of[0] == of[1] == of[2]
@@ -328,8 +338,9 @@ def test_a_training_without_a_step_says_so(command, trained, tmp_path, start):
     ended = command(tmp_path / "run", *(each.format(trained=trained) for each in start), steps=steps)
     assert ended.status == 2
     assert ended.err.endswith(
-        "no step was made: the training starts where it is to end\n"
-        "  write instead: trainer.max_steps=MORE, or trainer.max_epochs=MORE\n"
+        f"  trainer.max_steps = {steps}\n"
+        "    no step was made: training starts where it is to end\n"
+        "    write trainer.max_steps=MORE, or trainer.max_epochs=MORE\n"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sedtrain.training.checkpoints import read_checkpoint
+from sedtrain.training.checkpoint_files import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

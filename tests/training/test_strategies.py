@@ -1,4 +1,4 @@
-"""Trainings over two ranks, their weights whole or in pieces, against the same in one process."""
+"""Runs over two ranks, their weights copied or sharded, against the same in one process."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ from conftest import EMBEDDED, cut_corpus
 from safetensors.torch import load_file
 from sharded import BF16, STARTS_LATE, arguments
 
-from sedtrain.training.checkpoints import is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
 
 LOGGED = ["train/loss", "train/ctc_loss", "val/loss", "val/wer", "val/cer", "val/audio_gain"]
 FIRST, THEN = range(3), range(3, 6)
@@ -21,7 +21,7 @@ FIRST, THEN = range(3), range(3, 6)
 
 @pytest.fixture(scope="module")
 def runs(sedtrain, tmp_path_factory):
-    """Trainings over two ranks, and beside them in one process with as many utterances a step."""
+    """Runs over two ranks, and in one process with as many utterances a step."""
     folder = tmp_path_factory.mktemp("runs")
     corpus = cut_corpus(EMBEDDED, folder / "corpus", train=21, validation=5, test=5)
 
@@ -76,14 +76,14 @@ def test_two_ranks_log_what_one_process_logs(runs, name, reference, steps, colum
 
 @pytest.mark.parametrize("column", ["train/loss", "train/ctc_loss", "val/loss"])
 def test_two_ranks_in_bf16_log_what_one_process_logs_within_its_rounding(runs, column):
-    """Which has 8 bits: 0.4 % of a value."""
+    """bf16 has 8 bits: it rounds to 0.4 % of a value."""
     expected = logged(runs / "single_bf16", column, FIRST)
     assert logged(runs / "fsdp_bf16", column, FIRST) == pytest.approx(expected, rel=1e-3)
     assert expected != logged(runs / "single", column, FIRST)
 
 
 def test_a_rank_has_no_utterances_in_the_last_step_of_the_epoch(runs):
-    """Else nothing here would show that it keeps up with the other."""
+    """Otherwise no test here would show that such a rank keeps up with the other."""
     assert "10 s of audio, 7 in an epoch" in (runs / "fsdp_on" / "sedtrain.log").read_text()
 
 
@@ -126,8 +126,11 @@ def test_a_checkpoint_of_two_ranks_is_one_whole_file_of_the_same_layout(runs):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimizer=adafactor"], "optimizer=Adafactor: its state cannot be cut along with the weights"),
-        (["encoder.tiny.layerdrop=0.1"], "encoder=hubert: layerdrop is 0.1, and a layer that one device leaves out"),
+        (["optimizer=adafactor"], "optimizer = 'Adafactor'\n    its state cannot be sharded like the weights"),
+        (
+            ["encoder.tiny.layerdrop=0.1"],
+            "encoder.options.layerdrop = 0.1\n    one rank could skip a layer",
+        ),
         (["trainer.precision=16-mixed"], "does not support"),
     ],
 )

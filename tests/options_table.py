@@ -1,9 +1,9 @@
-"""The README's table of groups, from the first lines of the option files: `python tests/readme_table.py` rewrites it."""
+"""The table of docs/options.md, from the first lines of the option files: `python tests/options_table.py` rewrites it."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- groups: made by tests/readme_table.py -->\n", "<!-- end of groups -->"
+START, END = "<!-- groups: made by tests/options_table.py -->\n", "<!-- end of groups -->"
 
 
 def describe(option: Path) -> str:
@@ -25,11 +25,11 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def with_table(readme: str) -> str:
-    before, rest = readme.split(START)
+def with_table(page: str) -> str:
+    before, rest = page.split(START)
     return before + START + table() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
+    path = ROOT / "docs/options.md"
     path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")

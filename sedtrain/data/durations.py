@@ -1,0 +1,108 @@
+"""Finds how long each utterance is, by columns or headers; lengths read from headers are kept in the cache of `datasets`."""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress
+
+from sedtrain.data.utterances import UtteranceRows
+from sedtrain.run_dir import write_whole
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # to be counted up where other lengths are read from the same headers
+SHOWN_AFTER_SECONDS = 1.0  # a bar, or a line in the log
+FILES_AT_ONCE = 1000  # files that one thread looks up at a time
+
+FileFacts = tuple[str, int, int]
+"""The path of a file, its size in bytes (-1 where there is none), and the time of its last change."""
+
+
+def durations(rows: UtteranceRows) -> list[float | None]:
+    """The seconds of each utterance; None where no column and no header gives them, which is tried again the next time."""
+    declared = rows.declared()
+    if None not in declared:
+        return declared
+    file = cache_file(rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):  # one rank of a machine reads, the others wait for it
+        kept = np.load(file) if file.is_file() else np.full(len(rows), np.nan)
+        known = [length if given is None else given for given, length in zip(declared, kept.tolist(), strict=True)]
+        missing = [index for index, length in enumerate(known) if np.isnan(length)]
+        lengths = dict(zip(missing, with_progress(rows.by_header(missing), len(missing), rows.split), strict=True))
+        if any(length is not None for length in lengths.values()):
+            complete = np.array([lengths.get(index, length) for index, length in enumerate(known)], dtype=np.float64)
+            write_whole(file, lambda content: np.save(content, complete))
+    return [lengths.get(index, length) for index, length in enumerate(known)]
+
+
+def cache_file(rows: UtteranceRows) -> Path:
+    """The file that keeps the lengths of these rows; its name changes when a row or a file of audio does."""
+    facts = (VERSION, rows.rows._fingerprint, str(rows.folder.absolute()), facts_of(rows))
+    key = hashlib.sha256(repr(facts).encode("utf-8", "replace")).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "durations" / f"{key}.npy"
+
+
+def facts_of(rows: UtteranceRows) -> list[FileFacts]:
+    """Facts of every file that the audio column names; bytes in it change the fingerprint of the rows."""
+    names = [str(name) for name in names_in(rows.rows.data.column(rows.columns.audio)) if name]
+    paths = [str(rows.folder / name) for name in names if "\0" not in name]
+    chunks = [paths[first : first + FILES_AT_ONCE] for first in range(0, len(paths), FILES_AT_ONCE)]
+    with ThreadPoolExecutor() as pool:
+        return [facts for several in pool.map(facts_of_files, chunks) for facts in several]
+
+
+def names_in(column: pa.ChunkedArray) -> list[Any]:
+    """The distinct paths in an audio column, in the order of the rows."""
+    if pa.types.is_struct(column.type):
+        fields = [column.type.field(number).name for number in range(column.type.num_fields)]
+        if "path" not in fields or ("bytes" in fields and not pc.struct_field(column, "bytes").null_count):
+            return []
+        column = pc.struct_field(column, "path")
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return []
+    names: list[Any] = pc.unique(column).to_pylist()
+    return names
+
+
+def facts_of_files(paths: Sequence[str]) -> list[FileFacts]:
+    facts = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+            facts.append((path, found.st_size, found.st_mtime_ns))
+        except OSError:
+            facts.append((path, -1, 0))
+    return facts
+
+
+def with_progress(lengths: Iterable[float | None], number: int, split: str) -> Iterator[float | None]:
+    """The same lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
+    started, bar = time.perf_counter(), None
+    text = f"{split}: reading how long each of {number:,} utterances is"
+    try:
+        for count, length in enumerate(lengths):
+            if bar is None and time.perf_counter() - started > SHOWN_AFTER_SECONDS:
+                console = Console(stderr=True)
+                bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+                task = bar.add_task(text, total=number)
+                bar.start()
+                logger.log(logging.DEBUG if console.is_terminal else logging.INFO, "%s, from the headers", text)
+            if bar is not None:
+                bar.update(task, completed=count + 1)
+            yield length
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -1,0 +1,122 @@
+"""The files that a path, a pattern or a folder stands for."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import soundfile
+
+from sedtrain.data.audio import UNREADABLE, is_audio_file
+from sedtrain.data.readers import READERS, one_line
+from sedtrain.errors import UserError
+
+EMBEDDED = Path(__file__).parent / "spoken_digits"
+BRACES = re.compile(r"\{(\w+)(\.\.|(?:,\w+)+)(\w*)\}")
+
+
+def local_path(path: str) -> Path:
+    return EMBEDDED if path == "spoken_digits" else Path(path).expanduser()
+
+
+def is_here(path: str) -> bool:
+    """True for a file, a folder, and a pattern, whose files are looked for when they are read."""
+    return local_path(path).exists() or is_pattern(path)
+
+
+def is_pattern(path: str) -> bool:
+    """True for a path that stands for files by globs, ranges `{000..127}`, lists `{a,b}` or `{split}`."""
+    return any(character in path for character in "*?[{") and not local_path(path).exists()
+
+
+def absolute_path(path: str) -> str:
+    """`path` as it is found from any folder; a Hub id or a URL stays as it is."""
+    where = local_path(path)
+    is_found_anywhere = where == EMBEDDED or "://" in path or not is_here(path)
+    return path if is_found_anywhere else os.path.abspath(where)
+
+
+def public_name(path: str) -> str:
+    """`path` for readers elsewhere: the name alone of a file or folder."""
+    return local_path(path).name if is_here(path) and "://" not in path else path
+
+
+def files_of(path: str, split: str) -> list[Path]:
+    """The files that a split is stored in: the file or the pattern itself, or those of the folder that are named after it.
+
+    Raises UserError for a pattern that matches nothing.
+    """
+    where = local_path(path)
+    if is_pattern(path):
+        if files := sorted(pattern_files(path, split)):
+            return files
+        write = "write 'data.path=\"SHARDS-{000..127}.tar\"', or a glob, of files that are there"
+        raise UserError("data.path", path, "there is no such file", write)
+    return [where] if where.is_file() else split_files(where, split)
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The file of a folder that is named after the split, else its tars, else its numbered files."""
+    patterns = [f"{split}{suffix}" for suffix in READERS]
+    patterns += [f"{split}*.tar", f"{split}/*.tar", *(f"{split}-*{suffix}" for suffix in READERS)]
+    return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+
+
+def pattern_files(pattern: str, split: str) -> Iterator[Path]:
+    for name in expanded(str(Path(pattern.replace("{split}", split)).expanduser())):
+        found = glob.glob(name, recursive=True) or [name]
+        yield from (Path(file) for file in found if os.path.isfile(file))
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    """The names that a pattern with `{000..127}` and `{a,b}` stands for, in order."""
+    braces = BRACES.search(pattern)
+    if not braces:
+        yield pattern
+        return
+    first, between, last = braces.groups()
+    if between == ".." and first.isdigit() and last.isdigit():
+        values = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        values = braces[0][1:-1].split(",")
+    for value in values:
+        yield from expanded(pattern[: braces.start()] + value + pattern[braces.end() :])
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Every file in a folder and in those below it. Follows links, but none to a folder around itself."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        outside = Path(root).parent.resolve()
+        if root != str(folder) and outside.is_relative_to(Path(root).resolve()):
+            folders.clear()
+        else:
+            yield from (os.path.join(root, name) for name in names)
+
+
+def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
+    """The files that `audio` names: files, globs and folders (searched through).
+
+    Raises UserError for a name that stands for no file, and for a single file that is no audio.
+    """
+    if not audio:
+        write = "write audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
+        raise UserError("audio", audio, "task=transcribe needs audio", write)
+    found: list[str] = []
+    for name in [audio] if isinstance(audio, str) else audio:
+        where = Path(name).expanduser()
+        if where.is_dir():
+            matches = sorted(filter(is_audio_file, files_in(where)))
+        else:
+            matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
+        if not matches:
+            write = "write audio=FILE, a glob that matches or a folder"
+            raise UserError("audio", name, "there is no such audio file", write)
+        found += matches
+    if len(found) == 1:
+        try:
+            soundfile.info(found[0])
+        except UNREADABLE as error:
+            wrong = f"this is no audio ({one_line(error)})"
+            raise UserError("audio", found[0], wrong, "write audio=FILE that libsndfile can read") from error
+    return found

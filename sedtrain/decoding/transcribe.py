@@ -1,0 +1,139 @@
+"""Text from audio files and arrays by a saved model.
+
+S samples.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import soxr
+import torch
+from numpy.typing import NDArray
+
+from sedtrain.batch import Utterance
+from sedtrain.data.audio import RATES, UNREADABLE, one_channel, read_audio
+from sedtrain.data.collate import Collator
+from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
+from sedtrain.errors import UserError
+from sedtrain.models.saved import SavedModel, load
+from sedtrain.ranges import Range
+from sedtrain.text.tags import TASK_OF
+
+Audio = str | Path | NDArray[Any]
+
+
+def transcribe(
+    model: SavedModel | str | Path,
+    audio: Audio | Sequence[Audio],
+    *,
+    sampling_rate: int | None = None,
+    language: str | None = None,
+    target: str = "transcription",
+    **decoding: Any,
+) -> str | list[str]:
+    """The text of an audio file or array; of a list of them, a list of texts in the same order.
+
+    model: what `sedtrain.load` returned, on the device where it is to compute, or what `load` takes
+    audio: the path of a file that libsndfile reads, or (S,) floats from -1 to 1; a file of several channels is mixed to one
+    sampling_rate: of arrays, in hertz; files have their own. The model's own rate is resampled to.
+    language: of the text, where the model learnt to write several
+    target: `transcription`, or `translation` where the model learnt both
+    decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
+
+    Raises UserError for audio that cannot be read, a language that was not learnt, and options that cannot be.
+    """
+    saved = model if isinstance(model, SavedModel) else load(model)
+    transcriber = Transcriber(saved, decoding_options(decoding), language, target)
+    if isinstance(audio, str | Path | np.ndarray):
+        return transcriber.text_of(audio, sampling_rate)
+    return [transcriber.text_of(each, sampling_rate) for each in audio]
+
+
+@dataclass(frozen=True)
+class Transcriber:
+    """A saved model with all that a text depends on besides the audio.
+
+    Raises UserError where the model never learnt to write what `target` and `language` ask for.
+    """
+
+    saved: SavedModel
+    options: DecodingOptions
+    language: str | None = None
+    target: str = "transcription"
+
+    def __post_init__(self) -> None:
+        if self.target not in TASK_OF:
+            write = f"write one of {', '.join(TASK_OF)}"
+            raise UserError("target", self.target, f"target has no option {self.target!r}", write)
+        if self.saved.tags is not None:
+            self.saved.tags.of(self.language, TASK_OF[self.target])
+        elif self.language:
+            wrong = "this model was trained without data.tags, so that it cannot be asked for a language"
+            write = "write no data.language, or a checkpoint that was trained with data.tags=true"
+            raise UserError("data.language", self.language, wrong, write)
+
+    @cached_property
+    def collator(self) -> Collator:
+        start = self.saved.model.config.decoder_start_token_id
+        return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
+
+    def text_of(self, audio: Audio, sampling_rate: int | None = None) -> str:
+        """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read."""
+        rate = self.collator.sampling_rate
+        if isinstance(audio, np.ndarray):
+            name, samples = "array", resampled(audio, sampling_rate, rate)
+        else:
+            name, samples = str(audio), samples_of(audio, rate)
+        seconds, task = len(samples) / rate, TASK_OF[self.target]
+        utterance = Utterance(name, samples, rate, "", self.language, None, seconds, task)
+        batch = self.collator([utterance]).to(self.saved.model.device)
+        [text] = transcribe_batch(self.saved.model, self.saved.tokenizer, batch, self.options)
+        return text
+
+
+def samples_of(path: str | Path, sampling_rate: int) -> torch.Tensor:
+    """(S,) float32 of a file. Raises UserError where it cannot be read to its end."""
+    try:
+        return read_audio(str(path), sampling_rate)
+    except UNREADABLE as error:
+        raise UserError("audio", str(path), str(error), "write audio=FILE that can be read to its end") from error
+
+
+def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> torch.Tensor:
+    """(S,) float32 at `to_rate` hertz of (S,) floats at `from_rate`. Raises UserError for another array, or no rate."""
+    if from_rate not in RATES:
+        write = f"write sampling_rate=HERTZ of the array; the model's own is {to_rate}"
+        raise UserError("sampling_rate", from_rate, "an array does not say its sampling rate", write)
+    shape = f"an array of {audio.dtype}, shape {audio.shape}"
+    if audio.ndim != 1 or audio.dtype.kind != "f":
+        write = "write one channel as floats from -1 to 1, such as audio.mean(axis=1) / 32768 of 16-bit stereo"
+        raise UserError("audio", shape, "this has to be one channel of floating-point samples", write)
+    try:
+        samples = one_channel(audio.astype(np.float32)[:, None])
+    except UNREADABLE as error:
+        raise UserError("audio", shape, str(error), "write finite samples from -1 to 1, at least one") from error
+    return torch.from_numpy(samples if from_rate == to_rate else soxr.resample(samples, from_rate, to_rate))
+
+
+def decoding_options(options: Mapping[str, Any]) -> DecodingOptions:
+    """Raises UserError for each option that is unknown, or a number out of its range."""
+    hints = get_type_hints(DecodingOptions, include_extras=True)
+    known = [field.name for field in fields(DecodingOptions)]
+    errors = [error for name, value in options.items() for error in misfits(name, value, hints.get(name), known)]
+    if errors:
+        raise UserError.all_of(errors)
+    return DecodingOptions(**options)
+
+
+def misfits(name: str, value: Any, hint: Any, known: Sequence[str]) -> Iterator[UserError]:
+    if name not in known:
+        yield UserError(name, value, f"decoding has no option {name!r}", f"write one of {', '.join(known)}")
+    for each in getattr(hint, "__metadata__", ()):
+        kind = get_args(hint)[0]
+        fits = isinstance(value, int | kind) and not isinstance(value, bool)
+        if isinstance(each, Range) and not (fits and value in each):
+            yield UserError(name, value, f"this has to be {each.words}", f"write {name}=NUMBER")

@@ -1,0 +1,124 @@
+"""Checkpoint files: written whole, verified by a digest, read without running code."""
+
+import hashlib
+import logging
+import pickle
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from sedtrain.errors import UserError
+from sedtrain.run_dir import BEST, LAST, PREVIOUS, write_whole
+
+logger = logging.getLogger(__name__)
+
+MARK = b"\nsha256:"
+TRAILER_BYTES = len(MARK) + 64  # behind the zip archive, where readers of zip files ignore it
+CHUNK_BYTES = 1 << 22
+
+
+class Hashed:
+    """A file for writing that computes the SHA-256 of what is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint with its digest; the `last.ckpt` that is replaced stays as `previous.ckpt`.
+
+    Whenever the process is killed, a whole checkpoint lies under one of these names. Raises OSError where it cannot be
+    written, such as on a full disk, and leaves everything as it was.
+    """
+
+    def write(file: BinaryIO) -> None:
+        hashed = Hashed(file)
+        torch.save(content, cast(IO[bytes], hashed))
+        file.write(MARK + hashed.sha256.hexdigest().encode())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(path, write, keep=path.with_name(PREVIOUS) if path.name == LAST else None)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch raises an error of its own over it
+            raise error.__context__ from None
+        raise
+
+
+def set_aside_damaged(folder: Path) -> None:
+    """Renames a damaged `last.ckpt`; the next write would put it in the place of the whole `previous.ckpt`."""
+    last = folder / LAST
+    if last.is_file() and not is_whole(last):
+        last.replace(last.with_name(f"{LAST}.damaged"))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file ends with the digest of what stands before it."""
+    size = path.stat().st_size - TRAILER_BYTES
+    if size <= 0:
+        return False
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(min(CHUNK_BYTES, size - file.tell())):
+            sha256.update(chunk)
+        return file.read() == MARK + sha256.hexdigest().encode()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a whole checkpoint, on the CPU; raises UserError for any other file."""
+    if not path.is_file():
+        instead = "write resume=auto, or resume=FILE of a run's checkpoints"
+        raise UserError("resume", str(path), "there is no such checkpoint", instead)
+    if not is_whole(path):
+        wrong = f"this checkpoint is damaged: {path.name} has another digest than its content"
+        instead = f"write resume={path.with_name(PREVIOUS)} or {BEST}; resume=auto takes the newest that is whole"
+        raise UserError("resume", str(path), wrong, instead)
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wrong = f"this checkpoint holds more than numbers and plain values, and could run code: {error}"
+        raise UserError("resume", str(path), wrong, "write resume=FILE that sedtrain has written") from error
+    return content
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder that is not damaged, None where there is none; raises UserError where all are."""
+    last = folder / LAST
+    if last.is_file() and is_whole(last):
+        return last
+    found = [path for path in (folder / BEST, last, folder / PREVIOUS) if path.is_file()]
+    if not found:
+        return None
+    steps = {path: read_checkpoint(path)["global_step"] for path in found if is_whole(path)}
+    if not steps:
+        names = ", ".join(path.name for path in found)
+        wrong = f"every checkpoint of this run is damaged: {names}"
+        raise UserError("run_dir", str(folder.parent), wrong, "write run_dir=ANOTHER_FOLDER, to train anew")
+    newest = max(steps, key=lambda path: steps[path])
+    logger.warning("%s is missing or damaged; continuing from %s", last, newest.name)
+    return newest
+
+
+class CheckpointFiles(CheckpointIO):
+    """Has Lightning write and read checkpoints in this way."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Onto the CPU and without running code, whatever `map_location` and `weights_only` say."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""Text from audio by a saved model, in Python: `sedtrain.load` and `sedtrain.transcribe`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+import sedtrain as package
+from sedtrain.decoding.transcribe import Transcriber, decoding_options
+from sedtrain.errors import UserError
+from sedtrain.models import SpeechEncoderDecoder
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return package.load(trained)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """Half a second of noise and its file, at 16 kHz in 16 bits."""
+    file = tmp_path_factory.mktemp("speech") / "a.wav"
+    soundfile.write(file, 0.1 * np.random.default_rng(0).standard_normal(8_000), 16_000)
+    return file, soundfile.read(file, dtype="float32")[0]
+
+
+def refusal(function, *arguments, **options):
+    with pytest.raises(UserError) as raised:
+        function(*arguments, **options)
+    [error] = raised.value.errors
+    return error.option, error.wrong, error.write
+
+
+def test_the_package_offers_the_model_and_its_use():
+    assert package.SpeechEncoderDecoder is SpeechEncoderDecoder
+    assert {"load", "transcribe", "SpeechEncoderDecoder", "__version__"} <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = package.lod
+
+
+@pytest.mark.parametrize("folder", ["", "model"])
+def test_files_and_arrays_give_the_text_that_the_command_prints(sedtrain, trained, model, speech, folder):
+    file, samples = speech
+    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={file}", "decoding.max_new_tokens=6")
+    text = ended.out.removeprefix(f"{file}\t").removesuffix("\n")
+    assert package.transcribe(trained / folder, str(file), **SHORT) == text
+    assert package.transcribe(model, [file, samples], sampling_rate=16_000, **SHORT) == [text, text]
+
+
+def test_an_array_is_brought_to_the_rate_of_the_model(model, speech):
+    collator = Transcriber(model, decoding_options({})).collator
+    assert collator.sampling_rate == 16_000
+    high = soxr.resample(speech[1], 16_000, 48_000)
+    text = package.transcribe(model, soxr.resample(high, 48_000, 16_000), sampling_rate=16_000, **SHORT)
+    assert package.transcribe(model, high.astype("float64"), sampling_rate=48_000, **SHORT) == text
+
+
+def test_no_audio_is_no_text(model):
+    assert package.transcribe(model, []) == []
+
+
+@pytest.mark.parametrize(
+    ("array", "rate", "option", "wrong"),
+    [
+        (np.zeros(100), None, "sampling_rate", "an array does not say its sampling rate"),
+        (np.zeros(100), 0, "sampling_rate", "an array does not say its sampling rate"),
+        (np.zeros(100, "int16"), 16_000, "audio", "this has to be one channel of floating-point samples"),
+        (np.zeros((100, 2)), 16_000, "audio", "this has to be one channel of floating-point samples"),
+        (np.zeros(0), 16_000, "audio", "the audio has no samples"),
+        (np.full(100, np.nan), 16_000, "audio", "100 of 100"),
+    ],
+)
+def test_an_array_that_is_no_audio_is_refused(model, array, rate, option, wrong):
+    assert refusal(package.transcribe, model, array, sampling_rate=rate)[:2] == (option, wrong)
+
+
+def test_a_file_that_cannot_be_read_is_refused(model, tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"this is no audio")
+    option, _, write = refusal(package.transcribe, model, [tmp_path / "a.wav"])
+    assert (option, write) == ("audio", "write audio=FILE that can be read to its end")
+
+
+def test_options_that_cannot_be_are_refused(model, speech):
+    option, wrong, write = refusal(package.transcribe, model, speech[0], num_beam=5)
+    assert (option, wrong) == ("num_beam", "decoding has no option 'num_beam'")
+    assert "num_beams" in write
+    assert refusal(package.transcribe, model, speech[0], target="translate")[0] == "target"
+    option, wrong, _ = refusal(package.transcribe, model, speech[0], language="de")
+    assert option == "data.language"
+    assert "trained without data.tags" in wrong
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("num_beams", 0, "a whole number of 1 or more"),
+        ("num_beams", 1.5, "a whole number of 1 or more"),
+        ("max_new_tokens", None, "a whole number of 1 or more"),
+        ("top_k", -1, "a whole number of 0 or more"),
+        ("no_repeat_ngram_size", -1, "a whole number of 0 or more"),
+        ("temperature", 0, "a number above 0"),
+        ("temperature", float("nan"), "a number above 0"),
+        ("top_p", 1.5, "a fraction above 0, at most 1"),
+        ("top_p", 0, "a fraction above 0, at most 1"),
+    ],
+)
+def test_decoding_options_out_of_range_are_refused_without_a_configuration_too(option, value, wanted):
+    wrong, write = f"this has to be {wanted}", f"write {option}=NUMBER"
+    assert refusal(decoding_options, {option: value}) == (option, wrong, write)
+
+
+def test_decoding_options_that_cannot_be_are_refused_together_and_the_ends_of_ranges_are_in_them():
+    with pytest.raises(UserError, match=r"2 problems:\n\n  top_p = 2\n"):
+        decoding_options({"top_p": 2, "num_beams": 0})
+    ends = {"num_beams": 1, "max_new_tokens": 1, "top_k": 0, "top_p": 1, "no_repeat_ngram_size": 0, "temperature": 1e-3}
+    assert decoding_options(ends).top_p == 1
+
+
+INFERENCE = """
+import json, sys, time
+start = time.perf_counter()
+import sedtrain
+seconds, before = time.perf_counter() - start, "torch" in sys.modules
+text = sedtrain.transcribe(sedtrain.load(sys.argv[1]), sys.argv[2], max_new_tokens=6)
+print(json.dumps([seconds, before, text, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def test_inference_imports_nothing_that_only_training_needs(trained, model, speech):
+    command = [sys.executable, "-c", INFERENCE, str(trained), str(speech[0])]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    seconds, had_torch, text, imported = json.loads(ended.stdout)
+    assert (seconds < 0.1, had_torch, text) == (True, False, package.transcribe(model, speech[0], **SHORT))
+    assert "torch" in imported
+    training = {"lightning", "hydra", "omegaconf", "datasets", "pandas", "pyarrow", "jiwer", "sacrebleu"}
+    assert training & set(imported) == set()

@@ -1,0 +1,58 @@
+"""What README and docs say is so: commands compose, links lead somewhere, the table of options is complete."""
+
+import re
+import shlex
+
+import pytest
+from options_table import ROOT, with_table
+
+from sedtrain.config.overrides import check_command_line
+from sedtrain.errors import UserError
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks/README.md",
+]
+COMMANDS = [
+    (page.name, command)
+    for page in PAGES
+    for command in re.findall(
+        r"^(?:\$ )?python -m sedtrain (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    if "--config-dir" not in command
+]
+
+
+def test_the_table_of_options_is_what_conf_holds():
+    page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    assert with_table(page) == page
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 9_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_file(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_file_that_the_architecture_names_exists():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)?\w+\.py)`", page)
+    assert len(named) > 12
+    assert [name for name in named if not any((place / name).is_file() for place in (ROOT, ROOT / "sedtrain"))] == []
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_command_composes(page, command):
+    arguments = shlex.split(command.split(" #")[0])
+    if "encodr=hubert" in arguments:
+        with pytest.raises(UserError) as raised:
+            check_command_line(arguments)
+        assert str(raised.value) in (ROOT / "README.md").read_text(encoding="utf-8")
+    else:
+        assert check_command_line(arguments)
