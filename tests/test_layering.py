@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "decoding": "batch data errors models ranges text",
     "models": "batch errors hub ranges run_dir text",
     "data": "batch errors hub launch ranges run_dir text",
-    "text": "errors",
+    "text": "errors ranges",
     "config": "errors ranges run_dir",
     "launch": "run_dir",
     "run_dir": "",

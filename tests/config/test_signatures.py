@@ -98,9 +98,9 @@ def test_heavy_targets_and_all_of_conf_are_read_without_importing_them():
 def test_reading_a_heavy_target_takes_milliseconds(target):
     def seconds():
         definition.parsed_file.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         read_signature(target)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds() for _ in range(5)) < 0.02
 
