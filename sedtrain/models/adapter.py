@@ -45,10 +45,8 @@ def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[
     """A new adapter of the class with this kind. Raises UserError if no imported class has it."""
     if kind not in ADAPTERS:
         wrong = f"the model was saved with an adapter of this kind; known are {', '.join(ADAPTERS)}"
-        write = (
-            f'write adapter=OPTION whose _target_ is the class with kind="{kind}", or import its module before loading'
-        )
-        raise UserError("adapter", kind, wrong, write)
+        write = f'write adapter=OPTION whose _target_ is the class with kind="{kind}"'
+        raise UserError("adapter", kind, wrong, f"{write}, or import its module before loading")
     return ADAPTERS[kind](input_dim, output_dim, **settings)
 
 
@@ -89,12 +87,8 @@ class StackMLPAdapter(Adapter, kind="stack_mlp"):
     def __init__(self, input_dim: int, output_dim: int, stride: Count = 2) -> None:
         super().__init__(input_dim, output_dim, stride=stride)
         self.stride = stride
-        self.mlp = nn.Sequential(
-            nn.Linear(stride * input_dim, 4 * output_dim),
-            nn.GELU(),
-            nn.Linear(4 * output_dim, output_dim),
-            nn.LayerNorm(output_dim),
-        )
+        wide, narrow = nn.Linear(stride * input_dim, 4 * output_dim), nn.Linear(4 * output_dim, output_dim)
+        self.mlp = nn.Sequential(wide, nn.GELU(), narrow, nn.LayerNorm(output_dim))
 
     def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.mlp(windows(without_padding(frames, mask), self.stride).flatten(2)), strided(mask, self.stride)
@@ -104,12 +98,7 @@ class TransformerAdapter(Adapter, kind="transformer"):
     """A projection to the decoder's width and pre-norm Transformer layers over the whole utterance."""
 
     def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        num_layers: Count = 2,
-        num_heads: Count = 4,
-        dropout: Fraction = 0.1,
+        self, input_dim: int, output_dim: int, num_layers: Count = 2, num_heads: Count = 4, dropout: Fraction = 0.1
     ) -> None:
         super().__init__(input_dim, output_dim, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
         self.projection = nn.Linear(input_dim, output_dim)
@@ -191,12 +180,5 @@ def layer_options(width: int, num_heads: int, dropout: float) -> dict[str, Any]:
     if width % num_heads:
         write = f"write adapter.num_heads={max(heads for heads in range(1, num_heads) if width % heads == 0)}"
         raise UserError("adapter.num_heads", num_heads, f"it does not divide the decoder's width, {width}", write)
-    return {
-        "d_model": width,
-        "nhead": num_heads,
-        "dim_feedforward": 4 * width,
-        "dropout": dropout,
-        "activation": "gelu",
-        "batch_first": True,
-        "norm_first": True,
-    }
+    sizes = {"d_model": width, "nhead": num_heads, "dim_feedforward": 4 * width, "dropout": dropout}
+    return {**sizes, "activation": "gelu", "batch_first": True, "norm_first": True}

@@ -13,20 +13,15 @@ B batch, S inputs (samples or feature frames), T frames.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
-    ParakeetFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
-    SeamlessM4TFeatureExtractor,
     SequenceFeatureExtractor,
-    Speech2TextFeatureExtractor,
-    SpeechT5FeatureExtractor,
-    Wav2Vec2FeatureExtractor,
-    WhisperFeatureExtractor,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -35,7 +30,6 @@ from sedtrain.errors import UserError
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, UPSTREAM, encoder_config
 from sedtrain.models.loading import (
     attention_of,
-    attention_wanted,
     configured,
     load_config,
     load_weights,
@@ -81,12 +75,9 @@ def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, 
     """
     config = AutoConfig.for_model(model_type)
     if model_type == "whisper" or not hasattr(config, "mask_time_prob"):
-        raise UserError(
-            "augment",
-            "spec_augment",
-            f"{model_type} has no SpecAugment in its encoder",
-            "write augment=[speed,gain,noise,time_mask], or an encoder such as wav2vec2, hubert, wavlm or w2v_bert",
-        )
+        wrong = f"{model_type} has no SpecAugment in its encoder"
+        write = "write augment=[speed,gain,noise,time_mask], or an encoder such as wav2vec2, hubert, wavlm or w2v_bert"
+        raise UserError("augment", "spec_augment", wrong, write)
     switch = {"apply_spec_augment": True} if hasattr(config, "apply_spec_augment") else {}
     return {**switch, **options}
 
@@ -105,7 +96,7 @@ def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
     if (config := options.pop("config", None)) is None:
         config, options = configured(name, options)
     factory, config = loader_of(config)
-    with attention_wanted("encoder", config, options):
+    with attention_of("encoder", config, options.get("attn_implementation")):
         return standalone(factory.from_pretrained(name, config=config, **options))
 
 
@@ -157,13 +148,12 @@ def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor
 def refuse_without_frame_mask(encoder: PreTrainedModel) -> None:
     """Raises UserError for an encoder that does not say which of its frames are padding."""
     if not hasattr(encoder, "_get_feature_vector_attention_mask"):
-        raise UserError(
-            "encoder",
-            type(encoder).__name__,
-            "it does not say which of its frames are real in a padded batch",
+        wrong = "it does not say which of its frames are real in a padded batch"
+        write = (
             "write a method _get_feature_vector_attention_mask(self, num_frames, attention_mask) in it that returns"
-            " the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs",
+            " the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs"
         )
+        raise UserError("encoder", type(encoder).__name__, wrong, write)
 
 
 def freeze_front_end(encoder: PreTrainedModel) -> None:
@@ -180,29 +170,20 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
     if name:
         with loading("encoder.checkpoint", name):
             return AutoFeatureExtractor.from_pretrained(name)
-    return FEATURE_EXTRACTORS.get(encoder.config.model_type, normalized_audio)(encoder.config)
+    return FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
 
 
-def normalized_audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    return Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-
-
-def audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    return Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+def audio(config: PreTrainedConfig, do_normalize: bool = True) -> SequenceFeatureExtractor:
+    return transformers.Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True)
 
 
 def pairs_of_mels(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    return SeamlessM4TFeatureExtractor(feature_size=config.feature_projection_input_dim // 2)
-
-
-def speech_to_text(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    mels = config.input_feat_per_channel
-    return Speech2TextFeatureExtractor(feature_size=mels, num_mel_bins=mels)
+    return transformers.SeamlessM4TFeatureExtractor(feature_size=config.feature_projection_input_dim // 2)
 
 
 def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
     try:
-        return ParakeetFeatureExtractor(feature_size=config.num_mel_bins)
+        return transformers.ParakeetFeatureExtractor(feature_size=config.num_mel_bins)
     except ImportError as error:
         wrong = f"its features need a package that is missing: {error}"
         raise UserError("encoder", "parakeet", wrong, "pip install librosa") from error
@@ -210,12 +191,14 @@ def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
 
 # by the encoder's model type; any other takes normalized audio
 FEATURE_EXTRACTORS: dict[str, Callable[[PreTrainedConfig], SequenceFeatureExtractor]] = {
-    "moonshine-encoder": audio,
-    "speecht5-encoder": lambda config: SpeechT5FeatureExtractor(do_normalize=False),
-    "whisper-encoder": lambda config: WhisperFeatureExtractor(feature_size=config.num_mel_bins),
+    "moonshine-encoder": lambda config: audio(config, do_normalize=False),
+    "speecht5-encoder": lambda config: transformers.SpeechT5FeatureExtractor(do_normalize=False),
+    "whisper-encoder": lambda config: transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins),
     "wav2vec2-bert": pairs_of_mels,
     "seamless_m4t-encoder": pairs_of_mels,
     "seamless_m4t_v2-encoder": pairs_of_mels,
-    "speech_to_text-encoder": speech_to_text,
+    "speech_to_text-encoder": lambda config: transformers.Speech2TextFeatureExtractor(
+        feature_size=config.input_feat_per_channel, num_mel_bins=config.input_feat_per_channel
+    ),
     "parakeet_encoder": parakeet,
 }
