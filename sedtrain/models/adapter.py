@@ -7,11 +7,12 @@ B batch, T frames, E encoder width, D decoder width, W windows, Q queries.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import SpeechEncoderDecoderConfig
 
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Fraction
@@ -39,6 +40,36 @@ class Adapter(nn.Module):
     def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, T, E) frames and their (B, T) mask -> (B, T', D) frames and their (B, T') mask."""
         raise NotImplementedError
+
+
+class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
+    """The configuration of a joined model with an adapter that `transformers` does not have.
+
+    adapter: its `kind` and its `settings`
+
+    The base class would load such a folder without its adapter, and only warn of an unknown model type. Therefore the saved
+    model type of the encoder is one that the base class cannot resolve: it then refuses.
+    """
+
+    model_type = "adapted-speech-encoder-decoder"
+    adapter: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        if isinstance(self.adapter, dict) and "encoder" in values:
+            values["encoder"]["model_type"] += needs_sedtrain(self.adapter)
+        return values
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        encoder = dict(config_dict["encoder"])
+        encoder["model_type"] = encoder["model_type"].removesuffix(needs_sedtrain(config_dict["adapter"]))
+        config: Self = super().from_dict({**config_dict, "encoder": encoder}, **kwargs)
+        return config
+
+
+def needs_sedtrain(adapter: dict[str, Any]) -> str:
+    return f" with the {adapter['kind']} adapter of sedtrain"
 
 
 def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[str, Any]) -> Adapter:

@@ -22,6 +22,7 @@ from sedtrain.errors import UserError
 from sedtrain.models.loading import (
     CROSS_ATTENTION,
     attention_of,
+    attention_wanted,
     configured,
     load_config,
     load_tokenizer,
@@ -74,7 +75,7 @@ def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
     if (config := options.pop("config", None)) is None:
         config, options = configured(name, options)
     settle_config(config)
-    with attention_of("decoder", config, options.get("attn_implementation")):
+    with attention_wanted("decoder", config, options):
         decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
     return decoder
 

@@ -7,10 +7,11 @@ To add a family:
 3. `FEATURE_EXTRACTORS` below, unless it takes normalized audio.
 4. Tests and docs: see decoder.py.
 
-B batch, S inputs (samples or feature frames), T frames.
+B batch, S inputs (samples or feature frames), T frames, T' adapted frames, E encoder width, D decoder width.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     SequenceFeatureExtractor,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
@@ -30,12 +32,28 @@ from sedtrain.errors import UserError
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, UPSTREAM, encoder_config
 from sedtrain.models.loading import (
     attention_of,
+    attention_wanted,
     configured,
     load_config,
     load_weights,
     loading,
     published_name,
+    share_config,
 )
+
+
+@dataclass
+class EncodedSpeech(BaseModelOutput):
+    """Audio as the decoder attends to it: computed once per utterance, and accepted back as `encoder_outputs`.
+
+    last_hidden_state: (B, T', D) adapted to the decoder
+    attention_mask: (B, T'), 1 where a frame is real, or None if all are
+    encoder_frames, encoder_mask: (B, T, E) and (B, T), the encoder's own output
+    """
+
+    attention_mask: Tensor | None = None
+    encoder_frames: Tensor | None = None
+    encoder_mask: Tensor | None = None
 
 
 def load_encoder(
@@ -96,7 +114,7 @@ def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
     if (config := options.pop("config", None)) is None:
         config, options = configured(name, options)
     factory, config = loader_of(config)
-    with attention_of("encoder", config, options.get("attn_implementation")):
+    with attention_wanted("encoder", config, options):
         return standalone(factory.from_pretrained(name, config=config, **options))
 
 
@@ -123,10 +141,7 @@ def standalone(model: PreTrainedModel) -> PreTrainedModel:
     if encoder is None:
         write = f"write a model of {config.model_type} that takes speech"
         raise UserError("encoder", type(model).__name__, "it has no encoder of speech", write)
-    shared = type(encoder.config)
-    for module in encoder.modules():
-        if type(getattr(module, "config", None)) is shared:
-            module.config = config
+    share_config(encoder, config)
     encoder.__class__ = kind
     _CAN_RECORD_REGISTRY[encoder] = encoder._can_record_outputs  # as a constructor would do
     encoder.set_up()
@@ -136,6 +151,27 @@ def standalone(model: PreTrainedModel) -> PreTrainedModel:
 def loads_in_stock_transformers(config: PreTrainedConfig) -> bool:
     """Whether a joined model with this encoder loads without sedtrain."""
     return config.model_type in CONFIG_MAPPING_NAMES and not config.is_encoder_decoder
+
+
+def given_input(inputs: Tensor | None, input_values: Tensor | None, input_features: Tensor | None) -> Tensor:
+    """The one of the three that is given; raises ValueError for none or several."""
+    given = [tensor for tensor in (inputs, input_values, input_features) if tensor is not None]
+    if inputs is None and len(given) != 1:
+        raise ValueError(f"give one of inputs, input_values and input_features, not {len(given)} of them")
+    return given[0]
+
+
+def states_to_return(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Which states of the encoder `generate` returns: the first source that says so decides."""
+    names = ("output_attentions", "output_hidden_states")
+    return {name: next((of[name] for of in sources if of.get(name) is not None), None) for name in names}
+
+
+def frame_width(config: PreTrainedConfig) -> int:
+    """The width of the encoder's output frames, which the family's own adapter may change."""
+    adapted = getattr(config, "add_adapter", False)
+    width: int = getattr(config, "output_hidden_size", config.hidden_size) if adapted else config.hidden_size
+    return width
 
 
 def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor) -> Tensor:

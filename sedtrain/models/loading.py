@@ -9,7 +9,7 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -207,17 +207,23 @@ def one_line(error: Exception, length: int) -> str:
     return " ".join(str(error).split())[:length]
 
 
+def share_config(part: nn.Module, config: transformers.PreTrainedConfig) -> None:
+    """Gives every module of the part this one configuration object, so that a later change of it reaches them all."""
+    kind = type(part.config)
+    for module in part.modules():
+        if isinstance(getattr(module, "config", None), kind):
+            module.config = config
+
+
 # --- attention implementations
 
 
 @contextmanager
-def attention_of(part: str, config: PreTrainedConfig, attention: str | None = None) -> Iterator[None]:
+def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
     """Turns failures to build a model into a UserError, such as an attention implementation that the family lacks.
 
-    attention: None is that of `config`, where None, for which `attention=auto` stands, is never refused: transformers takes
-        sdpa if the family has it, else eager
+    None, for which `attention=auto` stands, is never refused: transformers takes sdpa if the family has it, else eager.
     """
-    config._attn_implementation = attention or config._attn_implementation
     if config._attn_implementation == "flex_attention":
         refuse_flex(part, config)
     try:
@@ -230,6 +236,14 @@ def attention_of(part: str, config: PreTrainedConfig, attention: str | None = No
             raise unusable_attention(part, config, reason) from error
         write = f"write {part}.options.NAME=VALUE that fits"
         raise UserError(f"{part}.model_type", config.model_type, reason, write) from error
+
+
+def attention_wanted(part: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """`attention_of` if loading options ask for an implementation."""
+    if options.get("attn_implementation") is None:
+        return nullcontext()
+    config._attn_implementation = options["attn_implementation"]
+    return attention_of(part, config)
 
 
 def refuse_unsupported(config: PreTrainedConfig, attention: str | dict[str, str] | None) -> None:
@@ -248,9 +262,8 @@ def refuse_unsupported(config: PreTrainedConfig, attention: str | dict[str, str]
 
 def family_of(config: PreTrainedConfig) -> Any:
     """The class of transformers with this configuration; None for a class of the user's own."""
-    return transformers.MODEL_MAPPING.get(type(config), None) or transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(
-        type(config), None
-    )
+    kind = type(config)
+    return transformers.MODEL_MAPPING.get(kind, None) or transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
 
 
 def unusable_attention(part: str, config: PreTrainedConfig, reason: str) -> UserError:

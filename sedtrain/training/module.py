@@ -17,7 +17,7 @@ from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.errors import UNSET, UserError
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
-from sedtrain.models.encoded import EncodedSpeech
+from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
