@@ -20,9 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sedtrain.config.overrides import check_command_line, inherit_run
+from sedtrain.config.inherit import inherit_run
+from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
-from sedtrain.errors import UserError
+from sedtrain.errors import Unfinished, UserError
 from sedtrain.launch import (
     has_parent,
     is_first,
@@ -265,7 +266,7 @@ def run_task(cfg: DictConfig) -> None:
     first = "sedtrain.tasks" not in sys.modules
     if first:
         gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
-    from sedtrain.tasks import TASKS, Unfinished
+    from sedtrain.tasks import TASKS
 
     if first:
         gc.freeze()

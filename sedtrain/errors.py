@@ -1,4 +1,4 @@
-"""The one error for what a user can repair: which option, its value, what is wrong, what to write instead."""
+"""The one error for what a user can repair, and the end of a task that is done in part."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ class UserError(ValueError):
     errors: the mistakes, one each; a single one is its own only element
     """
 
-    def __init__(self, option: str, value: object, wrong: str | None = None, write: str | None = None) -> None:
-        if wrong is None or write is None:  # TRANSITIONAL: UserError(wrong, write)
-            option, value, wrong, write = "", UNSET, option, str(value)
+    def __init__(self, option: str, value: object, wrong: str, write: str) -> None:
         super().__init__(option, value, wrong, write)
         self.option, self.value, self.wrong, self.write = option, value, wrong, write
         self.errors: tuple[UserError, ...] = (self,)
@@ -36,45 +34,17 @@ class UserError(ValueError):
     def entry(self) -> str:
         """Its part of the message: option and value, then indented lines of text."""
         lines = [line for text in (self.wrong, self.write) for line in text.splitlines()]
-        if not self.option:  # TRANSITIONAL
-            return f"{self.wrong}\n  write instead: {self.write}"
         return "\n    ".join([f"  {self.option} = {as_yaml(self.value)}", *lines])
 
     def __str__(self) -> str:
         number = len(self.errors)
-        if not self.option:  # TRANSITIONAL
-            return self.entry()
         return "\n\n".join([f"{number} problem{'s' if number > 1 else ''}:", *(each.entry() for each in self.errors)])
 
-    # TRANSITIONAL from here to as_yaml: gone once every file raises UserError(option, value, wrong, write)
-    @property
-    def what_is_wrong(self) -> str:
-        return self.wrong
 
-    @property
-    def write_instead(self) -> str:
-        return self.write
+class Unfinished(Exception):
+    """A task is done in part; the message says what exists and what does not."""
 
-    @property
-    def path(self) -> str:
-        return self.option
-
-    @property
-    def problems(self) -> list[UserError]:
-        return list(self.errors)
-
-    @classmethod
-    def single(cls, path: str, value: object, wrong: str, write: str) -> UserError:
-        return cls(path, value, wrong, write)
-
-
-ConfigError = Problem = UserError
-
-
-def require(holds: bool, option: str, value: object, wanted: str) -> None:
-    """Raises UserError where a number is not what its option wants, such as `a number above 0`."""
-    if not holds:
-        raise UserError(f"{option}={value}: this has to be {wanted}", f"{option}=NUMBER, {wanted}")
+    status = 1  # of the command
 
 
 def as_yaml(value: object) -> str:

@@ -1,6 +1,6 @@
-"""A search for the values of options with which a training scores best, by Optuna: a trial is a job of a sweep.
+"""A search by Optuna for the values of options with which a run scores best: a trial is a job of a sweep.
 
-Its study is kept, so that the same command with the same `hydra.sweep.dir` goes on with it, also with the trial under way.
+The study is kept: the same command with the same `hydra.sweep.dir` resumes it, and the trial that was running too.
 """
 
 import json
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -25,81 +24,17 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
-from sedtrain.tasks import Unfinished
+from sedtrain.training.pruning import PRUNED_AT
 
-PRUNED_AT = "pruned_at_step"
-
-
-class Pruned(Unfinished):
-    """The training was worse than others at the same step; that is no failure."""
-
-    status = 0
-
-
-class Reporting(lightning.Callback):
-    """Reports a metric of every validation to Optuna's study, and ends the training where the study would prune it.
-
-    storage, study, number: which trial
-    prunes: whether a trial ends whose best validation is worse than the median of others at that step
-    full_trials, warmup_steps: as many trials come to their end before, and none ends before that step
-    """
-
-    def __init__(
-        self,
-        storage: str,
-        study: str,
-        number: int,
-        metric: str,
-        prunes: bool = True,
-        full_trials: int = 5,
-        warmup_steps: int = 0,
-    ) -> None:
-        self.storage, self.study, self.number, self.metric = storage, study, number, metric
-        self.prunes, self.full_trials, self.warmup_steps = prunes, full_trials, warmup_steps
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Raises Pruned on every rank."""
-        if trainer.sanity_checking:
-            return
-        value = trainer.callback_metrics.get(self.metric)
-        if value is None:
-            logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise UserError(f"hydra.sweeper.metric: {self.metric} is not logged", f"one of {logged}")
-        worse = trainer.is_global_zero and self.report(float(value), trainer.global_step)
-        if trainer.strategy.reduce_boolean_decision(worse, all=False):
-            raise Pruned(
-                f"pruned at step {trainer.global_step}: other trials were better there; {self.metric} {value:.4g}"
-            )
-
-    def report(self, value: float, step: int) -> bool:
-        """Whether the trial should be pruned."""
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=self.full_trials, n_warmup_steps=self.warmup_steps)
-        study = optuna.load_study(study_name=self.study, storage=self.storage, pruner=pruner)
-        frozen = study.trials[self.number]
-        trial = optuna.trial.Trial(study, frozen._trial_id)
-        if step not in frozen.intermediate_values:  # of a training that goes on, it may be
-            trial.report(value, step)
-        worse = self.prunes and trial.should_prune()
-        if worse:
-            trial.set_user_attr(PRUNED_AT, step)
-        return worse
-
-
-FOUND, DATABASE = "search.json", "study.db"
-
-
-FOLDER, METRIC = "folder", "metric"  # of a trial, and of a study
-
+RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
+FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
 
 Launch = Callable[..., Sequence[JobReturn]]
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched, as distributions by option, and the arguments that are the same in every trial."""
+    """The options that are searched, with their distributions, and the arguments that every trial has."""
 
     distributions: dict[str, Any]
     fixed: list[str]
@@ -110,14 +45,14 @@ class Space:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a trial is judged by, and what of its validations while it runs."""
+    """The metric that trials are compared by, and the one that they report while they run."""
 
     metric: str
     direction: Literal["minimize", "maximize"]
     reported: str
 
     def value(self, trial: Any, folder: Path) -> float | None:
-        """None where the training never logged it."""
+        """None where the run never logged it."""
         if self.metric == self.reported:
             values = [each for each in trial.intermediate_values.values() if not math.isnan(each)]
             best = min if self.direction == "minimize" else max
@@ -127,9 +62,9 @@ class Objective:
 
 
 def search(config: DictConfig, arguments: list[str], launch: Launch, loader: ConfigLoader) -> None:
-    """Runs trials until there are `num_trials`; shows the best, and leaves search.json in the folder of the sweep.
+    """Runs trials until there are `num_trials`; shows the best, and writes search.json into the folder of the sweep.
 
-    Raises UserError for what the user can repair.
+    Raises UserError.
     """
     settings, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir).resolve()
     space = space_of(arguments, loader)
@@ -138,9 +73,9 @@ def search(config: DictConfig, arguments: list[str], launch: Launch, loader: Con
     objective = objective_of(settings, job)
     folder.mkdir(parents=True, exist_ok=True)
     search = Search(settings, folder, space, objective)
-    search.take_up(launch)
+    search.resume(launch)
     while search.num_left() > 0:
-        search.run(search.asked(min(search.num_left(), settings.num_parallel)), launch)
+        search.run(search.ask(min(search.num_left(), settings.num_parallel)), launch)
     search.show()
 
 
@@ -154,50 +89,50 @@ def space_of(arguments: list[str], loader: ConfigLoader) -> Space:
     return Space(distributions, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
 
 
-def refuse_unusable(job: DictConfig, space: Space) -> None:
-    """Raises UserError for what is the same in every trial and cannot be."""
-    if job.task != "train":
-        raise UserError("task", job.task, "only trainings are searched", "leave hydra/sweeper=optuna out")
-    if any(each.lstrip("+").startswith("run_dir=") for each in space.fixed):
-        write = "leave it out, and write hydra.sweep.dir=FOLDER"
-        raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
-
-
 def distribution(override: Override) -> Any:
     """Optuna's distribution of a sweep: an interval, its logarithm with tag(log,...), a range, or a choice."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     sweep: Any = override.value()
-    if isinstance(override.value(), IntervalSweep):
-        drawn: Any = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
-        return drawn(sweep.start, sweep.end, log="log" in sweep.tags)
-    if isinstance(override.value(), RangeSweep):
-        values = sorted(sweep.range())
-        drawn = IntDistribution if isinstance(values[0], int) else FloatDistribution
-        return drawn(values[0], values[-1], step=abs(sweep.step))
+    if isinstance(sweep, IntervalSweep):
+        kind: Any = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
+        return kind(sweep.start, sweep.end, log="log" in sweep.tags)
+    if isinstance(sweep, RangeSweep):
+        values: list[Any] = sorted(sweep.range())
+        kind = IntDistribution if isinstance(values[0], int) else FloatDistribution
+        return kind(values[0], values[-1], step=abs(sweep.step))
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
+def refuse_unusable(job: DictConfig, space: Space) -> None:
+    """Raises UserError for arguments with which no trial could run."""
+    if job.task != "train":
+        raise UserError("task", job.task, "a search trains", "leave hydra/sweeper=optuna out")
+    if any(each.lstrip("+").startswith("run_dir=") for each in space.fixed):
+        write = "leave it out, and write hydra.sweep.dir=FOLDER"
+        raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
+
+
 def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
-    """Raises UserError for a metric that no training logs.
+    """Raises UserError for a metric that no run logs.
 
     job: the configuration of a trial, without the values that are searched
     """
     names = TRANSLATION if job.target == "translation" else TRANSCRIPTION
-    of_scores = {name: "maximize" if METRICS[name].higher_is_better else "minimize" for name in names}
-    known = {f"{split}/{name}": direction for split in ("val", job.split) for name, direction in of_scores.items()}
+    directions = {name: "maximize" if METRICS[name].higher_is_better else "minimize" for name in names}
+    known = {f"{split}/{name}": directions[name] for split in ("val", job.split) for name in names}
     known |= {"val/loss": "minimize", "val/audio_gain": "maximize"}
     metric = settings.metric or f"val/{names[0]}"
     direction: Any = settings.direction or known.get(metric)
     if direction is None or not (metric in known or metric.startswith("val/")):
-        wrong = f"no training of target={job.target} logs it: there are {', '.join(sorted(known))}"
-        write = f"{suggest(metric, known)}; of a val/NAME that your own callback logs, also hydra.sweeper.direction"
+        wrong = f"no run with target={job.target} logs it; these are logged: {', '.join(sorted(known))}"
+        write = f"{suggest(metric, known)}; for a val/NAME that your own callback logs, also hydra.sweeper.direction"
         raise UserError("hydra.sweeper.metric", metric, wrong, write)
     return Objective(metric, direction, metric if metric.startswith("val/") else f"val/{metric.partition('/')[2]}")
 
 
 class Search:
-    """A study, and how its trials are run."""
+    """A study, and the runs of its trials."""
 
     def __init__(self, settings: DictConfig, folder: Path, space: Space, objective: Objective) -> None:
         import optuna
@@ -214,7 +149,7 @@ class Search:
             write = f"write hydra.sweeper.metric={before}, or another hydra.sweep.dir"
             raise UserError("hydra.sweeper.metric", objective.metric, f"this study is by {before}", write)
         self.study.set_user_attr(METRIC, objective.metric)
-        seed = settings.seed + len(self.study.trials)  # one that goes on draws other values than at its beginning
+        seed = settings.seed + len(self.study.trials)  # a study that is resumed draws other values than at its start
         samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         self.study.sampler = samplers[settings.sampler](seed=seed)
 
@@ -222,8 +157,8 @@ class Search:
         finished: int = sum(each.state.is_finished() for each in self.study.trials)
         return int(self.settings.num_trials) - finished
 
-    def asked(self, number: int) -> list[int]:
-        """New trials. Raises UserError where the study has searched other values."""
+    def ask(self, number: int) -> list[int]:
+        """Numbers of new trials. Raises UserError where the study has searched other values."""
         try:
             trials = [self.study.ask(self.space.distributions) for _ in range(number)]
         except ValueError as error:
@@ -233,32 +168,32 @@ class Search:
             trial.set_user_attr(FOLDER, str(self.folder))
         return [trial.number for trial in trials]
 
-    def take_up(self, launch: Launch) -> None:
-        """Ends the trials that were under way when this sweep was killed, each from its last checkpoint."""
-        under_way = [each.number for each in self.study.trials if each.state == self.state.RUNNING]
-        mine = [number for number in under_way if self.study.trials[number].user_attrs.get(FOLDER) == str(self.folder)]
-        for number in mine:
-            if PRUNED_AT in self.study.trials[number].user_attrs:
+    def resume(self, launch: Launch) -> None:
+        """Finishes the trials that were running when this sweep was killed, each from its last checkpoint."""
+        for number, trial in enumerate(self.study.trials):
+            if trial.state != self.state.RUNNING or trial.user_attrs.get(FOLDER) != str(self.folder):
+                continue
+            if PRUNED_AT in trial.user_attrs:
                 self.tell(number, self.folder)
             else:
                 self.run([number], launch, "resume=auto")
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
-        """Runs trials, those of consecutive numbers at once, and tells the study how they ended."""
+        """Runs trials, those of consecutive numbers in parallel, and tells the study how they ended."""
         while numbers:
-            together = [number for place, number in enumerate(numbers) if number == numbers[0] + place]
-            numbers = numbers[len(together) :]
+            consecutive = [number for index, number in enumerate(numbers) if number == numbers[0] + index]
+            numbers = numbers[len(consecutive) :]
             jobs = [
                 [*self.space.arguments(self.study.trials[number].params), self.reporting(number), *more]
-                for number in together
+                for number in consecutive
             ]
-            for number, job in zip(together, launch(jobs, initial_job_idx=together[0]), strict=True):
+            for number, job in zip(consecutive, launch(jobs, initial_job_idx=consecutive[0]), strict=True):
                 assert job.cfg is not None
                 self.tell(number, Path(job.cfg.run_dir))
             self.write()
 
     def reporting(self, number: int) -> str:
-        """The override by which a training reports its validations to the study."""
+        """The override by which a run reports its validations to the study."""
         options = {
             "storage": self.storage,
             "study": self.study.study_name,
@@ -269,9 +204,10 @@ class Search:
             "warmup_steps": self.settings.warmup_steps,
         }
         listed = ",".join(f"{name}:{json.dumps(value)}" for name, value in options.items())
-        return f"+callbacks.search={{_target_:sedtrain.search.Reporting,{listed}}}"
+        return f"+callbacks.search={{_target_:sedtrain.training.pruning.Reporting,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
+        """Tells the study how the trial in a folder ended."""
         trial = self.study.trials[number]
         if PRUNED_AT in trial.user_attrs:
             self.study.tell(number, state=self.state.PRUNED)
@@ -279,50 +215,49 @@ class Search:
         value = self.objective.value(trial, folder) if is_finished(str(folder)) else None
         self.study.tell(number, value, state=self.state.FAIL if value is None else self.state.COMPLETE)
 
-    # --- what was found
+    # --- the result
 
     def best(self) -> Any:
-        """The best of the trials that came to their end; None where there is none."""
+        """The best of the trials that ran to their end; None where there is none."""
         complete = [each for each in self.study.trials if each.state == self.state.COMPLETE]
         return self.study.best_trial if complete else None
 
     def command(self, params: dict[str, Any]) -> str:
-        """A training with these values."""
+        """A run with these values."""
         return shlex.join(["python", "-m", "sedtrain", *self.space.arguments(params)])
 
     def write(self) -> None:
         """Writes search.json, whole or not at all."""
-        trials = [
-            {"number": each.number, "state": each.state.name.lower(), "value": each.value, "params": each.params}
-            for each in self.study.trials
-        ]
         best = self.best()
-        found = {
+        result = {
             "metric": self.objective.metric,
             "direction": self.objective.direction,
             "best": best and {"number": best.number, "value": best.value, "params": best.params},
             "command": best and self.command(best.params),
-            "trials": trials,
+            "trials": [
+                {"number": each.number, "state": each.state.name.lower(), "value": each.value, "params": each.params}
+                for each in self.study.trials
+            ],
         }
-        write_whole(self.folder / FOUND, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
     def show(self) -> None:
         """Prints the trials, the best first, and the command that trains with its values."""
         self.write()
         table = Table(title=f"{self.objective.metric}, {self.objective.direction}d", title_justify="left")
-        for heading in ("trial", "how it ended", "value", *self.space.distributions):
+        for heading in ("trial", "ended", "value", *self.space.distributions):
             table.add_column(heading, justify="right" if heading in ("trial", "value") else "left")
         sign = 1 if self.objective.direction == "minimize" else -1
         by_value = sorted(self.study.trials, key=lambda each: (each.value is None, sign * (each.value or 0)))
         for each in sorted(by_value, key=lambda each: each.state != self.state.COMPLETE):
             value = "" if each.value is None else f"{each.value:.4g}"
-            params = [written(each.params.get(name)) for name in self.space.distributions]
+            params = [cell(each.params.get(name)) for name in self.space.distributions]
             table.add_row(str(each.number), each.state.name.lower(), value, *params)
         console, best = Console(highlight=False), self.best()
         console.print(table)
-        found = f"trial {best.number} was best: {self.command(best.params)}" if best else "no trial came to its end"
-        console.print(f"{found}\nsaved in {self.folder}: {FOUND}, {DATABASE}", soft_wrap=True)
+        first = f"trial {best.number} was best: {self.command(best.params)}" if best else "no trial ran to its end"
+        console.print(f"{first}\nsaved in {self.folder}: {RESULT}, {DATABASE}", soft_wrap=True)
 
 
-def written(value: Any) -> str:
+def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)

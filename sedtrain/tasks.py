@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
 from sedtrain.data.paths import audio_paths
-from sedtrain.errors import UserError
+from sedtrain.errors import Unfinished, UserError
 from sedtrain.export import write_model_card
 from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
@@ -26,12 +26,6 @@ NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.b
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
-
-
-class Unfinished(Exception):
-    """A task was done in part; the message says what is there and what is not."""
-
-    status = 1
 
 
 class Interrupted(Unfinished):

@@ -1,8 +1,8 @@
-"""Kills a training with SIGKILL at random moments and resumes it until it is finished; it has to be as if never killed.
+"""Kills a run with SIGKILL at random moments and resumes it until it is finished; it must equal a run that is never killed.
 
     python tests/kill_and_resume.py --kills 30 --seed 0 data.num_workers=2
 
-Overrides of the training follow. Prints where each kill struck; ends with status 1 if anything differs.
+Overrides of the run follow. Prints the step and moment of each kill; ends with status 1 if anything differs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TOO_LONG_SECONDS = 300
 
 
 class Tell(lightning.Callback):
-    """Writes what the training is doing into a file, as `step moment`."""
+    """Writes the current step and moment of the run into a file, as `step moment`."""
 
     def __init__(self, file: str) -> None:
         self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
@@ -60,7 +60,7 @@ class Tell(lightning.Callback):
 
 
 def start(run, overrides, file):
-    """A training of this machine's own session, so that its workers can be killed with it."""
+    """Starts a run in a session of its own, so that its workers can be killed with it."""
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "sedtrain", *SHORT, *overrides, f"run_dir={run}", "resume=auto"]
     if file:
@@ -73,7 +73,7 @@ def start(run, overrides, file):
 
 
 def finish(run, overrides):
-    """Has a training run to its end."""
+    """Runs to the end."""
     training = start(run, overrides, None)
     try:
         status = training.wait(TOO_LONG_SECONDS)
@@ -91,7 +91,7 @@ def end_session(training):
 
 
 def told(run, file):
-    """Step and moment at which the training is, (-1, "") before its first step."""
+    """The current step and moment of the run, (-1, "") before its first step."""
     if any((run / "checkpoints").glob("*.unfinished")):
         step, _, _ = file.read_text().partition(" ")
         return int(step or -1), "writing"
@@ -100,7 +100,7 @@ def told(run, file):
 
 
 def kill_once(run, overrides, draw, moment):
-    """Starts or resumes the training and kills it at `moment` some steps later; (step, moment), or None if it finished."""
+    """Starts or resumes the run and kills it at `moment` some steps later; (step, moment), or None if it finished."""
     file = run.with_suffix(".moment")
     file.write_text("")
     for unfinished in (run / "checkpoints").glob("*.unfinished"):
@@ -140,7 +140,7 @@ def equal(one, other):
 
 
 def differences(run, other):
-    """What two finished runs do not have in common, bit by bit."""
+    """The files and parts of two finished runs that are not equal bit by bit."""
     for name in ("last.ckpt", "best.ckpt"):
         here, there = (read_checkpoint(each / "checkpoints" / name) for each in (run, other))
         for part in (here.keys() | there.keys()) - {"callbacks"}:
@@ -160,7 +160,7 @@ def differences(run, other):
 
 
 def kill_and_resume(folder, kills, seed, overrides, moments=MOMENTS):
-    """The run never killed, the killed one, and (step, moment) of each kill."""
+    """The folders of a run that is never killed and of one that is, and (step, moment) of each kill."""
     never, killed = folder / "never_killed", folder / "killed"
     finish(never, overrides)
     draw, struck = random.Random(seed), []
@@ -179,8 +179,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="of the runs, which stay; else a temporary one")
-    parser.add_argument("overrides", nargs="*", help="of the training, such as trainer.max_steps=200")
+    parser.add_argument("--folder", type=Path, help="for the runs, which are kept; else a temporary one")
+    parser.add_argument("overrides", nargs="*", help="of the run, such as trainer.max_steps=200")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)

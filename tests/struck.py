@@ -1,8 +1,8 @@
-"""A training that is left in peace, and one of which a rank is struck by SIGKILL, in one launch.
+"""Two runs in one launch: one is left alone, in the other a rank is killed with SIGKILL.
 
     torchrun --nproc-per-node 2 --max-restarts 3 tests/struck.py FOLDER OVERRIDES
 
-They are FOLDER/never and FOLDER/killed; FOLDER/struck says what happened.
+Their folders are FOLDER/never and FOLDER/killed; FOLDER/struck lists what happened.
 """
 
 import os
@@ -20,7 +20,7 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Struck(lightning.Callback):
-    """Sends one rank a signal in the midst of a step, once. After a restart the first rank is the last to come."""
+    """Sends one rank a signal in the middle of a step, once. After a restart the first rank arrives last."""
 
     def __init__(self, file: str, rank: int, step: int, number: int = int(signal.SIGKILL)) -> None:
         self.file, self.rank, self.step, self.number = Path(file), rank, step, number

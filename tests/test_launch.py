@@ -192,7 +192,7 @@ def test_where_a_training_fails_the_processes_that_were_started_beside_it_end(se
 
     def fit(trainer, *_, **__):
         trainer.strategy._launcher = launcher
-        raise UserError("what is wrong", "something else")
+        raise UserError("run_dir", "run", "what is wrong", "write something else")
 
     monkeypatch.setattr("lightning.Trainer.fit", fit)
     ended = sedtrain("data=parquet", f"data.path={corpus}", f"run_dir={tmp_path / 'run'}")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sedtrain.config.overrides import check_command_line, hydra_known
+from sedtrain.config.composition import hydra_known
+from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 
 ROOT = Path(__file__).parents[1]

@@ -1,12 +1,16 @@
 """Rules about options that no signature tells: each is a single value, or one that another option asks for."""
 
 from collections.abc import Iterator
+from inspect import formatannotation
 
 from omegaconf import DictConfig, OmegaConf
 
+from sedtrain.config.annotations import misfits
 from sedtrain.config.values import plain
 from sedtrain.errors import UserError
+from sedtrain.ranges import Positive
 
+POSITIVE = formatannotation(Positive)
 DECIDED = {
     "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
     "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
@@ -28,6 +32,10 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
+    mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
+    for name, dataset in mix.items() if isinstance(mix, dict) else ():
+        if isinstance(dataset, dict):
+            yield from misfits(f"data.mix.{name}.weight", dataset.get("weight", 1.0), POSITIVE)
     if task in ("train", "fit_batches"):
         yield from training_rules(config)
 

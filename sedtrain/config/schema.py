@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
 
@@ -13,7 +14,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from sedtrain.config.annotations import example, misfits
 from sedtrain.config.rules import broken_rules
-from sedtrain.config.signatures import Signature, TargetError, read_signature
+from sedtrain.config.signatures import read_signature
 from sedtrain.config.suggest import suggest
 from sedtrain.config.values import first_line, plain
 from sedtrain.errors import UNSET, UserError, as_yaml
@@ -148,11 +149,13 @@ def check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[
 def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
     """A node's options against the signature of its `_target_`."""
     target = plain(node, "_target_")
+    if not isinstance(target, str):
+        wrong = f"expected a dotted name, not {as_yaml(target)}"
+        yield UserError(f"{path}._target_", target, wrong, "write package.module.Name")
+        return
     try:
-        if not isinstance(target, str):
-            raise TargetError(f"expected a dotted name, not {as_yaml(target)}", "write package.module.Name")
         signature = read_signature(target)
-    except TargetError as error:
+    except UserError as error:
         yield UserError(f"{path}._target_", target, error.wrong, error.write)
         return
     name = target.rpartition(".")[2]
@@ -162,20 +165,21 @@ def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
 
 
 def check_options(node: DictConfig, path: str, signature: Signature, name: str) -> Iterator[UserError]:
-    annotations = {each.name: each.annotation for each in signature.parameters}
+    known = {each.name: each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD}
     for key in map(str, node):
         if key.startswith("_"):
             continue  # Hydra's: _target_, _partial_, _args_, ...
         value = plain(node, key)
-        if key not in annotations and not signature.takes_kwargs:
-            yield UserError(f"{path}.{key}", value, f"{name} has no option {key!r}", suggest(key, annotations))
-        elif annotation := annotations.get(key):
-            yield from misfits(f"{path}.{key}", value, annotation)
+        if key in known and known[key].annotation is not Parameter.empty:
+            yield from misfits(f"{path}.{key}", value, known[key].annotation)
+        elif key not in known and len(known) == len(signature.parameters):
+            yield UserError(f"{path}.{key}", value, f"{name} has no option {key!r}", suggest(key, known))
 
 
 def missing_options(node: DictConfig, path: str, signature: Signature, name: str) -> Iterator[UserError]:
-    positional = len(node.get("_args_", []))
-    for each in signature.parameters[positional:]:
-        if not each.has_default and each.name not in node.keys():  # noqa: SIM118 - `in node` hides missing values
-            option = f"{path}.{each.name}"
-            yield UserError(option, UNSET, f"{name} needs {each.name!r}", example(option, each.annotation or ""))
+    num_positional = len(node.get("_args_", []))
+    for each in list(signature.parameters.values())[num_positional:]:
+        is_needed = each.default is each.empty and each.kind is not each.VAR_KEYWORD
+        if is_needed and each.name not in node.keys():  # noqa: SIM118 - `in node` hides missing values
+            option, annotation = f"{path}.{each.name}", "" if each.annotation is each.empty else each.annotation
+            yield UserError(option, UNSET, f"{name} needs {each.name!r}", example(option, annotation))

@@ -4,60 +4,35 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, resolve_name
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
 from sedtrain import ranges
 from sedtrain.config.annotations import fits, last_name
 from sedtrain.config.suggest import closest, suggest
-
-WITHOUT_CONSTRUCTOR = ("object", "ABC", "Generic", "Protocol")
+from sedtrain.errors import UserError
 
 Definition = tuple[ModuleSpec, ast.FunctionDef | ast.ClassDef]
-
-
-class TargetError(Exception):
-    """A target that does not exist or cannot be called: what is wrong, and what to write instead."""
-
-    def __init__(self, wrong: str, write: str) -> None:
-        super().__init__(wrong, write)
-        self.wrong, self.write = wrong, write
 
 
 class Undecided(Exception):
     """The source alone does not tell; importing does."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    name: str
-    annotation: str | None
-    has_default: bool
-
-
-@dataclass(frozen=True)
-class Signature:
-    parameters: tuple[Parameter, ...]
-    takes_kwargs: bool
-
-
 def read_signature(target: str) -> Signature:
-    """Parameters of a function, class or class method; imports it only where its source does not tell.
+    """The signature of a function or class; imports it only where its source does not tell.
 
-    Raises TargetError.
+    Annotations are texts; parameters read from source are keyword-only, in their order. Raises UserError.
     """
     try:
-        spec, node = find_definition(target)
-        if isinstance(node, ast.ClassDef):
-            return class_signature(spec, node) or Signature((), takes_kwargs=False)
-        return function_signature(spec, node, bound="classmethod" in map(last_name, node.decorator_list))
+        return signature_of(*find_definition(target))
     except (Undecided, RecursionError):
         return imported_signature(target)
 
@@ -66,7 +41,6 @@ def read_signature(target: str) -> Signature:
 
 
 def find_definition(target: str) -> Definition:
-    """A function, class or method and the module that defines it. Raises TargetError, Undecided."""
     return member(*split_module(target))
 
 
@@ -74,12 +48,12 @@ def split_module(target: str) -> tuple[ModuleSpec, list[str]]:
     """The deepest module in a dotted name and the names behind it, at least one; no parent is imported."""
     first, *names = target.split(".")
     if not names or not all(part.isidentifier() for part in (first, *names)):
-        raise TargetError(f"{target!r} is no dotted name", "write package.module.Name")
-    spec = importlib.util.find_spec(first)
+        raise refused(target, f"{target!r} is no dotted name", "write package.module.Name")
+    spec = find_spec(first)
     if spec is None:
         match = closest(first, (module.name for module in pkgutil.iter_modules()))
         write = f"did you mean {match!r}?" if match else "install it, or run in the folder that holds it"
-        raise TargetError(f"no module {first!r} can be imported", write)
+        raise refused(target, f"no module {first!r} can be imported", write)
     while len(names) > 1 and (child := submodule(spec, names[0])):
         spec, names = child, names[1:]
     return spec, names
@@ -90,16 +64,16 @@ def submodule(spec: ModuleSpec, name: str) -> ModuleSpec | None:
     return None if folders is None else PathFinder.find_spec(f"{spec.name}.{name}", folders)
 
 
+def refused(target: str, wrong: str, write: str) -> UserError:
+    return UserError("_target_", target, wrong, write)
+
+
 def member(spec: ModuleSpec, names: list[str]) -> Definition:
     """The definition that `names` mean inside a module, imports and aliases followed."""
-    statement = binding(names[0], parsed(spec).body)
-    match statement:
-        case ast.FunctionDef() | ast.ClassDef() if len(names) == 1:
-            return spec, statement
-        case ast.ClassDef() if len(names) == 2:
-            if isinstance(method := binding(names[1], statement.body), ast.FunctionDef):
-                return spec, method
-        case ast.Import() | ast.ImportFrom():
+    match binding(names[0], parsed(spec).body):
+        case ast.FunctionDef() | ast.ClassDef() as definition if len(names) == 1:
+            return spec, definition
+        case ast.Import() | ast.ImportFrom() as statement:
             source = imported_name(spec, statement, names[0])
             if source != f"{spec.name}.{names[0]}":  # a package may import its own module
                 return find_definition(".".join([source, *names[1:]]))
@@ -108,18 +82,9 @@ def member(spec: ModuleSpec, names: list[str]) -> Definition:
     raise Undecided
 
 
-def imported_name(spec: ModuleSpec, statement: ast.Import | ast.ImportFrom, name: str) -> str:
-    original = next((alias.name for alias in statement.names if (alias.asname or alias.name) == name), name)
-    if isinstance(statement, ast.Import):
-        return original
-    module = importlib.util.resolve_name("." * statement.level + (statement.module or ""), spec.parent)
-    return f"{module}.{original}"
-
-
 def parsed(spec: ModuleSpec) -> ast.Module:
-    if not (spec.origin or "").endswith(".py"):
+    if not spec.origin or not spec.origin.endswith(".py"):
         raise Undecided
-    assert spec.origin is not None
     return parsed_file(spec.origin, Path(spec.origin).stat().st_mtime_ns)
 
 
@@ -127,8 +92,8 @@ def parsed(spec: ModuleSpec) -> ast.Module:
 def parsed_file(file: str, mtime_ns: int) -> ast.Module:
     try:
         return ast.parse(Path(file).read_bytes())
-    except SyntaxError as error:
-        raise TargetError(f"{file}, line {error.lineno}: {error.msg}", "mend the Python there") from None
+    except SyntaxError:
+        raise Undecided from None
 
 
 def binding(name: str, body: list[ast.stmt]) -> ast.stmt | None:
@@ -143,28 +108,76 @@ def binding(name: str, body: list[ast.stmt]) -> ast.stmt | None:
             case ast.Import() | ast.ImportFrom():
                 if any((alias.asname or alias.name.split(".")[0]) == name for alias in statement.names):
                     return statement
-            case ast.Assign() if any(isinstance(each, ast.Name) and each.id == name for each in statement.targets):
+            case ast.Assign() if name in map(ast.unparse, statement.targets):
                 return statement
     return None
+
+
+def imported_name(spec: ModuleSpec, statement: ast.Import | ast.ImportFrom, name: str) -> str:
+    original = next((alias.name for alias in statement.names if (alias.asname or alias.name) == name), name)
+    if isinstance(statement, ast.Import):
+        return original
+    return f"{resolve_name('.' * statement.level + (statement.module or ''), spec.parent)}.{original}"
 
 
 # --- from a definition to its parameters
 
 
-def function_signature(spec: ModuleSpec, node: ast.FunctionDef, bound: bool) -> Signature:
-    arguments, named = node.args, named_ranges(parsed(spec))
+def signature_of(spec: ModuleSpec, node: ast.FunctionDef | ast.ClassDef) -> Signature:
+    if isinstance(node, ast.FunctionDef):
+        return function_signature(spec, node)
+    constructor = binding("__init__", node.body)
+    if isinstance(constructor, ast.FunctionDef):
+        signature = function_signature(spec, constructor)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])  # without `self`
+    is_dataclass = [last_name(each) for each in node.decorator_list] == ["dataclass"]
+    if constructor or node.keywords or binding("__new__", node.body) or (node.decorator_list and not is_dataclass):
+        raise Undecided
+    if is_dataclass:
+        return Signature(list(fields(spec, node)))
+    bases = (signature_of(*member(spec, ast.unparse(base).split("."))) for base in node.bases)
+    return next((each for each in bases if each.parameters), Signature())
+
+
+def function_signature(spec: ModuleSpec, node: ast.FunctionDef) -> Signature:
+    arguments, named = node.args, named_ranges(spec)
     positional = arguments.posonlyargs + arguments.args
-    without_default = [None] * (len(positional) - len(arguments.defaults))
-    rows = list(zip(positional, [*without_default, *arguments.defaults], strict=True))[int(bound) :]
-    rows += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults, *arguments.kw_defaults]
+    rows = zip(positional + arguments.kwonlyargs, defaults, strict=True)
     parameters = [parameter(each.arg, each.annotation, default, named) for each, default in rows]
-    return Signature(tuple(parameters), takes_kwargs=arguments.kwarg is not None)
+    if arguments.kwarg:
+        parameters.append(Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD))
+    return Signature(parameters)
 
 
-def named_ranges(module: ast.Module) -> dict[str, str]:
+def fields(spec: ModuleSpec, node: ast.ClassDef) -> Iterator[Parameter]:
+    """The parameters of a dataclass without bases or special fields."""
+    for statement in node.body:
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value):
+                if node.bases or last_name(annotation) in ("ClassVar", "KW_ONLY") or isinstance(value, ast.Call):
+                    raise Undecided
+                yield parameter(name, annotation, value, named_ranges(spec))
+
+
+def parameter(name: str, annotation: ast.expr | None, default: ast.expr | None, named: dict[str, str]) -> Parameter:
+    """named: the ranges that the annotation may name, written out"""
+    kind, empty = Parameter.KEYWORD_ONLY, Parameter.empty
+    value = empty if default is None else ast.unparse(default)
+    if annotation is None:
+        return Parameter(name, kind, default=value)
+    text = ast.unparse(annotation)
+    if named:
+        text = ast.unparse(WrittenOut(named).visit(ast.parse(text, mode="eval")))
+    if value == "None" and not fits(None, text):
+        text = f"{text} | None"  # `x: int = None`, as much older code has it
+    return Parameter(name, kind, default=value, annotation=text)
+
+
+def named_ranges(spec: ModuleSpec) -> dict[str, str]:
     """The ranges of numbers that annotations of a module may name, written out."""
     found = {}
-    for statement in module.body:
+    for statement in parsed(spec).body:
         match statement:
             case ast.ImportFrom(module="sedtrain.ranges"):
                 for alias in statement.names:
@@ -185,96 +198,39 @@ class WrittenOut(ast.NodeTransformer):
         return ast.parse(self.named[node.id], mode="eval").body if node.id in self.named else node
 
 
-def parameter(name: str, annotation: ast.expr | None, default: ast.expr | None, named: dict[str, str]) -> Parameter:
-    text = None if annotation is None else ast.unparse(annotation)
-    if text and named:
-        text = ast.unparse(WrittenOut(named).visit(ast.parse(text, mode="eval")))
-    if text and isinstance(default, ast.Constant) and default.value is None and not fits(None, text):
-        text = f"{text} | None"  # `x: int = None`, as much older code has it
-    return Parameter(name, text, has_default=default is not None)
-
-
-def class_signature(spec: ModuleSpec, node: ast.ClassDef) -> Signature | None:
-    """None where neither the class nor its bases define a constructor."""
-    constructor = binding("__init__", node.body)
-    if isinstance(constructor, ast.FunctionDef):
-        return function_signature(spec, constructor, bound=True)
-    if constructor or node.keywords or binding("__new__", node.body):
-        raise Undecided
-    if is_dataclass(node):
-        return Signature(tuple(dataclass_fields(spec, node).values()), takes_kwargs=False)
-    if node.decorator_list:
-        raise Undecided
-    signatures = (class_signature(*base) for base in base_classes(spec, node))
-    return next((each for each in signatures if each is not None), None)
-
-
-def base_classes(spec: ModuleSpec, node: ast.ClassDef) -> Iterator[tuple[ModuleSpec, ast.ClassDef]]:
-    for base in node.bases:
-        expression = base.value if isinstance(base, ast.Subscript) else base
-        if last_name(expression) in WITHOUT_CONSTRUCTOR:
-            continue
-        try:
-            base_spec, definition = member(spec, ast.unparse(expression).split("."))
-        except TargetError:
-            raise Undecided from None
-        if not isinstance(definition, ast.ClassDef):
-            raise Undecided
-        yield base_spec, definition
-
-
-def is_dataclass(node: ast.ClassDef) -> bool:
-    return "dataclass" in map(last_name, node.decorator_list)
-
-
-def dataclass_fields(spec: ModuleSpec, node: ast.ClassDef) -> dict[str, Parameter]:
-    found: dict[str, Parameter] = {}
-    for base in reversed([each for each in base_classes(spec, node) if is_dataclass(each[1])]):
-        found |= dataclass_fields(*base)
-    for statement in node.body:
-        match statement:
-            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value):
-                is_special = last_name(annotation) in ("ClassVar", "KW_ONLY") or isinstance(value, ast.Call)
-                if is_special:  # such as field(init=False)
-                    raise Undecided
-                found[name] = parameter(name, annotation, value, named_ranges(parsed(spec)))
-    return found
-
-
 # --- from an imported object
 
 
 def imported_signature(target: str) -> Signature:
-    """The fall-back: what `inspect` says of the imported object."""
+    """The signature that `inspect` finds, annotations as texts."""
     found = imported(target)
     if not callable(found):
-        raise TargetError(f"{target} is a {type(found).__name__}", "write the name of a class or function")
+        raise refused(target, f"{target} is a {type(found).__name__}", "write the name of a class or function")
     try:
-        parameters = inspect.signature(found).parameters.values()
+        signature = inspect.signature(found)
     except (TypeError, ValueError):  # a builtin that tells nothing
-        return Signature((), takes_kwargs=True)
-    named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    return Signature(tuple(map(inspected, named)), any(each.kind is each.VAR_KEYWORD for each in parameters))
+        return Signature([Parameter("options", Parameter.VAR_KEYWORD)])
+    known = [each for each in signature.parameters.values() if each.kind is not each.VAR_POSITIONAL]
+    return Signature([each.replace(annotation=annotation_text(each)) for each in known])
+
+
+def annotation_text(each: Parameter) -> Any:
+    return each.empty if each.annotation is each.empty else inspect.formatannotation(each.annotation)
 
 
 def imported(target: str) -> Any:
     spec, names = split_module(target)
-    if submodule(spec, names[0]):
-        raise TargetError(f"{spec.name}.{names[0]} is a module", "write the class or function in it")
     try:
         found: Any = importlib.import_module(spec.name)
     except Exception as error:
         wrong = f"importing {spec.name} fails with {type(error).__name__}: {error}"
-        raise TargetError(wrong, "mend or install that module") from error
+        raise refused(target, wrong, "mend or install that module") from error
     for name in names:
         if not hasattr(found, name):
+            if submodule(spec, name):
+                raise refused(target, f"{target} is a module", "write the name of a class or function")
             modules = [each.name for each in pkgutil.iter_modules(getattr(found, "__path__", []))]
-            owner = getattr(found, "__name__", target)
-            raise TargetError(f"{owner} has no {name!r}", suggest(name, dict.fromkeys([*vars(found), *modules])))
+            known = dict.fromkeys([*vars(found), *modules])
+            raise refused(target, f"{getattr(found, '__name__', target)} has no {name!r}", suggest(name, known))
         found = getattr(found, name)
     return found
-
-
-def inspected(each: inspect.Parameter) -> Parameter:
-    annotation = None if each.annotation is each.empty else inspect.formatannotation(each.annotation)
-    return Parameter(each.name, annotation, each.default is not each.empty)

@@ -64,7 +64,7 @@ figure { margin: .5rem 0; max-width: 30rem } svg { width: 100%; height: auto }
 svg text { font-family: inherit !important }
 article { border-top: 1px solid var(--line); padding: .75rem 0 } p { margin: .25rem 0 .75rem }
 article header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem }
-audio { display: block; width: 100%; max-width: 24rem; height: 2.25rem; margin: .4rem 0 }
+audio { display: block; width: 100%; max-width: 24rem; height: 2.25rem; margin: .4rem 0 } td audio { min-width: 15rem }
 .sides { display: grid; grid-template-columns: max-content 1fr; gap: 0 .9rem }
 .words { display: flex; flex-wrap: wrap; gap: .3rem .1rem }
 .pair span, .sides .quiet span { display: block; min-height: 1.5rem; line-height: 1.5rem }

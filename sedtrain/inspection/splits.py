@@ -10,7 +10,7 @@ from sedtrain.batch import Skipped
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Parts, Reference
 from sedtrain.data.durations import durations
-from sedtrain.data.sources import local_path
+from sedtrain.data.paths import local_path
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 from sedtrain.inspection.statistics import Floats

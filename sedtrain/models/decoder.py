@@ -5,7 +5,7 @@ To add a family:
 2. Code, only if it differs from the others: `settle_config` below for its configuration, `decoder_positions` for its
    positions, `ENDS_WITH_OUTPUT_LAYER` in losses.py if its logits are exactly what its output layer returns.
 3. Its name in `FAMILIES` of tests/config/test_conf.py; then `SEDTRAIN_WRITE_SUPPORT=1 pytest tests/models/test_support.py`
-   tests it beside two encoders and writes docs/support.md, and `python tests/readme_table.py` writes the table of options.
+   tests it beside two encoders and writes docs/support.md, and `python tests/options_table.py` writes docs/options.md.
 
 B batch, U target tokens, D width.
 """

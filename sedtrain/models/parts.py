@@ -134,18 +134,14 @@ class Execution:
         """Raises UserError for an encoder or decoder whose layers cannot compute so."""
         for name in ("encoder", "decoder"):
             part = model.get_submodule(name)
-            if self.activation_checkpointing:
-                refuse_without_checkpointing(name, part)
+            recomputable = any(hasattr(module, "gradient_checkpointing") for module in part.modules())
+            if self.activation_checkpointing and not recomputable:
+                wrong = f"{name}={part.config.model_type} has no layers that can compute again"
+                raise UserError("activation_checkpointing", True, wrong, "write activation_checkpointing=false")
             if self.backend:
                 compile_layers(name, part, self.backend)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-
-
-def refuse_without_checkpointing(name: str, part: Any) -> None:
-    if not any(hasattr(module, "gradient_checkpointing") for module in part.modules()):
-        wrong = f"{name}={part.config.model_type} has no layers that can compute again"
-        raise UserError("activation_checkpointing", True, wrong, "write activation_checkpointing=false")
 
 
 def compile_layers(name: str, part: Any, backend: str) -> None:

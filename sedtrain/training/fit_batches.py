@@ -272,7 +272,6 @@ class TrialSteps(lightning.Callback):
     def trainer(self) -> lightning.Trainer:
         """The run's own Trainer, for a few steps of one process."""
         device = self.run.trainer.strategy.root_device
-        averages = [callback for callback in self.run.callbacks if isinstance(callback, EMA)]
         return self.make_trainer(
             devices=1 if device.index is None else [device.index],
             num_nodes=1,
@@ -283,7 +282,7 @@ class TrialSteps(lightning.Callback):
             limit_val_batches=0,
             val_check_interval=None,
             accumulate_grad_batches=1,
-            callbacks=[*averages, self.run.finetuning, self],
+            callbacks=[*self.run.callbacks(EMA), self.run.finetuning, self],
             default_root_dir=self.run.folder,
             logger=False,
             use_distributed_sampler=False,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 from lightning.pytorch.callbacks import Timer
@@ -31,6 +31,8 @@ from sedtrain.training.strategies import end_others, rejoin
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -43,10 +45,9 @@ class TrainingRun:
     finetuning: FineTuning
     folder: Path
 
-    @property
-    def callbacks(self) -> list[lightning.Callback]:
-        callbacks: list[lightning.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return callbacks
+    def callbacks(self, kind: type[T]) -> list[T]:
+        """The callbacks of a class."""
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
     def plan(self) -> tuple[list[PartPlan], dict[str, str]]:
         """The plan of each part of the model, and facts of the run by name; shown before training starts."""
@@ -106,7 +107,7 @@ class TrainingRun:
 
     def time_limit(self) -> str | None:
         """The time that is left to train, such as `0:08:00`."""
-        timers = [callback for callback in self.callbacks if isinstance(callback, Timer)]
+        timers = self.callbacks(Timer)
         return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
 
     def fit(self, start: Path | None) -> None:
@@ -143,7 +144,7 @@ class TrainingRun:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        return next(callback for callback in self.callbacks if isinstance(callback, Checkpoints))
+        return self.callbacks(Checkpoints)[0]
 
     def load_best(self) -> None:
         """Loads the weights of the best validation, else the last ones, in float32 whatever the precision of training."""
@@ -154,7 +155,7 @@ class TrainingRun:
 
     def best_paths(self) -> list[Path]:
         """The checkpoints whose mean is the final weights: the best one, or those of `callbacks.average`."""
-        averages = [path for average in self.callbacks if isinstance(average, AverageBest) for path in average.paths]
+        averages = [path for average in self.callbacks(AverageBest) for path in average.paths]
         best = self.checkpoints.best_model_path
         chosen = averages or ([Path(best)] if best else [])
         whole = [path for path in chosen if path.is_file() and is_whole(path)]
@@ -173,17 +174,14 @@ class TrainingRun:
 
     def stopped_by(self) -> int | None:
         """The number of the signal that stopped training, SIGTERM where another rank received it; None where none did."""
-        for callback in self.callbacks:
-            if isinstance(callback, StopOnInterrupt) and callback.stopped_by:
-                return int(callback.stopped_by)
-        return int(signal.SIGTERM) if self.checkpoints.stopped else None
+        numbers = [stop.stopped_by for stop in self.callbacks(StopOnInterrupt) if stop.stopped_by]
+        numbers += [signal.SIGTERM] if self.checkpoints.stopped else []
+        return int(numbers[0]) if numbers else None
 
     def totals(self) -> TrainingTotals | None:
         """Time, steps and audio of training, as the progress bar counted them."""
-        for callback in self.callbacks:
-            if isinstance(callback, ProgressBar):
-                return callback.totals()
-        return None
+        bars = self.callbacks(ProgressBar)
+        return bars[0].totals() if bars else None
 
 
 def user_error_behind(error: BaseException) -> UserError | None:

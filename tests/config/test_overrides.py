@@ -369,6 +369,23 @@ def test_the_check_takes_less_than_a_second(conf):
     assert time.perf_counter() - start < 1
 
 
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_old_names_of_options_mean_todays(conf, prefix):
+    old = [f"{prefix}normaliser=none", f"{prefix}training_normaliser=lowercase"]
+    now = [f"{prefix}normalizer=none", f"{prefix}training_normalizer=lowercase"]
+    if prefix == "+":  # Hydra's: the option exists
+        assert problems(conf, *old) == problems(conf, *now)
+    else:
+        assert check_overrides(old, [], primary_dir=conf) == now
+
+
+def test_old_names_mean_todays_in_a_sweep_and_in_mistakes(conf):
+    sweep = ["normaliser=none,lowercase"]
+    assert check_overrides(sweep, [], primary_dir=conf, multirun=True) == ["normalizer=none,lowercase"]
+    assert [each.option for each in problems(conf, "normaliser=nne")] == ["normalizer"]
+    assert [each.option for each in problems(conf, "normalisers=none")] == ["normalisers"]
+
+
 # --- flags
 
 

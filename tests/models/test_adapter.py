@@ -285,7 +285,7 @@ def test_a_convolution_that_would_leave_frames_out_is_refused():
 
 def test_a_wrong_option_is_found_before_anything_is_built():
     [found] = find_problems(composed("adapter=conv", "+adapter.strides=3"))
-    assert (found.path, found.wrong) == ("adapter.strides", "ConvAdapter has no option 'strides'")
+    assert (found.option, found.wrong) == ("adapter.strides", "ConvAdapter has no option 'strides'")
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "wavlm", "wav2vec2_conformer", "w2v_bert", "data2vec"])

@@ -16,7 +16,7 @@ from sedtrain.models.parts import Execution, compile_layers, layers_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 LINEAR = (nn.Linear, Conv1D)
-EXECUTIONS = [Execution(True), Execution(backend="inductor"), Execution(True, "aot_eager")]
+EXECUTIONS = [Execution(True), Execution(backend="eager"), Execution(True, "inductor")]
 
 
 def gradients(model, num_utterances, num_samples):

@@ -358,8 +358,8 @@ def test_one_file_for_all_splits_is_refused_at_its_dataset_unless_it_is_for_one(
     file = corpus / "train.parquet"
     with pytest.raises(UserError) as raised:
         built(f"data.mix.german.path={file}")
-    [problem] = raised.value.problems
-    assert (problem.path, problem.value) == ("data.mix.german.path", str(file))
+    [problem] = raised.value.errors
+    assert (problem.option, problem.value) == ("data.mix.german.path", str(file))
     assert problem.write.startswith("write data.mix.german.path=FOLDER")
     only_training = ["+data.mix.german.validation_split=null", "+data.mix.german.test_split=null"]
     assert len(built(f"data.mix.german.path={file}", *only_training).data.corpus.kept("validation")) == 6

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and that training goes on from each as if it had never stopped."""
+"""Checkpoints are written when they are due, and training resumes from each as if it had never stopped."""
 
 import math
 import shutil

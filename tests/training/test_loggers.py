@@ -1,4 +1,4 @@
-"""What loggers hold of a run, of one that goes on too, and that none stops it."""
+"""Loggers hold a run, also one that resumes, and never stop it."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What `resume` does: goes on, starts, starts another, or says why not."""
+"""`resume` resumes a run, starts one, starts another from its checkpoint, or is refused with a reason."""
 
 import csv
 import json

@@ -109,6 +109,6 @@ def test_the_copy_that_fsdp_cuts_can_be_cut_again(steps, monkeypatch):
 
 def test_the_moving_average_takes_memory_in_a_trial_as_in_training(steps):
     made = steps("callbacks=[default,ema]")
-    [average] = [each for each in made.run.callbacks if isinstance(each, EMA)]
+    [average] = made.run.callbacks(EMA)
     made.trial(1.0, 3, 2)
     assert len(average.averages) == len(list(made.run.saved.model.parameters()))
