@@ -352,8 +352,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             if f"{part}_model" not in kwargs and (source := sources[part]) is not None:
                 names = [name.removeprefix(f"{part}_") for name in kwargs if name.startswith(f"{part}_")]
                 kwargs[f"{part}_model"] = load(source, **{name: kwargs.pop(f"{part}_{name}") for name in names})
-        model: Self = super().from_encoder_decoder_pretrained(*sources.values(), *model_args, **kwargs)
-        return model.eval()
+        model: Self = super().from_encoder_decoder_pretrained(*sources.values(), *model_args, **kwargs).eval()
+        return model
 
 
 def joint_config(encoder: PreTrainedModel, decoder: PreTrainedModel) -> SpeechEncoderDecoderConfig:
