@@ -1,29 +1,31 @@
-"""A training run: its plan as text, its number of steps, `fit`, and the weights that it keeps at the end."""
+"""A training run: its Trainer, its plan as text, its number of steps, `fit`, and the weights that it keeps at the end."""
 
 import contextlib
 import logging
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import lightning
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sampler import BatchesWithEpoch
 from sedtrain.errors import UserError
+from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
 from sedtrain.training.averaging import AverageBest, mean_weights
 from sedtrain.training.checkpoint_files import is_whole, newest_whole, read_checkpoint
-from sedtrain.training.checkpoints import Checkpoints, Stopped
+from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.finetune import FineTuning, PartPlan
+from sedtrain.training.loggers import Tracker, Tracking
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 from sedtrain.training.signals import StopOnInterrupt
@@ -34,11 +36,53 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def run_trainer(
+    make: Callable[..., Trainer],
+    settings: Mapping[str, Any],
+    callbacks: Mapping[str, Callback | partial[Callback]],
+    loggers: Sequence[Tracker],
+    finetuning: FineTuning,
+    main_metric: str,
+) -> Trainer:
+    """The Trainer that `make` builds with the options of `trainer`, and with what follows from other options.
+
+    settings:  the whole configuration as plain values
+    callbacks: by name; a partial is given the metric to monitor. `checkpoints` comes last
+    Raises UserError where nothing ends the training.
+    """
+    mode = "max" if METRICS[main_metric].higher_is_better else "min"
+    named = {
+        name: each(monitor=f"val/{main_metric}", mode=mode) if isinstance(each, partial) else each
+        for name, each in callbacks.items()
+    }
+    checkpoints = named.pop("checkpoints")
+    steps = settings["trainer"].get("val_check_interval")  # a duration is Lightning's
+    every = [ValidateEvery(steps)] if isinstance(steps, int) else []
+    bars = [each for each in named.values() if isinstance(each, ProgressBar)]
+    shows_progress = settings["trainer"].get("enable_progress_bar") is not False
+    for bar in [] if shows_progress else bars:
+        bar.disable()  # it stays, since it counts what training consumes
+    trainer = make(
+        default_root_dir=settings["run_dir"],
+        callbacks=[*named.values(), *every, Tracking(settings), finetuning, checkpoints],
+        logger=list(loggers) or False,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=shows_progress or bool(bars),
+        **({"val_check_interval": NEVER} if every else {}),
+    )
+    if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+        wrong = "the learning rate falls until the end of training, and this has none"
+        write = "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
+        raise UserError("trainer.max_steps", -1, wrong, write)
+    return trainer
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """The connected components of one run."""
 
-    trainer: lightning.Trainer
+    trainer: Trainer
     module: SpeechSeq2SeqModule
     data: SpeechTextDataModule
     saved: SavedModel
