@@ -197,12 +197,9 @@ def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
     if changed:
         listed = "".join(f"\n  {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
         instead = f"resume={checkpoints_of(str(run_dir)) / LAST} run_dir=ANOTHER_FOLDER"
-        raise UserError(
-            "run_dir",
-            str(run_dir),
-            f"this folder holds a run with other settings:{listed}",
-            f"write the settings of that run, or {instead} to start another run from it",
-        )
+        wrong = f"this folder holds a run with other settings:{listed}"
+        write = f"write the settings of that run, or {instead} to start another run from it"
+        raise UserError("run_dir", str(run_dir), wrong, write)
 
 
 def decisive(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -371,8 +371,8 @@ class TrialSteps(Callback):
             self.peak, self.seconds = self.memory.peak(), perf_counter() - self.started
             if not all(optimizer.state for optimizer in trainer.optimizers):
                 wrong = "no step on noise has a finite gradient, so that the optimizer never begins"
-                instead = "write trainer.precision=bf16-mixed or 32-true"
-                raise UserError("trainer.precision", trainer.precision, wrong, instead)
+                write = "write trainer.precision=bf16-mixed or 32-true"
+                raise UserError("trainer.precision", trainer.precision, wrong, write)
 
 
 def unsharded(module: SpeechSeq2SeqModule) -> SpeechSeq2SeqModule:

@@ -8,13 +8,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sedtrain.batch import Batch
 from sedtrain.errors import Unfinished, UserError
 from sedtrain.ranges import Count, Fraction, Positive
+from sedtrain.training.checkpoints import gather_states
 from sedtrain.training.gradients import Update
 from sedtrain.training.module import SpeechSeq2SeqModule
 
@@ -99,7 +99,7 @@ class Guards(Callback):
 
     def report(self, trainer: Trainer, update: Update, reason: str) -> None:
         """Writes the step, its loss and its utterances to bad_steps.jsonl, and warns."""
-        utterances = self.suspects(trainer, update)
+        utterances = self.suspects(update)
         if not trainer.is_global_zero:
             return
         numbers = {"loss": update.cross_entropy, "ctc_loss": update.ctc, "gradient_norm": update.gradient_norm}
@@ -118,13 +118,10 @@ class Guards(Callback):
             "step %d: %s; its %d utterances are in %s", trainer.global_step, what, len(utterances), self.file
         )
 
-    def suspects(self, trainer: Trainer, update: Update) -> list[str]:
+    def suspects(self, update: Update) -> list[str]:
         """The utterances of all ranks in micro-batches with a loss that is not finite; all, if every loss is finite."""
         own = list(zip(self.utterances, update.micro_batches.isfinite().all(dim=1).tolist(), strict=True))
-        ranks = [own] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(ranks, own)
-        micro_batches = [micro_batch for rank in ranks for micro_batch in rank]
+        micro_batches = [micro_batch for rank in gather_states(own) for micro_batch in rank]
         chosen = [ids for ids, is_finite in micro_batches if not is_finite] or [ids for ids, _ in micro_batches]
         return [utterance for ids in chosen for utterance in ids]
 

@@ -81,8 +81,7 @@ class ProgressBar(LightningProgressBar):
         self.validation_seconds += time.perf_counter() - self.validation_started
         if self.bar is not None:
             self.bar.update(self.task, description="training")
-        scores = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        words = [f"{name} {float(value):.4f}" for name, value in scores.items()]
+        words = [f"{name} {value:.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")]
         logger.debug("step %d  %s", trainer.global_step, "  ".join(words))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

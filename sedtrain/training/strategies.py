@@ -82,10 +82,12 @@ class FullySharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state that the optimizer of a single process would have, on the first rank; empty on the others."""
         state = optimizer.state_dict()
-        entries = {
-            number: {name: full(value, keep=self.is_global_zero) for name, value in entry.items()}
-            for number, entry in state["state"].items()
-        }
+        entries: dict[int, dict[str, Any]] = {}
+        for number, entry in state["state"].items():
+            for name, value in entry.items():
+                value = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks gather
+                if self.is_global_zero:
+                    entries.setdefault(number, {})[name] = value.cpu() if isinstance(value, Tensor) else value
         return {**state, "state": entries} if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -100,15 +102,6 @@ class FullySharded(ModelParallelStrategy):
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
-
-
-def full(value: Any, keep: bool) -> Any:
-    """A value of an optimizer's state on the CPU, gathered from all ranks; None on a rank that does not keep it."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if not keep:
-        return None
-    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
