@@ -267,10 +267,10 @@ def search(steps: "TrialSteps", bucket: Bucket, budget: Budget, guess: int) -> T
     if best.peak is None or best.peak > budget.usable:
         wrong = f"not even one utterance of {seconds:g} s and {tokens} target tokens fits into {budget.text}"
         wrong += f": its step takes {'more' if best.peak is None else f'{best.peak / GB:.2f} GB'}"
-        instead = (
+        write = (
             f"write data.max_seconds=LESS, activation_checkpointing=true, trainer.precision=bf16-mixed, {WRITE_MORE}"
         )
-        raise UserError("memory_gb", budget.memory_gb, wrong, instead)
+        raise UserError("memory_gb", budget.memory_gb, wrong, write)
     return best
 
 

@@ -16,7 +16,6 @@ from sedtrain.errors import Unfinished, UserError
 from sedtrain.ranges import Count, Fraction, Positive
 from sedtrain.training.checkpoints import gather_states
 from sedtrain.training.gradients import Update
-from sedtrain.training.module import SpeechSeq2SeqModule
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +57,9 @@ class Guards(Callback):
         self.utterances: list[list[str]] = []  # of each micro-batch since the last step
         self.latest: Update | None = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
-        assert isinstance(pl_module, SpeechSeq2SeqModule)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         self.utterances.append(batch.ids)
-        update = pl_module.update
+        update: Update | None = pl_module.update
         if update is None or update is self.latest:
             return  # the optimizer has not stepped
         self.judge(trainer, update)

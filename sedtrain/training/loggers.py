@@ -120,13 +120,9 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.add_text(name, f"```yaml\n{text}```")
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
-        rows = [COLUMNS, ["---"] * len(COLUMNS), *(map(escaped, astuple(sample)) for sample in samples)]
+        cells = [[" ".join(text.replace("|", "\\|").split()) for text in astuple(sample)] for sample in samples]
+        rows = [COLUMNS, ["---"] * len(COLUMNS), *cells]
         self.experiment.add_text("samples", "\n".join(f"| {' | '.join(row)} |" for row in rows), step)
-
-
-def escaped(text: str) -> str:
-    """A text for a cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
 
 
 class Wandb(WandbLogger):

@@ -1,5 +1,6 @@
 """The training step, the validation step and the optimizer, as Lightning calls them."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,8 +67,8 @@ class SpeechSeq2SeqModule(LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        if self.sharding:
-            self.model = self.sharding.copy_to_shard(self.model)
+        if self.sharding and self.sharding.is_global_zero:
+            self.model = copy.deepcopy(self.model)  # the model itself can take the final weights
         self.execution.prepare(self.model)
         if self.sharding:
             self.sharding.shard(self)

@@ -50,9 +50,7 @@ class ProgressBar(LightningProgressBar):
             self.task = self.bar.add_task("training", total=self.total, completed=trainer.global_step, scores="")
             self.bar.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         self.unsummed += torch.tensor([len(batch), batch.seconds], dtype=torch.float64)
         self.seconds = time.perf_counter() - self.started
         self.steps = trainer.global_step
