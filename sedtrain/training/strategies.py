@@ -1,6 +1,5 @@
 """Runs over several processes: weights sharded by FSDP2, restarts by torchrun, and the end of processes that failed."""
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,10 +33,6 @@ class FullySharded(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def copy_to_shard(self, model: Any) -> Any:
-        """On the first rank a copy of the model, so that the model itself can take the final weights; else the model."""
-        return copy.deepcopy(model) if self.is_global_zero else model
-
     def shard(self, module: Any) -> None:
         """Shards the weights of `module` in place.
 
@@ -46,7 +41,11 @@ class FullySharded(ModelParallelStrategy):
         mesh = self.device_mesh["data_parallel"]
         for name in ("encoder", "decoder"):
             part = module.model.get_submodule(name)
-            refuse_layerdrop(name, part.config)
+            for option, value in part.config.to_dict().items():
+                if option.endswith("layerdrop") and value:
+                    wrong = "one rank could skip a layer, and the others would wait for it forever"
+                    option = f"{name}.options.{option}"
+                    raise UserError(option, value, wrong, f"write {option}=0, or strategy=ddp")
             stack = layers_of(part)
             for layer in stack[1] if stack else ():
                 fully_shard(layer, mesh=mesh)
@@ -120,14 +119,6 @@ def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         if number in state["state"]
     }
     return {**state, "state": entries}
-
-
-def refuse_layerdrop(part: str, config: Any) -> None:
-    for name, value in config.to_dict().items():
-        if name.endswith("layerdrop") and value:
-            option = f"{part}.options.{name}"
-            wrong = "one rank could skip a layer, and the others would wait for it forever"
-            raise UserError(option, value, wrong, f"write {option}=0, or strategy=ddp")
 
 
 def rejoin(strategy: Strategy) -> None:
