@@ -30,8 +30,7 @@ from sedtrain.text.normalizers import normalizer
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
-from sedtrain.training.run import TrainingRun
-from sedtrain.training.trainer import run_trainer
+from sedtrain.training.run import TrainingRun, run_trainer
 
 RANDOM_CTC_WEIGHT = 0.3
 TOLERANT = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}

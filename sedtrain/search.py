@@ -24,7 +24,7 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
-from sedtrain.training.pruning import PRUNED_AT
+from sedtrain.training.guards import PRUNED_AT
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
 FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
@@ -204,7 +204,7 @@ class Search:
             "warmup_steps": self.settings.warmup_steps,
         }
         listed = ",".join(f"{name}:{json.dumps(value)}" for name, value in options.items())
-        return f"+callbacks.search={{_target_:sedtrain.training.pruning.Reporting,{listed}}}"
+        return f"+callbacks.search={{_target_:sedtrain.training.guards.Reporting,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
         """Tells the study how the trial in a folder ended."""

@@ -17,9 +17,9 @@ from sedtrain.export import write_model_card
 from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
 from sedtrain.run_dir import config_of, write_whole
+from sedtrain.training.checkpoint_files import starting_point
 from sedtrain.training.fit_batches import fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
-from sedtrain.training.resume import starting_point
 
 NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
 """Options of a search for batches that are not those of the training it is for."""

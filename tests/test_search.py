@@ -19,7 +19,7 @@ from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.search import distribution, search
-from sedtrain.training.pruning import Reporting
+from sedtrain.training.guards import Reporting
 
 # --- a real one
 
@@ -127,7 +127,7 @@ def searched(tmp_path):
             lr, folder = given["optimizer.lr"], tmp_path / "sweep" / str(number)
             (folder / "model").mkdir(parents=True, exist_ok=True)
             options = given["callbacks.search"]
-            assert options.pop("_target_") == "sedtrain.training.pruning.Reporting"
+            assert options.pop("_target_") == "sedtrain.training.guards.Reporting"
             reporting = Reporting(**options)
             for step in (1, 2):
                 if number == dying and step == 2:
