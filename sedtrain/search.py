@@ -7,23 +7,22 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from sedtrain.config.suggest import suggest
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
+from sedtrain.terminal import show, table
 from sedtrain.training.pruning import PRUNED_AT
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
@@ -32,8 +31,7 @@ FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
 Launch = Callable[..., Sequence[JobReturn]]
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(NamedTuple):
     """The options that are searched, with their distributions, and the arguments that every trial has."""
 
     distributions: dict[str, Any]
@@ -43,22 +41,23 @@ class Space:
         return [*self.fixed, *(f"{option}={value}" for option, value in params.items())]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The metric that trials are compared by, and the one that they report while they run."""
+class Objective(NamedTuple):
+    """The metric that trials are compared by: of the validation, which they report while they run, or of `split`."""
 
-    metric: str
+    split: str
+    name: str
     direction: Literal["minimize", "maximize"]
-    reported: str
+
+    @property
+    def metric(self) -> str:
+        return f"{self.split}/{self.name}"
 
     def value(self, trial: Any, folder: Path) -> float | None:
         """None where the run never logged it."""
-        if self.metric == self.reported:
-            values = [each for each in trial.intermediate_values.values() if not math.isnan(each)]
-            best = min if self.direction == "minimize" else max
-            return best(values, default=None)
-        name = self.metric.partition("/")[2]
-        return Results.read(folder / "results.json").metrics[name].value
+        if self.split != "val":
+            return Results.read(folder / "results.json").metrics[self.name].value
+        values = [each for each in trial.intermediate_values.values() if not math.isnan(each)]
+        return (min if self.direction == "minimize" else max)(values, default=None)
 
 
 def search(config: DictConfig, arguments: list[str], launch: Launch, loader: ConfigLoader) -> None:
@@ -69,13 +68,17 @@ def search(config: DictConfig, arguments: list[str], launch: Launch, loader: Con
     settings, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir).resolve()
     space = space_of(arguments, loader)
     job = loader.load_sweep_config(config, space.fixed)
-    refuse_unusable(job, space)
+    if job.task != "train":
+        raise UserError("task", job.task, "a search trains", "leave hydra/sweeper=optuna out")
+    if any(each.lstrip("+").startswith("run_dir=") for each in space.fixed):
+        write = "leave it out, and write hydra.sweep.dir=FOLDER"
+        raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
     objective = objective_of(settings, job)
     folder.mkdir(parents=True, exist_ok=True)
     search = Search(settings, folder, space, objective)
     search.resume(launch)
-    while search.num_left() > 0:
-        search.run(search.ask(min(search.num_left(), settings.num_parallel)), launch)
+    while (num_left := settings.num_trials - sum(each.state.is_finished() for each in search.study.trials)) > 0:
+        search.run(search.ask(min(num_left, settings.num_parallel)), launch)
     search.show()
 
 
@@ -94,23 +97,15 @@ def distribution(override: Override) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     sweep: Any = override.value()
+    options: dict[str, Any]
     if isinstance(sweep, IntervalSweep):
-        kind: Any = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
-        return kind(sweep.start, sweep.end, log="log" in sweep.tags)
-    if isinstance(sweep, RangeSweep):
-        values: list[Any] = sorted(sweep.range())
-        kind = IntDistribution if isinstance(values[0], int) else FloatDistribution
-        return kind(values[0], values[-1], step=abs(sweep.step))
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
-
-
-def refuse_unusable(job: DictConfig, space: Space) -> None:
-    """Raises UserError for arguments with which no trial could run."""
-    if job.task != "train":
-        raise UserError("task", job.task, "a search trains", "leave hydra/sweeper=optuna out")
-    if any(each.lstrip("+").startswith("run_dir=") for each in space.fixed):
-        write = "leave it out, and write hydra.sweep.dir=FOLDER"
-        raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
+        values, options = [sweep.start, sweep.end], {"log": "log" in sweep.tags}
+    elif isinstance(sweep, RangeSweep):
+        values, options = sorted(sweep.range()), {"step": abs(sweep.step)}
+    else:
+        return CategoricalDistribution(list(override.sweep_string_iterator()))
+    kind: Any = IntDistribution if isinstance(values[0], int) else FloatDistribution
+    return kind(values[0], values[-1], **options)
 
 
 def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
@@ -128,7 +123,8 @@ def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
         wrong = f"no run with target={job.target} logs it; these are logged: {', '.join(sorted(known))}"
         write = f"{suggest(metric, known)}; for a val/NAME that your own callback logs, also hydra.sweeper.direction"
         raise UserError("hydra.sweeper.metric", metric, wrong, write)
-    return Objective(metric, direction, metric if metric.startswith("val/") else f"val/{metric.partition('/')[2]}")
+    split, name = metric.split("/", 1)
+    return Objective(split, name, direction)
 
 
 class Search:
@@ -153,10 +149,6 @@ class Search:
         samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         self.study.sampler = samplers[settings.sampler](seed=seed)
 
-    def num_left(self) -> int:
-        finished: int = sum(each.state.is_finished() for each in self.study.trials)
-        return int(self.settings.num_trials) - finished
-
     def ask(self, number: int) -> list[int]:
         """Numbers of new trials. Raises UserError where the study has searched other values."""
         try:
@@ -180,13 +172,10 @@ class Search:
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
         """Runs trials, those of consecutive numbers in parallel, and tells the study how they ended."""
-        while numbers:
-            consecutive = [number for index, number in enumerate(numbers) if number == numbers[0] + index]
-            numbers = numbers[len(consecutive) :]
-            jobs = [
-                [*self.space.arguments(self.study.trials[number].params), self.reporting(number), *more]
-                for number in consecutive
-            ]
+        for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+            consecutive = [number for _, number in group]
+            trials = [self.study.trials[number] for number in consecutive]
+            jobs = [[*self.space.arguments(each.params), self.reporting(each.number), *more] for each in trials]
             for number, job in zip(consecutive, launch(jobs, initial_job_idx=consecutive[0]), strict=True):
                 assert job.cfg is not None
                 self.tell(number, Path(job.cfg.run_dir))
@@ -198,7 +187,7 @@ class Search:
             "storage": self.storage,
             "study": self.study.study_name,
             "number": number,
-            "metric": self.objective.reported,
+            "metric": f"val/{self.objective.name}",
             "prunes": self.settings.pruner != "none",
             "full_trials": self.settings.full_trials,
             "warmup_steps": self.settings.warmup_steps,
@@ -215,48 +204,37 @@ class Search:
         value = self.objective.value(trial, folder) if is_finished(str(folder)) else None
         self.study.tell(number, value, state=self.state.FAIL if value is None else self.state.COMPLETE)
 
-    # --- the result
-
-    def best(self) -> Any:
-        """The best of the trials that ran to their end; None where there is none."""
-        complete = [each for each in self.study.trials if each.state == self.state.COMPLETE]
-        return self.study.best_trial if complete else None
-
-    def command(self, params: dict[str, Any]) -> str:
-        """A run with these values."""
-        return shlex.join(["python", "-m", "sedtrain", *self.space.arguments(params)])
-
-    def write(self) -> None:
-        """Writes search.json, whole or not at all."""
-        best = self.best()
+    def write(self) -> dict[str, Any]:
+        """Writes search.json and returns what it holds: the best of the completed trials, its command, and all trials."""
+        trials = [
+            {"number": each.number, "state": each.state.name.lower(), "value": each.value, "params": each.params}
+            for each in self.study.trials
+        ]
+        completed = any(each["state"] == "complete" for each in trials)
+        best = self.study.best_trial if completed else None
         result = {
             "metric": self.objective.metric,
             "direction": self.objective.direction,
             "best": best and {"number": best.number, "value": best.value, "params": best.params},
-            "command": best and self.command(best.params),
-            "trials": [
-                {"number": each.number, "state": each.state.name.lower(), "value": each.value, "params": each.params}
-                for each in self.study.trials
-            ],
+            "command": best and shlex.join(["python", "-m", "sedtrain", *self.space.arguments(best.params)]),
+            "trials": trials,
         }
         write_whole(self.folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        return result
 
     def show(self) -> None:
         """Prints the trials, the best first, and the command that trains with its values."""
-        self.write()
-        table = Table(title=f"{self.objective.metric}, {self.objective.direction}d", title_justify="left")
-        for heading in ("trial", "ended", "value", *self.space.distributions):
-            table.add_column(heading, justify="right" if heading in ("trial", "value") else "left")
+        result, names = self.write(), self.space.distributions
         sign = 1 if self.objective.direction == "minimize" else -1
-        by_value = sorted(self.study.trials, key=lambda each: (each.value is None, sign * (each.value or 0)))
-        for each in sorted(by_value, key=lambda each: each.state != self.state.COMPLETE):
-            value = "" if each.value is None else f"{each.value:.4g}"
-            params = [cell(each.params.get(name)) for name in self.space.distributions]
-            table.add_row(str(each.number), each.state.name.lower(), value, *params)
-        console, best = Console(highlight=False), self.best()
-        console.print(table)
-        first = f"trial {best.number} was best: {self.command(best.params)}" if best else "no trial ran to its end"
-        console.print(f"{first}\nsaved in {self.folder}: {RESULT}, {DATABASE}", soft_wrap=True)
+        title, right = f"{self.objective.metric}, {self.objective.direction}d", ("trial", "value")
+        rows = table(title, "trial", "ended", "value", *names, right=right)
+        by_value = sorted(result["trials"], key=lambda each: (each["value"] is None, sign * (each["value"] or 0)))
+        for each in sorted(by_value, key=lambda each: each["state"] != "complete"):
+            value = "" if each["value"] is None else f"{each['value']:.4g}"
+            rows.add_row(str(each["number"]), each["state"], value, *(cell(each["params"].get(name)) for name in names))
+        best = result["best"]
+        first = f"trial {best['number']} was best: {result['command']}" if best else "no trial ran to its end"
+        show(rows, f"{first}\nsaved in {self.folder}: {RESULT}, {DATABASE}")
 
 
 def cell(value: Any) -> str:

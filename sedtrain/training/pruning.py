@@ -7,12 +7,6 @@ from sedtrain.errors import Unfinished, UserError
 PRUNED_AT = "pruned_at_step"  # attribute of a trial in the study
 
 
-class Pruned(Unfinished):
-    """The run was worse than others at the same step; that is no failure."""
-
-    status = 0
-
-
 class Reporting(lightning.Callback):
     """Reports a metric of every validation to Optuna's study, and ends the run where the study would prune it.
 
@@ -36,7 +30,7 @@ class Reporting(lightning.Callback):
         self.prunes, self.full_trials, self.warmup_steps = prunes, full_trials, warmup_steps
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Raises Pruned on every rank, and UserError for a metric that is not logged."""
+        """Raises Unfinished on every rank of a trial that falls behind, and UserError for a metric that is not logged."""
         if trainer.sanity_checking:
             return
         value = trainer.callback_metrics.get(self.metric)
@@ -46,7 +40,7 @@ class Reporting(lightning.Callback):
         worse = trainer.is_global_zero and self.report(float(value), trainer.global_step)
         if trainer.strategy.reduce_boolean_decision(worse, all=False):
             behind = f"other trials were better there; {self.metric} {value:.4g}"
-            raise Pruned(f"pruned at step {trainer.global_step}: {behind}")
+            raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
 
     def report(self, value: float, step: int) -> bool:
         """Whether the trial should be pruned."""
