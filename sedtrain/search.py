@@ -31,16 +31,6 @@ FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
 Launch = Callable[..., Sequence[JobReturn]]
 
 
-class Space(NamedTuple):
-    """The options that are searched, with their distributions, and the arguments that every trial has."""
-
-    distributions: dict[str, Any]
-    fixed: list[str]
-
-    def arguments(self, params: dict[str, Any]) -> list[str]:
-        return [*self.fixed, *(f"{option}={value}" for option, value in params.items())]
-
-
 class Objective(NamedTuple):
     """The metric that trials are compared by: of the validation, which they report while they run, or of `split`."""
 
@@ -66,30 +56,33 @@ def search(config: DictConfig, arguments: list[str], launch: Launch, loader: Con
     Raises UserError.
     """
     settings, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir).resolve()
-    space = space_of(arguments, loader)
-    job = loader.load_sweep_config(config, space.fixed)
+    distributions, fixed = space_of(arguments, loader)
+    job = loader.load_sweep_config(config, fixed)
     if job.task != "train":
         raise UserError("task", job.task, "a search trains", "leave hydra/sweeper=optuna out")
-    if any(each.lstrip("+").startswith("run_dir=") for each in space.fixed):
+    if any(each.lstrip("+").startswith("run_dir=") for each in fixed):
         write = "leave it out, and write hydra.sweep.dir=FOLDER"
         raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
     objective = objective_of(settings, job)
     folder.mkdir(parents=True, exist_ok=True)
-    search = Search(settings, folder, space, objective)
+    search = Search(settings, folder, distributions, fixed, objective)
     search.resume(launch)
     while (num_left := settings.num_trials - sum(each.state.is_finished() for each in search.study.trials)) > 0:
         search.run(search.ask(min(num_left, settings.num_parallel)), launch)
     search.show()
 
 
-def space_of(arguments: list[str], loader: ConfigLoader) -> Space:
-    """Raises UserError where nothing is searched."""
+def space_of(arguments: list[str], loader: ConfigLoader) -> tuple[dict[str, Any], list[str]]:
+    """The distributions of the options that are searched, and the arguments that every trial has.
+
+    Raises UserError where nothing is searched.
+    """
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
     distributions = {each.get_key_element(): distribution(each) for each in parsed if each.is_sweep_override()}
     if not distributions:
         write = "write what to search, such as 'optimizer.lr=tag(log,interval(1e-5,1e-3))' or encoder=hubert,wavlm"
         raise UserError("hydra/sweeper", "optuna", "no option has several values", write)
-    return Space(distributions, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
+    return distributions, [str(each.input_line) for each in parsed if not each.is_sweep_override()]
 
 
 def distribution(override: Override) -> Any:
@@ -130,11 +123,14 @@ def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
 class Search:
     """A study, and the runs of its trials."""
 
-    def __init__(self, settings: DictConfig, folder: Path, space: Space, objective: Objective) -> None:
+    def __init__(
+        self, settings: DictConfig, folder: Path, distributions: dict[str, Any], fixed: list[str], objective: Objective
+    ) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.settings, self.folder, self.space, self.objective = settings, folder, space, objective
+        self.settings, self.folder, self.objective = settings, folder, objective
+        self.distributions, self.fixed = distributions, fixed
         self.storage = settings.storage or f"sqlite:///{folder / DATABASE}"
         self.state = optuna.trial.TrialState
         self.study = optuna.create_study(
@@ -152,7 +148,7 @@ class Search:
     def ask(self, number: int) -> list[int]:
         """Numbers of new trials. Raises UserError where the study has searched other values."""
         try:
-            trials = [self.study.ask(self.space.distributions) for _ in range(number)]
+            trials = [self.study.ask(self.distributions) for _ in range(number)]
         except ValueError as error:
             write = "write the values that were searched, or another hydra.sweep.dir"
             raise UserError("hydra.sweep.dir", str(self.folder), f"its study: {error}", write) from error
@@ -173,25 +169,22 @@ class Search:
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
         """Runs trials, those of consecutive numbers in parallel, and tells the study how they ended."""
         for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-            consecutive = [number for _, number in group]
-            trials = [self.study.trials[number] for number in consecutive]
-            jobs = [[*self.space.arguments(each.params), self.reporting(each.number), *more] for each in trials]
-            for number, job in zip(consecutive, launch(jobs, initial_job_idx=consecutive[0]), strict=True):
+            trials = [self.study.trials[number] for _, number in group]
+            jobs = [[*self.arguments(each.params), self.reporting(each.number), *more] for each in trials]
+            for trial, job in zip(trials, launch(jobs, initial_job_idx=trials[0].number), strict=True):
                 assert job.cfg is not None
-                self.tell(number, Path(job.cfg.run_dir))
+                self.tell(trial.number, Path(job.cfg.run_dir))
             self.write()
+
+    def arguments(self, params: dict[str, Any]) -> list[str]:
+        return [*self.fixed, *(f"{option}={value}" for option, value in params.items())]
 
     def reporting(self, number: int) -> str:
         """The override by which a run reports its validations to the study."""
-        options = {
-            "storage": self.storage,
-            "study": self.study.study_name,
-            "number": number,
-            "metric": f"val/{self.objective.name}",
-            "prunes": self.settings.pruner != "none",
-            "full_trials": self.settings.full_trials,
-            "warmup_steps": self.settings.warmup_steps,
-        }
+        settings, metric = self.settings, f"val/{self.objective.name}"
+        trial = {"storage": self.storage, "study": settings.study, "number": number, "metric": metric}
+        pruning = {"full_trials": settings.full_trials, "warmup_steps": settings.warmup_steps}
+        options = {**trial, "prunes": settings.pruner != "none", **pruning}
         listed = ",".join(f"{name}:{json.dumps(value)}" for name, value in options.items())
         return f"+callbacks.search={{_target_:sedtrain.training.pruning.Reporting,{listed}}}"
 
@@ -216,7 +209,7 @@ class Search:
             "metric": self.objective.metric,
             "direction": self.objective.direction,
             "best": best and {"number": best.number, "value": best.value, "params": best.params},
-            "command": best and shlex.join(["python", "-m", "sedtrain", *self.space.arguments(best.params)]),
+            "command": best and shlex.join(["python", "-m", "sedtrain", *self.arguments(best.params)]),
             "trials": trials,
         }
         write_whole(self.folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -224,7 +217,7 @@ class Search:
 
     def show(self) -> None:
         """Prints the trials, the best first, and the command that trains with its values."""
-        result, names = self.write(), self.space.distributions
+        result, names = self.write(), self.distributions
         sign = 1 if self.objective.direction == "minimize" else -1
         title, right = f"{self.objective.metric}, {self.objective.direction}d", ("trial", "value")
         rows = table(title, "trial", "ended", "value", *names, right=right)

@@ -40,8 +40,8 @@ def train(cfg: DictConfig) -> None:
     run.load_best()
     run.saved.save(run.folder / "model", run.module.decoding.generation_kwargs())
     if number := run.stopped_by():
-        saved = f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
-        raise Unfinished(f"{saved}\n  resume=auto with this run_dir goes on from there", 128 + number)
+        stopped = f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
+        raise Unfinished(f"{stopped}\n  resume=auto with this run_dir goes on from there", 128 + number)
     with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
         results, evaluation = build.scoring(cfg).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
