@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
     "cli": "config errors launch run_dir tasks",
-    "search": "config errors evaluation run_dir training",
+    "search": "config errors evaluation run_dir terminal training",
     "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models text training",
     "terminal": "evaluation training",
@@ -44,7 +44,7 @@ ONLY_IN = {
     "omegaconf": "build cli config search tasks",
     "lightning": "build config data.datamodule training",
     "datasets": "data",
-    "rich": "data.durations inspection.report search terminal training.progress",
+    "rich": "data.durations inspection.report terminal training.progress",
     "matplotlib": "evaluation",
 }
 # Imported before the configuration has passed: nothing here may be slow.

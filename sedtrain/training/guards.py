@@ -159,12 +159,6 @@ def reason_to_skip(trainer: Trainer, update: Update) -> str | None:
     return "the gradient is not finite" if scaler is None or scaler.get_scale() < 1 else None
 
 
-class Pruned(Unfinished):
-    """The run was worse than others at the same step; that is no failure."""
-
-    status = 0
-
-
 class Reporting(Callback):
     """Reports a metric of every validation to Optuna's study, and ends the run where the study would prune it.
 
@@ -188,7 +182,7 @@ class Reporting(Callback):
         self.prunes, self.full_trials, self.warmup_steps = prunes, full_trials, warmup_steps
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises Pruned on every rank, and UserError for a metric that is not logged."""
+        """Raises Unfinished on every rank of a trial that falls behind, and UserError for a metric that is not logged."""
         if trainer.sanity_checking:
             return
         value = trainer.callback_metrics.get(self.metric)
@@ -198,7 +192,7 @@ class Reporting(Callback):
         worse = trainer.is_global_zero and self.report(float(value), trainer.global_step)
         if trainer.strategy.reduce_boolean_decision(worse, all=False):
             behind = f"other trials were better there; {self.metric} {value:.4g}"
-            raise Pruned(f"pruned at step {trainer.global_step}: {behind}")
+            raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
 
     def report(self, value: float, step: int) -> bool:
         """Whether the trial should be pruned."""
