@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from sedtrain.config.annotations import example, misfits
 from sedtrain.config.schema import ANNOTATIONS
-from sedtrain.config.suggest import suggest
+from sedtrain.config.annotations import suggest
 from sedtrain.config.values import first_line
 from sedtrain.errors import UserError
 

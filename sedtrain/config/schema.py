@@ -15,7 +15,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from sedtrain.config.annotations import example, misfits
 from sedtrain.config.rules import broken_rules
 from sedtrain.config.signatures import read_signature
-from sedtrain.config.suggest import suggest
+from sedtrain.config.annotations import suggest
 from sedtrain.config.values import first_line, plain
 from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, Positive, Range

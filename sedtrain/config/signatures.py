@@ -16,7 +16,7 @@ from typing import Any
 
 from sedtrain import ranges
 from sedtrain.config.annotations import fits, last_name
-from sedtrain.config.suggest import closest, suggest
+from sedtrain.config.annotations import closest, suggest
 from sedtrain.errors import UserError
 
 Definition = tuple[ModuleSpec, ast.FunctionDef | ast.ClassDef]

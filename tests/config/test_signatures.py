@@ -13,7 +13,7 @@ from sedtrain.config import signatures as definition
 from sedtrain.config.annotations import fits
 from sedtrain.config.schema import conf_dir
 from sedtrain.config.signatures import read_signature
-from sedtrain.config.suggest import suggest
+from sedtrain.config.annotations import suggest
 from sedtrain.errors import UserError
 
 
