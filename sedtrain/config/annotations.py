@@ -74,7 +74,7 @@ def fits(value: object, annotation: str) -> bool:
 
 def is_of(kind: Any, value: object) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
-    if isinstance(value, dict) and "_target_" in value or isinstance(kind, type) and issubclass(kind, Unknown):
+    if (isinstance(value, dict) and "_target_" in value) or (isinstance(kind, type) and issubclass(kind, Unknown)):
         return True
     if isinstance(kind, str | ForwardRef):
         return fits(value, kind if isinstance(kind, str) else kind.__forward_arg__)
@@ -130,7 +130,11 @@ def in_words(kind: Any) -> str:
     if origin in (Union, UnionType):
         return ", or ".join(map(in_words, arguments))
     if origin in (dict, list, tuple):
-        return f"named values, each {in_words(arguments[-1])}" if origin is dict else f"a list, each {in_words(arguments[0])}"
+        return (
+            f"named values, each {in_words(arguments[-1])}"
+            if origin is dict
+            else f"a list, each {in_words(arguments[0])}"
+        )
     return "null" if kind in (None, NoneType) else formatannotation(kind)
 
 

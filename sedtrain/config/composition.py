@@ -13,10 +13,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sedtrain.config.annotations import example, misfits
-from sedtrain.config.schema import ANNOTATIONS
-from sedtrain.config.annotations import suggest
-from sedtrain.config.values import first_line
+from sedtrain.config.annotations import example, misfits, suggest
+from sedtrain.config.schema import ANNOTATIONS, first_line
 from sedtrain.errors import UserError
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)

@@ -18,10 +18,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from sedtrain.config.annotations import closest, suggest
 from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
 from sedtrain.config.inherit import renamed
 from sedtrain.config.schema import conf_dir, find_problems, register
-from sedtrain.config.annotations import closest, suggest
 from sedtrain.errors import UserError
 
 SEARCH = "hydra/sweeper=optuna"

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sedtrain import ranges
-from sedtrain.config.annotations import fits, last_name
-from sedtrain.config.annotations import closest, suggest
+from sedtrain.config.annotations import closest, fits, last_name, suggest
 from sedtrain.errors import UserError
 
 Definition = tuple[ModuleSpec, ast.FunctionDef | ast.ClassDef]

@@ -10,10 +10,9 @@ import time
 import pytest
 
 from sedtrain.config import signatures as definition
-from sedtrain.config.annotations import fits
+from sedtrain.config.annotations import fits, suggest
 from sedtrain.config.schema import conf_dir
 from sedtrain.config.signatures import read_signature
-from sedtrain.config.annotations import suggest
 from sedtrain.errors import UserError
 
 
