@@ -72,7 +72,7 @@ def fits(value: object, annotation: str) -> bool:
     return is_of(evaluated(annotation), value)
 
 
-def is_of(kind: Any, value: object) -> bool:
+def is_of(kind: Any, value: Any) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
     if (isinstance(value, dict) and "_target_" in value) or (isinstance(kind, type) and issubclass(kind, Unknown)):
         return True
@@ -81,8 +81,9 @@ def is_of(kind: Any, value: object) -> bool:
     if origin in (Union, UnionType):
         return any(is_of(each, value) for each in arguments)
     if origin is Annotated:
-        ranges = [each for each in arguments if isinstance(each, Range) and isinstance(value, int | float)]
-        return is_of(arguments[0], value) and all(value in each for each in ranges)
+        is_number = isinstance(value, int | float)
+        in_ranges = all(value in each for each in arguments if is_number and isinstance(each, Range))
+        return in_ranges and is_of(arguments[0], value)
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in arguments)
     if isinstance(value, dict) and origin is dict:
@@ -91,7 +92,7 @@ def is_of(kind: Any, value: object) -> bool:
         return len(value) == len(arguments) and all(map(is_of, arguments, value))
     if isinstance(value, list) and origin in (list, tuple):
         return all(is_of(arguments[0], each) for each in value)
-    accepted = {None: NoneType, float: (int, float), tuple: list}.get(kind, origin or kind)
+    accepted: Any = {None: NoneType, float: (int, float), tuple: list}.get(kind, origin or kind)
     return origin is None and isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
 
