@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from inspect import formatannotation
@@ -16,9 +17,8 @@ from sedtrain.errors import UNSET, UserError
 from sedtrain.ranges import Range
 
 MAX_NAMES = 12  # listed after a close one
-LISTS = ("list", "List", "Sequence", "Iterable", "Collection", "set", "Set", "frozenset")
 GENERIC: dict[str, Any] = {
-    **dict.fromkeys(LISTS, list),
+    **dict.fromkeys(["list", "List", "Sequence", "Iterable", "Collection", "set", "Set", "frozenset"], list),
     **dict.fromkeys(["tuple", "Tuple"], tuple),
     **dict.fromkeys(["dict", "Dict", "Mapping", "MutableMapping"], dict),
     **dict.fromkeys(["Union", "Required", "Final", "InitVar"], Union),  # of a single type, Union is that type
@@ -29,6 +29,14 @@ PLAIN: dict[str, Any] = {
     **{"bool": bool, "int": int, "float": float, "NoneType": None, "Range": Range, "inf": inf},
     "Tensor": type("Tensor", (), {}),  # no plain value is one: lr is `float | Tensor` in torch.optim
 }
+EXAMPLES = {
+    bool: "write {0}=true or {0}=false",
+    int: "write a whole number, e.g. {0}={1}",
+    float: "write a number, e.g. {0}={1}",
+    list: "write a list, e.g. '{0}=[first,second]'",
+    dict: "write named values, e.g. '{0}={{first: 1}}'",
+    NoneType: "write {0}=VALUE",
+}
 
 
 class Unknown:
@@ -37,9 +45,7 @@ class Unknown:
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
 
-class Names(dict[str, Any]):
-    def __missing__(self, name: str) -> type:
-        return type(name, (Unknown,), {"__module__": "builtins"})
+NAMES = defaultdict[str, Any](lambda: Unknown, GENERIC | PLAIN)
 
 
 class Short(ast.NodeTransformer):
@@ -62,7 +68,7 @@ def evaluated(annotation: str) -> Any:
     """The type that an annotation means; nothing is imported for it."""
     try:
         expression = ast.fix_missing_locations(Short().visit(ast.parse(annotation, mode="eval")))
-        return eval(compile(expression, annotation, "eval"), {"__builtins__": {}}, Names(GENERIC | PLAIN))
+        return eval(compile(expression, annotation, "eval"), {"__builtins__": {}}, NAMES)
     except (SyntaxError, TypeError, ValueError, ArithmeticError):
         return Unknown
 
@@ -144,18 +150,8 @@ def example(option: str, annotation: str, value: object = None) -> str:
     if fits("", annotation):  # also where there is no annotation
         is_number = isinstance(value, int | float)
         return f"write it in quotes: '{option}=\"{value}\"'" if is_number else f"write {option}=VALUE"
-    match next((each for each in samples(annotation, value) if fits(each, annotation)), None):
-        case bool():
-            return f"write {option}=true or {option}=false"
-        case int() as number:
-            return f"write a whole number, e.g. {option}={number}"
-        case float() as number:
-            return f"write a number, e.g. {option}={number}"
-        case list():
-            return f"write a list, e.g. '{option}=[first,second]'"
-        case dict():
-            return f"write named values, e.g. '{option}={{first: 1}}'"
-    return f"write {option}=VALUE"
+    sample = next((each for each in samples(annotation, value) if fits(each, annotation)), None)
+    return EXAMPLES[type(sample)].format(option, sample)
 
 
 def samples(annotation: str, value: object) -> Iterator[object]:

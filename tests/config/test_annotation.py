@@ -11,8 +11,7 @@ from sedtrain.config.annotations import fits, literals
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3))
 VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2)
 )
 TYPES = st.recursive(
     st.sampled_from([int, float, str, bool, type(None)]),
@@ -52,8 +51,7 @@ def test_fits_agrees_with_the_types_themselves(value, kind):
 
 
 @given(
-    value=VALUES,
-    annotation=st.sampled_from(["Any", "Array", "torch.dtype", "Callable[[int], str]", "Foo[int]", "a b"]),
+    value=VALUES, annotation=st.sampled_from(["Any", "Array", "torch.dtype", "Callable[[int], str]", "Foo[int]", "a b"])
 )
 def test_unknown_names_take_every_value(value, annotation):
     assert fits(value, annotation)

@@ -83,14 +83,7 @@ def composed(conf, overrides):
 
 
 def test_what_passes_goes_to_hydra_as_it_was(conf):
-    overrides = [
-        "encoder=wavlm",
-        "trainer.max_steps=30",
-        "+note=a",
-        "++seed=2",
-        "~adapter",
-        "experiment=quick",
-    ]
+    overrides = ["encoder=wavlm", "trainer.max_steps=30", "+note=a", "++seed=2", "~adapter", "experiment=quick"]
     assert check_overrides(overrides, []) == overrides
     assert check_overrides([], []) == []
 
@@ -138,24 +131,15 @@ def test_every_problem_is_reported_at_once(conf):
         (
             "encoder=huber",
             Problem(
-                "encoder",
-                "huber",
-                "encoder has no option 'huber'",
-                "did you mean 'hubert'? available: hubert, wavlm",
+                "encoder", "huber", "encoder has no option 'huber'", "did you mean 'hubert'? available: hubert, wavlm"
             ),
         ),
-        (
-            "encoder=zzz",
-            Problem("encoder", "zzz", "encoder has no option 'zzz'", "available: hubert, wavlm"),
-        ),
+        ("encoder=zzz", Problem("encoder", "zzz", "encoder has no option 'zzz'", "available: hubert, wavlm")),
         (
             "encodr=hubert",
             Problem("encodr", "hubert", "there is no group or option 'encodr'", "did you mean 'encoder'?"),
         ),
-        (
-            "~encodr",
-            Problem("encodr", None, "there is no group or option 'encodr'", "did you mean 'encoder'?"),
-        ),
+        ("~encodr", Problem("encodr", None, "there is no group or option 'encodr'", "did you mean 'encoder'?")),
         (
             "encodr.width=3",
             Problem("encodr.width", 3, "there is no group or option 'encodr'", "did you mean 'encoder'?"),
@@ -181,10 +165,7 @@ def test_every_problem_is_reported_at_once(conf):
         (
             "adapter.output_dim=3",
             Problem(
-                "adapter.output_dim",
-                3,
-                "adapter has no option 'output_dim'",
-                "choose one first: adapter=linear | none",
+                "adapter.output_dim", 3, "adapter has no option 'output_dim'", "choose one first: adapter=linear | none"
             ),
         ),
         (
@@ -198,10 +179,7 @@ def test_every_problem_is_reported_at_once(conf):
         (
             "checkpoint=a=b",
             Problem(
-                "checkpoint",
-                "a=b",
-                "this has characters with a meaning of their own",
-                "quote it: 'checkpoint=\"a=b\"'",
+                "checkpoint", "a=b", "this has characters with a meaning of their own", "quote it: 'checkpoint=\"a=b\"'"
             ),
         ),
         ("encoder", Problem("encoder", "", "no value is given", "write encoder=VALUE")),
@@ -310,12 +288,7 @@ def test_a_folder_that_does_not_exist_is_a_problem_beside_the_others(conf, tmp_p
     ("text", "line", "shown", "wrong"),
     [
         ("a: 1\nb: 2: 3\n", 2, "b: 2: 3", "this is no YAML: mapping values are not allowed here"),
-        (
-            "a: 1\nb: [1,\n",
-            2,
-            "b: [1,",
-            "this is no YAML: expected the node content, but found '<stream end>'",
-        ),
+        ("a: 1\nb: [1,\n", 2, "b: [1,", "this is no YAML: expected the node content, but found '<stream end>'"),
         ("a: 1\na: 2\n", 2, "a: 2", "this is no YAML: found duplicate key a"),
     ],
 )
