@@ -80,10 +80,11 @@ def fits(value: object, annotation: str) -> bool:
 
 def is_of(kind: Any, value: Any) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
-    if (isinstance(value, dict) and "_target_" in value) or (isinstance(kind, type) and issubclass(kind, Unknown)):
-        return True
     if isinstance(kind, str | ForwardRef):
-        return fits(value, kind if isinstance(kind, str) else kind.__forward_arg__)
+        return fits(value, getattr(kind, "__forward_arg__", kind))
+    is_known = origin or kind is None or (isinstance(kind, type) and kind is not Unknown)
+    if not is_known or (isinstance(value, dict) and "_target_" in value):
+        return True
     if origin in (Union, UnionType):
         return any(is_of(each, value) for each in arguments)
     if origin is Annotated:
@@ -91,10 +92,10 @@ def is_of(kind: Any, value: Any) -> bool:
         in_ranges = all(value in each for each in arguments if is_number and isinstance(each, Range))
         return in_ranges and is_of(arguments[0], value)
     if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in arguments)
+        return any(each is Unknown or (type(value), value) == (type(each), each) for each in arguments)
     if isinstance(value, dict) and origin is dict:
         return all(is_of(arguments[-1], each) for each in value.values())
-    if isinstance(value, list) and origin is tuple and arguments[-1] is not ...:
+    if isinstance(value, list) and origin is tuple and ... not in arguments:
         return len(value) == len(arguments) and all(map(is_of, arguments, value))
     if isinstance(value, list) and origin in (list, tuple):
         return all(is_of(arguments[0], each) for each in value)

@@ -60,7 +60,8 @@ def check_overrides(
             check.compose_and_apply([job[min(index, len(job) - 1)] for job in jobs])
     if check.errors:
         raise UserError.all_of(check.errors)
-    return [f"{'++' * check.is_added(each)}{each.input_line}" for each in parsed]
+    is_added = [each.type is OverrideType.CHANGE and each.key_or_group in check.added for each in parsed]
+    return [f"{'++' * added}{each.input_line}" for added, each in zip(is_added, parsed, strict=True)]
 
 
 class Check:
@@ -86,9 +87,6 @@ class Check:
             except HydraException:
                 self.errors.append(unreadable(text))
         return parsed
-
-    def is_added(self, override: Override) -> bool:
-        return override.type is OverrideType.CHANGE and override.key_or_group in self.added
 
     def add_search_path(self, overrides: list[Override], folders: list[Path]) -> None:
         """Has Hydra search these folders beside those of its own option."""
@@ -157,8 +155,7 @@ class Check:
         return self.loader._parse_overrides_and_create_caching_repo(self.config_name, self.search_path)[1]
 
     def options(self, group: str) -> list[str]:
-        found: list[str] = self.repository.get_group_options(group, ObjectType.CONFIG)
-        return found
+        return list(self.repository.get_group_options(group, ObjectType.CONFIG))
 
     def is_choice(self, override: Override) -> bool:
         return not isinstance(override.value(), dict) and bool(self.options(override.key_or_group))

@@ -128,26 +128,23 @@ def check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[
     """Problems at one key and below it."""
     if OmegaConf.is_missing(node, key):
         yield UserError(path, UNSET, "no value is given", f"write {path}=VALUE")
-        return
-    try:
-        value = node[key]
-    except InterpolationToMissingValueError:
-        return  # reported where the value is missing
-    except (OmegaConfBaseException, RecursionError) as error:
-        reference = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
-        wrong = f"this reference fails: {first_line(error)}"
-        yield UserError(path, reference, wrong, "write a value, or refer to a key that has one")
-        return
-    if OmegaConf.is_interpolation(node, key):
-        return  # what it points to is checked in its own place
-    if isinstance(value, DictConfig):
+    elif OmegaConf.is_interpolation(node, key):  # what it points to is checked in its own place
+        try:
+            node[key]
+        except InterpolationToMissingValueError:
+            pass  # reported where the value is missing
+        except (OmegaConfBaseException, RecursionError) as error:
+            reference = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
+            wrong = f"this reference fails: {first_line(error)}"
+            yield UserError(path, reference, wrong, "write a value, or refer to a key that has one")
+    elif isinstance(value := node[key], ListConfig):
+        for index in range(len(value)):
+            yield from check_value(value, index, f"{path}[{index}]")
+    elif isinstance(value, DictConfig):
         if "_target_" in value:
             yield from check_target(value, path)
         for name in map(str, value):
             yield from check_value(value, name, f"{path}.{name}")
-    elif isinstance(value, ListConfig):
-        for index in range(len(value)):
-            yield from check_value(value, index, f"{path}[{index}]")
 
 
 def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
