@@ -48,8 +48,9 @@ class Unfinished(Exception):
 
 
 def as_yaml(value: object) -> str:
-    """A value the way YAML writes it, cut to one line."""
+    """A value the way YAML writes it, shortened to one line; a text, which may be a path, to a few."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value) if value == UNSET else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    most = 400 if isinstance(value, str) else 100
+    return text if len(text) <= most else f"{text[: most - 3]}..."

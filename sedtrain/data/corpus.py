@@ -1,106 +1,28 @@
-"""A corpus of one dataset or of several: their options, the utterances that can be used, and each dataset's share."""
+"""A corpus of one dataset or of several: which utterances can be used, and how often an epoch sees each dataset."""
 
 import atexit
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
-from math import inf
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from sedtrain.batch import Skipped
 from sedtrain.data.dataset import Part, Parts, Reference, Source
 from sedtrain.data.durations import durations
-from sedtrain.data.paths import is_pattern, public_name
+from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import Limits, SkippedUtterances, in_words
-from sedtrain.data.utterances import Columns, UtteranceRows
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
-from sedtrain.text.tags import TASK_OF, Tags
-
-SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
-OPTIONS = ("path", "name", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
-"""What each dataset of a mix may have of its own."""
+from sedtrain.text.tags import Tags
 
 Pair = tuple[str | None, str]
 """Language and task of a text."""
-
-
-def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
-    """The datasets of a mix by name, or the only one; options that a dataset does not have are those of `common`."""
-    if mix:
-        return [mixed_source(name, options, common) for name, options in mix.items()]
-    if common["path"] is None:
-        wrong, write = "no dataset is named", "write data.path=FOLDER_OR_FILE_OR_HUB_ID, or data.mix"
-        raise UserError("data.path", None, wrong, write)
-    return [source_of(common, "data")]
-
-
-def each_source(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each dataset that the group `data` names, by the option that they belong to."""
-    common = {name: data.get(name) for name in OPTIONS}
-    mix = data.get("mix") or {}
-    return {f"data.mix.{name}": {**common, **options} for name, options in mix.items()} or {"data": common}
-
-
-def is_same_for_all(source: Mapping[str, Any]) -> bool:
-    """Tells whether several splits would be one file or, by a pattern or URL without `{split}`, the same files.
-
-    Different slices of a file, such as `train[:90%]` and `train[90%:]`, are not the same.
-    """
-    path, splits = source["path"], [str(source[split]) for split in SPLITS if source[split] is not None]
-    slices = {split.partition("[")[2] for split in splits}
-    if path is None or len(splits) < 2 or (len(slices) == len(splits) and "" not in slices):
-        return False
-    return Path(path).expanduser().is_file() or (stands_for_several(path) and "{split}" not in path)
-
-
-def stands_for_several(path: str) -> bool:
-    return is_pattern(path) or "://" in path
-
-
-def mixed_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> Source:
-    """One dataset of a mix. Raises UserError for an option that no signature checks, since a mix holds any names."""
-    where = f"data.mix.{name}"
-    for option, value in options.items():
-        if option not in OPTIONS:
-            write = f"write {where}.NAME, NAME one of {', '.join(OPTIONS)}"
-            raise UserError(f"{where}.{option}", value, "there is no such option", write)
-    path, target, language = (options.get(option, common[option]) for option in ("path", "target", "language"))
-    if path is None:
-        write = f"write {where}.path=FOLDER_OR_FILE_OR_HUB_ID"
-        raise UserError(f"{where}.path", None, "no dataset is named", write)
-    weight = options.get("weight", 1.0)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < inf:
-        wanted = "a number above 0"
-        raise UserError(f"{where}.weight", weight, f"this has to be {wanted}", f"write {where}.weight=NUMBER, {wanted}")
-    if target not in TASK_OF:
-        write = f"write {where}.target=ONE_OF {', '.join(TASK_OF)}"
-        raise UserError(f"{where}.target", target, "there is no such target", write)
-    if not isinstance(language, str | None):
-        write = f"write {where}.language in quotes, as YAML reads no and on as values"
-        raise UserError(f"{where}.language", language, "this is no text", write)
-    columns = {**common["columns"], **options.get("columns", {})}
-    return source_of({**common, **options, "columns": columns, "label": name}, where)
-
-
-def source_of(options: Mapping[str, Any], where: str) -> Source:
-    return Source(
-        path=options["path"],
-        columns=Columns.of(options["columns"], options["target"], where),
-        splits={split: options[option] for option, split in SPLITS.items()},
-        name=options["name"],
-        audio_folder=options["audio_folder"],
-        weight=float(options.get("weight", 1.0)),
-        label=options.get("label", ""),
-        language=options["language"],
-        task=TASK_OF[options["target"]],
-    )
 
 
 def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:

@@ -25,8 +25,9 @@ from sedtrain.batch import Batch
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds, buckets_of
 from sedtrain.data.collate import Collator
-from sedtrain.data.corpus import Corpus, learnt_pairs, refuse_unlearnt, sources_of
+from sedtrain.data.corpus import Corpus, learnt_pairs, refuse_unlearnt
 from sedtrain.data.dataset import Parts, SplitDataset
+from sedtrain.data.options import sources_of
 from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches, Position
 from sedtrain.data.skipped import Limits, SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches

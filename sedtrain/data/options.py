@@ -1,12 +1,20 @@
-"""The options of the group `data`, before anything is read."""
+"""The options of the group `data`, checked before anything is read, and the datasets that they name."""
 
 from collections.abc import Mapping
+from math import inf
+from pathlib import Path
 from typing import Any
 
 from sedtrain.data.buckets import buckets_of
-from sedtrain.data.corpus import each_source, is_same_for_all, stands_for_several
-from sedtrain.data.paths import absolute_path
+from sedtrain.data.dataset import Source
+from sedtrain.data.paths import absolute_path, is_pattern
+from sedtrain.data.utterances import Columns
 from sedtrain.errors import UserError
+from sedtrain.text.tags import TASK_OF
+
+SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
+OPTIONS = ("path", "name", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
+"""What each dataset of a mix may have of its own."""
 
 
 def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,10 +35,10 @@ def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_same_for_all(data: Mapping[str, Any]) -> None:
     """Raises UserError where training, validation and test data would be the same files."""
     errors = []
-    for name, source in each_source(data).items():
+    for name, source in options_by_dataset(data).items():
         if not is_same_for_all(source):
             continue
-        if stands_for_several(source["path"]):
+        if names_several_files(source["path"]):
             wrong = "the same files would be training, validation and test data at once"
             write = "PATTERN with {split} where they differ (what is for all splits serves task=evaluate)"
         else:
@@ -39,3 +47,75 @@ def refuse_same_for_all(data: Mapping[str, Any]) -> None:
         errors.append(UserError(f"{name}.path", source["path"], wrong, f"write {name}.path={write}"))
     if errors:
         raise UserError.all_of(errors)
+
+
+def options_by_dataset(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each dataset that the group `data` names, by the option that they belong to."""
+    common = {name: data.get(name) for name in OPTIONS}
+    mix = data.get("mix") or {}
+    return {f"data.mix.{name}": {**common, **options} for name, options in mix.items()} or {"data": common}
+
+
+def is_same_for_all(source: Mapping[str, Any]) -> bool:
+    """Tells whether several splits would be one file or, by a pattern or URL without `{split}`, the same files.
+
+    Different slices of a file, such as `train[:90%]` and `train[90%:]`, are not the same.
+    """
+    path, splits = source["path"], [str(source[split]) for split in SPLITS if source[split] is not None]
+    slices = {split.partition("[")[2] for split in splits}
+    if path is None or len(splits) < 2 or (len(slices) == len(splits) and "" not in slices):
+        return False
+    return Path(path).expanduser().is_file() or (names_several_files(path) and "{split}" not in path)
+
+
+def names_several_files(path: str) -> bool:
+    return is_pattern(path) or "://" in path
+
+
+def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
+    """The datasets of a mix by name, or the only one; options that a dataset does not have are those of `common`."""
+    if mix:
+        return [mixed_source(name, options, common) for name, options in mix.items()]
+    if common["path"] is None:
+        wrong, write = "no dataset is named", "write data.path=FOLDER_OR_FILE_OR_HUB_ID, or data.mix"
+        raise UserError("data.path", None, wrong, write)
+    return [source_of(common, "data")]
+
+
+def mixed_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> Source:
+    """One dataset of a mix. Raises UserError for an option that no signature checks, since a mix holds any names."""
+    where = f"data.mix.{name}"
+    for option, value in options.items():
+        if option not in OPTIONS:
+            write = f"write {where}.NAME, NAME one of {', '.join(OPTIONS)}"
+            raise UserError(f"{where}.{option}", value, "there is no such option", write)
+    path, target, language = (options.get(option, common[option]) for option in ("path", "target", "language"))
+    if path is None:
+        write = f"write {where}.path=FOLDER_OR_FILE_OR_HUB_ID"
+        raise UserError(f"{where}.path", None, "no dataset is named", write)
+    weight = options.get("weight", 1.0)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < inf:
+        wanted = "a number above 0"
+        raise UserError(f"{where}.weight", weight, f"this has to be {wanted}", f"write {where}.weight=NUMBER, {wanted}")
+    if target not in TASK_OF:
+        write = f"write {where}.target=ONE_OF {', '.join(TASK_OF)}"
+        raise UserError(f"{where}.target", target, "there is no such target", write)
+    if not isinstance(language, str | None):
+        write = f"write {where}.language in quotes, as YAML reads no and on as values"
+        raise UserError(f"{where}.language", language, "this is no text", write)
+    columns = {**common["columns"], **options.get("columns", {})}
+    return source_of({**common, **options, "columns": columns, "label": name}, where)
+
+
+def source_of(options: Mapping[str, Any], where: str) -> Source:
+    return Source(
+        path=options["path"],
+        columns=Columns.of(options["columns"], options["target"], where),
+        splits={split: options[option] for option, split in SPLITS.items()},
+        name=options["name"],
+        audio_folder=options["audio_folder"],
+        weight=float(options.get("weight", 1.0)),
+        label=options.get("label", ""),
+        language=options["language"],
+        task=TASK_OF[options["target"]],
+    )

@@ -23,6 +23,7 @@ from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
 from sedtrain.decoding.generate import transcribe_batch
 from sedtrain.errors import UserError
 from sedtrain.models.losses import shift_right
+from sedtrain.models.saved import load
 from sedtrain.text.tags import Tags, add_tags
 from sedtrain.text.tokenizers import train_tokenizer
 
@@ -242,7 +243,7 @@ def test_a_decoder_with_weights_grows_by_the_tags_and_keeps_its_rows(built, tmp_
     run.module.losses(batch).cross_entropy.backward()
     transcribe_batch(run.saved.model, run.saved.tokenizer, batch, run.module.decoding)
     run.saved.save(tmp_path / "saved", run.module.decoding.generation_kwargs())
-    assert type(run.saved).load(str(tmp_path / "saved")).tags == run.saved.tags
+    assert load(tmp_path / "saved").tags == run.saved.tags
 
 
 # --- commands
@@ -326,8 +327,9 @@ def test_a_model_without_tags_cannot_be_asked_for_a_language(trained, sedtrain, 
     )
     assert ended.status != 0
     assert (
-        "data.language=de: this model was trained without data.tags, so that it cannot be asked for a language\n"
-        "  write instead: a checkpoint that was trained with data.tags=true, or no data.language"
+        "  data.language = 'de'\n"
+        "    this model was trained without data.tags, so that it cannot be asked for a language\n"
+        "    write no data.language, or a checkpoint that was trained with data.tags=true\n"
     ) in ended.err
 
 
