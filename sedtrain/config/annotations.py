@@ -81,7 +81,7 @@ def fits(value: object, annotation: str) -> bool:
 def is_of(kind: Any, value: Any) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(kind, str | ForwardRef):
-        return fits(value, getattr(kind, "__forward_arg__", kind))
+        return fits(value, kind if isinstance(kind, str) else kind.__forward_arg__)
     is_known = origin or kind is None or (isinstance(kind, type) and kind is not Unknown)
     if not is_known or (isinstance(value, dict) and "_target_" in value):
         return True
