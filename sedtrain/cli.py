@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sedtrain import launch
 from sedtrain.config.composition import inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
