@@ -39,7 +39,7 @@ IRRELEVANT = (
     ".*does not have many workers.*",  # small audio is decoded faster than it travels between processes
     ".*Experiment logs directory.*",  # the run's folder is new: open_run_folder made it
     ".*Support for mismatched key_padding_mask.*",  # between WavLM and PyTorch
-    ".*smaller than the logging interval.*",  # a corpus so small is none that wants more of a log
+    ".*smaller than the logging interval.*",  # expected of a small corpus
     ".*LeafSpec.*",  # between Lightning and PyTorch
     ".*your dataloader is not resumable.*",  # the data module resumes it
     ".*callbacks used to create the checkpoint.*",  # another run may start from it; the same may not change them
@@ -51,7 +51,7 @@ logger = logging.getLogger("sedtrain")
 
 
 class Failed(SystemExit):
-    """The end of a command that said why."""
+    """Ends the command with a status, after its message was printed."""
 
 
 class JobFailed(Exception):
@@ -209,10 +209,10 @@ def use_started(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
 def open_run_folder(folder: Path, resumes: bool) -> None:
     """Makes the run's folder and its log file. Raises UserError where nothing can be written.
 
-    resumes: whether the run that lies there is continued; where not, UserError says that there is one
+    resumes: continue a run that the folder holds; if false, such a run raises UserError
     """
     if config_of(str(folder)).exists() and not resumes:
-        write = "write run_dir=ANOTHER_FOLDER, or resume=auto to go on with this training"
+        write = "write run_dir=ANOTHER_FOLDER, or resume=auto to resume this run"
         raise UserError("run_dir", str(folder), "this folder already holds a run", write)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,4 +258,6 @@ def run_task(cfg: DictConfig) -> None:
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PEER):
             raise
-        fail(f"lost the connection to another process of this run, whose own words say why: {str(error).strip()}", 1)
+        fail(
+            f"lost the connection to another process of this run, which has printed the reason: {str(error).strip()}", 1
+        )

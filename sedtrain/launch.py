@@ -10,7 +10,7 @@ LAUNCHED_BY = ".launched_by"  # in the folder of a run, names its launches
 
 
 def is_first() -> bool:
-    """Whether this process has global rank 0: it makes the run's folder and speaks for all."""
+    """True if this process has global rank 0: it makes the run's folder and speaks for all."""
     within_nodes = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK")
     return all(os.environ.get(name, "0") == "0" for name in (*within_nodes, "LOCAL_RANK"))
 
@@ -20,12 +20,12 @@ def is_first_of_machine() -> bool:
 
 
 def has_parent() -> bool:
-    """Whether another process of the run started this one, as Lightning does on each machine."""
+    """True if another process of the run started this one, as Lightning does on each machine."""
     return "RANK" not in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def started_side_by_side() -> bool:
-    """Whether torchrun, SLURM, or a person on each machine started others along with this process."""
+    """True if torchrun, SLURM, or a person on each machine started others along with this process."""
     return by_slurm() or "RANK" in os.environ or "NODE_RANK" in os.environ
 
 
@@ -73,7 +73,7 @@ def note_launch(run: str) -> None:
 
 
 def is_restart_of(run: str) -> bool:
-    """Whether this process was started again by what launched the run in this folder."""
+    """True if this process was started again by what launched the run in this folder."""
     return any(is_restart and name in noted_launches(run) for name, is_restart in launches().items())
 
 

@@ -26,7 +26,7 @@ def checkpoints_of(run: str) -> Path:
 
 
 def is_finished(run: str) -> bool:
-    """Whether a run has trained and scored its model: the model card is the last file that it writes."""
+    """True if a run has trained and scored its model: the model card is the last file that it writes."""
     card = Path(run).expanduser() / "model" / "README.md"
     return card.is_file() and card.stat().st_size > 0
 
@@ -34,7 +34,7 @@ def is_finished(run: str) -> bool:
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: Path | None = None) -> None:
     """Writes a file whole or not at all, also through a kill or a power cut; one process at a time.
 
-    The unfinished file always has the same name beside it, so that kills leave at most one; it goes where writing raises.
+    The unfinished file always has the same name beside it, so that kills leave at most one; it is removed if writing raises.
 
     content: the text, or a function that writes to the open file
     keep: where the file that is replaced goes

@@ -139,7 +139,7 @@ class Search:
         before = self.study.user_attrs.get(METRIC, objective.metric)
         if before != objective.metric:
             write = f"write hydra.sweeper.metric={before}, or another hydra.sweep.dir"
-            raise UserError("hydra.sweeper.metric", objective.metric, f"this study is by {before}", write)
+            raise UserError("hydra.sweeper.metric", objective.metric, f"this study was created for {before}", write)
         self.study.set_user_attr(METRIC, objective.metric)
         seed = settings.seed + len(self.study.trials)  # a study that is resumed draws other values than at its start
         samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}

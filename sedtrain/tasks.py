@@ -1,4 +1,4 @@
-"""The tasks of a command, each as a story: train, evaluate, transcribe, inspect, fit_batches."""
+"""The tasks of a command: train, evaluate, transcribe, inspect, fit_batches."""
 
 import logging
 import shlex
@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> None:
     run.saved.save(run.folder / "model", run.module.decoding.generation_kwargs())
     if number := run.stopped_by():
         stopped = f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
-        raise Unfinished(f"{stopped}\n  resume=auto with this run_dir goes on from there", 128 + number)
+        raise Unfinished(f"{stopped}\n  resume=auto with this run_dir resumes it", 128 + number)
     with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
         results, evaluation = build.scoring(cfg).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))

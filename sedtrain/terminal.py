@@ -29,7 +29,7 @@ def table(title: str, *headings: str, right: Collection[str] = ()) -> Table:
 
 
 def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
-    """How each part of the model is trained, and below it the facts of the run."""
+    """Table of how each part of the model is trained, and below it the facts of the run."""
     numbers = ("trainable", "frozen", "peak learning rate", "from step")
     rows = table("what will be trained", "part", *numbers, right=numbers)
     rows.columns[0].no_wrap = True

@@ -222,7 +222,7 @@ def test_a_search_that_was_killed_goes_on_with_the_trial_under_way(searched, tog
 def test_a_study_by_another_metric_or_of_other_values_is_refused(searched):
     arguments = ["optimizer.lr=0.1,0.2"]
     searched("hydra.sweeper.num_trials=1", arguments=arguments)
-    with pytest.raises(UserError, match=r"this study is by val/wer\n.*write hydra.sweeper.metric=val/wer, or another"):
+    with pytest.raises(UserError, match=r"created for val/wer\n.*write hydra.sweeper.metric=val/wer, or another"):
         searched("hydra.sweeper.metric=val/loss", arguments=arguments)
     with pytest.raises(UserError, match="CategoricalDistribution does not support dynamic value space"):
         searched("hydra.sweeper.num_trials=3", arguments=["optimizer.lr=0.1,0.3"])

@@ -74,7 +74,7 @@ def evaluated(annotation: str) -> Any:
 
 
 def fits(value: object, annotation: str) -> bool:
-    """Whether a plain YAML value fits an annotation; unknown names and nodes with `_target_` always do."""
+    """True if a plain YAML value fits an annotation; unknown names and nodes with `_target_` always do."""
     return is_of(evaluated(annotation), value)
 
 
@@ -147,7 +147,7 @@ def in_words(kind: Any) -> str:
 
 
 def example(option: str, annotation: str, value: object = None) -> str:
-    """What to write for an annotation, as an override of `option`."""
+    """Example of an override of `option` that fits an annotation."""
     if fits("", annotation):  # also where there is no annotation
         is_number = isinstance(value, int | float)
         return f"write it in quotes: '{option}=\"{value}\"'" if is_number else f"write {option}=VALUE"

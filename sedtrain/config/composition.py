@@ -72,7 +72,7 @@ def composition_error(error: BaseException, option: str, value: object) -> UserE
     for each in (error.__cause__, error.__context__, error):
         if isinstance(each, OmegaConfBaseException) and each.full_key:
             return typed_error(each, option, value)
-    write = f"write {option.lstrip('+')}={value}" if option.startswith("+") else f"mend or leave out {option}"
+    write = f"write {option.lstrip('+')}={value}" if option.startswith("+") else f"correct or leave out {option}"
     advice = map(str.strip, str(error).strip().splitlines()[1:])
     return UserError(option, value, first_line(error), " ".join(filter(None, advice)) or write)
 
@@ -82,7 +82,7 @@ def yaml_error(error: yaml.MarkedYAMLError) -> UserError:
     lines = Path(mark.name).read_text(encoding="utf-8").rstrip().splitlines()
     index = min(mark.line, len(lines) - 1)  # a mark at the end of the file stands behind its last line
     wrong = f"this is no YAML: {error.problem}"
-    return UserError(f"{mark.name}, line {index + 1}", lines[index].strip(), wrong, "mend that line")
+    return UserError(f"{mark.name}, line {index + 1}", lines[index].strip(), wrong, "correct that line")
 
 
 def typed_error(error: OmegaConfBaseException, option: str, value: object) -> UserError:

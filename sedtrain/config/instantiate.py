@@ -36,7 +36,7 @@ def import_target(cfg: DictConfig, path: str) -> None:
 
 
 def guarded(node: Any, path: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What the function returns; what it refuses is one UserError at the path, unless it is a UserError already."""
+    """Calls the function; anything it refuses becomes one UserError at the path, unless it is a UserError already."""
     try:
         return function(*args, **kwargs)
     except (InstantiationException, *REFUSALS) as error:

@@ -151,7 +151,7 @@ class Check:
 
     @cached_property
     def repository(self) -> Any:
-        """Where Hydra finds options; its own way to them walks the whole defaults tree at every question."""
+        """Hydra's repository of option files; asking its loader walks the whole defaults tree each time."""
         return self.loader._parse_overrides_and_create_caching_repo(self.config_name, self.search_path)[1]
 
     def options(self, group: str) -> list[str]:
@@ -201,7 +201,7 @@ class Check:
                 self.errors.append(composition_error(error, key, value))
 
     def unknown_key(self, config: DictConfig, node: Any, path: str, lacking: str) -> tuple[str, str]:
-        """What is wrong with a key that the configuration lacks, and what to write."""
+        """The fault of a key that the configuration lacks, and what to write instead."""
         if not path:
             names = dict.fromkeys([*map(str, config.keys()), *self.loader.list_groups("")])
             known = [name for name in names if name != "hydra"]

@@ -200,7 +200,7 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
         yield from trainer_rules(config.trainer)
     if isinstance(config.get("callbacks"), DictConfig) and not config.callbacks.get("checkpoints"):
         write = "leave callbacks.checkpoints as it is; other callbacks may go"
-        yield UserError("callbacks.checkpoints", None, "a run keeps its best weights by it", write)
+        yield UserError("callbacks.checkpoints", None, "this callback is required: it saves the best weights", write)
     attention = OmegaConf.select(config, "attention.implementation", default=None)
     precision = str(OmegaConf.select(config, "trainer.precision", default=None))
     if attention == "flash_attention_2" and precision.startswith("32"):

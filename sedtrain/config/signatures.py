@@ -194,7 +194,7 @@ def imported(target: str) -> Any:
         found: Any = importlib.import_module(spec.name)
     except Exception as error:
         wrong = f"importing {spec.name} fails with {type(error).__name__}: {error}"
-        raise refused(target, wrong, "mend or install that module") from error
+        raise refused(target, wrong, "repair or install that module") from error
     for name in names:
         if not hasattr(found, name):
             if submodule(spec, name):

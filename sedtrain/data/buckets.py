@@ -29,7 +29,7 @@ WRITE = (
 
 
 class Bucket(NamedTuple):
-    """A batch holds so many `utterances` of at most so many `seconds` and target `tokens` each."""
+    """Limits of a bucket: seconds and target tokens of an utterance at most, and utterances in a batch."""
 
     seconds: float
     tokens: int
@@ -112,7 +112,7 @@ def groups_by_buckets(seconds: Floats, tokens: Integers, buckets: Sequence[Bucke
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a batch may hold.
+    """Limits of a batch.
 
     batch_seconds, batch_tokens: seconds of audio and, if given, target tokens, padding included
     num_buckets: of similar durations, each with batches of its own, at most
@@ -126,7 +126,7 @@ class Bounds:
 
     @property
     def count_tokens(self) -> bool:
-        """Whether the target tokens of each utterance have to be known."""
+        """True if the target tokens of each utterance have to be known."""
         return bool(self.buckets or self.batch_tokens)
 
     def groups(self, seconds: Floats, tokens: Integers | None) -> tuple[Integers, Integers]:

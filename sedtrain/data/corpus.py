@@ -26,7 +26,7 @@ Pair = tuple[str | None, str]
 
 
 def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
-    """How often an epoch sees each dataset, so that its share is proportional to size ** (1 / temperature).
+    """Visits of each dataset in an epoch, so that its share is proportional to size ** (1 / temperature).
 
     The length of an epoch stays the sum of the sizes (arXiv 1907.05019, where the shares come from).
     """
@@ -162,11 +162,11 @@ class Corpus:
         )
 
     def rewriting(self, split: str) -> Callable[[str], str]:
-        """What is done to the texts of a split, and has to leave something of them."""
+        """Rewriting of the texts of a split, which must leave something of them."""
         return self.rewrite if split == "train" else str
 
     def weights(self) -> list[float]:
-        """How often an epoch sees each part."""
+        """Visits of each part in an epoch."""
         if self.streaming:
             return [part.source.weight for part in self.shards()]
         parts = self.parts("train").parts
@@ -193,7 +193,7 @@ def learnt_pairs(corpus: Corpus) -> set[tuple[str, str]]:
         raise UserError(
             "data.tags",
             True,
-            f"nothing says in which language there are texts to {unknown[0]}",
+            f"nothing says the language of the texts to {unknown[0]}",
             "write data.language=LANGUAGE, data.mix.NAME.language=LANGUAGE or data.columns.language=COLUMN",
         )
     return {(language, task) for language, task in pairs if language is not None}

@@ -193,7 +193,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         )
 
     def batches_of(self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool) -> BatchesWithEpoch:
-        """The batches of a split, with `over_ranks` those of this rank; bounded for audio as long as augmentation makes it.
+        """Batches of a split, with `over_ranks` those of this rank; their bounds allow for audio that augmentation lengthens.
 
         Only training, which shuffles, is bounded by `data.batches`.
         """

@@ -14,7 +14,7 @@ from sedtrain.text.tags import TASK_OF
 
 SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
 OPTIONS = ("path", "name", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
-"""What each dataset of a mix may have of its own."""
+"""Options that each dataset of a mix may set for itself."""
 
 
 def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def refuse_same_for_all(data: Mapping[str, Any]) -> None:
             continue
         if names_several_files(source["path"]):
             wrong = "the same files would be training, validation and test data at once"
-            write = "PATTERN with {split} where they differ (what is for all splits serves task=evaluate)"
+            write = "PATTERN with {split} where they differ (the same files for all splits are fine for task=evaluate)"
         else:
             wrong = "one file would be training, validation and test data at once"
-            write = "FOLDER with train, validation and test files (a single file serves task=evaluate)"
+            write = "FOLDER with train, validation and test files (a single file is fine for task=evaluate)"
         errors.append(UserError(f"{name}.path", source["path"], wrong, f"write {name}.path={write}"))
     if errors:
         raise UserError.all_of(errors)

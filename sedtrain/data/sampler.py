@@ -23,7 +23,7 @@ Segment = tuple[int, int]
 
 
 class Position(TypedDict):
-    """Where training stands in its epochs, as a checkpoint keeps it.
+    """Position of training in its epochs, as a checkpoint keeps it.
 
     seed, epoch:  decide the order of the batches
     segments:     the steps of this epoch so far; of a stream, those of its block
@@ -42,11 +42,11 @@ class Position(TypedDict):
 
 
 class BatchPlan:
-    """Which utterances may share a batch, and how many; the same in every epoch, so that all have equally many batches.
+    """Groups of utterances that may share a batch, and the batch sizes; equal in every epoch, so its length is too.
 
-    A group is a bucket of durations; texts so long that they halve its batches, once or oftener, are groups of their
-    own. All batches of a group hold as many utterances as its longest ones allow; the last may hold fewer.
-    Measured buckets are groups themselves, of known sizes.
+    A group is a bucket of durations. Utterances whose long texts would halve the bucket's batches (or quarter them, ...)
+    form a separate group. All batches of a group hold as many utterances as its longest ones allow; the last may hold
+    fewer. Measured buckets are groups themselves, with known batch sizes.
 
     groups:         (N,) the group of each utterance
     starts:         (M + 1,) where each batch begins in `utterances`
@@ -136,7 +136,9 @@ def refuse_other(digested: str, written: tuple[int, str], current: tuple[int, st
         raise UserError(
             "data",
             "seed {}, digest {}".format(*current),
-            "the checkpoint is from the middle of an epoch of other {}: seed {}, digest {}".format(digested, *written),
+            "the checkpoint was saved in the middle of an epoch of other {}: seed {}, digest {}".format(
+                digested, *written
+            ),
             "write the seed and the data.* of the run that wrote it, or resume from the end of an epoch",
         )
 

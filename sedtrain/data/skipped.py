@@ -24,7 +24,7 @@ MIN_SEEN = 100
 LIMITED = frozenset({"too short", "too long", "text too short", "text too long"})
 """Reasons that are the user's own limits: they are no faults, and stop no run."""
 BATCHES_BETWEEN_SUMS = 16
-"""How often ranks that decode different utterances add up their counts."""
+"""Interval at which ranks that decode different utterances add up their counts."""
 
 Reason = tuple[str, str]
 """A few words to be counted by, and a detail."""
@@ -103,7 +103,7 @@ def shortened(text: str) -> str:
 
 @dataclass
 class FilterCounts:
-    """How many utterances a filter has seen, and how many of them were bad."""
+    """Utterances that a filter has seen, and the faulty ones among them."""
 
     num_seen: int = 0
     num_bad: int = 0
@@ -139,7 +139,7 @@ class SkippedUtterances:
     def planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
         """Notes the utterances left out of `num_seen` before they are decoded; all ranks call it alike.
 
-        Raises UserError where one bad utterance, or so many, stop the run.
+        Raises UserError if one faulty utterance, or this many, stop the run.
         """
         self.note(skipped)
         if skipped and self.on_bad_utterance == "error":
@@ -230,7 +230,7 @@ class SkippedUtterances:
         return [utterance for key, utterance in distinct.items() if key not in self.noted]
 
     def totals(self) -> dict[str, int]:
-        """How many were left out, over all ranks, by reason, most frequent first."""
+        """Utterances left out over all ranks, counted by reason, most frequent first."""
         self.read()
         return dict(self.counts.most_common())
 

@@ -31,7 +31,7 @@ NUM_AHEAD = 4  # remote shards that are fetched while the block before them is t
 
 
 class BlockStart(NamedTuple):
-    """Where a block begins: visits of parts before it in the epoch, and rows before it in the visit that it begins in."""
+    """Start of a block: visits of parts before it in the epoch, and rows before it in the visit that it begins in."""
 
     visit: int
     row: int

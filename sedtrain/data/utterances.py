@@ -21,7 +21,7 @@ ROWS_AT_ONCE = 64  # rows whose headers one thread reads at a time
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the dataset holds what; None where the dataset has no such column."""
+    """Names of the dataset's columns by role; None if the dataset has no such column."""
 
     audio: str
     text: str
@@ -78,7 +78,7 @@ WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "start": (is_number, "numbers"),
     "end": (is_number, "numbers"),
 }
-"""What the column of a role has to hold."""
+"""Types that the column of a role may have."""
 
 
 def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any], source: str) -> None:

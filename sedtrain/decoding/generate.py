@@ -16,7 +16,7 @@ from sedtrain.ranges import Count, CountOrZero, Positive, PositiveFraction
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How hypotheses are searched for; the names are those of `transformers.GenerationConfig`.
+    """Settings of the search for hypotheses; the names are those of `transformers.GenerationConfig`.
 
     top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
     """

@@ -1,7 +1,8 @@
 """WER, CER, BLEU and chrF as counts: whole numbers that add up over utterances, batches and ranks.
 
 A new metric is a row of METRICS and its name in TRANSCRIPTION or TRANSLATION: how an utterance is counted, and the
-value of summed counts. Validation, results, intervals, reports and the search take it from there.
+value of summed counts. Validation, results, intervals, reports and the search take it from there. The first name of
+the two decides which validation is the best; the report ranks utterances by WER, or else by chrF.
 
 Shapes: N utterances, K counts (the number of utterances, then the counts of each metric in turn).
 """

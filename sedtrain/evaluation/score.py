@@ -25,7 +25,7 @@ def metric_set(target: str, normalizer_name: str) -> MetricSet:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a model is scored.
+    """Settings and components of scoring.
 
     target, split: what the texts are, and which of them are scored
     folder: where results.json and report.html go; metrics.csv is read from it

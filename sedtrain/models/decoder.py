@@ -155,7 +155,7 @@ def fix_sinusoids(decoder: nn.Module) -> None:
 def decoder_positions(
     decoder: PreTrainedModel, tokens: Tensor | None, past_length: int = 0, attention_mask: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """(B, U) `position_ids` that count every real token; none if the family's own do.
+    """(B, U) `position_ids` that count every real token; empty if the family counts them so itself.
 
     RoBERTa and its like give no position to pad tokens, and forget that in the next cached step: with a pad token in front or
     within, training and cached decoding differ. Without one these positions are their own.

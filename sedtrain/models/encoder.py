@@ -149,7 +149,7 @@ def standalone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def loads_in_stock_transformers(config: PreTrainedConfig) -> bool:
-    """Whether a joined model with this encoder loads without sedtrain."""
+    """True if a joined model with this encoder loads without sedtrain."""
     return config.model_type in CONFIG_MAPPING_NAMES and not config.is_encoder_decoder
 
 
@@ -162,7 +162,7 @@ def given_input(inputs: Tensor | None, input_values: Tensor | None, input_featur
 
 
 def states_to_return(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Which states of the encoder `generate` returns: the first source that says so decides."""
+    """Encoder states that `generate` returns, by the first source that says so."""
     names = ("output_attentions", "output_hidden_states")
     return {name: next((of[name] for of in sources if of.get(name) is not None), None) for name in names}
 

@@ -75,7 +75,7 @@ def make_deferrable(decoder: PreTrainedModel) -> None:
 def deferred_output_layer(decoder: PreTrainedModel, deferred: bool) -> Iterator[DeferrableLinear | None]:
     """Makes the decoder's "logits" the (B, U, D) inputs of its output layer, and yields that layer.
 
-    Yields None, and the logits are logits, if `deferred` is false or the layer cannot be deferred.
+    Yields None, and leaves the logits as they are, if `deferred` is false or the layer cannot be deferred.
     """
     layer = decoder.get_output_embeddings()
     if not deferred or not isinstance(layer, DeferrableLinear):

@@ -30,7 +30,7 @@ def part_of(name: str) -> str:
 
 
 def is_cross_attention(module_name: str) -> bool:
-    """Whether a module of this name attends to the encoder; `multihead_attn` is PyTorch's name for it."""
+    """True if a module of this name attends to the encoder; `multihead_attn` is PyTorch's name for it."""
     return bool(CROSS_ATTENTION.search(module_name)) or module_name == "multihead_attn"
 
 
@@ -121,7 +121,7 @@ def depths(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Execution:
-    """How layers compute: memory and time change, losses and gradients do not.
+    """Execution of layers: it changes memory and time, not losses or gradients.
 
     activation_checkpointing: the backward pass computes activations again, instead of keeping them
     backend: of torch.compile, which compiles each layer in place; None: not compiled

@@ -78,7 +78,7 @@ def set_aside_damaged(folder: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file ends with the digest of what stands before it."""
+    """True if a file ends with the digest of what stands before it."""
     size = path.stat().st_size - TRAILER_BYTES
     if size <= 0:
         return False

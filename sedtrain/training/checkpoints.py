@@ -121,6 +121,7 @@ class Checkpoints(ModelCheckpoint):
         self.save(trainer)
 
     def is_due(self, trainer: Trainer) -> bool:
+        """True after a validation or an epoch that asked for it, a signal, `every_steps` or `every_minutes`."""
         if self.due or self.stop:
             return True
         if self.every_steps and trainer.global_step != self.saved_step and trainer.global_step % self.every_steps == 0:
@@ -128,7 +129,7 @@ class Checkpoints(ModelCheckpoint):
         return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
 
     def save(self, trainer: Trainer) -> None:
-        """Writes `best.ckpt` where a validation was the best, and `last.ckpt`; the logs first, so that they reach as far."""
+        """Writes `last.ckpt`, and `best.ckpt` after the best validation, by `checkpoint_files.write_checkpoint`; logs first."""
         for logger in trainer.loggers:
             logger.save()
         candidates = self._monitor_candidates(trainer)

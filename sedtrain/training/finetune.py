@@ -18,7 +18,7 @@ from sedtrain.training.optim import parameter_groups
 
 @dataclass(frozen=True)
 class PartPlan:
-    """How a part of the model is trained.
+    """Plan for training one part of the model.
 
     num_trainable:  parameters that move, some of them later
     learning_rates: their peaks, in rising order
@@ -89,7 +89,7 @@ class FineTuning(Callback):
     def refuse_standstill(self) -> None:
         """Raises UserError if no weight would move at the first step."""
         if not self.starts:
-            wrong = "the weights of this model are all in these: none would move"
+            wrong = "this freezes every weight of the model: nothing would be trained"
             write = "write finetune=all, or an adapter that has weights, such as adapter=conv"
             raise UserError("finetune.frozen", self.frozen, wrong, write)
         if first := min(self.starts.values()):
@@ -130,7 +130,7 @@ class FineTuning(Callback):
         self.frozen_modules = list(frozen_modules(model))
 
     def plan(self, model: nn.Module, optimizer: Optimizer) -> list[PartPlan]:
-        """How each part is trained, with the learning rates that the optimizer has for it."""
+        """Plans of all parts, with the learning rates that the optimizer has for them."""
         rates = {id(weight): group["initial_lr"] for group in optimizer.param_groups for weight in group["params"]}
         weights = dict(model.named_parameters())
         plans = []

@@ -60,7 +60,7 @@ class ProcessMemory:
             raise UserError("task", "fit_batches", wrong, instead) from error
 
     def available(self) -> int:
-        """What this process has and could still get."""
+        """Bytes that this process has or could still get."""
         return kilobytes(Path("/proc/meminfo"), "MemAvailable") + self.taken()
 
     def reset(self) -> None:

@@ -60,7 +60,7 @@ class Update:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the optimizer changes nothing."""
+        """True if the optimizer changes nothing."""
         return not (self.num_tokens and self.loss_is_finite and self.gradient_is_finite)
 
     @property

@@ -195,7 +195,7 @@ class Reporting(Callback):
             raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
 
     def report(self, value: float, step: int) -> bool:
-        """Whether the trial should be pruned."""
+        """True if the trial should be pruned."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

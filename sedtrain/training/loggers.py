@@ -214,7 +214,7 @@ class Tracker(Logger):
 
     def leave_out(self, method: str, error: BaseException) -> None:
         self.inner = None
-        failed = f"logger={self.label} failed in {method} and is left out; training goes on without it"
+        failed = f"logger={self.label} failed in {method} and is left out; training continues without it"
         logger.warning("%s: %s", failed, f"{type(error).__name__}: {error}".strip())
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:

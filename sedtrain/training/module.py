@@ -179,7 +179,7 @@ class SpeechSeq2SeqModule(LightningModule):
         return {"hypotheses": hypotheses}
 
     def probe(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
-        """(4,): cross-entropy and its tokens; by how much the audio of other utterances raises it, and the tokens of that."""
+        """(4,): summed cross-entropy, its tokens; its increase with other utterances' audio, the tokens of that comparison."""
         other = self.other_audio.instead_of(encoded)
         loss = self.cross_entropy(encoded, labels)
         other_loss = self.cross_entropy(encoded if other is None else other, labels)

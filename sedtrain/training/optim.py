@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a parameter: neither on biases, which may be matrices, nor on norms and other vectors."""
+    """True if weight decay acts on a parameter: not on biases, which may be matrices, nor on norms and other vectors."""
     return parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
 
 

@@ -152,7 +152,7 @@ class TrainingRun:
         return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
 
     def fit(self, start: Path | None) -> None:
-        """Trains, from the checkpoint `start` where there is one; returns too where a signal stops training."""
+        """Trains, from the checkpoint `start` if one is given; also returns when a signal stops training."""
         if start:
             self.refuse_other_model(start)
         rejoin(self.trainer.strategy)
@@ -205,7 +205,7 @@ class TrainingRun:
         """The newest checkpoint that is whole. Raises UserError where there is none."""
         last = newest_whole(checkpoints_of(str(self.folder)))
         if last is None:
-            wrong = "no step was made: training starts where it is to end"
+            wrong = "no step was made: training starts at the step where it ends"
             instead = "write trainer.max_steps=MORE, or trainer.max_epochs=MORE"
             raise UserError("trainer.max_steps", self.trainer.max_steps, wrong, instead)
         return last

@@ -27,7 +27,7 @@ INCOMPLETE = {
     ("augment", "recorded_noise"): ("augment.recorded_noise.path", UNSET),
     ("augment", "reverb"): ("augment.reverb.folder", UNSET),
     **{
-        ("callbacks", name): ("callbacks.checkpoints", "a run keeps its best weights by it")
+        ("callbacks", name): ("callbacks.checkpoints", "this callback is required: it saves the best weights")
         for name in ("average", "ema")
     },
 }

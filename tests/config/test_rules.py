@@ -33,7 +33,7 @@ def test_options_of_the_trainer_that_are_decided_elsewhere_are_all_refused_at_on
 
 def test_a_run_keeps_its_checkpoints():
     write = "leave callbacks.checkpoints as it is; other callbacks may go"
-    expected = Problem("callbacks.checkpoints", None, "a run keeps its best weights by it", write)
+    expected = Problem("callbacks.checkpoints", None, "this callback is required: it saves the best weights", write)
     assert problems("~callbacks.checkpoints") == problems("callbacks.checkpoints=null") == [expected]
     assert check_command_line(["~callbacks.checkpoints", "task=inspect"])
 

@@ -383,7 +383,7 @@ def test_other_batches_cannot_resume_in_the_middle_of_an_epoch(other):
         resumed.load_state_dict(written.state_dict(4))
     assert str(raised.value) == (
         f"1 problem:\n\n  data = 'seed {resumed.seed}, digest {resumed.plan.digest()}'\n"
-        f"    the checkpoint is from the middle of an epoch of other batches: seed 0, digest {written.plan.digest()}\n"
+        f"    the checkpoint was saved in the middle of an epoch of other batches: seed 0, digest {written.plan.digest()}\n"
         "    write the seed and the data.* of the run that wrote it, or resume from the end of an epoch"
     )
     resumed.load_state_dict(written.state_dict(len(written)))

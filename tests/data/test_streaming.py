@@ -275,7 +275,7 @@ def test_a_position_of_other_data_is_refused():
     position = batches.state_dict(1)
     other = sampler([30, 30], batch_seconds=99.0)
     other.load_state_dict(position)
-    with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch of other batches"):
+    with pytest.raises(UserError, match="the checkpoint was saved in the middle of an epoch of other batches"):
         list(other)
 
 
@@ -286,7 +286,7 @@ def test_a_position_between_two_blocks_is_not_taken_for_one_of_another_order(oth
     first_of_second = batches.begun[0].steps_before or len(batches.begun[0].batches)
     position = batches.state_dict(first_of_second)
     assert position["segments"] == [] or position["steps_before"] == 0
-    with pytest.raises(UserError, match="the checkpoint is from the middle of an epoch of other files"):
+    with pytest.raises(UserError, match="the checkpoint was saved in the middle of an epoch of other files"):
         sampler([10, 20], **{"num_rows": 10, **other}).load_state_dict(position)
 
 

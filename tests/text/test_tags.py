@@ -140,7 +140,7 @@ def test_languages_and_tasks_come_from_columns_and_datasets(datasets_of, tmp_pat
 def test_a_text_of_no_language_is_refused_before_training(datasets_of, tmp_path):
     datasets_of["hub"] |= {"language": None}
     assert refused(learnt_pairs, mix_module(tmp_path, datasets_of).corpus) == (
-        "1 problem:\n\n  data.tags = true\n    nothing says in which language there are texts to transcribe\n    write "
+        "1 problem:\n\n  data.tags = true\n    nothing says the language of the texts to transcribe\n    write "
         "data.language=LANGUAGE, data.mix.NAME.language=LANGUAGE or data.columns.language=COLUMN"
     )
 

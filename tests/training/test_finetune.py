@@ -145,7 +145,7 @@ def test_without_an_adapter_there_is_no_adapter_to_train():
         finetuning("adapter_only").prepare(joined())
     assert str(caught.value) == (
         "1 problem:\n\n  finetune.frozen = ['encoder', 'cross_attention', 'decoder', 'ctc_head']\n"
-        "    the weights of this model are all in these: none would move\n"
+        "    this freezes every weight of the model: nothing would be trained\n"
         "    write finetune=all, or an adapter that has weights, such as adapter=conv"
     )
 

@@ -256,7 +256,9 @@ class ExitsOrEmpties:
 
 def test_a_logger_that_ends_the_process_is_left_out(caplog):
     Tracker("mine", ExitsOrEmpties).save()
-    assert caplog.messages == ["logger=mine failed in save and is left out; training goes on without it: SystemExit: 3"]
+    assert caplog.messages == [
+        "logger=mine failed in save and is left out; training continues without it: SystemExit: 3"
+    ]
 
 
 def test_what_a_logger_does_with_what_it_is_given_does_not_reach_the_others():
@@ -272,7 +274,7 @@ def test_a_disk_that_is_full_takes_the_metrics_away_and_not_the_run(tmp_path, ca
     tracker.log_samples([Hypothesis("a", "b", "c")], 0)
     tracker.log_metrics({"loss": 1.0}, 1)
     assert caplog.messages == [
-        "logger=csv failed in log_samples and is left out; training goes on without it: OSError: [Errno 28] no space"
+        "logger=csv failed in log_samples and is left out; training continues without it: OSError: [Errno 28] no space"
     ]
 
 

@@ -159,7 +159,7 @@ def test_a_folder_that_holds_a_run_is_not_gone_on_with_unasked(command, trained)
     ended = command(trained)
     assert ended.status == 2
     assert "this folder already holds a run" in ended.err
-    assert "write run_dir=ANOTHER_FOLDER, or resume=auto to go on with this training" in ended.err
+    assert "write run_dir=ANOTHER_FOLDER, or resume=auto to resume this run" in ended.err
 
 
 def test_an_evaluation_never_writes_into_a_run(sedtrain, trained):
@@ -338,7 +338,7 @@ def test_a_training_without_a_step_says_so(command, trained, tmp_path, start):
     assert ended.status == 2
     assert ended.err.endswith(
         f"  trainer.max_steps = {steps}\n"
-        "    no step was made: training starts where it is to end\n"
+        "    no step was made: training starts at the step where it ends\n"
         "    write trainer.max_steps=MORE, or trainer.max_epochs=MORE\n"
     )
 

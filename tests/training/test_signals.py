@@ -45,7 +45,7 @@ def test_sigterm_to_all_its_processes_ends_a_training_with_a_checkpoint_and_says
     assert run.returncode == 128 + signal.SIGTERM, out + err
     assert "Traceback" not in err
     step = int(re.search(rf"stopped at step (\d+); saved in {folder}: model, checkpoints/last.ckpt", err)[1])
-    assert "resume=auto with this run_dir goes on from there" in err
+    assert "resume=auto with this run_dir resumes it" in err
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == step > 0
     with pytest.raises(ProcessLookupError):
         os.killpg(run.pid, 0)
