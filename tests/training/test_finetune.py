@@ -154,7 +154,8 @@ def test_without_an_adapter_there_is_no_adapter_to_train():
     ("options", "text"),
     [
         ({"frozen": ["ears"]}, "finetune.frozen = 'ears'\n    the model has no part 'ears', it has encoder, adapter, "
-         "cross_attention, decoder, ctc_head, feature_encoder, encoder_self_attention, decoder_self_attention, layer_norms, lora and"),
+         "cross_attention, decoder, ctc_head, feature_encoder, "
+         "encoder_self_attention, decoder_self_attention, layer_norms, lora and"),
         ({"thaw": {"ears": 3}}, "finetune.thaw.ears = 'ears'\n    the model has no part 'ears'"),
         ({"moving": ["ears"]}, "finetune.moving = 'ears'\n    the model has no part 'ears'"),
         ({"thaw": dict.fromkeys(PARTS, 3)}, "finetune.thaw = {'encoder': 3, 'adapter': 3, 'cross_attention': 3, 'decoder': 3, "
