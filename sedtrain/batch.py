@@ -1,4 +1,4 @@
-"""What travels between the parts: utterances, batches, and the error that a user can repair.
+"""Utterances and batches, which travel between the wings.
 
 B batch, S samples, F features, T frames, U target tokens.
 """

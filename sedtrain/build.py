@@ -5,12 +5,11 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
@@ -30,16 +29,10 @@ from sedtrain.text.normalizers import normalizer
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
-from sedtrain.training.run import TrainingRun
-from sedtrain.training.trainer import run_trainer
+from sedtrain.training.run import TrainingRun, run_trainer
 
 RANDOM_CTC_WEIGHT = 0.3
-TOLERANT = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}
-"""Options of the data by which every bad utterance is counted, and none ends the task."""
-REFUSED: Any = object()
-"""Stands for a component that could not be made."""
-
-Made = TypeVar("Made")
+REFUSED = object()  # stands for a component that could not be made
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +43,15 @@ class Attempts:
     def __init__(self) -> None:
         self.errors: list[UserError] = []
 
-    def __call__(self, make: Callable[..., Made], *needed: Any) -> Made:
+    def __call__(self, make: Any, *needed: Any) -> Any:
         """`make(*needed)`; REFUSED where it raises UserError, or where one of these was refused itself."""
-        made: Made = REFUSED
-        if not any(each is REFUSED for each in (make, *needed)):
-            try:
-                made = make(*needed)
-            except UserError as error:
-                self.errors.append(error)
-        return made
+        if any(each is REFUSED for each in (make, *needed)):
+            return REFUSED
+        try:
+            return make(*needed)
+        except UserError as error:
+            self.errors.append(error)
+            return REFUSED
 
     def report(self) -> None:
         """Raises one UserError of everything that was refused."""
@@ -71,13 +64,14 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     attempt = Attempts()
     data = attempt(training_data, cfg)
-    augmentations = {str(name): attempt(augmentation, cfg, str(name)) for name in cfg.augment}
+    augmentations = {
+        str(name): attempt(options_of(f"augment.{name}")(create), cfg, f"augment.{name}") for name in cfg.augment
+    }
     finetuning, loss, options, optimizer, scheduler = (
         attempt(create, cfg, group) for group in ("finetune", "loss", "decoding", "optimizer", "scheduler")
     )
     saved = attempt(connected, cfg, data, new_model(cfg, data, attempt))
-    weights = attempt(loss_weights, cfg, loss, saved)
-    saved = attempt(prepared, saved, weights, finetuning)
+    weights = attempt(prepared, cfg, saved, loss, finetuning)
     module = attempt(training_module, cfg, saved, weights, finetuning, options, optimizer, scheduler)
     trainer = attempt(make_trainer, cfg, finetuning)
     attempt.report()
@@ -90,15 +84,15 @@ def training_run(cfg: DictConfig) -> TrainingRun:
 def training_data(cfg: DictConfig) -> SpeechTextDataModule:
     """The data, with its texts as they are learnt; every split that the run needs has been read."""
     refuse_same_for_all(cfg.data)
-    data: SpeechTextDataModule = create(cfg, "data")
-    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
+    data = rewritten_data(cfg)
     data.corpus.refuse_unusable(["train", "validation", cfg.split])
     return data
 
 
-def augmentation(cfg: DictConfig, name: str) -> Any:
-    with options_of(f"augment.{name}"):
-        return create(cfg, f"augment.{name}")
+def rewritten_data(cfg: DictConfig) -> SpeechTextDataModule:
+    data: SpeechTextDataModule = create(cfg, "data")
+    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
+    return data
 
 
 def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) -> SavedModel:
@@ -106,16 +100,10 @@ def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) ->
     published = {size: cfg.decoder.get(size) for size in ("base", "large")}
     tokenizer = attempt(tokenizer_of, cfg.size, cfg.decoder.get("checkpoint"), published)
     if tokenizer is None:
-        tokenizer = attempt(trained_tokenizer, attempt(create, cfg, "tokenizer"), data)
-    encoder: PreTrainedModel = attempt(create, cfg, "encoder")
-    decoder: PreTrainedModel = attempt(attempt(create, cfg, "decoder"), tokenizer)
-    return attempt(join, encoder, decoder, attempt(create, cfg, "adapter"), tokenizer)
-
-
-def trained_tokenizer(
-    train: Callable[..., PreTrainedTokenizerBase], data: SpeechTextDataModule
-) -> PreTrainedTokenizerBase:
-    return train(map(data.corpus.rewrite, data.texts("train")))
+        train = attempt(create, cfg, "tokenizer")
+        tokenizer = attempt(lambda train, data: train(map(data.corpus.rewrite, data.texts("train"))), train, data)
+    encoder, decoder = attempt(create, cfg, "encoder"), attempt(attempt(create, cfg, "decoder"), tokenizer)
+    return cast(SavedModel, attempt(join, encoder, decoder, attempt(create, cfg, "adapter"), tokenizer))
 
 
 def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) -> SavedModel:
@@ -135,20 +123,18 @@ def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) ->
     data.refuse_unlearnt(splits)
 
 
-def loss_weights(cfg: DictConfig, weights: LossWeights, saved: SavedModel) -> LossWeights:
-    """The weights, with a default for CTC that depends on how the encoder starts."""
-    if weights.ctc_weight is not None:
-        return weights
-    is_pretrained = saved.model.encoder.config._name_or_path and cfg.encoder.get("pretrained", True)
-    return LossWeights(weights.label_smoothing, 0.0 if is_pretrained else RANDOM_CTC_WEIGHT)
+def prepared(cfg: DictConfig, saved: SavedModel, weights: LossWeights, finetuning: FineTuning) -> LossWeights:
+    """Completes the model, freezes what does not move yet, and returns the weights of its losses.
 
-
-def prepared(saved: SavedModel, weights: LossWeights, finetuning: FineTuning) -> SavedModel:
-    """The model with all its weights, of which those are frozen that do not move yet."""
+    The default weight of CTC depends on how the encoder starts.
+    """
+    if weights.ctc_weight is None:
+        is_pretrained = saved.model.encoder.config._name_or_path and cfg.encoder.get("pretrained", True)
+        weights = LossWeights(weights.label_smoothing, 0.0 if is_pretrained else RANDOM_CTC_WEIGHT)
     if weights.ctc_weight:
         saved.model.add_ctc_head(len(saved.tokenizer))
     finetuning.prepare(saved.model)
-    return saved
+    return weights
 
 
 def training_module(
@@ -179,12 +165,7 @@ def make_trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
 def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
     """Makes the run's own Trainer with some arguments replaced; `strategy=auto` stays what it is for `world_size` processes."""
     several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
-
-    def make_trainer(**replaced: Any) -> lightning.Trainer:
-        made: lightning.Trainer = create(cfg, "trainer")(**several, **replaced)  # a strategy serves one Trainer
-        return made
-
-    return make_trainer
+    return lambda **replaced: create(cfg, "trainer")(**several, **replaced)  # a strategy serves one Trainer
 
 
 def loggers(cfg: DictConfig) -> list[Tracker]:
@@ -210,9 +191,7 @@ def report_vocabulary(data: SpeechTextDataModule, max_texts: int | None) -> None
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The whole configuration as plain values."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
@@ -225,8 +204,8 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def scoring(cfg: DictConfig) -> Scoring:
-    metrics, options = metric_set(cfg.target, cfg.normalizer), create(cfg, "decoding")
-    return Scoring(cfg.target, cfg.split, metrics, options, device(cfg), Path(cfg.run_dir))
+    metrics = metric_set(cfg.target, cfg.normalizer)
+    return Scoring(cfg.target, cfg.split, metrics, create(cfg, "decoding"), device(cfg), Path(cfg.run_dir))
 
 
 def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModule]:
@@ -242,7 +221,7 @@ def transcriber(cfg: DictConfig) -> Transcriber:
     """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
-    made = attempt(Transcriber, saved, options, cfg.data.get("language"), cfg.target)
+    made: Transcriber = attempt(Transcriber, saved, options, cfg.data.get("language"), cfg.target)
     attempt.report()
     saved.model.to(device(cfg))
     return made
@@ -257,14 +236,12 @@ def saved_model(cfg: DictConfig) -> SavedModel:
 
 def inspected_data(cfg: DictConfig) -> SpeechTextDataModule:
     """The data of `task=inspect`, which counts every bad utterance and is stopped by none."""
-    cfg.data.update({option: value for option, value in TOLERANT.items() if option in cfg.data})
-    data: SpeechTextDataModule = create(cfg, "data")
-    data.corpus.rewrite = normalizer(cfg.training_normalizer, "training_normalizer")
-    return data
+    tolerant = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}
+    cfg.data.update({option: value for option, value in tolerant.items() if option in cfg.data})
+    return rewritten_data(cfg)
 
 
 def device(cfg: DictConfig) -> torch.device:
     """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
-    if cfg.trainer.accelerator == "cpu" or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    may_use = cfg.trainer.accelerator != "cpu" and torch.accelerator.is_available()
+    return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")

@@ -1,8 +1,8 @@
 """A command line as jobs: one, or those of a sweep, each of which has a folder and processes of its own."""
 
-import contextlib
 import errno
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sedtrain.config.inherit import inherit_run
+from sedtrain import launch
+from sedtrain.config.composition import inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import Unfinished, UserError
-from sedtrain.launch import (
-    has_parent,
-    is_first,
-    is_restart_of,
-    note_launch,
-    resume_of_restart,
-    started_processes,
-    started_side_by_side,
-)
+from sedtrain.launch import is_first
 from sedtrain.run_dir import config_of, is_finished
 
 CANNOT_WORK, INTERRUPTED = 2, 130  # exit status
@@ -92,7 +84,7 @@ def run_command_line(arguments: list[str]) -> None:
     except Exception as error:
         if not type(error).__module__.startswith("submitit.") and 'Could not detect "srun"' not in str(error):
             raise
-        fail(f"hydra/launcher: {error}", status=1)
+        fail(f"hydra/launcher: {error}", 1)
     if failed:
         listed = "".join(f"\n  {name}: exit status {status}" for name, status in failed.items())
         fail(f"jobs of the sweep that failed: {len(failed)}{listed}", status=min(failed.values()))
@@ -113,15 +105,31 @@ def fail(message: str, status: int = CANNOT_WORK) -> None:
 
 
 def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
-    """Runs one job of several in its own folder. Its failure is noted and stops no other job, unlike Ctrl-C."""
+    """Runs one job of several in its own folder. Its failure is noted and stops no other job, unlike Ctrl-C.
+
+    The processes that Lightning starts for the job repeat the command line, and find each other by variables: both are
+    the job's own while it runs. Of the sweep's command line it gets the flags and those overrides of Hydra that concern it.
+    """
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     if not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
         cfg.run_dir = f"{settings.sweep.dir}/{settings.job.num}"
     name = f"{settings.job.num} ({' '.join(overrides)})"
+    arguments, environment = sys.argv[1:], dict(os.environ)
+    not_of_job = (*get_args_parser().parse_intermixed_args(arguments).overrides, "-m", "--multirun")
+    flags = [each for each in arguments if each not in not_of_job]
+    of_hydra = [each for each in settings.overrides.hydra if not each.lstrip("+").startswith(OF_SWEEPS)]
+    sys.argv[1:] = [*flags, *of_hydra, *overrides]
     try:
-        with alone(overrides):
+        try:
             run(cfg)
+        finally:
+            sys.argv[1:] = arguments
+            os.environ.clear()
+            os.environ.update(environment)
+            distributed = sys.modules.get("torch.distributed")
+            if distributed and distributed.is_initialized() and not launch.started_side_by_side():
+                distributed.destroy_process_group()
     except Failed as end:
         if end.code == INTERRUPTED:
             raise
@@ -130,33 +138,6 @@ def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
     except Exception:
         traceback.print_exc()
         failed[name] = 1
-
-
-@contextlib.contextmanager
-def alone(overrides: list[str]) -> Iterator[None]:
-    """Has the processes that Lightning starts for a job of a sweep run this job alone, and parts with them at its end.
-
-    They repeat the command line, and find each other by variables: both would be those of the whole sweep.
-    """
-    arguments, environment = sys.argv[1:], dict(os.environ)
-    sys.argv[1:] = own_arguments(overrides)
-    try:
-        yield
-    finally:
-        sys.argv[1:] = arguments
-        os.environ.clear()
-        os.environ.update(environment)
-        distributed = sys.modules.get("torch.distributed")
-        if distributed and distributed.is_initialized() and not started_side_by_side():
-            distributed.destroy_process_group()
-
-
-def own_arguments(overrides: list[str]) -> list[str]:
-    """The command line of one job of a sweep: flags, Hydra's own overrides but for those of sweeps, and the job's."""
-    flags = get_args_parser().parse_intermixed_args(sys.argv[1:])
-    kept = [each for each in sys.argv[1:] if each not in (*flags.overrides, "-m", "--multirun")]
-    of_hydra = [each for each in HydraConfig.get().overrides.hydra if not each.lstrip("+").startswith(OF_SWEEPS)]
-    return [*kept, *of_hydra, *overrides]
 
 
 # --- a job
@@ -177,7 +158,7 @@ def run(cfg: DictConfig) -> None:
     except UserError as error:
         fail(str(error))
     except Exception as error:
-        if not is_full_or_read_only(error):
+        if getattr(error, "errno", None) not in CANNOT_WRITE and not any(each in str(error) for each in HALF_WRITTEN):
             raise
         write = "write run_dir=FOLDER on a disk with room"
         fail(str(UserError("run_dir", cfg.run_dir, f"cannot be written to: {error}", write)))
@@ -188,36 +169,29 @@ def run(cfg: DictConfig) -> None:
         logger.propagate = True
 
 
-def is_full_or_read_only(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in CANNOT_WRITE
-    return any(words in str(error) for words in HALF_WRITTEN)
-
-
 def agree_on_folder(cfg: DictConfig) -> None:
     """Has all processes of a run use one folder, which the first opens, and resume alike where they were restarted."""
     written: Any = OmegaConf.to_container(cfg, resolve=False)
-    if has_parent():
+    if launch.has_parent():
         cfg.run_dir = os.environ[RUN_DIR]
-    elif started_side_by_side() and "${now:" in written["run_dir"]:
+    elif launch.started_side_by_side() and "${now:" in written["run_dir"]:
         wrong = "the processes of this run would each take another folder: its name holds the time"
         raise UserError("run_dir", cfg.run_dir, wrong, "write run_dir=FOLDER")
-    if processes := started_processes():
+    if processes := launch.started_processes():
         use_started(cfg, *processes)
-    restarted = cfg.task == "train" and is_restart_of(cfg.run_dir)
+    restarted = cfg.task == "train" and launch.is_restart_of(cfg.run_dir)
     if restarted:
-        cfg.resume = resume_of_restart(cfg.run_dir, cfg.resume)
+        cfg.resume = launch.resume_of_restart(cfg.run_dir, cfg.resume)
     if is_first() and cfg.task != "transcribe":
         open_run_folder(Path(cfg.run_dir), resumes=restarted or (cfg.task == "train" and cfg.resume == "auto"))
-        note_launch(cfg.run_dir)
+        launch.note_launch(cfg.run_dir)
     os.environ[RUN_DIR] = cfg.run_dir
 
 
 def use_started(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
     """Has the Trainer use the processes that were started. Raises UserError where others are asked for."""
-    number = num_processes * num_machines
-    if cfg.task == "fit_batches" and number > 1:
-        wrong = f"one process takes the trial steps, and {number} were started"
+    if cfg.task == "fit_batches" and num_processes * num_machines > 1:
+        wrong = f"one process takes the trial steps, and {num_processes * num_machines} were started"
         write = "start one, with the trainer.devices=NUMBER and trainer.num_nodes=NUMBER that training will have"
         raise UserError("task", cfg.task, wrong, write)
     started = {"devices": num_processes, "num_nodes": num_machines}
@@ -263,15 +237,17 @@ def open_log() -> None:
 def run_task(cfg: DictConfig) -> None:
     """Runs the task of a job that has a folder. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    first = "sedtrain.tasks" not in sys.modules
-    if first:
+    if "sedtrain.tasks" not in sys.modules:
         gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
-    from sedtrain.tasks import TASKS
-
-    if first:
+        importlib.import_module("sedtrain.tasks")
         gc.freeze()
         gc.enable()
-    quieten()
+    from sedtrain.tasks import TASKS
+
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in IRRELEVANT:
+        warnings.filterwarnings("ignore", message)
     try:
         TASKS[cfg.task](cfg)
     except Unfinished as end:
@@ -282,13 +258,4 @@ def run_task(cfg: DictConfig) -> None:
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PEER):
             raise
-        wrong = "lost the connection to another process of this run, whose own words say why"
-        fail(f"{wrong}: {str(error).strip()}", status=1)
-
-
-def quieten() -> None:
-    """Shows of the libraries' messages only warnings that concern the user."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in IRRELEVANT:
-        warnings.filterwarnings("ignore", message)
+        fail(f"lost the connection to another process of this run, whose own words say why: {str(error).strip()}", 1)

@@ -42,9 +42,11 @@ class UserError(ValueError):
 
 
 class Unfinished(Exception):
-    """A task is done in part; the message says what exists and what does not."""
+    """A task is done in part; the message says what exists and what does not. `status` is that of the command."""
 
-    status = 1  # of the command
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def as_yaml(value: object) -> str:

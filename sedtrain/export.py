@@ -6,7 +6,7 @@ from sedtrain.evaluation.results import Results
 from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import write_whole
-from sedtrain.text.tags import TASK_OF, Tags
+from sedtrain.text.tags import TASK_OF
 
 CARD = """---
 library_name: transformers
@@ -46,13 +46,6 @@ tags = model.config.tags["{task}"]["{language}"]  # it writes {known}
 inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *tags]])"""
 
 
-def prompt(tags: Tags | None, task: str) -> str:
-    """Lines of code that ask a model with tags for the first language of a task."""
-    if tags is None:
-        return ""
-    return PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
-
-
 def write_model_card(folder: Path, saved: SavedModel, results: Results, data: str) -> None:
     """Writes README.md of the Hugging Face folder: the metrics, and code that loads the model.
 
@@ -62,12 +55,15 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         f"| {name} | {100 * interval.value:.2f} % | {100 * interval.low:.2f} to {100 * interval.high:.2f} % |"
         for name, interval in results.metrics.items()
     ]
+    tags, task, prompt = saved.tags, TASK_OF[results.task], ""
+    if tags:
+        prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
     stock = saved.model.adapter is None and loads_in_stock_transformers(saved.model.config.encoder)
     card = CARD.format(
         task=PIPELINE_TAGS[results.task],
-        import_torch="import torch\n" if saved.tags else "",
+        import_torch="import torch\n" if tags else "",
         import_model=STOCK if stock else OWN,
-        prompt=prompt(saved.tags, TASK_OF[results.task]),
+        prompt=prompt,
         encoder=saved.model.config.encoder.model_type,
         decoder=saved.model.config.decoder.model_type,
         data=data,

@@ -60,19 +60,21 @@ def launches() -> dict[str, bool]:
     return names
 
 
+def noted_launches(run: str) -> list[str]:
+    mark = Path(run) / LAUNCHED_BY
+    return mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
+
+
 def note_launch(run: str) -> None:
     """Adds the launches of this process to those that the run's folder names."""
-    mark = Path(run) / LAUNCHED_BY
-    noted = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
-    with mark.open("a", encoding="utf-8") as file:
-        file.writelines(f"{name}\n" for name in launches() if name not in noted)
+    new = [f"{name}\n" for name in launches() if name not in noted_launches(run)]
+    with (Path(run) / LAUNCHED_BY).open("a", encoding="utf-8") as file:
+        file.writelines(new)
 
 
 def is_restart_of(run: str) -> bool:
     """Whether this process was started again by what launched the run in this folder."""
-    restarts = {name for name, is_restart in launches().items() if is_restart}
-    mark = Path(run) / LAUNCHED_BY
-    return mark.is_file() and not restarts.isdisjoint(mark.read_text(encoding="utf-8").splitlines())
+    return any(is_restart and name in noted_launches(run) for name, is_restart in launches().items())
 
 
 def resume_of_restart(run: str, resume: str) -> str:

@@ -10,30 +10,24 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 """The newest checkpoint, the one before it, and that of the best validation; a run resumes from any of them."""
 
 
-def run_folder(checkpoint: str) -> Path:
-    """The folder that `checkpoint` names, if it names one; it may also be the Hub's name of a model."""
-    return Path(checkpoint).expanduser()
-
-
 def model_of(checkpoint: str) -> str:
-    """The argument of `from_pretrained`: the model within a run's folder, else the checkpoint itself."""
-    folder = run_folder(checkpoint)
+    """The argument of `from_pretrained`: the model within a run's folder, else the checkpoint, maybe the Hub's name of one."""
+    folder = Path(checkpoint).expanduser()
     return str(next((path for path in (folder / "model", folder) if path.is_dir()), checkpoint))
 
 
 def config_of(checkpoint: str) -> Path:
     """The resolved configuration of a run; no other checkpoint has this file."""
-    return run_folder(checkpoint) / "config.yaml"
+    return Path(checkpoint).expanduser() / "config.yaml"
 
 
 def checkpoints_of(run: str) -> Path:
-    """The folder of a run's checkpoints."""
-    return run_folder(run) / "checkpoints"
+    return Path(run).expanduser() / "checkpoints"
 
 
 def is_finished(run: str) -> bool:
     """Whether a run has trained and scored its model: the model card is the last file that it writes."""
-    card = run_folder(run) / "model" / "README.md"
+    card = Path(run).expanduser() / "model" / "README.md"
     return card.is_file() and card.stat().st_size > 0
 
 

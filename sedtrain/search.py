@@ -7,24 +7,23 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
-from sedtrain.config.suggest import suggest
+from sedtrain.config.annotations import suggest
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
-from sedtrain.training.pruning import PRUNED_AT
+from sedtrain.terminal import show, table
+from sedtrain.training.guards import PRUNED_AT
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
 FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
@@ -32,33 +31,23 @@ FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
 Launch = Callable[..., Sequence[JobReturn]]
 
 
-@dataclass(frozen=True)
-class Space:
-    """The options that are searched, with their distributions, and the arguments that every trial has."""
+class Objective(NamedTuple):
+    """The metric that trials are compared by: of the validation, which they report while they run, or of `split`."""
 
-    distributions: dict[str, Any]
-    fixed: list[str]
-
-    def arguments(self, params: dict[str, Any]) -> list[str]:
-        return [*self.fixed, *(f"{option}={value}" for option, value in params.items())]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The metric that trials are compared by, and the one that they report while they run."""
-
-    metric: str
+    split: str
+    name: str
     direction: Literal["minimize", "maximize"]
-    reported: str
+
+    @property
+    def metric(self) -> str:
+        return f"{self.split}/{self.name}"
 
     def value(self, trial: Any, folder: Path) -> float | None:
         """None where the run never logged it."""
-        if self.metric == self.reported:
-            values = [each for each in trial.intermediate_values.values() if not math.isnan(each)]
-            best = min if self.direction == "minimize" else max
-            return best(values, default=None)
-        name = self.metric.partition("/")[2]
-        return Results.read(folder / "results.json").metrics[name].value
+        if self.split != "val":
+            return Results.read(folder / "results.json").metrics[self.name].value
+        values = [each for each in trial.intermediate_values.values() if not math.isnan(each)]
+        return (min if self.direction == "minimize" else max)(values, default=None)
 
 
 def search(config: DictConfig, arguments: list[str], launch: Launch, loader: ConfigLoader) -> None:
@@ -67,26 +56,33 @@ def search(config: DictConfig, arguments: list[str], launch: Launch, loader: Con
     Raises UserError.
     """
     settings, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir).resolve()
-    space = space_of(arguments, loader)
-    job = loader.load_sweep_config(config, space.fixed)
-    refuse_unusable(job, space)
+    distributions, fixed = space_of(arguments, loader)
+    job = loader.load_sweep_config(config, fixed)
+    if job.task != "train":
+        raise UserError("task", job.task, "a search trains", "leave hydra/sweeper=optuna out")
+    if any(each.lstrip("+").startswith("run_dir=") for each in fixed):
+        write = "leave it out, and write hydra.sweep.dir=FOLDER"
+        raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
     objective = objective_of(settings, job)
     folder.mkdir(parents=True, exist_ok=True)
-    search = Search(settings, folder, space, objective)
+    search = Search(settings, folder, distributions, fixed, objective)
     search.resume(launch)
-    while search.num_left() > 0:
-        search.run(search.ask(min(search.num_left(), settings.num_parallel)), launch)
+    while (num_left := settings.num_trials - sum(each.state.is_finished() for each in search.study.trials)) > 0:
+        search.run(search.ask(min(num_left, settings.num_parallel)), launch)
     search.show()
 
 
-def space_of(arguments: list[str], loader: ConfigLoader) -> Space:
-    """Raises UserError where nothing is searched."""
+def space_of(arguments: list[str], loader: ConfigLoader) -> tuple[dict[str, Any], list[str]]:
+    """The distributions of the options that are searched, and the arguments that every trial has.
+
+    Raises UserError where nothing is searched.
+    """
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
     distributions = {each.get_key_element(): distribution(each) for each in parsed if each.is_sweep_override()}
     if not distributions:
         write = "write what to search, such as 'optimizer.lr=tag(log,interval(1e-5,1e-3))' or encoder=hubert,wavlm"
         raise UserError("hydra/sweeper", "optuna", "no option has several values", write)
-    return Space(distributions, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
+    return distributions, [str(each.input_line) for each in parsed if not each.is_sweep_override()]
 
 
 def distribution(override: Override) -> Any:
@@ -94,23 +90,15 @@ def distribution(override: Override) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     sweep: Any = override.value()
+    options: dict[str, Any]
     if isinstance(sweep, IntervalSweep):
-        kind: Any = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
-        return kind(sweep.start, sweep.end, log="log" in sweep.tags)
-    if isinstance(sweep, RangeSweep):
-        values: list[Any] = sorted(sweep.range())
-        kind = IntDistribution if isinstance(values[0], int) else FloatDistribution
-        return kind(values[0], values[-1], step=abs(sweep.step))
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
-
-
-def refuse_unusable(job: DictConfig, space: Space) -> None:
-    """Raises UserError for arguments with which no trial could run."""
-    if job.task != "train":
-        raise UserError("task", job.task, "a search trains", "leave hydra/sweeper=optuna out")
-    if any(each.lstrip("+").startswith("run_dir=") for each in space.fixed):
-        write = "leave it out, and write hydra.sweep.dir=FOLDER"
-        raise UserError("run_dir", job.run_dir, "each trial has a folder of its own, by its number", write)
+        values, options = [sweep.start, sweep.end], {"log": "log" in sweep.tags}
+    elif isinstance(sweep, RangeSweep):
+        values, options = sorted(sweep.range()), {"step": abs(sweep.step)}
+    else:
+        return CategoricalDistribution(list(override.sweep_string_iterator()))
+    kind: Any = IntDistribution if isinstance(values[0], int) else FloatDistribution
+    return kind(values[0], values[-1], **options)
 
 
 def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
@@ -128,17 +116,21 @@ def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
         wrong = f"no run with target={job.target} logs it; these are logged: {', '.join(sorted(known))}"
         write = f"{suggest(metric, known)}; for a val/NAME that your own callback logs, also hydra.sweeper.direction"
         raise UserError("hydra.sweeper.metric", metric, wrong, write)
-    return Objective(metric, direction, metric if metric.startswith("val/") else f"val/{metric.partition('/')[2]}")
+    split, name = metric.split("/", 1)
+    return Objective(split, name, direction)
 
 
 class Search:
     """A study, and the runs of its trials."""
 
-    def __init__(self, settings: DictConfig, folder: Path, space: Space, objective: Objective) -> None:
+    def __init__(
+        self, settings: DictConfig, folder: Path, distributions: dict[str, Any], fixed: list[str], objective: Objective
+    ) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.settings, self.folder, self.space, self.objective = settings, folder, space, objective
+        self.settings, self.folder, self.objective = settings, folder, objective
+        self.distributions, self.fixed = distributions, fixed
         self.storage = settings.storage or f"sqlite:///{folder / DATABASE}"
         self.state = optuna.trial.TrialState
         self.study = optuna.create_study(
@@ -153,14 +145,10 @@ class Search:
         samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         self.study.sampler = samplers[settings.sampler](seed=seed)
 
-    def num_left(self) -> int:
-        finished: int = sum(each.state.is_finished() for each in self.study.trials)
-        return int(self.settings.num_trials) - finished
-
     def ask(self, number: int) -> list[int]:
         """Numbers of new trials. Raises UserError where the study has searched other values."""
         try:
-            trials = [self.study.ask(self.space.distributions) for _ in range(number)]
+            trials = [self.study.ask(self.distributions) for _ in range(number)]
         except ValueError as error:
             write = "write the values that were searched, or another hydra.sweep.dir"
             raise UserError("hydra.sweep.dir", str(self.folder), f"its study: {error}", write) from error
@@ -180,31 +168,25 @@ class Search:
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
         """Runs trials, those of consecutive numbers in parallel, and tells the study how they ended."""
-        while numbers:
-            consecutive = [number for index, number in enumerate(numbers) if number == numbers[0] + index]
-            numbers = numbers[len(consecutive) :]
-            jobs = [
-                [*self.space.arguments(self.study.trials[number].params), self.reporting(number), *more]
-                for number in consecutive
-            ]
-            for number, job in zip(consecutive, launch(jobs, initial_job_idx=consecutive[0]), strict=True):
+        for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+            trials = [self.study.trials[number] for _, number in group]
+            jobs = [[*self.arguments(each.params), self.reporting(each.number), *more] for each in trials]
+            for trial, job in zip(trials, launch(jobs, initial_job_idx=trials[0].number), strict=True):
                 assert job.cfg is not None
-                self.tell(number, Path(job.cfg.run_dir))
+                self.tell(trial.number, Path(job.cfg.run_dir))
             self.write()
+
+    def arguments(self, params: dict[str, Any]) -> list[str]:
+        return [*self.fixed, *(f"{option}={value}" for option, value in params.items())]
 
     def reporting(self, number: int) -> str:
         """The override by which a run reports its validations to the study."""
-        options = {
-            "storage": self.storage,
-            "study": self.study.study_name,
-            "number": number,
-            "metric": self.objective.reported,
-            "prunes": self.settings.pruner != "none",
-            "full_trials": self.settings.full_trials,
-            "warmup_steps": self.settings.warmup_steps,
-        }
+        settings, metric = self.settings, f"val/{self.objective.name}"
+        trial = {"storage": self.storage, "study": settings.study, "number": number, "metric": metric}
+        pruning = {"full_trials": settings.full_trials, "warmup_steps": settings.warmup_steps}
+        options = {**trial, "prunes": settings.pruner != "none", **pruning}
         listed = ",".join(f"{name}:{json.dumps(value)}" for name, value in options.items())
-        return f"+callbacks.search={{_target_:sedtrain.training.pruning.Reporting,{listed}}}"
+        return f"+callbacks.search={{_target_:sedtrain.training.guards.Reporting,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
         """Tells the study how the trial in a folder ended."""
@@ -215,48 +197,37 @@ class Search:
         value = self.objective.value(trial, folder) if is_finished(str(folder)) else None
         self.study.tell(number, value, state=self.state.FAIL if value is None else self.state.COMPLETE)
 
-    # --- the result
-
-    def best(self) -> Any:
-        """The best of the trials that ran to their end; None where there is none."""
-        complete = [each for each in self.study.trials if each.state == self.state.COMPLETE]
-        return self.study.best_trial if complete else None
-
-    def command(self, params: dict[str, Any]) -> str:
-        """A run with these values."""
-        return shlex.join(["python", "-m", "sedtrain", *self.space.arguments(params)])
-
-    def write(self) -> None:
-        """Writes search.json, whole or not at all."""
-        best = self.best()
+    def write(self) -> dict[str, Any]:
+        """Writes search.json and returns what it holds: the best of the completed trials, its command, and all trials."""
+        trials = [
+            {"number": each.number, "state": each.state.name.lower(), "value": each.value, "params": each.params}
+            for each in self.study.trials
+        ]
+        completed = any(each["state"] == "complete" for each in trials)
+        best = self.study.best_trial if completed else None
         result = {
             "metric": self.objective.metric,
             "direction": self.objective.direction,
             "best": best and {"number": best.number, "value": best.value, "params": best.params},
-            "command": best and self.command(best.params),
-            "trials": [
-                {"number": each.number, "state": each.state.name.lower(), "value": each.value, "params": each.params}
-                for each in self.study.trials
-            ],
+            "command": best and shlex.join(["python", "-m", "sedtrain", *self.arguments(best.params)]),
+            "trials": trials,
         }
         write_whole(self.folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        return result
 
     def show(self) -> None:
         """Prints the trials, the best first, and the command that trains with its values."""
-        self.write()
-        table = Table(title=f"{self.objective.metric}, {self.objective.direction}d", title_justify="left")
-        for heading in ("trial", "ended", "value", *self.space.distributions):
-            table.add_column(heading, justify="right" if heading in ("trial", "value") else "left")
+        result, names = self.write(), self.distributions
         sign = 1 if self.objective.direction == "minimize" else -1
-        by_value = sorted(self.study.trials, key=lambda each: (each.value is None, sign * (each.value or 0)))
-        for each in sorted(by_value, key=lambda each: each.state != self.state.COMPLETE):
-            value = "" if each.value is None else f"{each.value:.4g}"
-            params = [cell(each.params.get(name)) for name in self.space.distributions]
-            table.add_row(str(each.number), each.state.name.lower(), value, *params)
-        console, best = Console(highlight=False), self.best()
-        console.print(table)
-        first = f"trial {best.number} was best: {self.command(best.params)}" if best else "no trial ran to its end"
-        console.print(f"{first}\nsaved in {self.folder}: {RESULT}, {DATABASE}", soft_wrap=True)
+        title, right = f"{self.objective.metric}, {self.objective.direction}d", ("trial", "value")
+        rows = table(title, "trial", "ended", "value", *names, right=right)
+        by_value = sorted(result["trials"], key=lambda each: (each["value"] is None, sign * (each["value"] or 0)))
+        for each in sorted(by_value, key=lambda each: each["state"] != "complete"):
+            value = "" if each["value"] is None else f"{each['value']:.4g}"
+            rows.add_row(str(each["number"]), each["state"], value, *(cell(each["params"].get(name)) for name in names))
+        best = result["best"]
+        first = f"trial {best['number']} was best: {result['command']}" if best else "no trial ran to its end"
+        show(rows, f"{first}\nsaved in {self.folder}: {RESULT}, {DATABASE}")
 
 
 def cell(value: Any) -> str:

@@ -3,7 +3,6 @@
 import logging
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,23 +16,15 @@ from sedtrain.export import write_model_card
 from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
 from sedtrain.run_dir import config_of, write_whole
+from sedtrain.training.checkpoint_files import starting_point
 from sedtrain.training.fit_batches import fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
-from sedtrain.training.resume import starting_point
 
 NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
 """Options of a search for batches that are not those of the training it is for."""
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
-
-
-class Interrupted(Unfinished):
-    """A signal stopped training; a checkpoint is written. The status is that of a command which the signal ends."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.status = 128 + number
 
 
 def train(cfg: DictConfig) -> None:
@@ -49,11 +40,8 @@ def train(cfg: DictConfig) -> None:
     run.load_best()
     run.saved.save(run.folder / "model", run.module.decoding.generation_kwargs())
     if number := run.stopped_by():
-        raise Interrupted(
-            f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt\n"
-            "  resume=auto with this run_dir goes on from there",
-            number,
-        )
+        stopped = f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
+        raise Unfinished(f"{stopped}\n  resume=auto with this run_dir goes on from there", 128 + number)
     with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
         results, evaluation = build.scoring(cfg).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
@@ -116,10 +104,4 @@ def fit_batches(cfg: DictConfig) -> None:
     )
 
 
-TASKS: dict[str, Callable[[DictConfig], None]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "transcribe": transcribe,
-    "inspect": inspect,
-    "fit_batches": fit_batches,
-}
+TASKS = {task.__name__: task for task in (train, evaluate, transcribe, inspect, fit_batches)}

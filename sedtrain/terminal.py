@@ -1,8 +1,7 @@
 """Tables and lines for people: the plan of a run, its scores, the batches that fit, the files that were saved."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -20,24 +19,28 @@ RUN_FILES = (
 
 logger = logging.getLogger(__name__)
 
-NewTable = partial(Table, title_justify="left", caption_justify="left", caption_style="")
+
+def table(title: str, *headings: str, right: Collection[str] = ()) -> Table:
+    """An empty table; the columns named in `right` are aligned to the right."""
+    table = Table(title=title, title_justify="left", caption_justify="left", caption_style="")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left")
+    return table
 
 
 def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
     """How each part of the model is trained, and below it the facts of the run."""
-    table = NewTable(title="what will be trained")
-    table.add_column("part", no_wrap=True)
-    for heading in ("trainable", "frozen", "peak learning rate", "from step"):
-        table.add_column(heading, justify="right")
+    numbers = ("trainable", "frozen", "peak learning rate", "from step")
+    rows = table("what will be trained", "part", *numbers, right=numbers)
+    rows.columns[0].no_wrap = True
     for part in parts:
-        rates = [f"{rate:.2g}" for rate in part.learning_rates]
-        steps = [f"{step:,}" for step in part.steps]
-        table.add_row(part.name, f"{part.num_trainable:,}", f"{part.num_frozen:,}", ends(rates), ends(steps))
+        rates, steps = [f"{rate:.2g}" for rate in part.learning_rates], [f"{step:,}" for step in part.steps]
+        rows.add_row(part.name, f"{part.num_trainable:,}", f"{part.num_frozen:,}", ends(rates), ends(steps))
+    rows.add_section()
     trainable, frozen = sum(part.num_trainable for part in parts), sum(part.num_frozen for part in parts)
-    table.add_section()
-    table.add_row("all", f"{trainable:,}", f"{frozen:,}")
-    table.caption = "\n".join(f"{name:<16}{fact}" for name, fact in facts.items())
-    return table
+    rows.add_row("all", f"{trainable:,}", f"{frozen:,}")
+    rows.caption = "\n".join(f"{name:<16}{fact}" for name, fact in facts.items())
+    return rows
 
 
 def ends(values: Sequence[str]) -> str:
@@ -47,14 +50,12 @@ def ends(values: Sequence[str]) -> str:
 
 def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples: int = 3) -> list[RenderableType]:
     """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
-    scores = NewTable(title=f"{results.split}: {results.num_utterances} utterances")
-    scores.add_column("metric")
-    for heading in ("value", "95 % interval"):
-        scores.add_column(heading, justify="right")
+    numbers = ("value", "95 % interval")
+    scores = table(f"{results.split}: {results.num_utterances} utterances", "metric", *numbers, right=numbers)
     for name, interval in results.metrics.items():
         low, high = f"{100 * interval.low:.2f}", f"{100 * interval.high:.2f} %"
         scores.add_row(name, f"{100 * interval.value:.2f} %", f"{low} to {high}")
-    examples = NewTable("utterance", "reference", "hypothesis", title="examples")
+    examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
     for each in evaluation.hypotheses[::step][:num_examples]:
         examples.add_row(each.id, each.reference, each.hypothesis)
@@ -64,14 +65,13 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
 
 def batches(found: Sequence[Fitted], budget: Budget) -> Table:
     """The largest batch of each bucket, and what a step on it took."""
-    table = NewTable(title="the largest batches that fit")
-    for heading in ("seconds up to", "tokens up to", "utterances", "audio", "peak memory", "speed"):
-        table.add_column(heading, justify="right")
+    headings = ("seconds up to", "tokens up to", "utterances", "audio", "peak memory", "speed")
+    rows = table("the largest batches that fit", *headings, right=headings)
     for (seconds, tokens, utterances), peak_gb, speed in found:
         audio = f"{seconds * utterances:,.0f} s"
-        table.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
-    table.caption = f"into {budget.text}\nspeed: seconds of audio per second, of one step"
-    return table
+        rows.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
+    rows.caption = f"into {budget.text}\nspeed: seconds of audio per second, of one step"
+    return rows
 
 
 def saved_files(folder: Path, names: Sequence[str]) -> str:

@@ -269,12 +269,15 @@ def test_a_job_of_slurm_with_two_processes_is_requeued_and_goes_on_in_its_folder
     assert json.loads((sweep / "0/results.json").read_text())["num_utterances"] == 6
 
 
-def test_a_job_that_fails_in_another_process_is_told_of(sedtrain, trained, tmp_path):
+def test_a_job_that_fails_in_another_process_is_told_of(sedtrain, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
     ended = sedtrain(
-        "-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}", "adapter=linear", f"run_dir={trained}"
+        "-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}", "adapter=linear", f"run_dir={run}"
     )
     assert ended.status == 2
-    told = f"jobs of the sweep that failed: 1\n  0 (adapter=linear run_dir={trained}): exit status 2\n"
+    told = f"jobs of the sweep that failed: 1\n  0 (adapter=linear run_dir={run}): exit status 2\n"
     assert ended.err.endswith(told)
     [log] = tmp_path.glob(".submitit/*/*.err")
     assert "this folder already holds a run" in log.read_text()

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
     "cli": "config errors launch run_dir tasks",
-    "search": "config errors evaluation run_dir training",
+    "search": "config errors evaluation run_dir terminal training",
     "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models text training",
     "terminal": "evaluation training",
@@ -44,13 +44,13 @@ ONLY_IN = {
     "omegaconf": "build cli config search tasks",
     "lightning": "build config data.datamodule training",
     "datasets": "data",
-    "rich": "data.durations inspection.report search terminal training.progress",
+    "rich": "data.durations inspection.report terminal training.progress",
     "matplotlib": "evaluation",
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
-    "__init__ __main__ cli config.annotations config.composition config.inherit config.overrides config.rules "
-    "config.schema config.signatures config.suggest config.values errors launch ranges run_dir"
+    "__init__ __main__ cli config.annotations config.composition config.overrides config.schema config.signatures "
+    "errors launch ranges run_dir"
 )
 # The use of a saved model needs none of these.
 NOT_FOR_INFERENCE = {"lightning", "hydra", "omegaconf", "datasets", "pyarrow", "pandas", "jiwer", "sacrebleu"}

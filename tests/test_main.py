@@ -57,7 +57,7 @@ def test_the_configuration_is_printed_without_importing_torch(shell):
     assert "model_type: wavlm" in ended.stdout
 
 
-def test_every_mistake_is_named_in_one_message_without_importing_torch(shell):
+def test_every_mistake_is_named_in_one_message_without_importing_torch_or_making_a_folder(shell, tmp_path):
     ended = shell(
         "encoder=hubrt", "trainer.max_stps=5", "trainer.max_steps=many", "seed=abc", "optimizer.lr=fast", "sise=base"
     )
@@ -77,6 +77,7 @@ def test_every_mistake_is_named_in_one_message_without_importing_torch(shell):
         "did you mean 'size'?",
     ):
         assert words in ended.stderr
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_values_out_of_range_are_told_in_about_a_second_beside_all_other_mistakes(shell):
@@ -109,11 +110,6 @@ def test_a_mistake_ends_with_status_2_and_what_to_write(shell, arguments, words)
     assert ended.returncode == 2
     assert words in ended.stderr
     assert "imported" not in ended.stderr
-
-
-def test_a_mistake_makes_no_folder(shell, tmp_path):
-    shell("encoder=hubrt")
-    assert list((tmp_path / "here").iterdir()) == []
 
 
 @pytest.mark.parametrize(

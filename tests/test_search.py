@@ -19,7 +19,7 @@ from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.search import distribution, search
-from sedtrain.training.pruning import Reporting
+from sedtrain.training.guards import Reporting
 
 # --- a real one
 
@@ -108,8 +108,16 @@ def test_the_best_is_shown_with_its_command_and_kept(swept, trials):
 # --- with trainings that are made up
 
 
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    """Optuna's tables without a study, which take longer to make than to fill."""
+    file = tmp_path_factory.mktemp("optuna") / "study.db"
+    optuna.storages.RDBStorage(f"sqlite:///{file}").engine.dispose()
+    return file
+
+
 @pytest.fixture
-def searched(tmp_path):
+def searched(tmp_path, empty_database):
     """A search of trainings whose validations and test scores are functions of the learning rate and the step.
 
     dying: the number of the trial in whose middle everything ends
@@ -127,7 +135,7 @@ def searched(tmp_path):
             lr, folder = given["optimizer.lr"], tmp_path / "sweep" / str(number)
             (folder / "model").mkdir(parents=True, exist_ok=True)
             options = given["callbacks.search"]
-            assert options.pop("_target_") == "sedtrain.training.pruning.Reporting"
+            assert options.pop("_target_") == "sedtrain.training.guards.Reporting"
             reporting = Reporting(**options)
             for step in (1, 2):
                 if number == dying and step == 2:
@@ -140,16 +148,15 @@ def searched(tmp_path):
             return SimpleNamespace(cfg=SimpleNamespace(run_dir=str(folder)))
 
         register()
+        folder = tmp_path / "sweep"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "study.db").exists():
+            shutil.copy(empty_database, folder)
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            given = [
-                "hydra/sweeper=optuna",
-                f"hydra.sweep.dir={tmp_path}/sweep",
-                "hydra.sweeper.num_trials=4",
-                *overrides,
-            ]
+            given = ["hydra/sweeper=optuna", f"hydra.sweep.dir={folder}", "hydra.sweeper.num_trials=4", *overrides]
             config = compose("train", given, return_hydra_config=True)
             search(config, list(arguments), launch, GlobalHydra.instance().config_loader())
-        return jobs, json.loads((tmp_path / "sweep/search.json").read_text())
+        return jobs, json.loads((folder / "search.json").read_text())
 
     return run
 
@@ -172,8 +179,8 @@ def test_bleu_is_maximized(searched):
     assert found["best"]["value"] == pytest.approx(max(rates))
 
 
-def test_a_score_of_the_test_split_is_read_from_results_json(searched, trained):
-    results = json.loads((trained / "results.json").read_text())
+def test_a_score_of_the_test_split_is_read_from_results_json(searched, swept):
+    results = json.loads(next(swept[1].glob("*/results.json")).read_text())
 
     def test(lr):
         return json.dumps({**results, "metrics": {"wer": {"value": 1 - lr, "low": 0.0, "high": 1.0}}})

@@ -3,160 +3,147 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from math import isfinite
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from inspect import formatannotation
+from math import inf, isfinite
+from types import NoneType, UnionType
+from typing import Annotated, Any, ForwardRef, Literal, Optional, Union, get_args, get_origin
 
-from sedtrain.config.suggest import suggest
 from sedtrain.errors import UNSET, UserError
 from sedtrain.ranges import Range
 
-SEQUENCES = ("list", "List", "Sequence", "Iterable", "Collection", "tuple", "Tuple", "set", "Set", "frozenset")
-MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
-ACCEPTED: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(["None", "NoneType"], (type(None),)),
-    **dict.fromkeys(["str", "Path", "PathLike", "PurePath"], (str,)),
-    **dict.fromkeys(SEQUENCES, (list,)),
-    **dict.fromkeys(MAPPINGS, (dict,)),
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "Tensor": (),  # no plain value is one: lr is `float | Tensor` in torch.optim
+MAX_NAMES = 12  # listed after a close one
+GENERIC: dict[str, Any] = {
+    **dict.fromkeys(["list", "List", "Sequence", "Iterable", "Collection", "set", "Set", "frozenset"], list),
+    **dict.fromkeys(["tuple", "Tuple"], tuple),
+    **dict.fromkeys(["dict", "Dict", "Mapping", "MutableMapping"], dict),
+    **dict.fromkeys(["Union", "Required", "Final", "InitVar"], Union),  # of a single type, Union is that type
+    **{"Optional": Optional, "Literal": Literal, "Annotated": Annotated},
+}
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(["str", "Path", "PathLike", "PurePath"], str),
+    **{"bool": bool, "int": int, "float": float, "NoneType": None, "Range": Range, "inf": inf},
+    "Tensor": type("Tensor", (), {}),  # no plain value is one: lr is `float | Tensor` in torch.optim
+}
+EXAMPLES = {
+    bool: "write {0}=true or {0}=false",
+    int: "write a whole number, e.g. {0}={1}",
+    float: "write a number, e.g. {0}={1}",
+    list: "write a list, e.g. '{0}=[first,second]'",
+    dict: "write named values, e.g. '{0}={{first: 1}}'",
+    NoneType: "write {0}=VALUE",
 }
 
 
-def fits(value: object, annotation: str) -> bool:
-    """Whether a plain YAML value fits an annotation; unknown names and nodes with `_target_` always do."""
-    try:
-        return node_fits(value, ast.parse(annotation, mode="eval").body)
-    except (SyntaxError, ValueError):
-        return True
+class Unknown:
+    """Any name that is not listed above; it takes every value."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
 
-def node_fits(value: object, node: ast.expr) -> bool:
-    if isinstance(value, dict) and "_target_" in value:
-        return True
-    match node:
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Constant(value=str() as quoted):
-            return fits(value, quoted)
-        case ast.BinOp(op=ast.BitOr()):
-            return node_fits(value, node.left) or node_fits(value, node.right)
-        case ast.Subscript():
-            return subscript_fits(value, last_name(node), elements(node))
-        case ast.Name() | ast.Attribute():
-            accepted = ACCEPTED.get(last_name(node), (object,))
-            return isinstance(value, accepted) and not (isinstance(value, bool) and int in accepted)
-    return True
+NAMES = defaultdict[str, Any](lambda: Unknown, GENERIC | PLAIN)
 
 
-def subscript_fits(value: object, name: str, arguments: list[ast.expr]) -> bool:
-    """Whether a value fits `name[arguments]`."""
-    if name == "Union":
-        return any(node_fits(value, each) for each in arguments)
-    if name == "Optional":
-        return value is None or node_fits(value, arguments[0])
-    if name in ("Annotated", "Required", "Final", "InitVar"):
-        in_ranges = not isinstance(value, int | float) or all(value in each for each in ranges_in(arguments[1:]))
-        return node_fits(value, arguments[0]) and in_ranges
-    if name == "Literal":
-        allowed = [ast.literal_eval(each) for each in arguments]
-        return any(type(value) is type(each) and value == each for each in allowed)
-    if isinstance(value, dict) and name in MAPPINGS:
-        return all(node_fits(each, arguments[-1]) for each in value.values())
-    if isinstance(value, list) and name in ("tuple", "Tuple") and ast.unparse(arguments[-1]) != "...":
-        return len(value) == len(arguments) and all(map(node_fits, value, arguments))
-    if isinstance(value, list) and name in SEQUENCES:
-        return all(node_fits(each, arguments[0]) for each in value)
-    return name not in ACCEPTED
+class Short(ast.NodeTransformer):
+    """Names without their packages, and without arguments where they do not count."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        return ast.Name(node.attr, ast.Load())
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        return self.generic_visit(node) if last_name(node) in GENERIC else self.visit(node.value)
 
 
 def last_name(node: ast.expr) -> str:
     """The last identifier of an expression: `field` of `dataclasses.field()`, `list` of `list[int]`."""
-    match node:
-        case ast.Name():
-            return node.id
-        case ast.Attribute():
-            return node.attr
-        case ast.Call():
-            return last_name(node.func)
-        case ast.Subscript():
-            return last_name(node.value)
-    return ""
+    return re.split(r"[\[(]", ast.unparse(node))[0].rpartition(".")[2]
 
 
-def elements(node: ast.Subscript) -> list[ast.expr]:
-    return node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-
-
-def subscripts(annotation: str, *names: str) -> list[list[ast.expr]]:
-    """The arguments of each `NAME[...]` in an annotation, in order."""
+@lru_cache(maxsize=1024)
+def evaluated(annotation: str) -> Any:
+    """The type that an annotation means; nothing is imported for it."""
     try:
-        nodes = list(ast.walk(ast.parse(annotation)))
-    except SyntaxError:
-        return []
-    return [elements(node) for node in nodes if isinstance(node, ast.Subscript) and last_name(node) in names]
+        expression = ast.fix_missing_locations(Short().visit(ast.parse(annotation, mode="eval")))
+        return eval(compile(expression, annotation, "eval"), {"__builtins__": {}}, NAMES)
+    except (SyntaxError, TypeError, ValueError, ArithmeticError):
+        return Unknown
+
+
+def fits(value: object, annotation: str) -> bool:
+    """Whether a plain YAML value fits an annotation; unknown names and nodes with `_target_` always do."""
+    return is_of(evaluated(annotation), value)
+
+
+def is_of(kind: Any, value: Any) -> bool:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(kind, str | ForwardRef):
+        return fits(value, kind if isinstance(kind, str) else kind.__forward_arg__)
+    is_known = origin or kind is None or (isinstance(kind, type) and kind is not Unknown)
+    if not is_known or (isinstance(value, dict) and "_target_" in value):
+        return True
+    if origin in (Union, UnionType):
+        return any(is_of(each, value) for each in arguments)
+    if origin is Annotated:
+        is_number = isinstance(value, int | float)
+        in_ranges = all(value in each for each in arguments if is_number and isinstance(each, Range))
+        return in_ranges and is_of(arguments[0], value)
+    if origin is Literal:
+        return any(each is Unknown or (type(value), value) == (type(each), each) for each in arguments)
+    if isinstance(value, dict) and origin is dict:
+        return all(is_of(arguments[-1], each) for each in value.values())
+    if isinstance(value, list) and origin is tuple and ... not in arguments:
+        return len(value) == len(arguments) and all(map(is_of, arguments, value))
+    if isinstance(value, list) and origin in (list, tuple):
+        return all(is_of(arguments[0], each) for each in value)
+    accepted: Any = {None: NoneType, float: (int, float), tuple: list}.get(kind, origin or kind)
+    return origin is None and isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def within(kind: Any) -> Iterator[Any]:
+    """A type and all that its arguments are made of, in order."""
+    yield kind
+    for each in get_args(kind):
+        yield from within(each)
 
 
 def literals(annotation: str) -> list[object]:
     """The values that `Literal[...]` in an annotation list, in order."""
-    return [ast.literal_eval(each) for listed in subscripts(annotation, "Literal") for each in listed]
-
-
-def ranges_in(metadata: list[ast.expr]) -> list[Range]:
-    """The ranges among the metadata of `Annotated[type, metadata]`; infinite ends are their defaults."""
-    calls = [each for each in metadata if isinstance(each, ast.Call) and last_name(each) == "Range"]
-    infinite = ("inf", "-inf", "math.inf", "-math.inf")
-    return [
-        Range(
-            *map(ast.literal_eval, call.args),
-            **{
-                str(each.arg): ast.literal_eval(each.value)
-                for each in call.keywords
-                if ast.unparse(each.value) not in infinite
-            },
-        )
-        for call in calls
-    ]
+    return [each for kind in within(evaluated(annotation)) if get_origin(kind) is Literal for each in get_args(kind)]
 
 
 def misfits(option: str, value: object, annotation: str) -> Iterator[UserError]:
     """An error where a value does not fit its annotation; of named values, one for each that does not."""
     if value == UNSET or fits(value, annotation):
         return
-    named_values = subscripts(annotation, *MAPPINGS)
+    named_values = [get_args(kind)[-1] for kind in within(evaluated(annotation)) if get_origin(kind) is dict]
     if isinstance(value, dict) and named_values:
         for name, each in value.items():
-            yield from misfits(f"{option}.{name}", each, ast.unparse(named_values[0][-1]))
+            yield from misfits(f"{option}.{name}", each, formatannotation(named_values[0]))
     elif choices := literals(annotation):
         names = ["null" if choice is None else str(choice) for choice in choices]
         yield UserError(option, value, f"expected {annotation}", suggest(str(value), names))
     else:
-        yield UserError(option, value, f"expected {in_words(annotation)}", example(option, annotation, value))
+        words = in_words(evaluated(annotation)) if "Range(" in annotation else annotation
+        yield UserError(option, value, f"expected {words}", example(option, annotation, value))
 
 
-def in_words(annotation: str) -> str:
-    """An annotation as it is; with ranges, in their words."""
-    return node_in_words(ast.parse(annotation, mode="eval").body) if "Range(" in annotation else annotation
-
-
-def node_in_words(node: ast.expr) -> str:
-    match node:
-        case ast.Constant(value=None):
-            return "null"
-        case ast.BinOp(op=ast.BitOr()):
-            return f"{node_in_words(node.left)}, or {node_in_words(node.right)}"
-        case ast.Subscript():
-            name, arguments = last_name(node), elements(node)
-            if name == "Annotated":
-                return next((each.words for each in ranges_in(arguments[1:])), node_in_words(arguments[0]))
-            if name in ("Optional", "Union"):
-                return ", or ".join([*map(node_in_words, arguments), *(["null"] if name == "Optional" else [])])
-            if name in MAPPINGS:
-                return f"named values, each {node_in_words(arguments[-1])}"
-            if name in SEQUENCES:
-                return f"a list, each {node_in_words(arguments[0])}"
-    return ast.unparse(node)
+def in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return next((each.words for each in arguments if isinstance(each, Range)), in_words(arguments[0]))
+    if origin in (Union, UnionType):
+        return ", or ".join(map(in_words, arguments))
+    if origin in (dict, list, tuple):
+        return (
+            f"named values, each {in_words(arguments[-1])}"
+            if origin is dict
+            else f"a list, each {in_words(arguments[0])}"
+        )
+    return "null" if kind in (None, NoneType) else formatannotation(kind)
 
 
 def example(option: str, annotation: str, value: object = None) -> str:
@@ -164,25 +151,28 @@ def example(option: str, annotation: str, value: object = None) -> str:
     if fits("", annotation):  # also where there is no annotation
         is_number = isinstance(value, int | float)
         return f"write it in quotes: '{option}=\"{value}\"'" if is_number else f"write {option}=VALUE"
-    match next((each for each in samples(annotation, value) if fits(each, annotation)), None):
-        case bool():
-            return f"write {option}=true or {option}=false"
-        case int() as number:
-            return f"write a whole number, e.g. {option}={number}"
-        case float() as number:
-            return f"write a number, e.g. {option}={number}"
-        case list():
-            return f"write a list, e.g. '{option}=[first,second]'"
-        case dict():
-            return f"write named values, e.g. '{option}={{first: 1}}'"
-    return f"write {option}=VALUE"
+    sample = next((each for each in samples(annotation, value) if fits(each, annotation)), None)
+    return EXAMPLES[type(sample)].format(option, sample)
 
 
 def samples(annotation: str, value: object) -> Iterator[object]:
     """Values of all kinds; numbers fit for an example come first."""
     yield True
-    ranges = [each for found in subscripts(annotation, "Annotated") for each in ranges_in(found[1:])]
-    for each in ranges:
-        yield from [0.1, 1.0] if isfinite(each.high) else [1.0]
-        yield from [1, each.low, each.high]
+    for each in within(evaluated(annotation)):
+        if isinstance(each, Range):
+            yield from [*([0.1, 1.0] if isfinite(each.high) else [1.0]), 1, each.low, each.high]
     yield from [0.1, int(value) if isinstance(value, float) and value.is_integer() else 1000, [], {}]
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """The close name, where there is one, and all public names, unless so many would hide the close one."""
+    available = [each for each in names if each != "*" and not each.startswith("_")]
+    match = closest(name, available)
+    if match and len(available) > MAX_NAMES:
+        return f"did you mean {match!r}?"
+    question = f"did you mean {match!r}? " if match else ""
+    return f"{question}available: {', '.join(available) or 'none'}"

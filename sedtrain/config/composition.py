@@ -1,24 +1,27 @@
-"""Group choices composed by Hydra; what it refuses becomes a UserError."""
+"""Configurations composed: from group choices by Hydra, or from the run whose model is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sedtrain.config.annotations import example, misfits
-from sedtrain.config.schema import ANNOTATIONS
-from sedtrain.config.suggest import suggest
-from sedtrain.config.values import first_line
+from sedtrain.config.annotations import example, misfits, suggest
+from sedtrain.config.schema import ANNOTATIONS, first_line
 from sedtrain.errors import UserError
+from sedtrain.run_dir import config_of
 
+INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normalizer", "decoding")
+FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # options of data, and their names in the root
+OLD_NAMES = {"normaliser": "normalizer", "training_normaliser": "training_normalizer"}
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
 
 
@@ -30,27 +33,18 @@ def compose_choices(
     search:  the override of Hydra's search path, or nothing
     choices: override by key, such as {"encoder": "encoder=hubert"}
     """
-    try:
-        return composed(config_name, [*search, *choices.values()]), {}
-    except COMPOSITION_ERRORS as error:
-        failure = composition_error(error, "--config-name", config_name)
-    try:
-        config = composed(config_name, search)
-    except COMPOSITION_ERRORS:
-        return None, {"": failure}
-    good: list[str] = []
-    failures: dict[str, UserError] = {}
-    for key, choice in choices.items():
+    config, good, failures = None, search, {}
+    with suppress(*COMPOSITION_ERRORS):
+        return compose(config_name, [*search, *choices.values()], return_hydra_config=True), {}
+    for key, choice in {"--config-name": None, **choices}.items():
+        attempt = [*good, choice] if choice else good
         try:
-            config = composed(config_name, [*search, *good, choice])
-            good.append(choice)
+            config, good = compose(config_name, attempt, return_hydra_config=True), attempt
         except COMPOSITION_ERRORS as error:
-            failures[key] = composition_error(error, key, choice.partition("=")[2])
+            failures[key] = composition_error(error, key, choice.partition("=")[2] if choice else config_name)
+            if config is None:
+                break
     return config, failures
-
-
-def composed(config_name: str, overrides: list[str]) -> DictConfig:
-    return compose(config_name, overrides, return_hydra_config=True)
 
 
 @contextmanager
@@ -78,9 +72,9 @@ def composition_error(error: BaseException, option: str, value: object) -> UserE
     for each in (error.__cause__, error.__context__, error):
         if isinstance(each, OmegaConfBaseException) and each.full_key:
             return typed_error(each, option, value)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     write = f"write {option.lstrip('+')}={value}" if option.startswith("+") else f"mend or leave out {option}"
-    return UserError(option, value, lines[0], " ".join(lines[1:]) or write)
+    advice = map(str.strip, str(error).strip().splitlines()[1:])
+    return UserError(option, value, first_line(error), " ".join(filter(None, advice)) or write)
 
 
 def yaml_error(error: yaml.MarkedYAMLError) -> UserError:
@@ -94,11 +88,43 @@ def yaml_error(error: yaml.MarkedYAMLError) -> UserError:
 def typed_error(error: OmegaConfBaseException, option: str, value: object) -> UserError:
     """A key or value that the composed configuration refuses: an override's own, or one in a chosen file."""
     key = str(error.full_key)
-    set_by = "" if key == option else f" (set by {option}={value})"
-    refused = value if key == option else error.value
-    for misfit in misfits(key, refused, ANNOTATIONS.get(key, "Any")):
-        return UserError(misfit.option, misfit.value, f"{misfit.wrong}{set_by}", misfit.write)
+    refused, set_by = (value, "") if key == option else (error.value, f" (set by {option}={value})")
     write = example(key, "")
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(error.parent_node, DictConfig):
         write = suggest(str(error.key), map(str, error.parent_node.keys()))
-    return UserError(key, refused, f"{first_line(error)}{set_by}", write)
+    found = UserError(key, refused, first_line(error), write)
+    found = next(misfits(key, refused, ANNOTATIONS.get(key, "Any")), found)
+    return UserError(found.option, found.value, f"{found.wrong}{set_by}", found.write)
+
+
+# --- the run whose model is used
+
+
+def renamed(override: str) -> str:
+    """An override by today's name of its option."""
+    name, equals, value = override.partition("=")
+    bare = name.lstrip("+~")
+    return f"{name.removesuffix(bare)}{OLD_NAMES.get(bare, bare)}{equals}{value}"
+
+
+def inherit_run(config: DictConfig, overrides: list[str]) -> None:
+    """Takes from a run's `config.yaml` what its model was trained on and how it is scored, unless the command line decides.
+
+    Concerns the tasks that take `checkpoint=RUN`; overrides are those of the command line.
+    """
+    stored = config_of(str(config.checkpoint))
+    if config.task == "train" or not stored.is_file():
+        return
+    of_run = OmegaConf.load(stored)
+    assert isinstance(of_run, DictConfig)
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    chosen = {override.key_or_group for override in parsed}
+    for old in of_run.keys() & OLD_NAMES.keys():
+        of_run[OLD_NAMES[str(old)]] = of_run[old]
+    for key in INHERITED:
+        if key in of_run and key not in chosen and "experiment" not in chosen:
+            config[key] = of_run[key]
+    config.data.update({name: config[in_root] for name, in_root in FROM_ROOT.items() if name in config.data})
+    for override in parsed:
+        if override.key_or_group.split(".")[0] in INHERITED and "." in override.key_or_group:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)

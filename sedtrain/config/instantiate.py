@@ -10,7 +10,7 @@ from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from sedtrain.config.values import first_line
+from sedtrain.config.schema import first_line
 from sedtrain.errors import UserError
 
 REFUSALS = (ValueError, TypeError, ImportError, MisconfigurationException)

@@ -18,15 +18,13 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
-from sedtrain.config.inherit import renamed
+from sedtrain.config.annotations import closest, suggest
+from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known, renamed
 from sedtrain.config.schema import conf_dir, find_problems, register
-from sedtrain.config.suggest import closest, suggest
 from sedtrain.errors import UserError
 
 SEARCH = "hydra/sweeper=optuna"
 SEARCH_PATH = "hydra.searchpath"
-NEEDS = {("hydra/launcher", "slurm"): "submitit_slurm"}  # options that need an extra, by one that the extra brings
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
@@ -45,29 +43,25 @@ def check_command_line(arguments: list[str]) -> list[str]:
 
 
 def check_overrides(
-    overrides: list[str],
-    config_dirs: list[Path],
-    *,
-    primary_dir: Path | None = None,
-    config_name: str = "train",
-    multirun: bool = False,
+    overrides: list[str], folders: list[Path], config_name: str = "train", multirun: bool = False
 ) -> list[str]:
     """The overrides for Hydra. Raises one UserError of every mistake in them and in what they compose.
 
-    primary_dir: the folder of `config_name`, else `conf_dir()`
+    folders: of groups, beside those of `conf_dir()`
     """
     register()
-    with initialize_config_dir(str((primary_dir or conf_dir()).resolve()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         check = Check(config_name, multirun or "hydra.mode=MULTIRUN" in overrides)
         parsed = check.parse(map(renamed, overrides))
-        check.add_search_path(parsed, config_dirs)
+        check.add_search_path(parsed, folders)
         check.check_sweeper(parsed)
-        jobs = [check.single_values(override) for override in parsed]
-        for index in range(max(map(len, jobs), default=1) or 1):
-            check.compose_and_apply([each[min(index, len(each) - 1)] for each in jobs if each])
+        jobs = [job for override in parsed if (job := check.single_values(override))]
+        for index in range(max(map(len, jobs), default=1)):
+            check.compose_and_apply([job[min(index, len(job) - 1)] for job in jobs])
     if check.errors:
         raise UserError.all_of(check.errors)
-    return [check.for_hydra(each) for each in parsed]
+    is_added = [each.type is OverrideType.CHANGE and each.key_or_group in check.added for each in parsed]
+    return [f"{'++' * added}{each.input_line}" for added, each in zip(is_added, parsed, strict=True)]
 
 
 class Check:
@@ -93,10 +87,6 @@ class Check:
             except HydraException:
                 self.errors.append(unreadable(text))
         return parsed
-
-    def for_hydra(self, override: Override) -> str:
-        is_added = override.type is OverrideType.CHANGE and override.key_or_group in self.added
-        return f"++{override.input_line}" if is_added else str(override.input_line)
 
     def add_search_path(self, overrides: list[Override], folders: list[Path]) -> None:
         """Has Hydra search these folders beside those of its own option."""
@@ -165,8 +155,7 @@ class Check:
         return self.loader._parse_overrides_and_create_caching_repo(self.config_name, self.search_path)[1]
 
     def options(self, group: str) -> list[str]:
-        found: list[str] = self.repository.get_group_options(group, ObjectType.CONFIG)
-        return found
+        return list(self.repository.get_group_options(group, ObjectType.CONFIG))
 
     def is_choice(self, override: Override) -> bool:
         return not isinstance(override.value(), dict) and bool(self.options(override.key_or_group))
@@ -177,10 +166,9 @@ class Check:
             return override.input_line
         value, group = override.value(), override.key_or_group
         chosen = [self.known_option(group, "null" if each is None else str(each)) for each in as_list(value)]
-        if None in chosen:
-            return None
-        listed = ",".join(map(str, chosen))
-        return f"{override.get_key_element()}={f'[{listed}]' if isinstance(value, list) else listed}"
+        listed = ",".join(filter(None, chosen))
+        listed = f"[{listed}]" if isinstance(value, list) else listed
+        return None if None in chosen else f"{override.get_key_element()}={listed}"
 
     def known_option(self, group: str, option: str) -> str | None:
         folder, _, name = f"{group}/{option.removesuffix('.yaml')}".rpartition("/")
@@ -188,11 +176,11 @@ class Check:
         if name not in self.options(folder):
             self.report(group, option, f"{group} has no option {option!r}", suggest(option, known))
             return closest(option, known)
-        if NEEDS.get((group, option), name) in [*known, name]:
-            return option
-        wrong = f"{group}={option} needs packages that are not installed"
-        self.report(group, option, wrong, f"pip install 'sedtrain[{option}]'")
-        return None
+        if (group, option) == ("hydra/launcher", "slurm") and "submitit_slurm" not in known:
+            wrong = f"{group}={option} needs packages that are not installed"
+            self.report(group, option, wrong, f"pip install 'sedtrain[{option}]'")
+            return None
+        return option
 
     def apply(self, config: DictConfig, override: Override) -> None:
         """Sets one value as Hydra does; a new option of a target is set too, for its signature to judge."""

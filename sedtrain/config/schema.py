@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from inspect import Parameter, Signature
+from inspect import Signature, formatannotation
 from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from sedtrain.config.annotations import example, misfits
-from sedtrain.config.rules import broken_rules
+from sedtrain.config.annotations import example, misfits, suggest
 from sedtrain.config.signatures import read_signature
-from sedtrain.config.suggest import suggest
-from sedtrain.config.values import first_line, plain
 from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
+DECIDED = {
+    "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
+    "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
+    "default_root_dir": "write run_dir=FOLDER",
+    "use_distributed_sampler": "leave it out: batches are shared among the devices when they are made",
+    "enable_checkpointing": "leave it out: a run keeps its best and its last weights",
+    "enable_model_summary": "leave it out: the components of the model are shown before training starts",
+    "overfit_batches": "write trainer.limit_train_batches=NUMBER, or data.path=PATH of data with few utterances",
+}
+"""Options of the Trainer that follow from others, and what to write instead."""
 
 
 def one_of(*choices: str) -> Any:
@@ -68,9 +74,7 @@ class Config:
     callbacks: Any = None
 
 
-ANNOTATIONS = {
-    name: inspect.formatannotation(hint) for name, hint in get_type_hints(Config, include_extras=True).items()
-}
+ANNOTATIONS = {name: formatannotation(hint) for name, hint in get_type_hints(Config, include_extras=True).items()}
 
 
 def register() -> None:
@@ -124,26 +128,23 @@ def check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[
     """Problems at one key and below it."""
     if OmegaConf.is_missing(node, key):
         yield UserError(path, UNSET, "no value is given", f"write {path}=VALUE")
-        return
-    try:
-        value = node[key]
-    except InterpolationToMissingValueError:
-        return  # reported where the value is missing
-    except (OmegaConfBaseException, RecursionError) as error:
-        reference = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
-        wrong = f"this reference fails: {first_line(error)}"
-        yield UserError(path, reference, wrong, "write a value, or refer to a key that has one")
-        return
-    if OmegaConf.is_interpolation(node, key):
-        return  # what it points to is checked in its own place
-    if isinstance(value, DictConfig):
+    elif OmegaConf.is_interpolation(node, key):  # what it points to is checked in its own place
+        try:
+            node[key]
+        except InterpolationToMissingValueError:
+            pass  # reported where the value is missing
+        except (OmegaConfBaseException, RecursionError) as error:
+            reference = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
+            wrong = f"this reference fails: {first_line(error)}"
+            yield UserError(path, reference, wrong, "write a value, or refer to a key that has one")
+    elif isinstance(value := node[key], ListConfig):
+        for index in range(len(value)):
+            yield from check_value(value, index, f"{path}[{index}]")
+    elif isinstance(value, DictConfig):
         if "_target_" in value:
             yield from check_target(value, path)
         for name in map(str, value):
             yield from check_value(value, name, f"{path}.{name}")
-    elif isinstance(value, ListConfig):
-        for index in range(len(value)):
-            yield from check_value(value, index, f"{path}[{index}]")
 
 
 def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
@@ -158,28 +159,81 @@ def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
     except UserError as error:
         yield UserError(f"{path}._target_", target, error.wrong, error.write)
         return
-    name = target.rpartition(".")[2]
-    yield from check_options(node, path, signature, name)
-    if not node.get("_partial_", False):
-        yield from missing_options(node, path, signature, name)
+    yield from check_options(node, path, signature, target.rpartition(".")[2])
 
 
 def check_options(node: DictConfig, path: str, signature: Signature, name: str) -> Iterator[UserError]:
     known = {each.name: each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD}
-    for key in map(str, node):
-        if key.startswith("_"):
-            continue  # Hydra's: _target_, _partial_, _args_, ...
-        value = plain(node, key)
-        if key in known and known[key].annotation is not Parameter.empty:
-            yield from misfits(f"{path}.{key}", value, known[key].annotation)
+    given = [str(key) for key in node.keys() if not str(key).startswith("_")]  # noqa: SIM118 - also missing values
+    for key in given:
+        option, value = f"{path}.{key}", plain(node, key)
+        if key in known and known[key].annotation is not Signature.empty:
+            yield from misfits(option, value, known[key].annotation)
         elif key not in known and len(known) == len(signature.parameters):
-            yield UserError(f"{path}.{key}", value, f"{name} has no option {key!r}", suggest(key, known))
-
-
-def missing_options(node: DictConfig, path: str, signature: Signature, name: str) -> Iterator[UserError]:
-    num_positional = len(node.get("_args_", []))
-    for each in list(signature.parameters.values())[num_positional:]:
-        is_needed = each.default is each.empty and each.kind is not each.VAR_KEYWORD
-        if is_needed and each.name not in node.keys():  # noqa: SIM118 - `in node` hides missing values
+            yield UserError(option, value, f"{name} has no option {key!r}", suggest(key, known))
+    for each in [] if node.get("_partial_", False) else list(known.values())[len(node.get("_args_", [])) :]:
+        if each.default is each.empty and each.name not in given:
             option, annotation = f"{path}.{each.name}", "" if each.annotation is each.empty else each.annotation
             yield UserError(option, UNSET, f"{name} needs {each.name!r}", example(option, annotation))
+
+
+# --- rules about options that no signature tells: about a single value, or one that another option asks for
+
+
+def broken_rules(config: DictConfig) -> Iterator[UserError]:
+    """An error for each rule that a composed configuration breaks."""
+    task = config.get("task")
+    if task in ("evaluate", "transcribe") and config.get("checkpoint") is None:
+        write = "write checkpoint=RUN_FOLDER, a Hugging Face folder or a Hub id"
+        yield UserError("checkpoint", None, f"task={task} needs a trained model", write)
+    if task == "transcribe" and not config.get("audio"):
+        write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
+        yield UserError("audio", None, "task=transcribe needs audio", write)
+    mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
+    for name, dataset in mix.items() if isinstance(mix, dict) else ():
+        if isinstance(dataset, dict):
+            weight = dataset.get("weight", 1.0)
+            yield from misfits(f"data.mix.{name}.weight", weight, formatannotation(Positive))
+    if task not in ("train", "fit_batches"):
+        return
+    if isinstance(config.get("trainer"), DictConfig):
+        yield from trainer_rules(config.trainer)
+    if isinstance(config.get("callbacks"), DictConfig) and not config.callbacks.get("checkpoints"):
+        write = "leave callbacks.checkpoints as it is; other callbacks may go"
+        yield UserError("callbacks.checkpoints", None, "a run keeps its best weights by it", write)
+    attention = OmegaConf.select(config, "attention.implementation", default=None)
+    precision = str(OmegaConf.select(config, "trainer.precision", default=None))
+    if attention == "flash_attention_2" and precision.startswith("32"):
+        wrong = f"it computes in 16 bits, and trainer.precision is {precision}"
+        yield UserError("attention", attention, wrong, "write trainer.precision=bf16-mixed")
+
+
+def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:
+    """Lightning's Trainer would take these, or refuse them late."""
+    for option in filter(trainer.__contains__, DECIDED):
+        wrong = f"{option} is decided elsewhere"
+        yield UserError(f"trainer.{option}", plain(trainer, option), wrong, DECIDED[option])
+    for option in ("val_check_interval", "accumulate_grad_batches"):
+        if type(value := plain(trainer, option)) is int:
+            yield from misfits(f"trainer.{option}", value, formatannotation(Count))
+    max_time = plain(trainer, "max_time")
+    if isinstance(max_time, int | float):
+        write = 'write trainer.max_time="DD:HH:MM:SS", or trainer.max_time={minutes: NUMBER}'
+        yield UserError("trainer.max_time", max_time, "this has no unit", write)
+
+
+# --- values of a configuration
+
+
+def plain(node: DictConfig, key: str) -> object:
+    """A node's value as plain Python; UNSET where it is missing or refers to nothing yet."""
+    try:
+        value = UNSET if OmegaConf.is_missing(node, key) else node.get(key)
+        is_node = isinstance(value, DictConfig | ListConfig)
+        return OmegaConf.to_container(value, resolve=True) if is_node else value
+    except (OmegaConfBaseException, RecursionError):
+        return UNSET
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

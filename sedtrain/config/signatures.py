@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sedtrain import ranges
-from sedtrain.config.annotations import fits, last_name
-from sedtrain.config.suggest import closest, suggest
+from sedtrain.config.annotations import closest, fits, last_name, suggest
 from sedtrain.errors import UserError
-
-Definition = tuple[ModuleSpec, ast.FunctionDef | ast.ClassDef]
 
 
 class Undecided(Exception):
@@ -32,16 +29,12 @@ def read_signature(target: str) -> Signature:
     Annotations are texts; parameters read from source are keyword-only, in their order. Raises UserError.
     """
     try:
-        return signature_of(*find_definition(target))
-    except (Undecided, RecursionError):
+        return source_signature(target)
+    except (Undecided, SyntaxError, RecursionError):
         return imported_signature(target)
 
 
 # --- from a name to its definition
-
-
-def find_definition(target: str) -> Definition:
-    return member(*split_module(target))
 
 
 def split_module(target: str) -> tuple[ModuleSpec, list[str]]:
@@ -68,18 +61,34 @@ def refused(target: str, wrong: str, write: str) -> UserError:
     return UserError("_target_", target, wrong, write)
 
 
-def member(spec: ModuleSpec, names: list[str]) -> Definition:
-    """The definition that `names` mean inside a module, imports and aliases followed."""
-    match binding(names[0], parsed(spec).body):
-        case ast.FunctionDef() | ast.ClassDef() as definition if len(names) == 1:
-            return spec, definition
-        case ast.Import() | ast.ImportFrom() as statement:
-            source = imported_name(spec, statement, names[0])
-            if source != f"{spec.name}.{names[0]}":  # a package may import its own module
-                return find_definition(".".join([source, *names[1:]]))
-        case ast.Assign(value=ast.Name() | ast.Attribute() as value):
-            return member(spec, ast.unparse(value).split(".") + names[1:])
-    raise Undecided
+def definition(target: str) -> tuple[ModuleSpec, ast.FunctionDef | ast.ClassDef]:
+    """The statement that defines a function or class, and its module; imports are followed."""
+    spec, names = split_module(target)
+    statement = binding(names[0], parsed(spec).body)
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef) and len(names) == 1:
+        return spec, statement
+    if not isinstance(statement, ast.Import | ast.ImportFrom):
+        raise Undecided
+    source = next((alias.name for alias in statement.names if (alias.asname or alias.name) == names[0]), names[0])
+    if isinstance(statement, ast.ImportFrom):
+        source = f"{resolve_name('.' * statement.level + (statement.module or ''), spec.parent)}.{source}"
+    return definition(".".join([source, *names[1:]]))
+
+
+def binding(name: str, body: list[ast.stmt]) -> ast.stmt | None:
+    """The last statement that binds a name in a scope, conditional ones aside."""
+    return next((statement for statement in reversed(body) if name in bound_names(statement)), None)
+
+
+def bound_names(statement: ast.stmt) -> list[str]:
+    match statement:
+        case ast.FunctionDef() | ast.ClassDef():
+            return [statement.name]
+        case ast.Import() | ast.ImportFrom():
+            return [alias.asname or alias.name.split(".")[0] for alias in statement.names]
+        case ast.Assign():
+            return [ast.unparse(each) for each in statement.targets]
+    return []
 
 
 def parsed(spec: ModuleSpec) -> ast.Module:
@@ -90,64 +99,35 @@ def parsed(spec: ModuleSpec) -> ast.Module:
 
 @lru_cache(maxsize=64)
 def parsed_file(file: str, mtime_ns: int) -> ast.Module:
-    try:
-        return ast.parse(Path(file).read_bytes())
-    except SyntaxError:
-        raise Undecided from None
-
-
-def binding(name: str, body: list[ast.stmt]) -> ast.stmt | None:
-    """The last statement of a scope that binds a name; of `if` and `try`, the main branch counts."""
-    for statement in reversed(body):
-        match statement:
-            case ast.If() | ast.Try() | ast.With():
-                if found := binding(name, statement.body):
-                    return found
-            case ast.FunctionDef() | ast.ClassDef() if statement.name == name:
-                return statement
-            case ast.Import() | ast.ImportFrom():
-                if any((alias.asname or alias.name.split(".")[0]) == name for alias in statement.names):
-                    return statement
-            case ast.Assign() if name in map(ast.unparse, statement.targets):
-                return statement
-    return None
-
-
-def imported_name(spec: ModuleSpec, statement: ast.Import | ast.ImportFrom, name: str) -> str:
-    original = next((alias.name for alias in statement.names if (alias.asname or alias.name) == name), name)
-    if isinstance(statement, ast.Import):
-        return original
-    return f"{resolve_name('.' * statement.level + (statement.module or ''), spec.parent)}.{original}"
+    return ast.parse(Path(file).read_bytes())
 
 
 # --- from a definition to its parameters
 
 
-def signature_of(spec: ModuleSpec, node: ast.FunctionDef | ast.ClassDef) -> Signature:
+def source_signature(target: str) -> Signature:
+    spec, node = definition(target)
     if isinstance(node, ast.FunctionDef):
-        return function_signature(spec, node)
+        return Signature(list(parameters(spec, node.args)))
     constructor = binding("__init__", node.body)
     if isinstance(constructor, ast.FunctionDef):
-        signature = function_signature(spec, constructor)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])  # without `self`
-    is_dataclass = [last_name(each) for each in node.decorator_list] == ["dataclass"]
-    if constructor or node.keywords or binding("__new__", node.body) or (node.decorator_list and not is_dataclass):
+        return Signature(list(parameters(spec, constructor.args))[1:])  # without `self`
+    decorators = [last_name(each) for each in node.decorator_list]
+    if constructor or node.keywords or binding("__new__", node.body) or decorators not in ([], ["dataclass"]):
         raise Undecided
-    if is_dataclass:
+    if decorators:
         return Signature(list(fields(spec, node)))
-    bases = (signature_of(*member(spec, ast.unparse(base).split("."))) for base in node.bases)
+    bases = (source_signature(f"{spec.name}.{ast.unparse(base)}") for base in node.bases)
     return next((each for each in bases if each.parameters), Signature())
 
 
-def function_signature(spec: ModuleSpec, node: ast.FunctionDef) -> Signature:
-    arguments, named = node.args, named_ranges(spec)
+def parameters(spec: ModuleSpec, arguments: ast.arguments) -> Iterator[Parameter]:
     positional = arguments.posonlyargs + arguments.args
     defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults, *arguments.kw_defaults]
-    rows = zip(positional + arguments.kwonlyargs, defaults, strict=True)
-    parameters = [parameter(each.arg, each.annotation, default, named) for each, default in rows]
+    for each, default in zip(positional + arguments.kwonlyargs, defaults, strict=True):
+        yield parameter(spec, each.arg, each.annotation, default)
     if arguments.kwarg:
-        parameters.append(Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD))
-    return Signature(parameters)
+        yield Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD)
 
 
 def fields(spec: ModuleSpec, node: ast.ClassDef) -> Iterator[Parameter]:
@@ -157,18 +137,19 @@ def fields(spec: ModuleSpec, node: ast.ClassDef) -> Iterator[Parameter]:
             case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value):
                 if node.bases or last_name(annotation) in ("ClassVar", "KW_ONLY") or isinstance(value, ast.Call):
                     raise Undecided
-                yield parameter(name, annotation, value, named_ranges(spec))
+                yield parameter(spec, name, annotation, value)
 
 
-def parameter(name: str, annotation: ast.expr | None, default: ast.expr | None, named: dict[str, str]) -> Parameter:
-    """named: the ranges that the annotation may name, written out"""
-    kind, empty = Parameter.KEYWORD_ONLY, Parameter.empty
-    value = empty if default is None else ast.unparse(default)
+def parameter(spec: ModuleSpec, name: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
+    """The parameter with its annotation as text, the ranges that it names written out."""
+    kind, value = Parameter.KEYWORD_ONLY, Parameter.empty if default is None else ast.unparse(default)
     if annotation is None:
         return Parameter(name, kind, default=value)
-    text = ast.unparse(annotation)
-    if named:
-        text = ast.unparse(WrittenOut(named).visit(ast.parse(text, mode="eval")))
+    named, tree = named_ranges(spec), ast.parse(ast.unparse(annotation))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            node.id = named.get(node.id, node.id)  # unparse writes it as it is
+    text = ast.unparse(tree)
     if value == "None" and not fits(None, text):
         text = f"{text} | None"  # `x: int = None`, as much older code has it
     return Parameter(name, kind, default=value, annotation=text)
@@ -188,16 +169,6 @@ def named_ranges(spec: ModuleSpec) -> dict[str, str]:
     return found
 
 
-class WrittenOut(ast.NodeTransformer):
-    """An annotation with the ranges that it names written out."""
-
-    def __init__(self, named: dict[str, str]) -> None:
-        self.named = named
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.parse(self.named[node.id], mode="eval").body if node.id in self.named else node
-
-
 # --- from an imported object
 
 
@@ -211,11 +182,10 @@ def imported_signature(target: str) -> Signature:
     except (TypeError, ValueError):  # a builtin that tells nothing
         return Signature([Parameter("options", Parameter.VAR_KEYWORD)])
     known = [each for each in signature.parameters.values() if each.kind is not each.VAR_POSITIONAL]
-    return Signature([each.replace(annotation=annotation_text(each)) for each in known])
-
-
-def annotation_text(each: Parameter) -> Any:
-    return each.empty if each.annotation is each.empty else inspect.formatannotation(each.annotation)
+    texts = [
+        each.empty if each.annotation is each.empty else inspect.formatannotation(each.annotation) for each in known
+    ]
+    return Signature([each.replace(annotation=text) for each, text in zip(known, texts, strict=True)])
 
 
 def imported(target: str) -> Any:

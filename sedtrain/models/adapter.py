@@ -7,11 +7,12 @@ B batch, T frames, E encoder width, D decoder width, W windows, Q queries.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import SpeechEncoderDecoderConfig
 
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Fraction
@@ -41,14 +42,42 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
 
+class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
+    """The configuration of a joined model with an adapter that `transformers` does not have.
+
+    adapter: its `kind` and its `settings`
+
+    The base class would load such a folder without its adapter, and only warn of an unknown model type. Therefore the saved
+    model type of the encoder is one that the base class cannot resolve: it then refuses.
+    """
+
+    model_type = "adapted-speech-encoder-decoder"
+    adapter: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        if isinstance(self.adapter, dict) and "encoder" in values:
+            values["encoder"]["model_type"] += needs_sedtrain(self.adapter)
+        return values
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        encoder = dict(config_dict["encoder"])
+        encoder["model_type"] = encoder["model_type"].removesuffix(needs_sedtrain(config_dict["adapter"]))
+        config: Self = super().from_dict({**config_dict, "encoder": encoder}, **kwargs)
+        return config
+
+
+def needs_sedtrain(adapter: dict[str, Any]) -> str:
+    return f" with the {adapter['kind']} adapter of sedtrain"
+
+
 def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[str, Any]) -> Adapter:
     """A new adapter of the class with this kind. Raises UserError if no imported class has it."""
     if kind not in ADAPTERS:
         wrong = f"the model was saved with an adapter of this kind; known are {', '.join(ADAPTERS)}"
-        write = (
-            f'write adapter=OPTION whose _target_ is the class with kind="{kind}", or import its module before loading'
-        )
-        raise UserError("adapter", kind, wrong, write)
+        write = f'write adapter=OPTION whose _target_ is the class with kind="{kind}"'
+        raise UserError("adapter", kind, wrong, f"{write}, or import its module before loading")
     return ADAPTERS[kind](input_dim, output_dim, **settings)
 
 
@@ -89,12 +118,8 @@ class StackMLPAdapter(Adapter, kind="stack_mlp"):
     def __init__(self, input_dim: int, output_dim: int, stride: Count = 2) -> None:
         super().__init__(input_dim, output_dim, stride=stride)
         self.stride = stride
-        self.mlp = nn.Sequential(
-            nn.Linear(stride * input_dim, 4 * output_dim),
-            nn.GELU(),
-            nn.Linear(4 * output_dim, output_dim),
-            nn.LayerNorm(output_dim),
-        )
+        wide, narrow = nn.Linear(stride * input_dim, 4 * output_dim), nn.Linear(4 * output_dim, output_dim)
+        self.mlp = nn.Sequential(wide, nn.GELU(), narrow, nn.LayerNorm(output_dim))
 
     def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.mlp(windows(without_padding(frames, mask), self.stride).flatten(2)), strided(mask, self.stride)
@@ -104,12 +129,7 @@ class TransformerAdapter(Adapter, kind="transformer"):
     """A projection to the decoder's width and pre-norm Transformer layers over the whole utterance."""
 
     def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        num_layers: Count = 2,
-        num_heads: Count = 4,
-        dropout: Fraction = 0.1,
+        self, input_dim: int, output_dim: int, num_layers: Count = 2, num_heads: Count = 4, dropout: Fraction = 0.1
     ) -> None:
         super().__init__(input_dim, output_dim, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
         self.projection = nn.Linear(input_dim, output_dim)
@@ -191,12 +211,5 @@ def layer_options(width: int, num_heads: int, dropout: float) -> dict[str, Any]:
     if width % num_heads:
         write = f"write adapter.num_heads={max(heads for heads in range(1, num_heads) if width % heads == 0)}"
         raise UserError("adapter.num_heads", num_heads, f"it does not divide the decoder's width, {width}", write)
-    return {
-        "d_model": width,
-        "nhead": num_heads,
-        "dim_feedforward": 4 * width,
-        "dropout": dropout,
-        "activation": "gelu",
-        "batch_first": True,
-        "norm_first": True,
-    }
+    sizes = {"d_model": width, "nhead": num_heads, "dim_feedforward": 4 * width, "dropout": dropout}
+    return {**sizes, "activation": "gelu", "batch_first": True, "norm_first": True}

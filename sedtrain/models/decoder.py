@@ -65,11 +65,9 @@ def load_decoder(
         assert tokenizer is not None, "build hands the tokenizer over"
         take_vocabulary(config, tokenizer)
     if name is not None and pretrained:
-        decoder = load_weights("decoder", name, AutoModelForCausalLM, config, attention)
-    else:
-        with attention_of("decoder", config):
-            decoder = AutoModelForCausalLM.from_config(config)
-    return as_decoder(decoder)
+        return as_decoder(load_weights("decoder", name, AutoModelForCausalLM, config, attention))
+    with attention_of("decoder", config):
+        return as_decoder(AutoModelForCausalLM.from_config(config))
 
 
 def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
@@ -130,28 +128,20 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
 def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
     name = type(decoder).__name__
     if "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
-        raise UserError(
-            "decoder", name, "it takes no encoder_hidden_states: it would never hear the audio", ALTERNATIVES
-        )
+        wrong = "it takes no encoder_hidden_states: it would never hear the audio"
+        raise UserError("decoder", name, wrong, ALTERNATIVES)
     if type(decoder).__module__.startswith("transformers.") and not decoder.can_generate():
         raise UserError("decoder", name, "it is no causal language model: it would write no text", ALTERNATIVES)
-    if not has_cross_attention(decoder):
+    if not any(
+        CROSS_ATTENTION.search(module_name.rpartition(".")[2]) or isinstance(module, nn.TransformerDecoderLayer)
+        for module_name, module in decoder.named_modules()
+    ):
         looks_ahead = any(getattr(module, "is_decoder", True) is False for module in decoder.modules())
         ahead = ", and each token would see the later ones" if looks_ahead else ""
-        raise UserError(
-            "decoder",
-            name,
-            f"it was built without cross-attention: it would never hear the audio{ahead}",
-            f"write {name}(config) with config.is_decoder = config.add_cross_attention = True "
-            "(modules of your own: named cross_attn, crossattention or encoder_attn)",
-        )
-
-
-def has_cross_attention(decoder: nn.Module) -> bool:
-    return any(
-        CROSS_ATTENTION.search(name.rpartition(".")[2]) or isinstance(module, nn.TransformerDecoderLayer)
-        for name, module in decoder.named_modules()
-    )
+        wrong = f"it was built without cross-attention: it would never hear the audio{ahead}"
+        write = f"write {name}(config) with config.is_decoder = config.add_cross_attention = True"
+        own = "(modules of your own: named cross_attn, crossattention or encoder_attn)"
+        raise UserError("decoder", name, wrong, f"{write} {own}")
 
 
 def fix_sinusoids(decoder: nn.Module) -> None:

@@ -7,27 +7,24 @@ To add a family:
 3. `FEATURE_EXTRACTORS` below, unless it takes normalized audio.
 4. Tests and docs: see decoder.py.
 
-B batch, S inputs (samples or feature frames), T frames.
+B batch, S inputs (samples or feature frames), T frames, T' adapted frames, E encoder width, D decoder width.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
-    ParakeetFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
-    SeamlessM4TFeatureExtractor,
     SequenceFeatureExtractor,
-    Speech2TextFeatureExtractor,
-    SpeechT5FeatureExtractor,
-    Wav2Vec2FeatureExtractor,
-    WhisperFeatureExtractor,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
@@ -41,7 +38,22 @@ from sedtrain.models.loading import (
     load_weights,
     loading,
     published_name,
+    share_config,
 )
+
+
+@dataclass
+class EncodedSpeech(BaseModelOutput):
+    """Audio as the decoder attends to it: computed once per utterance, and accepted back as `encoder_outputs`.
+
+    last_hidden_state: (B, T', D) adapted to the decoder
+    attention_mask: (B, T'), 1 where a frame is real, or None if all are
+    encoder_frames, encoder_mask: (B, T, E) and (B, T), the encoder's own output
+    """
+
+    attention_mask: Tensor | None = None
+    encoder_frames: Tensor | None = None
+    encoder_mask: Tensor | None = None
 
 
 def load_encoder(
@@ -81,12 +93,9 @@ def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, 
     """
     config = AutoConfig.for_model(model_type)
     if model_type == "whisper" or not hasattr(config, "mask_time_prob"):
-        raise UserError(
-            "augment",
-            "spec_augment",
-            f"{model_type} has no SpecAugment in its encoder",
-            "write augment=[speed,gain,noise,time_mask], or an encoder such as wav2vec2, hubert, wavlm or w2v_bert",
-        )
+        wrong = f"{model_type} has no SpecAugment in its encoder"
+        write = "write augment=[speed,gain,noise,time_mask], or an encoder such as wav2vec2, hubert, wavlm or w2v_bert"
+        raise UserError("augment", "spec_augment", wrong, write)
     switch = {"apply_spec_augment": True} if hasattr(config, "apply_spec_augment") else {}
     return {**switch, **options}
 
@@ -132,10 +141,7 @@ def standalone(model: PreTrainedModel) -> PreTrainedModel:
     if encoder is None:
         write = f"write a model of {config.model_type} that takes speech"
         raise UserError("encoder", type(model).__name__, "it has no encoder of speech", write)
-    shared = type(encoder.config)
-    for module in encoder.modules():
-        if type(getattr(module, "config", None)) is shared:
-            module.config = config
+    share_config(encoder, config)
     encoder.__class__ = kind
     _CAN_RECORD_REGISTRY[encoder] = encoder._can_record_outputs  # as a constructor would do
     encoder.set_up()
@@ -145,6 +151,27 @@ def standalone(model: PreTrainedModel) -> PreTrainedModel:
 def loads_in_stock_transformers(config: PreTrainedConfig) -> bool:
     """Whether a joined model with this encoder loads without sedtrain."""
     return config.model_type in CONFIG_MAPPING_NAMES and not config.is_encoder_decoder
+
+
+def given_input(inputs: Tensor | None, input_values: Tensor | None, input_features: Tensor | None) -> Tensor:
+    """The one of the three that is given; raises ValueError for none or several."""
+    given = [tensor for tensor in (inputs, input_values, input_features) if tensor is not None]
+    if inputs is None and len(given) != 1:
+        raise ValueError(f"give one of inputs, input_values and input_features, not {len(given)} of them")
+    return given[0]
+
+
+def states_to_return(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Which states of the encoder `generate` returns: the first source that says so decides."""
+    names = ("output_attentions", "output_hidden_states")
+    return {name: next((of[name] for of in sources if of.get(name) is not None), None) for name in names}
+
+
+def frame_width(config: PreTrainedConfig) -> int:
+    """The width of the encoder's output frames, which the family's own adapter may change."""
+    adapted = getattr(config, "add_adapter", False)
+    width: int = getattr(config, "output_hidden_size", config.hidden_size) if adapted else config.hidden_size
+    return width
 
 
 def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor) -> Tensor:
@@ -157,13 +184,12 @@ def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor
 def refuse_without_frame_mask(encoder: PreTrainedModel) -> None:
     """Raises UserError for an encoder that does not say which of its frames are padding."""
     if not hasattr(encoder, "_get_feature_vector_attention_mask"):
-        raise UserError(
-            "encoder",
-            type(encoder).__name__,
-            "it does not say which of its frames are real in a padded batch",
+        wrong = "it does not say which of its frames are real in a padded batch"
+        write = (
             "write a method _get_feature_vector_attention_mask(self, num_frames, attention_mask) in it that returns"
-            " the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs",
+            " the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs"
         )
+        raise UserError("encoder", type(encoder).__name__, wrong, write)
 
 
 def freeze_front_end(encoder: PreTrainedModel) -> None:
@@ -180,29 +206,20 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
     if name:
         with loading("encoder.checkpoint", name):
             return AutoFeatureExtractor.from_pretrained(name)
-    return FEATURE_EXTRACTORS.get(encoder.config.model_type, normalized_audio)(encoder.config)
+    return FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
 
 
-def normalized_audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    return Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-
-
-def audio(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    return Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+def audio(config: PreTrainedConfig, do_normalize: bool = True) -> SequenceFeatureExtractor:
+    return transformers.Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True)
 
 
 def pairs_of_mels(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    return SeamlessM4TFeatureExtractor(feature_size=config.feature_projection_input_dim // 2)
-
-
-def speech_to_text(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    mels = config.input_feat_per_channel
-    return Speech2TextFeatureExtractor(feature_size=mels, num_mel_bins=mels)
+    return transformers.SeamlessM4TFeatureExtractor(feature_size=config.feature_projection_input_dim // 2)
 
 
 def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
     try:
-        return ParakeetFeatureExtractor(feature_size=config.num_mel_bins)
+        return transformers.ParakeetFeatureExtractor(feature_size=config.num_mel_bins)
     except ImportError as error:
         wrong = f"its features need a package that is missing: {error}"
         raise UserError("encoder", "parakeet", wrong, "pip install librosa") from error
@@ -210,12 +227,14 @@ def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
 
 # by the encoder's model type; any other takes normalized audio
 FEATURE_EXTRACTORS: dict[str, Callable[[PreTrainedConfig], SequenceFeatureExtractor]] = {
-    "moonshine-encoder": audio,
-    "speecht5-encoder": lambda config: SpeechT5FeatureExtractor(do_normalize=False),
-    "whisper-encoder": lambda config: WhisperFeatureExtractor(feature_size=config.num_mel_bins),
+    "moonshine-encoder": lambda config: audio(config, do_normalize=False),
+    "speecht5-encoder": lambda config: transformers.SpeechT5FeatureExtractor(do_normalize=False),
+    "whisper-encoder": lambda config: transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins),
     "wav2vec2-bert": pairs_of_mels,
     "seamless_m4t-encoder": pairs_of_mels,
     "seamless_m4t_v2-encoder": pairs_of_mels,
-    "speech_to_text-encoder": speech_to_text,
+    "speech_to_text-encoder": lambda config: transformers.Speech2TextFeatureExtractor(
+        feature_size=config.input_feat_per_channel, num_mel_bins=config.input_feat_per_channel
+    ),
     "parakeet_encoder": parakeet,
 }

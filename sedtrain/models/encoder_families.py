@@ -2,41 +2,20 @@
 
 First the encoders that are models of `transformers`, then those that it has only inside sequence-to-sequence models: they
 get a model type of their own. docs/families.md says what upstream does with padding, family by family.
+
+B batch, S inputs (samples or feature frames), T frames, D width.
 """
 
 import copy
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    Data2VecAudioModel,
-    HubertModel,
-    MoonshineConfig,
-    MoonshineModel,
-    ParakeetEncoder,
-    PreTrainedConfig,
-    SeamlessM4TConfig,
-    SeamlessM4TForSpeechToText,
-    SeamlessM4Tv2Config,
-    SeamlessM4Tv2ForSpeechToText,
-    SEWDModel,
-    SEWModel,
-    Speech2TextConfig,
-    Speech2TextModel,
-    SpeechT5Config,
-    SpeechT5ForSpeechToText,
-    UniSpeechModel,
-    UniSpeechSatModel,
-    Wav2Vec2BertModel,
-    Wav2Vec2ConformerModel,
-    Wav2Vec2Model,
-    WavLMModel,
-    WhisperConfig,
-    WhisperModel,
-)
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder
 from transformers.models.seamless_m4t.modeling_seamless_m4t import (
     SeamlessM4TConformerAdapterLayer,
@@ -56,7 +35,11 @@ from transformers.models.speecht5.modeling_speecht5 import (
 )
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertAdapter
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
+from sedtrain.errors import UserError
 from sedtrain.models.loading import encoder_within
 from sedtrain.models.masking import (
     GuardedSpecAugment,
@@ -70,14 +53,13 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
-from sedtrain.models.whisper_encoder import VariableLengthWhisperEncoder
 
 
-class MaskedWav2Vec2(GuardedSpecAugment, Masked, Wav2Vec2Model):
+class MaskedWav2Vec2(GuardedSpecAugment, Masked, transformers.Wav2Vec2Model):
     pass
 
 
-class MaskedHubert(GuardedSpecAugment, Masked, HubertModel):
+class MaskedHubert(GuardedSpecAugment, Masked, transformers.HubertModel):
     """A batch norm before the position embedding makes padding nonzero."""
 
     def mask_modules(self) -> Steps:
@@ -87,22 +69,22 @@ class MaskedHubert(GuardedSpecAugment, Masked, HubertModel):
         return steps
 
 
-class MaskedWavLM(GuardedSpecAugment, Masked, WavLMModel):
+class MaskedWavLM(GuardedSpecAugment, Masked, transformers.WavLMModel):
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Lets a row without a frame attend to all, since attention over nothing is NaN; it is masked behind the encoder."""
         empty = output_lengths(attention_mask.sum(-1), self.frame_steps) == 0
         return inputs, attention_mask.masked_fill(empty[:, None], 1)
 
 
-class MaskedUniSpeech(GuardedSpecAugment, Masked, UniSpeechModel):
+class MaskedUniSpeech(GuardedSpecAugment, Masked, transformers.UniSpeechModel):
     pass
 
 
-class MaskedUniSpeechSat(GuardedSpecAugment, Masked, UniSpeechSatModel):
+class MaskedUniSpeechSat(GuardedSpecAugment, Masked, transformers.UniSpeechSatModel):
     pass
 
 
-class MaskedData2VecAudio(GuardedSpecAugment, Masked, Data2VecAudioModel):
+class MaskedData2VecAudio(GuardedSpecAugment, Masked, transformers.Data2VecAudioModel):
     """The position embedding is a stack of convolutions: the first makes padding nonzero."""
 
     def mask_modules(self) -> Steps:
@@ -116,7 +98,7 @@ class MaskedConformerLayer(Recomputed, Wav2Vec2ConformerEncoderLayer):
     masked = "conv_module.depthwise_conv"
 
 
-class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, Wav2Vec2ConformerModel):
+class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, transformers.Wav2Vec2ConformerModel):
     def mask_modules(self) -> Steps:
         steps = super().mask_modules()
         for layer in self.encoder.layers:
@@ -126,15 +108,6 @@ class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, Wav2Vec2ConformerModel
         return steps
 
 
-def mask_conformer_adapter(encoder: Masked, steps: Steps) -> Steps:
-    """Masks the adapter of w2v-BERT and of both SeamlessM4T; returns the steps from inputs to its output."""
-    for layer in encoder.adapter.layers:
-        encoder.mask(layer.residual_conv, MaskedConv1d, steps)
-        encoder.mask(layer.self_attn_conv, MaskedConv1d, steps)
-        steps += step(layer.residual_conv)
-    return steps
-
-
 class FittingBertAdapter(Wav2Vec2BertAdapter):
     """Counts frames with the padding that its convolutions have; upstream takes another."""
 
@@ -142,13 +115,13 @@ class FittingBertAdapter(Wav2Vec2BertAdapter):
         return None if seq_lens is None else output_lengths(seq_lens, step(self.layers[0].residual_conv))
 
 
-class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, Wav2Vec2BertModel):
+class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, transformers.Wav2Vec2BertModel):
     front_end = ("feature_projection",)
+    adapter_convolutions = ("residual_conv", "self_attn_conv")
 
     def mask_adapter(self, steps: Steps) -> Steps:
         self.adapter.__class__ = FittingBertAdapter
-        self.adapter.layerdrop = 0.0
-        return mask_conformer_adapter(self, steps)
+        return super().mask_adapter(steps)
 
 
 class PositionsOfAllFrames(SEWPositionalConvEmbedding):
@@ -186,7 +159,7 @@ class PairedSEWDEncoder(PairedFrames, SEWDEncoder):
     pass
 
 
-class MaskedSEW(GuardedSpecAugment, Masked, SEWModel):
+class MaskedSEW(GuardedSpecAugment, Masked, transformers.SEWModel):
     paired = PairedSEWEncoder
 
     def mask_modules(self) -> Steps:
@@ -195,12 +168,12 @@ class MaskedSEW(GuardedSpecAugment, Masked, SEWModel):
         return Masked.mask_modules(self)
 
 
-class MaskedSEWD(GuardedSpecAugment, Masked, SEWDModel):
+class MaskedSEWD(GuardedSpecAugment, Masked, transformers.SEWDModel):
     paired = PairedSEWDEncoder
     mask_modules = MaskedSEW.mask_modules
 
 
-class MaskedParakeet(Masked, ParakeetEncoder):
+class MaskedParakeet(Masked, transformers.ParakeetEncoder):
     """Upstream masks everything behind its first convolution."""
 
     _supports_flex_attn = False  # transformers takes the first head's position bias for all heads
@@ -214,41 +187,54 @@ class MaskedParakeet(Masked, ParakeetEncoder):
         return inputs.masked_fill(attention_mask[..., None] == 0, 0.0), attention_mask
 
 
-class WhisperEncoderConfig(WhisperConfig):
-    model_type = "whisper-encoder"
-    is_encoder_decoder: bool = False
+def encoder_config_class(whole: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:
+    """The configuration class of the encoder alone, beside that of its whole sequence-to-sequence model."""
+    fields = {"__annotations__": {"is_encoder_decoder": bool}, "is_encoder_decoder": False, "model_type": model_type}
+    name = whole.__name__.replace("Config", "EncoderConfig")
+    return type(name, (whole,), {**fields, "__module__": __name__})
 
 
-class Speech2TextEncoderConfig(Speech2TextConfig):
-    model_type = "speech_to_text-encoder"
-    is_encoder_decoder: bool = False
+WhisperEncoderConfig = encoder_config_class(transformers.WhisperConfig, "whisper-encoder")
+Speech2TextEncoderConfig = encoder_config_class(transformers.Speech2TextConfig, "speech_to_text-encoder")
+MoonshineEncoderConfig = encoder_config_class(transformers.MoonshineConfig, "moonshine-encoder")
+SeamlessM4TEncoderConfig = encoder_config_class(transformers.SeamlessM4TConfig, "seamless_m4t-encoder")
+SeamlessM4Tv2EncoderConfig = encoder_config_class(transformers.SeamlessM4Tv2Config, "seamless_m4t_v2-encoder")
+SpeechT5EncoderConfig = encoder_config_class(transformers.SpeechT5Config, "speecht5-encoder")
 
 
-class MoonshineEncoderConfig(MoonshineConfig):
-    model_type = "moonshine-encoder"
-    is_encoder_decoder: bool = False
+class VariableLengthWhisperEncoder(WhisperEncoder):
+    """Whisper's encoder for clips of any length up to its limit: positions are cropped, padding is masked.
 
+    Upstream computes 30 seconds for every clip. Parameters and their names are unchanged.
+    """
 
-class SeamlessM4TEncoderConfig(SeamlessM4TConfig):
-    model_type = "seamless_m4t-encoder"
-    is_encoder_decoder: bool = False
-
-
-class SeamlessM4Tv2EncoderConfig(SeamlessM4Tv2Config):
-    model_type = "seamless_m4t_v2-encoder"
-    is_encoder_decoder: bool = False
-
-
-class SpeechT5EncoderConfig(SpeechT5Config):
-    model_type = "speecht5-encoder"
-    is_encoder_decoder: bool = False
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """(B, mel bins, S) features -> (B, ceil(S / 2), D). Raises UserError for more frames than it has positions."""
+        hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)
+        num_frames = hidden_states.shape[1]
+        if num_frames > self.max_source_positions:
+            wrong = f"an utterance of {num_frames} frames does not fit its {self.max_source_positions} positions"
+            raise UserError("encoder", "whisper", wrong, "write data.max_seconds=30, the limit of Whisper's encoder")
+        hidden_states = hidden_states + self.embed_positions.weight[:num_frames]
+        hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
+        mask = None
+        if attention_mask is not None:
+            frame_mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
+            mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
+        layerdrop = self.config.encoder_layerdrop if self.training else 0.0
+        for layer in self.layers:
+            if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
+                hidden_states = layer(hidden_states, mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
 class StandaloneWhisper(Masked, VariableLengthWhisperEncoder):
-    config: WhisperEncoderConfig
+    config_class = WhisperEncoderConfig
     front_end = ("conv1", "conv2")
     layerdrop_name = "encoder_layerdrop"
-    whole = WhisperModel
+    whole = transformers.WhisperModel
 
     def mask_modules(self) -> Steps:
         self.mask(self.conv1, MaskedConv1d, ())
@@ -258,10 +244,10 @@ class StandaloneWhisper(Masked, VariableLengthWhisperEncoder):
 
 
 class StandaloneSpeech2Text(Masked, Speech2TextEncoder):
-    config: Speech2TextEncoderConfig
+    config_class = Speech2TextEncoderConfig
     front_end = ("conv",)
     layerdrop_name = "encoder_layerdrop"
-    whole = Speech2TextModel
+    whole = transformers.Speech2TextModel
 
     def mask_modules(self) -> Steps:
         steps: Steps = ()
@@ -272,9 +258,9 @@ class StandaloneSpeech2Text(Masked, Speech2TextEncoder):
 
 
 class StandaloneMoonshine(Masked, MoonshineEncoder):
-    config: MoonshineEncoderConfig
+    config_class = MoonshineEncoderConfig
     front_end = ("conv1", "conv2", "conv3", "groupnorm")
-    whole = MoonshineModel
+    whole = transformers.MoonshineModel
 
     def mask_modules(self) -> Steps:
         self.mask(self.groupnorm, MaskedGroupNorm, step(self.conv1))
@@ -296,15 +282,16 @@ class FittingAdapterLayer(SeamlessM4TConformerAdapterLayer):
 
 
 class StandaloneSeamlessM4T(Masked, SeamlessM4TSpeechEncoder):
-    config: SeamlessM4TEncoderConfig
+    config_class = SeamlessM4TEncoderConfig
     front_end = ("feature_projection",)
+    adapter_convolutions = MaskedWav2Vec2Bert.adapter_convolutions
     layerdrop_name = "speech_encoder_layerdrop"
-    whole = SeamlessM4TForSpeechToText
+    whole = transformers.SeamlessM4TForSpeechToText
 
     def mask_adapter(self, steps: Steps) -> Steps:
         for layer in self.adapter.layers:
             layer.__class__ = FittingAdapterLayer
-        return mask_conformer_adapter(self, steps)
+        return Masked.mask_adapter(self, steps)
 
 
 class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
@@ -319,10 +306,11 @@ class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
 
 
 class StandaloneSeamlessM4Tv2(Masked, SeamlessM4Tv2SpeechEncoder):
-    config: SeamlessM4Tv2EncoderConfig
+    config_class = SeamlessM4Tv2EncoderConfig
     front_end = StandaloneSeamlessM4T.front_end
+    adapter_convolutions = StandaloneSeamlessM4T.adapter_convolutions
     layerdrop_name = StandaloneSeamlessM4T.layerdrop_name
-    whole = SeamlessM4Tv2ForSpeechToText
+    whole = transformers.SeamlessM4Tv2ForSpeechToText
     mask_adapter = StandaloneSeamlessM4T.mask_adapter
 
     def mask_modules(self) -> Steps:
@@ -347,10 +335,10 @@ class MaskedPrenet(GuardedSpecAugment, SpeechT5SpeechEncoderPrenet):
 
 
 class StandaloneSpeechT5(Masked, SpeechT5EncoderWithSpeechPrenet):
-    config: SpeechT5EncoderConfig
+    config_class = SpeechT5EncoderConfig
     front_end = ("prenet.feature_encoder",)
     layerdrop_name = "encoder_layerdrop"
-    whole = SpeechT5ForSpeechToText
+    whole = transformers.SpeechT5ForSpeechToText
 
     def mask_modules(self) -> Steps:
         steps = mask_front_end(self, self.prenet.feature_encoder)

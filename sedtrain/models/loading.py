@@ -14,19 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError
@@ -43,6 +35,7 @@ ATTENTION_FLAGS = {
     "flash_attention_2": "_supports_flash_attn",
     "flex_attention": "_supports_flex_attn",
 }
+BEST_ATTENTION = "attention=auto, the best that encoder and decoder each can"
 
 
 def published_name(part: str, size: str, checkpoint: str | None, published: Mapping[str, str | None]) -> str | None:
@@ -53,9 +46,8 @@ def published_name(part: str, size: str, checkpoint: str | None, published: Mapp
         return None
     if published.get(size) is None:
         sizes = ", ".join(["tiny", *(name for name, hub_id in published.items() if hub_id)])
-        raise UserError(
-            "size", size, f"this {part} has no published checkpoint of this size", f"write size=ONE_OF {sizes}"
-        )
+        wrong = f"this {part} has no published checkpoint of this size"
+        raise UserError("size", size, wrong, f"write size=ONE_OF {sizes}")
     return published[size]
 
 
@@ -155,7 +147,7 @@ def refuse_other_family(part: str, name: str, config: PreTrainedConfig, model_ty
     """Raises UserError for a checkpoint of a joined model, or of another family than `model_type`."""
     if config.model_type.endswith("speech-encoder-decoder"):
         raise joined_model(f"{part}.checkpoint", name)
-    if not isinstance(config, CONFIG_MAPPING[model_type]):
+    if not isinstance(config, transformers.CONFIG_MAPPING[model_type]):
         other = config.model_type
         wrong = f"this is a {other} model, and {part}.model_type is {model_type}"
         write = f"write {part}={other.replace('-', '_')}, or if no option has that name {part}.model_type={other}"
@@ -164,13 +156,9 @@ def refuse_other_family(part: str, name: str, config: PreTrainedConfig, model_ty
 
 def joined_model(option: str, name: str) -> UserError:
     part = option.partition(".")[0]
-    return UserError(
-        option,
-        name,
-        "this is a joined model of encoder and decoder",
-        f"write task=evaluate checkpoint={name} to score it, or {option}=FOLDER of a part alone,"
-        f" as model.{part}.save_pretrained(FOLDER) writes it",
-    )
+    wrong = "this is a joined model of encoder and decoder"
+    write = f"write task=evaluate checkpoint={name} to score it, or {option}=FOLDER of a part alone"
+    return UserError(option, name, wrong, f"{write}, as model.{part}.save_pretrained(FOLDER) writes it")
 
 
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
@@ -219,6 +207,14 @@ def one_line(error: Exception, length: int) -> str:
     return " ".join(str(error).split())[:length]
 
 
+def share_config(part: nn.Module, config: transformers.PreTrainedConfig) -> None:
+    """Gives every module of the part this one configuration object, so that a later change of it reaches them all."""
+    kind = type(part.config)
+    for module in part.modules():
+        if isinstance(getattr(module, "config", None), kind):
+            module.config = config
+
+
 # --- attention implementations
 
 
@@ -238,9 +234,8 @@ def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
         reason = one_line(error, 160)
         if re.search("attention(?! heads)|attn", str(error), re.IGNORECASE):
             raise unusable_attention(part, config, reason) from error
-        raise UserError(
-            f"{part}.model_type", config.model_type, reason, f"write {part}.options.NAME=VALUE that fits"
-        ) from error
+        write = f"write {part}.options.NAME=VALUE that fits"
+        raise UserError(f"{part}.model_type", config.model_type, reason, write) from error
 
 
 def attention_wanted(part: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -267,28 +262,22 @@ def refuse_unsupported(config: PreTrainedConfig, attention: str | dict[str, str]
 
 def family_of(config: PreTrainedConfig) -> Any:
     """The class of transformers with this configuration; None for a class of the user's own."""
-    return MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind = type(config)
+    return transformers.MODEL_MAPPING.get(kind, None) or transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
 
 
 def unusable_attention(part: str, config: PreTrainedConfig, reason: str) -> UserError:
     """Offers what the family can train with on this machine, other than the refused implementation."""
     family, refused = family_of(config), config._attn_implementation
-    machine_has = {
-        "sdpa": True,
-        "flash_attention_2": is_flash_attn_2_available(True),
-        "flex_attention": torch.cuda.is_available(),
+    machine_lacks = {
+        "flash_attention_2": not is_flash_attn_2_available(True),
+        "flex_attention": not torch.cuda.is_available(),
     }
-    usable = [
-        "eager",
-        *(each for each, flag in ATTENTION_FLAGS.items() if machine_has[each] and getattr(family, flag, False)),
-    ]
-    offered = " or ".join(f"{part}.attention={each}" for each in usable if each != refused)
-    return UserError(
-        f"{part}.attention",
-        refused,
-        f"{config.model_type} cannot use it here: {reason}",
-        f"write {offered}, or attention=auto, the best that encoder and decoder each can",
-    )
+    family_has = [name for name, flag in ATTENTION_FLAGS.items() if getattr(family, flag, False)]
+    usable = [name for name in ("eager", *family_has) if name != refused and not machine_lacks.get(name)]
+    offered = " or ".join(f"{part}.attention={name}" for name in usable)
+    write = f"write {offered}, or {BEST_ATTENTION}"
+    return UserError(f"{part}.attention", refused, f"{config.model_type} cannot use it here: {reason}", write)
 
 
 def refuse_flex(part: str, config: PreTrainedConfig) -> None:
@@ -297,5 +286,5 @@ def refuse_flex(part: str, config: PreTrainedConfig) -> None:
         raise unusable_attention(part, config, "FlexAttention has no backward on a CPU")
     for name in ("attention_dropout", "attention_probs_dropout_prob"):
         if rate := getattr(config, name, 0.0):
-            write = f"write {part}.options.{name}=0, or attention=auto, the best that encoder and decoder each can"
+            write = f"write {part}.options.{name}=0, or {BEST_ATTENTION}"
             raise UserError(f"{part}.attention", "flex_attention", f"it has no dropout, and {name} is {rate}", write)

@@ -137,6 +137,7 @@ class Masked(PreTrainedModel):
     """Mixin for an encoder of `transformers`: the frames of an utterance do not depend on the padding behind it.
 
     front_end:      names of the submodules before the first layer
+    adapter_convolutions: names, in a layer of the family's own adapter, of those that read the layer's input
     layerdrop_name: of the configuration's value
     whole:          the sequence-to-sequence class that this is the encoder of, if `transformers` has no class for it alone
     frame_steps:    from inputs to the frames that the layers see
@@ -145,6 +146,7 @@ class Masked(PreTrainedModel):
     """
 
     front_end: tuple[str, ...] = ("feature_extractor",)
+    adapter_convolutions: tuple[str, ...] = ("conv",)
     layerdrop_name = "layerdrop"
     whole: type[PreTrainedModel] | None = None
     frame_steps: Steps
@@ -183,8 +185,10 @@ class Masked(PreTrainedModel):
         """Masks the family's own adapter behind the layers; returns the steps from inputs to its output."""
         self.adapter.layerdrop = 0.0  # the mask cannot know of a stride that was dropped
         for layer in self.adapter.layers:
-            self.mask(layer.conv, MaskedConv1d, steps)
-            steps += step(layer.conv)
+            convolutions = [layer.get_submodule(name) for name in self.adapter_convolutions]
+            for convolution in convolutions:
+                self.mask(convolution, MaskedConv1d, steps)
+            steps += step(convolutions[0])
         return steps
 
     def mask(self, module: Any, kind: type[nn.Module], preceding: Steps) -> None:

@@ -16,8 +16,7 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
-from sedtrain.models.config import frame_width
-from sedtrain.models.encoder import feature_extractor_of
+from sedtrain.models.encoder import feature_extractor_of, frame_width
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder

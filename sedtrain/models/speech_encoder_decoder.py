@@ -5,6 +5,7 @@ B batch, S samples, T frames, E encoder width, D decoder width, U target tokens,
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,26 +24,21 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as KNOWN_TO_PIPELINES
 from transformers.utils import cached_file
 
-from sedtrain.models.adapter import Adapter, saved_adapter
-from sedtrain.models.config import (
-    AdaptedSpeechEncoderDecoderConfig,
-    frame_width,
-    joint_config,
-    move_generation_options,
-    share_config,
-    with_adapter,
-)
+from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter, saved_adapter
 from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, decoder_positions, settle_config
-from sedtrain.models.encoded import EncodedSpeech, given_input, seq2seq_output, split_options, states_to_return
 from sedtrain.models.encoder import (
+    EncodedSpeech,
     encoder_from_config,
     encoder_from_pretrained,
     frame_mask,
+    frame_width,
     freeze_front_end,
+    given_input,
     refuse_without_frame_mask,
     standalone,
+    states_to_return,
 )
-from sedtrain.models.loading import HUB_OPTIONS, configured, refuse_unsupported
+from sedtrain.models.loading import HUB_OPTIONS, configured, refuse_unsupported, share_config
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
 
@@ -81,7 +77,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             if config.encoder.model_type != encoder.config.model_type:
                 config.encoder = encoder.config  # it was that of a whole sequence-to-sequence model
             if adapter is not None:
-                config = with_adapter(config, adapter)
+                described = {"kind": adapter.kind, "settings": adapter.settings}
+                config = AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
         super().__init__(config, encoder, decoder)
         self.decoder: PreTrainedModel = as_decoder(self.decoder)
         self.settle_widths(adapter)
@@ -182,10 +179,10 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         states = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         states = {name: value for name, value in states.items() if value is not None}
-        encoder_options, decoder_options = split_options(kwargs)
+        for_decoder = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("decoder_")}
         if encoder_outputs is None:
             source = given_input(inputs, input_values, input_features)
-            encoded = self.encode(source, attention_mask, **states, **encoder_options)
+            encoded = self.encode(source, attention_mask, **states, **kwargs)
         else:
             encoded = self.as_encoded(encoder_outputs, attention_mask)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -200,7 +197,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
                 attention_mask=decoder_attention_mask,
                 past_key_values=past_key_values,
                 use_cache=use_cache if labels is None else bool(use_cache),
-                **{**states, **decoder_options},
+                **{**states, **{name.removeprefix("decoder_"): value for name, value in for_decoder.items()}},
             )
         loss = None
         if labels is not None:
@@ -233,8 +230,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The base class's `generate`; encoder, adapter and frame mask run once per utterance, not once per token."""
-        source = None
-        if kwargs.get("encoder_outputs") is None:
+        source, encoder_outputs = None, kwargs.get("encoder_outputs")
+        if encoder_outputs is None:
             source = given_input(inputs, kwargs.pop("input_values", None), kwargs.pop("input_features", None))
             generation_config = args[0] if args else kwargs.get("generation_config")
             states = states_to_return(
@@ -242,20 +239,24 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             )
             encoded = self.encode(source, kwargs.get("attention_mask"), **states)
         else:
-            encoded = self.as_encoded(kwargs["encoder_outputs"], kwargs.get("attention_mask"))
-        kwargs["encoder_outputs"] = EncodedSpeech(  # without the encoder's own frames, which beams would copy
-            last_hidden_state=encoded.last_hidden_state,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            attention_mask=encoded.attention_mask,
-        )
+            encoded = self.as_encoded(encoder_outputs, kwargs.get("attention_mask"))
+        # without the encoder's own frames, which beams would copy
+        kwargs["encoder_outputs"] = replace(encoded, encoder_frames=None, encoder_mask=None)
         self.settle_generation_config()
         return super().generate(source, *args, **kwargs)  # an assistant model needs the source
 
     def settle_generation_config(self) -> None:
-        move_generation_options(self.config, self.generation_config)
+        """Moves what `config` says of generation, and copies its special tokens: training and generation start with one."""
+        generation = self.generation_config
+        for name, value in self.config._get_generation_parameters().items():  # such as max_length
+            setattr(generation, name, value)
+            delattr(self.config, name)
+        for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+            token, known = getattr(self.config, name, None), getattr(generation, name)
+            if token is not None and not (isinstance(known, list) and token in known):  # several may end a text
+                setattr(generation, name, token)
         if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
-            self.generation_config.use_cache = False
+            generation.use_cache = False
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """(B, U) labels -> (B, U) decoder inputs; raises ValueError without special tokens."""
@@ -349,12 +350,40 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         sources = {"encoder": encoder_pretrained_model_name_or_path, "decoder": decoder_pretrained_model_name_or_path}
         for part, load in LOADERS.items():
             if f"{part}_model" not in kwargs and (source := sources[part]) is not None:
-                options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(f"{part}_")}
-                options = {name.removeprefix(f"{part}_"): value for name, value in options.items()}
-                kwargs[f"{part}_model"] = load(source, **options)
-        model: Self = super().from_encoder_decoder_pretrained(*sources.values(), *model_args, **kwargs)
-        model.eval()
+                names = [name.removeprefix(f"{part}_") for name in kwargs if name.startswith(f"{part}_")]
+                kwargs[f"{part}_model"] = load(source, **{name: kwargs.pop(f"{part}_{name}") for name in names})
+        model: Self = super().from_encoder_decoder_pretrained(*sources.values(), *model_args, **kwargs).eval()
         return model
+
+
+def joint_config(encoder: PreTrainedModel, decoder: PreTrainedModel) -> SpeechEncoderDecoderConfig:
+    """The joined configuration of two modules: transformers finds a class of the user's own once it is registered."""
+    for part, factory in ((encoder, transformers.AutoModel), (decoder, transformers.AutoModelForCausalLM)):
+        if part.config.model_type not in transformers.CONFIG_MAPPING:
+            AutoConfig.register(part.config.model_type, type(part.config))
+            factory.register(type(part.config), type(part))
+    return SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
+
+
+def seq2seq_output(
+    loss: Tensor | None, decoded: Mapping[str, Any], encoded: EncodedSpeech, with_logits: bool, adapted: bool
+) -> Seq2SeqLMOutput:
+    """The output of the base class; its `encoder_last_hidden_state` can be given back as `encoder_outputs`.
+
+    adapted: by an adapter, which would adapt such frames a second time; a projection would not
+    """
+    own_frames = encoded.encoder_frames if adapted else None
+    return Seq2SeqLMOutput(
+        loss=loss,
+        logits=decoded["logits"] if with_logits else None,
+        past_key_values=decoded.get("past_key_values"),
+        decoder_hidden_states=decoded.get("hidden_states"),
+        decoder_attentions=decoded.get("attentions"),
+        cross_attentions=decoded.get("cross_attentions"),
+        encoder_last_hidden_state=encoded.last_hidden_state if own_frames is None else own_frames,
+        encoder_hidden_states=encoded.hidden_states,
+        encoder_attentions=encoded.attentions,
+    )
 
 
 class AdaptedSpeechEncoderDecoder(SpeechEncoderDecoder):

@@ -36,12 +36,9 @@ class EMA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises UserError for weights of 16 bits, which would round the average back to what it was."""
         if coarse := {weight.dtype for weight in pl_module.parameters()} - {torch.float32, torch.float64}:
-            raise UserError(
-                "trainer.precision",
-                trainer.precision,
-                f"weights in {coarse.pop()} are too coarse for callbacks.ema, an average that moves by small steps",
-                "write trainer.precision=bf16-mixed, or callbacks=default",
-            )
+            wrong = f"weights in {coarse.pop()} are too coarse for callbacks.ema, an average that moves by small steps"
+            write = "write trainer.precision=bf16-mixed, or callbacks=default"
+            raise UserError("trainer.precision", trainer.precision, wrong, write)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.averages = [weight.detach().clone() for weight in pl_module.parameters()]
@@ -130,7 +127,10 @@ class AverageBest(Callback):
             self.out_of_use.append(path.name)
             del self.scores[path.name]
         if name in self.scores:
-            trainer.strategy.save_checkpoint({"state_dict": validated_weights(trainer)}, self.folder / name)
+            averages = [each for each in trainer.callbacks if isinstance(each, EMA)]  # type: ignore[attr-defined]
+            strategy = trainer.strategy  # the weights that validation scored: their moving average where there is one
+            weights = averages[0].average(trainer) if averages else strategy.lightning_module_state_dict()
+            strategy.save_checkpoint({"state_dict": weights}, self.folder / name)
 
     def remove(self, trainer: Trainer) -> None:
         """Removes the files that the previous validation put out of use: until now, a resumed run might have needed them."""
@@ -146,14 +146,6 @@ class AverageBest(Callback):
         """Takes the files that exist in this run's folder; those of another run do not count."""
         self.scores = {name: score for name, score in state_dict["scores"].items() if (self.folder / name).exists()}
         self.out_of_use = list(state_dict["out_of_use"])
-
-
-def validated_weights(trainer: Trainer) -> dict[str, Tensor]:
-    """The weights that validation scores: their moving average where there is one."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EMA):
-            return callback.average(trainer)
-    return trainer.strategy.lightning_module_state_dict()
 
 
 def mean_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

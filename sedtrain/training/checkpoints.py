@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -26,7 +26,7 @@ from sedtrain.training.loggers import trackers
 NEVER = sys.maxsize  # batches from one validation of Lightning to the next
 
 
-class ValidateEvery(lightning.Callback):
+class ValidateEvery(Callback):
     """Validates after every so many steps of the optimizer; a run of fewer steps validates at its end.
 
     Lightning counts batches instead. The last step of an epoch may take fewer batches than the others, so that validations
@@ -36,14 +36,13 @@ class ValidateEvery(lightning.Callback):
     def __init__(self, num_steps: int) -> None:
         self.num_steps, self.last_step = num_steps, 0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.num_steps = min(self.num_steps, int(min(trainer.estimated_stepping_batches, NEVER)))
         self.last_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Sets `val_check_batch`: Lightning validates next where its count of batches is a multiple of it."""
-        has_stepped = trainer.global_step != self.last_step
-        is_due = has_stepped and trainer.global_step % self.num_steps == 0
+        is_due = trainer.global_step != self.last_step and trainer.global_step % self.num_steps == 0
         trainer.val_check_batch = 1 if is_due else NEVER
         self.last_step = trainer.global_step
 
@@ -69,9 +68,9 @@ class Checkpoints(ModelCheckpoint):
         every_epochs: Count | None = None,
     ) -> None:
         super().__init__(
-            dirpath=dirpath,
-            filename="best",
-            monitor=monitor,
+            dirpath,
+            "best",
+            monitor,
             mode=mode,
             save_last=True,
             auto_insert_metric_name=False,
@@ -79,15 +78,14 @@ class Checkpoints(ModelCheckpoint):
         )
         self.every_steps, self.every_minutes, self.every_epochs = every_steps, every_minutes, every_epochs
         self.due = self.validated = self.stop = self.stopped = self.ended = self.in_own_folder = False
-        self.saved_step = 0
-        self.saved_at = time.monotonic()
+        self.saved_step, self.saved_at = 0, time.monotonic()
         self.resumed: dict[str, Any] | None = None
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = CheckpointFiles()
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_different_starts(gather_states(trainer.global_step), str(self.dirpath))
         if trainer.is_global_zero and Path(str(trainer.ckpt_path)).name != LAST:  # which was verified when it was read
             set_aside_damaged(Path(str(self.dirpath)))
@@ -95,16 +93,14 @@ class Checkpoints(ModelCheckpoint):
             take_settings(trainer, pl_module)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.due = self.validated = not trainer.sanity_checking
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_epochs and (trainer.current_epoch + 1) % self.every_epochs == 0:
             self.due = True
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raises Stopped on every rank where one of them was asked to stop."""
         if self.resumed:
             self.restore(trainer, self.resumed)
@@ -120,18 +116,18 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(self, *_: Any) -> None:
         """Does nothing, unlike in ModelCheckpoint: a checkpoint written here would skip the validation of this step."""
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ended = True
         self.save(trainer)
 
-    def is_due(self, trainer: lightning.Trainer) -> bool:
+    def is_due(self, trainer: Trainer) -> bool:
         if self.due or self.stop:
             return True
         if self.every_steps and trainer.global_step != self.saved_step and trainer.global_step % self.every_steps == 0:
             return True
         return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
 
-    def save(self, trainer: lightning.Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
         """Writes `best.ckpt` where a validation was the best, and `last.ckpt`; the logs first, so that they reach as far."""
         for logger in trainer.loggers:
             logger.save()
@@ -152,9 +148,7 @@ class Checkpoints(ModelCheckpoint):
         if self.in_own_folder:
             super().load_state_dict(moved(state_dict, Path(str(self.dirpath))))
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         fit_loop = trainer.fit_loop
         between_batches(checkpoint["loops"]["fit_loop"], self.ended, fit_loop.epoch_loop._num_ready_batches_reached())
         checkpoint["resume"] = {
@@ -163,15 +157,13 @@ class Checkpoints(ModelCheckpoint):
             "random_states": gather_states(random_state()),
         }
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps a finished run finished; another run that starts from it has its own patience, time and counts."""
         self.resumed = checkpoint["resume"]
         assert trainer.ckpt_path is not None
         self.in_own_folder = Path(trainer.ckpt_path).resolve().parent == Path(str(self.dirpath)).resolve()
         trainer.should_stop = self.in_own_folder and self.resumed["ended"]
-        callbacks: list[lightning.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in [] if self.in_own_folder else callbacks:
             if isinstance(callback, EarlyStopping | Timer) or getattr(callback, "counts_one_run", False):
                 checkpoint["callbacks"].pop(callback.state_key, None)
@@ -181,11 +173,10 @@ class Checkpoints(ModelCheckpoint):
         if own_weights and not any(isinstance(callback, EMA) for callback in callbacks):
             trainer.strategy.load_model_state_dict({"state_dict": own_weights})
 
-    def restore(self, trainer: lightning.Trainer, resumed: dict[str, Any]) -> None:
+    def restore(self, trainer: Trainer, resumed: dict[str, Any]) -> None:
         """Undoes what Lightning has counted and drawn on its way to this batch."""
         trainer.fit_loop.epoch_loop._batches_that_stepped = resumed["logged_steps"]
-        states = resumed["random_states"]
-        if len(states) == trainer.world_size:
+        if len(states := resumed["random_states"]) == trainer.world_size:
             set_random_state(states[trainer.global_rank])
         self.resumed = None
 
@@ -229,7 +220,7 @@ def refuse_different_starts(steps: list[int], folder: str) -> None:
         raise UserError("run_dir", str(Path(folder).parent), wrong, instead)
 
 
-def take_settings(trainer: lightning.Trainer, pl_module: Any) -> None:
+def take_settings(trainer: Trainer, pl_module: Any) -> None:
     """Gives the optimizer the settings of this run; its moments come from another one."""
     [optimizer], [config] = trainer.optimizers, trainer.lr_scheduler_configs
     new = pl_module.configure_optimizers()
@@ -264,10 +255,7 @@ def between_batches(loops: dict[str, Any], ended: bool, epoch_is_over: bool) -> 
 def moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The state of Checkpoints with its files in `folder`."""
 
-    def path_in_folder(path: str) -> str:
-        return str(folder / Path(path).name) if path else path
-
     names = ("best_model_path", "kth_best_model_path", "last_model_path")
-    best = {path_in_folder(path): score for path, score in state["best_k_models"].items()}
-    paths = {name: path_in_folder(state[name]) for name in names}
+    paths = {name: state[name] and str(folder / Path(state[name]).name) for name in names}
+    best = {str(folder / Path(path).name): score for path, score in state["best_k_models"].items()}
     return {**state, **paths, "best_k_models": best, "dirpath": str(folder)}

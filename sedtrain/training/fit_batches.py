@@ -1,7 +1,9 @@
 """Finds the largest batch of each bucket of durations that fits into memory, by steps on noise with the run's own Trainer."""
 
 import copy
+import gc
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -9,23 +11,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-import lightning
 import numpy as np
 import torch
+from lightning import Callback, Trainer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from sedtrain.batch import Batch
 from sedtrain.data.buckets import Bucket, Floats, Integers, bucket_edges
 from sedtrain.data.collate import Collator
-from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.datamodule import SpeechTextDataModule, return_freed_memory
 from sedtrain.data.sampler import SHORTEST_SECONDS
 from sedtrain.data.streaming import BlockStart
 from sedtrain.errors import UserError
 from sedtrain.ranges import Positive
 from sedtrain.run_dir import write_whole
 from sedtrain.training.averaging import EMA
-from sedtrain.training.memory import Memory, memory_of
 from sedtrain.training.module import OutOfMemory, SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun
 
@@ -33,16 +34,85 @@ logger = logging.getLogger(__name__)
 
 MARGIN = 0.1  # fraction of memory that is kept free: batches of many shapes leave gaps that batches of one shape do not
 TOLERANCE = 0.05  # the largest batch that fits may be larger than the one that is found by this fraction
-COMMON = (
-    0.99  # fraction of a bucket's texts that its tokens hold; the few longer ones would make its batches small for all
-)
+COMMON = 0.99  # fraction of a bucket's texts that its tokens hold: few longer ones would make its batches small for all
 SMALL_STEPS = 2  # before the step that is measured: they make the gradients and the optimizer's state
 SAMPLE_BYTES = 4
 GB = 1e9
 WRITE_MORE = "or memory_gb=MORE where there is more"
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+NEW_PEAK = "5"  # has Linux reset the peak, proc(5)
 
-MakeTrainer = Callable[..., lightning.Trainer]
-"""Makes the run's own Trainer with some arguments replaced."""
+
+class ProcessMemory:
+    """The resident memory of this process in bytes, weights and libraries included: Linux ends a process by this count.
+
+    Linux keeps the peak, so that none is missed. Processes that load data are not counted.
+    Raises UserError where there is no such count.
+    """
+
+    def __init__(self) -> None:
+        try:
+            CLEAR.write_text(NEW_PEAK)
+            self.taken()
+        except (OSError, IndexError) as error:
+            wrong = f"this system does not count the peak of a process's memory ({error})"
+            instead = "write the same command on Linux, or trainer.accelerator=cuda"
+            raise UserError("task", "fit_batches", wrong, instead) from error
+
+    def available(self) -> int:
+        """What this process has and could still get."""
+        return kilobytes(Path("/proc/meminfo"), "MemAvailable") + self.taken()
+
+    def reset(self) -> None:
+        """Gives back unused memory and starts a new peak."""
+        gc.collect()
+        return_freed_memory()
+        CLEAR.write_text(NEW_PEAK)
+
+    def taken(self) -> int:
+        return kilobytes(STATUS, "VmRSS")
+
+    def peak(self) -> int:
+        return kilobytes(STATUS, "VmHWM")
+
+
+class GpuMemory:
+    """The bytes of a GPU that PyTorch has reserved; what other processes do not use is available."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def available(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0] + self.taken()
+
+    def reset(self) -> None:
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def taken(self) -> int:
+        return torch.cuda.memory_reserved(self.device)
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_reserved(self.device)
+
+
+def kilobytes(file: Path, name: str) -> int:
+    """A value of a file of /proc, in bytes."""
+    return 1024 * int(re.findall(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)[0])
+
+
+Memory = ProcessMemory | GpuMemory
+
+
+def memory_of(device: torch.device) -> Memory:
+    """Raises UserError where memory cannot be measured."""
+    if device.type not in ("cpu", "cuda"):
+        instead = "write trainer.accelerator=cuda or trainer.accelerator=cpu"
+        raise UserError("trainer.accelerator", device.type, "its memory cannot be measured", instead)
+    return ProcessMemory() if device.type == "cpu" else GpuMemory(device)
 
 
 class Budget(NamedTuple):
@@ -79,10 +149,11 @@ class Fitted(NamedTuple):
 
 
 def fitted_batches(
-    run: TrainingRun, make_trainer: MakeTrainer, memory_gb: Positive | None, max_utterances: int | None
+    run: TrainingRun, make_trainer: Callable[..., Trainer], memory_gb: Positive | None, max_utterances: int | None
 ) -> tuple[list[Fitted], Budget]:
     """The largest batch of each bucket, from short to long; the longest is measured first, since it may not fit at all.
 
+    make_trainer: makes the run's own Trainer with some arguments replaced
     memory_gb: what training may take; None: all of a GPU
     max_utterances: of a stream, how many are read for their lengths; None: all
 
@@ -96,9 +167,8 @@ def fitted_batches(
     logger.info("measuring batches of up to %g s and %d tokens, with %s", longest.seconds, longest.tokens, budget.text)
     steps = TrialSteps(run, make_trainer, memory)
     best, measured = search(steps, longest, budget, guess=1), longest.seconds
-    buckets = filled(
-        bucket_edges(seconds, best.utterances * measured, run.data.bounds.num_buckets), seconds, tokens, num_ranks
-    )
+    edges = bucket_edges(seconds, best.utterances * measured, run.data.bounds.num_buckets)
+    buckets = filled(edges, seconds, tokens, num_ranks)
     found: list[Fitted] = []
     for number, bucket in enumerate(reversed(buckets), start=1):
         if found or best.utterances > bucket.utterances:
@@ -187,23 +257,20 @@ def search(steps: "TrialSteps", bucket: Bucket, budget: Budget, guess: int) -> T
     seconds, tokens, most = bucket
     try:
         best = largest(lambda number: steps.trial(seconds, tokens, number), budget.usable, most, guess)
-        peak, at_rest = best.peak, best.at_rest
     except OutOfMemory:
-        peak, at_rest = None, steps.memory.taken()
-        best = None
-    if best is None or at_rest > budget.usable:
-        wrong = (
-            f"the model with its gradients, the optimizer's state and the libraries takes {at_rest / GB:.2f} GB, of "
-        )
+        best = Trial(0, None, steps.memory.taken(), 0.0)
+    if not best.utterances or best.at_rest > budget.usable:
+        wrong = "the model with its gradients, the optimizer's state and the libraries takes "
+        wrong += f"{best.at_rest / GB:.2f} GB, of {budget.text}"
         instead = f"write a smaller model, finetune=lora, data.keep_decoded_hours=0, {WRITE_MORE}"
-        raise UserError("memory_gb", budget.memory_gb, wrong + budget.text, instead)
-    if peak is None or peak > budget.usable:
-        takes = "more" if peak is None else f"{peak / GB:.2f} GB"
+        raise UserError("memory_gb", budget.memory_gb, wrong, instead)
+    if best.peak is None or best.peak > budget.usable:
         wrong = f"not even one utterance of {seconds:g} s and {tokens} target tokens fits into {budget.text}"
-        instead = "data.max_seconds=LESS, activation_checkpointing=true, trainer.precision=bf16-mixed"
-        raise UserError(
-            "memory_gb", budget.memory_gb, f"{wrong}: its step takes {takes}", f"write {instead}, {WRITE_MORE}"
+        wrong += f": its step takes {'more' if best.peak is None else f'{best.peak / GB:.2f} GB'}"
+        write = (
+            f"write data.max_seconds=LESS, activation_checkpointing=true, trainer.precision=bf16-mixed, {WRITE_MORE}"
         )
+        raise UserError("memory_gb", budget.memory_gb, wrong, write)
     return best
 
 
@@ -236,10 +303,10 @@ def largest(measure: Callable[[int], Trial], usable: float, most: int, guess: in
         step *= 2
 
 
-class TrialSteps(lightning.Callback):
+class TrialSteps(Callback):
     """Steps as one process of the run makes them once every layer trains, with no layer dropped by chance."""
 
-    def __init__(self, run: TrainingRun, make_trainer: MakeTrainer, memory: Memory) -> None:
+    def __init__(self, run: TrainingRun, make_trainer: Callable[..., Trainer], memory: Memory) -> None:
         self.run, self.make_trainer, self.memory = run, make_trainer, memory
         self.at_rest: int | None = None
         self.peak: int | None = None
@@ -269,7 +336,7 @@ class TrialSteps(lightning.Callback):
         assert self.at_rest is not None
         return Trial(utterances, self.peak, self.at_rest, self.seconds)
 
-    def trainer(self) -> lightning.Trainer:
+    def trainer(self) -> Trainer:
         """The run's own Trainer, for a few steps of one process."""
         device = self.run.trainer.strategy.root_device
         return self.make_trainer(
@@ -291,21 +358,21 @@ class TrialSteps(lightning.Callback):
             enable_progress_bar=False,
         )
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: object, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: object, batch: Batch, batch_idx: int) -> None:
         if batch_idx == SMALL_STEPS:
             self.memory.reset()
             self.at_rest, self.started = self.memory.taken(), perf_counter()
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: object, outputs: object, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: object, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Raises UserError where the optimizer skipped the steps; a real step takes more memory."""
         if batch_idx == SMALL_STEPS:
             self.peak, self.seconds = self.memory.peak(), perf_counter() - self.started
             if not all(optimizer.state for optimizer in trainer.optimizers):
                 wrong = "no step on noise has a finite gradient, so that the optimizer never begins"
-                instead = "write trainer.precision=bf16-mixed or 32-true"
-                raise UserError("trainer.precision", trainer.precision, wrong, instead)
+                write = "write trainer.precision=bf16-mixed or 32-true"
+                raise UserError("trainer.precision", trainer.precision, wrong, write)
 
 
 def unsharded(module: SpeechSeq2SeqModule) -> SpeechSeq2SeqModule:

@@ -1,4 +1,4 @@
-"""Guards of a long run against steps that are skipped, spikes of the loss, and a decoder that does not listen."""
+"""Callbacks that watch a run: skipped steps, spikes of the loss, a decoder that does not listen, a trial that falls behind."""
 
 import json
 import logging
@@ -8,24 +8,22 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sedtrain.batch import Batch
-from sedtrain.errors import UserError
+from sedtrain.errors import Unfinished, UserError
 from sedtrain.ranges import Count, Fraction, Positive
+from sedtrain.training.checkpoints import gather_states
 from sedtrain.training.gradients import Update
-from sedtrain.training.module import SpeechSeq2SeqModule
 
 logger = logging.getLogger(__name__)
 
-HISTORY = 100
-"""A spike is measured against the losses of so many steps."""
-ENOUGH = 20
-"""With fewer losses there is no spike."""
+HISTORY = 100  # steps whose losses a spike is measured against
+ENOUGH = 20  # losses, before which there is no spike
 SPIKE = "loss spike"
 COUNTS = ("num_bad", "num_in_a_row", "num_spikes")
+PRUNED_AT = "pruned_at_step"  # attribute of a trial in Optuna's study
 
 
 class Guards(Callback):
@@ -59,12 +57,9 @@ class Guards(Callback):
         self.utterances: list[list[str]] = []  # of each micro-batch since the last step
         self.latest: Update | None = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
-        assert isinstance(pl_module, SpeechSeq2SeqModule)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         self.utterances.append(batch.ids)
-        update = pl_module.update
+        update: Update | None = pl_module.update
         if update is None or update is self.latest:
             return  # the optimizer has not stepped
         self.judge(trainer, update)
@@ -81,14 +76,11 @@ class Guards(Callback):
             self.num_in_a_row += 1
             self.report(trainer, update, reason)
             if self.num_in_a_row >= self.max_bad_steps:
-                raise UserError(
-                    "callbacks.guards.max_bad_steps",
-                    self.max_bad_steps,
-                    f"{self.num_in_a_row} steps in a row were skipped, since their loss or gradient is not finite\n"
-                    f"{self.file} names their utterances",
-                    "write a lower optimizer.lr, trainer.precision=32-true, or data without these utterances; "
-                    "a higher callbacks.guards.max_bad_steps lets the run continue for longer",
-                )
+                wrong = f"{self.num_in_a_row} steps in a row were skipped, since their loss or gradient is not finite\n"
+                write = "write a lower optimizer.lr, trainer.precision=32-true, or data without these utterances; "
+                write += "a higher callbacks.guards.max_bad_steps lets the run continue for longer"
+                option, wrong = "callbacks.guards.max_bad_steps", f"{wrong}{self.file} names their utterances"
+                raise UserError(option, self.max_bad_steps, wrong, write)
         elif update.num_tokens and update.gradient_is_finite:
             self.num_in_a_row = 0
             if self.is_spike(update.cross_entropy):
@@ -103,7 +95,7 @@ class Guards(Callback):
 
     def report(self, trainer: Trainer, update: Update, reason: str) -> None:
         """Writes the step, its loss and its utterances to bad_steps.jsonl, and warns."""
-        utterances = self.suspects(trainer, update)
+        utterances = self.suspects(update)
         if not trainer.is_global_zero:
             return
         numbers = {"loss": update.cross_entropy, "ctc_loss": update.ctc, "gradient_norm": update.gradient_norm}
@@ -116,24 +108,16 @@ class Guards(Callback):
         }
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        measured = f"loss {update.cross_entropy:.3g}, gradient norm {update.gradient_norm:.3g}"
+        what = f"{reason} ({measured}){', skipped' if line['skipped'] else ''}"
         logger.warning(
-            "step %d: %s (loss %.3g, gradient norm %.3g)%s; its %d utterances are in %s",
-            trainer.global_step,
-            reason,
-            update.cross_entropy,
-            update.gradient_norm,
-            ", skipped" if line["skipped"] else "",
-            len(utterances),
-            self.file,
+            "step %d: %s; its %d utterances are in %s", trainer.global_step, what, len(utterances), self.file
         )
 
-    def suspects(self, trainer: Trainer, update: Update) -> list[str]:
+    def suspects(self, update: Update) -> list[str]:
         """The utterances of all ranks in micro-batches with a loss that is not finite; all, if every loss is finite."""
         own = list(zip(self.utterances, update.micro_batches.isfinite().all(dim=1).tolist(), strict=True))
-        ranks = [own] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(ranks, own)
-        micro_batches = [micro_batch for rank in ranks for micro_batch in rank]
+        micro_batches = [micro_batch for rank in gather_states(own) for micro_batch in rank]
         chosen = [ids for ids, is_finite in micro_batches if not is_finite] or [ids for ids, _ in micro_batches]
         return [utterance for ids in chosen for utterance in ids]
 
@@ -154,9 +138,8 @@ class Guards(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.num_bad and trainer.is_global_zero:
-            logger.warning(
-                "%d steps were skipped, since their loss or gradient is not finite; see %s", self.num_bad, self.file
-            )
+            wrong = "steps were skipped, since their loss or gradient is not finite"
+            logger.warning("%d %s; see %s", self.num_bad, wrong, self.file)
 
     def state_dict(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in COUNTS}, "losses": list(self.losses)}
@@ -174,3 +157,55 @@ def reason_to_skip(trainer: Trainer, update: Update) -> str | None:
         return None
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return "the gradient is not finite" if scaler is None or scaler.get_scale() < 1 else None
+
+
+class Reporting(Callback):
+    """Reports a metric of every validation to Optuna's study, and ends the run where the study would prune it.
+
+    storage, study, number: which trial
+    prunes: whether a trial ends whose best validation is worse than the median of others at that step
+    full_trials: trials that run to their end before any is pruned
+    warmup_steps: step before which none is pruned
+    """
+
+    def __init__(
+        self,
+        storage: str,
+        study: str,
+        number: int,
+        metric: str,
+        prunes: bool = True,
+        full_trials: int = 5,
+        warmup_steps: int = 0,
+    ) -> None:
+        self.storage, self.study, self.number, self.metric = storage, study, number, metric
+        self.prunes, self.full_trials, self.warmup_steps = prunes, full_trials, warmup_steps
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises Unfinished on every rank of a trial that falls behind, and UserError for a metric that is not logged."""
+        if trainer.sanity_checking:
+            return
+        value = trainer.callback_metrics.get(self.metric)
+        if value is None:
+            logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise UserError("hydra.sweeper.metric", self.metric, "this is not logged", f"write one of {logged}")
+        worse = trainer.is_global_zero and self.report(float(value), trainer.global_step)
+        if trainer.strategy.reduce_boolean_decision(worse, all=False):
+            behind = f"other trials were better there; {self.metric} {value:.4g}"
+            raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
+
+    def report(self, value: float, step: int) -> bool:
+        """Whether the trial should be pruned."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=self.full_trials, n_warmup_steps=self.warmup_steps)
+        study = optuna.load_study(study_name=self.study, storage=self.storage, pruner=pruner)
+        frozen = study.trials[self.number]
+        trial = optuna.trial.Trial(study, frozen._trial_id)
+        if step not in frozen.intermediate_values:  # a run that resumes may repeat a validation
+            trial.report(value, step)
+        worse = self.prunes and trial.should_prune()
+        if worse:
+            trial.set_user_attr(PRUNED_AT, step)
+        return worse

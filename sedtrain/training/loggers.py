@@ -1,7 +1,6 @@
 """Loggers of a run, and what is logged with them; a logger that fails is left out, and training continues."""
 
 import csv
-import hashlib
 import heapq
 import io
 import json
@@ -11,11 +10,12 @@ import secrets
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import lightning
 import yaml  # type: ignore[import-untyped]
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -120,13 +120,9 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.add_text(name, f"```yaml\n{text}```")
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
-        rows = [COLUMNS, ["---"] * len(COLUMNS), *(map(escaped, astuple(sample)) for sample in samples)]
+        cells = [[" ".join(text.replace("|", "\\|").split()) for text in astuple(sample)] for sample in samples]
+        rows = [COLUMNS, ["---"] * len(COLUMNS), *cells]
         self.experiment.add_text("samples", "\n".join(f"| {' | '.join(row)} |" for row in rows), step)
-
-
-def escaped(text: str) -> str:
-    """A text for a cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
 
 
 class Wandb(WandbLogger):
@@ -161,20 +157,18 @@ class Wandb(WandbLogger):
         if self._experiment is None:
             import wandb
 
-            mode = self.mode if self.mode != "auto" else mode_by_login()
-            options = {**self._wandb_init, "id": self.run_id(), "mode": mode, "reinit": "create_new"}
+            mode = self.mode if self.mode != "auto" else None  # of WANDB_MODE
+            if mode is None and not os.environ.get("WANDB_MODE"):
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            file = self.folder / "id.txt"  # of the run that resumes
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, secrets.token_hex(4))
+            options = {**self._wandb_init, "id": file.read_text(encoding="utf-8"), "mode": mode, "reinit": "create_new"}
             self._experiment = wandb.init(**options)
             self._experiment.define_metric("trainer/global_step")
             self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         return self._experiment
-
-    def run_id(self) -> str:
-        """The id in this folder, drawn when the run begins."""
-        file = self.folder / "id.txt"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, secrets.token_hex(4))
-        return file.read_text(encoding="utf-8")
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
         self.log_table("samples", COLUMNS, [list(astuple(sample)) for sample in samples], step=step)
@@ -184,15 +178,6 @@ class Wandb(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
-
-
-def mode_by_login() -> str | None:
-    """The mode of a run of Weights & Biases; None where wandb reads WANDB_MODE itself."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE"):
-        return None
-    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def require_package(name: str) -> None:
@@ -206,11 +191,7 @@ def require_package(name: str) -> None:
 
 def asks(method: str) -> Callable[..., Any]:
     """A method of Tracker that is passed on to its logger."""
-
-    def ask(self: "Tracker", *args: Any, **kwargs: Any) -> Any:
-        return self.ask(method, *args, **kwargs)
-
-    return ask
+    return lambda tracker, *args, **options: tracker.ask(method, *args, **options)
 
 
 class Tracker(Logger):
@@ -233,10 +214,8 @@ class Tracker(Logger):
 
     def leave_out(self, method: str, error: BaseException) -> None:
         self.inner = None
-        what = f"{type(error).__name__}: {error}".strip()
-        logger.warning(
-            "logger=%s failed in %s and is left out; training goes on without it: %s", self.label, method, what
-        )
+        failed = f"logger={self.label} failed in {method} and is left out; training goes on without it"
+        logger.warning("%s: %s", failed, f"{type(error).__name__}: {error}".strip())
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The value of the logger's method or property; None where it has none, or is left out."""
@@ -284,7 +263,7 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-class Tracking(lightning.Callback):
+class Tracking(Callback):
     """Logs settings, commit and versions of a run, its learning rates, and texts of some utterances at every validation.
 
     config: all settings, resolved
@@ -295,7 +274,7 @@ class Tracking(lightning.Callback):
         self.groups: dict[str, list[int]] = {}
         self.samples: list[Hypothesis] = []
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the optimizer's parameter groups of each part of the model, and logs the facts of the run."""
         parts = {id(weight): part_of(name) for name, weight in cast(Any, pl_module.model).named_parameters()}
         self.groups = {}
@@ -305,50 +284,36 @@ class Tracking(lightning.Callback):
         for tracker in trackers(trainer) if trainer.is_global_zero else []:
             tracker.log_facts({"config": self.config, "commit": commit(), "versions": installed_versions()})
 
-    def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs the highest learning rate of each part of the model."""
         rates = [group["lr"] for group in optimizer.param_groups]
         highest = {f"learning_rate/{part}": max(rates[index] for index in self.groups[part]) for part in self.groups}
         pl_module.log_dict(highest, batch_size=1)
 
-    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.samples = []
 
-    def on_validation_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         if outputs is not None:
             seen = [*self.samples, *map(Hypothesis, batch.ids, batch.texts, outputs["hypotheses"])]
-            self.samples = heapq.nsmallest(NUM_SAMPLES, seen, key=random_order)
+            # the same ones in whatever order they come
+            self.samples = heapq.nsmallest(NUM_SAMPLES, seen, key=lambda sample: sha256(sample.id.encode()).digest())
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for tracker in trackers(trainer) if trainer.is_global_zero and not trainer.sanity_checking else []:
             tracker.log_samples(self.samples, logged_steps(trainer))
 
 
-def random_order(sample: Hypothesis) -> bytes:
-    """A key that picks the same utterances whatever their order."""
-    return hashlib.sha256(sample.id.encode()).digest()
-
-
-def trackers(trainer: lightning.Trainer) -> list[Tracker]:
+def trackers(trainer: Trainer) -> list[Tracker]:
     return [tracker for tracker in trainer.loggers if isinstance(tracker, Tracker)]
 
 
-def logged_steps(trainer: lightning.Trainer) -> int:
+def logged_steps(trainer: Trainer) -> int:
     """The step that Lightning logs with: the number of steps before the one under way."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def log_scores(trainer: lightning.Trainer, results: Results) -> None:
+def log_scores(trainer: Trainer, results: Results) -> None:
     """Logs the scores of a finished run with their intervals, and closes its loggers."""
     scores: dict[str, float] = {}
     for name, interval in results.metrics.items():

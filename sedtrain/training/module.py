@@ -1,5 +1,6 @@
 """The training step, the validation step and the optimizer, as Lightning calls them."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.errors import UNSET, UserError
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
-from sedtrain.models.encoded import EncodedSpeech
+from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -66,8 +67,8 @@ class SpeechSeq2SeqModule(LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        if self.sharding:
-            self.model = self.sharding.copy_to_shard(self.model)
+        if self.sharding and self.sharding.is_global_zero:
+            self.model = copy.deepcopy(self.model)  # the model itself can take the final weights
         self.execution.prepare(self.model)
         if self.sharding:
             self.sharding.shard(self)
@@ -142,9 +143,8 @@ class SpeechSeq2SeqModule(LightningModule):
         output = self.model(
             encoder_outputs=encoded, labels=labels, label_smoothing=smoothing, output_logits=False, num_items_in_batch=1
         )
-        assert output.loss is not None
-        loss: Tensor = output.loss
-        return loss
+        assert isinstance(output.loss, Tensor)
+        return output.loss
 
     def ctc(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The summed CTC loss of the encoder's own frames and the number of aligned tokens; the pad token is the blank."""
@@ -170,10 +170,8 @@ class SpeechSeq2SeqModule(LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> dict[str, list[str]] | None:
         if len(batch) == 0:
             return None
-        with (
-            memory_for(batch, self.data),
-            torch.compiler.set_stance("force_eager"),
-        ):  # every token would be compiled anew
+        # Compiled code would be compiled anew for every token.
+        with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
             hypotheses = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
@@ -195,13 +193,10 @@ class SpeechSeq2SeqModule(LightningModule):
         loss_sum, num_tokens, gain_sum, num_compared = self.over_ranks(self.validation_sums).tolist()
         if not num_tokens:
             splits = {str(source.splits["validation"]) for source in self.data.corpus.sources}
-            raise UserError(
-                "data.validation_split",
-                ", ".join(sorted(splits)),
-                "none of its utterances could be decoded: the best weights cannot be chosen\n"
-                "skipped.jsonl names the fault of each",
-                "write data.validation_split and data.columns of audio that can be decoded",
-            )
+            wrong = "none of its utterances could be decoded: the best weights cannot be chosen\n"
+            wrong += "skipped.jsonl names the fault of each"
+            write = "write data.validation_split and data.columns of audio that can be decoded"
+            raise UserError("data.validation_split", ", ".join(sorted(splits)), wrong, write)
         self.metrics.set_counts(self.over_ranks(torch.from_numpy(self.metrics.counts())).cpu())
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         if num_compared:
@@ -214,8 +209,7 @@ class SpeechSeq2SeqModule(LightningModule):
         """Sums of this rank -> sums of all ranks."""
         if self.trainer.world_size == 1:
             return sums
-        summed: Tensor = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        return summed
+        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
 
 
 class OtherAudio:

@@ -50,9 +50,7 @@ class ProgressBar(LightningProgressBar):
             self.task = self.bar.add_task("training", total=self.total, completed=trainer.global_step, scores="")
             self.bar.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         self.unsummed += torch.tensor([len(batch), batch.seconds], dtype=torch.float64)
         self.seconds = time.perf_counter() - self.started
         self.steps = trainer.global_step
@@ -81,8 +79,7 @@ class ProgressBar(LightningProgressBar):
         self.validation_seconds += time.perf_counter() - self.validation_started
         if self.bar is not None:
             self.bar.update(self.task, description="training")
-        scores = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        words = [f"{name} {float(value):.4f}" for name, value in scores.items()]
+        words = [f"{name} {value:.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")]
         logger.debug("step %d  %s", trainer.global_step, "  ".join(words))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,29 +1,31 @@
-"""A training run: its plan as text, its number of steps, `fit`, and the weights that it keeps at the end."""
+"""A training run: its Trainer, its plan as text, its number of steps, `fit`, and the weights that it keeps at the end."""
 
 import contextlib
 import logging
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import lightning
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sampler import BatchesWithEpoch
 from sedtrain.errors import UserError
+from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
 from sedtrain.training.averaging import AverageBest, mean_weights
 from sedtrain.training.checkpoint_files import is_whole, newest_whole, read_checkpoint
-from sedtrain.training.checkpoints import Checkpoints, Stopped
+from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.finetune import FineTuning, PartPlan
+from sedtrain.training.loggers import Tracker, Tracking
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 from sedtrain.training.signals import StopOnInterrupt
@@ -34,11 +36,53 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def run_trainer(
+    make: Callable[..., Trainer],
+    settings: Mapping[str, Any],
+    callbacks: Mapping[str, Callback | partial[Callback]],
+    loggers: Sequence[Tracker],
+    finetuning: FineTuning,
+    main_metric: str,
+) -> Trainer:
+    """The Trainer that `make` builds with the options of `trainer`, and with what follows from other options.
+
+    settings:  the whole configuration as plain values
+    callbacks: by name; a partial is given the metric to monitor. `checkpoints` comes last
+    Raises UserError where nothing ends the training.
+    """
+    mode = "max" if METRICS[main_metric].higher_is_better else "min"
+    named = {
+        name: each(monitor=f"val/{main_metric}", mode=mode) if isinstance(each, partial) else each
+        for name, each in callbacks.items()
+    }
+    checkpoints = named.pop("checkpoints")
+    steps = settings["trainer"].get("val_check_interval")  # a duration is Lightning's
+    every = [ValidateEvery(steps)] if isinstance(steps, int) else []
+    bars = [each for each in named.values() if isinstance(each, ProgressBar)]
+    shows_progress = settings["trainer"].get("enable_progress_bar") is not False
+    for bar in [] if shows_progress else bars:
+        bar.disable()  # it stays, since it counts what training consumes
+    trainer = make(
+        default_root_dir=settings["run_dir"],
+        callbacks=[*named.values(), *every, Tracking(settings), finetuning, checkpoints],
+        logger=list(loggers) or False,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=shows_progress or bool(bars),
+        **({"val_check_interval": NEVER} if every else {}),
+    )
+    if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+        wrong = "the learning rate falls until the end of training, and this has none"
+        write = "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
+        raise UserError("trainer.max_steps", -1, wrong, write)
+    return trainer
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """The connected components of one run."""
 
-    trainer: lightning.Trainer
+    trainer: Trainer
     module: SpeechSeq2SeqModule
     data: SpeechTextDataModule
     saved: SavedModel
@@ -69,12 +113,9 @@ class TrainingRun:
         steps = f"{self.num_steps():,}"
         if self.num_batches is None and (self.trainer.max_epochs or -1) >= 0:
             steps += f", or {self.trainer.max_epochs:,} epochs if they end first"
-            logger.warning(
-                "the learning rate is planned for trainer.max_steps=%d: the steps in an epoch of a stream, or of a weighted "
-                "mix, are unknown, and trainer.max_epochs=%d may end training long before, even in warm-up",
-                self.trainer.max_steps,
-                self.trainer.max_epochs,
-            )
+            text = "the learning rate is planned for trainer.max_steps=%d: the steps in an epoch of a stream, or of a weighted "
+            text += "mix, are unknown, and trainer.max_epochs=%d may end training long before, even in warm-up"
+            logger.warning(text, self.trainer.max_steps, self.trainer.max_epochs)
         return steps + (f", at most {self.time_limit()}" if self.time_limit() else "")
 
     @cached_property
@@ -120,17 +161,18 @@ class TrainingRun:
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)
         except Exception as error:
             end_others(self.trainer.strategy)
-            if (first := user_error_behind(error)) and "iter(combined_loader)" in str(error):
+            first: BaseException | None = error
+            while first and not isinstance(first, UserError):
+                first = first.__cause__ or first.__context__
+            if first and "iter(combined_loader)" in str(error):
                 raise first from None  # Lightning's teardown fails where no worker has started, and hides why
             raise
 
     def refuse_other_model(self, start: Path) -> None:
         """Raises UserError for a checkpoint whose weights, or trained weights, are not those of this model."""
         checkpoint = read_checkpoint(start)
-        shapes, checkpoint_shapes = (
-            {name: weight.shape for name, weight in weights.items()}
-            for weights in (self.module.state_dict(), checkpoint["state_dict"])
-        )
+        states = (self.module.state_dict(), checkpoint["state_dict"])
+        shapes, checkpoint_shapes = ({name: weight.shape for name, weight in state.items()} for state in states)
         if names := {name for name, _ in shapes.items() ^ checkpoint_shapes.items()}:
             first = ", ".join(sorted(names)[:3])
             wrong = f"this checkpoint is of another model: {len(names)} weights differ in name or shape ({first}, ...)"
@@ -142,10 +184,6 @@ class TrainingRun:
             instead = "write the optimizer.* and finetune.* that it was trained with"
             raise UserError("resume", str(start), wrong, instead)
 
-    @property
-    def checkpoints(self) -> Checkpoints:
-        return self.callbacks(Checkpoints)[0]
-
     def load_best(self) -> None:
         """Loads the weights of the best validation, else the last ones, in float32 whatever the precision of training."""
         weights = mean_weights(read_checkpoint(path)["state_dict"] for path in self.best_paths())
@@ -156,7 +194,7 @@ class TrainingRun:
     def best_paths(self) -> list[Path]:
         """The checkpoints whose mean is the final weights: the best one, or those of `callbacks.average`."""
         averages = [path for average in self.callbacks(AverageBest) for path in average.paths]
-        best = self.checkpoints.best_model_path
+        best = self.callbacks(Checkpoints)[0].best_model_path
         chosen = averages or ([Path(best)] if best else [])
         whole = [path for path in chosen if path.is_file() and is_whole(path)]
         for path in set(chosen) - set(whole):
@@ -175,21 +213,13 @@ class TrainingRun:
     def stopped_by(self) -> int | None:
         """The number of the signal that stopped training, SIGTERM where another rank received it; None where none did."""
         numbers = [stop.stopped_by for stop in self.callbacks(StopOnInterrupt) if stop.stopped_by]
-        numbers += [signal.SIGTERM] if self.checkpoints.stopped else []
+        numbers += [signal.SIGTERM] if self.callbacks(Checkpoints)[0].stopped else []
         return int(numbers[0]) if numbers else None
 
     def totals(self) -> TrainingTotals | None:
         """Time, steps and audio of training, as the progress bar counted them."""
         bars = self.callbacks(ProgressBar)
         return bars[0].totals() if bars else None
-
-
-def user_error_behind(error: BaseException) -> UserError | None:
-    """The UserError that `error` goes back to, if any."""
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, UserError):
-        behind = behind.__cause__ or behind.__context__
-    return behind
 
 
 def groups_of(optimizer_state: Mapping[str, Any]) -> list[tuple[int, set[str]]]:

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-import lightning
+from lightning import Callback, LightningModule, Trainer
 
 from sedtrain.training.checkpoints import Checkpoints, Stopped
 from sedtrain.training.progress import ProgressBar
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = signal.SIGUSR2  # submitit has SLURM send it before the time of a job is over
 
 
-class StopOnInterrupt(lightning.Callback):
+class StopOnInterrupt(Callback):
     """Ctrl-C or SIGTERM stops training after the current step, with a checkpoint; a second Ctrl-C ends the command at once.
 
     SIGUSR1 has a checkpoint written after the current step, and training continues. A signal to one rank acts on all.
@@ -29,12 +29,12 @@ class StopOnInterrupt(lightning.Callback):
     def __init__(self) -> None:
         self.stopped_by: signal.Signals | None = None
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ignores SIGUSR1 where it has no handler; Lightning would requeue a SLURM job by itself."""
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         launched = callable(signal.getsignal(REQUEUE))
         self.signal_of_other_ranks = REQUEUE if launched else signal.SIGTERM
         only_save = {signal.SIGUSR1, signal.SIGTERM} if launched else {signal.SIGUSR1}
@@ -54,14 +54,12 @@ class StopOnInterrupt(lightning.Callback):
         for number in (*SIGNALS, *([REQUEUE] if launched else [])):
             signal.signal(number, receive)
 
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Stopped) and self.stopped_by is None:
             self.stopped_by = self.signal_of_other_ranks
 
 
-def end_at_once(trainer: lightning.Trainer, checkpoints: Checkpoints) -> None:
+def end_at_once(trainer: Trainer, checkpoints: Checkpoints) -> None:
     """Names the saved checkpoints and ends the process with status 130; an exception would wait for the step under way."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ProgressBar):

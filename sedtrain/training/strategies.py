@@ -1,6 +1,5 @@
 """Runs over several processes: weights sharded by FSDP2, restarts by torchrun, and the end of processes that failed."""
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,10 +33,6 @@ class FullySharded(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def copy_to_shard(self, model: Any) -> Any:
-        """On the first rank a copy of the model, so that the model itself can take the final weights; else the model."""
-        return copy.deepcopy(model) if self.is_global_zero else model
-
     def shard(self, module: Any) -> None:
         """Shards the weights of `module` in place.
 
@@ -46,7 +41,11 @@ class FullySharded(ModelParallelStrategy):
         mesh = self.device_mesh["data_parallel"]
         for name in ("encoder", "decoder"):
             part = module.model.get_submodule(name)
-            refuse_layerdrop(name, part.config)
+            for option, value in part.config.to_dict().items():
+                if option.endswith("layerdrop") and value:
+                    wrong = "one rank could skip a layer, and the others would wait for it forever"
+                    option = f"{name}.options.{option}"
+                    raise UserError(option, value, wrong, f"write {option}=0, or strategy=ddp")
             stack = layers_of(part)
             for layer in stack[1] if stack else ():
                 fully_shard(layer, mesh=mesh)
@@ -82,10 +81,12 @@ class FullySharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state that the optimizer of a single process would have, on the first rank; empty on the others."""
         state = optimizer.state_dict()
-        entries = {
-            number: {name: full(value, keep=self.is_global_zero) for name, value in entry.items()}
-            for number, entry in state["state"].items()
-        }
+        entries: dict[int, dict[str, Any]] = {}
+        for number, entry in state["state"].items():
+            for name, value in entry.items():
+                value = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks gather
+                if self.is_global_zero:
+                    entries.setdefault(number, {})[name] = value.cpu() if isinstance(value, Tensor) else value
         return {**state, "state": entries} if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -100,15 +101,6 @@ class FullySharded(ModelParallelStrategy):
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
-
-
-def full(value: Any, keep: bool) -> Any:
-    """A value of an optimizer's state on the CPU, gathered from all ranks; None on a rank that does not keep it."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if not keep:
-        return None
-    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -127,14 +119,6 @@ def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         if number in state["state"]
     }
     return {**state, "state": entries}
-
-
-def refuse_layerdrop(part: str, config: Any) -> None:
-    for name, value in config.to_dict().items():
-        if name.endswith("layerdrop") and value:
-            option = f"{part}.options.{name}"
-            wrong = "one rank could skip a layer, and the others would wait for it forever"
-            raise UserError(option, value, wrong, f"write {option}=0, or strategy=ddp")
 
 
 def rejoin(strategy: Strategy) -> None:

@@ -11,9 +11,10 @@ from sedtrain.config.annotations import fits, literals
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3))
 VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2)
 )
+UNKNOWN = ["Any", "Array", "torch.dtype", "Callable[[int], str]", "Foo[int]", "a b"]
+UNKNOWN += ["Final", "Literal[Color.RED]", "conint(gt=0)", "{'a': 3}", "3"]
 TYPES = st.recursive(
     st.sampled_from([int, float, str, bool, type(None)]),
     lambda inner: st.one_of(
@@ -51,10 +52,7 @@ def test_fits_agrees_with_the_types_themselves(value, kind):
     assert fits(value, text_of(kind)) == is_instance(value, kind)
 
 
-@given(
-    value=VALUES,
-    annotation=st.sampled_from(["Any", "Array", "torch.dtype", "Callable[[int], str]", "Foo[int]", "a b"]),
-)
+@given(value=VALUES, annotation=st.sampled_from(UNKNOWN))
 def test_unknown_names_take_every_value(value, annotation):
     assert fits(value, annotation)
 
@@ -78,6 +76,9 @@ def test_a_node_with_a_target_fits_every_annotation(annotation):
         ("a", "'str | None'", True),
         ([1, 2, 3], "tuple[int, ...]", True),
         ([1], "tuple[int, int]", False),
+        ([1], "tuple[()]", False),
+        (3, "Optional['str']", False),
+        ("a", "Annotated[int, Field(gt=0)]", False),
         ("abc", "Sequence[str]", False),
         ("runs/x", "pathlib.Path", True),
         (3, "os.PathLike[str] | str", False),

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from sedtrain.config.inherit import inherit_run, renamed
+from sedtrain.config.composition import inherit_run, renamed
 
 
 @pytest.fixture

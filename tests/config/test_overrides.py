@@ -67,12 +67,13 @@ def conf(tmp_path_factory):
     (folder / "user_overrides_module.py").write_text(MODULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
+        patch.setattr("sedtrain.config.overrides.conf_dir", lambda: folder / "conf")
         yield folder / "conf"
 
 
 def problems(conf, *overrides, folders=(), **options):
     with pytest.raises(UserError) as caught:
-        check_overrides(list(overrides), list(folders), primary_dir=conf, **options)
+        check_overrides(list(overrides), list(folders), **options)
     return told(caught.value.errors)
 
 
@@ -82,23 +83,16 @@ def composed(conf, overrides):
 
 
 def test_what_passes_goes_to_hydra_as_it_was(conf):
-    overrides = [
-        "encoder=wavlm",
-        "trainer.max_steps=30",
-        "+note=a",
-        "++seed=2",
-        "~adapter",
-        "experiment=quick",
-    ]
-    assert check_overrides(overrides, [], primary_dir=conf) == overrides
-    assert check_overrides([], [], primary_dir=conf) == []
+    overrides = ["encoder=wavlm", "trainer.max_steps=30", "+note=a", "++seed=2", "~adapter", "experiment=quick"]
+    assert check_overrides(overrides, []) == overrides
+    assert check_overrides([], []) == []
 
 
 def test_an_option_that_only_the_signature_lists_reaches_hydra(conf):
-    checked = check_overrides(["encoder.dropout=0.1", "encoder.width=3"], [], primary_dir=conf)
+    checked = check_overrides(["encoder.dropout=0.1", "encoder.width=3"], [])
     assert checked == ["++encoder.dropout=0.1", "encoder.width=3"]
     assert composed(conf, checked).encoder.dropout == 0.1
-    checked = check_overrides(["encoder={width: 5, dropout: 0.2}"], [], primary_dir=conf)
+    checked = check_overrides(["encoder={width: 5, dropout: 0.2}"], [])
     assert dict(composed(conf, checked).encoder) | {"size": 0, "_target_": 0} == {
         "_target_": 0,
         "size": 0,
@@ -137,24 +131,15 @@ def test_every_problem_is_reported_at_once(conf):
         (
             "encoder=huber",
             Problem(
-                "encoder",
-                "huber",
-                "encoder has no option 'huber'",
-                "did you mean 'hubert'? available: hubert, wavlm",
+                "encoder", "huber", "encoder has no option 'huber'", "did you mean 'hubert'? available: hubert, wavlm"
             ),
         ),
-        (
-            "encoder=zzz",
-            Problem("encoder", "zzz", "encoder has no option 'zzz'", "available: hubert, wavlm"),
-        ),
+        ("encoder=zzz", Problem("encoder", "zzz", "encoder has no option 'zzz'", "available: hubert, wavlm")),
         (
             "encodr=hubert",
             Problem("encodr", "hubert", "there is no group or option 'encodr'", "did you mean 'encoder'?"),
         ),
-        (
-            "~encodr",
-            Problem("encodr", None, "there is no group or option 'encodr'", "did you mean 'encoder'?"),
-        ),
+        ("~encodr", Problem("encodr", None, "there is no group or option 'encodr'", "did you mean 'encoder'?")),
         (
             "encodr.width=3",
             Problem("encodr.width", 3, "there is no group or option 'encodr'", "did you mean 'encoder'?"),
@@ -180,10 +165,7 @@ def test_every_problem_is_reported_at_once(conf):
         (
             "adapter.output_dim=3",
             Problem(
-                "adapter.output_dim",
-                3,
-                "adapter has no option 'output_dim'",
-                "choose one first: adapter=linear | none",
+                "adapter.output_dim", 3, "adapter has no option 'output_dim'", "choose one first: adapter=linear | none"
             ),
         ),
         (
@@ -197,10 +179,7 @@ def test_every_problem_is_reported_at_once(conf):
         (
             "checkpoint=a=b",
             Problem(
-                "checkpoint",
-                "a=b",
-                "this has characters with a meaning of their own",
-                "quote it: 'checkpoint=\"a=b\"'",
+                "checkpoint", "a=b", "this has characters with a meaning of their own", "quote it: 'checkpoint=\"a=b\"'"
             ),
         ),
         ("encoder", Problem("encoder", "", "no value is given", "write encoder=VALUE")),
@@ -277,14 +256,14 @@ def test_an_unknown_key_in_an_option_file_is_named_with_the_file(conf):
 
 
 def test_quoting_as_told_makes_a_value_readable(conf):
-    assert check_overrides(['checkpoint="a=b"'], [], primary_dir=conf) == ['checkpoint="a=b"']
+    assert check_overrides(['checkpoint="a=b"'], []) == ['checkpoint="a=b"']
 
 
 def test_a_folder_of_ones_own_adds_options(conf, tmp_path):
     write_files(tmp_path / "my conf, 'all'", {"encoder/mine": "{_target_: user_overrides_module.load}"})
     folder = tmp_path / "my conf, 'all'"
     overrides = ["encoder=mine", "encoder.size=tiny"]
-    checked = check_overrides(overrides, [folder], primary_dir=conf)
+    checked = check_overrides(overrides, [folder])
     assert checked == ["encoder=mine", "++encoder.size=tiny"]
     (problem,) = problems(conf, "encoder=mine", folders=[folder])
     assert (problem.option, problem.wrong) == ("encoder.size", "load needs 'size'")
@@ -296,7 +275,7 @@ def test_a_folder_of_ones_own_adds_options(conf, tmp_path):
 def test_a_folder_on_hydras_search_path_counts_too(conf, tmp_path):
     write_files(tmp_path / "more", {"encoder/mine": "{_target_: user_overrides_module.load, size: tiny}"})
     overrides = [f"hydra.searchpath=[file://{tmp_path}/more]", "encoder=mine"]
-    assert check_overrides(overrides, [], primary_dir=conf) == overrides
+    assert check_overrides(overrides, []) == overrides
 
 
 def test_a_folder_that_does_not_exist_is_a_problem_beside_the_others(conf, tmp_path):
@@ -309,12 +288,7 @@ def test_a_folder_that_does_not_exist_is_a_problem_beside_the_others(conf, tmp_p
     ("text", "line", "shown", "wrong"),
     [
         ("a: 1\nb: 2: 3\n", 2, "b: 2: 3", "this is no YAML: mapping values are not allowed here"),
-        (
-            "a: 1\nb: [1,\n",
-            2,
-            "b: [1,",
-            "this is no YAML: expected the node content, but found '<stream end>'",
-        ),
+        ("a: 1\nb: [1,\n", 2, "b: [1,", "this is no YAML: expected the node content, but found '<stream end>'"),
         ("a: 1\na: 2\n", 2, "a: 2", "this is no YAML: found duplicate key a"),
     ],
 )
@@ -331,15 +305,15 @@ def test_broken_yaml_is_named_with_file_and_line(conf, tmp_path, text, line, sho
 def test_every_value_of_a_sweep_is_checked_once(conf):
     sweep = ["encoder=hubert,wavlm", "encoder.dropout=0.1,0.2", "seed=range(0,1000000)"]
     expected = ["encoder=hubert,wavlm", "++encoder.dropout=0.1,0.2", "seed=range(0,1000000)"]
-    assert check_overrides(sweep, [], primary_dir=conf, multirun=True) == expected
-    assert check_overrides([*sweep, "hydra.mode=MULTIRUN"], [], primary_dir=conf)[:3] == expected
+    assert check_overrides(sweep, [], multirun=True) == expected
+    assert check_overrides([*sweep, "hydra.mode=MULTIRUN"], [])[:3] == expected
     found = problems(conf, "encoder=hubert,wavml,wavlm", "encoder.width=1,2,x", "seed=abc", multirun=True)
     assert [(each.option, each.value) for each in found] == [
         ("seed", "abc"),
         ("encoder", "wavml"),
         ("encoder.width", "x"),
     ]
-    assert check_overrides(["encoder=glob(*)"], [], primary_dir=conf, multirun=True) == ["encoder=glob(*)"]
+    assert check_overrides(["encoder=glob(*)"], [], multirun=True) == ["encoder=glob(*)"]
 
 
 def test_a_primary_configuration_that_does_not_exist_is_named(conf):
@@ -349,7 +323,7 @@ def test_a_primary_configuration_that_does_not_exist_is_named(conf):
 
 
 def test_the_check_leaves_hydra_as_it_was(conf):
-    check_overrides([], [], primary_dir=conf)
+    check_overrides([], [])
     assert not GlobalHydra.instance().is_initialized()
     assert not HydraConfig.initialized()
 
@@ -358,14 +332,14 @@ def test_the_check_leaves_hydra_as_it_was(conf):
 @given(st.lists(st.text(min_size=1, max_size=12) | st.builds("encoder={}".format, st.text(max_size=8)), max_size=3))
 def test_no_command_line_ends_in_another_exception(conf, overrides):
     try:
-        check_overrides(overrides, [], primary_dir=conf)
+        check_overrides(overrides, [])
     except UserError as error:
         assert str(error)
 
 
 def test_the_check_takes_less_than_a_second(conf):
     start = time.perf_counter()
-    check_overrides(["encoder=wavlm", "trainer.max_steps=3", "seed=1", "size=base"], [], primary_dir=conf)
+    check_overrides(["encoder=wavlm", "trainer.max_steps=3", "seed=1", "size=base"], [])
     assert time.perf_counter() - start < 1
 
 
@@ -376,12 +350,12 @@ def test_old_names_of_options_mean_todays(conf, prefix):
     if prefix == "+":  # Hydra's: the option exists
         assert problems(conf, *old) == problems(conf, *now)
     else:
-        assert check_overrides(old, [], primary_dir=conf) == now
+        assert check_overrides(old, []) == now
 
 
 def test_old_names_mean_todays_in_a_sweep_and_in_mistakes(conf):
     sweep = ["normaliser=none,lowercase"]
-    assert check_overrides(sweep, [], primary_dir=conf, multirun=True) == ["normalizer=none,lowercase"]
+    assert check_overrides(sweep, [], multirun=True) == ["normalizer=none,lowercase"]
     assert [each.option for each in problems(conf, "normaliser=nne")] == ["normalizer"]
     assert [each.option for each in problems(conf, "normalisers=none")] == ["normalisers"]
 
@@ -389,23 +363,18 @@ def test_old_names_mean_todays_in_a_sweep_and_in_mistakes(conf):
 # --- flags
 
 
-@pytest.fixture
-def in_conf(conf, monkeypatch):
-    monkeypatch.setattr("sedtrain.config.overrides.conf_dir", lambda: conf)
-
-
 @pytest.mark.parametrize("flag", ["--help", "--hydra-help", "--info"])
-def test_asking_for_help_is_never_checked(in_conf, flag):
+def test_asking_for_help_is_never_checked(conf, flag):
     assert check_command_line(["encoder=zzz", flag]) == ["encoder=zzz", flag]
 
 
-def test_flags_may_stand_between_overrides_and_come_first(in_conf):
+def test_flags_may_stand_between_overrides_and_come_first(conf):
     arguments = ["--cfg", "job", "encoder.dropout=0.1", "--resolve"]
     assert check_command_line(arguments) == ["--cfg", "job", "--resolve", "++encoder.dropout=0.1"]
     assert check_command_line(["-m", "encoder=hubert,wavlm"]) == ["-m", "encoder=hubert,wavlm"]
 
 
-def test_the_config_dir_flag_names_the_folder(in_conf, tmp_path):
+def test_the_config_dir_flag_names_the_folder(conf, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         check_command_line(["--config-dir", str(tmp_path / "nowhere")])
 

@@ -10,10 +10,9 @@ import time
 import pytest
 
 from sedtrain.config import signatures as definition
-from sedtrain.config.annotations import fits
+from sedtrain.config.annotations import fits, suggest
 from sedtrain.config.schema import conf_dir
 from sedtrain.config.signatures import read_signature
-from sedtrain.config.suggest import suggest
 from sedtrain.errors import UserError
 
 
@@ -200,6 +199,7 @@ def test_a_builtin_that_tells_nothing_takes_everything():
         ("torch.optim.AdamWW", "torch.optim has no 'AdamWW'", "did you mean 'AdamW'?"),
         ("troch.optim.AdamW", "no module 'troch' can be imported", "did you mean 'torch'?"),
         ("sedtrain.confg.Parameter", "sedtrain has no 'confg'", "did you mean 'config'?"),
+        ("sedtrain.models.encoderr.x", "sedtrain.models has no 'encoderr'", "did you mean 'encoder'?"),
         ("zqxj.Thing", "no module 'zqxj' can be imported", "install it, or run in the folder that holds it"),
         ("sedtrain.config.schema", "sedtrain.config.schema is a module", "write the name of a class or function"),
         ("AdamW", "'AdamW' is no dotted name", "write package.module.Name"),

@@ -7,7 +7,7 @@ from transformers import SpeechEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from sedtrain.models.adapter import ConvAdapter
-from sedtrain.models.encoded import EncodedSpeech
+from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 

@@ -107,11 +107,7 @@ def moved_to(run, kept):
 CASES = {
     "validation in the middle of epochs": {},
     "validation at the end of epochs": {"check_val_every_n_epoch": 1, "val_check_interval": 1.0},
-    "accumulation": {
-        "accumulate_grad_batches": 2,
-        "val_check_interval": NEVER,
-        "callbacks": [ValidateEvery(3)],
-    },
+    "accumulation": {"accumulate_grad_batches": 2, "val_check_interval": NEVER, "callbacks": [ValidateEvery(3)]},
     "accumulation over more than is left of an epoch": {"accumulate_grad_batches": 4},
     "an end in the middle of an epoch": {"max_epochs": None, "max_steps": 11, "val_check_interval": 3},
     "no validation": {"limit_val_batches": 0},
@@ -191,11 +187,7 @@ def steps_of(run):
     ],
 )
 def test_checkpoints_are_written_by_steps_minutes_epochs_validations_and_at_the_end(
-    good,
-    tmp_path,
-    every,
-    options,
-    expected,
+    good, tmp_path, every, options, expected
 ):
     fit(good, tmp_path, kind=Keeping, every=every, **options)
     assert steps_of(tmp_path) == expected

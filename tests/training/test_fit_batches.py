@@ -20,20 +20,21 @@ from sedtrain.data.augment import Augment
 from sedtrain.data.augmentations import Speed
 from sedtrain.data.buckets import Bucket, groups_by_buckets
 from sedtrain.errors import UserError
-from sedtrain.training import memory as measured_memory
+from sedtrain.training import fit_batches
 from sedtrain.training.fit_batches import (
     TOLERANCE,
     Budget,
+    ProcessMemory,
     Trial,
     budget_of,
     filled,
     kept_audio,
     largest,
     lengths,
+    memory_of,
     noise,
     search,
 )
-from sedtrain.training.memory import ProcessMemory, memory_of
 from sedtrain.training.module import OutOfMemory
 
 REPOSITORY = Path(__file__).parents[2]
@@ -152,7 +153,7 @@ def test_memory_that_cannot_be_measured_is_named(monkeypatch, tmp_path):
         "trainer.accelerator = 'mps'\n    its memory cannot be measured\n"
         "    write trainer.accelerator=cuda or trainer.accelerator=cpu"
     )
-    monkeypatch.setattr(measured_memory, "CLEAR", tmp_path / "proc" / "clear_refs")
+    monkeypatch.setattr(fit_batches, "CLEAR", tmp_path / "proc" / "clear_refs")
     with pytest.raises(UserError, match="this system does not count the peak of a process's memory"):
         memory_of(torch.device("cpu"))
 
@@ -227,7 +228,7 @@ import os, re, signal, sys, threading, time
 from pathlib import Path
 import lightning
 from sedtrain.__main__ import main
-from sedtrain.training.memory import ProcessMemory
+from sedtrain.training.fit_batches import ProcessMemory
 
 class Sizes(lightning.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.run_dir import keep_until
-from sedtrain.training.checkpoint_files import read_checkpoint, write_checkpoint
-from sedtrain.training.resume import decisive
+from sedtrain.training.checkpoint_files import decisive, read_checkpoint, write_checkpoint
 
 AVERAGED = "callbacks=[default,ema]"
 SHORT = ["trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]

@@ -127,10 +127,7 @@ def test_a_checkpoint_of_two_ranks_is_one_whole_file_of_the_same_layout(runs):
     ("overrides", "message"),
     [
         (["optimizer=adafactor"], "optimizer = 'Adafactor'\n    its state cannot be sharded like the weights"),
-        (
-            ["encoder.tiny.layerdrop=0.1"],
-            "encoder.options.layerdrop = 0.1\n    one rank could skip a layer",
-        ),
+        (["encoder.tiny.layerdrop=0.1"], "encoder.options.layerdrop = 0.1\n    one rank could skip a layer"),
         (["trainer.precision=16-mixed"], "does not support"),
     ],
 )

@@ -57,10 +57,7 @@ def test_batches_are_bounded_by_target_tokens_too(good):
     assert sum(len(batch) for batch in batches) == 12
 
 
-BUCKETS = [
-    {"seconds": 0.7, "tokens": 30, "utterances": 2},
-    {"seconds": 1.2, "tokens": 30, "utterances": 3},
-]
+BUCKETS = [{"seconds": 0.7, "tokens": 30, "utterances": 2}, {"seconds": 1.2, "tokens": 30, "utterances": 3}]
 
 
 def test_measured_buckets_bound_training_batches_and_not_those_that_are_scored(good):
