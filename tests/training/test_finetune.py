@@ -153,10 +153,11 @@ def test_without_an_adapter_there_is_no_adapter_to_train():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"frozen": ["ears"]}, "the model has no part 'ears', it has encoder, adapter, cross_attention, "
-         "decoder, ctc_head, feature_encoder, encoder_self_attention, decoder_self_attention, layer_norms, lora and"),
-        ({"thaw": {"ears": 3}}, "the model has no part 'ears'"),
-        ({"moving": ["ears"]}, "the model has no part 'ears'"),
+        ({"frozen": ["ears"]}, "finetune.frozen = 'ears'\n    the model has no part 'ears', it has encoder, adapter, "
+         "cross_attention, decoder, ctc_head, feature_encoder, "
+         "encoder_self_attention, decoder_self_attention, layer_norms, lora and"),
+        ({"thaw": {"ears": 3}}, "finetune.thaw.ears = 'ears'\n    the model has no part 'ears'"),
+        ({"moving": ["ears"]}, "finetune.moving = 'ears'\n    the model has no part 'ears'"),
         ({"thaw": dict.fromkeys(PARTS, 3)}, "finetune.thaw = {'encoder': 3, 'adapter': 3, 'cross_attention': 3, 'decoder': 3, "
          "'ctc_head': 3}\n    no weight would move before step 3\n    write finetune.moving=[PART], with a part that moves"),
         ({"learning_rates": {"ears": 1}}, "finetune.learning_rates.ears = 1\n    this is no part of a model\n"
