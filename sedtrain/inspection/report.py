@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sedtrain.evaluation import html
-from sedtrain.inspection.sound import playable
-from sedtrain.inspection.splits import SplitEntries
+from sedtrain.inspection.splits import SplitEntries, playable
 from sedtrain.inspection.statistics import Histogram
 from sedtrain.inspection.summary import Inspection
 from sedtrain.inspection.tables import Section, sections
