@@ -10,19 +10,9 @@ import numpy as np
 
 from sedtrain.batch import Skipped
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.inspection import statistics
 from sedtrain.inspection.splits import Entry, SplitEntries, read_corpus
-from sedtrain.inspection.statistics import (
-    Batching,
-    Floats,
-    Group,
-    Histogram,
-    Numbers,
-    Spread,
-    batchings,
-    first_uses,
-    groups_of,
-    robust_scores,
-)  # fmt: skip
+from sedtrain.inspection.statistics import Batching, Floats, Group, Histogram, Numbers, Spread
 from sedtrain.run_dir import write_whole
 
 NUM_RAREST, NUM_REPEATED, NUM_EXAMPLES, NUM_STRANGE = 12, 5, 3, 10
@@ -174,6 +164,7 @@ def summarize(split: SplitEntries, data: SpeechTextDataModule, train: SplitEntri
     pace = num_characters / np.maximum(seconds, 1e-3)
     measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
     measures["characters per second"] = pace
+    names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
     shuffle = split.split == "train"
     block = data.block_utterances if shuffle and data.corpus.streaming else None
     bounds = (data.bounds.batch_seconds, data.bounds.num_buckets, data.seed)
@@ -185,11 +176,8 @@ def summarize(split: SplitEntries, data: SpeechTextDataModule, train: SplitEntri
         hours=float(seconds.sum()) / 3600,
         spreads={name: Spread.of(values) for name, values in measures.items() if entries},
         histograms={name: Histogram.of(values) for name, values in measures.items() if entries},
-        groups={
-            by: groups_of([getattr(entry, by) for entry in entries], seconds)
-            for by in ("dataset", "language", "speaker")
-        },
-        batches=batchings(seconds, *bounds, shuffle=shuffle, block=block) if entries else [],
+        groups={by: statistics.groups_of(values, seconds) for by, values in names.items()},
+        batches=statistics.batchings(seconds, *bounds, shuffle=shuffle, block=block) if entries else [],
         texts=summarize_texts(entries),
         sounds=summarize_sounds(split),
         skipped=group_skipped(split.skipped),
@@ -201,7 +189,7 @@ def summarize_texts(entries: Sequence[Entry]) -> Texts:
     texts = [entry.text for entry in entries]
     counts = Counter(texts)
     several = [(text, count) for text, count in counts.most_common() if count > 1]
-    uses = [Use(character, n, entries[i].id, texts[i]) for character, (n, i) in first_uses(texts).items()]
+    uses = [Use(character, n, entries[i].id, texts[i]) for character, (n, i) in statistics.first_uses(texts).items()]
     unseen = [use for use in uses if not use.character.isprintable()]
     num_repeated, repeated = sum(count for _, count in several), dict(several[:NUM_REPEATED])
     return Texts(len(counts), num_repeated, repeated, len(uses), uses[:NUM_RAREST], unseen)
@@ -232,13 +220,14 @@ def summarize_sounds(split: SplitEntries) -> Sounds:
 
 def group_skipped(skipped: Iterable[tuple[Skipped, float | None]]) -> list[SkippedFor]:
     """Groups by reason, the most frequent first."""
-    seconds: dict[str, list[float]] = {}
-    examples: dict[str, list[str]] = {}
-    for (id, reason, detail, _), length in skipped:
-        seconds.setdefault(reason, []).append(length or 0.0)
-        examples.setdefault(reason, []).append(f"{id} ({detail})" if detail else id)
-    by_count = sorted(seconds, key=lambda reason: -len(seconds[reason]))
-    return [SkippedFor(r, len(seconds[r]), sum(seconds[r]) / 3600, examples[r][:NUM_EXAMPLES]) for r in by_count]
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for (id, reason, detail, _), seconds in skipped:
+        groups.setdefault(reason, []).append((f"{id} ({detail})" if detail else id, seconds or 0.0))
+    found = []
+    for reason, utterances in sorted(groups.items(), key=lambda group: -len(group[1])):
+        examples, seconds_each = zip(*utterances, strict=True)
+        found.append(SkippedFor(reason, len(utterances), sum(seconds_each) / 3600, list(examples[:NUM_EXAMPLES])))
+    return found
 
 
 def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
@@ -248,7 +237,7 @@ def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
         return []
     values = np.concatenate(list(map(features, splits)), axis=1)
     scores = [
-        robust_scores(np.log(row) if is_log else row, sigma)
+        statistics.robust_scores(np.log(row) if is_log else row, sigma)
         for row, (_, sigma, is_log) in zip(values, FEATURES, strict=True)
     ]
     sizes = np.abs(np.nan_to_num(scores))
