@@ -19,7 +19,7 @@ from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
-from sedtrain.evaluation.score import Scoring, metric_set
+from sedtrain.evaluation.evaluate import Scoring, metric_set
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution

@@ -13,8 +13,8 @@ from sedtrain import build, terminal
 from sedtrain.data.paths import audio_paths
 from sedtrain.errors import Unfinished, UserError
 from sedtrain.export import write_model_card
-from sedtrain.inspection.report import tables, write_page
 from sedtrain.inspection.summary import inspected
+from sedtrain.inspection.tables import tables, write_page
 from sedtrain.run_dir import config_of, write_whole
 from sedtrain.training.checkpoint_files import starting_point
 from sedtrain.training.fit_batches import fitted_batches, write_batches

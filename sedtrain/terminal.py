@@ -7,8 +7,7 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from sedtrain.evaluation.evaluate import Evaluation
-from sedtrain.evaluation.results import Results
+from sedtrain.evaluation.results import Evaluation, Results
 from sedtrain.training.finetune import PartPlan
 from sedtrain.training.fit_batches import Budget, Fitted
 

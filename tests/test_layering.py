@@ -44,7 +44,7 @@ ONLY_IN = {
     "omegaconf": "build cli config search tasks",
     "lightning": "build config data.datamodule training",
     "datasets": "data",
-    "rich": "data.durations inspection.report terminal training.progress",
+    "rich": "data.durations inspection.tables terminal training.progress",
     "matplotlib": "evaluation",
 }
 # Imported before the configuration has passed: nothing here may be slow.

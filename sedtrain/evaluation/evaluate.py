@@ -1,38 +1,78 @@
-"""Transcribes batches and scores the hypotheses."""
+"""Decodes a split, scores the hypotheses, and writes results.json and report.html."""
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
+from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.errors import UserError
-from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
-from sedtrain.evaluation.metrics import Counts, MetricSet
+from sedtrain.evaluation.intervals import bootstrap_intervals
+from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
+from sedtrain.evaluation.report import write_report
+from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, installed_versions
+from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.text.normalizers import normalizer
+
+METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
+"""The metrics of each target, the one that decides first."""
+
+
+def metric_set(target: str, normalizer_name: str) -> MetricSet:
+    """The metrics of a target, under a normalizer. Raises UserError where there is no such normalizer."""
+    return MetricSet(METRICS_OF[target], normalizer(normalizer_name))
 
 
 @dataclass(frozen=True)
-class Hypothesis:
-    """An utterance's reference, and what the model wrote."""
+class Scoring:
+    """Settings and components of scoring.
 
-    id: str
-    reference: str
-    hypothesis: str
+    target, split: what the texts are, and which of them are scored
+    folder: where results.json and report.html go; metrics.csv is read from it
+    """
 
+    target: str
+    split: str
+    metric_set: MetricSet
+    decoding: DecodingOptions
+    device: torch.device
+    folder: Path
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second."""
+    def score(
+        self, saved: SavedModel, data: SpeechTextDataModule, train: TrainingTotals | None = None
+    ) -> tuple[Results, Evaluation]:
+        """Scores a model on the data and writes both files. Raises UserError where no utterance could be read.
 
-    metrics: dict[str, Interval]
-    hypotheses: list[Hypothesis]
-    counts: Counts
-    audio_seconds: float
-    rtfx: float
+        train: what the training cost, where there was one
+        """
+        saved.model.to(self.device)
+        batches = data.batches(self.split)
+        evaluation = evaluate(saved.model, saved.tokenizer, batches, self.metric_set, self.decoding)
+        results = Results(
+            task=self.target,
+            split=self.split,
+            num_utterances=len(evaluation.hypotheses),
+            audio_seconds=evaluation.audio_seconds,
+            metrics=evaluation.metrics,
+            normalizer=self.metric_set.normalize.label(),
+            decoding=asdict(self.decoding),
+            rtfx=evaluation.rtfx,
+            train=train,
+            skipped=data.skipped.totals(),
+            versions=installed_versions(),
+            training_normalizer=saved.training_normalizer,
+        )
+        results.write(self.folder / "results.json")
+        model = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"
+        audio_of, curves = data.split(self.split).audio_of, self.folder / "metrics.csv"
+        write_report(self.folder / "report.html", results, evaluation, curves, audio_of, model)
+        return results, evaluation
 
 
 def evaluate(

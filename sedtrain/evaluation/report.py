@@ -10,10 +10,9 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from sedtrain.evaluation import html
-from sedtrain.evaluation.evaluate import Evaluation, Hypothesis
 from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
 from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet
-from sedtrain.evaluation.results import Results
+from sedtrain.evaluation.results import Evaluation, Hypothesis, Results
 from sedtrain.run_dir import write_whole
 from sedtrain.text.normalizers import Normalizer, normalizer
 

@@ -1,4 +1,4 @@
-"""results.json: scores of a split, how it was decoded, and the versions of what decides a number."""
+"""Scores and hypotheses of a split; results.json adds how it was decoded and the versions of what decides a number."""
 
 import json
 import math
@@ -11,9 +11,30 @@ from typing import Any
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval
+from sedtrain.evaluation.metrics import Counts
 from sedtrain.run_dir import write_whole
 
 PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapidfuzz", "sacrebleu")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An utterance's reference, and what the model wrote."""
+
+    id: str
+    reference: str
+    hypothesis: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second."""
+
+    metrics: dict[str, Interval]
+    hypotheses: list[Hypothesis]
+    counts: Counts
+    audio_seconds: float
+    rtfx: float
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""Reads the splits of a corpus: the utterances that training would use, and those it would skip."""
+"""Reads the utterances of each split, used or skipped, and decodes some to hear how they sound. S samples."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sedtrain.batch import Skipped
+from sedtrain.data.audio import UNREADABLE, opened
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Parts, Reference
 from sedtrain.data.durations import durations
@@ -15,11 +19,18 @@ from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 from sedtrain.inspection.statistics import Floats
 
+Samples = NDArray[np.float32]  # (S,) in -1..1
+
 SPLITS = ("train", "validation", "test")
+NUM_DECODED = 200  # utterances of a split, drawn at random
+FULL_SCALE, CLIPPED_RUN = 0.999, 3  # so many samples in a row at full scale are clipped
+QUIETEST = -100.0  # dBFS of digital silence
+WINDOW_SECONDS, SILENCE = 0.02, 40.0  # a window so many decibels below the loudest one is silent
+PLAYED_RATE, PLAYED_SECONDS = 48_000, 60  # at most
 
 
 class Entry(NamedTuple):
-    """An utterance as its row describes it, before it is decoded."""
+    """Describes an utterance before it is decoded."""
 
     reference: Reference
     id: str
@@ -30,14 +41,31 @@ class Entry(NamedTuple):
     dataset: str | None  # in a mix
 
 
+class Sound(NamedTuple):
+    """Describes a decoded utterance: root mean square level in dBFS, and the share of its windows that are silent."""
+
+    sampling_rate: int
+    num_channels: int
+    format: str
+    seconds: float
+    level: float
+    is_clipped: bool
+    silence: float
+
+
 @dataclass
 class SplitEntries:
-    """Usable utterances of one split, and skipped ones with their seconds, None where unknown."""
+    """Usable utterances of one split, and skipped ones with their seconds, None where unknown.
+
+    sounds: of those that were drawn and could be decoded, by index of their entry
+    """
 
     split: str
     parts: Parts
     entries: list[Entry] = field(default_factory=list)
     skipped: list[tuple[Skipped, float | None]] = field(default_factory=list)
+    sounds: dict[int, Sound] = field(default_factory=dict)
+    num_drawn: int = 0
     num_read: int = 0
     is_whole: bool = True  # whether all rows of the split were read
 
@@ -55,7 +83,7 @@ class SplitEntries:
             [(part, index) for index in used],
             [ids[index] for index in used],
             kept.values(),
-            rows.texts(used),
+            map(str.strip, rows.texts(used)),
             map(name_or_none, rows.cells(columns.speaker, used)),
             map(name_or_none, rows.cells(columns.language, used) if columns.language else repeat(rows.language)),
             repeat(self.parts.parts[part].source.label or None),
@@ -64,6 +92,18 @@ class SplitEntries:
         self.num_read += len(indices)
         self.is_whole = self.is_whole and len(indices) == len(rows)
 
+    def decode_some(self, seed: int) -> None:
+        """Decodes utterances drawn at random; those that training would refuse count as skipped."""
+        self.num_drawn = min(NUM_DECODED, len(self.entries))
+        drawn = sorted(np.random.default_rng(seed).choice(len(self.entries), self.num_drawn, replace=False).tolist())
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            found = threads.map(lambda index: hear(self.parts, self.entries[index].reference), drawn)
+            for index, sound in zip(drawn, found, strict=True):
+                if isinstance(sound, Sound):
+                    self.sounds[index] = sound
+                else:
+                    self.skipped.append((sound, self.entries[index].seconds))
+
 
 def name_or_none(cell: object) -> str | None:
     """A cell of speakers or languages as text; None for an empty one."""
@@ -71,7 +111,7 @@ def name_or_none(cell: object) -> str | None:
 
 
 def read_corpus(corpus: Corpus, most: int | None) -> tuple[list[SplitEntries], dict[str, str]]:
-    """All splits that can be read, and of each other split what is wrong.
+    """Readable splits, and the error of each unreadable one.
 
     most: rows of a streamed split; None: all
     Raises UserError where no split can be read.
@@ -104,3 +144,52 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
         else:
             found.add(corpus, part, rows, range(len(rows))[:room])
     return found
+
+
+def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
+    """Measures one utterance; Skipped, with the reason that training would give, where it cannot be decoded."""
+    part, index = reference
+    try:
+        samples, rate, num_channels, stored_as = decode(parts, reference)
+    except UNREADABLE as error:
+        return parts[part].skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
+    loudness = level(samples), is_clipped(samples), silence(samples, rate)
+    return Sound(rate, num_channels, stored_as, len(samples) / rate, *loudness)
+
+
+def playable(parts: Parts, reference: Reference) -> tuple[Samples, int] | None:
+    """Samples and sampling rate of an utterance, cut off where it is long; None where it cannot be decoded."""
+    try:
+        samples, rate, *_ = decode(parts, reference, PLAYED_RATE)
+    except UNREADABLE:
+        return None
+    return samples[: PLAYED_SECONDS * rate], rate
+
+
+def decode(parts: Parts, reference: Reference, max_rate: int | None = None) -> tuple[Samples, int, int, str]:
+    """Samples, sampling rate, number of channels and stored format. Raises an error of UNREADABLE."""
+    part, index = reference
+    rows = parts[part]
+    with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
+        rate, stored = int(file.samplerate), (int(file.channels), f"{file.format} {file.subtype}")
+    rate = min(rate, max_rate or rate)
+    return rows.utterance(index, rate).audio.numpy(), rate, *stored
+
+
+def level(samples: Samples) -> float:
+    """Root mean square in dBFS, at least QUIETEST."""
+    power = float(np.mean(np.square(samples, dtype=np.float64)))
+    return max(10 * float(np.log10(power)), QUIETEST) if power else QUIETEST
+
+
+def is_clipped(samples: Samples) -> bool:
+    at_limit = np.abs(samples) >= FULL_SCALE
+    return bool(np.convolve(at_limit, np.ones(CLIPPED_RUN), "valid").max(initial=0) >= CLIPPED_RUN)
+
+
+def silence(samples: Samples, sampling_rate: int) -> float:
+    """Share of windows that are silent; 1 for digital silence."""
+    size = max(1, round(WINDOW_SECONDS * sampling_rate))
+    windows = samples[: max(1, len(samples) // size) * size].reshape(-1, min(size, len(samples)))
+    power = np.square(windows, dtype=np.float64).mean(axis=1)
+    return float(np.mean(power <= power.max() * 10 ** (-SILENCE / 10)))

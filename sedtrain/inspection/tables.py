@@ -1,24 +1,36 @@
-"""Describes an inspection as sections: what to look at before training, then tables with notes and histograms."""
+"""Shows an inspection, as tables in the terminal and as inspect.html: problems first, then what was counted."""
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
 
-from sedtrain.evaluation.html import Audio
-from sedtrain.inspection.statistics import Group, Histogram
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sedtrain.evaluation import html
+from sedtrain.inspection import statistics
+from sedtrain.inspection.splits import SplitEntries, playable
+from sedtrain.inspection.statistics import Histogram
 from sedtrain.inspection.summary import Inspection, Sounds, SplitSummary
+from sedtrain.run_dir import write_whole
 
 DRAWN = ("seconds", "characters", "characters per second")
 NUM_NAMES = 5  # shown of many speakers, languages, datasets or characters
 RARE_SHARE = 0.01  # of decoded utterances; fewer clipped ones are no finding
 WIDEBAND = 16_000  # hertz; nearly every speech encoder was pretrained on such audio
+BAR, EIGHTHS = 20, " ▏▎▍▌▋▊▉"  # characters of the longest bar, and the ends of bars
 
 Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table, or without headings a list; `report` renders it in the terminal and on the page.
+    """A table, or without headings a list.
 
     rows:       where rows begin with the same cell, only the first of them shows it
     num_texts:  columns of words, from the left; the others hold numbers
@@ -33,19 +45,86 @@ class Section:
     num_texts: int = 1
     note: str = ""
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
-    sounds: Sequence[Audio | None] = ()
+    sounds: Sequence[html.Audio | None] = ()
     folded: bool = False
 
     def texts(self) -> list[list[str]]:
         """The cells as text, without repeated first cells."""
-        first = [None, *(row[0] for row in self.rows)]
-        return [
-            ["" if row[0] == above else in_words(row[0]), *map(in_words, row[1:])]
-            for above, row in zip(first, self.rows, strict=False)
-        ]
+        above = [None, *(row[0] for row in self.rows)]
+        rows = zip(above, self.rows, strict=False)
+        return [["" if row[0] == first else in_words(row[0]), *map(in_words, row[1:])] for first, row in rows]
 
 
-def sections(inspection: Inspection, sounds: Sequence[Audio | None] = ()) -> Iterator[Section]:
+def write_page(path: Path, inspection: Inspection, splits: Iterable[SplitEntries]) -> None:
+    """Writes one HTML file without links to anything outside it."""
+    by_name = {split.split: split for split in splits}
+    places = [(by_name[strange.split], strange.number) for strange in inspection.strangest]
+    sounds = [playable(split.parts, split.entries[number].reference) for split, number in places]
+    title = f"Inspection: {inspection.name}"
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *map(on_page, sections(inspection, sounds))])
+    write_whole(path, html.page(title, body))
+
+
+def on_page(section: Section) -> str:
+    """Heading or fold, note, list or table, figures."""
+    content = f'<p class="quiet">{escape(section.note)}</p>' if section.note else ""
+    if section.headings and section.rows:
+        table = html.table(section.headings, section.texts(), section.num_texts, section.sounds)
+        content += f'<div class="wide">{table}</div>'
+    elif section.rows:
+        items = "".join(f'<li dir="auto">{escape(text)}</li>' for [text] in section.texts())
+        content += f"<ul>{items}</ul>"
+    elif not section.histograms:
+        content += "<p>None</p>"
+    figures = [
+        html.histogram_figure(title, counts.labels(), counts.counts, axis=title.partition(": ")[2])
+        for title, counts in section.histograms.items()
+    ]
+    content += html.row(*figures) if figures else ""
+    if section.folded:
+        return f"<details><summary>{escape(section.title)}</summary>{content}</details>"
+    return f"<h2>{escape(section.title)}</h2>{content}"
+
+
+def tables(inspection: Inspection) -> list[RenderableType]:
+    """Tables for the terminal, with the problems last, where they stay in view."""
+    first, *others = (section for section in sections(inspection) if not section.folded)
+    return [in_terminal(section) for section in (*others, first)]
+
+
+def in_terminal(section: Section) -> RenderableType:
+    rows = section.texts()
+    if not rows:
+        return f"{section.title}: none"
+    if not section.headings:
+        return Group(section.title, *(Padding(Text(f"· {text}"), (0, 1)) for [text] in rows))
+    table = Table(title=section.title, title_justify="left", caption=Text(section.note), caption_justify="left")
+    for index, heading in enumerate(section.headings):
+        is_words = index < section.num_texts
+        no_wrap = index == 0 or not is_words
+        table.add_column(heading, justify="left" if is_words else "right", no_wrap=no_wrap, overflow="fold")
+    is_grouped = not all(row[0] for row in rows)
+    for row in rows:
+        if is_grouped and row[0]:
+            table.add_section()
+        table.add_row(*map(Text, row))
+    return Group(table, Columns([histogram(*each) for each in section.histograms.items()], padding=(0, 3)))
+
+
+def histogram(title: str, counts: Histogram) -> RenderableType:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right")
+    grid.add_column(width=BAR)
+    grid.add_column(justify="right")
+    labels = counts.labels()
+    for low, high, count in zip(labels, labels[1:], counts.counts, strict=False):
+        eighths = max(round(count / max(counts.counts) * BAR * 8), int(count > 0))  # a bar wherever there is something
+        bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+        grid.add_row(f"{low}–{high}", Text(bar, style="cyan"), f"{count:,}")
+    return Group(Text(title, style="italic"), grid)
+
+
+def sections(inspection: Inspection, sounds: Sequence[html.Audio | None] = ()) -> Iterator[Section]:
     """Everything that is shown, in order. sounds: those of the strangest utterances."""
     splits = inspection.splits
     yield Section("What to look at", rows=[[text] for text in findings(inspection) or ["nothing out of the ordinary"]])
@@ -54,48 +133,35 @@ def sections(inspection: Inspection, sounds: Sequence[Audio | None] = ()) -> Ite
     yield audio(splits)
     yield from texts(splits)
     skipped = [
-        (split.split, each.reason, "; ".join(each.examples), each.num_utterances, duration(each.hours))
-        for split in splits
-        for each in split.skipped
+        (s.split, each.reason, "; ".join(each.examples), each.num_utterances, duration(each.hours))
+        for s in splits
+        for each in s.skipped
     ]
     yield Section("Skipped", ("split", "reason", "first of them", "utterances", "audio"), skipped, num_texts=3)
-    strange = [
-        (each.split, each.id, "; ".join(each.reasons), each.text, f"{each.score:.1f}") for each in inspection.strangest
-    ]
+    strange = [(s.split, s.id, "; ".join(s.reasons), s.text, f"{s.score:.1f}") for s in inspection.strangest]
     note = "By robust standard deviations from the median of all splits; level and silence of decoded utterances alone."
     headings = ("split", "utterance", "why", "text", "deviations")
     yield Section("Strangest utterances", headings, strange, num_texts=4, note=note, sounds=sounds)
 
 
 def sizes(splits: Sequence[SplitSummary]) -> Iterator[Section]:
-    rows: list[Sequence[Cell]] = [
-        (
-            f"{s.split}{'' if s.is_whole else ', its first'}",
-            s.num_utterances,
-            f"{s.hours:,.2f}",
-            s.num_skipped,
-            len(s.groups["speaker"]) or "unknown",
-            len(s.groups["language"]) or "unknown",
-        )
-        for s in splits
-    ]
+    """Splits, Lengths, and Who speaks."""
+    rows: list[Sequence[Cell]] = []
+    lengths: list[Sequence[Cell]] = []
+    for s in splits:
+        name = s.split if s.is_whole else f"{s.split}, its first"
+        numbers = [len(s.groups[by]) or "unknown" for by in ("speaker", "language")]
+        rows.append((name, s.num_utterances, f"{s.hours:,.2f}", s.num_skipped, *numbers))
+        for measure, spread in s.spreads.items():
+            lengths.append((s.split, measure, spread.mean, *(spread.percentiles[each] for each in (5, 50, 95, 100))))
     yield Section("Splits", ("split", "utterances", "hours", "skipped", "speakers", "languages"), rows)
-    lengths: list[Sequence[Cell]] = [
-        (s.split, name, spread.mean, *(spread.percentiles[percentile] for percentile in (5, 50, 95, 100)))
-        for s in splits
-        for name, spread in s.spreads.items()
-    ]
     headings = ("split", "of an utterance", "mean", "5 %", "median", "95 %", "most")
     first, *others = ({f"{s.split}: {name}": s.histograms[name] for name in DRAWN if s.histograms} for s in splits)
     yield Section("Lengths", headings, lengths, num_texts=2, histograms=first)
-    for split, histograms in zip(splits[1:], others, strict=True):
-        yield Section(f"Lengths in {split.split}", histograms=histograms, folded=True)
-    groups = [
-        (by, s.split, largest(s.groups[by]), len(s.groups[by]))
-        for by in ("dataset", "language", "speaker")
-        for s in splits
-        if s.groups[by]
-    ]
+    for s, histograms in zip(splits[1:], others, strict=True):
+        yield Section(f"Lengths in {s.split}", histograms=histograms, folded=True)
+    all_groups = [(by, s.split, s.groups[by]) for by in ("dataset", "language", "speaker") for s in splits]
+    groups = [(by, split, largest(found), len(found)) for by, split, found in all_groups if found]
     yield Section("Who speaks", ("by", "split", "most audio", "number"), groups, num_texts=3)
 
 
@@ -118,12 +184,11 @@ def padding(inspection: Inspection) -> Section:
 
 def audio(splits: Sequence[SplitSummary]) -> Section:
     rows = []
-    for split in splits:
-        sounds, level, silence = split.sounds, split.sounds.level, split.sounds.silence
-        low, middle, high = (level.percentiles[percentile] for percentile in (5, 50, 95)) if level else (0, 0, 0)
-        levels = f"{middle:.0f} ({low:.0f} to {high:.0f})" if level else None
+    for s in splits:
+        level, silence = s.sounds.level, s.sounds.silence
+        levels = "{1:.0f} ({0:.0f} to {2:.0f})".format(*(level.percentiles[p] for p in (5, 50, 95))) if level else None
         silent = percent(silence.mean) if silence else None
-        rows.append((split.split, stored_as(sounds), sounds.num_decoded, levels, silent, len(sounds.clipped)))
+        rows.append((s.split, stored_as(s.sounds), s.sounds.num_decoded, levels, silent, len(s.sounds.clipped)))
     headings = ("split", "stored as", "decoded", "level, dBFS", "silent", "clipped")
     note = (
         "Utterances drawn at random and decoded. Level: median, and 5 % to 95 %. Silent: 20 ms that are 40 dB below the "
@@ -134,14 +199,16 @@ def audio(splits: Sequence[SplitSummary]) -> Section:
 
 
 def texts(splits: Sequence[SplitSummary]) -> Iterator[Section]:
+    """Texts, Rarest characters, and Most frequent texts."""
     rows = []
     for s in splits:
-        total, speakers = max(s.num_utterances, 1), len(s.groups["speaker"])
-        row: list[Cell] = [s.split, s.texts.num_distinct, percent(s.texts.num_repeated / total), s.texts.num_characters]
-        if s.overlap:
-            shared = f"{s.overlap.num_speakers:,} of {speakers:,}" if speakers else "unknown"
-            row += [percent(s.overlap.num_texts / total), shared]
-        rows.append(row + [None] * (6 - len(row)))
+        total, speakers, shared = max(s.num_utterances, 1), len(s.groups["speaker"]), s.overlap
+        also: list[Cell] = [None, None]
+        if shared:
+            of_speakers = f"{shared.num_speakers:,} of {speakers:,}" if speakers else "unknown"
+            also = [percent(shared.num_texts / total), of_speakers]
+        numbers = s.texts.num_distinct, percent(s.texts.num_repeated / total), s.texts.num_characters
+        rows.append((s.split, *numbers, *also))
     headings = ("split", "different\ntexts", "repeated", "characters", "texts\nin train", "speakers\nin train")
     yield Section("Texts", headings, rows)
     for s in splits:
@@ -153,12 +220,13 @@ def texts(splits: Sequence[SplitSummary]) -> Iterator[Section]:
 
 
 def findings(inspection: Inspection) -> list[str]:
-    """What to look at before training, with figures; nothing of what is as it should be."""
+    """Problems to check before training, with numbers; omits everything normal."""
     absent = [f"{split} is not there: {wrong}" for split, wrong in inspection.absent.items()]
     return absent + [f"{split.split}: {text}" for split in inspection.splits for text in split_findings(split)]
 
 
 def split_findings(split: SplitSummary) -> Iterator[str]:
+    overlap, sounds, decoded = split.overlap, split.sounds, f"{split.sounds.num_decoded:,} decoded"
     if not split.num_utterances:
         yield "there is no utterance that can be used"
     if split.skipped:
@@ -167,16 +235,11 @@ def split_findings(split: SplitSummary) -> Iterator[str]:
     if unseen := split.texts.unseen:
         names = ", ".join(named(use.character) for use in unseen[:NUM_NAMES])
         yield f"characters that nobody sees: {names} (first in {unseen[0].id})"
-    if split.overlap and split.overlap.num_speakers:
-        yield f"{split.overlap.num_speakers:,} of {counted(len(split.groups['speaker']), 'speaker')} also in train"
-    if split.overlap and split.overlap.num_texts:
-        share = percent(split.overlap.num_texts / split.num_utterances)
-        yield f"{counted(split.overlap.num_texts, 'utterance')} ({share}) with a text that is also in train"
-    yield from sound_findings(split.sounds)
-
-
-def sound_findings(sounds: Sounds) -> Iterator[str]:
-    decoded = f"{sounds.num_decoded:,} decoded"
+    if overlap and overlap.num_speakers:
+        yield f"{overlap.num_speakers:,} of {counted(len(split.groups['speaker']), 'speaker')} also in train"
+    if overlap and overlap.num_texts:
+        share = percent(overlap.num_texts / split.num_utterances)
+        yield f"{counted(overlap.num_texts, 'utterance')} ({share}) with a text that is also in train"
     if sounds.num_refused:
         yield f"{sounds.num_refused:,} of {sounds.num_decoded:,} drawn at random cannot be decoded, or are refused"
     if len(sounds.sampling_rates) > 1 or len(sounds.channels) > 1:
@@ -189,7 +252,7 @@ def sound_findings(sounds: Sounds) -> Iterator[str]:
         yield f"{len(sounds.misdeclared):,} of {decoded} last not as declared (first: {sounds.misdeclared[0]})"
 
 
-def largest(groups: Sequence[Group]) -> str:
+def largest(groups: Sequence[statistics.Group]) -> str:
     """Names of the groups with most audio."""
     names = [f"{group.name} {duration(group.hours)} ({group.num_utterances:,})" for group in groups[:NUM_NAMES]]
     return ", ".join(names + ["…"] * (len(groups) > NUM_NAMES))
@@ -199,10 +262,11 @@ def stored_as(sounds: Sounds) -> str:
     """Such as `16 kHz, mono, OGG OPUS`; of several, each with its count."""
     rates = {f"{rate / 1000:g} kHz": count for rate, count in sounds.sampling_rates.items()}
     channels = {{1: "mono", 2: "stereo"}.get(of, f"{of} channels"): count for of, count in sounds.channels.items()}
-    counts = [each for each in (rates, channels, sounds.formats) if each]
-    return ", ".join(
-        " or ".join(f"{name} ({each[name]:,})" if len(each) > 1 else name for name in each) for each in counts
-    )
+    parts = [
+        " or ".join(f"{name} ({count:,})" if len(counts) > 1 else name for name, count in counts.items())
+        for counts in (rates, channels, sounds.formats)
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def in_words(cell: Cell) -> str:

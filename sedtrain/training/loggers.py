@@ -23,8 +23,7 @@ from torch.optim import Optimizer
 
 from sedtrain.batch import Batch
 from sedtrain.errors import UserError
-from sedtrain.evaluation.evaluate import Hypothesis
-from sedtrain.evaluation.results import Results, installed_versions
+from sedtrain.evaluation.results import Hypothesis, Results, installed_versions
 from sedtrain.models.parts import part_of
 from sedtrain.run_dir import keep_until, write_whole
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from sedtrain.evaluation.evaluate import Evaluation, Hypothesis
 from sedtrain.evaluation.intervals import bootstrap_intervals
 from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.evaluation.report import write_report
-from sedtrain.evaluation.results import Results, TrainingTotals
+from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals
 
 PAIRS = [
     ("one two three", "one two three"),

@@ -8,8 +8,7 @@ from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedtrain.inspection.sound import QUIETEST, is_clipped, level, silence
-from sedtrain.inspection.splits import Entry, SplitEntries, read_corpus
+from sedtrain.inspection.splits import QUIETEST, Entry, is_clipped, level, read_corpus, silence
 from sedtrain.inspection.statistics import (
     Batching,
     Histogram,
@@ -20,7 +19,7 @@ from sedtrain.inspection.statistics import (
     robust_scores,
     round_step,
 )
-from sedtrain.inspection.summary import Texts, inspected
+from sedtrain.inspection.summary import inspected, summarize_texts
 from sedtrain.inspection.tables import in_words, named
 
 SECONDS = st.lists(st.floats(0.05, 60), min_size=1, max_size=60)
@@ -108,7 +107,7 @@ def test_characters_are_counted_and_found_where_they_are_first(texts):
 @given(st.lists(st.sampled_from("abcde")))
 def test_a_text_of_several_utterances_is_repeated(texts):
     entries = [Entry((0, index), str(index), 1.0, text, None, None, None) for index, text in enumerate(texts)]
-    found = Texts.of(SplitEntries("train", None, entries))
+    found = summarize_texts(entries)
     assert found.num_repeated == sum(texts.count(each) > 1 for each in texts)
     assert found.num_distinct == len(set(texts))
     assert found.repeated == {text: texts.count(text) for text in texts if texts.count(text) > 1}

@@ -7,8 +7,8 @@ import pytest
 from corpora import data_module, wav, write
 from test_report import Page
 
-from sedtrain.inspection.report import write_page
 from sedtrain.inspection.summary import inspected
+from sedtrain.inspection.tables import write_page
 
 
 def inspect(sedtrain, folder, run_dir, *options):
