@@ -1,1 +1,1 @@
-"""What a corpus holds, told before anything is trained on it."""
+"""Describes a corpus before anything is trained on it."""

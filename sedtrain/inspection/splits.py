@@ -57,7 +57,7 @@ class Sound(NamedTuple):
 class SplitEntries:
     """Usable utterances of one split, and skipped ones with their seconds, None where unknown.
 
-    sounds: of those that were drawn and could be decoded, by index of their entry
+    sounds: those of `num_drawn` utterances that could be decoded, by index of their entry
     """
 
     split: str
@@ -106,7 +106,7 @@ class SplitEntries:
 
 
 def name_or_none(cell: object) -> str | None:
-    """A cell of speakers or languages as text; None for an empty one."""
+    """Speaker or language of a cell as text; None for an empty cell."""
     return None if cell is None or cell != cell or not str(cell).strip() else str(cell)
 
 
@@ -147,7 +147,7 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
 
 
 def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
-    """Measures one utterance; Skipped, with the reason that training would give, where it cannot be decoded."""
+    """Measures one utterance; Skipped, with the reason that training gives, where decoding fails."""
     part, index = reference
     try:
         samples, rate, num_channels, stored_as = decode(parts, reference)
