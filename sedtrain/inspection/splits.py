@@ -150,11 +150,11 @@ def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
     """Measures one utterance; Skipped, with the reason that training gives, where decoding fails."""
     part, index = reference
     try:
-        samples, rate, num_channels, stored_as = decode(parts, reference)
+        samples, rate, channels, format = decode(parts, reference)
     except UNREADABLE as error:
         return parts[part].skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
-    loudness = level(samples), is_clipped(samples), silence(samples, rate)
-    return Sound(rate, num_channels, stored_as, len(samples) / rate, *loudness)
+    seconds, silent = len(samples) / rate, silence(samples, rate)
+    return Sound(rate, channels, format, seconds, level(samples), is_clipped(samples), silent)
 
 
 def playable(parts: Parts, reference: Reference) -> tuple[Samples, int] | None:
@@ -171,9 +171,9 @@ def decode(parts: Parts, reference: Reference, max_rate: int | None = None) -> t
     part, index = reference
     rows = parts[part]
     with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
-        rate, stored = int(file.samplerate), (int(file.channels), f"{file.format} {file.subtype}")
+        rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
     rate = min(rate, max_rate or rate)
-    return rows.utterance(index, rate).audio.numpy(), rate, *stored
+    return rows.utterance(index, rate).audio.numpy(), rate, channels, format
 
 
 def level(samples: Samples) -> float:

@@ -158,9 +158,8 @@ def summarize(split: SplitEntries, data: SpeechTextDataModule, train: SplitEntri
     entries, seconds = split.entries, split.seconds
     num_characters = np.array([len(entry.text) for entry in entries], dtype=np.int64)
     num_words = np.array([len(entry.text.split()) for entry in entries], dtype=np.int64)
-    pace = num_characters / np.maximum(seconds, 1e-3)
     measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
-    measures["characters per second"] = pace
+    measures["characters per second"] = num_characters / np.maximum(seconds, 1e-3)
     names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
     shuffle = split.split == "train"
     block = data.block_utterances if shuffle and data.corpus.streaming else None
@@ -193,10 +192,10 @@ def summarize_texts(entries: Sequence[Entry]) -> Texts:
     return Texts(len(counts), num_repeated, repeated, len(uses), uses[:NUM_RAREST], unseen)
 
 
-def find_overlap(entries: Sequence[Entry], of_train: Sequence[Entry]) -> Overlap:
-    speakers = ({entry.speaker for entry in each} - {None} for each in (entries, of_train))
-    texts = {entry.text for entry in of_train}
-    return Overlap(len(set.intersection(*speakers)), sum(entry.text in texts for entry in entries))
+def find_overlap(entries: Sequence[Entry], train: Sequence[Entry]) -> Overlap:
+    speakers = {entry.speaker for entry in entries} & {entry.speaker for entry in train} - {None}
+    texts = {entry.text for entry in train}
+    return Overlap(len(speakers), sum(entry.text in texts for entry in entries))
 
 
 def summarize_sounds(split: SplitEntries) -> Sounds:
@@ -246,7 +245,7 @@ def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
         by_size = np.argsort(-sizes[:, column]).tolist()
         shown = [row for row in by_size if sizes[row, column] >= STRANGE] or by_size[:1]
         reasons = [FEATURES[row][0].format(values[row, column], np.nanmedian(values[row])) for row in shown]
-        score = float(sizes[by_size[0], column])
+        score = float(sizes[:, column].max())
         found.append(Strange(split.split, index, entry.id, entry.text, entry.seconds, score, reasons))
     return found
 

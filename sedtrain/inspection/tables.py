@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sedtrain.evaluation import html
@@ -112,10 +112,7 @@ def in_terminal(section: Section) -> RenderableType:
 
 
 def histogram(title: str, counts: Histogram) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right")
-    grid.add_column(width=BAR)
-    grid.add_column(justify="right")
+    grid = Table.grid(Column(justify="right"), Column(width=BAR), Column(justify="right"), padding=(0, 1))
     labels = counts.labels()
     for low, high, count in zip(labels, labels[1:], counts.counts, strict=False):
         eighths = max(round(count / max(counts.counts) * BAR * 8), int(count > 0))  # a bar wherever there is something
