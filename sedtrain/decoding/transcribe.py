@@ -96,7 +96,9 @@ class Transcriber:
 
 
 def samples_of(path: str | Path, sampling_rate: int) -> torch.Tensor:
-    """(S,) float32 of a file. Raises UserError where it cannot be read to its end."""
+    """(S,) float32 of a file. Raises UserError if there is none, or it cannot be read to its end."""
+    if not Path(path).is_file():
+        raise UserError("audio", str(path), "there is no such audio file", "write audio=FILE")
     try:
         return read_audio(str(path), sampling_rate)
     except UNREADABLE as error:

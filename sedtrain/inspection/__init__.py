@@ -1,1 +1,1 @@
-"""Inspection of a corpus before anything is trained on it."""
+"""Describes a corpus before anything is trained on it."""

@@ -57,7 +57,7 @@ class Sound(NamedTuple):
 class SplitEntries:
     """Usable utterances of one split, and skipped ones with their seconds, None where unknown.
 
-    sounds: of those that were drawn and could be decoded, by index of their entry
+    sounds: those of `num_drawn` utterances that could be decoded, by index of their entry
     """
 
     split: str
@@ -106,7 +106,7 @@ class SplitEntries:
 
 
 def name_or_none(cell: object) -> str | None:
-    """A cell of speakers or languages as text; None for an empty one."""
+    """Speaker or language of a cell as text; None for an empty cell."""
     return None if cell is None or cell != cell or not str(cell).strip() else str(cell)
 
 
@@ -147,14 +147,14 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
 
 
 def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
-    """Measures one utterance; Skipped, with the reason that training would give, where it cannot be decoded."""
+    """Measures one utterance; Skipped, with the reason that training gives, where decoding fails."""
     part, index = reference
     try:
-        samples, rate, num_channels, stored_as = decode(parts, reference)
+        samples, rate, channels, format = decode(parts, reference)
     except UNREADABLE as error:
         return parts[part].skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
-    loudness = level(samples), is_clipped(samples), silence(samples, rate)
-    return Sound(rate, num_channels, stored_as, len(samples) / rate, *loudness)
+    seconds, silent = len(samples) / rate, silence(samples, rate)
+    return Sound(rate, channels, format, seconds, level(samples), is_clipped(samples), silent)
 
 
 def playable(parts: Parts, reference: Reference) -> tuple[Samples, int] | None:
@@ -171,9 +171,9 @@ def decode(parts: Parts, reference: Reference, max_rate: int | None = None) -> t
     part, index = reference
     rows = parts[part]
     with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
-        rate, stored = int(file.samplerate), (int(file.channels), f"{file.format} {file.subtype}")
+        rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
     rate = min(rate, max_rate or rate)
-    return rows.utterance(index, rate).audio.numpy(), rate, *stored
+    return rows.utterance(index, rate).audio.numpy(), rate, channels, format
 
 
 def level(samples: Samples) -> float:

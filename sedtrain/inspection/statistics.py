@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts between edges. The last bin includes its upper edge, and is wider where a few values are far off."""
+    """Counts between edges; the last bin includes its upper edge, and is wider when it holds far outliers."""
 
     edges: list[float]
     counts: list[int]
@@ -71,7 +71,7 @@ def round_step(least: float) -> float:
 
 @dataclass(frozen=True)
 class Batching:
-    """Batches of utterances: `padding` is a share of the padded audio, the largest batch is counted with its padding."""
+    """Batches of utterances; `padding` is a share of the padded audio, `largest_seconds` includes padding."""
 
     name: str
     num_batches: int
@@ -90,7 +90,7 @@ class Batching:
 def batchings(
     seconds: Floats, batch_seconds: float, num_buckets: int, seed: int, *, shuffle: bool, block: int | None
 ) -> list[Batching]:
-    """An epoch's batches as training makes them, then those of one bucket, then as many batches at random.
+    """One epoch batched as in training, then in a single bucket, then into as many random batches.
 
     block: how many utterances of a stream are batched together; None: all
     """
@@ -98,8 +98,8 @@ def batchings(
 
     def planned(number: int) -> Batching:
         batches: list[list[int]] = []
+        bounds = Bounds(batch_seconds, num_buckets=number)
         for start in range(0, len(seconds), block):
-            bounds = Bounds(batch_seconds, num_buckets=number)
             plan = DurationBatches(seconds[start : start + block], bounds, shuffle=shuffle, seed=seed)
             batches += [[start + index for index in batch] for batch in plan]
         return Batching.of(f"{number} bucket{'s' * (number > 1)}", seconds, batches)
@@ -120,17 +120,16 @@ class Group:
 
 
 def groups_of(names: Sequence[str | None], seconds: Floats) -> list[Group]:
-    """Utterances grouped by name, the group with most audio first; None is no name."""
-    counts = Counter(names)
-    totals: dict[str | None, float] = dict.fromkeys(counts, 0.0)
+    """Groups utterances by name, longest total audio first; leaves out those named None."""
+    lengths: dict[str | None, list[float]] = {}
     for name, length in zip(names, seconds.tolist(), strict=True):
-        totals[name] += length
-    groups = [Group(name, counts[name], totals[name] / 3600) for name in counts if name is not None]
+        lengths.setdefault(name, []).append(length)
+    groups = [Group(name, len(each), sum(each) / 3600) for name, each in lengths.items() if name is not None]
     return sorted(groups, key=lambda group: (-group.hours, group.name))
 
 
 def first_uses(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Count of each character, and the index of the first text with it; rarest characters first."""
+    """Counts each character and finds the first text with it; rarest characters first."""
     counts: Counter[str] = Counter()
     first: dict[str, int] = {}
     for index, text in enumerate(texts):
@@ -142,9 +141,9 @@ def first_uses(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def robust_scores(values: Floats, least_sigma: float) -> Floats:
-    """(N,) deviations from the median in units of a robust sigma, at least `least_sigma`; NaN where a value is NaN.
+    """(N,) deviations from the median, in robust sigmas of at least `least_sigma`; NaN stays NaN.
 
-    The sigma is that of the median deviation, or of the mean one where more than half of the values are equal
+    The sigma comes from the median deviation, or from the mean one if more than half of the values are equal
     (Iglewicz and Hoaglin, 1993).
     """
     if np.isnan(values).all():

@@ -90,7 +90,7 @@ class SkippedFor:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split: `num_read` rows, of which training would use `num_utterances`.
+    """One split: training would use `num_utterances` of `num_read` rows.
 
     spreads, histograms: of seconds, characters, words, characters per second
     groups:              by dataset, language, speaker
@@ -100,6 +100,7 @@ class SplitSummary:
     is_whole: bool
     num_read: int
     num_utterances: int
+    num_skipped: int
     hours: float
     spreads: dict[str, Spread]
     histograms: dict[str, Histogram]
@@ -110,14 +111,10 @@ class SplitSummary:
     skipped: list[SkippedFor]
     overlap: Overlap | None
 
-    @property
-    def num_skipped(self) -> int:
-        return sum(reason.num_utterances for reason in self.skipped)
-
 
 @dataclass(frozen=True)
 class Strange:
-    """An outlier: its reasons, such as `38.07 s long, median 1.50 s`, the worst first, with the score of the worst."""
+    """An outlier with the reasons, such as `38.07 s long, median 1.50 s`, worst first; `score` is that of the worst."""
 
     split: str
     number: int
@@ -130,7 +127,7 @@ class Strange:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All splits of a dataset with that public name; `absent` gives a reason for each split that cannot be read."""
+    """All splits of the dataset `name`; `absent` holds the error of each unreadable split."""
 
     name: str
     settings: dict[str, float | int | None]
@@ -143,7 +140,7 @@ class Inspection:
 
 
 def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitEntries]]:
-    """The inspection, and the entries it is made from. Raises UserError where no split can be read.
+    """Inspects all readable splits, and returns their entries too. Raises UserError if there is none.
 
     most: rows of a streamed split; None: all
     """
@@ -161,9 +158,8 @@ def summarize(split: SplitEntries, data: SpeechTextDataModule, train: SplitEntri
     entries, seconds = split.entries, split.seconds
     num_characters = np.array([len(entry.text) for entry in entries], dtype=np.int64)
     num_words = np.array([len(entry.text.split()) for entry in entries], dtype=np.int64)
-    pace = num_characters / np.maximum(seconds, 1e-3)
     measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
-    measures["characters per second"] = pace
+    measures["characters per second"] = num_characters / np.maximum(seconds, 1e-3)
     names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
     shuffle = split.split == "train"
     block = data.block_utterances if shuffle and data.corpus.streaming else None
@@ -173,6 +169,7 @@ def summarize(split: SplitEntries, data: SpeechTextDataModule, train: SplitEntri
         is_whole=split.is_whole,
         num_read=split.num_read,
         num_utterances=len(entries),
+        num_skipped=len(split.skipped),
         hours=float(seconds.sum()) / 3600,
         spreads={name: Spread.of(values) for name, values in measures.items() if entries},
         histograms={name: Histogram.of(values) for name, values in measures.items() if entries},
@@ -195,10 +192,10 @@ def summarize_texts(entries: Sequence[Entry]) -> Texts:
     return Texts(len(counts), num_repeated, repeated, len(uses), uses[:NUM_RAREST], unseen)
 
 
-def find_overlap(entries: Sequence[Entry], of_train: Sequence[Entry]) -> Overlap:
-    speakers = ({entry.speaker for entry in each} - {None} for each in (entries, of_train))
-    texts = {entry.text for entry in of_train}
-    return Overlap(len(set.intersection(*speakers)), sum(entry.text in texts for entry in entries))
+def find_overlap(entries: Sequence[Entry], train: Sequence[Entry]) -> Overlap:
+    speakers = {entry.speaker for entry in entries} & {entry.speaker for entry in train} - {None}
+    texts = {entry.text for entry in train}
+    return Overlap(len(speakers), sum(entry.text in texts for entry in entries))
 
 
 def summarize_sounds(split: SplitEntries) -> Sounds:
@@ -231,7 +228,7 @@ def group_skipped(skipped: Iterable[tuple[Skipped, float | None]]) -> list[Skipp
 
 
 def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
-    """Utterances of all splits with the highest scores; the score of an utterance is its highest of any feature."""
+    """Utterances of all splits with the highest scores; each is scored by its most unusual feature."""
     located = [(split, index) for split in splits for index in range(len(split.entries))]
     if not located:
         return []
@@ -248,13 +245,13 @@ def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
         by_size = np.argsort(-sizes[:, column]).tolist()
         shown = [row for row in by_size if sizes[row, column] >= STRANGE] or by_size[:1]
         reasons = [FEATURES[row][0].format(values[row, column], np.nanmedian(values[row])) for row in shown]
-        score = float(sizes[by_size[0], column])
+        score = float(sizes[:, column].max())
         found.append(Strange(split.split, index, entry.id, entry.text, entry.seconds, score, reasons))
     return found
 
 
 def features(split: SplitEntries) -> Floats:
-    """(F, N) in the order of FEATURES; NaN where an utterance was not decoded."""
+    """(F, N) values in the order of FEATURES; NaN where an utterance was not decoded."""
     values = np.full((len(FEATURES), len(split.entries)), np.nan)
     values[0] = np.maximum(split.seconds, 1e-3)
     values[1] = [max(len(entry.text), 1) for entry in split.entries]

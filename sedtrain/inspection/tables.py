@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sedtrain.evaluation import html
@@ -32,11 +32,11 @@ Cell = str | int | float | None
 class Section:
     """A table, or without headings a list.
 
-    rows:       where rows begin with the same cell, only the first of them shows it
+    rows:       a first cell is left blank where it repeats the one above
     num_texts:  columns of words, from the left; the others hold numbers
     histograms: by title, such as `train: seconds`
-    sounds:     one for each row, for the page
-    folded:     opened by a click on the page, left out in the terminal
+    sounds:     audio of each row, for the page
+    folded:     closed until clicked on the page, left out in the terminal
     """
 
     title: str
@@ -66,7 +66,7 @@ def write_page(path: Path, inspection: Inspection, splits: Iterable[SplitEntries
 
 
 def on_page(section: Section) -> str:
-    """Heading or fold, note, list or table, figures."""
+    """Renders one section as HTML."""
     content = f'<p class="quiet">{escape(section.note)}</p>' if section.note else ""
     if section.headings and section.rows:
         table = html.table(section.headings, section.texts(), section.num_texts, section.sounds)
@@ -112,10 +112,7 @@ def in_terminal(section: Section) -> RenderableType:
 
 
 def histogram(title: str, counts: Histogram) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right")
-    grid.add_column(width=BAR)
-    grid.add_column(justify="right")
+    grid = Table.grid(Column(justify="right"), Column(width=BAR), Column(justify="right"), padding=(0, 1))
     labels = counts.labels()
     for low, high, count in zip(labels, labels[1:], counts.counts, strict=False):
         eighths = max(round(count / max(counts.counts) * BAR * 8), int(count > 0))  # a bar wherever there is something
@@ -125,7 +122,7 @@ def histogram(title: str, counts: Histogram) -> RenderableType:
 
 
 def sections(inspection: Inspection, sounds: Sequence[html.Audio | None] = ()) -> Iterator[Section]:
-    """Everything that is shown, in order. sounds: those of the strangest utterances."""
+    """All sections in order. sounds: audio of the strangest utterances."""
     splits = inspection.splits
     yield Section("What to look at", rows=[[text] for text in findings(inspection) or ["nothing out of the ordinary"]])
     yield from sizes(splits)
@@ -259,7 +256,7 @@ def largest(groups: Sequence[statistics.Group]) -> str:
 
 
 def stored_as(sounds: Sounds) -> str:
-    """Such as `16 kHz, mono, OGG OPUS`; of several, each with its count."""
+    """Stored formats, such as `16 kHz, mono, OGG OPUS`, with counts where they differ."""
     rates = {f"{rate / 1000:g} kHz": count for rate, count in sounds.sampling_rates.items()}
     channels = {{1: "mono", 2: "stereo"}.get(of, f"{of} channels"): count for of, count in sounds.channels.items()}
     parts = [
@@ -270,7 +267,7 @@ def stored_as(sounds: Sounds) -> str:
 
 
 def in_words(cell: Cell) -> str:
-    """Text as it is, whole numbers whole, others with about three digits and without zeros at the end."""
+    """Integers with thousands separators, floats with about three digits, text unchanged."""
     if cell is None or isinstance(cell, str):
         return cell or ""
     if isinstance(cell, int) or abs(cell) >= 100:
@@ -296,7 +293,7 @@ def one_line(text: str, most: int = 60) -> str:
 
 
 def named(character: str) -> str:
-    """The character and its number; its name instead where it cannot be seen."""
+    """The character and its code point; for an invisible one the code point and its name."""
     code = f"U+{ord(character):04X}"
     if character.isprintable() and not character.isspace() and not unicodedata.combining(character):
         return f"{character}  {code}"

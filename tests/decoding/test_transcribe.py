@@ -89,6 +89,11 @@ def test_a_file_that_cannot_be_read_is_refused(model, tmp_path):
     assert (option, write) == ("audio", "write audio=FILE that can be read to its end")
 
 
+def test_a_file_that_does_not_exist_is_named(model, tmp_path):
+    refused = refusal(package.transcribe, model, tmp_path / "nowhere.wav")
+    assert refused == ("audio", "there is no such audio file", "write audio=FILE")
+
+
 def test_options_that_cannot_be_are_refused(model, speech):
     option, wrong, write = refusal(package.transcribe, model, speech[0], num_beam=5)
     assert (option, wrong) == ("num_beam", "decoding has no option 'num_beam'")
