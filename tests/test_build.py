@@ -324,20 +324,6 @@ def test_what_stops_a_stream_in_its_first_block_is_told_without_a_traceback(comm
     )  # fmt: skip
 
 
-def test_another_failure_of_a_training_keeps_its_own_words(built, monkeypatch):
-    run = built()
-
-    def fit(*arguments, **options):
-        try:
-            raise UserError("data.path", "a", "this is wrong", "write that")
-        except UserError:
-            raise RuntimeError("out of cheese")  # noqa: B904
-
-    monkeypatch.setattr(run.trainer, "fit", fit)
-    with pytest.raises(RuntimeError, match="out of cheese"):
-        run.fit(None)
-
-
 def test_the_split_that_is_not_scored_may_be_missing(built):
     assert built("data.test_split=nope", "split=validation").data.corpus.sources[0].splits["test"] == "nope"
 
