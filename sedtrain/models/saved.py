@@ -80,7 +80,8 @@ def load(checkpoint: str | Path) -> SavedModel:
         )
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     check_loaded("checkpoint", name, model, loaded, used=model)
-    load_adapter(model, name)
+    with loading("checkpoint", name):
+        load_adapter(model, name)
     return SavedModel(model.eval(), load_tokenizer("checkpoint", name), feature_extractor)
 
 
