@@ -78,10 +78,13 @@ def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
         if copy.exists():
             return
         unfinished, first = copy.with_suffix(".unfinished"), next(tables)
-        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
-            for table in chain([first], tables):
-                writer.write_table(table, max_chunksize=1000)
-        unfinished.replace(copy)
+        try:
+            with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+                for table in chain([first], tables):
+                    writer.write_table(table, max_chunksize=1000)
+            unfinished.replace(copy)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def reader_of(file: Path) -> Reader:
