@@ -204,6 +204,8 @@ def loading(option: str, name: str) -> Iterator[None]:
     except UNLOADABLE as error:
         where = "the folder" if folder.is_dir() else "there is no such folder here, and the Hub or its cache"
         reason = one_line(error, 160) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "weights in a pickle that is damaged, or holds more than numbers and could run code"
         raise UserError(option, name, f"{where} gave: {reason}", write) from error
 
 
