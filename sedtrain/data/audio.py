@@ -5,7 +5,6 @@ S samples. soundfile decodes the bytes as they are stored; neither torchcodec no
 
 import io
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
+from sedtrain.data.headers import Claim, claim_of, read_at
+
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 """The errors of audio that cannot be read."""
 AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
@@ -26,9 +27,8 @@ MP3_RESERVOIR = 11_520  # samples; a frame of MP3 needs up to 511 bytes of the f
 RATES = range(1_000, 768_001)  # hertz; resampling from another rate could fill the memory
 AT_ONCE = 1 << 22  # values per read, since a header can claim any length
 LOUDEST = 2.0**31  # reached by float audio that was never scaled down from integers
-CLAIM = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's words on WAV and AIFF
-UNKNOWN_BYTES = 0x7FFF0000  # a file that was written to a pipe claims this size or a larger one
-TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file
+TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file, or in excess of what its header says
+LONGEST = 1 << 40  # samples; libsndfile gives 1 << 63 for a length that it does not know
 
 
 class RefusedAudio(OSError):
@@ -64,13 +64,16 @@ class Content(io.BytesIO):
 
 
 class ByteRange(io.FileIO):
-    """`size` bytes of a file from `offset` on, as a file of their own: a member of a tar is read without the tar."""
+    """`size` bytes of a file from `offset` on, as a file of their own: a member of a tar is read without the tar.
+
+    at, patch: bytes that are read in place of those from `at` on
+    """
 
     readall = io.RawIOBase.readall  # by way of readinto
 
-    def __init__(self, path: str, offset: int, size: int) -> None:
+    def __init__(self, path: str, offset: int, size: int, at: int = 0, patch: bytes = b"") -> None:
         super().__init__(path)
-        self.offset, self.size = offset, size
+        self.offset, self.size, self.at, self.patch = offset, size, at, patch
         self.seek(0)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -81,11 +84,22 @@ class ByteRange(io.FileIO):
         return super().tell() - self.offset
 
     def readinto(self, buffer: Any) -> int:
-        return super().readinto(memoryview(buffer)[: max(0, self.size - self.tell())])
+        first, view = self.tell(), memoryview(buffer)
+        number = super().readinto(view[: max(0, self.size - first)])
+        for at, byte in enumerate(self.patch, start=self.at - first):
+            if 0 <= at < number:
+                view[at] = byte
+        return number
+
+
+class Sound(soundfile.SoundFile):
+    """An opened recording. `missing`: seconds that its header claims and that are not there, below 0 those in excess of it."""
+
+    missing = 0.0
 
 
 @contextmanager
-def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFile]:
+def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
     """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
 
     folder: relative paths begin here and must stay inside; None: the user gave the path, which may lead anywhere
@@ -97,18 +111,25 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFil
         raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
     if content is not None:
         refuse_empty(len(content), "0 bytes")
-        with sound_in(Content(content)) as sound:
+        claim = claim_of(Content(content), len(content))
+        if claim.patch or claim.prefix:
+            before = claim.prefix or content[: claim.at]
+            content = b"".join((before, claim.patch, content[claim.at + len(claim.patch) :]))
+        with sound_in(Content(content), claim) as sound:
             yield sound
         return
     where = str(path) if folder is None else path_in(folder, str(path))
-    refuse_empty(size_of(where), where)
-    if values.get("offset") is None:
-        with sound_in(where) as sound:
-            yield sound
-        return
-    refuse_empty(values["size"], f"{where}, at byte {values['offset']}")
-    member = ByteRange(where, values["offset"], values["size"])
-    with io.BufferedReader(member, 1 << 16) as file, sound_in(file) as sound:
+    size, offset = size_of(where), 0
+    if values.get("offset") is not None:
+        size, offset = values["size"], values["offset"]
+    refuse_empty(size, f"{where}, at byte {offset}" if offset else where)
+    with ByteRange(where, offset, size) as raw:  # unbuffered, as little is read here and there
+        claim = claim_of(raw, size)
+        whole = claim.prefix and claim.prefix + read_at(raw, claim.at, size)
+    file = (
+        Content(whole) if whole else io.BufferedReader(ByteRange(where, offset, size, claim.at, claim.patch), 1 << 16)
+    )
+    with file, sound_in(file, claim) as sound:
         yield sound
 
 
@@ -128,15 +149,21 @@ def refuse_empty(num_bytes: int, detail: str) -> None:
         raise RefusedAudio("empty file", detail)
 
 
-def sound_in(file: str | io.IOBase) -> soundfile.SoundFile:
-    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate."""
+def sound_in(file: io.IOBase, claim: Claim) -> Sound:
+    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate or length."""
     try:
-        sound = soundfile.SoundFile(file)
+        if claim.fault:
+            raise RefusedAudio(*claim.fault)
+        sound = Sound(file)
     except (soundfile.LibsndfileError, TypeError) as error:
         raise RefusedAudio("unreadable audio", words_of(error)) from error
     if sound.samplerate not in RATES:
         sound.close()
         raise RefusedAudio("impossible sampling rate", f"{sound.samplerate} Hz")
+    if sound.frames > LONGEST:
+        sound.close()
+        raise RefusedAudio("unreadable audio", "it does not say its length")
+    sound.missing = claim.missing(sound.frames / sound.samplerate)
     return sound
 
 
@@ -146,15 +173,31 @@ def words_of(error: Exception) -> str:
     return str(error)
 
 
-def frames_between(sound: soundfile.SoundFile, start: float | None, end: float | None) -> tuple[int, int]:
-    """The first frame of a segment given in seconds, and the one after its last. Raises RefusedAudio if it is empty."""
+def frames_between(sound: Sound, start: float | None, end: float | None) -> tuple[int, int]:
+    """The first frame of a segment given in seconds, and the one after its last.
+
+    Raises RefusedAudio if it is empty, or reaches the end of audio that is not as long as its header says.
+    """
     rate, total = sound.samplerate, sound.frames
     first = 0.0 if start is None else start
     last = inf if end is None else end
     if not 0 <= first < last or first * rate >= total > 0:
         wanted = f"{first:.2f} s to {'its end' if end is None else f'{end:.2f} s'}"
         raise RefusedAudio("no such segment", f"{wanted}, of {total / rate:.2f} s")
-    return round(first * rate), total if last * rate >= total else round(last * rate)
+    if last * rate < total:
+        return round(first * rate), round(last * rate)
+    refuse_missing(sound.missing)
+    if not total:
+        raise RefusedAudio("no samples", "the audio has no samples")
+    return round(first * rate), total
+
+
+def refuse_missing(seconds: float) -> None:
+    """Raises RefusedAudio where audio is missing, to which the text would belong, or in excess (seconds below 0)."""
+    if seconds > TOLERATED_SECONDS:
+        raise RefusedAudio("truncated audio", f"{seconds:.2f} s are missing")
+    if -seconds > TOLERATED_SECONDS:
+        raise RefusedAudio("more audio than its header says", f"{-seconds:.2f} s more")
 
 
 def seconds_between(cell: Any, folder: Path | None, start: float | None = None, end: float | None = None) -> float:
@@ -186,7 +229,7 @@ def read_audio(
         if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
             raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
         samples = frames(sound, first, last)
-        refuse_truncated(sound, first, last, len(samples))
+        refuse_missing((last - first - len(samples)) / stored_rate)
     mono = one_channel(samples)
     if stored_rate != sampling_rate:
         mono = soxr.resample(mono, stored_rate, sampling_rate)
@@ -195,7 +238,7 @@ def read_audio(
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
 
 
-def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.float32]:
+def frames(sound: Sound, first: int, last: int) -> NDArray[np.float32]:
     """(frames, channels) from `first` to `last`, or to where the audio ends."""
     earlier = min(first, MP3_RESERVOIR) if sound.format == "MP3" else 0
     missing = last - first + earlier
@@ -212,17 +255,6 @@ def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.floa
     if not blocks:
         raise RefusedAudio("no samples", "the audio has no samples")
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
-
-
-def refuse_truncated(sound: soundfile.SoundFile, first: int, last: int, num_found: int) -> None:
-    """Raises RefusedAudio where the header promises more audio than there is, to which the text would belong."""
-    missing = (last - first - num_found) / sound.samplerate
-    if last == sound.frames and (claim := CLAIM.search(sound.extra_info)):
-        claimed, found = map(int, claim.groups())
-        if found < claimed < UNKNOWN_BYTES:
-            missing = max(missing, (claimed / max(found, 1) - 1) * sound.frames / sound.samplerate)
-    if missing > TOLERATED_SECONDS:
-        raise RefusedAudio("truncated audio", f"{missing:.2f} s are missing")
 
 
 def refuse_silence(samples: torch.Tensor) -> None:

@@ -44,9 +44,9 @@ AUDIO = {
     "truncated.wav": (encoded(NOISE)[:20_000], "truncated audio"),
     "truncated.aiff": (encoded(NOISE, "AIFF")[:20_000], "truncated audio"),
     "truncated.mp3": (encoded(NOISE, "MP3")[:4_000], "truncated audio"),
-    "truncated.flac": (encoded(NOISE, "FLAC")[:10_000], "undecodable audio"),
-    "truncated.ogg": (encoded(NOISE, "OGG", "VORBIS")[:5_000], "no samples"),
-    "truncated.opus": (encoded(NOISE, "OGG", "OPUS")[:400], "unreadable audio"),
+    "truncated.flac": (encoded(NOISE, "FLAC")[:10_000], "truncated audio"),
+    "truncated.ogg": (encoded(NOISE, "OGG", "VORBIS")[:5_000], "truncated audio"),
+    "truncated.opus": (encoded(NOISE, "OGG", "OPUS")[:400], "truncated audio"),
     "header_alone.wav": (encoded(NOISE)[:44], "no samples"),
     "corrupt.flac": (b"fLaC" + bytes(1000), "unreadable audio"),
     "text.wav": (b"a letter, not a sound\n" * 10, "unreadable audio"),
@@ -97,13 +97,6 @@ def test_every_kind_of_bad_audio_has_a_reason_and_stops_nothing(tmp_path, column
     assert seen == ["train-0"]
     found = {line["path"]: line["reason"] for line in lines.values()}
     expected = {str(folder / name): reason for name, (_, reason) in AUDIO.items()}
-    if columns is NO_SECONDS:  # such a header gives a length that is left out before anything is decoded
-        expected |= {
-            str(folder / name): "too short" for name in ("truncated.ogg", "header_alone.wav", "no_samples.wav")
-        }
-    else:
-        wrong = ("truncated.ogg", "header_alone.wav", "no_samples.wav")
-        expected |= {str(folder / name): "declared duration is wrong" for name in wrong}
     assert found == expected
 
 
@@ -216,7 +209,7 @@ def test_memory_is_taken_for_what_is_there_whatever_the_header_claims():
 
 
 def test_what_a_header_claims_beyond_what_is_declared_is_not_decoded():
-    with pytest.raises(RefusedAudio, match=r"4294967.30 s, declared 1.00 s"):
+    with pytest.raises(RefusedAudio, match=r"4294966.30 s are missing"):
         read_audio(claiming_flac(2**36 - 1), RATE, declared=1.0)
 
 
