@@ -200,11 +200,24 @@ def refuse_missing(seconds: float) -> None:
         raise RefusedAudio("more audio than its header says", f"{-seconds:.2f} s more")
 
 
-def seconds_between(cell: Any, folder: Path | None, start: float | None = None, end: float | None = None) -> float:
-    """The length of the audio, or of a segment of it, by its header. Raises an error of UNREADABLE."""
+def seconds_between(
+    cell: Any,
+    folder: Path | None,
+    start: float | None = None,
+    end: float | None = None,
+    declared: float | None = None,
+) -> float:
+    """The length of the audio, or of a segment of it, by its header. Raises as `read_audio` does."""
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
-        return (last - first) / int(sound.samplerate)
+        seconds = (last - first) / int(sound.samplerate)
+    refuse_misdeclared(seconds, declared)
+    return seconds
+
+
+def refuse_misdeclared(seconds: float, declared: float | None) -> None:
+    if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
+        raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
 
 
 def read_audio(
@@ -225,9 +238,7 @@ def read_audio(
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
         stored_rate = sound.samplerate
-        seconds = (last - first) / stored_rate
-        if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
-            raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
+        refuse_misdeclared((last - first) / stored_rate, declared)
         samples = frames(sound, first, last)
         refuse_missing((last - first - len(samples)) / stored_rate)
     mono = one_channel(samples)

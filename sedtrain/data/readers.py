@@ -6,7 +6,6 @@ To add a file format, write a function from a file to Arrow tables of one schema
 its suffix. Folders, patterns, streams and messages take the suffixes from there.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -16,22 +15,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 from filelock import FileLock
 
 from sedtrain.data.audio import is_audio_file, leaves_folder
-from sedtrain.data.tables import PROBLEM, Row, as_table, decoded, problem
+from sedtrain.data.separated import read_separated
+from sedtrain.data.tables import PROBLEM, OtherFormat, Row, as_table, decoded, problem, refuse_utf16
 from sedtrain.errors import UserError
 
 Reader = Callable[[Path], Iterator[pa.Table]]
-VERSION = 2  # counted up when a reader changes, so that old copies are not used
+VERSION = 3  # counted up when a reader changes, so that old copies are not used
 ROWS_AT_ONCE = 100  # that are in memory of a Parquet file, at about 1 MB of audio each
-NUMBER = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?$"  # 007 is text
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot of the base name
 
@@ -40,8 +38,8 @@ class BrokenFile(ValueError):
     """A file of which nothing can be read; its message is the reason."""
 
     def __init__(self, file: str | Path, error: Exception) -> None:
-        super().__init__(one_line(error))
-        self.file = file
+        super().__init__(str(error) if isinstance(error, OtherFormat) else one_line(error))
+        self.file, self.write = file, getattr(error, "write", None)
 
 
 def one_line(error: BaseException) -> str:
@@ -135,11 +133,13 @@ def read_json(path: Path) -> Iterator[pa.Table]:
 
 def json_rows(path: Path) -> Iterator[Row]:
     content = path.read_bytes() if path.suffix.lower() == ".json" else b""
+    refuse_utf16(content[:1000])
     if content.lstrip().startswith(b"["):
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=without_twins)
         yield from (value if isinstance(value, dict) else problem("broken JSON", "no object") for value in values)
         return
     with path.open("rb") as lines:
+        refuse_utf16(lines.peek(1000)[:1000])
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield json_row(line, f"line {number}")
@@ -147,7 +147,7 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def json_row(content: bytes, position: str) -> Row:
     try:
-        row = json.loads(content.decode("utf-8-sig"))
+        row = json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_twins)
     except UnicodeDecodeError:
         return problem("text that is not UTF-8", position)
     except (ValueError, RecursionError) as error:
@@ -155,37 +155,18 @@ def json_row(content: bytes, position: str) -> Row:
     return row if isinstance(row, dict) else problem("broken JSON", f"{position} is no object")
 
 
+def without_twins(pairs: list[tuple[str, Any]]) -> Row:
+    """The object of these pairs. Raises ValueError where two have one name, of which JSON would take the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two values are called {next(name for name in names if names.count(name) > 1)!r}")
+    return row
+
+
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
-    """Separated values; a column that holds nothing but numbers holds numbers."""
-    table = as_table(csv_rows(path, delimiter))
-    for index, cells in enumerate(table.columns):
-        if pa.types.is_string(cells.type) and pc.all(pc.match_substring_regex(cells, NUMBER)).as_py():
-            try:
-                numbers = cells.cast(pa.int64())
-            except pa.ArrowInvalid:
-                numbers = cells.cast(pa.float64())
-            table = table.set_column(index, table.column_names[index], numbers)
-    yield table
-
-
-def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    """Cells as text, empty ones None; tab separated values know no quotes, as in Common Voice."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.reader(
-            file, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        )
-        try:
-            header = next(lines, [])
-            for cells in lines:
-                position = f"line {lines.line_num}"
-                if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
-                    yield problem("text that is not UTF-8", position)
-                elif cells and len(cells) != len(header):
-                    yield problem("broken CSV", f"{position} has {len(cells)} cells, the header {len(header)}")
-                elif cells:
-                    yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
-        except csv.Error as error:  # such as a quote that is never closed
-            yield problem("broken CSV", f"line {lines.line_num} and all that follow, {error}")
+    """Separated values, all of them text."""
+    yield read_separated(path, delimiter)
 
 
 # --- tars

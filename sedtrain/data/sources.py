@@ -12,10 +12,13 @@ import datasets
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.paths import files_in, files_of, is_here, local_path
 from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.tables import as_texts
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 
 SLICED = re.compile(r"([^\[+]+)(\[.*\])")
+WIDEST = {re.compile("u?int"): "int64", re.compile("float"): "float64", re.compile("(large_)?string"): "string"}
+PLAIN = re.compile("u?int|float|(large_)?string|bool")
 SPLIT_LIKE = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
@@ -62,7 +65,7 @@ def readable(path: str, split: str) -> Iterator[None]:
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         words = f"{error.file}: {error}" if isinstance(error, BrokenFile) else one_line(error.__cause__ or error)
         options = "data.train_split, data.validation_split, data.test_split"
-        write = f"write {options} that the dataset has, in files that can be read"
+        write = getattr(error, "write", None) or f"write {options} that the dataset has, in files that can be read"
         raise UserError("data.path", path, f"split {split!r}: {words}", write) from error
 
 
@@ -87,22 +90,21 @@ def whole_split(path: str, split: str) -> datasets.Dataset | None:
 
 
 def joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
-    """The rows of all; a column that holds numbers in one of them and text in another holds text."""
+    """The rows of all; a column of different types, such as whole numbers and fractions, holds text."""
     dtypes: dict[str, set[str]] = {}
     for table in tables:
         for name, feature in table.features.items():
             dtypes.setdefault(name, set()).add(getattr(feature, "dtype", "null"))
-    common = {name: common_value(found - {"null"}) for name, found in dtypes.items() if len(found - {"null"}) > 1}
+    several = {name: found - {"null"} for name, found in dtypes.items() if len(found - {"null"}) > 1}
     for number, table in enumerate(tables):
-        if changed := {name: value for name, value in common.items() if name in table.features}:
-            tables[number] = table.cast(datasets.Features({**table.features, **changed}))
+        for name in set(several).intersection(table.column_names):
+            if wide := next((wide for kind, wide in WIDEST.items() if all(map(kind.match, several[name]))), None):
+                table = table.cast_column(name, datasets.Value(wide))
+            elif all(map(PLAIN.match, several[name])):
+                texts = as_texts(table[name][:])
+                table = table.remove_columns(name).add_column(name, texts)
+        tables[number] = table
     return datasets.concatenate_datasets(tables)
-
-
-def common_value(dtypes: set[str]) -> datasets.Value:
-    if "string" in dtypes:
-        return datasets.Value("string")
-    return datasets.Value("int64" if all(dtype.startswith("int") for dtype in dtypes) else "float64")
 
 
 def is_saved(folder: Path) -> bool:

@@ -255,14 +255,25 @@ TEXTS = {
     "white": (" \t\n", "empty text"),
     "object": ({"words": "one"}, "text that is not text"),
     "list": (["one", "two"], "text that is not text"),
-    "NUL": ("o\0ne", "control characters in the text"),
-    "escape": ("\x1b[31mone", "control characters in the text"),
-    "C1": ("one\x85two", "control characters in the text"),
+    "controls": ("\0\x1b\x9f", "empty text"),
+    "invisible": ("\u200b \ufeff\u00a0\u2060", "empty text"),
     "short": ("o", "text too short"),
     "long": ("one " * 20, "text too long"),
     "marks": ("?! ...", "text empty once normalized"),
 }
-GOOD_TEXTS = ["one", 314, 2.5, "tab\tand\nline", "نعم", "zero\u200dwidth", "1", True]
+GOOD_TEXTS = [
+    "o\0ne",
+    "\x1b[31mone",
+    "one\x85two",
+    "one",
+    314,
+    2.5,
+    "tab\tand\nline",
+    "نعم",
+    "zero\u200dwidth",
+    "1",
+    True,
+]
 
 
 def test_every_kind_of_bad_text_has_a_reason_and_numbers_are_text(tmp_path):

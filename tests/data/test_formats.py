@@ -535,10 +535,13 @@ def test_a_row_group_of_a_parquet_that_is_destroyed_costs_its_rows_alone(tmp_pat
 
 
 @pytest.mark.parametrize("first", [1, "1", None])
-def test_whole_numbers_in_one_manifest_and_fractions_in_the_next_are_numbers(tmp_path, first):
+def test_whole_numbers_in_one_manifest_and_fractions_in_the_next_stay_as_written(tmp_path, first):
     (tmp_path / "train-0.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "one", "n": first}))
     (tmp_path / "train-1.jsonl").write_text('{"audio": "b.wav", "text": "two", "n": 2.5}')
-    assert load_rows(str(tmp_path), "train")["n"][:] == (["1", "2.5"] if first == "1" else [first, 2.5])
+    rows = load_rows(str(tmp_path), "train")
+    assert rows["n"][:] == ([None, 2.5] if first is None else ["1", "2.5"])
+    columns = Columns(audio="audio", text="text", seconds="n")
+    assert UtteranceRows(rows, columns, str(tmp_path), "train").declared() == [first and 1.0, 2.5]
 
 
 def test_lists_and_objects_may_differ_from_tar_to_tar(tmp_path):
@@ -550,11 +553,13 @@ def test_lists_and_objects_may_differ_from_tar_to_tar(tmp_path):
     assert np.array_equal(rows.utterance(0, RATE).audio, speech(0))
 
 
-def test_a_quote_that_is_never_closed_costs_what_follows_it_and_is_a_problem(tmp_path):
-    lines = ["audio,text", "a.wav,fine", 'b.wav,"open', *["c.wav,lost"] * 20_000]
+@pytest.mark.parametrize("closing", ["c.wav,good", 'c.wav,"good"', 'c.wav,so he said "', 'c.wav,a 5" pipe'])
+def test_a_quote_that_is_never_closed_costs_its_own_row(tmp_path, closing):
+    lines = ["audio,text", "a.wav,fine", 'b.wav,"open', closing, *["c.wav,used"] * 20_000]
     (tmp_path / "m.csv").write_text("\n".join(lines))
-    found = problems(tmp_path / "m.csv")
-    assert [reason for reason, detail in found.values() if "all that follow" in detail] == ["broken CSV"]
+    rows = rows_of(tmp_path / "m.csv")
+    assert rows.problems == {1: "broken CSV: line 3, a quotation mark that is never closed"}
+    assert rows.texts()[:2] + rows.texts()[3:] == ["fine", "", *["used"] * 20_000]
 
 
 def test_numbers_in_one_manifest_and_words_in_the_next_are_text(tmp_path):
