@@ -22,7 +22,12 @@ from sedtrain.data.headers import Claim, claim_of, read_at
 
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 """The errors of audio that cannot be read."""
-AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
+SUFFIXES = {*soundfile.available_formats()} - {"RAW"} | {"AIF", "AIFC", "MP2", "OGA", "OPUS", "SND", "SPH", "WAVE"}
+"""Of formats that can be read; raw audio does not say its sampling rate."""
+OTHER_SUFFIXES = {
+    "3GP", "AAC", "AC3", "AMR", "APE", "AVI", "M4A", "M4B", "MKA", "MKV", "MOV", "MP4", "SPX", "TTA", "WEBM", "WMA", "WV",
+}  # fmt: skip
+"""Of other audio, which libsndfile does not read."""
 MP3_RESERVOIR = 11_520  # samples; a frame of MP3 needs up to 511 bytes of the frames before it
 RATES = range(1_000, 768_001)  # hertz; resampling from another rate could fill the memory
 AT_ONCE = 1 << 22  # values per read, since a header can claim any length
@@ -40,7 +45,13 @@ class RefusedAudio(OSError):
 
 
 def is_audio_file(name: str) -> bool:
-    return os.path.splitext(name)[1][1:].upper() in AUDIO_FORMATS
+    """True for the suffix of a format that can be read."""
+    return os.path.splitext(name)[1][1:].upper() in SUFFIXES
+
+
+def is_media_file(name: str) -> bool:
+    """True for the suffix of any format of audio; those that cannot be read are told one by one."""
+    return is_audio_file(name) or os.path.splitext(name)[1][1:].upper() in OTHER_SUFFIXES
 
 
 def leaves_folder(name: str) -> bool:

@@ -58,6 +58,9 @@ def claim_of(file: BinaryIO, size: int) -> Claim:
             return flac_claim(file, start, size)
         if first == b"OggS":
             return ogg_claim(file, size)
+        if other := other_format(read_at(file, start, 12)):
+            wrong = f"{other}, which libsndfile does not read; convert it to FLAC"
+            return Claim(fault=("unreadable audio", wrong))
         if data := data_of(file, first):
             return data.claim(file, size)
         found = mp3_start(read_at(file, start, RESYNC))
@@ -69,6 +72,21 @@ def claim_of(file: BinaryIO, size: int) -> Claim:
 def read_at(file: BinaryIO, at: int, number: int) -> bytes:
     file.seek(at)
     return file.read(number)
+
+
+def other_format(first: bytes) -> str | None:
+    """The name of a common format that libsndfile does not read."""
+    if first[4:8] == b"ftyp":
+        return "MP4 or M4A"
+    beginnings = {
+        b"\x1aE\xdf\xa3": "WebM or Matroska",
+        b"0&\xb2u": "WMA",
+        b"#!AM": "AMR",
+        b"wvpk": "WavPack",
+        b"MAC ": "APE",
+    }
+    is_adts = first[:1] == b"\xff" and first[1:2] in (b"\xf0", b"\xf1", b"\xf8", b"\xf9")
+    return "AAC" if is_adts else beginnings.get(first[:4])
 
 
 def after_id3(tag: bytes) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sedtrain.data.audio import UNREADABLE, is_audio_file, opened
+from sedtrain.data.audio import UNREADABLE, is_media_file, opened
 from sedtrain.data.readers import READERS
 from sedtrain.errors import UserError
 
@@ -104,7 +104,7 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
     for name in [audio] if isinstance(audio, str) else audio:
         where = Path(name).expanduser()
         if where.is_dir():
-            matches = sorted(filter(is_audio_file, files_in(where)))
+            matches = sorted(filter(is_media_file, files_in(where)))
         else:
             matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
         if not matches:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from filelock import FileLock
 
-from sedtrain.data.audio import is_audio_file, leaves_folder
+from sedtrain.data.audio import is_media_file, leaves_folder
 from sedtrain.data.separated import read_separated
 from sedtrain.data.tables import PROBLEM, OtherFormat, Row, as_table, decoded, problem, refuse_utf16
 from sedtrain.errors import UserError
@@ -198,7 +198,7 @@ def tar_rows(path: Path) -> list[Row]:
 
 def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], tar: str) -> Row:
     """The fields that one member adds to its sample."""
-    if is_audio_file(member.name):
+    if is_media_file(member.name):
         return {"audio": {"path": tar, "offset": member.offset_data, "size": member.size}}
     if suffix == "txt":
         text = decoded(content.read())

@@ -12,13 +12,11 @@ import datasets
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.paths import files_in, files_of, is_here, local_path
 from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
-from sedtrain.data.tables import as_texts
+from sedtrain.data.tables import joined
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 
 SLICED = re.compile(r"([^\[+]+)(\[.*\])")
-WIDEST = {re.compile("u?int"): "int64", re.compile("float"): "float64", re.compile("(large_)?string"): "string"}
-PLAIN = re.compile("u?int|float|(large_)?string|bool")
 SPLIT_LIKE = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
@@ -89,24 +87,6 @@ def whole_split(path: str, split: str) -> datasets.Dataset | None:
     return saved_rows(where, split) if is_saved(where) else folder_rows(where, split)
 
 
-def joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
-    """The rows of all; a column of different types, such as whole numbers and fractions, holds text."""
-    dtypes: dict[str, set[str]] = {}
-    for table in tables:
-        for name, feature in table.features.items():
-            dtypes.setdefault(name, set()).add(getattr(feature, "dtype", "null"))
-    several = {name: found - {"null"} for name, found in dtypes.items() if len(found - {"null"}) > 1}
-    for number, table in enumerate(tables):
-        for name in set(several).intersection(table.column_names):
-            if wide := next((wide for kind, wide in WIDEST.items() if all(map(kind.match, several[name]))), None):
-                table = table.cast_column(name, datasets.Value(wide))
-            elif all(map(PLAIN.match, several[name])):
-                texts = as_texts(table[name][:])
-                table = table.remove_columns(name).add_column(name, texts)
-        tables[number] = table
-    return datasets.concatenate_datasets(tables)
-
-
 def is_saved(folder: Path) -> bool:
     """True for a folder that `save_to_disk` of `datasets` wrote."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
@@ -125,7 +105,7 @@ def saved_rows(folder: Path, split: str) -> datasets.Dataset:
 def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
     """The audio of the subfolder named after the split, or of a folder without subfolders named after splits."""
     if (folder / split).is_dir():
-        return read_folder(folder / split) if has_audio(folder / split) else None
+        return read_folder(folder / split, folder) if has_audio(folder / split) else None
     if not has_audio(folder):
         return None
     inside = sorted(entry.stem if entry.is_file() else entry.name for entry in folder.iterdir())

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
@@ -16,6 +17,8 @@ PROBLEM = "_problem"
 """The column that says why a row cannot be used: `reason` or `reason: detail`."""
 NOT_TEXT = "\0object\0"
 """Prefix of a list or an object that stands where others have text."""
+WIDEST = {re.compile("u?int"): "int64", re.compile("float"): "float64", re.compile("(large_)?string"): "string"}
+PLAIN = re.compile("u?int|float|(large_)?string|bool")
 MOST_SECONDS = 1e9  # 32 years; no recording is longer
 
 
@@ -87,6 +90,24 @@ def as_words(value: Any) -> str:
     if isinstance(value, (list, dict)):
         words = NOT_TEXT + words
     return words.encode("utf-8", "replace").decode("utf-8")  # JSON can spell halves of characters: \ud800
+
+
+def joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
+    """The rows of all; a column of different types, such as whole numbers and fractions, holds text."""
+    dtypes: dict[str, set[str]] = {}
+    for table in tables:
+        for name, feature in table.features.items():
+            dtypes.setdefault(name, set()).add(getattr(feature, "dtype", "null"))
+    several = {name: found - {"null"} for name, found in dtypes.items() if len(found - {"null"}) > 1}
+    for number, table in enumerate(tables):
+        for name in set(several).intersection(table.column_names):
+            if wide := next((wide for kind, wide in WIDEST.items() if all(map(kind.match, several[name]))), None):
+                table = table.cast_column(name, datasets.Value(wide))
+            elif all(map(PLAIN.match, several[name])):
+                texts = as_texts(table[name][:])
+                table = table.remove_columns(name).add_column(name, texts)
+        tables[number] = table
+    return datasets.concatenate_datasets(tables)
 
 
 def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:

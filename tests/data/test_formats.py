@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -18,6 +19,7 @@ from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, ByteRange, path_in, read_audio
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.paths import audio_paths
 from sedtrain.data.readers import READERS
 from sedtrain.data.shards import shards_of
 from sedtrain.data.sources import load_rows
@@ -156,6 +158,88 @@ def test_a_missing_or_unreadable_text_file_is_a_problem_of_its_utterance(tmp_pat
         "b": ("no transcript", "b.txt"),
         "c": ("text that is not UTF-8", "c.txt"),
     }
+
+
+SUFFIXES = {
+    "wav": "WAV", "WAV": "WAV", "wave": "WAV", "flac": "FLAC", "ogg": "OGG", "oga": "OGG", "aif": "AIFF", "aiff": "AIFF",
+    "sph": "NIST", "au": "AU", "snd": "AU", "caf": "CAF", "w64": "W64", "mp3": "MP3", "MP3": "MP3",
+}  # fmt: skip
+CONTAINERS = {
+    "m4a": b"\0\0\0\x20ftypM4A \0\0",
+    "mp4": b"\0\0\0\x20ftypisom\0\0",
+    "webm": b"\x1aE\xdf\xa3\x01\0\0\0",
+    "aac": b"\xff\xf1\x50\x80\x02\x1f\xfc\xde",
+    "WMA": b"0&\xb2u\x8ef\xcf\x11",
+    "amr": b"#!AMR\n",
+}
+
+
+@pytest.mark.parametrize("text", ["txt", "TXT"])
+def test_whatever_has_a_text_is_a_row_that_is_read_or_left_out_by_name(tmp_path, text):
+    for suffix, container in SUFFIXES.items():
+        save(tmp_path / f"{suffix}.{suffix}", speech(0), format=container)
+    for suffix, content in CONTAINERS.items():
+        (tmp_path / f"{suffix}.{suffix}").write_bytes(content + bytes(1000))
+    for name in (*SUFFIXES, *CONTAINERS):
+        (tmp_path / f"{name}.{text}").write_text(f"text of {name}")
+    rows = rows_of(tmp_path, WITH_ID)
+    assert set(rows.index_of) == {*SUFFIXES, *CONTAINERS}
+    assert set(rows.texts()) == {f"text of {name}" for name in (*SUFFIXES, *CONTAINERS)}
+    found = problems(tmp_path, WITH_ID)
+    assert found.keys() == CONTAINERS.keys()
+    assert {reason for reason, _ in found.values()} == {"unreadable audio"}
+    assert all(detail.endswith("which libsndfile does not read; convert it to FLAC") for _, detail in found.values())
+    assert {Path(file).name.partition(".")[0] for file in audio_paths(str(tmp_path))} == {*SUFFIXES, *CONTAINERS}
+
+
+def test_what_was_converted_stands_beside_its_origin(tmp_path):
+    save(tmp_path / "a.wav", speech(0))
+    (tmp_path / "a.m4a").write_bytes(CONTAINERS["m4a"])
+    (tmp_path / "film.mp4").write_bytes(CONTAINERS["mp4"])
+    (tmp_path / "a.txt").write_text("one")
+    assert_same(read(tmp_path, WITH_ID), {"a": ("one", speech(0))})
+
+
+def test_members_of_a_tar_that_cannot_be_read_are_left_out_by_name(tmp_path):
+    tar(tmp_path / "train.tar", {"a.m4a": CONTAINERS["m4a"], "a.txt": b"one", "b.wav": wav(speech(0)), "b.txt": b"two"})
+    assert problems(tmp_path, WITH_ID) == {
+        "train/a": ("unreadable audio", "MP4 or M4A, which libsndfile does not read; convert it to FLAC")
+    }
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_one_metadata_file_may_stand_above_the_folders_of_the_splits(tmp_path, table):
+    """As datasets' AudioFolder reads it; a name of another split is no row of this one."""
+    rows = [
+        {"file_name": f"{split}/deep/{i}.wav", "text": f"{split} {i}"} for split in ("train", "test") for i in range(2)
+    ]
+    for number, row in enumerate(rows):
+        save(tmp_path / row["file_name"], speech(number))
+    if table.endswith("csv"):
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows), tmp_path / table)
+    elif table.endswith("jsonl"):
+        (tmp_path / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / table)
+    for first, split in ((0, "train"), (2, "test")):
+        expected = {rows[first + i]["file_name"]: (f"{split} {i}", speech(first + i)) for i in range(2)}
+        assert_same(read(tmp_path, WITH_ID, split), expected)
+
+
+def test_metadata_files_may_stand_in_folders_below(tmp_path):
+    for number, name in enumerate(["a", "b"]):
+        save(tmp_path / f"train/{name}/x.wav", speech(number))
+        (tmp_path / f"train/{name}/metadata.csv").write_text(f"id,file_name,text\n{name},x.wav,text of {name}\n")
+    assert_same(read(tmp_path, WITH_ID), {"a": ("text of a", speech(0)), "b": ("text of b", speech(1))})
+
+
+def test_ljspeech_as_unpacked_is_told_its_separator(tmp_path):
+    save(tmp_path / "wavs/LJ001-0001.wav", speech(0))
+    (tmp_path / "metadata.csv").write_text("LJ001-0001|Printing, in 1850|Printing, in eighteen fifty\n")
+    told = message(load_rows, str(tmp_path), "train[:90%]")
+    assert f"{tmp_path}/metadata.csv: its columns are separated by |, not by commas\n    write .csv with commas" in told
+    (tmp_path / "metadata.csv").write_text("name,text\na.wav,one,two\n")
+    assert "has no column 'file_name', it has name, text\n" in message(load_rows, str(tmp_path), "train")
 
 
 def test_librispeech_as_unpacked_is_read(tmp_path):
