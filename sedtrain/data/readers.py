@@ -46,10 +46,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def read_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
+def read_rows(file: Path, cache: Path | None = None, name: str | None = None) -> datasets.Dataset:
     """The rows of a file, mapped into memory from a copy in Arrow, which is made once and again when the file changes.
 
     cache: the folder of the copy, if not that of `datasets`
+    name:  the name that tells the format, if not that of the file
     Raises UserError for a format that is not in READERS, and BrokenFile.
     """
     try:
@@ -60,7 +61,7 @@ def read_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
         folder = cache or Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain"
         copy = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
-            write_copy(copy, reader_of(file)(file))
+            write_copy(copy, reader_of(Path(name or file))(file))
     except UserError:
         raise
     except (ValueError, OSError, RecursionError, pa.ArrowException, tarfile.ReadError) as error:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+from datasets.utils.file_utils import cached_path
 
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.paths import files_in, files_of, is_here, local_path
@@ -69,9 +70,15 @@ def readable(path: str, split: str) -> Iterator[None]:
 
 def local_rows(path: str, split: str) -> datasets.Dataset | None:
     """The rows of a split at a local path, or None for what `datasets` has to read itself."""
+    whole = SLICED.fullmatch(split)
+    rows = whole_split(path, whole[1] if whole else split)
+    return rows and cut(rows, split)
+
+
+def cut(rows: datasets.Dataset, split: str) -> datasets.Dataset:
+    """The slice of a split that it is asked for, as in `train[:90%]`."""
     sliced = SLICED.fullmatch(split)
-    rows = whole_split(path, sliced[1] if sliced else split)
-    if rows is None or not sliced:
+    if not sliced:
         return rows
     [wanted] = datasets.ReadInstruction.from_spec(f"rows{sliced[2]}").to_absolute({"rows": len(rows)})
     return rows.select(range(wanted.from_, wanted.to))
@@ -127,14 +134,27 @@ def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
 def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
     repository, revision = hub_or_folder(path)
     try:
-        return datasets.load_dataset(
-            repository, name, split=split, revision=revision, cache_dir=cache_of(local_path(path))
+        builder = datasets.load_dataset_builder(
+            repository, name, revision=revision, cache_dir=cache_of(local_path(path))
         )
+        if files := text_files(builder, split):
+            return cut(joined([read_rows(Path(cached_path(file)), name=file) for file in files]), split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         write = "write data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
         raise UserError("data.path", path, one_line(error), write) from error
+
+
+def text_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
+    """The files of a split that are read here, if it is stored as text, of which `datasets` would guess the types."""
+    by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
+    names = split.partition("[")[0].split("+")
+    files = [str(file) for name in names for file in by_split.get(name, ())] if split.count("[") < 2 else []
+    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None}
+    return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
 
 
 def hub_or_folder(path: str) -> tuple[str, str | None]:

@@ -679,22 +679,49 @@ def test_problems_are_counted_listed_and_skipped(tmp_path):
 
 def test_a_branch_of_the_hub_is_named_behind_the_id(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: asked.append((given, named)) or [1])
+    rows = datasets.Dataset.from_dict({"text": ["one"]})
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files=None), download_and_prepare=lambda: None, as_dataset=lambda split: rows
+    )
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *given, **named: asked.append((given, named)) or builder
+    )
     load_rows("some/corpus@refs/pr/20", "train[:5]", "xl")
     load_rows("some/corpus", "train")
     assert asked == [
-        (("some/corpus", "xl"), {"split": "train[:5]", "revision": "refs/pr/20", "cache_dir": None}),
-        (("some/corpus", None), {"split": "train", "revision": None, "cache_dir": None}),
+        (("some/corpus", "xl"), {"revision": "refs/pr/20", "cache_dir": None}),
+        (("some/corpus", None), {"revision": None, "cache_dir": None}),
     ]
 
 
 def test_a_dataset_that_is_a_script_is_told(monkeypatch):
-    def load_dataset(*_, **__):
+    def load_dataset_builder(*_, **__):
         raise RuntimeError("Dataset scripts are no longer supported, but found fleurs.py")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     wrong = "RuntimeError: Dataset scripts are no longer supported, but found fleurs.py"
     write = (
         "write data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
     )
     assert refused(load_rows, "google/fleurs", "train", "en_us") == ("data.path", "google/fleurs", wrong, write)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data/train-0.csv", "audio,text,id\na.wav,007,1\nb.wav,NA,2\n"),
+        ("data/train-0.tsv", "audio\ttext\tid\na.wav\t007\t1\nb.wav\tNA\t2\n"),
+        (
+            "data/train-0.jsonl",
+            '{"audio": "a.wav", "text": "007", "id": "1"}\n{"audio": "b.wav", "text": "NA", "id": "2"}\n',
+        ),
+    ],
+)
+def test_where_datasets_finds_the_files_their_texts_stay_as_they_are_written(tmp_path, name, content):
+    """Its own readers of CSV and JSON guess numbers, dates and empty cells."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / name.replace("train", split)).write_text(content)
+    for split, texts in (("train", ["007", "NA"]), ("train[:50%]", ["007"]), ("train+test", ["007", "NA"] * 2)):
+        rows = load_rows(str(tmp_path), split)
+        assert (rows["text"][:], rows["id"][0]) == (texts, "1")
