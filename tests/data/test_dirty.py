@@ -174,6 +174,31 @@ def test_audio_that_is_longer_than_allowed_although_declared_as_shorter_is_left_
     assert (seen, lines["train-1"]["reason"]) == (["train-0"], "too long")
 
 
+DECLARED = {
+    "right": (1.0, None),
+    "none": (None, None),
+    "NaN": (float("nan"), None),
+    "hours": (3600.0, "declared duration is wrong"),
+    "nothing": (0.0, "declared duration is wrong"),
+    "1e308": (1e308, "impossible time"),
+    "inf": (float("inf"), "impossible time"),
+    "negative": (-1.0, "impossible time"),
+}
+
+
+def test_a_declared_length_is_a_limit_of_the_user_only_where_the_audio_has_it(tmp_path):
+    rows = [{"id": name, "audio": "a.wav", "seconds": seconds} for name, (seconds, _) in DECLARED.items()]
+    rows += [{"id": "long", "audio": "long.wav", "seconds": 3.0}, {"id": "gone", "audio": "gone.wav", "seconds": 3.0}]
+    folder = split_of(tmp_path, rows)
+    (folder / "a.wav").write_bytes(wav(1.0))
+    (folder / "long.wav").write_bytes(wav(3.0))
+    lines, seen = left_out(folder, {**SECONDS, "id": "id"}, max_seconds=2.0, max_bad_fraction=1)
+    wrong = {name: reason for name, (_, reason) in DECLARED.items() if reason}
+    assert {id: line["reason"] for id, line in lines.items()} == wrong | {"long": "too long", "gone": "missing file"}
+    assert seen == sorted(DECLARED.keys() - wrong.keys())
+    assert max(len(line["detail"]) for id, line in lines.items() if id != "gone") < 40
+
+
 # --- memory
 
 
@@ -288,6 +313,25 @@ def test_every_kind_of_bad_text_has_a_reason_and_numbers_are_text(tmp_path):
     assert len(data.corpus.kept("train")) == len(good)
     found = {line["id"]: line["reason"] for line in listed(tmp_path)}
     assert found == {name: reason for name, (_, reason) in TEXTS.items()}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_control_characters_are_taken_out_of_a_text_and_its_utterances_counted(tmp_path, caplog, suffix):
+    texts = ["h\0e\0l\0l\0o\0", "one\x0ctwo\x85three", "\x07\x7fbell", "fine\ttab", '{"a": 1}', "\x1b\x9f"]
+    rows = [{"id": f"r{number}", "audio": "a.wav", "text": text} for number, text in enumerate(texts)]
+    if suffix == "jsonl":
+        split_of(tmp_path, [*rows, {"id": "list", "audio": "a.wav", "text": ["no text"]}])
+    else:
+        (tmp_path / "data").mkdir()
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "data/train.parquet")
+    (tmp_path / "data/a.wav").write_bytes(wav(1.0))
+    data = data_module(tmp_path / "data", tmp_path, {**NO_SECONDS, "id": "id"}, max_bad_fraction=1)
+    data.corpus.kept("train")
+    assert list(data.corpus.texts("train"))[:6] == ["hello", "one two three", "bell", "fine\ttab", '{"a": 1}', ""]
+    assert "train: control characters are taken out of 4 texts (first: r0)" in caplog.messages
+    assert {line["id"]: line["reason"] for line in listed(tmp_path)} == {"r5": "empty text"} | (
+        {"list": "text that is not text"} if suffix == "jsonl" else {}
+    )
 
 
 def test_only_training_texts_have_to_survive_their_normalizer(tmp_path):
