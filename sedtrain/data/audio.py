@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -130,29 +131,34 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
             yield sound
         return
     where = str(path) if folder is None else path_in(folder, str(path))
-    size, offset = size_of(where), 0
+    facts = facts_of(where)
+    size, offset = facts.st_size, 0
     if values.get("offset") is not None:
         size, offset = values["size"], values["offset"]
     refuse_empty(size, f"{where}, at byte {offset}" if offset else where)
-    with ByteRange(where, offset, size) as raw:  # unbuffered, as little is read here and there
-        claim = claim_of(raw, size)
-        whole = claim.prefix and claim.prefix + read_at(raw, claim.at, size)
-    file = (
-        Content(whole) if whole else io.BufferedReader(ByteRange(where, offset, size, claim.at, claim.patch), 1 << 16)
-    )
-    with file, sound_in(file, claim) as sound:
-        yield sound
+    claim = claim_at(where, offset, size, facts.st_mtime_ns)
+    with io.BufferedReader(ByteRange(where, offset, size, claim.at, claim.patch), 1 << 16) as file:
+        whole = Content(claim.prefix + read_at(file, claim.at, size)) if claim.prefix else file
+        with sound_in(whole, claim) as sound:
+            yield sound
 
 
-def size_of(path: str) -> int:
-    """Bytes of a file. Raises RefusedAudio for what is no file, such as a pipe, which could be read for ever."""
+@lru_cache(maxsize=4096)
+def claim_at(path: str, offset: int, size: int, changed: int) -> Claim:
+    """The claim of bytes in a file, kept for the other segments of a recording; changed: the time of its last change."""
+    with ByteRange(path, offset, size) as file:  # unbuffered, as little is read here and there
+        return claim_of(file, size)
+
+
+def facts_of(path: str) -> os.stat_result:
+    """Facts of a file. Raises RefusedAudio for what is no file, such as a pipe, which could be read for ever."""
     try:
         facts = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedAudio("missing file", path) from error
     if not stat.S_ISREG(facts.st_mode):
         raise RefusedAudio("missing file", f"{path} is no file")
-    return facts.st_size
+    return facts
 
 
 def refuse_empty(num_bytes: int, detail: str) -> None:

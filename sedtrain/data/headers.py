@@ -98,7 +98,10 @@ def after_id3(tag: bytes) -> int:
 
 
 class Layout(NamedTuple):
-    """How a container of chunks is written: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk."""
+    """How a container of chunks is written: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk.
+
+    extra: bytes that the size of the audio's chunk counts beside the audio; in W64 those of the chunk's own header
+    """
 
     order: str
     first: int
@@ -106,9 +109,7 @@ class Layout(NamedTuple):
     size: int
     alignment: int
     audio: bytes
-    extra: (
-        int  # bytes that the size of the audio's chunk counts beside the audio; in W64 those of the chunk's own header
-    )
+    extra: int
 
 
 LAYOUTS = {
@@ -150,7 +151,8 @@ class Data:
     def is_end(self, tail: bytes, pad: int) -> bool:
         """True if no audio follows: a chunk, whose name is letters, zeros that fill a block, or nothing."""
         names = [tail[at : at + 4] for at in (0, pad)] if self.alignment else []
-        return any(name.isascii() and name.decode().isprintable() for name in names) or not tail.strip(b"\0")
+        is_chunk = any(name.isascii() and name.decode().isprintable() and name not in LAYOUTS for name in names)
+        return is_chunk or not tail.strip(b"\0")
 
 
 def data_of(file: BinaryIO, first: bytes) -> Data | None:

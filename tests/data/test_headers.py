@@ -91,6 +91,8 @@ MORE = {
     "two of ogg": encoded("OGG", "VORBIS") * 2,
     "opus before vorbis": encoded("OGG", "OPUS") + encoded("OGG", "VORBIS"),
     "two of mp3": encoded("MP3") * 2,
+    "two of au": AU * 2,
+    "two of caf": CAF * 2,
 }  # fmt: skip
 
 

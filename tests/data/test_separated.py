@@ -155,10 +155,19 @@ def test_columns_without_a_name_are_left_out(tmp_path):
     assert read_rows(tmp_path / "x.csv").column_names == ["audio", "text"]
 
 
-def test_a_file_without_a_line_that_can_be_read_has_its_columns(tmp_path):
-    (tmp_path / "train.csv").write_text("audio,text\na\nb\n")
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("train.csv", "audio,text\na\nb\n", "2 broken CSV"),
+        ("train.json", '{"audio": "a",\n"text": "one"}\n', "2 broken JSON"),
+        ("train.jsonl", "[1]\n2\n", "2 broken JSON"),
+        ("train.csv", b"audio,text\na,caf\xe9\nb,\xe9\n", "2 text that is not UTF-8"),
+    ],
+)
+def test_a_file_without_a_line_that_can_be_read_is_told_the_reason_and_no_missing_column(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     told = refused(data_module(tmp_path, columns={**COLUMNS, "translation": None}).corpus.kept, "train")
-    assert "none of the 2 utterances of 'train' can be used (2 broken CSV)" in told
+    assert f"none of the 2 utterances of 'train' can be used ({what})" in told
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.json"])
