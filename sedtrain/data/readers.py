@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from sedtrain.data.audio import is_media_file, leaves_folder
 from sedtrain.data.separated import read_separated
-from sedtrain.data.tables import PROBLEM, OtherFormat, Row, as_table, decoded, problem, refuse_utf16
+from sedtrain.data.tables import PROBLEM, OtherFormat, Row, as_table, decoded, problem, refuse_twins, refuse_utf16
 from sedtrain.errors import UserError
 
 Reader = Callable[[Path], Iterator[pa.Table]]
@@ -107,6 +107,7 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
     """The rows; those that cannot be read, which is the rest of a row group, are null, with a PROBLEM."""
     with pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
+        refuse_twins(schema.names)
         nothing = (schema if PROBLEM in schema.names else schema.append(pa.field(PROBLEM, pa.string()))).empty_table()
         yield nothing
         for number in range(file.num_row_groups):
@@ -188,7 +189,9 @@ def tar_rows(path: Path) -> list[Row]:
                     content = tar.extractfile(member)
                     assert content is not None
                     row = samples.setdefault(match[1], {"id": f"{path.stem}/{match[1]}", "audio": None})
-                    row.update(fields_of_member(member, match[2].lower(), content, os.path.abspath(path)))
+                    fields = fields_of_member(member, match[2].lower(), content, os.path.abspath(path))
+                    twice = [name for name in fields.keys() - {PROBLEM} if row.get(name) not in (None, fields[name])]
+                    row.update(problem("two values of one name", f"{twice[0]} in {member.name}") if twice else fields)
         except (tarfile.ReadError, OSError) as error:
             samples[""] = problem("truncated tar", f"{path.name}, {error}")
     for key, row in samples.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sedtrain.data.tables import OtherFormat, Row, as_table, problem, text_of_file
+from sedtrain.data.tables import OtherFormat, Row, as_table, problem, refuse_twins, text_of_file
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "|"}
 QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"(?!")')
@@ -41,8 +41,7 @@ def header_of(line: str, delimiter: str) -> list[str]:
         found = SEPARATORS[max(others, key=line.count)]
         write = "write .csv with commas or .tsv with tabs between columns, and their names in the first line"
         raise OtherFormat(f"its columns are separated by {found}, not by {SEPARATORS[delimiter]}", write)
-    if twice := next((name for name in header if name and header.count(name) > 1), None):
-        raise OtherFormat(f"two columns are called {twice!r}", "write columns of different names")
+    refuse_twins([name for name in header if name])
     return header
 
 

@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,12 @@ def refuse_utf16(beginning: bytes) -> None:
     """Raises OtherFormat for UTF-16 and UTF-32, which have a mark at their beginning or many zeros."""
     if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or beginning.count(0) > len(beginning) / 4:
         raise OtherFormat("its text is UTF-16 or UTF-32, not UTF-8", "write it as UTF-8")
+
+
+def refuse_twins(names: Sequence[str]) -> None:
+    """Raises OtherFormat where two columns have one name, of which nobody can say which is meant."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OtherFormat(f"two columns are called {twice!r}", "write columns of different names")
 
 
 def as_table(rows: Iterable[Row], names: Iterable[str] = ()) -> pa.Table:

@@ -187,7 +187,7 @@ class UtteranceRows:
         found = pc.indices_nonzero(has_control).to_pylist()
         if found and get_worker_info() is None:
             first = self.id_of(found[0], self.rows[found[0]][self.columns.id] if self.columns.id else None)
-            words = "%s: control characters are taken out of %d texts (first: %s)"
+            words = "%s: texts from which control characters are taken out: %d (first: %s)"
             logger.warning(words, self.split, len(found), first)
 
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:

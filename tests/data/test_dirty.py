@@ -328,7 +328,7 @@ def test_control_characters_are_taken_out_of_a_text_and_its_utterances_counted(t
     data = data_module(tmp_path / "data", tmp_path, {**NO_SECONDS, "id": "id"}, max_bad_fraction=1)
     data.corpus.kept("train")
     assert list(data.corpus.texts("train"))[:6] == ["hello", "one two three", "bell", "fine\ttab", '{"a": 1}', ""]
-    assert "train: control characters are taken out of 4 texts (first: r0)" in caplog.messages
+    assert "train: texts from which control characters are taken out: 4 (first: r0)" in caplog.messages
     assert {line["id"]: line["reason"] for line in listed(tmp_path)} == {"r5": "empty text"} | (
         {"list": "text that is not text"} if suffix == "jsonl" else {}
     )

@@ -505,6 +505,24 @@ def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
         rows.utterance(rows.index_of["x/c"], RATE)
 
 
+def test_two_texts_or_recordings_of_one_sample_are_a_problem_and_not_the_last_of_them(tmp_path):
+    a, b = wav(speech(0)), wav(speech(1))
+    members = {
+        "a.wav": a,
+        "a.txt": b"one",
+        "a.json": b'{"text": "two"}',
+        "b.wav": a,
+        "b.flac": b,
+        "c.wav": a,
+        "c.txt": b"x",
+    }
+    tar(tmp_path / "x.tar", {**members, "c.json": b'{"text": "x"}'})
+    assert problems(tmp_path / "x.tar", WITH_ID) == {
+        "x/a": ("two values of one name", "text in a.json"),
+        "x/b": ("two values of one name", "audio in b.flac"),
+    }
+
+
 def test_shards_that_are_missing_or_compressed_are_told(tmp_path):
     path = f"{tmp_path}/train-*.tar"
     write = "write 'data.path=\"SHARDS-{000..127}.tar\"', or a glob, of files that are there"

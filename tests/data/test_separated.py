@@ -5,6 +5,7 @@ import io
 import json
 
 import pandas
+import pyarrow.parquet
 import pytest
 from corpora import COLUMNS, data_module, refused
 from hypothesis import given, settings
@@ -148,6 +149,13 @@ def test_what_is_no_such_file_is_named_for_what_it_is(tmp_path, name):
     told = refused(load_rows, str(tmp_path / name), "train")
     assert f"split 'train': {tmp_path / name}: {wrong}\n    write " in told
     assert PROBLEM not in told
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["audio", "text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    told = refused(load_rows, str(tmp_path / "x.parquet"), "train")
+    assert f"{tmp_path}/x.parquet: two columns are called 'text'\n    write columns of different names" in told
 
 
 def test_columns_without_a_name_are_left_out(tmp_path):
