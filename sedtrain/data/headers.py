@@ -201,15 +201,21 @@ def flac_claim(file: BinaryIO, start: int, size: int) -> Claim:
     info = read_at(file, start + 8, 18)
     [fields] = struct.unpack(">Q", info[10:18])
     claimed, block = fields & (1 << 36) - 1, struct.unpack(">H", info[:2])[0]
-    tail = read_at(file, max(start + 42, size - TAIL), TAIL)
-    starts = [match.start() for match in re.finditer(b"\xff[\xf8\xf9]", tail)]
-    frames = [frame for at in starts if (frame := samples_of_frame(tail[at : at + 16].ljust(16, b"\0"), block))]
+    largest = int.from_bytes(info[7:10], "big")  # bytes of a frame; 0: unknown
+    frames = last_frames(file, start, size, block, 3 * largest) or last_frames(file, start, size, block, TAIL)
     ends = {frame.stop for frame in frames}
     found = max((frame.stop for frame in frames if frame.start in ends or len(frames) == 1), default=0)
     if not claimed:
         no_frame = ("unreadable audio", "FLAC without a frame at its end")
         return Claim(at=start + 18, patch=struct.pack(">Q", fields | found), fault=None if found else no_frame)
     return Claim() if not found or claimed in ends else Claim(claimed, found, claimed)
+
+
+def last_frames(file: BinaryIO, start: int, size: int, block: int, number: int) -> list[range]:
+    """The samples of the frames that begin in the last `number` bytes."""
+    tail = read_at(file, max(start + 42, size - number), number)
+    starts = [match.start() for match in re.finditer(b"\xff[\xf8\xf9]", tail)]
+    return [frame for at in starts if (frame := samples_of_frame(tail[at : at + 16].ljust(16, b"\0"), block))]
 
 
 def samples_of_frame(header: bytes, block: int) -> range | None:
