@@ -9,7 +9,7 @@ import datasets
 from sedtrain.data.audio import is_audio_file, is_media_file, leaves_folder
 from sedtrain.data.paths import files_in
 from sedtrain.data.readers import read_rows
-from sedtrain.data.tables import PROBLEM, Row, as_dataset, decoded, joined, problem
+from sedtrain.data.tables import Row, as_dataset, decoded, in_words, joined, problem
 from sedtrain.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -59,8 +59,7 @@ def metadata_rows(path: Path, folder: Path) -> datasets.Dataset:
     """The rows of a metadata file for files in `folder`, with `audio` from its file_name, and that as `id` if it has none."""
     rows = read_rows(path)
     if "file_name" not in rows.column_names:
-        names = ", ".join(name for name in rows.column_names if name != PROBLEM)
-        wrong = f"{path.name} has no column 'file_name', it has {names}"
+        wrong = f"{path.name} has no column 'file_name', it has {in_words(rows.column_names)}"
         write = f"write a {path.name} with file_name, relative to its folder, and text"
         raise UserError("data.path", str(path.parent), wrong, write)
     names = rows["file_name"][:]

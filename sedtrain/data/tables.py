@@ -51,6 +51,11 @@ def refuse_utf16(beginning: bytes) -> None:
         raise OtherFormat("its text is UTF-16 or UTF-32, not UTF-8", "write it as UTF-8")
 
 
+def in_words(names: Iterable[str]) -> str:
+    """The names of columns; those with spaces around them in quotation marks."""
+    return ", ".join(name if name == name.strip() else repr(name) for name in names if name != PROBLEM)
+
+
 def refuse_twins(names: Sequence[str]) -> None:
     """Raises OtherFormat where two columns have one name, of which nobody can say which is meant."""
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -143,7 +148,7 @@ def with_times(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
         values = cells.to_pylist()
         times = [None if value is None or value != value else time_of(value) for value in values]
         problems = {
-            index: f"impossible time: {column} = {values[index] if is_text(cells.type) else float(values[index]):.12}"
+            index: f"impossible time: {column} = {values[index] if is_text(cells.type) else time:.12}"
             for index, time in enumerate(times)
             if time is not None and not 0 <= time <= MOST_SECONDS
         }
@@ -155,7 +160,7 @@ def with_times(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
 def time_of(value: Any) -> float:
     """A number, also one that is spelt; infinity for what is none."""
     try:
-        return float(value)
+        return float(value) if "_" not in str(value) else inf
     except ValueError:
         return inf
 

@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE, read_audio, refuse_silence, seconds_between
 from sedtrain.data.paths import local_path
-from sedtrain.data.tables import NOT_TEXT, PROBLEM, with_readable_text, with_times
+from sedtrain.data.tables import NOT_TEXT, PROBLEM, in_words, with_readable_text, with_times
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any]
             raise UserError(
                 "data.columns",
                 column,
-                f"{source} has no column {column!r} for the {role}, it has {', '.join(features)}",
+                f"{source} has no column {column!r} for the {role}, it has {in_words(features)}",
                 "write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, "
                 "language, seconds, start or end",
             )

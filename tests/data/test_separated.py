@@ -158,6 +158,12 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
     assert f"{tmp_path}/x.parquet: two columns are called 'text'\n    write columns of different names" in told
 
 
+def test_a_space_in_the_name_of_a_column_is_shown(tmp_path):
+    (tmp_path / "x.csv").write_text("audio, text\na.wav, one\n")
+    told = refused(UtteranceRows, read_rows(tmp_path / "x.csv"), Columns("audio", "text"), "x.csv", "train")
+    assert "x.csv (train) has no column 'text' for the text, it has audio, ' text'\n" in told
+
+
 def test_columns_without_a_name_are_left_out(tmp_path):
     (tmp_path / "x.csv").write_text(",audio,text,,\n0,a,b,,\n")
     assert read_rows(tmp_path / "x.csv").column_names == ["audio", "text"]
@@ -205,17 +211,27 @@ def test_two_values_of_one_name_in_json_are_a_problem_of_their_row(tmp_path):
     assert (first, second) == ("broken JSON: line 1, two values are called 'text'", None)
 
 
-@pytest.mark.parametrize(("cell", "seconds"), [("1.5", 1.5), ("1e1", 10.0), ("", None), ("NaN", None), ("2", 2.0)])
+@pytest.mark.parametrize(
+    ("cell", "seconds"), [("1.5", 1.5), ("1e1", 10.0), ("", None), ("NaN", None), ("2", 2.0), ("1e9", 1e9)]
+)
 def test_seconds_of_a_csv_are_read_as_numbers(tmp_path, cell, seconds):
     (tmp_path / "x.csv").write_text(f"audio,text,n\na,one,{cell}\nb,two,1\n")
     columns = Columns("audio", "text", seconds="n")
     assert UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train").declared() == [seconds, 1.0]
 
 
-@pytest.mark.parametrize("cell", ["long", "1,5", "inf", "-1", "1e308", "1e999"])
+@pytest.mark.parametrize("cell", ["long", "1,5", "inf", "-1", "1e308", "1e999", "1_000"])
 def test_what_is_no_time_is_a_fault_of_its_row(tmp_path, cell):
     (tmp_path / "x.csv").write_text(f'audio,text,n\na,one,"{cell}"\nb,two,1\n')
     columns = Columns("audio", "text", seconds="n")
     rows = UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train")
     assert rows.problem(0, None) == ("impossible time", f"n = {cell}")
     assert rows.declared() == [None, 1.0]
+
+
+@pytest.mark.parametrize("cells", ["\n", "1,\n2,\n", ",\n,\n"])
+def test_a_column_of_seconds_may_be_empty(tmp_path, cells):
+    (tmp_path / "x.csv").write_text(f"text,n\n{cells}")
+    rows = read_rows(tmp_path / "x.csv").add_column("audio", ["a.wav"] * cells.count(","))
+    found = UtteranceRows(rows, Columns("audio", "text", seconds="n"), str(tmp_path), "train").declared()
+    assert found == [None] * cells.count(",")
