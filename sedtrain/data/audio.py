@@ -5,10 +5,10 @@ S samples. soundfile decodes the bytes as they are stored; neither torchcodec no
 
 import io
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,22 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
+from sedtrain.data.headers import Claim, claim_of, read_at
+
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 """The errors of audio that cannot be read."""
-AUDIO_FORMATS = {*soundfile.available_formats(), "OPUS"} - {"RAW"}  # raw audio does not say its sampling rate
+SUFFIXES = {*soundfile.available_formats()} - {"RAW"} | {"AIF", "AIFC", "MP2", "OGA", "OPUS", "SND", "SPH", "WAVE"}
+"""Of formats that can be read; raw audio does not say its sampling rate."""
+OTHER_SUFFIXES = {
+    "3GP", "AAC", "AC3", "AMR", "APE", "AVI", "M4A", "M4B", "MKA", "MKV", "MOV", "MP4", "SPX", "TTA", "WEBM", "WMA", "WV",
+}  # fmt: skip
+"""Of other audio, which libsndfile does not read."""
 MP3_RESERVOIR = 11_520  # samples; a frame of MP3 needs up to 511 bytes of the frames before it
 RATES = range(1_000, 768_001)  # hertz; resampling from another rate could fill the memory
 AT_ONCE = 1 << 22  # values per read, since a header can claim any length
 LOUDEST = 2.0**31  # reached by float audio that was never scaled down from integers
-CLAIM = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's words on WAV and AIFF
-UNKNOWN_BYTES = 0x7FFF0000  # a file that was written to a pipe claims this size or a larger one
-TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file
+TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file, or in excess of what its header says
+LONGEST = 1 << 40  # samples; libsndfile gives 1 << 63 for a length that it does not know
 
 
 class RefusedAudio(OSError):
@@ -40,7 +46,13 @@ class RefusedAudio(OSError):
 
 
 def is_audio_file(name: str) -> bool:
-    return os.path.splitext(name)[1][1:].upper() in AUDIO_FORMATS
+    """True for the suffix of a format that can be read."""
+    return os.path.splitext(name)[1][1:].upper() in SUFFIXES
+
+
+def is_media_file(name: str) -> bool:
+    """True for the suffix of any format of audio; those that cannot be read are told one by one."""
+    return is_audio_file(name) or os.path.splitext(name)[1][1:].upper() in OTHER_SUFFIXES
 
 
 def leaves_folder(name: str) -> bool:
@@ -64,13 +76,16 @@ class Content(io.BytesIO):
 
 
 class ByteRange(io.FileIO):
-    """`size` bytes of a file from `offset` on, as a file of their own: a member of a tar is read without the tar."""
+    """`size` bytes of a file from `offset` on, as a file of their own: a member of a tar is read without the tar.
+
+    at, patch: bytes that are read in place of those from `at` on
+    """
 
     readall = io.RawIOBase.readall  # by way of readinto
 
-    def __init__(self, path: str, offset: int, size: int) -> None:
+    def __init__(self, path: str, offset: int, size: int, at: int = 0, patch: bytes = b"") -> None:
         super().__init__(path)
-        self.offset, self.size = offset, size
+        self.offset, self.size, self.at, self.patch = offset, size, at, patch
         self.seek(0)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -81,11 +96,22 @@ class ByteRange(io.FileIO):
         return super().tell() - self.offset
 
     def readinto(self, buffer: Any) -> int:
-        return super().readinto(memoryview(buffer)[: max(0, self.size - self.tell())])
+        first, view = self.tell(), memoryview(buffer)
+        number = super().readinto(view[: max(0, self.size - first)])
+        for at, byte in enumerate(self.patch, start=self.at - first):
+            if 0 <= at < number:
+                view[at] = byte
+        return number
+
+
+class Sound(soundfile.SoundFile):
+    """An opened recording. `missing`: seconds that its header claims and that are not there, below 0 those in excess of it."""
+
+    missing = 0.0
 
 
 @contextmanager
-def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFile]:
+def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
     """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
 
     folder: relative paths begin here and must stay inside; None: the user gave the path, which may lead anywhere
@@ -97,30 +123,42 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[soundfile.SoundFil
         raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
     if content is not None:
         refuse_empty(len(content), "0 bytes")
-        with sound_in(Content(content)) as sound:
+        claim = claim_of(Content(content), len(content))
+        if claim.patch or claim.prefix:
+            before = claim.prefix or content[: claim.at]
+            content = b"".join((before, claim.patch, content[claim.at + len(claim.patch) :]))
+        with sound_in(Content(content), claim) as sound:
             yield sound
         return
     where = str(path) if folder is None else path_in(folder, str(path))
-    refuse_empty(size_of(where), where)
-    if values.get("offset") is None:
-        with sound_in(where) as sound:
+    facts = facts_of(where)
+    size, offset = facts.st_size, 0
+    if values.get("offset") is not None:
+        size, offset = values["size"], values["offset"]
+    refuse_empty(size, f"{where}, at byte {offset}" if offset else where)
+    claim = claim_at(where, offset, size, facts.st_mtime_ns)
+    with io.BufferedReader(ByteRange(where, offset, size, claim.at, claim.patch), 1 << 16) as file:
+        whole = Content(claim.prefix + read_at(file, claim.at, size)) if claim.prefix else file
+        with sound_in(whole, claim) as sound:
             yield sound
-        return
-    refuse_empty(values["size"], f"{where}, at byte {values['offset']}")
-    member = ByteRange(where, values["offset"], values["size"])
-    with io.BufferedReader(member, 1 << 16) as file, sound_in(file) as sound:
-        yield sound
 
 
-def size_of(path: str) -> int:
-    """Bytes of a file. Raises RefusedAudio for what is no file, such as a pipe, which could be read for ever."""
+@lru_cache(maxsize=4096)
+def claim_at(path: str, offset: int, size: int, changed: int) -> Claim:
+    """The claim of bytes in a file, kept for the other segments of a recording; changed: the time of its last change."""
+    with ByteRange(path, offset, size) as file:  # unbuffered, as little is read here and there
+        return claim_of(file, size)
+
+
+def facts_of(path: str) -> os.stat_result:
+    """Facts of a file. Raises RefusedAudio for what is no file, such as a pipe, which could be read for ever."""
     try:
         facts = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedAudio("missing file", path) from error
     if not stat.S_ISREG(facts.st_mode):
         raise RefusedAudio("missing file", f"{path} is no file")
-    return facts.st_size
+    return facts
 
 
 def refuse_empty(num_bytes: int, detail: str) -> None:
@@ -128,15 +166,21 @@ def refuse_empty(num_bytes: int, detail: str) -> None:
         raise RefusedAudio("empty file", detail)
 
 
-def sound_in(file: str | io.IOBase) -> soundfile.SoundFile:
-    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate."""
+def sound_in(file: io.IOBase, claim: Claim) -> Sound:
+    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate or length."""
     try:
-        sound = soundfile.SoundFile(file)
+        if claim.fault:
+            raise RefusedAudio(*claim.fault)
+        sound = Sound(file)
     except (soundfile.LibsndfileError, TypeError) as error:
         raise RefusedAudio("unreadable audio", words_of(error)) from error
     if sound.samplerate not in RATES:
         sound.close()
         raise RefusedAudio("impossible sampling rate", f"{sound.samplerate} Hz")
+    if sound.frames > LONGEST:
+        sound.close()
+        raise RefusedAudio("unreadable audio", "it does not say its length")
+    sound.missing = claim.missing(sound.frames / sound.samplerate)
     return sound
 
 
@@ -146,22 +190,51 @@ def words_of(error: Exception) -> str:
     return str(error)
 
 
-def frames_between(sound: soundfile.SoundFile, start: float | None, end: float | None) -> tuple[int, int]:
-    """The first frame of a segment given in seconds, and the one after its last. Raises RefusedAudio if it is empty."""
+def frames_between(sound: Sound, start: float | None, end: float | None) -> tuple[int, int]:
+    """The first frame of a segment given in seconds, and the one after its last.
+
+    Raises RefusedAudio if it is empty, or reaches the end of audio that is not as long as its header says.
+    """
     rate, total = sound.samplerate, sound.frames
     first = 0.0 if start is None else start
     last = inf if end is None else end
     if not 0 <= first < last or first * rate >= total > 0:
         wanted = f"{first:.2f} s to {'its end' if end is None else f'{end:.2f} s'}"
         raise RefusedAudio("no such segment", f"{wanted}, of {total / rate:.2f} s")
-    return round(first * rate), total if last * rate >= total else round(last * rate)
+    if last * rate < total:
+        return round(first * rate), round(last * rate)
+    refuse_missing(sound.missing)
+    if not total:
+        raise RefusedAudio("no samples", "the audio has no samples")
+    return round(first * rate), total
 
 
-def seconds_between(cell: Any, folder: Path | None, start: float | None = None, end: float | None = None) -> float:
-    """The length of the audio, or of a segment of it, by its header. Raises an error of UNREADABLE."""
+def refuse_missing(seconds: float) -> None:
+    """Raises RefusedAudio where audio is missing, to which the text would belong, or in excess (seconds below 0)."""
+    if seconds > TOLERATED_SECONDS:
+        raise RefusedAudio("truncated audio", f"{seconds:.2f} s are missing")
+    if -seconds > TOLERATED_SECONDS:
+        raise RefusedAudio("more audio than its header says", f"{-seconds:.2f} s more")
+
+
+def seconds_between(
+    cell: Any,
+    folder: Path | None,
+    start: float | None = None,
+    end: float | None = None,
+    declared: float | None = None,
+) -> float:
+    """The length of the audio, or of a segment of it, by its header. Raises as `read_audio` does."""
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
-        return (last - first) / int(sound.samplerate)
+        seconds = (last - first) / int(sound.samplerate)
+    refuse_misdeclared(seconds, declared)
+    return seconds
+
+
+def refuse_misdeclared(seconds: float, declared: float | None) -> None:
+    if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
+        raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
 
 
 def read_audio(
@@ -182,11 +255,9 @@ def read_audio(
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
         stored_rate = sound.samplerate
-        seconds = (last - first) / stored_rate
-        if declared is not None and abs(seconds - declared) > max(0.5, 0.1 * declared):
-            raise RefusedAudio("declared duration is wrong", f"{seconds:.2f} s, declared {declared:.2f} s")
+        refuse_misdeclared((last - first) / stored_rate, declared)
         samples = frames(sound, first, last)
-        refuse_truncated(sound, first, last, len(samples))
+        refuse_missing((last - first - len(samples)) / stored_rate)
     mono = one_channel(samples)
     if stored_rate != sampling_rate:
         mono = soxr.resample(mono, stored_rate, sampling_rate)
@@ -195,7 +266,7 @@ def read_audio(
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
 
 
-def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.float32]:
+def frames(sound: Sound, first: int, last: int) -> NDArray[np.float32]:
     """(frames, channels) from `first` to `last`, or to where the audio ends."""
     earlier = min(first, MP3_RESERVOIR) if sound.format == "MP3" else 0
     missing = last - first + earlier
@@ -212,17 +283,6 @@ def frames(sound: soundfile.SoundFile, first: int, last: int) -> NDArray[np.floa
     if not blocks:
         raise RefusedAudio("no samples", "the audio has no samples")
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
-
-
-def refuse_truncated(sound: soundfile.SoundFile, first: int, last: int, num_found: int) -> None:
-    """Raises RefusedAudio where the header promises more audio than there is, to which the text would belong."""
-    missing = (last - first - num_found) / sound.samplerate
-    if last == sound.frames and (claim := CLAIM.search(sound.extra_info)):
-        claimed, found = map(int, claim.groups())
-        if found < claimed < UNKNOWN_BYTES:
-            missing = max(missing, (claimed / max(found, 1) - 1) * sound.frames / sound.samplerate)
-    if missing > TOLERATED_SECONDS:
-        raise RefusedAudio("truncated audio", f"{missing:.2f} s are missing")
 
 
 def refuse_silence(samples: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import soundfile
 import soxr
 from numpy.random import Generator
 
-from sedtrain.data.audio import UNREADABLE, opened
+from sedtrain.data.audio import UNREADABLE, frames, opened
 from sedtrain.data.augment import Augmentation, Samples
 from sedtrain.data.paths import local_path
 from sedtrain.data.readers import one_line
@@ -154,7 +154,8 @@ class Reverb(Augmentation):
 
     def __call__(self, audio: Samples, sampling_rate: int, random: Generator) -> Samples:
         file = self.files[random.integers(len(self.files))]
-        samples, stored_rate = soundfile.read(file, dtype="float32", always_2d=True)
+        with opened(file) as sound:
+            samples, stored_rate = frames(sound, 0, sound.frames), sound.samplerate
         response = resampled(samples[:, 0], stored_rate / sampling_rate)  # a mean of channels would comb
         direct = int(np.abs(response).argmax())
         if not 0 < abs(response[direct]) < inf:

@@ -84,12 +84,9 @@ class Part:
     def open(self) -> UtteranceRows:
         """Raises UserError where there are no rows of utterances, BrokenFile for a file that cannot be read."""
         source = self.source
-        if self.shard is None:
-            rows = load_rows(source.path, self.split, source.name)
-        else:
-            rows = with_columns(self.shard.rows(), source.columns)
+        rows = load_rows(source.path, self.split, source.name) if self.shard is None else self.shard.rows()
         return UtteranceRows(
-            rows,
+            with_columns(rows, source.columns),
             source.columns,
             source.path,
             self.name,

@@ -22,7 +22,7 @@ from sedtrain.run_dir import write_whole
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # to be counted up where other lengths are read from the same headers
+VERSION = 2  # to be counted up where other lengths are read from the same headers
 SHOWN_AFTER_SECONDS = 1.0  # a bar, or a line in the log
 FILES_AT_ONCE = 1000  # files that one thread looks up at a time
 

@@ -1,15 +1,15 @@
 """A folder of audio files as rows: their texts stand in a metadata file, in *.trans.txt, or in a .txt beside each."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import datasets
 
-from sedtrain.data.audio import is_audio_file, leaves_folder
+from sedtrain.data.audio import is_audio_file, is_media_file, leaves_folder
 from sedtrain.data.paths import files_in
 from sedtrain.data.readers import read_rows
-from sedtrain.data.tables import MAX_TEXT_BYTES, Row, as_dataset, decoded, lines_of, problem
+from sedtrain.data.tables import MAX_TEXT_BYTES, Row, as_dataset, decoded, in_words, joined, lines_of, problem
 from sedtrain.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -17,38 +17,49 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 def has_audio(folder: Path) -> bool:
     """True if a folder, searched through, has audio or metadata of audio."""
-    return any(os.path.basename(file) in METADATA or is_audio_file(file) for file in files_in(folder))
+    return any(os.path.basename(file) in METADATA or is_media_file(file) for file in files_in(folder))
 
 
-def read_folder(folder: Path) -> datasets.Dataset:
-    """The audio files of a folder, searched through, with their texts: columns audio, text, id, or those of a metadata file.
+def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
+    """The audio files of a folder, searched through, with their texts: columns audio, text, id, or those of metadata files.
 
+    above: a folder around it, whose metadata file may name its files too
     Raises UserError where there is no audio or no transcript.
     """
-    for name in METADATA:
-        if (folder / name).is_file():
-            return metadata_rows(folder / name)
     files = sorted(files_in(folder))
-    audio = [file for file in files if is_audio_file(file)]
+    inside = [Path(file) for file in files if os.path.basename(file) in METADATA]
+    for metadata in ([own] if (own := metadata_of(folder)) else inside, [above and metadata_of(above)]):
+        if found := [metadata_rows(file, folder) for file in metadata if file]:
+            return joined(found)
+    audio = [file for file in files if is_media_file(file)]
     if not audio:
         write = "write data.path=FOLDER with .wav, .flac, .mp3, .ogg or .opus files"
         raise UserError("data.path", str(folder), "there is no audio in this folder", write)
-    if listed := [file for file in files if file.endswith(".trans.txt")]:
-        known = set(audio)
-        return as_dataset(row for file in listed for row in listed_rows(Path(file), known))
-    beside = {file for file in files if file.endswith(".txt")}
-    if not any(transcript_of(file) in beside for file in audio):
+    if listed := [file for file in files if file.lower().endswith(".trans.txt")]:
+        return as_dataset(row for file in listed for row in listed_rows(Path(file), by_stem(audio)))
+    texts = {os.path.splitext(file)[0]: file for file in files if file.lower().endswith(".txt")}
+    if not texts.keys() & by_stem(audio).keys():
         wrong = f"there is no transcript of its {len(audio)} audio files"
         write = "write metadata.csv or metadata.jsonl with file_name and text, a .txt beside each audio file, or *.trans.txt"
         raise UserError("data.path", str(folder), wrong, write)
-    return as_dataset(beside_row(file, transcript_of(file) in beside, folder) for file in audio)
+    used = [*filter(is_audio_file, audio), *(file for stem, file in by_stem(audio).items() if stem in texts)]
+    return as_dataset(beside_row(file, texts, folder) for file in dict.fromkeys(used))
 
 
-def metadata_rows(path: Path) -> datasets.Dataset:
-    """The rows of a metadata file, with `audio` from its file_name, and that as `id` if it has none."""
+def by_stem(audio: Iterable[str]) -> dict[str, str]:
+    """A file for each name without its suffix; one that can be read rather than one that cannot."""
+    return {os.path.splitext(file)[0]: file for file in sorted(audio, key=is_audio_file)}
+
+
+def metadata_of(folder: Path) -> Path | None:
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def metadata_rows(path: Path, folder: Path) -> datasets.Dataset:
+    """The rows of a metadata file for files in `folder`, with `audio` from its file_name, and that as `id` if it has none."""
     rows = read_rows(path)
     if "file_name" not in rows.column_names:
-        wrong = f"{path.name} has no column 'file_name', it has {', '.join(rows.column_names)}"
+        wrong = f"{path.name} has no column 'file_name', it has {in_words(rows.column_names)}"
         write = f"write a {path.name} with file_name, relative to its folder, and text"
         raise UserError("data.path", str(path.parent), wrong, write)
     names = rows["file_name"][:]
@@ -56,7 +67,11 @@ def metadata_rows(path: Path) -> datasets.Dataset:
         rows = rows.remove_columns("audio")
     if "id" not in rows.column_names:
         rows = rows.add_column("id", names)
-    return rows.add_column("audio", [name and path_below(path.parent, str(name)) for name in names])
+    rows = rows.add_column("audio", [name and path_below(path.parent, str(name)) for name in names])
+    if path.parent == folder or folder in path.parents:
+        return rows
+    start = os.path.join(os.path.abspath(folder), "")
+    return rows.select([index for index, file in enumerate(rows["audio"]) if not file or file.startswith(start)])
 
 
 def path_below(folder: Path, name: str) -> str:
@@ -64,27 +79,26 @@ def path_below(folder: Path, name: str) -> str:
     return name if leaves_folder(name) else os.path.abspath(folder / name)
 
 
-def transcript_of(audio: str) -> str:
-    return os.path.splitext(audio)[0] + ".txt"
-
-
-def beside_row(audio: str, has_transcript: bool, folder: Path) -> Row:
-    file = Path(transcript_of(audio))
-    row: Row = {
-        "audio": os.path.abspath(audio),
-        "text": None,
-        "id": os.path.splitext(os.path.relpath(audio, folder))[0],
-    }
-    if not has_transcript:
-        return row | problem("no transcript", file.name)
+def beside_row(audio: str, texts: Mapping[str, str], folder: Path) -> Row:
+    """The row of an audio file; texts: files of text by their name without its suffix."""
+    stem = os.path.splitext(audio)[0]
+    row: Row = {"audio": os.path.abspath(audio), "text": None, "id": os.path.relpath(stem, folder)}
+    if stem not in texts:
+        return row | problem("no transcript", f"{os.path.basename(stem)}.txt")
+    file = Path(texts[stem])
+    if not file.is_file():
+        return row | problem("missing file", f"{file.name} is no file")
     if file.stat().st_size > MAX_TEXT_BYTES:
         return row | problem("text too large", file.name)
     text = decoded(file.read_bytes())
     return row | (problem("text that is not UTF-8", file.name) if text is None else {"text": text.strip()})
 
 
-def listed_rows(path: Path, audio: set[str]) -> Iterator[Row]:
-    """A row for every line `ID TEXT` of a .trans.txt; the audio is the file of that name in the same folder."""
+def listed_rows(path: Path, audio: Mapping[str, str]) -> Iterator[Row]:
+    """A row for every line `ID TEXT` of a .trans.txt; the audio is the file of that name in the same folder.
+
+    audio: files by their name without its suffix
+    """
     with path.open("rb") as file:
         lines = [line for each in lines_of(file) for line in ([None] if each is None else each.splitlines())]
     for number, line in enumerate(lines, start=1):
@@ -96,7 +110,6 @@ def listed_rows(path: Path, audio: set[str]) -> Iterator[Row]:
             continue
         id, _, text = words.partition(" ")
         if id:
-            names = (str(path.parent / f"{id}.{suffix}") for suffix in ("flac", "wav", "opus", "mp3", "ogg"))
-            found = next((name for name in names if name in audio), None)
+            found = audio.get(str(path.parent / id))
             row: Row = {"audio": found and os.path.abspath(found), "text": text.strip(), "id": id}
             yield row if found else row | problem("missing file", f"the audio of {id}")

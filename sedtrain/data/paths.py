@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import soundfile
-
-from sedtrain.data.audio import UNREADABLE, is_audio_file
-from sedtrain.data.readers import READERS, one_line
+from sedtrain.data.audio import UNREADABLE, is_media_file, opened
+from sedtrain.data.readers import READERS
 from sedtrain.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "spoken_digits"
@@ -106,7 +104,7 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
     for name in [audio] if isinstance(audio, str) else audio:
         where = Path(name).expanduser()
         if where.is_dir():
-            matches = sorted(filter(is_audio_file, files_in(where)))
+            matches = sorted(filter(is_media_file, files_in(where)))
         else:
             matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
         if not matches:
@@ -115,8 +113,9 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
         found += matches
     if len(found) == 1:
         try:
-            soundfile.info(found[0])
+            with opened(found[0]):
+                pass
         except UNREADABLE as error:
-            wrong = f"this is no audio ({one_line(error)})"
+            wrong = f"this is no audio that can be read ({error})"
             raise UserError("audio", found[0], wrong, "write audio=FILE that libsndfile can read") from error
     return found

@@ -6,7 +6,6 @@ To add a file format, write a function from a file to Arrow tables of one schema
 its suffix. Folders, patterns, streams and messages take the suffixes from there.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -16,22 +15,32 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 from filelock import FileLock
 
-from sedtrain.data.audio import is_audio_file, leaves_folder
+from sedtrain.data.audio import is_media_file, leaves_folder
 from sedtrain.data.parquet import ROWS_AT_ONCE, batches, refuse_unfolding
-from sedtrain.data.tables import MAX_TEXT_BYTES, PROBLEM, Row, as_table, decoded, lines_of, problem
+from sedtrain.data.separated import read_separated
+from sedtrain.data.tables import (
+    MAX_TEXT_BYTES,
+    PROBLEM,
+    OtherFormat,
+    Row,
+    as_table,
+    decoded,
+    lines_of,
+    problem,
+    refuse_twins,
+    refuse_utf16,
+)
 from sedtrain.errors import UserError
 
 Reader = Callable[[Path], Iterator[pa.Table]]
-VERSION = 2  # counted up when a reader changes, so that old copies are not used
-NUMBER = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?$"  # 007 is text
+VERSION = 3  # counted up when a reader changes, so that old copies are not used
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot of the base name
 
@@ -40,18 +49,19 @@ class BrokenFile(ValueError):
     """A file of which nothing can be read; its message is the reason."""
 
     def __init__(self, file: str | Path, error: Exception) -> None:
-        super().__init__(one_line(error))
-        self.file = file
+        super().__init__(str(error) if isinstance(error, OtherFormat) else one_line(error))
+        self.file, self.write = file, getattr(error, "write", None)
 
 
 def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def read_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
+def read_rows(file: Path, cache: Path | None = None, name: str | None = None) -> datasets.Dataset:
     """The rows of a file, mapped into memory from a copy in Arrow, which is made once and again when the file changes.
 
     cache: the folder of the copy, if not that of `datasets`
+    name:  the name that tells the format, if not that of the file
     Raises UserError for a format that is not in READERS, and BrokenFile.
     """
     try:
@@ -62,7 +72,7 @@ def read_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
         folder = cache or Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain"
         copy = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
-            write_copy(copy, refuse_unfolding(reader_of(file)(file), file))
+            write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
     except UserError:
         raise
     except (ValueError, OSError, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
@@ -111,6 +121,7 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
     """The rows; those that cannot be read, which is the rest of a row group, are null, with a PROBLEM."""
     with pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
+        refuse_twins(schema.names)
         nothing = (schema if PROBLEM in schema.names else schema.append(pa.field(PROBLEM, pa.string()))).empty_table()
         yield nothing
         for number in range(file.num_row_groups):
@@ -140,11 +151,13 @@ def read_json(path: Path) -> Iterator[pa.Table]:
 
 def json_rows(path: Path) -> Iterator[Row]:
     content = path.read_bytes() if path.suffix.lower() == ".json" else b""
+    refuse_utf16(content[:1000])
     if content.lstrip().startswith(b"["):
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=without_twins)
         yield from (value if isinstance(value, dict) else problem("broken JSON", "no object") for value in values)
         return
     with path.open("rb") as lines:
+        refuse_utf16(lines.peek(1000)[:1000])
         for number, line in enumerate(lines_of(lines), start=1):
             if line is None:
                 yield problem("text too large", f"line {number}")
@@ -154,7 +167,7 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def json_row(content: bytes, position: str) -> Row:
     try:
-        row = json.loads(content.decode("utf-8-sig"))
+        row = json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_twins)
     except UnicodeDecodeError:
         return problem("text that is not UTF-8", position)
     except (ValueError, RecursionError) as error:
@@ -162,38 +175,18 @@ def json_row(content: bytes, position: str) -> Row:
     return row if isinstance(row, dict) else problem("broken JSON", f"{position} is no object")
 
 
+def without_twins(pairs: list[tuple[str, Any]]) -> Row:
+    """The object of these pairs. Raises ValueError where two have one name, of which JSON would take the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two values are called {next(name for name in names if names.count(name) > 1)!r}")
+    return row
+
+
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
-    """Separated values; a column that holds nothing but numbers holds numbers."""
-    table = as_table(csv_rows(path, delimiter))
-    for index, cells in enumerate(table.columns):
-        if pa.types.is_string(cells.type) and pc.all(pc.match_substring_regex(cells, NUMBER)).as_py():
-            try:
-                numbers = cells.cast(pa.int64())
-            except pa.ArrowInvalid:
-                numbers = cells.cast(pa.float64())
-            table = table.set_column(index, table.column_names[index], numbers)
-    yield table
-
-
-def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    """Cells as text, empty ones None; tab separated values know no quotes, as in Common Voice."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        parts = iter(partial(file.readline, MAX_TEXT_BYTES), "")  # lines, as far as they are no giants
-        lines = csv.reader(
-            parts, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        )
-        try:
-            header = next(lines, [])
-            for cells in lines:
-                position = f"line {lines.line_num}"
-                if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
-                    yield problem("text that is not UTF-8", position)
-                elif cells and len(cells) != len(header):
-                    yield problem("broken CSV", f"{position} has {len(cells)} cells, the header {len(header)}")
-                elif cells:
-                    yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
-        except csv.Error as error:  # such as a quote that is never closed
-            yield problem("broken CSV", f"line {lines.line_num} and all that follow, {error}")
+    """Separated values, all of them text."""
+    yield read_separated(path, delimiter)
 
 
 # --- tars
@@ -214,7 +207,9 @@ def tar_rows(path: Path) -> list[Row]:
                     content = tar.extractfile(member)
                     assert content is not None
                     row = samples.setdefault(match[1], {"id": f"{path.stem}/{match[1]}", "audio": None})
-                    row.update(fields_of_member(member, match[2].lower(), content, os.path.abspath(path)))
+                    fields = fields_of_member(member, match[2].lower(), content, os.path.abspath(path))
+                    twice = [name for name in fields.keys() - {PROBLEM} if row.get(name) not in (None, fields[name])]
+                    row.update(problem("two values of one name", f"{twice[0]} in {member.name}") if twice else fields)
         except (tarfile.ReadError, OSError) as error:
             samples[""] = problem("truncated tar", f"{path.name}, {error}")
     for key, row in samples.items():
@@ -225,7 +220,7 @@ def tar_rows(path: Path) -> list[Row]:
 
 def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], tar: str) -> Row:
     """The fields that one member adds to its sample."""
-    if is_audio_file(member.name):
+    if is_media_file(member.name):
         return {"audio": {"path": tar, "offset": member.offset_data, "size": member.size}}
     if suffix in ("txt", "json") and member.size > MAX_TEXT_BYTES:
         return problem("text too large", member.name)

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import soundfile
 
-from sedtrain.data.audio import UNREADABLE, is_audio_file
+from sedtrain.data.audio import UNREADABLE, is_audio_file, opened
 from sedtrain.data.paths import files_in
-from sedtrain.data.readers import one_line
 from sedtrain.data.sources import load_rows
 from sedtrain.data.utterances import check_columns
 from sedtrain.errors import UserError
@@ -28,11 +26,12 @@ def audio_files(option: str, folder: str, write: str) -> list[str]:
         raise UserError(option, folder, wrong, write)
     for file in files:
         try:
-            if not soundfile.info(file).frames:
-                raise OSError("it has no samples")
+            with opened(file) as sound:
+                if not sound.frames:
+                    raise OSError("it has no samples")
         except UNREADABLE as error:
             wrong, write = (
-                f"{file} cannot be read ({one_line(error)})",
+                f"{file} cannot be read ({error})",
                 "write a folder whose audio files can all be read",
             )
             raise UserError(option, folder, wrong, write) from error

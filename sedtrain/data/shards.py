@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import IO
+from urllib.parse import urlsplit
 
 import datasets
 import fsspec
@@ -20,7 +21,7 @@ from filelock import FileLock
 
 from sedtrain.data.parquet import batches
 from sedtrain.data.paths import expanded, files_of, local_path
-from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.readers import READERS, BrokenFile, one_line, read_rows, suffix_of
 from sedtrain.data.sources import hub_or_folder, is_saved, readable
 from sedtrain.data.tables import PROBLEM, readable_cells
 from sedtrain.data.utterances import as_text, check_columns
@@ -68,7 +69,7 @@ class Shard:
 
         Raises as `rows` does, and UserError where there are rows but no such column.
         """
-        if suffix_of(self.place) != ".parquet":
+        if suffix_of(file_name(self.place)) != ".parquet":
             rows = self.rows()
             if set(rows.column_names) - {PROBLEM}:
                 check_columns({"text": column}, rows.features, self.place)
@@ -106,7 +107,7 @@ class Shard:
 
     def fetched(self) -> Path:
         """A copy of the remote file, fetched once by all processes of a machine."""
-        file = self.copy / Path(self.place).name
+        file = self.copy / file_name(self.place)
         with self.lock():
             self.copy.mkdir(exist_ok=True)
             if not file.exists():
@@ -130,9 +131,14 @@ def fetch(url: str, file: Path) -> None:
             return
         except (OSError, ClientError, TimeoutError) as error:
             if attempt == NUM_ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
-                wrong = f"{url} cannot be fetched ({one_line(error)})"
-                raise UserError("data.path", url, wrong, "write a URL that can be reached") from error
+                raise unreachable(url, error) from error
         time.sleep(FIRST_PAUSE * 2**attempt)
+
+
+def unreachable(url: str, error: Exception) -> UserError:
+    return UserError(
+        "data.path", url, f"{url} cannot be fetched ({one_line(error)})", "write a URL that can be reached"
+    )
 
 
 def shards_of(path: str, split: str, name: str | None, copies: Path) -> list[Shard]:
@@ -151,7 +157,7 @@ def shards_of(path: str, split: str, name: str | None, copies: Path) -> list[Sha
 def places_of(path: str, split: str, name: str | None) -> list[str]:
     """The paths or URLs of the files of one split."""
     if "://" in path:
-        return list(expanded(path.replace("{split}", split)))
+        return [place for url in expanded(path.replace("{split}", split)) for place in files_at(url)]
     if files := files_of(path, split):
         return list(map(str, files))
     if is_saved(local_path(path)):
@@ -163,9 +169,32 @@ def places_of(path: str, split: str, name: str | None) -> list[str]:
         return places if all(map(suffix_of, places)) else []
 
 
+def files_at(url: str) -> list[str]:
+    """The URL, or those that a glob stands for. Raises UserError where none is found, or the URL names no file to read."""
+    if suffix_of(file_name(url)) is None:
+        wrong = "this URL names no file of a format that can be read"
+        raise UserError("data.path", url, wrong, f"write a URL of files of one of {', '.join(READERS)}")
+    if not {"*", "["} & set(url):
+        return [url]
+    try:
+        filesystem, pattern = fsspec.url_to_fs(url)
+        found = sorted(map(filesystem.unstrip_protocol, filesystem.glob(pattern)))
+    except (OSError, ClientError, TimeoutError) as error:
+        raise unreachable(url, error) from error
+    if not found:
+        write = "write a glob of files that are there and that the server lists, or {0000..0127} for their numbers"
+        raise UserError("data.path", url, "there is no such file", write)
+    return found
+
+
+def file_name(place: str) -> str:
+    """The name of a file by its path or URL."""
+    return Path(urlsplit(place).path if "://" in place else place).name
+
+
 def names_of(places: list[str]) -> list[str]:
     """The name of each file without its suffix; with its folders if names alone are not distinct."""
-    short = [without_format(Path(place).name) for place in places]
+    short = [without_format(file_name(place)) for place in places]
     if len(set(short)) == len(short):
         return short
     common = os.path.commonpath([os.path.dirname(place) for place in places])

@@ -4,7 +4,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tab, line feed, carriage return
 MIN_SEEN = 100
 """Fractions are of at least so many utterances, so that the first bad one of five stops nothing."""
 LIMITED = frozenset({"too short", "too long", "text too short", "text too long"})
@@ -65,7 +63,10 @@ class Limits:
         skipped: list[Skipped] = []
         known = rows.seconds(indices) if seconds is None else seconds
         for index, length, text in zip(indices, known, rows.texts(indices), strict=True):
-            reason = rows.problem(index, length) or self.refused_length(length) or self.refused_text(text, rewrite)
+            reason = rows.problem(index, length) or self.refused_length(length)
+            if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
+                reason = rows.misdeclared(index) or reason
+            reason = reason or self.refused_text(text, rewrite)
             if reason:
                 skipped.append(rows.skipped(index, *reason))
             else:
@@ -84,12 +85,10 @@ class Limits:
 
     def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
         number = len(text.strip())
-        if not number:
-            return "empty text", ""
         if text.startswith(NOT_TEXT):
             return "text that is not text", shortened(text.removeprefix(NOT_TEXT))
-        if found := CONTROL.search(text):
-            return "control characters in the text", f"U+{ord(found[0]):04X} in {shortened(text)}"
+        if not any(character.isprintable() and character != " " for character in text):
+            return "empty text", shortened(text) if number else ""
         if number < self.min_characters:
             return "text too short", f"{number} characters < data.min_characters={self.min_characters}"
         if number > self.max_characters:

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+from datasets.utils.file_utils import cached_path
 
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.paths import files_in, files_of, is_here, local_path
 from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.tables import joined
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 
@@ -62,15 +64,21 @@ def readable(path: str, split: str) -> Iterator[None]:
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         words = f"{error.file}: {error}" if isinstance(error, BrokenFile) else one_line(error.__cause__ or error)
         options = "data.train_split, data.validation_split, data.test_split"
-        write = f"write {options} that the dataset has, in files that can be read"
+        write = getattr(error, "write", None) or f"write {options} that the dataset has, in files that can be read"
         raise UserError("data.path", path, f"split {split!r}: {words}", write) from error
 
 
 def local_rows(path: str, split: str) -> datasets.Dataset | None:
     """The rows of a split at a local path, or None for what `datasets` has to read itself."""
+    whole = SLICED.fullmatch(split)
+    rows = whole_split(path, whole[1] if whole else split)
+    return rows and cut(rows, split)
+
+
+def cut(rows: datasets.Dataset, split: str) -> datasets.Dataset:
+    """The slice of a split that it is asked for, as in `train[:90%]`."""
     sliced = SLICED.fullmatch(split)
-    rows = whole_split(path, sliced[1] if sliced else split)
-    if rows is None or not sliced:
+    if not sliced:
         return rows
     [wanted] = datasets.ReadInstruction.from_spec(f"rows{sliced[2]}").to_absolute({"rows": len(rows)})
     return rows.select(range(wanted.from_, wanted.to))
@@ -84,25 +92,6 @@ def whole_split(path: str, split: str) -> datasets.Dataset | None:
     if not where.is_dir():
         return None
     return saved_rows(where, split) if is_saved(where) else folder_rows(where, split)
-
-
-def joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
-    """The rows of all; a column that holds numbers in one of them and text in another holds text."""
-    dtypes: dict[str, set[str]] = {}
-    for table in tables:
-        for name, feature in table.features.items():
-            dtypes.setdefault(name, set()).add(getattr(feature, "dtype", "null"))
-    common = {name: common_value(found - {"null"}) for name, found in dtypes.items() if len(found - {"null"}) > 1}
-    for number, table in enumerate(tables):
-        if changed := {name: value for name, value in common.items() if name in table.features}:
-            tables[number] = table.cast(datasets.Features({**table.features, **changed}))
-    return datasets.concatenate_datasets(tables)
-
-
-def common_value(dtypes: set[str]) -> datasets.Value:
-    if "string" in dtypes:
-        return datasets.Value("string")
-    return datasets.Value("int64" if all(dtype.startswith("int") for dtype in dtypes) else "float64")
 
 
 def is_saved(folder: Path) -> bool:
@@ -123,7 +112,7 @@ def saved_rows(folder: Path, split: str) -> datasets.Dataset:
 def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
     """The audio of the subfolder named after the split, or of a folder without subfolders named after splits."""
     if (folder / split).is_dir():
-        return read_folder(folder / split) if has_audio(folder / split) else None
+        return read_folder(folder / split, folder) if has_audio(folder / split) else None
     if not has_audio(folder):
         return None
     inside = sorted(entry.stem if entry.is_file() else entry.name for entry in folder.iterdir())
@@ -145,14 +134,27 @@ def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
 def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
     repository, revision = hub_or_folder(path)
     try:
-        return datasets.load_dataset(
-            repository, name, split=split, revision=revision, cache_dir=cache_of(local_path(path))
+        builder = datasets.load_dataset_builder(
+            repository, name, revision=revision, cache_dir=cache_of(local_path(path))
         )
+        if files := text_files(builder, split):
+            return cut(joined([read_rows(Path(cached_path(file)), name=file) for file in files]), split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         write = "write data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
         raise UserError("data.path", path, one_line(error), write) from error
+
+
+def text_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
+    """The files of a split that are read here, if it is stored as text, of which `datasets` would guess the types."""
+    by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
+    names = split.partition("[")[0].split("+")
+    files = [str(file) for name in names for file in by_split.get(name, ())] if split.count("[") < 2 else []
+    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None}
+    return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
 
 
 def hub_or_folder(path: str) -> tuple[str, str | None]:

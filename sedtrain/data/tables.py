@@ -1,11 +1,16 @@
 """Rows as columns, whatever their cells hold."""
 
+import codecs
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from math import inf
+from pathlib import Path
 from typing import IO, Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Row = dict[str, Any]
 PROBLEM = "_problem"
@@ -13,6 +18,17 @@ PROBLEM = "_problem"
 MAX_TEXT_BYTES = 2**24  # of a line, and of a file that holds one text
 NOT_TEXT = "\0object\0"
 """Prefix of a list or an object that stands where others have text."""
+WIDEST = {re.compile("u?int"): "int64", re.compile("float"): "float64", re.compile("(large_)?string"): "string"}
+PLAIN = re.compile("u?int|float|(large_)?string|bool")
+MOST_SECONDS = 1e9  # 32 years; no recording is longer
+
+
+class OtherFormat(ValueError):
+    """A file that is not what its suffix says; the message says what it is, `write` what to write instead."""
+
+    def __init__(self, wrong: str, write: str) -> None:
+        super().__init__(wrong)
+        self.write = write
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes | None]:
@@ -32,9 +48,36 @@ def as_dataset(rows: Iterable[Row]) -> datasets.Dataset:
     return datasets.Dataset(as_table(rows))
 
 
-def as_table(rows: Iterable[Row]) -> pa.Table:
-    """A table of rows, in which a column whose values have no common type becomes text."""
-    columns: dict[str, list[Any]] = {}
+def text_of_file(path: Path) -> str:
+    """The text of a file; bytes that are not UTF-8 are escaped, so that their line can be told. Raises OtherFormat."""
+    content = path.read_bytes()
+    refuse_utf16(content[:1000])
+    return content.decode("utf-8-sig", "surrogateescape")
+
+
+def refuse_utf16(beginning: bytes) -> None:
+    """Raises OtherFormat for UTF-16 and UTF-32, which have a mark at their beginning or many zeros."""
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or beginning.count(0) > len(beginning) / 4:
+        raise OtherFormat("its text is UTF-16 or UTF-32, not UTF-8", "write it as UTF-8")
+
+
+def in_words(names: Iterable[str]) -> str:
+    """The names of columns; those with spaces around them in quotation marks."""
+    return ", ".join(name if name == name.strip() else repr(name) for name in names if name != PROBLEM)
+
+
+def refuse_twins(names: Sequence[str]) -> None:
+    """Raises OtherFormat where two columns have one name, of which nobody can say which is meant."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OtherFormat(f"two columns are called {twice!r}", "write columns of different names")
+
+
+def as_table(rows: Iterable[Row], names: Iterable[str] = ()) -> pa.Table:
+    """A table of rows, in which a column whose values have no common type becomes text.
+
+    names: columns that it has although no row may have them
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     num_rows = 0
     for num_rows, row in enumerate(rows, start=1):
         for name, value in row.items():
@@ -44,14 +87,23 @@ def as_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def as_array(values: list[Any]) -> pa.Array:
-    """Lists and objects become text too, as files differ in them; an object with the path of audio does not."""
+    """Lists and objects become text too, as files differ in them; an object with the path of audio does not.
+
+    Whole numbers beside fractions become text, as 7 would become 7.0.
+    """
     try:
         cells = pa.array(values)
+        if pa.types.is_floating(cells.type) and any(type(value) is int for value in values):
+            return as_texts(values)
         if not pa.types.is_nested(cells.type) or (pa.types.is_struct(cells.type) and "path" in cells.type.names):
             return cells
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeError):
         pass
-    return pa.array([None if value is None or value != value else as_words(value) for value in values])
+    return as_texts(values)
+
+
+def as_texts(values: Iterable[Any]) -> pa.Array:
+    return pa.array([None if value is None or value != value else as_words(value) for value in values], pa.string())
 
 
 def as_words(value: Any) -> str:
@@ -61,6 +113,24 @@ def as_words(value: Any) -> str:
     return words.encode("utf-8", "replace").decode("utf-8")  # JSON can spell halves of characters: \ud800
 
 
+def joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
+    """The rows of all; a column of different types, such as whole numbers and fractions, holds text."""
+    dtypes: dict[str, set[str]] = {}
+    for table in tables:
+        for name, feature in table.features.items():
+            dtypes.setdefault(name, set()).add(getattr(feature, "dtype", "null"))
+    several = {name: found - {"null"} for name, found in dtypes.items() if len(found - {"null"}) > 1}
+    for number, table in enumerate(tables):
+        for name in set(several).intersection(table.column_names):
+            if wide := next((wide for kind, wide in WIDEST.items() if all(map(kind.match, several[name]))), None):
+                table = table.cast_column(name, datasets.Value(wide))
+            elif all(map(PLAIN.match, several[name])):
+                texts = as_texts(table[name][:])
+                table = table.remove_columns(name).add_column(name, texts)
+        tables[number] = table
+    return datasets.concatenate_datasets(tables)
+
+
 def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
     """Replaces texts that are not UTF-8, which any access would fail on, by null and a PROBLEM. Reads no audio."""
     for column in columns:
@@ -68,13 +138,50 @@ def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.D
         if is_readable(cells):
             continue
         texts, is_there = readable_cells(cells), cells.is_valid().to_pylist()
-        problems = rows[PROBLEM][:] if PROBLEM in rows.column_names else [None] * len(rows)
-        for index, text in enumerate(texts):
-            if text is None and is_there[index]:
-                problems[index] = f"text that is not UTF-8: column {column}"
-        rows = rows.remove_columns([name for name in (column, PROBLEM) if name in rows.column_names])
-        rows = rows.add_column(column, pa.array(texts, pa.string())).add_column(PROBLEM, pa.array(problems))
+        broken = [index for index, text in enumerate(texts) if text is None and is_there[index]]
+        problems = dict.fromkeys(broken, f"text that is not UTF-8: column {column}")
+        rows = replaced(rows, column, pa.array(texts, pa.string()), problems)
     return rows
+
+
+def with_times(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """Reads columns of seconds as numbers, also where text spells them; what is no time becomes null and a PROBLEM.
+
+    NaN is an empty cell.
+    """
+    for column in columns:
+        cells = rows.with_format("arrow")[column][:]
+        if not is_text(cells.type):
+            lowest, highest = (bound.as_py() for bound in pc.min_max(cells).values())
+            if lowest is None or (lowest >= 0 and highest <= MOST_SECONDS):
+                continue
+        values = cells.to_pylist()
+        times = [None if value is None or value != value else time_of(value) for value in values]
+        problems = {
+            index: f"impossible time: {column} = {values[index] if is_text(cells.type) else time:.12}"
+            for index, time in enumerate(times)
+            if time is not None and not 0 <= time <= MOST_SECONDS
+        }
+        times = [None if index in problems else time for index, time in enumerate(times)]
+        rows = replaced(rows, column, pa.array(times, pa.float64()), problems)
+    return rows
+
+
+def time_of(value: Any) -> float:
+    """A number, also one that is spelt; infinity for what is none."""
+    try:
+        return float(value) if "_" not in str(value) else inf
+    except ValueError:
+        return inf
+
+
+def replaced(rows: datasets.Dataset, column: str, cells: pa.Array, new: dict[int, str]) -> datasets.Dataset:
+    """Rows with another column, and a PROBLEM for some of them, by index."""
+    problems = rows[PROBLEM][:] if PROBLEM in rows.column_names else [None] * len(rows)
+    problems = [problem or new.get(index) for index, problem in enumerate(problems)]
+    rows = rows.remove_columns([name for name in (column, PROBLEM) if name in rows.column_names])
+    rows = rows.add_column(column, cells)
+    return rows.add_column(PROBLEM, pa.array(problems, pa.string())) if any(problems) else rows
 
 
 def readable_cells(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -85,8 +192,12 @@ def readable_cells(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
     return [content if content is None else decoded(content) for content in contents]
 
 
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def is_readable(cells: pa.Array | pa.ChunkedArray) -> bool:
-    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+    if not is_text(cells.type):
         return True
     try:
         cells.validate(full=True)

@@ -1,5 +1,7 @@
 """Rows of a `datasets` dataset as utterances: which column holds what, segments, lengths, decoded audio."""
 
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -9,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch.utils.data import get_worker_info
 
 from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE, read_audio, refuse_silence, seconds_between
 from sedtrain.data.paths import local_path
-from sedtrain.data.tables import PROBLEM, with_readable_text
+from sedtrain.data.tables import NOT_TEXT, PROBLEM, in_words, with_readable_text, with_times
 from sedtrain.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tab, line feed, carriage return
 ROWS_AT_ONCE = 64  # rows whose headers one thread reads at a time
 
 
@@ -60,8 +68,12 @@ def is_number(feature: Any) -> bool:
     return is_value(feature, "int", "uint", "float", "decimal")
 
 
+def is_time(feature: Any) -> bool:
+    return is_number(feature) or is_value(feature, "string", "large_string")
+
+
 def is_text(feature: Any) -> bool:
-    return is_number(feature) or is_value(feature, "string", "large_string", "bool")
+    return is_time(feature) or is_value(feature, "bool")
 
 
 def is_audio(feature: Any) -> bool:
@@ -74,9 +86,9 @@ WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "audio": (is_audio, "bytes or the path of a file"),
     "text": (is_text, "text"),
     "id": (is_text, "text or numbers"),
-    "seconds": (is_number, "numbers"),
-    "start": (is_number, "numbers"),
-    "end": (is_number, "numbers"),
+    "seconds": (is_time, "numbers"),
+    "start": (is_time, "numbers"),
+    "end": (is_time, "numbers"),
 }
 """Types that the column of a role may have."""
 
@@ -93,7 +105,7 @@ def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any]
             raise UserError(
                 "data.columns",
                 column,
-                f"{source} has no column {column!r} for the {role}, it has {', '.join(features)}",
+                f"{source} has no column {column!r} for the {role}, it has {in_words(features)}",
                 "write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, "
                 "language, seconds, start or end",
             )
@@ -153,6 +165,7 @@ class UtteranceRows:
         used = dict.fromkeys(column for column in vars(columns).values() if column)
         rows = rows.select_columns([*used, *({PROBLEM} & set(rows.column_names))])
         rows = with_readable_text(rows, [column for column in used if column != columns.audio])
+        rows = with_times(rows, [column for column in (columns.seconds, columns.start, columns.end) if column])
         self.rows, self.columns, self.split = rows, columns, split
         self.prefix, self.language, self.task = prefix, language, task
         source = local_path(path)
@@ -160,11 +173,22 @@ class UtteranceRows:
         self.folder = folder or (source if source.is_dir() else source.parent)
         problems = rows[PROBLEM] if PROBLEM in rows.column_names else []
         self.problems = {index: text for index, text in enumerate(problems) if text is not None}
+        self.warn_of_control()
         ids = [self.id_of(index, value) for index, value in enumerate(self.cells(columns.id))]
         self.index_of = rows_by_id(ids, columns.id, split)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def warn_of_control(self) -> None:
+        """Warns of texts with control characters, which `as_text` takes out."""
+        cells = pc.cast(self.rows.with_format("arrow")[self.columns.text][:], pa.large_string())
+        has_control = pc.and_not(pc.match_substring_regex(cells, CONTROL.pattern), pc.starts_with(cells, NOT_TEXT))
+        found = pc.indices_nonzero(has_control).to_pylist()
+        if found and get_worker_info() is None:
+            first = self.id_of(found[0], self.rows[found[0]][self.columns.id] if self.columns.id else None)
+            words = "%s: texts from which control characters are taken out: %d (first: %s)"
+            logger.warning(words, self.split, len(found), first)
 
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """The texts of all or of some rows; reads no audio."""
@@ -215,10 +239,12 @@ class UtteranceRows:
         rows = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
         return [self.length_or_reason(row)[0] for row in rows]
 
-    def length_or_reason(self, row: Mapping[str, Any]) -> tuple[float | None, tuple[str, str]]:
+    def length_or_reason(
+        self, row: Mapping[str, Any], declared: float | None = None
+    ) -> tuple[float | None, tuple[str, str]]:
         """The length by the header of the audio and ("", ""), or None and the reason for that with a detail."""
         try:
-            return seconds_between(row[self.columns.audio], self.folder, *self.segment(row)), ("", "")
+            return seconds_between(row[self.columns.audio], self.folder, *self.segment(row), declared), ("", "")
         except UNREADABLE as error:
             return None, (getattr(error, "reason", "unreadable audio"), str(error))
 
@@ -240,6 +266,12 @@ class UtteranceRows:
             length, reason_and_detail = self.length_or_reason(self.rows[index])
             return reason_and_detail if length is None else ("unreadable audio", "at first")
         return None
+
+    def misdeclared(self, index: int) -> tuple[str, str] | None:
+        """Reason and detail for a row whose columns give another length than the header of its audio, if it has any."""
+        [declared] = self.declared([index])
+        length, reason = (0.0, None) if declared is None else self.length_or_reason(self.rows[index], declared)
+        return reason if length is None else None
 
     def skipped(self, index: int, reason: str, detail: str) -> Skipped:
         """The row as an utterance that is left out."""
@@ -281,5 +313,15 @@ def seconds_of(seconds: float | None, start: float | None, end: float | None) ->
 
 
 def as_text(value: Any) -> str:
-    """A cell of the text column as text: files of digits alone give numbers, and an empty cell may be NaN."""
-    return "" if value is None or value != value else str(value)
+    """A cell of the text column as text: as JSON writes numbers and truth, without control characters; NaN is empty."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    return text if text.startswith(NOT_TEXT) or not CONTROL.search(text) else CONTROL.sub(instead, text)
+
+
+def instead(control: re.Match[str]) -> str:
+    """A space for characters that separate, such as a form feed; nothing for others."""
+    return " " if control[0].isspace() else ""

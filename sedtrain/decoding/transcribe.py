@@ -102,7 +102,9 @@ def samples_of(path: str | Path, sampling_rate: int) -> torch.Tensor:
     try:
         return read_audio(str(path), sampling_rate)
     except UNREADABLE as error:
-        raise UserError("audio", str(path), str(error), "write audio=FILE that can be read to its end") from error
+        reason = getattr(error, "reason", "unreadable audio")
+        wrong = str(error) if reason in str(error) else f"{reason}: {error}"
+        raise UserError("audio", str(path), wrong, "write audio=FILE that can be read to its end") from error
 
 
 def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> torch.Tensor:

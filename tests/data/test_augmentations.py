@@ -391,7 +391,7 @@ def test_a_folder_without_audio_or_with_a_broken_file_is_refused(kind, option, t
     cases = [
         (tmp_path / "missing", "there is no such folder", f"write {option}=FOLDER with audio files"),
         (tmp_path / "readme.txt", "there is no such folder", f"write {option}=FOLDER with audio files"),
-        (broken, f"{broken}/none.wav cannot be read (OSError: it has no samples)", "write a folder whose audio files"),
+        (broken, f"{broken}/none.wav cannot be read (it has no samples)", "write a folder whose audio files"),
     ]
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -402,7 +402,7 @@ def test_a_folder_without_audio_or_with_a_broken_file_is_refused(kind, option, t
         assert (refused.value.option, refused.value.value, refused.value.wrong) == (option, str(folder), wrong)
         assert refused.value.write.startswith(write)
     (broken / "none.wav").write_bytes(b"this is text")
-    with pytest.raises(UserError, match=r"none\.wav cannot be read \(LibsndfileError"):
+    with pytest.raises(UserError, match=r"none\.wav cannot be read \(Format not recognised"):
         kind(str(broken))
 
 

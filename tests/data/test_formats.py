@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -18,6 +19,7 @@ from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, ByteRange, path_in, read_audio
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.paths import audio_paths
 from sedtrain.data.readers import READERS
 from sedtrain.data.shards import shards_of
 from sedtrain.data.sources import load_rows
@@ -156,6 +158,88 @@ def test_a_missing_or_unreadable_text_file_is_a_problem_of_its_utterance(tmp_pat
         "b": ("no transcript", "b.txt"),
         "c": ("text that is not UTF-8", "c.txt"),
     }
+
+
+SUFFIXES = {
+    "wav": "WAV", "WAV": "WAV", "wave": "WAV", "flac": "FLAC", "ogg": "OGG", "oga": "OGG", "aif": "AIFF", "aiff": "AIFF",
+    "sph": "NIST", "au": "AU", "snd": "AU", "caf": "CAF", "w64": "W64", "mp3": "MP3", "MP3": "MP3",
+}  # fmt: skip
+CONTAINERS = {
+    "m4a": b"\0\0\0\x20ftypM4A \0\0",
+    "mp4": b"\0\0\0\x20ftypisom\0\0",
+    "webm": b"\x1aE\xdf\xa3\x01\0\0\0",
+    "aac": b"\xff\xf1\x50\x80\x02\x1f\xfc\xde",
+    "WMA": b"0&\xb2u\x8ef\xcf\x11",
+    "amr": b"#!AMR\n",
+}
+
+
+@pytest.mark.parametrize("text", ["txt", "TXT"])
+def test_whatever_has_a_text_is_a_row_that_is_read_or_left_out_by_name(tmp_path, text):
+    for suffix, container in SUFFIXES.items():
+        save(tmp_path / f"{suffix}.{suffix}", speech(0), format=container)
+    for suffix, content in CONTAINERS.items():
+        (tmp_path / f"{suffix}.{suffix}").write_bytes(content + bytes(1000))
+    for name in (*SUFFIXES, *CONTAINERS):
+        (tmp_path / f"{name}.{text}").write_text(f"text of {name}")
+    rows = rows_of(tmp_path, WITH_ID)
+    assert set(rows.index_of) == {*SUFFIXES, *CONTAINERS}
+    assert set(rows.texts()) == {f"text of {name}" for name in (*SUFFIXES, *CONTAINERS)}
+    found = problems(tmp_path, WITH_ID)
+    assert found.keys() == CONTAINERS.keys()
+    assert {reason for reason, _ in found.values()} == {"unreadable audio"}
+    assert all(detail.endswith("which libsndfile does not read; convert it to FLAC") for _, detail in found.values())
+    assert {Path(file).name.partition(".")[0] for file in audio_paths(str(tmp_path))} == {*SUFFIXES, *CONTAINERS}
+
+
+def test_what_was_converted_stands_beside_its_origin(tmp_path):
+    save(tmp_path / "a.wav", speech(0))
+    (tmp_path / "a.m4a").write_bytes(CONTAINERS["m4a"])
+    (tmp_path / "film.mp4").write_bytes(CONTAINERS["mp4"])
+    (tmp_path / "a.txt").write_text("one")
+    assert_same(read(tmp_path, WITH_ID), {"a": ("one", speech(0))})
+
+
+def test_members_of_a_tar_that_cannot_be_read_are_left_out_by_name(tmp_path):
+    tar(tmp_path / "train.tar", {"a.m4a": CONTAINERS["m4a"], "a.txt": b"one", "b.wav": wav(speech(0)), "b.txt": b"two"})
+    assert problems(tmp_path, WITH_ID) == {
+        "train/a": ("unreadable audio", "MP4 or M4A, which libsndfile does not read; convert it to FLAC")
+    }
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_one_metadata_file_may_stand_above_the_folders_of_the_splits(tmp_path, table):
+    """As datasets' AudioFolder reads it; a name of another split is no row of this one."""
+    rows = [
+        {"file_name": f"{split}/deep/{i}.wav", "text": f"{split} {i}"} for split in ("train", "test") for i in range(2)
+    ]
+    for number, row in enumerate(rows):
+        save(tmp_path / row["file_name"], speech(number))
+    if table.endswith("csv"):
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows), tmp_path / table)
+    elif table.endswith("jsonl"):
+        (tmp_path / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / table)
+    for first, split in ((0, "train"), (2, "test")):
+        expected = {rows[first + i]["file_name"]: (f"{split} {i}", speech(first + i)) for i in range(2)}
+        assert_same(read(tmp_path, WITH_ID, split), expected)
+
+
+def test_metadata_files_may_stand_in_folders_below(tmp_path):
+    for number, name in enumerate(["a", "b"]):
+        save(tmp_path / f"train/{name}/x.wav", speech(number))
+        (tmp_path / f"train/{name}/metadata.csv").write_text(f"id,file_name,text\n{name},x.wav,text of {name}\n")
+    assert_same(read(tmp_path, WITH_ID), {"a": ("text of a", speech(0)), "b": ("text of b", speech(1))})
+
+
+def test_ljspeech_as_unpacked_is_told_its_separator(tmp_path):
+    save(tmp_path / "wavs/LJ001-0001.wav", speech(0))
+    (tmp_path / "metadata.csv").write_text("LJ001-0001|Printing, in 1850|Printing, in eighteen fifty\n")
+    told = message(load_rows, str(tmp_path), "train[:90%]")
+    assert f"{tmp_path}/metadata.csv: its columns are separated by |, not by commas\n    write .csv with commas" in told
+    (tmp_path / "metadata.csv").write_text("name,text\na.wav,one,two\n")
+    assert "has no column 'file_name', it has name, text\n" in message(load_rows, str(tmp_path), "train")
 
 
 def test_librispeech_as_unpacked_is_read(tmp_path):
@@ -421,6 +505,24 @@ def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
         rows.utterance(rows.index_of["x/c"], RATE)
 
 
+def test_two_texts_or_recordings_of_one_sample_are_a_problem_and_not_the_last_of_them(tmp_path):
+    a, b = wav(speech(0)), wav(speech(1))
+    members = {
+        "a.wav": a,
+        "a.txt": b"one",
+        "a.json": b'{"text": "two"}',
+        "b.wav": a,
+        "b.flac": b,
+        "c.wav": a,
+        "c.txt": b"x",
+    }
+    tar(tmp_path / "x.tar", {**members, "c.json": b'{"text": "x"}'})
+    assert problems(tmp_path / "x.tar", WITH_ID) == {
+        "x/a": ("two values of one name", "text in a.json"),
+        "x/b": ("two values of one name", "audio in b.flac"),
+    }
+
+
 def test_shards_that_are_missing_or_compressed_are_told(tmp_path):
     path = f"{tmp_path}/train-*.tar"
     write = "write 'data.path=\"SHARDS-{000..127}.tar\"', or a glob, of files that are there"
@@ -535,10 +637,13 @@ def test_a_row_group_of_a_parquet_that_is_destroyed_costs_its_rows_alone(tmp_pat
 
 
 @pytest.mark.parametrize("first", [1, "1", None])
-def test_whole_numbers_in_one_manifest_and_fractions_in_the_next_are_numbers(tmp_path, first):
+def test_whole_numbers_in_one_manifest_and_fractions_in_the_next_stay_as_written(tmp_path, first):
     (tmp_path / "train-0.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "one", "n": first}))
     (tmp_path / "train-1.jsonl").write_text('{"audio": "b.wav", "text": "two", "n": 2.5}')
-    assert load_rows(str(tmp_path), "train")["n"][:] == (["1", "2.5"] if first == "1" else [first, 2.5])
+    rows = load_rows(str(tmp_path), "train")
+    assert rows["n"][:] == ([None, 2.5] if first is None else ["1", "2.5"])
+    columns = Columns(audio="audio", text="text", seconds="n")
+    assert UtteranceRows(rows, columns, str(tmp_path), "train").declared() == [first and 1.0, 2.5]
 
 
 def test_lists_and_objects_may_differ_from_tar_to_tar(tmp_path):
@@ -550,11 +655,13 @@ def test_lists_and_objects_may_differ_from_tar_to_tar(tmp_path):
     assert np.array_equal(rows.utterance(0, RATE).audio, speech(0))
 
 
-def test_a_quote_that_is_never_closed_costs_what_follows_it_and_is_a_problem(tmp_path):
-    lines = ["audio,text", "a.wav,fine", 'b.wav,"open', *["c.wav,lost"] * 20_000]
+@pytest.mark.parametrize("closing", ["c.wav,good", 'c.wav,"good"', 'c.wav,so he said "', 'c.wav,a 5" pipe'])
+def test_a_quote_that_is_never_closed_costs_its_own_row(tmp_path, closing):
+    lines = ["audio,text", "a.wav,fine", 'b.wav,"open', closing, *["c.wav,used"] * 20_000]
     (tmp_path / "m.csv").write_text("\n".join(lines))
-    found = problems(tmp_path / "m.csv")
-    assert [reason for reason, detail in found.values() if "all that follow" in detail] == ["broken CSV"]
+    rows = rows_of(tmp_path / "m.csv")
+    assert rows.problems == {1: "broken CSV: line 3, a quotation mark that is never closed"}
+    assert rows.texts()[:2] + rows.texts()[3:] == ["fine", "", *["used"] * 20_000]
 
 
 def test_numbers_in_one_manifest_and_words_in_the_next_are_text(tmp_path):
@@ -590,22 +697,49 @@ def test_problems_are_counted_listed_and_skipped(tmp_path):
 
 def test_a_branch_of_the_hub_is_named_behind_the_id(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: asked.append((given, named)) or [1])
+    rows = datasets.Dataset.from_dict({"text": ["one"]})
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files=None), download_and_prepare=lambda: None, as_dataset=lambda split: rows
+    )
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *given, **named: asked.append((given, named)) or builder
+    )
     load_rows("some/corpus@refs/pr/20", "train[:5]", "xl")
     load_rows("some/corpus", "train")
     assert asked == [
-        (("some/corpus", "xl"), {"split": "train[:5]", "revision": "refs/pr/20", "cache_dir": None}),
-        (("some/corpus", None), {"split": "train", "revision": None, "cache_dir": None}),
+        (("some/corpus", "xl"), {"revision": "refs/pr/20", "cache_dir": None}),
+        (("some/corpus", None), {"revision": None, "cache_dir": None}),
     ]
 
 
 def test_a_dataset_that_is_a_script_is_told(monkeypatch):
-    def load_dataset(*_, **__):
+    def load_dataset_builder(*_, **__):
         raise RuntimeError("Dataset scripts are no longer supported, but found fleurs.py")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     wrong = "RuntimeError: Dataset scripts are no longer supported, but found fleurs.py"
     write = (
         "write data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
     )
     assert refused(load_rows, "google/fleurs", "train", "en_us") == ("data.path", "google/fleurs", wrong, write)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data/train-0.csv", "audio,text,id\na.wav,007,1\nb.wav,NA,2\n"),
+        ("data/train-0.tsv", "audio\ttext\tid\na.wav\t007\t1\nb.wav\tNA\t2\n"),
+        (
+            "data/train-0.jsonl",
+            '{"audio": "a.wav", "text": "007", "id": "1"}\n{"audio": "b.wav", "text": "NA", "id": "2"}\n',
+        ),
+    ],
+)
+def test_where_datasets_finds_the_files_their_texts_stay_as_they_are_written(tmp_path, name, content):
+    """Its own readers of CSV and JSON guess numbers, dates and empty cells."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / name.replace("train", split)).write_text(content)
+    for split, texts in (("train", ["007", "NA"]), ("train[:50%]", ["007"]), ("train+test", ["007", "NA"] * 2)):
+        rows = load_rows(str(tmp_path), split)
+        assert (rows["text"][:], rows["id"][0]) == (texts, "1")

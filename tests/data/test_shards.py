@@ -15,7 +15,7 @@ from typing import ClassVar
 import datasets
 import pyarrow.parquet
 import pytest
-from corpora import COLUMNS, data_module, listed, wav, write
+from corpora import COLUMNS, data_module, listed, refused, wav, write
 from test_formats import shard
 
 from sedtrain.data import shards
@@ -329,3 +329,25 @@ def test_a_file_that_is_not_there_is_told_by_its_url(server, tmp_path):
     assert (raised.value.option, raised.value.value) == ("data.path", url)
     assert raised.value.wrong.startswith(f"{url} cannot be fetched (FileNotFoundError: ")
     assert list((tmp_path / "copies").rglob("*.parquet*")) == []
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{split}-*.parquet", "{split}-0000[0-2]-of-00003.parquet", f"{PATTERN}?download=true"]
+)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_files_of_a_server_are_named_by_globs_with_or_without_streaming(server, tmp_path, pattern, streaming):
+    data = streamed(f"{server}/{pattern}", tmp_path, streaming=streaming)
+    assert Counter(data.corpus.texts("train")) == {"one": 3, "two": 3, "three": 3, "four": 2}
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_url_that_names_no_file_is_told(server, tmp_path, streaming):
+    write = "write a URL of files of one of .parquet, .jsonl, .json, .csv, .tsv, .tar"
+    told = refused(streamed(server, tmp_path, streaming=streaming).corpus.texts("train").__next__)
+    assert f"data.path = '{server}'\n    this URL names no file of a format that can be read\n    {write}" in told
+    told = refused(streamed(f"{server}/none*.parquet", tmp_path, streaming=streaming).corpus.texts("train").__next__)
+    assert f"data.path = '{server}/none*.parquet'\n    there is no such file\n    write a glob of files" in told
+    told = refused(
+        streamed("hf://datasets/some/corpus/*.tar", tmp_path, streaming=streaming).corpus.texts("train").__next__
+    )
+    assert "hf://datasets/some/corpus/*.tar cannot be fetched (OfflineModeIsEnabled" in told

@@ -201,15 +201,18 @@ def test_lengths_come_from_the_column_else_from_the_header(tmp_path):
     assert list(UtteranceRows(rows, PLAIN, path, "train").seconds()) == [0.25, None, 0.75]
 
 
-@pytest.mark.parametrize("impossible", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("impossible", [float("nan"), float("inf"), -1.0, 1e308])
 def test_a_length_that_cannot_be_is_read_from_the_header(tmp_path, impossible):
     path = parquet(tmp_path / "x.parquet", audio=[encoded(tone(0.25))], text=["a"], length=[impossible])
     with_column = Columns(audio="audio", text="text", seconds="length")
-    assert list(UtteranceRows(load_rows(path, "train"), with_column, path, "train").seconds()) == [0.25]
+    rows = UtteranceRows(load_rows(path, "train"), with_column, path, "train")
+    assert list(rows.seconds()) == [0.25]
+    wrong = ("impossible time", f"length = {impossible}")
+    assert rows.problem(0, 0.25) == (None if impossible != impossible else wrong)  # NaN is an empty cell
 
 
 WRONG_TYPES = {
-    "seconds": (["1.5"], "Value('string') in the column 'x' for the seconds, expected numbers", "numbers"),
+    "seconds": ([[1.5]], "List(Value('float64')) in the column 'x' for the seconds, expected numbers", "numbers"),
     "text": ([["a", "b"]], "List(Value('string')) in the column 'x' for the text, expected text", "text"),
     "audio": (
         [[0.1, 0.2]],
@@ -406,7 +409,7 @@ def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
 def test_a_file_that_is_no_audio_is_told(clips):
     option, value, wrong, write = refused(audio_paths, f"{clips}/notes.txt")
     assert (option, value, write) == ("audio", f"{clips}/notes.txt", "write audio=FILE that libsndfile can read")
-    assert wrong.startswith("this is no audio (LibsndfileError: ")
+    assert wrong == "this is no audio that can be read (Format not recognised.)"
 
 
 @pytest.mark.parametrize("audio", [None, "", []])

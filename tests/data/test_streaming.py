@@ -52,6 +52,9 @@ class Rows:
     def skipped(self, index, reason, detail):
         return Skipped(self.id(index), reason, detail)
 
+    def misdeclared(self, index):
+        return None
+
     def problem(self, index, seconds):
         return None
 

@@ -89,6 +89,30 @@ def test_a_file_that_cannot_be_read_is_refused(model, tmp_path):
     assert (option, write) == ("audio", "write audio=FILE that can be read to its end")
 
 
+def test_a_recording_that_was_piped_has_the_text_of_the_whole(model, speech, tmp_path):
+    file, samples = speech
+    soundfile.write(tmp_path / "a.flac", soundfile.read(file, dtype="int16")[0], 16_000)
+    for name, content, at, size in (
+        ("a.flac", (tmp_path / "a.flac").read_bytes(), 21, 5),
+        ("b.wav", file.read_bytes(), 40, 4),
+    ):
+        kept = content[at] & 0xF0 if name == "a.flac" else 0
+        (tmp_path / name).write_bytes(content[:at] + bytes([kept]) + bytes(size - 1) + content[at + size :])
+    expected = package.transcribe(model, samples, sampling_rate=16_000, **SHORT)
+    assert package.transcribe(model, [tmp_path / "a.flac", tmp_path / "b.wav"], **SHORT) == [expected] * 2
+
+
+def test_a_file_that_is_not_as_long_as_it_says_is_refused_with_the_reason(model, speech, tmp_path):
+    content = speech[0].read_bytes()
+    (tmp_path / "cut.wav").write_bytes(content[:8_044])
+    (tmp_path / "more.wav").write_bytes(content[:40] + (8_000).to_bytes(4, "little") + content[44:])
+    for name, wrong in (
+        ("cut", "truncated audio: 0.25 s are missing"),
+        ("more", "more audio than its header says: 0.25 s more"),
+    ):
+        assert refusal(package.transcribe, model, tmp_path / f"{name}.wav")[:2] == ("audio", wrong)
+
+
 def test_a_file_that_does_not_exist_is_named(model, tmp_path):
     refused = refusal(package.transcribe, model, tmp_path / "nowhere.wav")
     assert refused == ("audio", "there is no such audio file", "write audio=FILE")

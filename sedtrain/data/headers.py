@@ -1,0 +1,333 @@
+"""What the header of an audio file claims of its length, against the bytes that are there.
+
+libsndfile believes headers. Writers to a pipe leave a length of 0 or the highest number, recorders that are killed one that is
+too small, joined files that of the first, and MP3 of varying bit rate often none.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import BinaryIO, NamedTuple
+
+UNKNOWN_BYTES = 0x7FFF0000  # a file that was written to a pipe claims this size or a larger one
+ENDS = 1 << 16  # bytes at either end of what follows the audio, to tell zeros that fill a block from a recording
+TAIL = 1 << 17  # bytes; the last frame of FLAC begins in them
+KBPS = (  # of MP3's layer III: MPEG 1, then 2 and 2.5
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+)
+MOST_CHUNKS = 1000  # before that of the audio
+LARGEST_FRAME = 1441  # bytes, of MP3
+RESYNC = 3 * LARGEST_FRAME + 4096  # bytes in which the first frames of MP3 are looked for
+MP3_RATES = (44_100, 48_000, 32_000)  # of MPEG 1; MPEG 2 has half of it, 2.5 a quarter
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A length in any unit: what the header claims, what is there, and how much of it libsndfile counts as frames.
+
+    at, patch: bytes of the header to be replaced from there on, so that it says a length it left open
+    prefix:    bytes that stand for all before `at`, for that
+    fault:     the reason and detail of a file that is not used, whatever its length
+    """
+
+    claimed: int = 0
+    found: int = 0
+    counted: int = 1
+    at: int = 0
+    patch: bytes = b""
+    prefix: bytes = b""
+    fault: tuple[str, str] | None = None
+
+    def missing(self, seconds: float) -> float:
+        """Seconds that are missing, below 0 those in excess; seconds: the length that libsndfile gives."""
+        return (self.claimed - self.found) / self.counted * seconds
+
+
+def claim_of(file: BinaryIO, size: int) -> Claim:
+    """The claim of a file of `size` bytes; an empty one for formats of which nothing is known, or broken headers."""
+    try:
+        first = read_at(file, 0, 4)
+        start = 0
+        if first[:3] == b"ID3":
+            start = after_id3(read_at(file, 0, 10))
+            first = read_at(file, start, 4)
+        if first == b"fLaC":
+            return flac_claim(file, start, size)
+        if first == b"OggS":
+            return ogg_claim(file, size)
+        if other := other_format(read_at(file, start, 12)):
+            wrong = f"{other}, which libsndfile does not read; convert it to FLAC"
+            return Claim(fault=("unreadable audio", wrong))
+        if data := data_of(file, first):
+            return data.claim(file, size)
+        found = mp3_start(read_at(file, start, RESYNC))
+        return Claim() if found is None else mp3_claim(file, start + found, size)
+    except (struct.error, ValueError, IndexError):
+        return Claim()
+
+
+def read_at(file: BinaryIO, at: int, number: int) -> bytes:
+    file.seek(at)
+    return file.read(number)
+
+
+def other_format(first: bytes) -> str | None:
+    """The name of a common format that libsndfile does not read."""
+    if first[4:8] == b"ftyp":
+        return "MP4 or M4A"
+    beginnings = {
+        b"\x1aE\xdf\xa3": "WebM or Matroska",
+        b"0&\xb2u": "WMA",
+        b"#!AM": "AMR",
+        b"wvpk": "WavPack",
+        b"MAC ": "APE",
+    }
+    is_adts = first[:1] == b"\xff" and first[1:2] in (b"\xf0", b"\xf1", b"\xf8", b"\xf9")
+    return "AAC" if is_adts else beginnings.get(first[:4])
+
+
+def after_id3(tag: bytes) -> int:
+    """The byte after an ID3v2 tag, whose size has seven bits a byte."""
+    return 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
+
+
+# --- uncompressed audio
+
+
+class Layout(NamedTuple):
+    """How a container of chunks is written: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk.
+
+    extra: bytes that the size of the audio's chunk counts beside the audio; in W64 those of the chunk's own header
+    """
+
+    order: str
+    first: int
+    name: int
+    size: int
+    alignment: int
+    audio: bytes
+    extra: int
+
+
+LAYOUTS = {
+    b"RIFF": Layout("<", 12, 4, 4, 2, b"data", 0),
+    b"RIFX": Layout(">", 12, 4, 4, 2, b"data", 0),
+    b"RF64": Layout("<", 12, 4, 4, 2, b"data", 0),
+    b"BW64": Layout("<", 12, 4, 4, 2, b"data", 0),
+    b"FORM": Layout(">", 12, 4, 4, 2, b"SSND", 8),
+    b"caff": Layout(">", 8, 4, 8, 1, b"data", 4),
+    b"riff": Layout("<", 40, 16, 8, 8, b"data", 24),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The audio of a file: its first byte, and its claimed size, which stands at `size_at` in `form`, `extra` included."""
+
+    start: int
+    claimed: int
+    size_at: int
+    form: str
+    extra: int = 0
+    alignment: int = 0  # of the chunk after it; 0: nothing may follow
+    counts_all: bool = False  # libsndfile reads to the end of the file, whatever the header claims
+
+    def claim(self, file: BinaryIO, size: int) -> Claim:
+        room = size - self.start
+        is_open = self.claimed <= 0 or room < self.claimed >= UNKNOWN_BYTES
+        end = self.start + max(0, self.claimed)
+        tail = read_at(file, end, ENDS) + read_at(file, max(end, size - ENDS), ENDS)
+        follows = self.claimed < room and not self.is_end(tail, -end % (self.alignment or 1))
+        if is_open and (follows or self.claimed > 0):
+            most = (1 << 8 * struct.calcsize(self.form)) - 1
+            patch = struct.pack(self.form, min(room + self.extra, most)) if self.form else b""
+            return Claim(at=self.size_at, patch=patch)
+        found = room if follows or self.claimed > room else self.claimed
+        return Claim(self.claimed, found, max(1, found if self.counts_all else min(self.claimed, found)))
+
+    def is_end(self, tail: bytes, pad: int) -> bool:
+        """True if no audio follows: a chunk, whose name is letters, zeros that fill a block, or nothing."""
+        names = [tail[at : at + 4] for at in (0, pad)] if self.alignment else []
+        is_chunk = any(name.isascii() and name.decode().isprintable() and name not in LAYOUTS for name in names)
+        return is_chunk or not tail.strip(b"\0")
+
+
+def data_of(file: BinaryIO, first: bytes) -> Data | None:
+    if first in LAYOUTS:
+        return chunk_of(file, LAYOUTS[first])
+    if first in (b".snd", b"dns."):
+        form = ">I" if first == b".snd" else "<I"
+        start, claimed = (struct.unpack(form, read_at(file, at, 4))[0] for at in (4, 8))
+        return Data(start, claimed, 8, form)
+    if first == b"NIST":
+        start = int(read_at(file, 8, 8))
+        lines = (line.split() for line in read_at(file, 0, start).decode("latin-1").splitlines())
+        fields = {line[0]: line[2] for line in lines if len(line) == 3}
+        names = ("sample_count", "channel_count", "sample_n_bytes")
+        count, channels, width = (int(fields.get(name, 0)) for name in names)
+        return Data(start, count * channels * width, 0, "", counts_all=True)
+    return None
+
+
+def chunk_of(file: BinaryIO, layout: Layout) -> Data | None:
+    """The chunk of the audio; RF64 gives its size in an earlier one. Raises struct.error where the file ends before it."""
+    form = layout.order + ("I" if layout.size == 4 else "q")
+    at, long, is_w64 = layout.first, None, layout.name == 16
+    for _ in range(MOST_CHUNKS):
+        start = at + layout.name + layout.size
+        name = read_at(file, at, 4)
+        length = struct.unpack(form, read_at(file, at + layout.name, layout.size))[0]
+        if name == b"ds64":
+            long = struct.unpack("<q", read_at(file, start + 8, 8))[0], start + 8, "<q"
+        if name == layout.audio:
+            value, place, kind = long if long and length == 0xFFFFFFFF else (length, at + layout.name, form)
+            begins = start if is_w64 else start + layout.extra
+            return Data(begins, value - layout.extra, place, kind, layout.extra, layout.alignment, is_w64)
+        end = start + length - (layout.extra if is_w64 else 0)
+        if end < start:
+            return None
+        at = end + -end % layout.alignment
+    return None
+
+
+# --- FLAC
+
+
+def flac_claim(file: BinaryIO, start: int, size: int) -> Claim:
+    """The samples by the header against those up to the last frame; a header of 0 samples gets their number."""
+    info = read_at(file, start + 8, 18)
+    [fields] = struct.unpack(">Q", info[10:18])
+    claimed, block = fields & (1 << 36) - 1, struct.unpack(">H", info[:2])[0]
+    largest = int.from_bytes(info[7:10], "big")  # bytes of a frame; 0: unknown
+    frames = last_frames(file, start, size, block, 3 * largest) or last_frames(file, start, size, block, TAIL)
+    ends = {frame.stop for frame in frames}
+    found = max((frame.stop for frame in frames if frame.start in ends or len(frames) == 1), default=0)
+    if not claimed:
+        no_frame = ("unreadable audio", "FLAC without a frame at its end")
+        return Claim(at=start + 18, patch=struct.pack(">Q", fields | found), fault=None if found else no_frame)
+    return Claim() if not found or claimed in ends else Claim(claimed, found, claimed)
+
+
+def last_frames(file: BinaryIO, start: int, size: int, block: int, number: int) -> list[range]:
+    """The samples of the frames that begin in the last `number` bytes."""
+    tail = read_at(file, max(start + 42, size - number), number)
+    starts = [match.start() for match in re.finditer(b"\xff[\xf8\xf9]", tail)]
+    return [frame for at in starts if (frame := samples_of_frame(tail[at : at + 16].ljust(16, b"\0"), block))]
+
+
+def samples_of_frame(header: bytes, block: int) -> range | None:
+    """The samples of a frame, None for what is none (RFC 9639, 9.1); block: samples in a frame of a stream of fixed ones."""
+    if header[3] & 1 or not header[2] >> 4:
+        return None
+    num_more = max(0, 7 - (header[4] ^ 0xFF).bit_length())  # bytes of the number after its first, as in UTF-8
+    number = header[4] & (0x7F >> num_more)
+    for byte in header[5 : 5 + num_more]:
+        number = number << 6 | byte & 0x3F
+    at, code = 5 + num_more, header[2] >> 4
+    explicit = {6: 1, 7: 2}.get(code, 0)
+    samples = 192 if code == 1 else 144 << code if code < 6 else 1 << code
+    if explicit:
+        samples = int.from_bytes(header[at : at + explicit], "big") + 1
+    at += explicit + {12: 1, 13: 2, 14: 2}.get(header[2] & 15, 0)
+    first = number if header[1] & 1 else number * block
+    return range(first, first + samples) if at < 16 and crc8(header[:at]) == header[at] else None
+
+
+def crc8(content: bytes) -> int:
+    crc = 0
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x107 if crc & 0x80 else 0)) & 0xFF
+    return crc
+
+
+# --- OGG
+
+
+def ogg_claim(file: BinaryIO, size: int) -> Claim:
+    """A fault where the last page is cut off, or another stream begins after the first, of which libsndfile reads nothing."""
+    at, is_in_stream = 0, False
+    while at < size and (page := read_at(file, at, 27)).startswith(b"OggS"):
+        sizes = file.read(page[26]) if len(page) == 27 else b""
+        if len(page) < 27 or len(sizes) < page[26] or (end := at + 27 + len(sizes) + sum(sizes)) > size:
+            return Claim(fault=("truncated audio", "the last page of OGG is cut off"))
+        begins_stream = bool(page[5] & 2)
+        if begins_stream and is_in_stream:
+            return Claim(fault=("more audio than its header says", f"OGG with another stream from byte {at:,} on"))
+        at, is_in_stream = end, is_in_stream or not begins_stream
+    return Claim()
+
+
+# --- MP3
+
+
+class Frame(NamedTuple):
+    """A frame of MP3: its bytes, samples and bit rate, and where in it a Xing header stands."""
+
+    size: int
+    samples: int
+    kbps: int
+    xing: int
+
+
+def mp3_frame(header: bytes) -> Frame | None:
+    """The frame of layer III that begins with four bytes; None for what is none."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return None
+    version, rate, kbps = header[1] >> 3 & 3, header[2] >> 2 & 3, header[2] >> 4
+    if version == 1 or rate == 3 or kbps in (0, 15):
+        return None
+    is_first, is_mono = version == 3, header[3] >> 6 == 3
+    samples, bits = 1152 if is_first else 576, KBPS[not is_first][kbps]
+    hertz = MP3_RATES[rate] // {3: 1, 2: 2, 0: 4}[version]
+    size = samples // 8 * bits * 1000 // hertz + (header[2] >> 1 & 1)
+    return Frame(size, samples, bits, 4 + (17 if is_first == is_mono else 32 if is_first else 9))
+
+
+def mp3_start(content: bytes) -> int | None:
+    """The first byte of three frames in a row; a recording of a stream begins anywhere."""
+    for match in re.finditer(b"\xff[\xe2-\xff]", content):
+        if len(list(islice(mp3_frames(content[match.start() :]), 3))) == 3:
+            return match.start()
+    return None
+
+
+def mp3_claim(file: BinaryIO, start: int, size: int) -> Claim:
+    """The bytes by the Xing header against those that are there; without one, the frames are counted."""
+    frame = mp3_frame(read_at(file, start, 4))
+    assert frame is not None
+    tag = read_at(file, start + frame.xing, 16)
+    if tag[:4] not in (b"Xing", b"Info"):
+        return counted_mp3(file, start, size, frame)
+    [claimed] = struct.unpack(">I", tag[12:16])
+    if tag[7] & 3 != 3 or not claimed:  # it gives frames and bytes
+        return Claim()
+    tail = read_at(file, start + claimed, 4)
+    is_audio = tail[:3] == b"ID3" or mp3_frame(tail) is not None
+    return Claim(claimed, size - start if is_audio else min(claimed, size - start), claimed)
+
+
+def counted_mp3(file: BinaryIO, start: int, size: int, first: Frame) -> Claim:
+    """A Xing header for MP3 of varying bit rate, whose length libsndfile guesses by its first frame."""
+    content = read_at(file, start, size - start)
+    frames = list(mp3_frames(content))
+    if len({frame.kbps for frame in frames}) < 2:
+        return Claim()
+    rest = content[sum(frame.size for frame in frames) :]
+    if len(rest) > LARGEST_FRAME and rest.lstrip(b"\0")[:3] not in (b"", b"TAG", b"APE", b"ID3", b"LYR"):
+        return Claim(fault=("undecodable audio", f"MP3 that breaks off after {len(frames):,} frames"))
+    header = bytes([content[0], content[1] | 1, *content[2:4]])
+    xing = header.ljust(first.xing, b"\0") + b"Xing" + struct.pack(">II", 1, len(frames))
+    return Claim(at=start, prefix=xing.ljust(first.size, b"\0"))
+
+
+def mp3_frames(content: bytes) -> Iterator[Frame]:
+    """The whole frames, from the beginning on."""
+    at = 0
+    while (frame := mp3_frame(content[at : at + 4])) and at + frame.size <= len(content):
+        yield frame
+        at += frame.size
