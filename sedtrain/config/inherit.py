@@ -65,13 +65,13 @@ def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[st
     stored: groups of a run; chosen: names that the command line sets
     """
     errors = []
+    composed: Any = OmegaConf.to_container(config, resolve=False)
     for group, values in stored.items():
-        own = OmegaConf.to_container(config, resolve=False)[group]  # type: ignore[index, call-overload]
-        trusted = [*directives(own, group), *directives_of_package(group)]
-        if isinstance(own, dict) and not isinstance(values, dict):
+        own = list(directives(composed[group], group))
+        if isinstance(composed[group], dict) and not isinstance(values, dict):
             errors.append(UserError("checkpoint", config.checkpoint, f"its config.yaml has {group}={values!r}", WRITE))
         for name, value in directives(values, group):
-            if name not in chosen and (name, value) not in trusted:
+            if not (name in chosen or (name, value) in own or (name, value) in directives_of_package(group)):
                 wrong = (
                     f"its config.yaml has {name}={value}, and nothing that a folder alone names is imported or called"
                 )
