@@ -18,7 +18,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SpeechEncoderDecoderConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError
@@ -70,6 +77,9 @@ def load_config(
         others = "encoder=wav2vec2, wavlm, wav2vec2_conformer, w2v_bert or data2vec"
         write = f"write adapter=conv, which is much the same, or {others}"
         raise UserError("adapter", "family", f"{kind} has no adapter of its own", write)
+    if "adapter_stride" in unknown and "add_adapter" in values:
+        write = "write adapter=linear, and encoder.options.adaptor_stride=NUMBER to change its stride"
+        raise UserError("adapter", "family", f"{kind} has its own adapter already", write)
     if unknown:
         close = difflib.get_close_matches(unknown[0], vars(config), n=1)
         wrong = f"{kind} has no such option" + (f"; did you mean {close[0]!r}?" if close else "")
@@ -205,6 +215,15 @@ def loading(option: str, name: str) -> Iterator[None]:
 
 def one_line(error: Exception, length: int) -> str:
     return " ".join(str(error).split())[:length]
+
+
+def joint_config(encoder: PreTrainedModel, decoder: PreTrainedModel) -> SpeechEncoderDecoderConfig:
+    """The joined configuration of two modules: transformers finds a class of the user's own once it is registered."""
+    for part, factory in ((encoder, transformers.AutoModel), (decoder, transformers.AutoModelForCausalLM)):
+        if part.config.model_type not in transformers.CONFIG_MAPPING:
+            AutoConfig.register(part.config.model_type, type(part.config))
+            factory.register(type(part.config), type(part))
+    return SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
 
 
 def share_config(part: nn.Module, config: transformers.PreTrainedConfig) -> None:
