@@ -55,7 +55,8 @@ class SavedModel:
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
         for name, value in generation.items():
-            setattr(self.model.generation_config, name, value)
+            bound = self.model.max_tokens if name == "max_new_tokens" else None  # transformers does not stop there
+            setattr(self.model.generation_config, name, value if bound is None else min(value, bound))
         if lora_layers(self.model):
             self.model.save_pretrained(folder, state_dict=base_weights(self.model))
             save_adapter(self.model, folder / FOLDER)

@@ -173,7 +173,8 @@ class SpeechSeq2SeqModule(LightningModule):
         # Compiled code would be compiled anew for every token.
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
-            self.validation_sums += self.probe(encoded, batch.labels).cpu()
+            labels = batch.labels[:, : self.model.max_tokens]  # of a longer text, the loss has the first tokens
+            self.validation_sums += self.probe(encoded, labels).cpu()
             hypotheses = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
