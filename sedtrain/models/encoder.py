@@ -126,7 +126,9 @@ def encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     config = encoder_config(config)
     kind = kind_of(config)
     with attention_of("encoder", config):
-        return standalone(AutoModel.from_config(config)) if kind is AutoModel else kind._from_config(config)
+        if kind is not AutoModel:
+            return kind._from_config(config)
+        return standalone(AutoModel.from_config(config, trust_remote_code=False))
 
 
 def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
@@ -135,7 +137,7 @@ def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
         config, options = configured(name, options)
     factory, config = loader_of(config)
     with attention_wanted("encoder", config, options):
-        return standalone(factory.from_pretrained(name, config=config, **options))
+        return standalone(factory.from_pretrained(name, config=config, trust_remote_code=False, **options))
 
 
 def loader_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
@@ -236,7 +238,7 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
     name = encoder.config._name_or_path
     if name:
         with loading("encoder.checkpoint", name):
-            return AutoFeatureExtractor.from_pretrained(name)
+            return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     return FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
 
 

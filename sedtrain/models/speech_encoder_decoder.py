@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSpeechSeq2Seq,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     SpeechEncoderDecoderConfig,
 )
@@ -30,6 +31,7 @@ from sedtrain.models.decoder import (
     decoder_from_pretrained,
     decoder_positions,
     max_tokens,
+    new_decoder,
     refuse_longer,
     settle_config,
 )
@@ -78,6 +80,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             encoder = encoder_from_config(config.encoder)
         if decoder is not None:
             decoder = as_decoder(decoder)
+        elif config is not None:
+            decoder = new_decoder(config.decoder)
         if config is None and encoder is not None and decoder is not None:
             config = joint_config(encoder, decoder)
         if config is not None and encoder is not None:
@@ -88,7 +92,6 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
                 described = {"kind": adapter.kind, "settings": adapter.settings}
                 config = AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
         super().__init__(config, encoder, decoder)
-        self.decoder: PreTrainedModel = as_decoder(self.decoder)
         self.settle_widths(adapter)
         share_config(self.encoder, self.config.encoder)
         share_config(self.decoder, self.config.decoder)
@@ -341,13 +344,11 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The base class's, also for models with an adapter or a CTC head."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
-        if isinstance(kwargs.get("config"), (str, Path)):
-            kwargs["config"] = AutoConfig.from_pretrained(kwargs["config"])
-        if kwargs.get("config") is None:
-            config, rest = configured(pretrained_model_name_or_path, kwargs)
-            kwargs = {**rest, "config": config}
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            config, kwargs = configured(kwargs.pop("config", None) or pretrained_model_name_or_path, kwargs)
+            kwargs["config"] = config
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"trust_remote_code": False})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses
