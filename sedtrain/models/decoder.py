@@ -155,9 +155,14 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
+def can_attend(kind: type[PreTrainedModel]) -> bool:
+    """True if a class of decoders takes the states of an encoder."""
+    return "encoder_hidden_states" in inspect.signature(kind.forward).parameters
+
+
 def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
     name = type(decoder).__name__
-    if "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
+    if not can_attend(type(decoder)):
         wrong = "it takes no encoder_hidden_states: it would never hear the audio"
         raise UserError("decoder", name, wrong, ALTERNATIVES)
     if type(decoder).__module__.startswith("transformers.") and name not in CAUSAL.values():

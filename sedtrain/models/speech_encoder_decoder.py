@@ -50,6 +50,7 @@ from sedtrain.models.encoder import (
 from sedtrain.models.loading import HUB_OPTIONS, configured, joint_config, refuse_unsupported, share_config
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
+from sedtrain.models.other_kinds import refuse_other_kind
 
 CTC_FILE = "ctc_head.safetensors"
 LOADERS = {"encoder": encoder_from_pretrained, "decoder": decoder_from_pretrained}
@@ -347,6 +348,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             config, kwargs = configured(kwargs.pop("config", None) or pretrained_model_name_or_path, kwargs)
             kwargs["config"] = config
+        refuse_other_kind(str(pretrained_model_name_or_path), kwargs["config"])
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"trust_remote_code": False})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
