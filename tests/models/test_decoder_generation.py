@@ -6,7 +6,7 @@ from families import DECODERS, tiny_decoder
 from transformers import HubertConfig, HubertModel
 
 from sedtrain.errors import UserError
-from sedtrain.models.decoder import decoder_positions
+from sedtrain.models.decoder import decoder_positions, max_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 PAD, START, END = 0, 1, 2
@@ -149,6 +149,10 @@ def test_as_many_tokens_have_a_position_as_upstream_can_read(encoder, name):
         assert decoder(input_ids=ids[:, :-1], encoder_hidden_states=states).logits.isfinite().all()
         with pytest.raises((IndexError, RuntimeError)):
             decoder(input_ids=ids, encoder_hidden_states=states)
+
+
+def test_sinusoids_that_are_computed_have_no_last_position():
+    assert max_tokens(tiny_decoder("trocr", options={"use_learned_position_embeddings": False})) is None
 
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
