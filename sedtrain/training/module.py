@@ -173,14 +173,17 @@ class SpeechSeq2SeqModule(LightningModule):
         # Compiled code would be compiled anew for every token.
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
-            labels = batch.labels[:, : self.model.max_tokens]  # of a longer text, the loss has the first tokens
-            self.validation_sums += self.probe(encoded, labels).cpu()
+            self.validation_sums += self.probe(encoded, batch.labels).cpu()
             hypotheses = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
 
     def probe(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
-        """(4,): summed cross-entropy, its tokens; its increase with other utterances' audio, the tokens of that comparison."""
+        """(4,): summed cross-entropy, its tokens; its increase with other utterances' audio, the tokens of that comparison.
+
+        Of a text longer than the decoder's positions, the first tokens count.
+        """
+        labels = labels[:, : self.model.max_tokens]
         other = self.other_audio.instead_of(encoded)
         loss = self.cross_entropy(encoded, labels)
         other_loss = self.cross_entropy(encoded if other is None else other, labels)
