@@ -162,15 +162,15 @@ class Corpus:
         if self.streaming:
             return
         kept, parts = self.kept("train"), self.parts("train")
-        by_part = [(part, [index for _, index in group]) for part, group in groupby(list(kept), itemgetter(0))]
-        left_out = {
-            (part, row): each for part, rows in by_part for row, each in self.unlearnt(parts[part], rows).items()
-        }
+        left_out: dict[Reference, Skipped] = {}
+        for part, group in groupby(list(kept), itemgetter(0)):
+            unlearnt = self.unlearnt(parts[part], [index for _, index in group])
+            left_out |= {(part, index): utterance for index, utterance in unlearnt.items()}
         for reference in left_out:
             del kept[reference]
+        self.skipped.planned("train", 0, list(left_out.values()))  # 0 more: all of them have been counted as seen
         if not kept:
             raise self.none_left("train", list(left_out.values()))
-        self.skipped.planned("train", 0, list(left_out.values()))  # which has counted them as seen
 
     def unlearnt(self, rows: UtteranceRows, indices: Sequence[int]) -> dict[int, Skipped]:
         """Those of some rows of a part whose text is refused, by index."""

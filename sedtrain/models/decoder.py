@@ -50,8 +50,8 @@ BROKEN = {
     ),
 }
 """Families whose cross-attention does not work in transformers, with the reason."""
-POSITIONS = re.compile(r"position|pos_?emb|wpe", re.IGNORECASE)
-"""Names of tables of absolute positions."""
+POSITIONS = re.compile(r"^(?!.*(rel|bias|bucket)).*(position|pos_?emb|wpe)", re.IGNORECASE)
+"""Names of tables of absolute positions, not of distances."""
 
 
 def load_decoder(

@@ -1,6 +1,6 @@
 """Refuses a checkpoint that is no joined model of encoder and decoder, and says what it could be a part of."""
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, SpeechEncoderDecoderConfig
 
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import BROKEN, can_attend
@@ -12,9 +12,9 @@ def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
 
     name: of its folder, or its Hub id
     """
-    kind, encoder = config.model_type, encoder_config(config).model_type
-    if kind.endswith("speech-encoder-decoder"):
+    if isinstance(config, SpeechEncoderDecoderConfig):
         return
+    kind, encoder = config.model_type, encoder_config(config).model_type
     decoder = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     instead = "write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote"
     if encoder in OF_TYPE:

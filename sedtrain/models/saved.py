@@ -90,13 +90,8 @@ def load(checkpoint: str | Path) -> SavedModel:
 def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
     """Raises UserError where a model's files do not say how texts begin, or describe what it learnt in other types."""
     write = "write checkpoint=FOLDER of a run, or of a model after model.set_special_tokens(start, end, pad)"
-    generation = model.generation_config
-    starts = (
-        getattr(model.config, "decoder_start_token_id", None),
-        generation.decoder_start_token_id,
-        generation.bos_token_id,
-    )
-    if not any(isinstance(start, int) for start in starts):
+    start, generation = getattr(model.config, "decoder_start_token_id", None), model.generation_config
+    if {start, generation.decoder_start_token_id, generation.bos_token_id} == {None}:
         raise UserError("checkpoint", name, "its config.json names no decoder_start_token_id", write)
     for each in ("tags", "training_normalizer"):
         if not isinstance(value := getattr(model.config, each, None), dict | None):

@@ -155,6 +155,14 @@ def test_sinusoids_that_are_computed_have_no_last_position():
     assert max_tokens(tiny_decoder("trocr", options={"use_learned_position_embeddings": False})) is None
 
 
+def test_a_table_of_distances_is_none_of_positions():
+    decoder = tiny_decoder("xglm")
+    decoder.relative_position_embedding = torch.nn.Embedding(4, 2)
+    assert max_tokens(decoder) is None
+    decoder.positions = torch.nn.Embedding(6, 2)
+    assert max_tokens(decoder) == 6
+
+
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "bart", "marian"])
 def test_generation_ends_at_the_last_position(encoder, name):

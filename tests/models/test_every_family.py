@@ -1,6 +1,7 @@
 """Every family of transformers that could be a part of a joined model: it works, or it is refused when it is built."""
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def test_a_decoder_without_an_option_file_trains_and_generates_whatever_is_padde
         alone = model(inputs["input_values"][1:, :2000], decoder_input_ids=output.sequences[1:, :-1]).logits
     torch.testing.assert_close(torch.stack(output.logits, 1), forced, rtol=0, atol=1e-4)
     torch.testing.assert_close(alone, forced[1:], rtol=0, atol=1e-4)
+    for number in (model.max_tokens, model.max_tokens + 1):
+        with pytest.raises((IndexError, RuntimeError)) if number > model.max_tokens else nullcontext():
+            model.decoder(torch.full((1, number), 7), encoder_hidden_states=torch.zeros(1, 3, 16))
 
 
 # --- encoders
