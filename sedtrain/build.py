@@ -107,11 +107,13 @@ def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) ->
 
 
 def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) -> SavedModel:
-    """A new model that names the normalizer of its texts and has a token for each tag, connected to the data."""
+    """A new model that names the normalizer of its texts and has a token for each tag, connected to data that it can learn."""
     saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
     if data.tags:
         saved.learn_tags(data.learnt_pairs())
     connect(data, saved, ["validation", cfg.split])
+    if saved.model.max_tokens is not None and data.collator is not None:
+        data.corpus.leave_out(partial(data.collator.too_long, most=saved.model.max_tokens))
     return saved
 
 

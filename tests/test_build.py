@@ -304,6 +304,27 @@ def test_a_pattern_with_the_name_of_the_split_is_not_refused(built, corpus):
     assert len(built(f'data.path="{corpus}/{{split}}*.parquet"').data.corpus.kept("test")) == 6
 
 
+def test_a_run_leaves_out_texts_that_its_decoder_cannot_hold_and_scores_them(command, corpus, tmp_path):
+    for split in ("train", "validation", "test"):
+        rows = pyarrow.parquet.read_table(corpus / f"{split}.parquet")
+        texts = ["one two three four five six", *(text[:15] for text in rows["text"].to_pylist()[1:])]
+        rows = rows.set_column(rows.column_names.index("text"), "text", [texts])
+        pyarrow.parquet.write_table(rows, tmp_path / f"{split}.parquet")
+    ended = command(
+        f"data.path={tmp_path}",
+        "decoder.tiny.max_position_embeddings=16",
+        "tokenizer=char",
+        "decoding.max_new_tokens=40",
+    )
+    assert ended.status == 0
+    assert "text too long for the decoder's 16 positions (first: train-0 28 tokens)\n" in ended.err
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["skipped"] == {"text too long for the decoder's 16 positions": 1}
+    assert len((tmp_path / "run/skipped.jsonl").read_text().splitlines()) == 1
+    assert results["num_utterances"] == 6
+    assert json.loads((tmp_path / "run/model/generation_config.json").read_text())["max_new_tokens"] == 16
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_what_stops_a_stream_in_its_first_block_is_told_without_a_traceback(command, corpus, tmp_path, num_workers):
     folder = tmp_path / "dirty"

@@ -17,6 +17,9 @@ from sedtrain.data.features import features_of
 from sedtrain.text.tags import NUM_TAGS, Tags
 from sedtrain.text.tokenizers import encode_target
 
+MOST_AROUND = 8
+"""Label ids that stand around a text at most: the end token, tags, a language code, a first space."""
+
 
 class Collator:
     """Turns utterances into a Batch with the encoder's feature extractor and the decoder's tokenizer.
@@ -78,6 +81,17 @@ class Collator:
     def num_tokens(self, text: str) -> int:
         """The number of label ids of a text, tags included."""
         return len(self.target(text)) + (NUM_TAGS if self.tags else 0)
+
+    def too_long(self, text: str, most: int) -> tuple[str, str] | None:
+        """Reason and detail for a text of more than `most` label ids; one that cannot have as many is not tokenized.
+
+        An ASCII character becomes one token at most. Others may become 33: the bytes of the longest ligature, written out.
+        """
+        rewritten = self.rewrite(text)
+        if len(rewritten) * (1 if rewritten.isascii() else 33) + MOST_AROUND <= most:
+            return None
+        number = self.num_tokens(text)
+        return (f"text too long for the decoder's {most} positions", f"{number} tokens") if number > most else None
 
     def target(self, text: str) -> list[int]:
         """The label ids of a text, without tags."""

@@ -15,7 +15,7 @@ from sedtrain.data.dataset import Part, Parts, Reference, Source
 from sedtrain.data.durations import durations
 from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
-from sedtrain.data.skipped import Limits, SkippedUtterances, in_words
+from sedtrain.data.skipped import Limits, Reason, SkippedUtterances, in_words
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
@@ -41,6 +41,7 @@ class Corpus:
     streaming:   reads the training split shard after shard; the other splits are never streamed
     copies:      a folder for what is fetched or converted, removed when the process ends
     rewrite:     what is done to training texts before they are learnt
+    refused:     the reason for which a training text cannot be learnt, known once there is a model
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Corpus:
         self.sources, self.limits, self.skipped = list(sources), limits, skipped
         self.temperature, self.streaming, self.copies = temperature, streaming, copies
         self.rewrite: Callable[[str], str] = str
+        self.refused: Callable[[str], Reason | None] = lambda text: None
         if is_first_of_machine():  # the rank that outlives the others of its machine
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
         self.parts, self.shards, self.kept = cache(self.load_parts), cache(self.find_shards), cache(self.find_kept)
@@ -150,6 +152,30 @@ class Corpus:
             raise self.none_left(split, skipped)
         self.skipped.planned(split, len(kept) + len(skipped), skipped)
         return kept
+
+    def leave_out(self, refused: Callable[[str], Reason | None]) -> None:
+        """Leaves out the training utterances with a text that `refused` gives a reason for; of a stream, as they come.
+
+        Raises UserError as `kept` does.
+        """
+        self.refused = refused
+        if self.streaming:
+            return
+        kept, parts = self.kept("train"), self.parts("train")
+        left_out: dict[Reference, Skipped] = {}
+        for part, group in groupby(list(kept), itemgetter(0)):
+            unlearnt = self.unlearnt(parts[part], [index for _, index in group])
+            left_out |= {(part, index): utterance for index, utterance in unlearnt.items()}
+        for reference in left_out:
+            del kept[reference]
+        self.skipped.planned("train", 0, list(left_out.values()))  # 0 more: all of them have been counted as seen
+        if not kept:
+            raise self.none_left("train", list(left_out.values()))
+
+    def unlearnt(self, rows: UtteranceRows, indices: Sequence[int]) -> dict[int, Skipped]:
+        """Those of some rows of a part whose text is refused, by index."""
+        reasons = zip(indices, map(self.refused, rows.texts(indices)), strict=True)
+        return {index: rows.skipped(index, *reason) for index, reason in reasons if reason}
 
     def none_left(self, split: str, skipped: Sequence[Skipped]) -> UserError:
         reasons = in_words(Counter(utterance.reason for utterance in skipped))

@@ -114,9 +114,11 @@ class Stream:
             return {}
         if self.known:
             return {index: self.known[part, index] for index in indices if (part, index) in self.known}
-        kept, skipped = self.corpus.limits.filter(self.dataset.parts[part], indices, rewrite=self.corpus.rewrite)
-        self.corpus.skipped.planned("train", len(indices), skipped)
-        return kept
+        rows = self.dataset.parts[part]
+        kept, skipped = self.corpus.limits.filter(rows, indices, rewrite=self.corpus.rewrite)
+        unlearnt = self.corpus.unlearnt(rows, list(kept))
+        self.corpus.skipped.planned("train", len(indices), [*skipped, *unlearnt.values()])
+        return {index: seconds for index, seconds in kept.items() if index not in unlearnt}
 
     def remove_copies_between(self, epoch: int, first: int, last: int) -> None:
         """Removes the copies of parts that have a visit from `first` to before `last`, and none later in the epoch."""

@@ -73,12 +73,16 @@ def needs_sedtrain(adapter: dict[str, Any]) -> str:
 
 
 def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[str, Any]) -> Adapter:
-    """A new adapter of the class with this kind. Raises UserError if no imported class has it."""
+    """A new adapter of the class with this kind. Raises UserError if no imported class has it, or other settings."""
     if kind not in ADAPTERS:
         wrong = f"the model was saved with an adapter of this kind; known are {', '.join(ADAPTERS)}"
         write = f'write adapter=OPTION whose _target_ is the class with kind="{kind}"'
         raise UserError("adapter", kind, wrong, f"{write}, or import its module before loading")
-    return ADAPTERS[kind](input_dim, output_dim, **settings)
+    try:
+        return ADAPTERS[kind](input_dim, output_dim, **settings)
+    except TypeError as error:
+        write = "write a checkpoint that this version of sedtrain saved, or install the version that saved this one"
+        raise UserError("adapter", kind, f"it does not fit the settings {dict(settings)}: {error}", write) from error
 
 
 def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:

@@ -11,12 +11,15 @@ B batch, U target tokens, D width.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.xmod.modeling_xmod import XmodAdapter
 
 from sedtrain.errors import UserError
 from sedtrain.models.loading import (
@@ -35,6 +38,20 @@ ALTERNATIVES = (
     "write decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-attention;"
     " in Python, AutoModelForCausalLM.from_pretrained(FOLDER, is_decoder=True, add_cross_attention=True)"
 )
+
+BROKEN = {
+    "big_bird": "its cache of keys and values fails in generation",
+    "gpt_bigcode": "its multi-query attention has no cross-attention",
+    "megatron-bert": "its cross-attention mixes up frames and tokens",
+    "prophetnet": "its cross-attention takes no mask of padded frames",
+    **dict.fromkeys(
+        ["musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"],
+        "it writes codes of music, no text",
+    ),
+}
+"""Families whose cross-attention does not work in transformers, with the reason."""
+POSITIONS = re.compile(r"^(?!.*(rel|bias|bucket)).*(position|pos_?emb|wpe)", re.IGNORECASE)
+"""Names of tables of absolute positions, not of distances."""
 
 
 def load_decoder(
@@ -103,8 +120,10 @@ def settle_config(config: PreTrainedConfig) -> None:
 
     `generate` sizes the key-value cache by the number of layers and heads. In some families these are the numbers of their
     own encoder, which is absent here: they become those of the decoder, and so does the number of tokens.
-    Raises UserError if no language is chosen (X-MOD).
+    Raises UserError for a family that does not work, and if no language is chosen (X-MOD).
     """
+    if config.model_type in BROKEN and type(config).__module__.startswith("transformers."):
+        raise UserError("decoder.model_type", config.model_type, BROKEN[config.model_type], ALTERNATIVES)
     config.is_decoder = config.add_cross_attention = True
     config.is_encoder_decoder = False
     for name, source in config.attribute_map.items():
@@ -130,15 +149,23 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
     refuse_without_cross_attention(decoder)
     settle_config(decoder.config)
     fix_sinusoids(decoder)
+    for module in decoder.modules():
+        if type(module) is XmodAdapter:
+            module.__class__ = AdapterOfOneType
     return decoder
+
+
+def can_attend(kind: type[PreTrainedModel]) -> bool:
+    """True if a class of decoders takes the states of an encoder."""
+    return "encoder_hidden_states" in inspect.signature(kind.forward).parameters
 
 
 def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
     name = type(decoder).__name__
-    if "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
+    if not can_attend(type(decoder)):
         wrong = "it takes no encoder_hidden_states: it would never hear the audio"
         raise UserError("decoder", name, wrong, ALTERNATIVES)
-    if type(decoder).__module__.startswith("transformers.") and not decoder.can_generate():
+    if type(decoder).__module__.startswith("transformers.") and name not in CAUSAL.values():
         raise UserError("decoder", name, "it is no causal language model: it would write no text", ALTERNATIVES)
     if not any(
         CROSS_ATTENTION.search(module_name.rpartition(".")[2]) or isinstance(module, nn.TransformerDecoderLayer)
@@ -152,12 +179,42 @@ def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
         raise UserError("decoder", name, wrong, f"{write} {own}")
 
 
+class AdapterOfOneType(XmodAdapter):
+    """Returns the type that it is given, which upstream's 16-bit autocast does not."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        adapted: Tensor = super().forward(hidden_states)
+        return adapted.to(hidden_states.dtype)
+
+
 def fix_sinusoids(decoder: nn.Module) -> None:
     """Makes computed position embeddings buffers: as parameters they get no gradient, and loading unfreezes them."""
     for module in decoder.modules():
         is_computed = isinstance(module, nn.Embedding) and "Sinusoidal" in type(module).__name__
         if is_computed and (weight := module._parameters.pop("weight", None)) is not None:
             module.register_buffer("weight", weight.detach())
+
+
+def max_tokens(decoder: PreTrainedModel) -> int | None:
+    """The number of tokens for which the decoder has positions; None if it computes positions without end.
+
+    RoBERTa and its like leave out the positions up to that of padding.
+    """
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)  # BART's begin at 2, which its table allows for
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
+    ]
+    embeddings: Any = getattr(decoder.base_model, "embeddings", None)
+    skipped = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+    return min(tables) - skipped if tables else None
+
+
+def refuse_longer(tokens: Tensor | None, most: int | None) -> None:
+    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for."""
+    if most is not None and tokens is not None and tokens.shape[1] > most:
+        wrong = f"a text of {tokens.shape[1]} tokens is too long for the decoder's {most} positions"
+        raise UserError("labels", tuple(tokens.shape), wrong, f"write labels of at most {most} tokens")
 
 
 def decoder_positions(

@@ -2,8 +2,7 @@
 
 To add a family:
 1. `conf/encoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny one (like conf/encoder/sew.yaml).
-2. A class in `KINDS` of encoder_families.py, which says what padding would reach. A family without one runs too, if its class
-   has the methods `_get_feature_vector_attention_mask` and `freeze_feature_encoder`.
+2. A class in `KINDS` of encoder_families.py, which says what padding would reach; a family without one is refused.
 3. `FEATURE_EXTRACTORS` below, unless it takes normalized audio.
 4. Tests and docs: see decoder.py.
 
@@ -24,7 +23,7 @@ from transformers import (
     PreTrainedModel,
     SequenceFeatureExtractor,
 )
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
@@ -34,6 +33,7 @@ from sedtrain.models.loading import (
     attention_of,
     attention_wanted,
     configured,
+    family_of,
     load_config,
     load_weights,
     loading,
@@ -54,6 +54,27 @@ class EncodedSpeech(BaseModelOutput):
     attention_mask: Tensor | None = None
     encoder_frames: Tensor | None = None
     encoder_mask: Tensor | None = None
+
+
+def seq2seq_output(
+    loss: Tensor | None, decoded: Mapping[str, Any], encoded: EncodedSpeech, with_logits: bool, adapted: bool
+) -> Seq2SeqLMOutput:
+    """The output of the base class; its `encoder_last_hidden_state` can be given back as `encoder_outputs`.
+
+    adapted: by an adapter, which would adapt such frames a second time; a projection would not
+    """
+    own_frames = encoded.encoder_frames if adapted else None
+    return Seq2SeqLMOutput(
+        loss=loss,
+        logits=decoded["logits"] if with_logits else None,
+        past_key_values=decoded.get("past_key_values"),
+        decoder_hidden_states=decoded.get("hidden_states"),
+        decoder_attentions=decoded.get("attentions"),
+        cross_attentions=decoded.get("cross_attentions"),
+        encoder_last_hidden_state=encoded.last_hidden_state if own_frames is None else own_frames,
+        encoder_hidden_states=encoded.hidden_states,
+        encoder_attentions=encoded.attentions,
+    )
 
 
 def load_encoder(
@@ -103,8 +124,9 @@ def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, 
 def encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """An encoder with random weights; for a sequence-to-sequence family, its encoder alone."""
     config = encoder_config(config)
+    kind = kind_of(config)
     with attention_of("encoder", config):
-        if kind := OF_TYPE.get(config.model_type):
+        if kind is not AutoModel:
             return kind._from_config(config)
         return standalone(AutoModel.from_config(config, trust_remote_code=False))
 
@@ -123,18 +145,29 @@ def loader_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
     if config.model_type in OF_WHOLE:
         return OF_WHOLE[config.model_type].whole, config
     config = encoder_config(config)
-    return OF_TYPE.get(config.model_type, AutoModel), config
+    return kind_of(config), config
+
+
+def kind_of(config: PreTrainedConfig) -> Any:
+    """The class of an encoder with this configuration; AutoModel for a registered one that says its masks itself."""
+    if kind := OF_TYPE.get(config.model_type):
+        return kind
+    if family := family_of(config):
+        refuse_without_frame_mask(family)
+    return AutoModel
 
 
 def standalone(model: PreTrainedModel) -> PreTrainedModel:
     """The encoder of `model`, or `model` itself, with its weights and with masks that reach everything, in place.
 
-    A class of the user's own stays as it is. Raises UserError for a model without an encoder of speech.
+    A class of the user's own stays as it is. Raises UserError for a model without an encoder of speech, or of masks.
     """
     config = encoder_config(model.config)
     kind = OF_TYPE.get(config.model_type)
     if kind is None:
-        return model.get_encoder() if config.is_encoder_decoder else model
+        inner: PreTrainedModel = model.get_encoder() if config.is_encoder_decoder else model
+        refuse_without_frame_mask(type(inner))
+        return inner
     if isinstance(model, UPSTREAM[kind]) and type(model) is not UPSTREAM[kind]:
         return model
     encoder: Any = next((module for module in model.modules() if type(module) is UPSTREAM[kind]), None)
@@ -176,20 +209,20 @@ def frame_width(config: PreTrainedConfig) -> int:
 
 def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor) -> Tensor:
     """(B, S) mask of the encoder's inputs -> (B, num_frames) mask of its frames, by the encoder's own method."""
-    refuse_without_frame_mask(encoder)
     mask: Tensor = encoder._get_feature_vector_attention_mask(num_frames, attention_mask)
     return mask
 
 
-def refuse_without_frame_mask(encoder: PreTrainedModel) -> None:
-    """Raises UserError for an encoder that does not say which of its frames are padding."""
-    if not hasattr(encoder, "_get_feature_vector_attention_mask"):
-        wrong = "it does not say which of its frames are real in a padded batch"
+def refuse_without_frame_mask(kind: type[PreTrainedModel]) -> None:
+    """Raises UserError for a class of encoders that does not say which of its frames are padding."""
+    if not hasattr(kind, "_get_feature_vector_attention_mask"):
+        wrong = "it is no encoder of speech that says which of its frames are real in a padded batch"
         write = (
-            "write a method _get_feature_vector_attention_mask(self, num_frames, attention_mask) in it that returns"
+            "write encoder=wav2vec2, hubert, whisper or another option; a class of your own needs a method"
+            " _get_feature_vector_attention_mask(self, num_frames, attention_mask) that returns"
             " the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs"
         )
-        raise UserError("encoder", type(encoder).__name__, wrong, write)
+        raise UserError("encoder", kind.__name__, wrong, write)
 
 
 def freeze_front_end(encoder: PreTrainedModel) -> None:

@@ -10,7 +10,10 @@ from sedtrain.errors import UserError
 from sedtrain.plain import plain_value
 
 ADAPTER = "adapter_config.json"
-SETTINGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", ADAPTER)
+SETTINGS = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", ADAPTER),
+)
 CODE = ("auto_map", "auto_mapping", "custom_pipelines")  # name Python files or modules
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # with a slash: code from the Hub
 

@@ -18,7 +18,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SpeechEncoderDecoderConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError
@@ -30,7 +37,8 @@ logger = logging.getLogger(__name__)
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_att|enc_?dec|src_att", re.IGNORECASE)
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
 LOADING_OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
-UNLOADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+OWN_WORDS = (OSError, ValueError, RuntimeError, SafetensorError)
+"""Errors that say what is wrong, without the name of their class."""
 ATTENTION_FLAGS = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
@@ -71,6 +79,9 @@ def load_config(
         others = "encoder=wav2vec2, wavlm, wav2vec2_conformer, w2v_bert or data2vec"
         write = f"write adapter=conv, which is much the same, or {others}"
         raise UserError("adapter", "family", f"{kind} has no adapter of its own", write)
+    if "adapter_stride" in unknown and "add_adapter" in values:
+        write = "write adapter=linear, and encoder.options.adaptor_stride=NUMBER to change its stride"
+        raise UserError("adapter", "family", f"{kind} has its own adapter already", write)
     if unknown:
         close = difflib.get_close_matches(unknown[0], vars(config), n=1)
         wrong = f"{kind} has no such option" + (f"; did you mean {close[0]!r}?" if close else "")
@@ -124,12 +135,15 @@ def load_weights(
     return model
 
 
-def check_loaded(option: str, name: str, model: nn.Module, loaded: Mapping[str, Any], used: nn.Module) -> None:
+def check_loaded(
+    option: str, name: str, model: nn.Module, loaded: Mapping[str, Any], used: nn.Module, *, is_trained: bool = False
+) -> None:
     """Logs which weights start at random because the file lacks them; raises UserError if most do, or if sizes differ.
 
     option: names the checkpoint, as on the command line
-    loaded: what transformers says of the file: `missing_keys`, `mismatched_keys`
+    loaded: what transformers says of the file: `missing_keys`, `mismatched_keys`, `unexpected_keys`
     used: the part of the model that is needed
+    is_trained: no weight may start at random; what the file holds beside them is logged
     """
     write = f"write {option}=FOLDER whose config.json and weights belong together"
     if loaded["mismatched_keys"]:
@@ -139,9 +153,13 @@ def check_loaded(option: str, name: str, model: nn.Module, loaded: Mapping[str, 
     used_weights = set(used.parameters())
     sizes = {key: weight.numel() for key, weight in model.named_parameters() if weight in used_weights}
     missing = sorted(sizes.keys() & set(loaded["missing_keys"]))
+    lack = f"it lacks {len(missing)} of {len(sizes)}, such as {missing[0]}" if missing else ""
     if 2 * sum(sizes[key] for key in missing) > sum(sizes.values()):
-        lack = f"it lacks {len(missing)} of {len(sizes)}, such as {missing[0]}"
         raise UserError(option, name, f"its weights are of another model: {lack}", write)
+    if is_trained and missing:
+        raise UserError(option, name, f"its weights are incomplete: {lack}", write)
+    if is_trained and (others := sorted(loaded["unexpected_keys"])):
+        logger.warning("%s=%s holds %d weights that its model does not use: %s", option, name, len(others), others[0])
     if new := {".".join(key.split(".")[:2]) for key in missing if not CROSS_ATTENTION.search(key)}:
         logger.warning("%s=%s lacks some weights, which start at random: %s", option, name, ", ".join(sorted(new)))
 
@@ -191,9 +209,7 @@ def loading(option: str, name: str) -> Iterator[None]:
     if looks_local and not folder.is_dir():
         raise UserError(option, name, "there is no such folder", write)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        if (folder / "model/config.json").is_file():
-            raise joined_model(option, name)
-        raise UserError(option, name, "this folder is no model, it holds no config.json", write)
+        raise no_model(option, name, folder, write)
     if not folder.is_dir():
         go_offline_if_unreachable()
     try:
@@ -201,16 +217,46 @@ def loading(option: str, name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except UNLOADABLE as error:
+    except Exception as error:  # of whatever kind: the values of a folder's files may be anything
         where = "the folder" if folder.is_dir() else "there is no such folder here, and the Hub or its cache"
-        reason = one_line(error, 160) or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "weights in a pickle that is damaged, or holds more than numbers and could run code"
-        raise UserError(option, name, f"{where} gave: {reason}", write) from error
+        raise UserError(option, name, f"{where} gave: {reason_of(error)}", write) from error
+
+
+def reason_of(error: Exception) -> str:
+    """The message of a failure to load, in one line."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "weights in a pickle that is damaged, or holds more than numbers and could run code"
+    text = one_line(error, 160)
+    if isinstance(error, KeyError):
+        return f"no {text} in its files"
+    return text if text and isinstance(error, OWN_WORDS) else f"{type(error).__name__} {text}".rstrip()
+
+
+def no_model(option: str, name: str, folder: Path, write: str) -> UserError:
+    """The refusal of a folder without a config.json, which says what else it is."""
+    wrong = "this folder is no model, it holds no config.json"
+    if (folder / "model/config.json").is_file():
+        return joined_model(option, name)
+    if runs := [each for each in (folder, folder.parent) if (each / "config.yaml").is_file()]:
+        wrong, ends = "this run has saved no model yet", "it saves a model when it ends or is stopped"
+        write = f"write run_dir={runs[0]} resume=auto and the options of the run: {ends}"
+    elif (folder / "adapter_config.json").is_file():
+        wrong = "this is an adapter of peft without its model"
+        write = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
+    return UserError(option, name, wrong, write)
 
 
 def one_line(error: Exception, length: int) -> str:
     return " ".join(str(error).split())[:length]
+
+
+def joint_config(encoder: PreTrainedModel, decoder: PreTrainedModel) -> SpeechEncoderDecoderConfig:
+    """The joined configuration of two modules: transformers finds a class of the user's own once it is registered."""
+    for part, factory in ((encoder, transformers.AutoModel), (decoder, transformers.AutoModelForCausalLM)):
+        if part.config.model_type not in transformers.CONFIG_MAPPING:
+            AutoConfig.register(part.config.model_type, type(part.config))
+            factory.register(type(part.config), type(part))
+    return SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
 
 
 def share_config(part: nn.Module, config: transformers.PreTrainedConfig) -> None:

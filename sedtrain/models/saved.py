@@ -55,7 +55,8 @@ class SavedModel:
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
         for name, value in generation.items():
-            setattr(self.model.generation_config, name, value)
+            bound = self.model.max_tokens if name == "max_new_tokens" else None  # transformers does not stop there
+            setattr(self.model.generation_config, name, value if bound is None else min(value, bound))
         if lora_layers(self.model):
             self.model.save_pretrained(folder, state_dict=base_weights(self.model))
             save_adapter(self.model, folder / FOLDER)
@@ -79,10 +80,22 @@ def load(checkpoint: str | Path) -> SavedModel:
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-    check_loaded("checkpoint", name, model, loaded, used=model)
+    check_loaded("checkpoint", name, model, loaded, used=model, is_trained=True)
     with loading("checkpoint", name):
         load_adapter(model, name)
+    refuse_misdescribed(name, model)
     return SavedModel(model.eval(), load_tokenizer("checkpoint", name), feature_extractor)
+
+
+def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
+    """Raises UserError where a model's files do not say how texts begin, or describe what it learnt in other types."""
+    write = "write checkpoint=FOLDER of a run, or of a model after model.set_special_tokens(start, end, pad)"
+    start, generation = getattr(model.config, "decoder_start_token_id", None), model.generation_config
+    if {start, generation.decoder_start_token_id, generation.bos_token_id} == {None}:
+        raise UserError("checkpoint", name, "its config.json names no decoder_start_token_id", write)
+    for each in ("tags", "training_normalizer"):
+        if not isinstance(value := getattr(model.config, each, None), dict | None):
+            raise UserError("checkpoint", name, f"its config.json has {each}={value!r}, which is no object", write)
 
 
 def join(

@@ -26,7 +26,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from transformers.utils import cached_file
 
 from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter, saved_adapter
-from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, decoder_positions, new_decoder, settle_config
+from sedtrain.models.decoder import (
+    as_decoder,
+    decoder_from_pretrained,
+    decoder_positions,
+    max_tokens,
+    new_decoder,
+    refuse_longer,
+    settle_config,
+)
 from sedtrain.models.encoder import (
     EncodedSpeech,
     encoder_from_config,
@@ -35,13 +43,14 @@ from sedtrain.models.encoder import (
     frame_width,
     freeze_front_end,
     given_input,
-    refuse_without_frame_mask,
+    seq2seq_output,
     standalone,
     states_to_return,
 )
-from sedtrain.models.loading import HUB_OPTIONS, configured, refuse_unsupported, share_config
+from sedtrain.models.loading import HUB_OPTIONS, configured, joint_config, refuse_unsupported, share_config
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
+from sedtrain.models.other_kinds import refuse_other_kind
 
 CTC_FILE = "ctc_head.safetensors"
 LOADERS = {"encoder": encoder_from_pretrained, "decoder": decoder_from_pretrained}
@@ -51,6 +60,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     """A speech encoder joined to a text decoder; everything written against the base class works.
 
     adapter: stands between them; if it is None, a linear projection does where their widths differ
+    max_tokens: as many target tokens have a position in the decoder; None: any number
     ctc_head: (E -> V) scores of the encoder's frames, if `config.ctc_vocab_size` is set; saved in a file of its own,
         which `transformers` does not look at
     """
@@ -87,6 +97,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         share_config(self.encoder, self.config.encoder)
         share_config(self.decoder, self.config.decoder)
         make_deferrable(self.decoder)
+        self.max_tokens = max_tokens(self.decoder)
         self.drops_layers = any(getattr(module, "layerdrop", 0) for module in self.decoder.modules())
         self.ctc_head: nn.Linear | None = None
         if vocab_size := getattr(self.config, "ctc_vocab_size", None):
@@ -105,7 +116,9 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         projection: nn.Linear | None = self._modules.pop("enc_to_dec_proj", None)
         if widths[0] != widths[1] and adapter is None:
             fits = projection is not None and projection.in_features == widths[0]
-            self.enc_to_dec_proj = projection if fits else nn.Linear(*widths)
+            linear = projection if projection is not None and fits else nn.Linear(*widths)
+            alike = self.encoder.dtype == self.decoder.dtype
+            self.enc_to_dec_proj = linear.to(self.decoder.dtype) if alike else linear
 
     def add_ctc_head(self, vocab_size: int) -> nn.Linear:
         """Gives the encoder's frames a linear layer to `vocab_size` scores, which is saved with the model."""
@@ -117,8 +130,6 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
 
     def encode(self, inputs: Tensor, attention_mask: Tensor | None = None, **options: Any) -> EncodedSpeech:
         """(B, S) audio, or features, and their mask, 1 where an input is real -> what the decoder attends to."""
-        if attention_mask is not None:
-            refuse_without_frame_mask(self.encoder)
         encoded = self.encoder(inputs, attention_mask=attention_mask, return_dict=True, **options)
         return self.adapt(encoded, attention_mask)
 
@@ -187,7 +198,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             encoded = self.encode(source, attention_mask, **states, **kwargs)
         else:
             encoded = self.as_encoded(encoder_outputs, attention_mask)
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if output_logits is None:
             output_logits = labels is None or not self.training or not return_dict
@@ -211,10 +222,11 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:
         """The decoder's output for encoded speech; `inputs` are arguments of the decoder."""
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        refuse_longer(tokens, self.max_tokens)
         past_length = 0 if (cache := inputs["past_key_values"]) is None else cache.get_seq_length()
         positions = decoder_positions(self.decoder, tokens, past_length, inputs["attention_mask"])
         return self.decoder(
-            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.last_hidden_state.contiguous(),  # some decoders view it
             encoder_attention_mask=encoded.attention_mask,
             return_dict=True,
             **{**positions, **inputs},
@@ -260,8 +272,20 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
             generation.use_cache = False
 
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """(B, U) labels -> (B, U) decoder inputs; raises ValueError without special tokens."""
+    def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> GenerationConfig:
+        """The base class's, which ends no text at the last position of the decoder."""
+        generation: GenerationConfig = super()._prepare_generated_length(*args, **kwargs)
+        if self.max_tokens is not None:  # the last token is written, not read
+            generation.max_length = min(generation.max_length, self.max_tokens + 1)
+        return generation
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor | None) -> Tensor:
+        """(B, U) labels -> (B, U) decoder inputs; raises ValueError without labels or special tokens."""
+        if labels is None:
+            raise ValueError(
+                "give labels, decoder_input_ids or decoder_inputs_embeds; a trainer with label_smoothing_factor withholds "
+                "labels: let the collator add decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)"
+            )
         start, pad = (getattr(self.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
         if start is None or pad is None:
             raise ValueError(
@@ -324,6 +348,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             config, kwargs = configured(kwargs.pop("config", None) or pretrained_model_name_or_path, kwargs)
             kwargs["config"] = config
+        refuse_other_kind(str(pretrained_model_name_or_path), kwargs["config"])
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"trust_remote_code": False})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -354,36 +379,6 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
                 kwargs[f"{part}_model"] = load(source, **{name: kwargs.pop(f"{part}_{name}") for name in names})
         model: Self = super().from_encoder_decoder_pretrained(*sources.values(), *model_args, **kwargs).eval()
         return model
-
-
-def joint_config(encoder: PreTrainedModel, decoder: PreTrainedModel) -> SpeechEncoderDecoderConfig:
-    """The joined configuration of two modules: transformers finds a class of the user's own once it is registered."""
-    for part, factory in ((encoder, transformers.AutoModel), (decoder, transformers.AutoModelForCausalLM)):
-        if part.config.model_type not in transformers.CONFIG_MAPPING:
-            AutoConfig.register(part.config.model_type, type(part.config))
-            factory.register(type(part.config), type(part))
-    return SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
-
-
-def seq2seq_output(
-    loss: Tensor | None, decoded: Mapping[str, Any], encoded: EncodedSpeech, with_logits: bool, adapted: bool
-) -> Seq2SeqLMOutput:
-    """The output of the base class; its `encoder_last_hidden_state` can be given back as `encoder_outputs`.
-
-    adapted: by an adapter, which would adapt such frames a second time; a projection would not
-    """
-    own_frames = encoded.encoder_frames if adapted else None
-    return Seq2SeqLMOutput(
-        loss=loss,
-        logits=decoded["logits"] if with_logits else None,
-        past_key_values=decoded.get("past_key_values"),
-        decoder_hidden_states=decoded.get("hidden_states"),
-        decoder_attentions=decoded.get("attentions"),
-        cross_attentions=decoded.get("cross_attentions"),
-        encoder_last_hidden_state=encoded.last_hidden_state if own_frames is None else own_frames,
-        encoder_hidden_states=encoded.hidden_states,
-        encoder_attentions=encoded.attentions,
-    )
 
 
 class AdaptedSpeechEncoderDecoder(SpeechEncoderDecoder):

@@ -179,7 +179,11 @@ class SpeechSeq2SeqModule(LightningModule):
         return {"hypotheses": hypotheses}
 
     def probe(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
-        """(4,): summed cross-entropy, its tokens; its increase with other utterances' audio, the tokens of that comparison."""
+        """(4,): summed cross-entropy, its tokens; its increase with other utterances' audio, the tokens of that comparison.
+
+        Of a text longer than the decoder's positions, the first tokens count.
+        """
+        labels = labels[:, : self.model.max_tokens]
         other = self.other_audio.instead_of(encoded)
         loss = self.cross_entropy(encoded, labels)
         other_loss = self.cross_entropy(encoded if other is None else other, labels)

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     PreTrainedTokenizerFast,
     SeamlessM4TFeatureExtractor,
@@ -12,6 +14,7 @@ from transformers import (
 
 from sedtrain.batch import IGNORE_INDEX, Skipped, Utterance
 from sedtrain.data.collate import Collator
+from sedtrain.text.tags import Tags
 from sedtrain.text.tokenizers import train_tokenizer
 
 RATE = 16_000
@@ -138,3 +141,46 @@ def test_audio_of_less_than_a_tenth_of_a_second_gets_silence_behind_it(family):
     click = torch.ones(10) / 2
     padded = torch.cat([click, torch.zeros(1590)])
     torch.testing.assert_close(collator.features(click), collator.features(padded))
+
+
+# --- texts that the decoder cannot hold
+
+
+def byte_level():
+    """A tokenizer of bytes, which writes ligatures out, like those of GPT-2 and RoBERTa."""
+    tokenizer = Tokenizer(
+        models.BPE({symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    template = {
+        "single": "<s> $A </s>",
+        "special_tokens": [(each, tokenizer.token_to_id(each)) for each in ("<s>", "</s>")],
+    }
+    tokenizer.post_processor = processors.TemplateProcessing(**template)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+BYTES = byte_level()
+TAGS = Tags({"transcribe": {"en": [5, 6]}})
+
+
+@given(
+    st.text(max_size=12) | st.text("ab \ufdfa\u00e4", max_size=12), st.integers(1, 450), st.booleans(), st.booleans()
+)
+@example("\ufdfa" * 12, 12 * 33 + 2, True, False)
+@example("\ufdfa" * 12, 12 * 33 + 3, True, False)
+def test_a_text_is_too_long_where_it_has_more_labels_than_positions(text, most, in_bytes, tagged):
+    tokenizer = BYTES if in_bytes else TOKENIZER
+    tags = {"tags": TAGS} if tagged else {}
+    collator = Collator(EXTRACTORS["hubert"], tokenizer, tokenizer.bos_token_id, str.lower, **tags)
+    number = collator.num_tokens(text)
+    reason = (f"text too long for the decoder's {most} positions", f"{number} tokens")
+    assert collator.too_long(text, most) == (reason if number > most else None)
+
+
+def test_a_short_text_is_not_tokenized(monkeypatch):
+    collator = Collator(EXTRACTORS["hubert"], TOKENIZER, START)
+    monkeypatch.setattr(collator, "num_tokens", None)
+    assert collator.too_long("one two", 15) is None

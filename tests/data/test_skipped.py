@@ -3,10 +3,11 @@
 import threading
 import unicodedata
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
-from corpora import WITH_SECONDS, data_module, fit, listed, wav, write
+from corpora import STREAMED, WITH_SECONDS, data_module, fit, listed, wav, write
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -38,6 +39,39 @@ def undecodable(tmp_path):
 
 
 # --- by limits and faults
+
+
+def bounded(folder, most, **options):
+    """Data for a decoder of so many positions; tokens are the characters of a text and its end."""
+    data = data_module(folder, batch_seconds=0.6, **options)
+    data.corpus.leave_out(partial(data.collator.too_long, most=most))
+    return data
+
+
+@pytest.mark.parametrize("options", [{}, STREAMED, {"mix": {"a": {"weight": 2.0}}}], ids=["whole", "stream", "weight"])
+def test_texts_longer_than_the_decoder_are_left_out_of_training_and_of_nothing_else(tmp_path, options):
+    texts = ["one", "one two three", "three", "one two three four", "two"]
+    for split in ("train", "validation"):
+        write(tmp_path / f"{split}.parquet", [0.5] * 5, text=texts)
+    data = bounded(tmp_path, 14, **options)
+    seen = [text for batch in data.train_dataloader() for text in batch.texts]
+    assert sorted(set(seen)) == ["one", "one two three", "three", "two"]
+    assert data.skipped.totals() == {"text too long for the decoder's 14 positions": 1}
+    [line] = listed(tmp_path)
+    assert (line["id"].removeprefix("a/"), line["detail"]) == ("train-3", "19 tokens")
+    assert sorted(text for batch in data.val_dataloader() for text in batch.texts) == sorted(texts)
+
+
+def test_texts_longer_than_the_decoder_are_faults(tmp_path):
+    write(tmp_path / "train.parquet", [0.1] * 120, text=["one"] * 100 + ["one two three"] * 20)
+    with pytest.raises(
+        UserError, match=r"20 of 120 could not be used, .* 20 text too long for the decoder's 5 positions"
+    ):
+        bounded(tmp_path, 5)
+    with pytest.raises(UserError, match=r"'train-100' .*: text too long for the decoder's 5 positions 14 tokens"):
+        bounded(tmp_path, 5, on_bad_utterance="error")
+    with pytest.raises(UserError, match=r"of 'train' can be used \(120 text too long for the decoder's 3 positions\)"):
+        bounded(tmp_path, 3, max_bad_fraction=1.0)
 
 
 def test_utterances_left_out_are_counted_by_reason_and_listed(dirty, caplog):

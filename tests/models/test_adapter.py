@@ -310,6 +310,18 @@ def test_a_family_without_an_adapter_of_its_own_is_refused():
     )
 
 
+@pytest.mark.parametrize("name", ["seamless_m4t", "seamless_m4t_v2"])
+def test_a_family_that_always_has_its_own_adapter_is_told_so(name):
+    config = composed("adapter=family", f"encoder={name}")
+    option, value, wrong, write = problem(
+        lambda: load_encoder(**{k: v for k, v in config.encoder.items() if k != "_target_"})
+    )
+    assert (option, value) == ("adapter", "family")
+    assert wrong.endswith("Config has its own adapter already")
+    assert write == "write adapter=linear, and encoder.options.adaptor_stride=NUMBER to change its stride"
+    tiny_encoder(name, options={"adaptor_stride": 3})
+
+
 # --- in the model
 
 
@@ -341,6 +353,17 @@ def test_a_model_gives_an_utterance_alone_the_logits_of_a_padded_batch(name):
     model = joined(name)
     together = spoken(model, (1.3, 0.71), 1.3, garbage=3.0)
     torch.testing.assert_close(together[1], spoken(model, (0.71,), 0.71)[0], rtol=0, atol=1e-5)
+
+
+def test_the_transposed_frames_of_a_familys_own_adapter_reach_a_decoder_that_views_them():
+    own = {"add_adapter": True, "num_adapter_layers": 1, "adapter_stride": 2}
+    encoder, decoder = tiny_encoder("wav2vec2", options=own), tiny_decoder("gpt2")
+    frames = encoder(torch.randn(1, 16000)).last_hidden_state
+    assert not frames.is_contiguous()
+    model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder).eval()
+    model.set_special_tokens(1, 2, 0)
+    assert spoken(model, (1.0, 0.5)).isfinite().all()
+    assert model.generate(torch.randn(1, 16000), max_new_tokens=3, min_new_tokens=3).shape == (1, 4)
 
 
 @pytest.mark.parametrize("name", ["none", "linear", "family"])

@@ -73,14 +73,17 @@ def test_keywords_reach_the_encoder_the_decoder_or_the_joined_configuration(fold
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_and_precision_without_a_prefix_reach_both_parts(folders, attention):
+def test_attention_and_precision_without_a_prefix_reach_every_part(folders, inputs, attention):
     model = SpeechEncoderDecoder.from_encoder_decoder_pretrained(
         folders / "hubert", folders / "bert", attn_implementation=attention, dtype=torch.bfloat16
     )
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
         attention
     }
-    assert {weight.dtype for part in (model.encoder, model.decoder) for weight in part.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.enc_to_dec_proj.weight.dtype == torch.bfloat16
+    inputs = {**inputs, "input_values": inputs["input_values"].bfloat16()}
+    assert model(**inputs).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])

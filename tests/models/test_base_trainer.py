@@ -15,6 +15,8 @@ class Utterances(torch.utils.data.Dataset):
         return len(NUM_TOKENS)
 
     def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
         generator = torch.Generator().manual_seed(i)
         labels = torch.randint(6, VOCABULARY, (NUM_TOKENS[i],), generator=generator)
         return {"input_values": torch.randn(800 + 300 * i, generator=generator), "labels": labels}
@@ -33,14 +35,14 @@ def collate(rows):
 
 @pytest.fixture
 def trainer_of(tmp_path):
-    def make(model, batch_size, accumulation=1, **options):
+    def make(model, batch_size, accumulation=1, collator=collate, **options):
         arguments = Seq2SeqTrainingArguments(
             output_dir=tmp_path, max_steps=1, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
             learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, use_cpu=True,
             report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False, **options,
         )  # fmt: skip
         return Seq2SeqTrainer(
-            model=model, args=arguments, train_dataset=Utterances(), eval_dataset=Utterances(), data_collator=collate
+            model=model, args=arguments, train_dataset=Utterances(), eval_dataset=Utterances(), data_collator=collator
         )
 
     return make
@@ -77,3 +79,18 @@ def test_the_trainer_evaluates_by_loss_and_by_generated_text(trainer_of):
     with torch.inference_mode():
         expected = sum(model.eval()(**half).loss for half in halves) / 2
     assert predicted.metrics["test_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_trainers_label_smoothing_needs_decoder_inputs_and_says_so(trainer_of):
+    with pytest.raises(ValueError, match="let the collator add decoder_input_ids=model"):
+        trainer_of(joined("hubert", "bert"), 8, label_smoothing_factor=0.1).train()
+    model = joined("hubert", "bert")
+
+    def with_decoder_inputs(rows):
+        batch = collate(rows)
+        return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
+
+    with torch.no_grad():
+        expected = joined("hubert", "bert")(**collate(list(Utterances())), label_smoothing=0.1).loss
+    smoothed = trainer_of(model, 8, collator=with_decoder_inputs, label_smoothing_factor=0.1).train().training_loss
+    assert smoothed == pytest.approx(float(expected), rel=1e-5)

@@ -5,7 +5,8 @@ import torch
 from families import DECODERS, tiny_decoder
 from transformers import HubertConfig, HubertModel
 
-from sedtrain.models.decoder import decoder_positions
+from sedtrain.errors import UserError
+from sedtrain.models.decoder import decoder_positions, max_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 PAD, START, END = 0, 1, 2
@@ -112,3 +113,74 @@ def test_more_layers_than_the_absent_encoder_has_fit_the_cache(encoder, name):
     model = joined(encoder, decoder)
     assert model.config.decoder.num_hidden_layers == 3
     assert_writes_what_it_was_taught(model)
+
+
+# --- 16 bits
+
+
+def test_sixteen_bit_autocast_trains_every_family(encoder, decoder):
+    labels = torch.tensor([[5, 6, 7, END], [5, END, -100, -100]])
+    model = joined(encoder, decoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(2, 800), labels=labels).loss
+    loss.backward()
+    model.zero_grad()
+    assert loss.isfinite()
+
+
+# --- the last position
+
+POSITIONS = {"options": {"max_position_embeddings": 12}}
+LAST = dict.fromkeys(COUNTING, 12 - PAD - 1)  # they skip the positions up to that of padding
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_as_many_tokens_have_a_position_as_upstream_can_read(encoder, name):
+    decoder = tiny_decoder(name, **POSITIONS)
+    model = joined(encoder, decoder)
+    if name == "xglm":  # computes positions without end
+        assert model.max_tokens is None
+        assert model.generate(torch.randn(2, 800), max_new_tokens=40, min_new_tokens=40).shape == (2, 41)
+        return
+    assert model.max_tokens == LAST.get(name, 12)
+    ids = torch.full((1, model.max_tokens + 1), 5)
+    states = torch.randn(1, 11, 144)
+    with torch.inference_mode():
+        assert decoder(input_ids=ids[:, :-1], encoder_hidden_states=states).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            decoder(input_ids=ids, encoder_hidden_states=states)
+
+
+def test_sinusoids_that_are_computed_have_no_last_position():
+    assert max_tokens(tiny_decoder("trocr", options={"use_learned_position_embeddings": False})) is None
+
+
+def test_a_table_of_distances_is_none_of_positions():
+    decoder = tiny_decoder("xglm")
+    decoder.relative_position_embedding = torch.nn.Embedding(4, 2)
+    assert max_tokens(decoder) is None
+    decoder.positions = torch.nn.Embedding(6, 2)
+    assert max_tokens(decoder) == 6
+
+
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "bart", "marian"])
+def test_generation_ends_at_the_last_position(encoder, name):
+    model = joined(encoder, tiny_decoder(name, **POSITIONS))
+    for options in (
+        {},
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"decoder_input_ids": torch.tensor([[START, 5, 6]] * 2)},
+    ):
+        tokens = model.generate(torch.randn(2, 800), max_new_tokens=40, min_new_tokens=40, **options)
+        assert tokens.shape == (2, model.max_tokens + 1)
+
+
+def test_labels_longer_than_the_positions_are_refused_with_both_numbers(encoder):
+    model = joined(encoder, tiny_decoder("bert", **POSITIONS))
+    with pytest.raises(UserError) as caught:
+        model(torch.randn(1, 800), labels=torch.full((1, 13), 5))
+    assert (caught.value.option, caught.value.value) == ("labels", (1, 13))
+    assert caught.value.wrong == "a text of 13 tokens is too long for the decoder's 12 positions"
+    assert caught.value.write == "write labels of at most 12 tokens"

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.errors import UserError
-from sedtrain.models.encoder import frame_mask, freeze_front_end
+from sedtrain.models.encoder import frame_mask, freeze_front_end, standalone
 from sedtrain.models.masking import length_mask
 
 LAYERDROP = {"seamless_m4t": "speech_encoder_layerdrop", "seamless_m4t_v2": "speech_encoder_layerdrop"} | dict.fromkeys(
@@ -147,10 +147,8 @@ class Silent(PreTrainedModel):
 
 
 def test_an_encoder_without_the_method_for_masks_is_told_which():
-    with pytest.raises(
-        UserError, match="encoder = 'Silent'\n    it does not say which of its frames are real"
-    ) as caught:
-        frame_mask(Silent(), 5, torch.ones(1, 5))
+    with pytest.raises(UserError, match="encoder = 'Silent'\n    it is no encoder of speech that says") as caught:
+        standalone(Silent())
     assert "_get_feature_vector_attention_mask(self, num_frames, attention_mask)" in caught.value.write
 
 

@@ -41,6 +41,16 @@ def test_every_utterance_gets_the_audio_of_the_one_before_it(module):
     assert num_tokens == num_compared == 3 + 10 + 8
 
 
+def test_of_a_text_longer_than_the_decoder_the_first_tokens_count(module):
+    audio = batch([3])
+    with torch.no_grad():
+        encoded = module.model.encode(audio.inputs, audio.attention_mask)
+        expected = module.cross_entropy(encoded, audio.labels[:, :4]).item()
+    module.model.max_tokens = 4
+    loss, num_tokens, *_ = sums_of(module, audio)
+    assert (loss, num_tokens) == (pytest.approx(expected, rel=1e-6), 4)
+
+
 def test_an_utterance_alone_in_its_batch_gets_the_audio_of_the_previous_batch(module):
     _, num_tokens, gain, num_compared = sums_of(module, batch([5]), batch([3]), batch([1, 2]), batch([0]))
     pairs = [(3, 5), (1, 2), (2, 1), (0, 1)]

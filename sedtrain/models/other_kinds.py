@@ -1,0 +1,29 @@
+"""Refuses a checkpoint that is no joined model of encoder and decoder, and says what it could be a part of."""
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, SpeechEncoderDecoderConfig
+
+from sedtrain.errors import UserError
+from sedtrain.models.decoder import BROKEN, can_attend
+from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, encoder_config
+
+
+def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
+    """Raises UserError for the configuration of an encoder, a decoder or anything else alone.
+
+    name: of its folder, or its Hub id
+    """
+    if isinstance(config, SpeechEncoderDecoderConfig):
+        return
+    kind, encoder = config.model_type, encoder_config(config).model_type
+    decoder = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    instead = "write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote"
+    if encoder in OF_TYPE:
+        instead = training_with("encoder", kind if kind in OF_WHOLE else encoder, name, f"{name!r}, DECODER")
+    elif decoder is not None and can_attend(decoder) and kind not in BROKEN:
+        instead = training_with("decoder", kind, name, f"ENCODER, {name!r}")
+    raise UserError("checkpoint", name, f"this is a {kind} model, no speech encoder-decoder", instead)
+
+
+def training_with(part: str, kind: str, name: str, arguments: str) -> str:
+    write = f"write {part}.model_type={kind} {part}.checkpoint={name}, without task and checkpoint, to train a model with it"
+    return f"{write}\nin Python, SpeechEncoderDecoder.from_encoder_decoder_pretrained({arguments}), which has to be trained"
