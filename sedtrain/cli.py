@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sedtrain import launch
-from sedtrain.config.composition import inherit_run
+from sedtrain.config.inherit import inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import Unfinished, UserError

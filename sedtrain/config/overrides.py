@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sedtrain.config.annotations import closest, suggest
-from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known, renamed
+from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
+from sedtrain.config.inherit import renamed
 from sedtrain.config.schema import conf_dir, find_problems, register
 from sedtrain.errors import UserError
 

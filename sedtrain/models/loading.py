@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
+from sedtrain.models.foreign import refuse_code
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def load_config(
         config = AutoConfig.for_model(model_type)
     else:
         with loading(f"{part}.checkpoint", name):
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if model_type == "parakeet_encoder":
             config = encoder_within(config)
         refuse_other_family(part, name, config, model_type)
@@ -94,8 +95,9 @@ def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:
 def configured(name: Any, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The configuration of checkpoint `name` with the `options` that it has, and the options that remain for loading."""
     loading = {key: value for key, value in options.items() if key in HUB_OPTIONS | LOADING_OPTIONS}
-    rest = {key: value for key, value in options.items() if key not in LOADING_OPTIONS}
-    config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **rest)
+    rest = {key: value for key, value in options.items() if key not in LOADING_OPTIONS | {"trust_remote_code"}}
+    refuse_code("checkpoint", str(name), **{key: value for key, value in options.items() if key in HUB_OPTIONS})
+    config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, trust_remote_code=False, **rest)
     return config, {**unused, **loading}
 
 
@@ -112,6 +114,7 @@ def load_weights(
             config=config,
             dtype=torch.float32,
             attn_implementation=attention,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -164,7 +167,7 @@ def joined_model(option: str, name: str) -> UserError:
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer saved in folder or Hub id `name`. Raises UserError if there is none: transformers makes an empty one."""
     with loading(option, name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     files = ["tokenizer.json", *tokenizer.vocab_files_names.values()]
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / file).is_file() for file in files):
@@ -176,7 +179,7 @@ def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def loading(option: str, name: str) -> Iterator[None]:
-    """Turns a failure to load `name` into a UserError: no such folder, no model in it, a joined model, unreadable files.
+    """Turns a failure to load `name` into a UserError: no such folder, no model in it, a joined model, code, unreadable files.
 
     option: names it on the command line, such as `encoder.checkpoint`
     """
@@ -194,12 +197,15 @@ def loading(option: str, name: str) -> Iterator[None]:
     if not folder.is_dir():
         go_offline_if_unreachable()
     try:
+        refuse_code(option, name)
         yield
     except UserError:
         raise
     except UNLOADABLE as error:
         where = "the folder" if folder.is_dir() else "there is no such folder here, and the Hub or its cache"
         reason = one_line(error, 160) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "weights in a pickle that is damaged, or holds more than numbers and could run code"
         raise UserError(option, name, f"{where} gave: {reason}", write) from error
 
 

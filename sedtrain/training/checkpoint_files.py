@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from lightning.fabric.plugins import CheckpointIO
 
 from sedtrain.errors import UserError
 from sedtrain.launch import is_first
+from sedtrain.plain import plain_value
 from sedtrain.run_dir import BEST, LAST, PREVIOUS, checkpoints_of, config_of, keep_until, write_whole
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,8 @@ def forget(folder: Path) -> None:
 def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError with every setting that decides the weights and that the run in this folder has otherwise."""
     stored = config_of(str(run_dir))
-    written = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    write = "write run_dir=ANOTHER_FOLDER, to train anew"
+    written = (plain_value(stored, "run_dir", str(run_dir), write) if stored.is_file() else {}) or {}
     before, now = dict(decisive(written)), dict(decisive(settings))
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
