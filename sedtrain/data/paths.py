@@ -109,9 +109,12 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
             matches = sorted(filter(is_audio_file, files_in(where)))
         else:
             matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
+        matches = list(filter(os.path.isfile, matches))
         if not matches:
-            write = "write audio=FILE, a glob that matches or a folder"
-            raise UserError("audio", name, "there is no such audio file", write)
+            wrong = (
+                "this is a pipe or a device" if where.exists() and not where.is_dir() else "there is no such audio file"
+            )
+            raise UserError("audio", name, wrong, "write audio=FILE, a glob that matches or a folder")
         found += matches
     if len(found) == 1:
         try:
