@@ -60,6 +60,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """The file of a folder that is named after the split, else its tars, else its numbered files."""
     patterns = [f"{split}{suffix}" for suffix in READERS]
     patterns += [f"{split}*.tar", f"{split}/*.tar", *(f"{split}-*{suffix}" for suffix in READERS)]
+    if Path(split).is_absolute():  # no name
+        return []
     return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
 
 
