@@ -40,6 +40,8 @@ def plain_value(file: Path, option: str, value: object, write: str) -> Any:
 
 def parsed(file: Path) -> Any:
     limit = MAX_BYTES.get(file.suffix, MAX_YAML_BYTES)
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no file, but a folder, a pipe or a device")
     with file.open("rb") as opened:
         content = opened.read(limit + 1)
     if len(content) > limit:

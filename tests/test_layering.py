@@ -31,14 +31,14 @@ MAY_IMPORT = {
     "text": "errors ranges",
     "config": "errors plain ranges run_dir",
     "launch": "run_dir",
-    "run_dir": "",
+    "run_dir": "errors",
     "hub": "",
     "batch": "",
     "errors": "",
     "plain": "errors",
     "ranges": "",
 }
-CONFIGURATION = {"hydra", "omegaconf", "yaml"}
+CONFIGURATION = {"filelock", "hydra", "omegaconf", "yaml"}
 # The only places that may import these packages; every other package is free.
 ONLY_IN = {
     "hydra": "cli config search",

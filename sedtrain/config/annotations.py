@@ -99,6 +99,8 @@ def is_of(kind: Any, value: Any) -> bool:
         return len(value) == len(arguments) and all(map(is_of, arguments, value))
     if isinstance(value, list) and origin in (list, tuple):
         return all(is_of(arguments[0], each) for each in value)
+    if kind is float and isinstance(value, float) and not isfinite(value):
+        return False
     accepted: Any = {None: NoneType, float: (int, float), tuple: list}.get(kind, origin or kind)
     return origin is None and isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
@@ -128,6 +130,7 @@ def misfits(option: str, value: object, annotation: str) -> Iterator[UserError]:
         yield UserError(option, value, f"expected {annotation}", suggest(str(value), names))
     else:
         words = in_words(evaluated(annotation)) if "Range(" in annotation else annotation
+        words += ", finite" if isinstance(value, float) and not isfinite(value) and words == "float" else ""
         yield UserError(option, value, f"expected {words}", example(option, annotation, value))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from functools import cached_property
 from importlib.util import find_spec
@@ -17,14 +18,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sedtrain.config.annotations import closest, suggest
 from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
 from sedtrain.config.inherit import renamed
-from sedtrain.config.schema import conf_dir, find_problems, register
-from sedtrain.errors import UserError
+from sedtrain.config.schema import ANNOTATIONS, check_references, conf_dir, find_problems, plain, register
+from sedtrain.errors import UNSET, UserError
 
 SEARCH = "hydra/sweeper=optuna"
+PLAIN_TEXT = re.compile(r"""[^\s'"{}(),$=\\\[][^\s'"{}(),$=\\]*""")  # such as train[:90%], which Hydra wants in quotes
+PLAIN_KEY = re.compile(r"(\+\+?)?[A-Za-z_][\w.]*")
 SEARCH_PATH = "hydra.searchpath"
 
 
@@ -83,10 +87,17 @@ class Check:
     def parse(self, overrides: Any) -> list[Override]:
         parsed = []
         for text in overrides:
+            if not text.partition("=")[0].strip("+~"):
+                self.report(text or "''", "", "no option is named", "write OPTION=VALUE")
+                continue
             try:
                 parsed += self.parser.parse_overrides([text])
             except HydraException:
-                self.errors.append(unreadable(text))
+                key, _, value = text.partition("=")
+                if PLAIN_TEXT.fullmatch(value) and PLAIN_KEY.fullmatch(key):
+                    parsed += self.parser.parse_overrides([f'{key}="{value}"'])
+                else:
+                    self.errors.append(unreadable(text))
         return parsed
 
     def add_search_path(self, overrides: list[Override], folders: list[Path]) -> None:
@@ -97,9 +108,22 @@ class Check:
         paths = [f"file://{folder.resolve()}" for folder in folders if folder.is_dir()]
         for override in overrides:
             if override.key_or_group == SEARCH_PATH:
-                paths += map(str, as_list(override.value()))
+                paths += self.searched(override)
         quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
         self.search_path = [f"{SEARCH_PATH}=[{','.join(quoted)}]"] if quoted else []
+
+    def searched(self, override: Override) -> list[str]:
+        listed, write = override.value(), f"write '{SEARCH_PATH}=[\"file:///FOLDER\"]'"
+        if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+            self.report(SEARCH_PATH, override.get_value_string(), "this is no list of folders", write)
+            return []
+        local = {
+            each: Path(each.removeprefix("file://")) for each in listed if "://" not in each.removeprefix("file://")
+        }
+        lost = [each for each, folder in local.items() if not folder.is_dir()]
+        for each in lost:
+            self.report(SEARCH_PATH, each, "no such folder", write)
+        return [each for each in listed if each not in lost]
 
     # --- sweeps
 
@@ -147,8 +171,20 @@ class Check:
         for override in overrides:
             if override not in choices.values() and not f"{override.key_or_group}.".startswith(left_out):
                 self.apply(config, override)
-        with hydra_known(config):
-            self.errors += find_problems(config)
+        try:
+            with hydra_known(config):
+                self.errors += [*find_problems(config), *check_references(config.hydra, "hydra")]
+        except OmegaConfBaseException as error:  # Hydra's own settings
+            self.errors.append(composition_error(error, "hydra", UNSET))
+        self.refuse_lost(config)
+
+    def refuse_lost(self, config: DictConfig) -> None:
+        """Reports options of the root that were deleted, and groups that something else took the place of."""
+        for name, hint in ANNOTATIONS.items():
+            known = self.options(name) if hint == "Any" and name != "strategy" else []  # an option of the trainer
+            value = plain(config, name)
+            if name not in config.keys() or (known and not isinstance(value, dict | str)):  # noqa: SIM118 - missing
+                self.report(name, value, "every run needs this", f"write {name}={' | '.join(known) or 'VALUE'}")
 
     @cached_property
     def repository(self) -> Any:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.ranges import Count, CountOrZero, Positive, PositiveFraction
+from sedtrain.ranges import Count, CountOrZero, Exponent, Positive, PositiveFraction
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DecodingOptions:
     num_beams: Count = 1
     do_sample: bool = False
     max_new_tokens: Count = 200
-    length_penalty: float = 1.0
+    length_penalty: Exponent = 1.0
     temperature: Positive = 1.0
     top_k: CountOrZero = 50
     top_p: PositiveFraction = 1.0

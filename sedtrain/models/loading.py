@@ -31,6 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 from sedtrain.models.foreign import refuse_code
+from sedtrain.models.options import refuse_impossible
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,17 @@ HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revi
 LOADING_OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
 OWN_WORDS = (OSError, ValueError, RuntimeError, SafetensorError)
 """Errors that say what is wrong, without the name of their class."""
+UNBUILDABLE = (
+    ValueError,
+    ImportError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+)
+"""Raised by constructors of transformers for values that do not go together."""
 ATTENTION_FLAGS = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
@@ -87,6 +99,8 @@ def load_config(
         wrong = f"{kind} has no such option" + (f"; did you mean {close[0]!r}?" if close else "")
         write = f"write {part}.options.NAME=VALUE with a NAME of {kind}"
         raise UserError(f"{part}.options.{unknown[0]}", values[unknown[0]], wrong, write)
+    given = {"tiny": {key: each for key, each in values.items() if key not in options}, "options": options}
+    refuse_impossible(part, given, type(config)())
     try:
         return type(config).from_dict({**({} if name is None else config.to_dict()), **values})
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -119,7 +133,7 @@ def load_weights(
 
     Raises UserError if the weights are of another model; weights that are missing are logged.
     """
-    with loading(f"{part}.checkpoint", name), attention_of(part, config):
+    with loading(f"{part}.checkpoint", name), attention_of(part, config, (ValueError, ImportError)):
         model, loaded = factory.from_pretrained(
             name,
             config=config,
@@ -271,7 +285,9 @@ def share_config(part: nn.Module, config: transformers.PreTrainedConfig) -> None
 
 
 @contextmanager
-def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
+def attention_of(
+    part: str, config: PreTrainedConfig, failures: tuple[type[Exception], ...] = UNBUILDABLE
+) -> Iterator[None]:
     """Turns failures to build a model into a UserError, such as an attention implementation that the family lacks.
 
     None, for which `attention=auto` stands, is never refused: transformers takes sdpa if the family has it, else eager.
@@ -282,8 +298,8 @@ def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, ImportError) as error:
-        reason = one_line(error, 160)
+    except failures as error:
+        reason = one_line(error, 160) or type(error).__name__
         if re.search("attention(?! heads)|attn", str(error), re.IGNORECASE):
             raise unusable_attention(part, config, reason) from error
         write = f"write {part}.options.NAME=VALUE that fits"
