@@ -119,7 +119,7 @@ def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) ->
     """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write."""
     rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
     start = saved.model.config.decoder_start_token_id
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags)
+    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags, saved.max_seconds)
     data.refuse_unlearnt(splits)
 
 

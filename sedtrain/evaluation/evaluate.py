@@ -67,6 +67,8 @@ class Scoring:
             skipped=data.skipped.totals(),
             versions=installed_versions(),
             training_normalizer=saved.training_normalizer,
+            not_scored=data.skipped.of_split(self.split),
+            num_empty=sum(not each.reference.strip() for each in evaluation.hypotheses),
         )
         results.write(self.folder / "results.json")
         model = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"

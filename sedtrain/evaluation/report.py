@@ -90,7 +90,7 @@ def facts(results: Results) -> str:
         cost = f"{train.seconds / 60:.1f} min, {train.steps:,} steps, {train.utterances:,} utterances, {audio}"
     facts = {
         "split": results.split,
-        "utterances": f"{results.num_utterances:,}, {results.audio_seconds / 60:.1f} min of audio",
+        "utterances": f"{results.headline}, {results.audio_seconds / 60:.1f} min of audio",
         "training": cost,
         "decoding": ", ".join(f"{name} {value}" for name, value in results.decoding.items()),
         "RTFx": f"{results.rtfx:.1f} s of audio decoded per second",
