@@ -20,6 +20,7 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.text.tokenizers import train_tokenizer
 from sedtrain.training.checkpoint_files import read_checkpoint
+from sedtrain.training.checkpoints import Checkpoints
 
 SMALL = [
     "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",
@@ -415,7 +416,8 @@ def test_a_tokenizer_from_the_first_texts_is_told_what_the_others_hold(built, ca
     lines = said["train"].getMessage().splitlines()
     assert lines[0].startswith(f"train: the tokenizer cannot write {len(missing)} of the ")
     assert len(missing) > 0
-    assert len(lines) == 1 + len(missing)
+    assert "texts are others when they are encoded and decoded" in lines[1 + len(missing)]
+    assert len(lines) == 1 + len(missing) + 1 + 3
 
 
 @pytest.mark.parametrize("limit", [0, 3])
@@ -475,3 +477,69 @@ def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, train
     monkeypatch.setattr(build, "device", asked)
     with pytest.raises(Asked):
         sedtrain(f"task={task}", f"checkpoint={trained}", f"run_dir={tmp_path / 'run'}", f"audio={tmp_path / 'a.wav'}")
+
+
+# --- the metric and the spelling of a language
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "metric"),
+    [
+        ("今天天气很好", [], "val/cer"),
+        ("它们 天气", [], "val/cer"),
+        ("three one", [], "val/wer"),
+        ("今天天气很好", ["target=translation", "data.columns.translation=text"], "val/bleu"),
+    ],
+)
+def test_texts_without_spaces_between_words_choose_the_best_weights_by_characters(
+    built, corpus, tmp_path, text, overrides, metric
+):
+    run = built(f"data.path={with_texts(corpus, tmp_path / 'texts', text)}", *overrides)
+    assert [callback.monitor for callback in run.callbacks(Checkpoints)] == [metric]
+    assert run.plan()[1]["best weights"] == f"by {metric}"
+
+
+def test_a_pretrained_wordpiece_tokenizer_writes_as_the_training_texts_do(built, corpus, tmp_path, caplog):
+    text = "it's a well-known idea"
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "'",
+        "-",
+        "a",
+        "s",
+        "it",
+        "well",
+        "known",
+        "idea",
+        *"weklnotid",
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), is_decoder=True, **shape)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with caplog.at_level("INFO", "sedtrain"):
+        run = built(
+            f"data.path={with_texts(corpus, tmp_path / 'texts', text)}", f"decoder.checkpoint={tmp_path / 'bert'}"
+        )
+    assert "train: the tokenizer writes all 13 characters of 24 texts" in caplog.messages
+    run.saved.save(tmp_path / "model", {})
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
+    labels = run.data.collator.target(text)
+    assert processor.batch_decode([labels], skip_special_tokens=True) == [text]
+    assert tokenizer.decode(labels, skip_special_tokens=True) == "it ' s a well - known idea"
+
+
+def with_texts(corpus, folder, text):
+    """A copy of a corpus in which all say the same."""
+    folder.mkdir()
+    for file in corpus.glob("*.parquet"):
+        rows = pyarrow.parquet.read_table(file)
+        texts = pyarrow.array([text] * len(rows))
+        pyarrow.parquet.write_table(rows.set_column(rows.column_names.index("text"), "text", texts), folder / file.name)
+    return folder

@@ -102,6 +102,7 @@ class TrainingRun:
             "training audio": self.data.corpus.training_audio(),
             "batches": f"{self.data.batch_sizes()}{in_an_epoch}",
             "steps": self.planned_steps(),
+            "best weights": f"by {self.callbacks(Checkpoints)[0].monitor}",
             "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
             "ctc weight": f"{self.module.weights.ctc_weight:g}",
             "run folder": str(self.folder),

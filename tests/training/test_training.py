@@ -31,7 +31,7 @@ from sedtrain.data.audio import read_audio
 GOLDEN = Path(__file__).parents[1] / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
     "task", "split", "num_utterances", "audio_seconds", "metrics", "normalizer", "decoding", "rtfx", "train", "skipped",
-    "versions", "training_normalizer",
+    "versions", "training_normalizer", "not_scored", "num_empty", "num_cut",
 ]  # fmt: skip
 
 
@@ -208,8 +208,7 @@ def test_the_screen_shows_plan_scores_examples_and_places(sedtrain, corpus, tmp_
     assert ended.status == 0
     for words in ("trainable", "frozen", "hours", "steps", "encoder", "wer", "reference", "hypothesis", "saved in"):
         assert words in ended.out
-    [example] = re.findall(r"test: (\d+) utterances", ended.out)
-    assert example == "6"
+    assert "\ntest: 6 scored" in ended.out
     assert list(Path().iterdir()) == []
 
 
@@ -332,9 +331,9 @@ def test_a_run_is_found_by_its_home_folder_and_its_data_from_any_other(sedtrain,
     assert ended.status == 0, ended.err
     again = results(tmp_path / "scores")
     assert again["metrics"] == results(tmp_path / "run")["metrics"]
-    assert again["skipped"]["too long"] > 0
+    assert (again["skipped"], again["not_scored"]) == ({}, {})
     stored = OmegaConf.load(tmp_path / "scores/config.yaml").data
-    assert (stored.path, stored.seed, stored.folder) == (str(corpus), 3, "scores")
+    assert (stored.path, stored.seed, stored.folder, stored.max_seconds) == (str(corpus), 3, "scores", 1.5)
 
 
 def test_a_model_whose_weights_are_another_s_is_refused(sedtrain, trained, tmp_path, wav):
