@@ -112,8 +112,9 @@ def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) ->
 
 
 def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) -> SavedModel:
-    """A new model that names the normalizer of its texts and has a token for each tag, connected to the data."""
+    """A new model that names the normalizer of its texts and its longest audio, and has its tags, connected to the data."""
     saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
+    saved.model.config.max_training_seconds = round(data.corpus.max_training_seconds(), 2)
     if data.tags:
         saved.learn_tags(data.learnt_pairs())
     connect(data, saved, ["validation", cfg.split])

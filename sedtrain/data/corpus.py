@@ -195,6 +195,10 @@ class Corpus:
         """Tells whether every epoch has the same utterances, so that its steps can be counted."""
         return not self.streaming and self.temperature == 1 and all(source.weight == 1 for source in self.sources)
 
+    def max_training_seconds(self) -> float:
+        """Length of the longest training utterance; of a stream, the longest that is used."""
+        return self.limits.max_seconds if self.streaming else max(self.kept("train").values())
+
     def training_audio(self) -> str:
         """The amount of training audio as text."""
         if self.streaming:

@@ -244,6 +244,6 @@ class SplitDataset(Dataset[Batch]):
             return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
         if utterance.seconds > self.limits.max_seconds + ROUNDED:
             return rows.skipped(index, *too_long(utterance.seconds, self.limits.max_seconds, self.limits.longest))
-        if self.is_scored and utterance.seconds > (longest := self.collator.max_seconds) + ROUNDED / 2:  # half a frame
+        if self.is_scored and round(utterance.seconds, 2) > (longest := self.collator.max_seconds):
             return rows.skipped(index, *too_long(utterance.seconds, longest, "the limit of the encoder"))
         return utterance

@@ -28,13 +28,17 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second."""
+    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second.
+
+    num_cut: hypotheses that were cut at the limit of tokens
+    """
 
     metrics: dict[str, Interval]
     hypotheses: list[Hypothesis]
     counts: Counts
     audio_seconds: float
     rtfx: float
+    num_cut: int = 0
 
 
 @dataclass(frozen=True)

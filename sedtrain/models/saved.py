@@ -41,6 +41,12 @@ class SavedModel:
         return label
 
     @property
+    def max_training_seconds(self) -> float:
+        """Length of the longest utterance that it was trained on; infinite where its folder does not say."""
+        seconds = getattr(self.model.config, "max_training_seconds", None)
+        return float(seconds) if isinstance(seconds, int | float) else inf
+
+    @property
     def tags(self) -> Tags | None:
         """The tokens that ask for a language and a task; None where it did not learn several."""
         ids: Mapping[str, Mapping[str, Sequence[int]]] | None = getattr(self.model.config, "tags", None)

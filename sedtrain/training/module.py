@@ -174,7 +174,8 @@ class SpeechSeq2SeqModule(LightningModule):
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
-            hypotheses = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
+            written = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
+        hypotheses = [transcript.text for transcript in written]
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
 

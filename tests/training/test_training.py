@@ -270,7 +270,7 @@ def test_of_several_files_those_that_cannot_be_transcribed_stop_no_other(sedtrai
     cut.write_bytes(wav.read_bytes()[:20])
     bad.write_bytes(b"this is no audio")
     soundfile.write(empty, np.zeros(0, dtype="float32"), 16000)
-    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=4")
+    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=12")
     assert ended.status == 1
     assert [line.partition("\t")[0] for line in ended.out.splitlines()] == [str(good)]
     told = ended.err.splitlines()
@@ -288,7 +288,10 @@ def test_a_file_too_long_for_the_encoder_stops_no_other(sedtrain, trained_with, 
     )
     assert ended.status == 1
     assert ended.out.startswith(f"{tmp_path}/audio/short.wav\t")
-    assert f"audio={tmp_path}/audio/long.wav: an utterance of 1550 frames does not fit" in ended.err
+    assert (
+        f"audio={tmp_path}/audio/long.wav: 31.00 s, and the encoder of this model takes up to 30 s: it has to be cut"
+        in ended.err
+    )
 
 
 # --- evaluation
@@ -302,6 +305,14 @@ def test_a_run_is_evaluated_on_its_own_data_with_equal_scores(sedtrain, trained,
     assert again["decoding"] == first["decoding"]
     assert again["train"] is None
     assert (tmp_path / "scores/report.html").exists()
+
+
+def test_texts_that_are_cut_at_the_limit_of_tokens_are_counted_beside_the_scores(sedtrain, trained, tmp_path):
+    cut = "test: 6 scored (of the scored 6 cut at decoding.max_new_tokens=1)"
+    ended = sedtrain("task=evaluate", f"checkpoint={trained}", f"run_dir={tmp_path}", "decoding.max_new_tokens=1")
+    assert ended.out.splitlines()[0] == cut
+    assert results(tmp_path)["num_cut"] == 6
+    assert cut.partition(": ")[2] in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_is_evaluated_on_the_data_that_is_named(sedtrain, trained, corpus, tmp_path):
