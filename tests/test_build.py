@@ -1,6 +1,7 @@
 """What build refuses before training starts, and what the options of the Trainer do."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import soundfile
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
 
 from sedtrain import build
@@ -184,6 +186,67 @@ def test_a_time_limit_with_units_is_taken(built):
     assert built("trainer.max_time={minutes: 5}").time_limit() == built("trainer.max_time=00:00:05:00").time_limit()
 
 
+FALLING = ["optimizer.lr=0.001", "scheduler.warmup_fraction=0"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["scheduler=linear"], ["trainer.accumulate_grad_batches=2"]])
+def test_a_time_limit_that_ends_training_lets_the_learning_rate_fall_to_its_end(built, monkeypatch, overrides):
+    run = built("trainer.max_time=00:00:00:10", "trainer.max_steps=100", *FALLING, *overrides)
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 2.5 * run.trainer.global_step)
+    rates = learning_rates(run)
+    assert run.trainer.global_step == 4
+    expected = [1 + math.cos(math.pi * done) for done in (0.25, 0.5, 0.75, 1)]
+    if overrides == ["scheduler=linear"]:
+        expected = [2 - 2 * done for done in (0.25, 0.5, 0.75, 1)]
+    assert rates == pytest.approx([0.001 * rate / 2 for rate in expected])
+    assert run.ended_early() == "trainer.max_time ended training at step 4 of 100"
+    totals = run.totals()
+    assert (totals.steps, totals.planned_steps, totals.ended_by) == (4, 100, "trainer.max_time")
+
+
+def test_a_time_limit_that_steps_keep_ahead_of_changes_no_learning_rate(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.01)
+    limited, free = (
+        built(f"trainer.max_time={limit}", "trainer.max_steps=6", f"run_dir={tmp_path / limit}")
+        for limit in ("00:00:00:10", "null")
+    )
+    assert learning_rates(limited) == learning_rates(free)
+    assert limited.ended_early() is free.ended_early() is None
+    assert (limited.totals().planned_steps, limited.totals().ended_by) == (6, None)
+
+
+def test_steps_catch_up_with_a_schedule_that_time_has_moved_ahead(built, monkeypatch):
+    run = built("trainer.max_time=00:00:01:40", "trainer.max_steps=8", "scheduler=linear", *FALLING)
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 50.0)  # a slow start
+    assert learning_rates(run) == pytest.approx([0.001 * (1 - done / 8) for done in (4, 4, 4, 4, 5, 6, 7, 8)])
+
+
+def learning_rates(run):
+    """Trains, and returns the learning rate that each step leaves to the next."""
+    rates = []
+
+    class Note(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.extend([trainer.optimizers[0].param_groups[0]["lr"]] * (trainer.global_step > len(rates)))
+
+    run.trainer.callbacks.append(Note())
+    run.fit(None)
+    return rates
+
+
+def test_a_training_that_its_time_limit_ends_says_so_everywhere(command, tmp_path):
+    ended = command("trainer.max_steps=100000", "trainer.max_time={seconds: 1}")
+    assert ended.status == 0
+    stored = json.loads((tmp_path / "run/results.json").read_text())["train"]
+    steps = f"{stored['steps']:,}"
+    assert (stored["planned_steps"], stored["ended_by"]) == (100_000, "trainer.max_time") and 0 < stored[
+        "steps"
+    ] < 1_000
+    told = f"trainer.max_time ended training at step {steps} of 100,000; write a longer one, or null, to train for all steps"
+    assert told in ended.err and told in (tmp_path / "run/sedtrain.log").read_text()
+    assert f"{steps} steps of 100,000, ended by trainer.max_time" in (tmp_path / "run/report.html").read_text()
+
+
 class Watch(lightning.Callback):
     """Counts validations by the number of steps before them."""
 
@@ -230,7 +293,7 @@ def test_without_a_progress_bar_nothing_is_shown_and_training_is_counted(command
 def test_the_plan_tells_the_steps_of_a_training_by_epochs(built, accumulated):
     run = built(
         "trainer.max_steps=-1", "++trainer.max_epochs=2", "data.batch_seconds=4",
-        f"trainer.accumulate_grad_batches={accumulated}",
+        f"trainer.accumulate_grad_batches={accumulated}", "trainer.max_time=00:00:08:00",
     )  # fmt: skip
     _, facts = run.plan()
     run.trainer.fit(run.module, datamodule=run.data)
@@ -264,12 +327,13 @@ def test_the_plan_tells_the_smaller_of_steps_and_epochs(built):
 
 def test_the_plan_tells_that_epochs_of_unknown_length_may_end_before_the_steps(built, caplog):
     epochs = ["trainer.max_steps=1800", "++trainer.max_epochs=2"]
-    assert built(*epochs).plan()[1]["steps"] == "6, at most 0:08:00"
+    limited = "trainer.max_time=00:00:08:00"
+    assert built(*epochs).plan()[1]["steps"] == "6"
     assert "is planned for" not in caplog.text
     streamed = ["data.streaming=true", "data.batch_seconds=8"]
-    assert built(*epochs[:1], *streamed).plan()[1]["steps"] == "1,800, at most 0:08:00"
+    assert built(*epochs[:1], *streamed).plan()[1]["steps"] == "1,800"
     assert "is planned for" not in caplog.text
-    _, facts = built(*epochs, *streamed).plan()
+    _, facts = built(*epochs, *streamed, limited).plan()
     assert facts["steps"] == "1,800, or 2 epochs if they end first, at most 0:08:00"
     [warning] = [each.getMessage() for each in caplog.records if "is planned for" in each.getMessage()]
     assert warning == (

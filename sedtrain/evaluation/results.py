@@ -43,12 +43,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainingTotals:
-    """Cost of training: wall-clock seconds, optimizer steps, utterances seen, seconds of audio per second."""
+    """Cost of training: wall-clock seconds, optimizer steps, utterances seen, seconds of audio per second.
+
+    ended_by: the option that ended it before the last of the `planned_steps`
+    """
 
     seconds: float
     steps: int
     utterances: int
     audio_seconds_per_second: float
+    planned_steps: int | None = None
+    ended_by: str | None = None
 
 
 @dataclass(frozen=True)

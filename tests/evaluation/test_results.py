@@ -40,7 +40,8 @@ def test_the_file_has_the_documented_keys(tmp_path):
         "normalizer": {"name": "lowercase", "version": "1"},
         "decoding": {"num_beams": 1, "max_new_tokens": 40},
         "rtfx": 120.0,
-        "train": {"seconds": 300.0, "steps": 1000, "utterances": 32000, "audio_seconds_per_second": 210.0},
+        "train": {"seconds": 300.0, "steps": 1000, "utterances": 32000, "audio_seconds_per_second": 210.0}
+        | {"planned_steps": None, "ended_by": None},
         "skipped": {"too_long": 3},
         "versions": {"python": "3.11.9", "lightning": None},
         "training_normalizer": {"name": "none", "version": "1"},
