@@ -307,6 +307,25 @@ def test_a_run_is_evaluated_on_its_own_data_with_equal_scores(sedtrain, trained,
     assert (tmp_path / "scores/report.html").exists()
 
 
+def test_utterances_without_words_are_scored_and_learnt_where_asked_for(sedtrain, corpus, tmp_path):
+    (tmp_path / "data").mkdir()
+    for file in corpus.glob("*.parquet"):
+        rows = pyarrow.parquet.read_table(file)
+        texts = pyarrow.array(["" if number % 3 == 0 else text for number, text in enumerate(rows["text"].to_pylist())])
+        rows = rows.set_column(rows.column_names.index("text"), "text", texts)
+        pyarrow.parquet.write_table(rows, tmp_path / "data" / file.name)
+    ended = sedtrain(
+        "data=parquet", f"data.path={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}", "data.min_characters=0",
+        "trainer.max_steps=2", "trainer.val_check_interval=1", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=12",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    folder = tmp_path / "run"
+    stored = results(folder)
+    assert (stored["num_utterances"], stored["num_empty"], stored["skipped"]) == (6, 2, {})
+    assert (stored["train"]["utterances"] > 0) and all(np.isfinite(losses(folder)))
+    assert "Utterances: 6 scored (of the scored 2 with an empty reference)" in (folder / "model/README.md").read_text()
+
+
 def test_texts_that_are_cut_at_the_limit_of_tokens_are_counted_beside_the_scores(sedtrain, trained, tmp_path):
     cut = "test: 6 scored (of the scored 6 cut at decoding.max_new_tokens=1)"
     ended = sedtrain("task=evaluate", f"checkpoint={trained}", f"run_dir={tmp_path}", "decoding.max_new_tokens=1")
