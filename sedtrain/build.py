@@ -20,18 +20,21 @@ from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Scoring, metric_set
+from sedtrain.evaluation.metrics import TRANSCRIPTION, CorpusMetrics, MetricSet
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
 from sedtrain.models.saved import SavedModel, join, load
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
+from sedtrain.text.spacing import is_unspaced, with_spacing
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
 
 RANDOM_CTC_WEIGHT = 0.3
+NUM_TEXTS_OF_LANGUAGE = 1000
 REFUSED = object()  # stands for a component that could not be made
 
 logger = logging.getLogger(__name__)
@@ -73,11 +76,11 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     saved = attempt(connected, cfg, data, new_model(cfg, data, attempt))
     weights = attempt(prepared, cfg, saved, loss, finetuning)
     module = attempt(training_module, cfg, saved, weights, finetuning, options, optimizer, scheduler)
-    trainer = attempt(make_trainer, cfg, finetuning)
+    trainer = attempt(partial(make_trainer, cfg, data=None if data is REFUSED else data), finetuning)
     attempt.report()
     data.augment = Augment(augmentations, cfg.seed, data.limits.max_seconds)
     if trainer.is_global_zero:
-        report_vocabulary(data, cfg.vocabulary_texts)
+        report_vocabulary(data, module.metrics.metric_set, cfg.vocabulary_texts)
     return TrainingRun(trainer, module, data, saved, finetuning, Path(cfg.run_dir))
 
 
@@ -99,6 +102,8 @@ def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) ->
     """Encoder, adapter and decoder joined, with the pretrained decoder's tokenizer, else one trained from the texts."""
     published = {size: cfg.decoder.get(size) for size in ("base", "large")}
     tokenizer = attempt(tokenizer_of, cfg.size, cfg.decoder.get("checkpoint"), published)
+    if tokenizer is not None and REFUSED not in (tokenizer, data):
+        tokenizer = with_spacing(tokenizer, map(data.corpus.rewrite, data.texts("train")))
     if tokenizer is None:
         train = attempt(create, cfg, "tokenizer")
         tokenizer = attempt(lambda train, data: train(map(data.corpus.rewrite, data.texts("train"))), train, data)
@@ -107,8 +112,9 @@ def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) ->
 
 
 def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) -> SavedModel:
-    """A new model that names the normalizer of its texts and has a token for each tag, connected to data that it can learn."""
+    """A new model that names the normalizer of its texts and its longest audio, and has a token for each tag, connected."""
     saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
+    saved.model.config.max_training_seconds = round(data.corpus.max_training_seconds(), 2)
     if data.tags:
         saved.learn_tags(data.learnt_pairs())
     connect(data, saved, ["validation", cfg.split])
@@ -121,7 +127,7 @@ def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) ->
     """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write."""
     rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
     start = saved.model.config.decoder_start_token_id
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags)
+    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags, saved.max_seconds)
     data.refuse_unlearnt(splits)
 
 
@@ -158,10 +164,20 @@ def training_module(
     return module
 
 
-def make_trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
-    main_metric = next(iter(metric_set(cfg.target, cfg.normalizer).metrics))
+def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> str:
+    """The metric that chooses the best weights: of transcriptions without spaces between words, the rate of characters."""
+    names = list(metric_set(cfg.target, cfg.normalizer).metrics)
+    texts = [] if data is None else islice(data.texts("validation"), NUM_TEXTS_OF_LANGUAGE)
+    return "cer" if "cer" in names and is_unspaced(texts) else names[0]
+
+
+def make_trainer(
+    cfg: DictConfig, finetuning: FineTuning, data: SpeechTextDataModule | None = None
+) -> lightning.Trainer:
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    return run_trainer(create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, main_metric)
+    return run_trainer(
+        create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, main_metric(cfg, data)
+    )
 
 
 def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
@@ -175,15 +191,17 @@ def loggers(cfg: DictConfig) -> list[Tracker]:
     return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
 
 
-def report_vocabulary(data: SpeechTextDataModule, max_texts: int | None) -> None:
-    """Logs which characters of the training and validation texts the tokenizer cannot write.
+def report_vocabulary(data: SpeechTextDataModule, metrics: MetricSet, max_texts: int | None) -> None:
+    """Logs what the tokenizer cannot write or give back of the training and validation texts.
 
+    metrics:   those of the run, whose normalizer decides what is an error
     max_texts: as many of each are read; None: all, 0: there is no report
     """
     assert data.collator is not None
     for split in ("train", "validation") if max_texts != 0 else ():
         texts = islice(data.texts(split), max_texts)
-        report = VocabularyReport(data.collator.tokenizer, texts, data.collator.rewrite)
+        scores = CorpusMetrics(MetricSet(TRANSCRIPTION, metrics.normalize))
+        report = VocabularyReport(data.collator.tokenizer, texts, data.collator.rewrite, scores)
         logger.log(logging.INFO if report.finds_nothing else logging.WARNING, "%s: %s", split, report)
 
 

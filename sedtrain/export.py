@@ -22,7 +22,7 @@ A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with 
 {rows}
 
 Text normalizer for scoring: `{normalizer}`; for training: `{training_normalizer}`.
-{num_utterances} utterances, {minutes:.1f} minutes of audio.
+Utterances: {headline}; {minutes:.1f} minutes of audio.
 
 ```python
 {import_torch}from transformers import AutoProcessor
@@ -71,7 +71,7 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         rows="\n".join(rows),
         normalizer=" ".join(results.normalizer.values()),
         training_normalizer=" ".join((results.training_normalizer or {"name": "unknown"}).values()),
-        num_utterances=results.num_utterances,
+        headline=results.headline,
         minutes=results.audio_seconds / 60,
         sampling_rate=saved.feature_extractor.sampling_rate,
     )

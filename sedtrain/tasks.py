@@ -47,6 +47,8 @@ def train(cfg: DictConfig) -> None:
     if number := run.stopped_by():
         stopped = f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
         raise Unfinished(f"{stopped}\n  resume=auto with this run_dir resumes it", 128 + number)
+    if text := run.ended_early():
+        logger.warning("%s; write a longer one, or null, to train for all steps", text)
     with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
         results, evaluation = build.scoring(cfg).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))

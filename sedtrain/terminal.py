@@ -50,7 +50,7 @@ def ends(values: Sequence[str]) -> str:
 def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples: int = 3) -> list[RenderableType]:
     """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
     numbers = ("value", "95 % interval")
-    scores = table(f"{results.split}: {results.num_utterances} utterances", "metric", *numbers, right=numbers)
+    scores = table("", "metric", *numbers, right=numbers)
     for name, interval in results.metrics.items():
         low, high = f"{100 * interval.low:.2f}", f"{100 * interval.high:.2f} %"
         scores.add_row(name, f"{100 * interval.value:.2f} %", f"{low} to {high}")
@@ -59,7 +59,8 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
     for each in evaluation.hypotheses[::step][:num_examples]:
         examples.add_row(each.id, each.reference, each.hypothesis)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "no utterance"
-    return [scores, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
+    headline = f"{results.split}: {results.headline}"  # a table's title would be cut to its width
+    return [headline, scores, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
 
 
 def batches(found: Sequence[Fitted], budget: Budget) -> Table:

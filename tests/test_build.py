@@ -1,6 +1,7 @@
 """What build refuses before training starts, and what the options of the Trainer do."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import soundfile
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
 
 from sedtrain import build
@@ -21,6 +23,7 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.text.tokenizers import train_tokenizer
 from sedtrain.training.checkpoint_files import read_checkpoint
+from sedtrain.training.checkpoints import Checkpoints
 
 SMALL = [
     "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",
@@ -184,6 +187,67 @@ def test_a_time_limit_with_units_is_taken(built):
     assert built("trainer.max_time={minutes: 5}").time_limit() == built("trainer.max_time=00:00:05:00").time_limit()
 
 
+FALLING = ["optimizer.lr=0.001", "scheduler.warmup_fraction=0"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["scheduler=linear"], ["trainer.accumulate_grad_batches=2"]])
+def test_a_time_limit_that_ends_training_lets_the_learning_rate_fall_to_its_end(built, monkeypatch, overrides):
+    run = built("trainer.max_time=00:00:00:10", "trainer.max_steps=100", *FALLING, *overrides)
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 2.5 * run.trainer.global_step)
+    rates = learning_rates(run)
+    assert run.trainer.global_step == 4
+    expected = [1 + math.cos(math.pi * done) for done in (0.25, 0.5, 0.75, 1)]
+    if overrides == ["scheduler=linear"]:
+        expected = [2 - 2 * done for done in (0.25, 0.5, 0.75, 1)]
+    assert rates == pytest.approx([0.001 * rate / 2 for rate in expected])
+    assert run.ended_early() == "trainer.max_time ended training at step 4 of 100"
+    totals = run.totals()
+    assert (totals.steps, totals.planned_steps, totals.ended_by) == (4, 100, "trainer.max_time")
+
+
+def test_a_time_limit_that_steps_keep_ahead_of_changes_no_learning_rate(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.01)
+    limited, free = (
+        built(f"trainer.max_time={limit}", "trainer.max_steps=6", f"run_dir={tmp_path / limit}")
+        for limit in ("00:00:00:10", "null")
+    )
+    assert learning_rates(limited) == learning_rates(free)
+    assert limited.ended_early() is free.ended_early() is None
+    assert (limited.totals().planned_steps, limited.totals().ended_by) == (6, None)
+
+
+def test_steps_catch_up_with_a_schedule_that_time_has_moved_ahead(built, monkeypatch):
+    run = built("trainer.max_time=00:00:01:40", "trainer.max_steps=8", "scheduler=linear", *FALLING)
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 50.0)  # a slow start
+    assert learning_rates(run) == pytest.approx([0.001 * (1 - done / 8) for done in (4, 4, 4, 4, 5, 6, 7, 8)])
+
+
+def learning_rates(run):
+    """Trains, and returns the learning rate that each step leaves to the next."""
+    rates = []
+
+    class Note(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.extend([trainer.optimizers[0].param_groups[0]["lr"]] * (trainer.global_step > len(rates)))
+
+    run.trainer.callbacks.append(Note())
+    run.fit(None)
+    return rates
+
+
+def test_a_training_that_its_time_limit_ends_says_so_everywhere(command, tmp_path):
+    ended = command("trainer.max_steps=100000", "trainer.max_time={seconds: 1}")
+    assert ended.status == 0
+    stored = json.loads((tmp_path / "run/results.json").read_text())["train"]
+    steps = f"{stored['steps']:,}"
+    assert (stored["planned_steps"], stored["ended_by"]) == (100_000, "trainer.max_time") and 0 < stored[
+        "steps"
+    ] < 1_000
+    told = f"trainer.max_time ended training at step {steps} of 100,000; write a longer one, or null, to train for all steps"
+    assert told in ended.err and told in (tmp_path / "run/sedtrain.log").read_text()
+    assert f"{steps} steps of 100,000, ended by trainer.max_time" in (tmp_path / "run/report.html").read_text()
+
+
 class Watch(lightning.Callback):
     """Counts validations by the number of steps before them."""
 
@@ -230,7 +294,7 @@ def test_without_a_progress_bar_nothing_is_shown_and_training_is_counted(command
 def test_the_plan_tells_the_steps_of_a_training_by_epochs(built, accumulated):
     run = built(
         "trainer.max_steps=-1", "++trainer.max_epochs=2", "data.batch_seconds=4",
-        f"trainer.accumulate_grad_batches={accumulated}",
+        f"trainer.accumulate_grad_batches={accumulated}", "trainer.max_time=00:00:08:00",
     )  # fmt: skip
     _, facts = run.plan()
     run.trainer.fit(run.module, datamodule=run.data)
@@ -263,12 +327,13 @@ def test_the_plan_tells_the_smaller_of_steps_and_epochs(built):
 
 def test_the_plan_tells_that_epochs_of_unknown_length_may_end_before_the_steps(built, caplog):
     epochs = ["trainer.max_steps=1800", "++trainer.max_epochs=2"]
-    assert built(*epochs).plan()[1]["steps"] == "6, at most 0:08:00"
+    limited = "trainer.max_time=00:00:08:00"
+    assert built(*epochs).plan()[1]["steps"] == "6"
     assert "is planned for" not in caplog.text
     streamed = ["data.streaming=true", "data.batch_seconds=8"]
-    assert built(*epochs[:1], *streamed).plan()[1]["steps"] == "1,800, at most 0:08:00"
+    assert built(*epochs[:1], *streamed).plan()[1]["steps"] == "1,800"
     assert "is planned for" not in caplog.text
-    _, facts = built(*epochs, *streamed).plan()
+    _, facts = built(*epochs, *streamed, limited).plan()
     assert facts["steps"] == "1,800, or 2 epochs if they end first, at most 0:08:00"
     [warning] = [each.getMessage() for each in caplog.records if "is planned for" in each.getMessage()]
     assert warning == (
@@ -422,7 +487,8 @@ def test_a_tokenizer_from_the_first_texts_is_told_what_the_others_hold(built, ca
     lines = said["train"].getMessage().splitlines()
     assert lines[0].startswith(f"train: the tokenizer cannot write {len(missing)} of the ")
     assert len(missing) > 0
-    assert len(lines) == 1 + len(missing)
+    assert "texts are others when they are encoded and decoded" in lines[1 + len(missing)]
+    assert len(lines) == 1 + len(missing) + 1 + 3
 
 
 @pytest.mark.parametrize("limit", [0, 3])
@@ -482,3 +548,69 @@ def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, train
     monkeypatch.setattr(build, "device", asked)
     with pytest.raises(Asked):
         sedtrain(f"task={task}", f"checkpoint={trained}", f"run_dir={tmp_path / 'run'}", f"audio={tmp_path / 'a.wav'}")
+
+
+# --- the metric and the spelling of a language
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "metric"),
+    [
+        ("今天天气很好", [], "val/cer"),
+        ("它们 天气", [], "val/cer"),
+        ("three one", [], "val/wer"),
+        ("今天天气很好", ["target=translation", "data.columns.translation=text"], "val/bleu"),
+    ],
+)
+def test_texts_without_spaces_between_words_choose_the_best_weights_by_characters(
+    built, corpus, tmp_path, text, overrides, metric
+):
+    run = built(f"data.path={with_texts(corpus, tmp_path / 'texts', text)}", *overrides)
+    assert [callback.monitor for callback in run.callbacks(Checkpoints)] == [metric]
+    assert run.plan()[1]["best weights"] == f"by {metric}"
+
+
+def test_a_pretrained_wordpiece_tokenizer_writes_as_the_training_texts_do(built, corpus, tmp_path, caplog):
+    text = "it's a well-known idea"
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "'",
+        "-",
+        "a",
+        "s",
+        "it",
+        "well",
+        "known",
+        "idea",
+        *"weklnotid",
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), is_decoder=True, **shape)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with caplog.at_level("INFO", "sedtrain"):
+        run = built(
+            f"data.path={with_texts(corpus, tmp_path / 'texts', text)}", f"decoder.checkpoint={tmp_path / 'bert'}"
+        )
+    assert "train: the tokenizer writes all 13 characters of 24 texts" in caplog.messages
+    run.saved.save(tmp_path / "model", {})
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
+    labels = run.data.collator.target(text)
+    assert processor.batch_decode([labels], skip_special_tokens=True) == [text]
+    assert tokenizer.decode(labels, skip_special_tokens=True) == "it ' s a well - known idea"
+
+
+def with_texts(corpus, folder, text):
+    """A copy of a corpus in which all say the same."""
+    folder.mkdir()
+    for file in corpus.glob("*.parquet"):
+        rows = pyarrow.parquet.read_table(file)
+        texts = pyarrow.array([text] * len(rows))
+        pyarrow.parquet.write_table(rows.set_column(rows.column_names.index("text"), "text", texts), folder / file.name)
+    return folder

@@ -89,11 +89,12 @@ ANNOTATIONS = {name: formatannotation(hint) for name, hint in get_type_hints(Con
 
 
 def register() -> None:
-    """Makes the typed root known to Hydra, as `schema` in a defaults list, and `${by_size:...}` to OmegaConf."""
+    """Makes the typed root known to Hydra, as `schema` in a defaults list, and our resolvers to OmegaConf."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("by_size", by_size, replace=True)
+    OmegaConf.register_new_resolver("for_demo", for_demo, replace=True)
 
 
 def by_size(tiny: Any, base: Any, large: Any, *, _root_: DictConfig) -> Any:
@@ -104,6 +105,14 @@ def by_size(tiny: Any, base: Any, large: Any, *, _root_: DictConfig) -> Any:
     checkpoints = ("encoder.checkpoint", "decoder.checkpoint")
     starts_random = all(OmegaConf.select(_root_, each, default=None) is None for each in checkpoints)
     return {"base": base, "large": large}.get(_root_.size, tiny if starts_random else base)
+
+
+def for_demo(value: Any, *, _root_: DictConfig) -> Any:
+    """`${for_demo:VALUE}` in YAML: the value for random weights of size=tiny on the embedded corpus alone, else null."""
+    common = OmegaConf.select(_root_, "data.path", default=None)
+    mix = OmegaConf.select(_root_, "data.mix", default=None) or {"": {}}
+    paths = {source.get("path", common) for source in mix.values()}
+    return by_size(value, None, None, _root_=_root_) if paths == {"spoken_digits"} else None
 
 
 def conf_dir() -> Path:

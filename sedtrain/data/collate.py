@@ -4,6 +4,7 @@ B batch, S samples, T frames, F features, U target tokens.
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Collator:
 
     rewrite: normalizes a text before it becomes labels; the batch keeps the text itself, to score against
     tags:    begin the labels and end the prompts
+    max_seconds: longest audio that the encoder takes
     """
 
     def __init__(
@@ -35,10 +37,12 @@ class Collator:
         decoder_start_token_id: int,
         rewrite: Callable[[str], str] = str,
         tags: Tags | None = None,
+        max_seconds: float = inf,
     ) -> None:
         self.feature_extractor: Any = feature_extractor
         self.tokenizer = tokenizer
         self.decoder_start_token_id, self.rewrite, self.tags = decoder_start_token_id, rewrite, tags
+        self.max_seconds = max_seconds
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
 
     @property

@@ -39,6 +39,7 @@ class Corpus:
 
     temperature: see `temperature_weights`
     streaming:   reads the training split shard after shard; the other splits are never streamed
+    batch_seconds: the longest utterance that is scored lasts so long, or a multiple of what `limits` allow in training
     copies:      a folder for what is fetched or converted, removed when the process ends
     rewrite:     what is done to training texts before they are learnt
     refused:     the reason for which a training text cannot be learnt, known once there is a model
@@ -52,8 +53,10 @@ class Corpus:
         temperature: float,
         streaming: bool,
         copies: Path,
+        batch_seconds: float = 0.0,
     ) -> None:
         self.sources, self.limits, self.skipped = list(sources), limits, skipped
+        self.scored_limits = limits.scored(batch_seconds)
         self.temperature, self.streaming, self.copies = temperature, streaming, copies
         self.rewrite: Callable[[str], str] = str
         self.refused: Callable[[str], Reason | None] = lambda text: None
@@ -98,22 +101,22 @@ class Corpus:
                 except BrokenFile as error:
                     self.skipped.broken_file(part.name, part.path, str(error), len(self.shards()))
         else:
-            for _, rows in self.open_all(self.parts(split)):
+            for _, rows in self.open_all(self.parts(split), split):
                 yield from rows.texts()
 
-    def open(self, parts: Parts, number: int) -> UtteranceRows | None:
+    def open(self, parts: Parts, number: int, split: str = "train") -> UtteranceRows | None:
         """The rows of one part; None for a part that cannot be read, which is noted."""
         try:
             return parts[number]
         except BrokenFile as error:
             part = parts.parts[number]
-            self.skipped.broken_file(part.name, part.path, str(error), len(parts))
+            self.skipped.broken_file(part.name, part.path, str(error), len(parts), split)
             return None
 
-    def open_all(self, parts: Parts) -> Iterator[tuple[int, UtteranceRows]]:
+    def open_all(self, parts: Parts, split: str = "train") -> Iterator[tuple[int, UtteranceRows]]:
         """Numbers and rows of the parts that can be read; the others are noted."""
         for number in range(len(parts)):
-            if (rows := self.open(parts, number)) is not None:
+            if (rows := self.open(parts, number, split)) is not None:
                 yield number, rows
 
     def refuse_unusable(self, splits: Iterable[str]) -> None:
@@ -137,19 +140,30 @@ class Corpus:
             raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
 
     def find_kept(self, split: str) -> dict[Reference, float]:
-        """The seconds of each utterance that is not too long, too short or without text.
+        """The seconds of each utterance that is used: those of a split that is scored are all that can be.
 
-        Raises UserError where nothing is left of the split.
+        Raises UserError where nothing is left of the split, or a split that is scored has no text at all.
         """
         kept: dict[Reference, float] = {}
         skipped: list[Skipped] = []
-        for part, rows in self.open_all(self.parts(split)):
-            seconds, others = self.limits.filter(rows, range(len(rows)), durations(rows), self.rewriting(split))
+        has_text = self.limits.min_characters == 0
+        for part, rows in self.open_all(self.parts(split), split):
+            seconds, others = self.limits_of(split).filter(
+                rows, range(len(rows)), durations(rows), self.rewriting(split)
+            )
             kept.update({(part, index): length for index, length in seconds.items()})
             skipped += others
+            has_text = has_text or any(text.strip() for text in rows.texts())
         if not kept:
-            self.skipped.note(skipped)
+            self.skipped.note(skipped, split)
             raise self.none_left(split, skipped)
+        if not has_text:
+            raise UserError(
+                "data.columns",
+                self.sources[0].columns.text,
+                f"all {len(kept)} texts of {self.sources[0].splits[split]!r} are empty: only insertions would be scored",
+                "write data.columns of the texts, or data.min_characters=0 where nobody speaks in any of this audio",
+            )
         self.skipped.planned(split, len(kept) + len(skipped), skipped)
         return kept
 
@@ -187,6 +201,9 @@ class Corpus:
             "write data.min_seconds, data.max_seconds and data.columns that fit this dataset",
         )
 
+    def limits_of(self, split: str) -> Limits:
+        return self.limits if split == "train" else self.scored_limits
+
     def rewriting(self, split: str) -> Callable[[str], str]:
         """Rewriting of the texts of a split, which must leave something of them."""
         return self.rewrite if split == "train" else str
@@ -203,6 +220,10 @@ class Corpus:
     def has_length(self) -> bool:
         """Tells whether every epoch has the same utterances, so that its steps can be counted."""
         return not self.streaming and self.temperature == 1 and all(source.weight == 1 for source in self.sources)
+
+    def max_training_seconds(self) -> float:
+        """Length of the longest training utterance; of a stream, the longest that is used."""
+        return self.limits.max_seconds if self.streaming else max(self.kept("train").values())
 
     def training_audio(self) -> str:
         """The amount of training audio as text."""

@@ -131,10 +131,12 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     num_buckets: how many ranges of lengths there are at most; a batch has utterances of one range
     batches: bounds training batches instead of these three: a file of task=fit_batches, or a list of buckets, each with
         the `seconds` and target `tokens` that its utterances have at most, and how many `utterances` make a batch
-    min_seconds, max_seconds: shorter and longer utterances are skipped
+    min_seconds, max_seconds: shorter and longer utterances are skipped in training. Splits that are scored are scored
+        whole, up to the longer of `batch_seconds` and 4 times `max_seconds`, which the memory has to hold
     keep_decoded_hours: without workers, a split of at most so many hours is decoded once and kept in memory (230 MB an
         hour); workers decode anew, or each would keep a copy
-    min_characters, max_characters: utterances with shorter and longer texts are skipped
+    min_characters, max_characters: utterances with shorter and longer texts are skipped in training; at 0, it learns
+        empty texts too
     on_bad_utterance: `skip` counts them, lists them in `skipped.jsonl` and continues; `error` stops at the first
     max_bad_fraction: training stops where more of a split is skipped, of 100 utterances at least: a wrong column or folder
         shows at once, while dirt is rarely so much; utterances outside the limits above do not count
@@ -162,7 +164,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         batches: str | Sequence[Mapping[str, float]] | None = None,
         min_seconds: NonNegative = 0.05,
         max_seconds: Positive = 30.0,
-        min_characters: Count = 1,
+        min_characters: CountOrZero = 1,
         max_characters: Count = 10_000,
         keep_decoded_hours: NonNegative = 2.0,
         on_bad_utterance: Literal["skip", "error"] = "skip",
@@ -185,7 +187,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
-        self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies_of(folder))
+        copies = copies_of(folder)
+        self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies, batch_seconds)
         self.position: Position | None = None
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
@@ -200,7 +203,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             self.collator,
             0 if self.num_workers else self.keep_decoded_hours,
             augment,
-            self.limits.max_seconds,
+            self.corpus.limits_of(split),
+            is_scored=split != "train",
         )
 
     def batches_of(self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool) -> BatchesWithEpoch:
@@ -229,7 +233,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             dataset = self.split("train", self.augment)
         else:
             parts = Parts(self.corpus.shards(), 2 * num_rows)
-            dataset = SplitDataset(parts, {}, self.collator, 0, self.augment, self.limits.max_seconds)
+            dataset = SplitDataset(parts, {}, self.collator, 0, self.augment, self.limits)
         stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=counts_tokens)
         rank, num_ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return dataset, StreamedBatches(stream, self.bounds, self.seed, rank, num_ranks)

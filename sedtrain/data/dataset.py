@@ -21,6 +21,7 @@ from sedtrain.data.collate import Collator
 from sedtrain.data.paths import local_path, split_files
 from sedtrain.data.readers import BrokenFile
 from sedtrain.data.shards import Shard, shards_of
+from sedtrain.data.skipped import Limits, too_long
 from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM
 from sedtrain.data.utterances import Columns, UtteranceRows, as_text
@@ -162,7 +163,8 @@ class SplitDataset(Dataset[Batch | UserError]):
 
     kept:               the seconds of each utterance that is used; empty for a stream, which is not known before
     keep_decoded_hours: a split that is not longer is decoded once and kept in memory
-    max_seconds:        audio that turns out longer is left out, although its header or column said otherwise
+    limits:             audio that turns out longer is left out, although its header or column said otherwise
+    is_scored:          audio without a sound is used, and audio that the encoder cannot take is left out
     """
 
     def __init__(
@@ -172,9 +174,11 @@ class SplitDataset(Dataset[Batch | UserError]):
         collator: Collator,
         keep_decoded_hours: float,
         augment: Augment | None = None,
-        max_seconds: float = inf,
+        limits: Limits | None = None,
+        is_scored: bool = False,
     ) -> None:
-        self.parts, self.collator, self.augment, self.max_seconds = parts, collator, augment, max_seconds
+        self.parts, self.collator, self.augment = parts, collator, augment
+        self.limits, self.is_scored = limits or Limits(0.0, inf), is_scored
         self.references, self.seconds = list(kept), list(kept.values())
         self.keeps_decoded = bool(kept) and self.total_seconds() <= 3600 * keep_decoded_hours
         self.decoded: dict[Reference, Utterance | Skipped] = {}
@@ -215,7 +219,7 @@ class SplitDataset(Dataset[Batch | UserError]):
     def audio_of(self, id: str) -> tuple[NDArray[np.float32], int]:
         """The decoded samples (S,) of an utterance and their rate."""
         rows = next(rows for rows in self.parts if id in rows.index_of)
-        utterance = rows.utterance(rows.index_of[id], self.collator.sampling_rate)
+        utterance = rows.utterance(rows.index_of[id], self.collator.sampling_rate, True)
         return utterance.audio.numpy(), utterance.sampling_rate
 
     def read(self, reference: Reference) -> Utterance | Skipped:
@@ -234,9 +238,11 @@ class SplitDataset(Dataset[Batch | UserError]):
             broken = self.parts.parts[part]
             return Skipped(f"{broken.name}-{index}", "unreadable shard", str(error), broken.path)
         try:
-            utterance = rows.utterance(index, self.collator.sampling_rate)
+            utterance = rows.utterance(index, self.collator.sampling_rate, self.is_scored)
         except UNREADABLE as error:
             return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
-        if utterance.seconds > self.max_seconds + ROUNDED:
-            return rows.skipped(index, "too long", f"{utterance.seconds:.2f} s > data.max_seconds={self.max_seconds}")
+        if utterance.seconds > self.limits.max_seconds + ROUNDED:
+            return rows.skipped(index, *too_long(utterance.seconds, self.limits.max_seconds, self.limits.longest))
+        if self.is_scored and round(utterance.seconds, 2) > (longest := self.collator.max_seconds):
+            return rows.skipped(index, *too_long(utterance.seconds, longest, "the limit of the encoder"))
         return utterance

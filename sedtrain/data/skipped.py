@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,21 +22,30 @@ MIN_SEEN = 100
 """Fractions are of at least so many utterances, so that the first bad one of five stops nothing."""
 LIMITED = frozenset({"too short", "too long", "text too short", "text too long"})
 """Reasons that are the user's own limits: they are no faults, and stop no run."""
+SCORED = 4
+"""A scored utterance may be longer by this factor than one that is trained on: no activations are kept for gradients."""
 BATCHES_BETWEEN_SUMS = 16
 """Interval at which ranks that decode different utterances add up their counts."""
 
 Reason = tuple[str, str]
 """A few words to be counted by, and a detail."""
+Key = tuple[str, str, str | None]
+"""Id, reason and path of an utterance."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The lengths of audio and text that an utterance needs to be used. Raises UserError for limits that none can keep."""
+    """The lengths of audio and text that an utterance needs to be used. Raises UserError for limits that none can keep.
+
+    min_characters: 0 allows texts that are empty
+    longest: the option that `max_seconds` is from, for messages
+    """
 
     min_seconds: float
     max_seconds: float
     min_characters: int = 1
     max_characters: int = 10_000
+    longest: str = "data.max_seconds"
 
     def __post_init__(self) -> None:
         if self.max_seconds <= self.min_seconds:
@@ -46,6 +56,15 @@ class Limits:
             or_more = f"data.min_characters, {self.min_characters}, or more"
             wrong, write = f"this has to be {or_more}", f"write data.max_characters=NUMBER, {or_more}"
             raise UserError("data.max_characters", self.max_characters, wrong, write)
+
+    def scored(self, batch_seconds: float) -> "Limits":
+        """Those of a split that is scored, which is scored whole: only audio too long for the memory is left out."""
+        by_batch, by_length = (
+            (batch_seconds, "data.batch_seconds"),
+            (SCORED * self.max_seconds, f"{SCORED} * {self.longest}"),
+        )
+        most, option = max(by_batch, by_length)
+        return Limits(0.0, most, 0, sys.maxsize, option)
 
     def filter(
         self,
@@ -80,7 +99,7 @@ class Limits:
         if seconds < self.min_seconds:
             return "too short", f"{seconds:.2f} s < data.min_seconds={self.min_seconds}"
         if seconds > self.max_seconds:
-            return "too long", f"{seconds:.2f} s > data.max_seconds={self.max_seconds}"
+            return too_long(seconds, self.max_seconds, self.longest)
         return None
 
     def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
@@ -88,12 +107,17 @@ class Limits:
         if text.startswith(NOT_TEXT):
             return "text that is not text", shortened(text.removeprefix(NOT_TEXT))
         if not any(character.isprintable() and character != " " for character in text):
-            return "empty text", shortened(text) if number else ""
+            return ("empty text", shortened(text) if number else "") if self.min_characters else None
         if number < self.min_characters:
             return "text too short", f"{number} characters < data.min_characters={self.min_characters}"
         if number > self.max_characters:
             return "text too long", f"{number} characters > data.max_characters={self.max_characters}"
-        return None if rewrite(text).strip() else ("text empty once normalized", shortened(text))
+        is_emptied = self.min_characters and not rewrite(text).strip()
+        return ("text empty once normalized", shortened(text)) if is_emptied else None
+
+
+def too_long(seconds: float, most: float, option: str) -> Reason:
+    return "too long", f"{seconds:.2f} s > {option}={most:g}"
 
 
 def shortened(text: str) -> str:
@@ -126,13 +150,14 @@ class SkippedUtterances:
         self, file: Path, on_bad_utterance: Literal["skip", "error"] = "skip", max_bad_fraction: float = 1.0
     ) -> None:
         self.file, self.on_bad_utterance, self.max_bad_fraction = file, on_bad_utterance, max_bad_fraction
-        self.noted: dict[tuple[str, str, str | None], Skipped] = {}
+        self.noted: dict[Key, Skipped] = {}
         self.counts: Counter[str] = Counter()
         self.num_bytes_read = 0
         self.broken_files: set[str | None] = set()
         self.before_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
         self.in_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
         self.num_batches: Counter[str] = Counter()  # decoded so far of each split
+        self.reasons: dict[str, dict[Key, str]] = defaultdict(dict)  # by split, in this process
         self.read()
 
     def planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
@@ -140,7 +165,7 @@ class SkippedUtterances:
 
         Raises UserError if one faulty utterance, or this many, stop the run.
         """
-        self.note(skipped)
+        self.note(skipped, split)
         if skipped and self.on_bad_utterance == "error":
             raise bad(skipped[0])
         self.before_decoding[split].num_seen += num_seen
@@ -158,7 +183,7 @@ class SkippedUtterances:
 
         over_ranks: numbers of this rank -> their sums over all, where there are several; all call it at the same batch
         """
-        self.note(skipped)
+        self.note(skipped, split)
         own = self.in_decoding[split]
         own.num_seen += num_seen
         own.num_bad += num_faults(skipped) if self.on_bad_utterance == "skip" else len(skipped)
@@ -174,10 +199,10 @@ class SkippedUtterances:
             raise bad(skipped[0] if skipped else next(reversed(self.noted.values())))
         self.judge(split, total)
 
-    def broken_file(self, name: str, path: str | None, error: str, num_files: int) -> None:
+    def broken_file(self, name: str, path: str | None, error: str, num_files: int, split: str = "train") -> None:
         """Notes one of the files of a split, of which nothing can be read. Raises as `planned` does."""
         utterance = Skipped(name, "unreadable shard", error, path)
-        self.note([utterance])
+        self.note([utterance], split)
         if self.on_bad_utterance == "error":
             raise bad(utterance)
         self.broken_files.add(path)
@@ -206,8 +231,13 @@ class SkippedUtterances:
             "or a higher data.max_bad_fraction to continue with the others",
         )
 
-    def note(self, skipped: Sequence[Skipped]) -> None:
+    def of_split(self, split: str) -> dict[str, int]:
+        """Utterances of a split that this process has left out, counted by reason, most frequent first."""
+        return dict(Counter(self.reasons[split].values()).most_common())
+
+    def note(self, skipped: Sequence[Skipped], split: str = "") -> None:
         """Lists the utterances that no rank has listed yet; warns of the first one of a reason."""
+        self.reasons[split].update({key_of(utterance): utterance.reason for utterance in skipped})
         if not self.new(skipped):
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +287,7 @@ def num_faults(skipped: Sequence[Skipped]) -> int:
     return sum(utterance.reason not in LIMITED for utterance in skipped)
 
 
-def key_of(utterance: Skipped) -> tuple[str, str, str | None]:
+def key_of(utterance: Skipped) -> Key:
     return utterance.id, utterance.reason, utterance.path
 
 

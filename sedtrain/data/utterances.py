@@ -285,15 +285,16 @@ class UtteranceRows:
         path = str(self.folder / str(values["path"]))
         return path if values.get("offset") is None else f"{path}, byte {values['offset']}"
 
-    def utterance(self, index: int, sampling_rate: int) -> Utterance:
+    def utterance(self, index: int, sampling_rate: int, may_be_silent: bool = False) -> Utterance:
         """Row `index`, decoded, mixed down and resampled to `sampling_rate`.
 
-        Raises one of UNREADABLE for audio that cannot be decoded, is silent, or is not as long as the columns say.
+        Raises one of UNREADABLE for audio that cannot be decoded, is not as long as the columns say, or is silent.
         """
         row, columns = self.rows[index], self.columns
         [declared] = self.declared([index])
         audio = read_audio(row[columns.audio], sampling_rate, self.folder, *self.segment(row), declared)
-        refuse_silence(audio)
+        if not may_be_silent:
+            refuse_silence(audio)
         return Utterance(
             id=self.id(index),
             audio=audio,

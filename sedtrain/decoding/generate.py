@@ -4,7 +4,7 @@ B batch, U generated tokens.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -37,10 +37,17 @@ class DecodingOptions:
         return {name: value for name, value in asdict(self).items() if name not in sampling | beams}
 
 
+class Transcript(NamedTuple):
+    """A hypothesis, and whether it was cut at the limit of tokens."""
+
+    text: str
+    is_cut: bool
+
+
 @torch.inference_mode()
 def transcribe_batch(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
-) -> list[str]:
+) -> list[Transcript]:
     """One hypothesis for each of the B utterances, in their order, without prompts; the model keeps its mode."""
     was_training = model.training
     model.eval()
@@ -53,4 +60,8 @@ def transcribe_batch(
         **options.generation_kwargs(),
     )
     model.train(was_training)
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    num_given = 1 if batch.prompts is None else batch.prompts.shape[1]
+    ends = torch.tensor(model.generation_config.eos_token_id, device=tokens.device)
+    has_ended = torch.isin(tokens[:, num_given:], ends).any(1).tolist()
+    return [Transcript(text.strip(), not ended) for text, ended in zip(texts, has_ended, strict=True)]

@@ -3,9 +3,12 @@
 S samples.
 """
 
+import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -22,6 +25,8 @@ from sedtrain.errors import UserError
 from sedtrain.models.saved import SavedModel, load
 from sedtrain.ranges import Range
 from sedtrain.text.tags import TASK_OF
+
+logger = logging.getLogger(__name__)
 
 Audio = str | Path | NDArray[Any]
 
@@ -44,10 +49,12 @@ def transcribe(
     target: `transcription`, or `translation` where the model learnt both
     decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
 
-    Raises UserError for audio that cannot be read, a language that was not learnt, and options that cannot be.
+    A warning is logged for audio longer than any that the model was trained on, and for a text that is cut at
+    max_new_tokens. Raises UserError for audio that cannot be read or is longer than the encoder takes, a language that was
+    not learnt, and options that cannot be.
     """
     saved = model if isinstance(model, SavedModel) else load(model)
-    transcriber = Transcriber(saved, decoding_options(decoding), language, target)
+    transcriber = Transcriber(saved, decoding_options(decoding), language, target, of_decoding="")
     if isinstance(audio, str | Path | np.ndarray):
         return transcriber.text_of(audio, sampling_rate)
     return [transcriber.text_of(each, sampling_rate) for each in audio]
@@ -57,6 +64,7 @@ def transcribe(
 class Transcriber:
     """A saved model with all that a text depends on besides the audio.
 
+    of_decoding: what names of DecodingOptions begin with where the user writes them, for messages
     Raises UserError where the model never learnt to write what `target` and `language` ask for.
     """
 
@@ -64,6 +72,7 @@ class Transcriber:
     options: DecodingOptions
     language: str | None = None
     target: str = "transcription"
+    of_decoding: str = "decoding."
 
     def __post_init__(self) -> None:
         if self.target not in TASK_OF:
@@ -82,17 +91,40 @@ class Transcriber:
         return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
 
     def text_of(self, audio: Audio, sampling_rate: int | None = None) -> str:
-        """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read."""
+        """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read or taken."""
         rate = self.collator.sampling_rate
         if isinstance(audio, np.ndarray):
             name, samples = "array", resampled(audio, sampling_rate, rate)
         else:
             name, samples = str(audio), samples_of(audio, rate)
         seconds, task = len(samples) / rate, TASK_OF[self.target]
+        if round(seconds, 2) > self.saved.max_seconds:
+            raise too_long(audio, seconds, self.saved.max_seconds, rate)
         utterance = Utterance(name, samples, rate, "", self.language, None, seconds, task)
         batch = self.collator([utterance]).to(self.saved.model.device)
-        [text] = transcribe_batch(self.saved.model, self.saved.tokenizer, batch, self.options)
-        return text
+        [transcript] = transcribe_batch(self.saved.model, self.saved.tokenizer, batch, self.options)
+        if seconds > (longest := self.saved.max_training_seconds):
+            wrong = "audio=%s: %.2f s, and the longest utterance in training had %.2f s: words may be missing; cut it at pauses"
+            logger.warning(wrong, name, seconds, longest)
+        if transcript.is_cut:
+            option, number = f"{self.of_decoding}max_new_tokens", self.options.max_new_tokens
+            wrong = "audio=%s: the text is cut at %s=%d, or at the last position of the decoder; write %s=%d, or cut the audio"
+            logger.warning(wrong, name, option, number, option, 2 * number)
+        return transcript.text
+
+
+def too_long(audio: Audio, seconds: float, most: float, sampling_rate: int) -> UserError:
+    """The error for audio longer than the encoder takes; of a file, with a command that cuts it."""
+    piece = max(int(most) - 1, 1)  # ffmpeg cuts at the first block of samples that begins after it
+    wrong = f"{seconds:.2f} s, and the encoder of this model takes up to {most:g} s: it has to be cut"
+    if isinstance(audio, np.ndarray):
+        write = f"cut the audio into pieces of up to {most:g} s, such as audio[: {piece} * sampling_rate]"
+        return UserError("audio", f"an array of {audio.dtype}, shape {audio.shape}", wrong, write)
+    stem = Path(audio).stem
+    pieces = shlex.quote(stem.replace("%", "%%") + "-%03d.wav")
+    command = f"ffmpeg -i {shlex.quote(str(audio))} -f segment -segment_time {piece} -ac 1 -ar {sampling_rate} {pieces}"
+    write = f"cut the audio into pieces of up to {most:g} s, at pauses or by\n{command}"
+    return UserError("audio", str(audio), wrong, f"{write}\nand write audio={shlex.quote(escape(stem) + '-*.wav')}")
 
 
 def samples_of(path: str | Path, sampling_rate: int) -> torch.Tensor:

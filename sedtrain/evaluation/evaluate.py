@@ -67,6 +67,9 @@ class Scoring:
             skipped=data.skipped.totals(),
             versions=installed_versions(),
             training_normalizer=saved.training_normalizer,
+            not_scored=data.skipped.of_split(self.split),
+            num_cut=evaluation.num_cut,
+            num_empty=sum(not each.reference.strip() for each in evaluation.hypotheses),
         )
         results.write(self.folder / "results.json")
         model = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"
@@ -83,7 +86,7 @@ def evaluate(
     options: DecodingOptions,
 ) -> Evaluation:
     """Scores every batch, with bootstrap 95 % intervals. Raises UserError where no utterance could be decoded."""
-    num_skipped = 0
+    num_skipped = num_cut = 0
     hypotheses: list[Hypothesis] = []
     audio_seconds = decoding_seconds = 0.0
     device = next(model.parameters()).device
@@ -92,12 +95,13 @@ def evaluate(
         if len(batch) == 0:
             continue
         start = time.perf_counter()
-        texts = transcribe_batch(model, tokenizer, batch.to(device), options)
+        written = transcribe_batch(model, tokenizer, batch.to(device), options)
         if device.type == "cuda":
             torch.cuda.synchronize()
         decoding_seconds += time.perf_counter() - start
         audio_seconds += batch.seconds
-        hypotheses += map(Hypothesis, batch.ids, batch.texts, texts)
+        hypotheses += map(Hypothesis, batch.ids, batch.texts, [transcript.text for transcript in written])
+        num_cut += sum(transcript.is_cut for transcript in written)
     if not hypotheses:
         raise UserError(
             "data",
@@ -108,4 +112,4 @@ def evaluate(
     counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
     metrics = bootstrap_intervals(metric_set, counts)
     rtfx = audio_seconds / max(decoding_seconds, 1e-9)
-    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx)
+    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, num_cut)

@@ -87,10 +87,12 @@ def facts(results: Results) -> str:
     train, cost = results.train, "none"
     if train:
         audio = f"{train.audio_seconds_per_second:.0f} s of audio per second"
-        cost = f"{train.seconds / 60:.1f} min, {train.steps:,} steps, {train.utterances:,} utterances, {audio}"
+        steps = f"{train.steps:,} steps"
+        steps += f" of {train.planned_steps:,}, ended by {train.ended_by}" if train.ended_by else ""
+        cost = f"{train.seconds / 60:.1f} min, {steps}, {train.utterances:,} utterances, {audio}"
     facts = {
         "split": results.split,
-        "utterances": f"{results.num_utterances:,}, {results.audio_seconds / 60:.1f} min of audio",
+        "utterances": f"{results.headline}, {results.audio_seconds / 60:.1f} min of audio",
         "training": cost,
         "decoding": ", ".join(f"{name} {value}" for name, value in results.decoding.items()),
         "RTFx": f"{results.rtfx:.1f} s of audio decoded per second",

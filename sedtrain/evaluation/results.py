@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,32 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second."""
+    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second.
+
+    num_cut: hypotheses that were cut at the limit of tokens
+    """
 
     metrics: dict[str, Interval]
     hypotheses: list[Hypothesis]
     counts: Counts
     audio_seconds: float
     rtfx: float
+    num_cut: int = 0
 
 
 @dataclass(frozen=True)
 class TrainingTotals:
-    """Cost of training: wall-clock seconds, optimizer steps, utterances seen, seconds of audio per second."""
+    """Cost of training: wall-clock seconds, optimizer steps, utterances seen, seconds of audio per second.
+
+    ended_by: the option that ended it before the last of the `planned_steps`
+    """
 
     seconds: float
     steps: int
     utterances: int
     audio_seconds_per_second: float
+    planned_steps: int | None = None
+    ended_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,10 @@ class Results:
     normalizer:          of references and hypotheses
     rtfx:                seconds of audio decoded per second of wall clock
     train:               None where nothing was trained
-    skipped:             number of utterances by reason
+    skipped:             number of utterances by reason, of all splits of the run
+    not_scored:          number of utterances of this split by reason
+    num_empty:           utterances whose reference is empty: what is written for them counts as insertions
+    num_cut:             hypotheses that end at `decoding.max_new_tokens`
     training_normalizer: of the texts that the model learnt; None where the model does not say
     """
 
@@ -71,6 +83,21 @@ class Results:
     skipped: Mapping[str, int]
     versions: Mapping[str, str | None]
     training_normalizer: Mapping[str, str] | None = None
+    not_scored: Mapping[str, int] = field(default_factory=dict)
+    num_empty: int = 0
+    num_cut: int = 0
+
+    @property
+    def headline(self) -> str:
+        """Number of utterances that were scored, and of the others by reason, such as `155 scored, 4 too long`."""
+        counts = {"scored": self.num_utterances, **self.not_scored}
+        of_scored = {
+            "with an empty reference": self.num_empty,
+            f"cut at decoding.max_new_tokens={self.decoding.get('max_new_tokens')}": self.num_cut,
+        }
+        text = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        special = ", ".join(f"{count:,} {what}" for what, count in of_scored.items() if count)
+        return f"{text} (of the scored {special})" if special else text
 
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
@@ -90,7 +117,7 @@ class Results:
         except ValueError as error:
             wrong = f"{path} is not JSON: {error}"
         except (TypeError, KeyError, AttributeError):
-            wrong = f"{path} holds no results: expected the keys {', '.join(field.name for field in fields(cls))}"
+            wrong = f"{path} holds no results: expected the keys {', '.join(each.name for each in fields(cls))}"
         raise UserError("run_dir", str(path.parent), wrong, "write the folder of a run that has ended")
 
 

@@ -76,7 +76,7 @@ class SplitEntries:
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Filters rows of a part as for training."""
         known = None if corpus.streaming else durations(rows)
-        kept, skipped = corpus.limits.filter(rows, indices, known, corpus.rewriting(self.split))
+        kept, skipped = corpus.limits_of(self.split).filter(rows, indices, known, corpus.rewriting(self.split))
         used, ids, columns = list(kept), list(rows.index_of), rows.columns
         self.entries += map(
             Entry,
@@ -97,7 +97,8 @@ class SplitEntries:
         self.num_drawn = min(NUM_DECODED, len(self.entries))
         drawn = sorted(np.random.default_rng(seed).choice(len(self.entries), self.num_drawn, replace=False).tolist())
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            found = threads.map(lambda index: hear(self.parts, self.entries[index].reference), drawn)
+            is_scored = self.split != "train"
+            found = threads.map(lambda index: hear(self.parts, self.entries[index].reference, is_scored), drawn)
             for index, sound in zip(drawn, found, strict=True):
                 if isinstance(sound, Sound):
                     self.sounds[index] = sound
@@ -146,11 +147,11 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
     return found
 
 
-def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
+def hear(parts: Parts, reference: Reference, may_be_silent: bool) -> Sound | Skipped:
     """Measures one utterance; Skipped, with the reason that training gives, where decoding fails."""
     part, index = reference
     try:
-        samples, rate, channels, format = decode(parts, reference)
+        samples, rate, channels, format = decode(parts, reference, may_be_silent=may_be_silent)
     except UNREADABLE as error:
         return parts[part].skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
     seconds, silent = len(samples) / rate, silence(samples, rate)
@@ -160,20 +161,23 @@ def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
 def playable(parts: Parts, reference: Reference) -> tuple[Samples, int] | None:
     """Samples and sampling rate of an utterance, cut off where it is long; None where it cannot be decoded."""
     try:
-        samples, rate, *_ = decode(parts, reference, PLAYED_RATE)
+        samples, rate, *_ = decode(parts, reference, PLAYED_RATE, may_be_silent=True)
     except UNREADABLE:
         return None
     return samples[: PLAYED_SECONDS * rate], rate
 
 
-def decode(parts: Parts, reference: Reference, max_rate: int | None = None) -> tuple[Samples, int, int, str]:
+def decode(
+    parts: Parts, reference: Reference, max_rate: int | None = None, *, may_be_silent: bool
+) -> tuple[Samples, int, int, str]:
     """Samples, sampling rate, number of channels and stored format. Raises an error of UNREADABLE."""
     part, index = reference
     rows = parts[part]
     with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
         rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
     rate = min(rate, max_rate or rate)
-    return rows.utterance(index, rate).audio.numpy(), rate, channels, format
+    samples = rows.utterance(index, rate, may_be_silent).audio.numpy()
+    return samples, rate, channels, format
 
 
 def level(samples: Samples) -> float:

@@ -147,7 +147,7 @@ def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection,
     splits, absent = read_corpus(data.corpus, most)
     for split in splits:
         split.decode_some(data.seed)
-        data.skipped.note([utterance for utterance, _ in split.skipped])
+        data.skipped.note([utterance for utterance, _ in split.skipped], split.split)
     train = next((split for split in splits if split.split == "train"), None)
     settings = {f"data.{name}": getattr(data.bounds, name) for name in ("batch_seconds", "batch_tokens", "num_buckets")}
     summaries = [summarize(split, data, train) for split in splits]

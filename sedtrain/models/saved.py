@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,26 @@ class SavedModel:
         return label
 
     @property
+    def max_training_seconds(self) -> float:
+        """Length of the longest utterance that it was trained on; infinite where its folder does not say."""
+        seconds = getattr(self.model.config, "max_training_seconds", None)
+        return float(seconds) if isinstance(seconds, int | float) else inf
+
+    @property
     def tags(self) -> Tags | None:
         """The tokens that ask for a language and a task; None where it did not learn several."""
         ids: Mapping[str, Mapping[str, Sequence[int]]] | None = getattr(self.model.config, "tags", None)
         return Tags(ids) if ids else None
+
+    @property
+    def max_seconds(self) -> float:
+        """Longest audio that the encoder takes; only Whisper's has a limit: its positions, each of two features."""
+        if self.model.config.encoder.model_type != "whisper-encoder":
+            return inf
+        extractor: Any = self.feature_extractor
+        return float(
+            2 * self.model.config.encoder.max_source_positions * extractor.hop_length / extractor.sampling_rate
+        )
 
     def learn_tags(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Gives tokenizer and model a token for each language and each task of `pairs`."""

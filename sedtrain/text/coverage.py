@@ -1,32 +1,49 @@
-"""Counts the characters of training texts that a tokenizer cannot write, before training starts."""
+"""Counts what a tokenizer cannot write or give back of training texts, before training starts."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
+from typing import Protocol
 from unicodedata import normalize
 
 from transformers import PreTrainedTokenizerBase
 
 NUM_SHOWN = 10  # characters
+NUM_CHANGED = 3  # texts
 WIDTH = 40  # characters of a text that is shown
+
+
+class Scores(Protocol):
+    """Error rates of hypotheses, read one by one."""
+
+    def update(self, references: Sequence[str], hypotheses: Sequence[str]) -> object: ...
+
+    def compute(self) -> Mapping[str, float]: ...
 
 
 class VocabularyReport:
     """Characters and tokens of texts, read one by one; only counts and the first text with a character are kept.
 
     rewrite: applied to each text before it is encoded
+    scores:  of texts that are encoded and decoded; no model of this tokenizer writes these texts with fewer errors
 
     num_texts, num_emptied:  texts that are not empty, and those of them that `rewrite` empties
     characters:              counts in rewritten texts, without white space
     num_tokens, num_unknown: tokens of rewritten texts, and those of them that are the unknown token
+    num_changed, changed:    texts that come back as others, and the first of them
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], rewrite: Callable[[str], str] = str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterable[str],
+        rewrite: Callable[[str], str] = str,
+        scores: Scores | None = None,
     ) -> None:
-        self.tokenizer, self.rewrite = tokenizer, rewrite
-        self.num_texts = self.num_emptied = self.num_tokens = self.num_unknown = 0
+        self.tokenizer, self.rewrite, self.scores = tokenizer, rewrite, scores
+        self.num_texts = self.num_emptied = self.num_tokens = self.num_unknown = self.num_changed = 0
+        self.changed: list[tuple[str, str]] = []
         self.characters: Counter[str] = Counter()
         self.first_text: dict[str, str] = {}
         for text in texts:
@@ -45,6 +62,16 @@ class VocabularyReport:
         for character in counts.keys() - self.first_text.keys():
             self.first_text[character] = text
         self.characters.update(counts)
+        if self.scores is not None:
+            self.compare(text, self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def compare(self, text: str, decoded: str) -> None:
+        assert self.scores is not None
+        self.scores.update([text], [decoded])
+        if text.split() != decoded.split():
+            self.num_changed += 1
+            if len(self.changed) < NUM_CHANGED:
+                self.changed.append((text, decoded))
 
     def ids(self, target: str) -> list[int]:
         ids: list[int] = self.tokenizer(text_target=target, add_special_tokens=False, verbose=False)["input_ids"]
@@ -62,12 +89,23 @@ class VocabularyReport:
 
     @property
     def finds_nothing(self) -> bool:
-        return not (self.unwritable or self.num_unknown or self.num_emptied)
+        floors = self.scores.compute().values() if self.num_changed and self.scores else ()
+        return not (self.unwritable or self.num_unknown or self.num_emptied or any(floors))
 
     def __str__(self) -> str:
-        """One line, and one more for each of the most frequent characters that cannot be written."""
-        if self.finds_nothing:
-            return f"the tokenizer writes all {len(self.characters):,} characters of {self.num_texts:,} texts"
+        """One line, and one more for each of the most frequent characters that cannot be written and texts that change."""
+        return "\n".join([*self.written(), *self.given_back()])
+
+    def given_back(self) -> Iterator[str]:
+        if self.num_changed and self.scores:
+            floors = " and ".join(f"{name.upper()} {value:.2%}" for name, value in self.scores.compute().items())
+            what = f"  {self.num_changed:,} of {self.num_texts:,} texts are others when they are encoded and decoded"
+            yield f"{what}: no model scores better than {floors} on them all"
+            yield from (f"  {shown(text, back)!r} comes back as {shown(back, text)!r}" for text, back in self.changed)
+
+    def written(self) -> list[str]:
+        if not (self.unwritable or self.num_unknown or self.num_emptied):
+            return [f"the tokenizer writes all {len(self.characters):,} characters of {self.num_texts:,} texts"]
         lines = [
             f"the tokenizer cannot write {len(self.unwritable):,} of the {len(self.characters):,} characters of "
             f"{self.num_texts:,} texts; {self.num_unknown:,} of {self.num_tokens:,} tokens are unknown "
@@ -78,7 +116,7 @@ class VocabularyReport:
             lines.append(f"  and {len(self.unwritable) - NUM_SHOWN:,} more, {rest:,} times")
         if self.num_emptied:
             lines.append(f"  {self.num_emptied:,} texts are empty once they are normalized for training")
-        return "\n".join(lines)
+        return lines
 
     def line(self, character: str, count: int) -> str:
         """A character that cannot be written, and the first text with it, before it was rewritten."""
@@ -87,3 +125,10 @@ class VocabularyReport:
         start = max(position - WIDTH // 2, 0)
         source = ", brought in by the normalizer," if position < 0 else ""
         return f"  {character!r} (U+{ord(character):04X}) {count:,} times{source} as in {text[start : start + WIDTH]!r}"
+
+
+def shown(text: str, other: str) -> str:
+    """The part of a text around the first character in which it differs from another."""
+    pairs = enumerate(zip(text, other, strict=False))
+    start = max(next((index for index, (left, right) in pairs if left != right), 0) - WIDTH // 2, 0)
+    return text[start : start + WIDTH]

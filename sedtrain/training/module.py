@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -74,12 +75,23 @@ class SpeechSeq2SeqModule(LightningModule):
             self.sharding.shard(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, schedule = self.optimizer_and_schedule(int(self.trainer.estimated_stepping_batches))
+        self.num_steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, schedule = self.optimizer_and_schedule(self.num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_and_schedule(self, num_steps: int) -> tuple[Optimizer, LRScheduler]:
         optimizer = build_optimizer(self.optimizer, self.grouped(self.model))
         return optimizer, self.scheduler(optimizer, num_training_steps=num_steps)
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
+        """Moves the schedule by a step; under a time limit, to where steps or time are, whichever is nearer to the end."""
+        fraction = time_fraction(self.trainer)
+        if fraction is None:
+            super().lr_scheduler_step(scheduler, metric)
+            return
+        due = max(self.trainer.global_step, int(min(fraction, 1.0) * self.num_steps))
+        while scheduler.last_epoch < due:
+            scheduler.step()
 
     # --- a training step, in the order in which Lightning calls these
 
@@ -174,7 +186,8 @@ class SpeechSeq2SeqModule(LightningModule):
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
-            hypotheses = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
+            written = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
+        hypotheses = [transcript.text for transcript in written]
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
 
@@ -214,6 +227,17 @@ class SpeechSeq2SeqModule(LightningModule):
         if self.trainer.world_size == 1:
             return sums
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+
+
+def time_fraction(trainer: Trainer) -> float | None:
+    """The share of `trainer.max_time` that is over, the same on all ranks; None where there is no limit."""
+    timer = next((each for each in trainer.callbacks if isinstance(each, Timer)), None)  # type: ignore[attr-defined]
+    remaining = None if timer is None else timer.time_remaining()
+    if timer is None or remaining is None:
+        return None
+    elapsed = timer.time_elapsed()
+    fraction = elapsed / (elapsed + remaining)
+    return fraction if trainer.world_size == 1 else float(trainer.strategy.broadcast(fraction))
 
 
 class OtherAudio:

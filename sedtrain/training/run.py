@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -102,6 +102,7 @@ class TrainingRun:
             "training audio": self.data.corpus.training_audio(),
             "batches": f"{self.data.batch_sizes()}{in_an_epoch}",
             "steps": self.planned_steps(),
+            "best weights": f"by {self.callbacks(Checkpoints)[0].monitor}",
             "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
             "ctc weight": f"{self.module.weights.ctc_weight:g}",
             "run folder": str(self.folder),
@@ -150,6 +151,14 @@ class TrainingRun:
         """The time that is left to train, such as `0:08:00`."""
         timers = self.callbacks(Timer)
         return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
+
+    def ended_early(self) -> str | None:
+        """Says that the time limit ended training before its last step; None where it did not."""
+        timers = self.callbacks(Timer)
+        left = timers[0].time_remaining() if timers else None
+        if left is None or left > 0 or self.trainer.global_step >= self.num_steps():
+            return None
+        return f"trainer.max_time ended training at step {self.trainer.global_step:,} of {self.num_steps():,}"
 
     def fit(self, start: Path | None) -> None:
         """Trains, from the checkpoint `start` if one is given; also returns when a signal stops training."""
@@ -214,7 +223,8 @@ class TrainingRun:
     def totals(self) -> TrainingTotals | None:
         """Time, steps and audio of training, as the progress bar counted them."""
         bars = self.callbacks(ProgressBar)
-        return bars[0].totals() if bars else None
+        ended_by = "trainer.max_time" if self.ended_early() else None
+        return replace(bars[0].totals(), planned_steps=self.num_steps(), ended_by=ended_by) if bars else None
 
 
 def groups_of(optimizer_state: Mapping[str, Any]) -> list[tuple[int, set[str]]]:

@@ -252,3 +252,17 @@ def test_a_dataset_of_the_hub_is_read_by_its_option(name, tmp_path, monkeypatch)
         read = rows.utterance(0, 16_000)
         assert (read.text, read.id, read.speaker, read.language) == (text, id or f"{own}-0", speaker, language)
         assert (read.sampling_rate, read.seconds) == (16_000, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [
+        ([], "00:00:08:00"), (["data=mix"], "00:00:08:00"), (["trainer.max_time=00:01:00:00", "size=base"], "00:01:00:00"),
+        (["data=parquet", "data.path=/mine"], None), (["data=folder"], None), (["data.path=/mine"], None),
+        (["data=mix", "data.mix.german.path=/mine"], None), (["size=base"], None), (["encoder.checkpoint=/mine"], None),
+    ],
+)  # fmt: skip
+def test_the_time_limit_of_the_demo_is_that_of_nothing_else(overrides, limit):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert compose("train", overrides).trainer.max_time == limit

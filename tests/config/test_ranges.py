@@ -64,7 +64,7 @@ ROWS = [
     ("data.block_utterances", 0, COUNT),
     ("data.temperature", 0, POSITIVE),
     ("data.min_seconds", -1, FROM_0),
-    ("data.min_characters", 0, COUNT),
+    ("data.min_characters", -1, COUNT_FROM_0),
     ("data.max_bad_fraction", 1.5, FRACTION),
     ("data.keep_decoded_hours", -1, FROM_0),
     ("data.num_workers", -1, COUNT_FROM_0),

@@ -1,13 +1,16 @@
 """Utterances that are left out are listed once and counted over all ranks; too many of them stop the run."""
 
+import io
 import threading
 import unicodedata
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from corpora import STREAMED, WITH_SECONDS, data_module, fit, listed, wav, write
+from corpora import STREAMED, WITH_SECONDS, data_module, fit, listed, refused, wav, write
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -16,6 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 from sedtrain.batch import Skipped
 from sedtrain.data.skipped import Limits, SkippedUtterances
 from sedtrain.errors import UserError
+from sedtrain.text.normalizers import normalizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -100,10 +104,72 @@ def test_every_split_is_counted_once(dirty):
     data = data_module(dirty, max_seconds=1.1)
     for _ in range(2):
         data.train_dataloader()
-    data.val_dataloader()
-    assert data.skipped.totals() == {"too short": 2, "too long": 2, "unreadable audio": 2, "empty text": 4}
-    assert next(iter(data.skipped.totals())) == "empty text"  # the most frequent
-    assert Counter(line["id"].partition("-")[0] for line in listed(dirty)) == {"train": 5, "validation": 5}
+    for _ in range(2):
+        data.val_dataloader()
+    assert data.skipped.totals() == {"too short": 1, "too long": 1, "unreadable audio": 2, "empty text": 2}
+    assert list(data.skipped.totals())[:2] == ["unreadable audio", "empty text"]  # the most frequent
+    assert Counter(line["id"].partition("-")[0] for line in listed(dirty)) == {"train": 5, "validation": 1}
+    assert data.skipped.of_split("validation") == {"unreadable audio": 1}
+    assert data.skipped.of_split("train") == {"too short": 1, "too long": 1, "unreadable audio": 1, "empty text": 2}
+
+
+# --- splits that are scored
+
+
+def test_a_split_that_is_scored_is_scored_whole(dirty):
+    data = data_module(dirty, min_seconds=0.5, max_seconds=1.1, max_characters=3, batch_seconds=1.0)
+    [batch] = data_module(dirty, min_seconds=0.5, max_seconds=1.1, max_characters=3).val_dataloader()
+    assert sorted(batch.ids) == [f"validation-{number}" for number in (0, 1, 2, 4, 5)]
+    assert dict(zip(batch.ids, batch.texts, strict=True))["validation-5"] == ""
+    assert sum(len(batch) for batch in data.batches("validation")) == 5  # an utterance may be longer than a batch
+
+
+def test_silence_is_scored_and_not_learnt(tmp_path):
+    silent = io.BytesIO()
+    soundfile.write(silent, np.zeros(16_000), 16_000, format="WAV")
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", [1.0] * 2, audio=[wav(1.0), silent.getvalue()], text=["one", ""])
+    data = data_module(tmp_path)
+    [batch] = data.batches("test")
+    assert sorted(batch.ids) == ["test-0", "test-1"] and bool(batch.inputs.isfinite().all())
+    samples, _ = data.split("test").audio_of("test-1")  # which the report plays
+    assert len(samples) == 16_000
+    [batch] = data_module(tmp_path, min_characters=0).batches("train")
+    assert batch.ids == ["train-0"] and [each.reason for each in batch.skipped] == ["silent audio"]
+
+
+def test_audio_that_memory_or_the_encoder_cannot_take_is_named(tmp_path, caplog):
+    write(tmp_path / "test.parquet", [1.0, 3.9, 4.1, 9.0])
+    data = data_module(tmp_path, max_seconds=1, batch_seconds=2.0)
+    assert [id for batch in data.batches("test") for id in batch.ids] == ["test-1", "test-0"]
+    assert data.skipped.of_split("test") == {"too long": 2}
+    assert caplog.messages == ["skipping utterances: too long (first: test-2 4.10 s > 4 * data.max_seconds=4)"]
+    data = data_module(tmp_path, tmp_path / "b", max_seconds=1, batch_seconds=8.5)
+    data.collator.max_seconds = 3.9
+    assert sorted(id for batch in data.batches("test") for id in batch.ids) == ["test-0", "test-1"]
+    assert [each["detail"] for each in listed(tmp_path / "b")] == [
+        "9.00 s > data.batch_seconds=8.5",
+        "4.10 s > the limit of the encoder=3.9",
+    ]
+
+
+def test_a_split_without_any_text_is_scored_only_when_asked_for(tmp_path):
+    write(tmp_path / "test.parquet", [1.0] * 2, text=["", None])
+    assert refused(data_module(tmp_path).corpus.kept, "test") == (
+        "1 problem:\n\n  data.columns = 'text'\n"
+        "    all 2 texts of 'test' are empty: only insertions would be scored\n"
+        "    write data.columns of the texts, or data.min_characters=0 where nobody speaks in any of this audio"
+    )
+    assert len(data_module(tmp_path, min_characters=0).corpus.kept("test")) == 2
+
+
+def test_empty_texts_are_learnt_only_when_asked_for(tmp_path):
+    write(tmp_path / "train.parquet", [1.0] * 3, text=["one", "", "(laughs)"])
+    assert [len(data_module(tmp_path, min_characters=least).corpus.kept("train")) for least in (1, 0)] == [2, 3]
+    data = data_module(tmp_path, min_characters=0)
+    data.corpus.rewrite = normalizer("whisper_basic")  # which empties the last
+    [batch] = data.train_dataloader()
+    assert len(batch) == 3 and batch.labels.shape[0] == 3
 
 
 @pytest.mark.parametrize(
@@ -136,14 +202,14 @@ def test_a_split_of_which_nothing_is_left_is_reported(dirty):
 
 
 def test_everything_that_is_wrong_with_the_splits_is_reported_at_once(good):
-    write(good / "test.parquet", [0.01])
+    write(good / "test.parquet", [1.0], audio=[b"no audio"])
     data = data_module(good, validation_split="nein", test_split="test")
     data.corpus.refuse_unusable(["train", "train"])
     with pytest.raises(UserError) as raised:
         data.corpus.refuse_unusable(["train", "validation", "test"])
     first, second = raised.value.errors
     assert "Unknown split" in first.wrong
-    assert second.wrong == "none of the 1 utterances of 'test' can be used (1 too short)"
+    assert second.wrong == "none of the 1 utterances of 'test' can be used (1 unreadable audio)"
 
 
 @pytest.mark.parametrize(

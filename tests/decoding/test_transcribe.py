@@ -1,7 +1,11 @@
 """Text from audio by a saved model, in Python: `sedtrain.load` and `sedtrain.transcribe`."""
 
+import contextlib
+import glob
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +14,14 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+import torch
+from families import TOKENIZER, tiny_decoder, tiny_encoder
 
 import sedtrain as package
-from sedtrain.decoding.transcribe import Transcriber, decoding_options
+from sedtrain.decoding.transcribe import Transcriber, decoding_options, too_long
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder
+from sedtrain.models.saved import join
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"max_new_tokens": 6}
@@ -173,3 +180,90 @@ def test_inference_imports_nothing_that_only_training_needs(trained, model, spee
     assert "torch" in imported
     training = {"lightning", "hydra", "omegaconf", "datasets", "pandas", "pyarrow", "jiwer", "sacrebleu"}
     assert training & set(imported) == set()
+
+
+# --- audio that is too long
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "sedtrain.decoding.transcribe"]
+
+
+def test_audio_longer_than_in_training_and_a_text_that_is_cut_are_told(model, caplog):
+    longest = model.model.config.max_training_seconds
+    assert 1 < longest < 5
+    long, short = (np.random.default_rng(0).normal(0, 0.1, int(16_000 * seconds)) for seconds in (2 * longest, 1))
+    package.transcribe(model, long, sampling_rate=16_000, max_new_tokens=2)
+    assert warnings_of(caplog) == [
+        f"audio=array: {2 * longest:.2f} s, and the longest utterance in training had {longest:.2f} s: words may be missing; "
+        "cut it at pauses",
+        "audio=array: the text is cut at max_new_tokens=2, or at the last position of the decoder; write max_new_tokens=4, or "
+        "cut the audio",
+    ]
+    caplog.clear()
+    end = model.model.generation_config.eos_token_id
+    with model_that_writes(model, end):
+        assert package.transcribe(model, short, sampling_rate=16_000, max_new_tokens=2) == ""
+    assert warnings_of(caplog) == []
+
+
+@contextlib.contextmanager
+def model_that_writes(model, token):
+    """Lets the output layer prefer one token."""
+    head = model.model.decoder.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([token]), 1e4))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_the_command_tells_the_same_of_each_file_with_its_own_options(sedtrain, trained, tmp_path):
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(0, 0.1, 16_000 * 9), 16_000)
+    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=2")
+    assert ended.status == 0 and len(ended.out.splitlines()) == 2
+    for name in ("a", "b"):
+        assert f"audio={tmp_path}/{name}.wav: 9.00 s, and the longest utterance in training had" in ended.err
+        assert f"{name}.wav: the text is cut at decoding.max_new_tokens=2" in ended.err
+        assert "write decoding.max_new_tokens=4, or cut the audio" in ended.err
+
+
+def test_audio_longer_than_the_encoder_takes_is_refused_with_a_command_that_cuts_it(tmp_path):
+    error = too_long(tmp_path / "a talk [1] 50%.mp3", 45.123, 30.0, 16_000)
+    assert (error.option, error.wrong) == (
+        "audio",
+        "45.12 s, and the encoder of this model takes up to 30 s: it has to be cut",
+    )
+    first, command, last = error.write.splitlines()
+    assert first == "cut the audio into pieces of up to 30 s, at pauses or by"
+    file, pieces = f"{tmp_path}/a talk [1] 50%.mp3", "a talk [1] 50%%-%03d.wav"
+    assert shlex.split(command) == [
+        "ffmpeg", "-i", file, "-f", "segment", "-segment_time", "29", "-ac", "1", "-ar", "16000", pieces,
+    ]  # fmt: skip
+    (tmp_path / (pieces % 0)).touch()
+    [option] = shlex.split(last.removeprefix("and write "))
+    assert glob.glob(option.removeprefix("audio="), root_dir=tmp_path) == [pieces % 0]
+    error = too_long(np.zeros(480_001), 30.1, 30.0, 16_000)
+    assert error.write == "cut the audio into pieces of up to 30 s, such as audio[: 29 * sampling_rate]"
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+def test_the_command_that_cuts_runs_as_it_is_printed(tmp_path):
+    file = tmp_path / "a talk.wav"
+    soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 16_000 * 45), 16_000)
+    command = too_long(file, 45.0, 30.0, 16_000).write.splitlines()[1]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    seconds = [soundfile.info(piece).duration for piece in sorted(tmp_path.glob("a talk-*.wav"))]
+    assert max(seconds) <= 30 and sum(seconds) == pytest.approx(45, abs=0.01)
+
+
+def test_whisper_takes_30_seconds_and_no_more():
+    saved, other = (
+        join(tiny_encoder(name), tiny_decoder("gpt2"), lambda *widths: None, TOKENIZER)
+        for name in ("whisper", "hubert")
+    )
+    assert saved.max_seconds == 30 and other.max_seconds == float("inf")
+    assert isinstance(package.transcribe(saved, np.zeros(480_000), sampling_rate=16_000, max_new_tokens=2), str)
+    option, wrong, _ = refusal(package.transcribe, saved, np.zeros(480_100), sampling_rate=16_000)
+    assert (option, wrong) == ("audio", "30.01 s, and the encoder of this model takes up to 30 s: it has to be cut")

@@ -1,7 +1,7 @@
 import json
 import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -22,6 +22,7 @@ RESULTS = Results(
     skipped={"too_long": 3},
     versions={"python": "3.11.9", "lightning": None},
     training_normalizer={"name": "none", "version": "1"},
+    not_scored={"too long": 4},
 )
 
 
@@ -39,11 +40,31 @@ def test_the_file_has_the_documented_keys(tmp_path):
         "normalizer": {"name": "lowercase", "version": "1"},
         "decoding": {"num_beams": 1, "max_new_tokens": 40},
         "rtfx": 120.0,
-        "train": {"seconds": 300.0, "steps": 1000, "utterances": 32000, "audio_seconds_per_second": 210.0},
+        "train": {"seconds": 300.0, "steps": 1000, "utterances": 32000, "audio_seconds_per_second": 210.0}
+        | {"planned_steps": None, "ended_by": None},
         "skipped": {"too_long": 3},
         "versions": {"python": "3.11.9", "lightning": None},
         "training_normalizer": {"name": "none", "version": "1"},
+        "not_scored": {"too long": 4},
+        "num_empty": 0,
+        "num_cut": 0,
     }
+
+
+def test_the_headline_names_what_was_not_scored():
+    assert replace(RESULTS, num_utterances=155).headline == "155 scored, 4 too long"
+    assert replace(RESULTS, not_scored={}).headline == "200 scored"
+    assert replace(RESULTS, num_empty=5, num_cut=2).headline == (
+        "200 scored, 4 too long (of the scored 5 with an empty reference, 2 cut at decoding.max_new_tokens=40)"
+    )
+
+
+def test_results_of_an_earlier_version_are_read(tmp_path):
+    stored = {
+        name: value for name, value in asdict(RESULTS).items() if name not in ("not_scored", "num_empty", "num_cut")
+    }
+    (tmp_path / "results.json").write_text(json.dumps(stored))
+    assert Results.read(tmp_path / "results.json") == replace(RESULTS, not_scored={})
 
 
 @pytest.mark.parametrize("train", [RESULTS.train, None])

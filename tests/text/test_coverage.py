@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sedtrain.evaluation.metrics import TRANSCRIPTION, CorpusMetrics, MetricSet
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tokenizers import train_tokenizer
@@ -108,3 +109,48 @@ def test_texts_of_which_the_normalizer_leaves_nothing_are_counted():
     report = VocabularyReport(TOKENIZERS["char"], ["[laughs]", "", "one (inaudible)"], normalizer("whisper_basic"))
     assert report.num_emptied == 1 and not report.finds_nothing
     assert str(report).splitlines()[-1] == "  1 texts are empty once they are normalized for training"
+
+
+# --- what comes back
+
+
+def floors():
+    return CorpusMetrics(MetricSet(TRANSCRIPTION))
+
+
+def test_texts_that_come_back_as_others_are_told_with_the_score_that_a_perfect_model_has():
+    tokenizer = words(
+        "a", "cafe", "it", normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    )
+    report = VocabularyReport(tokenizer, ["a café", "it it", "a cafe", "cafés a"], scores=floors())
+    assert str(report).splitlines()[-3:] == [
+        "  2 of 4 texts are others when they are encoded and decoded: no model scores better than WER 25.00% and CER 29.17% "
+        "on them all",
+        "  'a café' comes back as 'a cafe'",
+        "  'cafés a' comes back as 'a'",
+    ]
+    assert not report.finds_nothing
+
+
+def test_texts_that_differ_only_in_what_the_normalizer_of_the_scores_removes_have_no_floor():
+    report = VocabularyReport(TOKENIZERS["char"], ["One two", "two"], normalizer("lowercase"), floors())
+    assert report.finds_nothing
+    assert str(report).splitlines() == [
+        "the tokenizer writes all 5 characters of 2 texts",
+        "  1 of 2 texts are others when they are encoded and decoded: no model scores better than WER 0.00% and CER 0.00% "
+        "on them all",
+        "  'One two' comes back as 'one two'",
+    ]
+
+
+def test_what_the_normalizer_of_training_changes_is_a_floor_too():
+    report = VocabularyReport(TOKENIZERS["char"], ["one, two"], normalizer("whisper_basic"), floors())
+    assert not report.finds_nothing
+    assert "  'one, two' comes back as 'one two'" in str(report).splitlines()
+
+
+def test_texts_that_come_back_are_not_mentioned_and_of_others_the_first_difference_is_shown():
+    assert "\n" not in str(VocabularyReport(TOKENIZERS["char"], ["one two", " two  one"], scores=floors()))
+    text = "one " * 20 + "ß" + " two" * 20
+    last = str(VocabularyReport(TOKENIZERS["char"], [text], scores=floors())).splitlines()[-1]
+    assert last == f"  {'one ' * 5 + 'ß' + (' two' * 5)[:19]!r} comes back as {'one ' * 5 + ' two' * 5!r}"

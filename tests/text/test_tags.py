@@ -226,7 +226,7 @@ def test_generation_begins_with_the_tags_of_each_utterance(built, monkeypatch, o
         begun = ["<|en|><|transcribe|>" if id.startswith("english/") else "<|de|><|translate|>" for id in batch.ids]
         assert [tokenizer.decode(row[1:3]) for row in generated[-1]] == begun
         assert (generated[-1][:, 0] == model.config.decoder_start_token_id).all()
-        assert not [text for text in texts if "<|" in text]
+        assert not [transcript for transcript in texts if "<|" in transcript.text]
         torch.testing.assert_close(generated[-1][:, :3], batch.prompts)
 
 

@@ -251,6 +251,7 @@ def test_another_run_has_its_own_time_patience_and_count_of_bad_steps(command, s
     ]
     options = [
         *patient,
+        "trainer.max_time=00:01:00:00",
         "+callbacks.early.patience=1",
         "+callbacks.early.min_delta=100",
         "trainer.val_check_interval=1",

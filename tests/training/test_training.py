@@ -31,7 +31,7 @@ from sedtrain.data.audio import read_audio
 GOLDEN = Path(__file__).parents[1] / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
     "task", "split", "num_utterances", "audio_seconds", "metrics", "normalizer", "decoding", "rtfx", "train", "skipped",
-    "versions", "training_normalizer",
+    "versions", "training_normalizer", "not_scored", "num_empty", "num_cut",
 ]  # fmt: skip
 
 
@@ -208,8 +208,7 @@ def test_the_screen_shows_plan_scores_examples_and_places(sedtrain, corpus, tmp_
     assert ended.status == 0
     for words in ("trainable", "frozen", "hours", "steps", "encoder", "wer", "reference", "hypothesis", "saved in"):
         assert words in ended.out
-    [example] = re.findall(r"test: (\d+) utterances", ended.out)
-    assert example == "6"
+    assert "\ntest: 6 scored" in ended.out
     assert list(Path().iterdir()) == []
 
 
@@ -271,7 +270,7 @@ def test_of_several_files_those_that_cannot_be_transcribed_stop_no_other(sedtrai
     cut.write_bytes(wav.read_bytes()[:20])
     bad.write_bytes(b"this is no audio")
     soundfile.write(empty, np.zeros(0, dtype="float32"), 16000)
-    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=4")
+    ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=12")
     assert ended.status == 1
     assert [line.partition("\t")[0] for line in ended.out.splitlines()] == [str(good)]
     told = ended.err.splitlines()
@@ -289,7 +288,10 @@ def test_a_file_too_long_for_the_encoder_stops_no_other(sedtrain, trained_with, 
     )
     assert ended.status == 1
     assert ended.out.startswith(f"{tmp_path}/audio/short.wav\t")
-    assert f"audio={tmp_path}/audio/long.wav: an utterance of 1550 frames does not fit" in ended.err
+    assert (
+        f"audio={tmp_path}/audio/long.wav: 31.00 s, and the encoder of this model takes up to 30 s: it has to be cut"
+        in ended.err
+    )
 
 
 # --- evaluation
@@ -303,6 +305,33 @@ def test_a_run_is_evaluated_on_its_own_data_with_equal_scores(sedtrain, trained,
     assert again["decoding"] == first["decoding"]
     assert again["train"] is None
     assert (tmp_path / "scores/report.html").exists()
+
+
+def test_utterances_without_words_are_scored_and_learnt_where_asked_for(sedtrain, corpus, tmp_path):
+    (tmp_path / "data").mkdir()
+    for file in corpus.glob("*.parquet"):
+        rows = pyarrow.parquet.read_table(file)
+        texts = pyarrow.array(["" if number % 3 == 0 else text for number, text in enumerate(rows["text"].to_pylist())])
+        rows = rows.set_column(rows.column_names.index("text"), "text", texts)
+        pyarrow.parquet.write_table(rows, tmp_path / "data" / file.name)
+    ended = sedtrain(
+        "data=parquet", f"data.path={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}", "data.min_characters=0",
+        "trainer.max_steps=2", "trainer.val_check_interval=1", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=12",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    folder = tmp_path / "run"
+    stored = results(folder)
+    assert (stored["num_utterances"], stored["num_empty"], stored["skipped"]) == (6, 2, {})
+    assert (stored["train"]["utterances"] > 0) and all(np.isfinite(losses(folder)))
+    assert "Utterances: 6 scored (of the scored 2 with an empty reference)" in (folder / "model/README.md").read_text()
+
+
+def test_texts_that_are_cut_at_the_limit_of_tokens_are_counted_beside_the_scores(sedtrain, trained, tmp_path):
+    cut = "test: 6 scored (of the scored 6 cut at decoding.max_new_tokens=1)"
+    ended = sedtrain("task=evaluate", f"checkpoint={trained}", f"run_dir={tmp_path}", "decoding.max_new_tokens=1")
+    assert ended.out.splitlines()[0] == cut
+    assert results(tmp_path)["num_cut"] == 6
+    assert cut.partition(": ")[2] in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_is_evaluated_on_the_data_that_is_named(sedtrain, trained, corpus, tmp_path):
@@ -332,9 +361,9 @@ def test_a_run_is_found_by_its_home_folder_and_its_data_from_any_other(sedtrain,
     assert ended.status == 0, ended.err
     again = results(tmp_path / "scores")
     assert again["metrics"] == results(tmp_path / "run")["metrics"]
-    assert again["skipped"]["too long"] > 0
+    assert (again["skipped"], again["not_scored"]) == ({}, {})
     stored = OmegaConf.load(tmp_path / "scores/config.yaml").data
-    assert (stored.path, stored.seed, stored.folder) == (str(corpus), 3, "scores")
+    assert (stored.path, stored.seed, stored.folder, stored.max_seconds) == (str(corpus), 3, "scores", 1.5)
 
 
 def test_a_model_whose_weights_are_another_s_is_refused(sedtrain, trained, tmp_path, wav):

@@ -1,0 +1,131 @@
+"""White space between words, marks and ideographs: learnt from texts where WordPiece forgets it; scripts that use none."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice, product
+from unicodedata import category
+
+from tokenizers import Regex, Tokenizer, decoders
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+NUM_TEXTS = 100_000  # that spacing is learnt from
+CONTINUED = "##"  # begins a token that continues a word
+IDEOGRAPHS = (
+    "\u2e80-\u2fff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+UNSPACED = re.compile(
+    rf"[{IDEOGRAPHS}\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]"
+)  # Thai, Lao, Tibetan, Burmese, Khmer
+LETTER, NUMBER, IDEOGRAPH, MARK = "letter", "number", "ideograph", "mark"
+CLASSES = {
+    LETTER: rf"[\p{{L}}\p{{M}}&&[^{IDEOGRAPHS}]]",
+    NUMBER: r"\p{N}",
+    IDEOGRAPH: f"[{IDEOGRAPHS}]",
+    MARK: rf"[^\s\p{{L}}\p{{M}}\p{{N}}{IDEOGRAPHS}]",
+}
+"""Regular expressions of the kinds of characters; a mark is a kind of its own where it stands next to the space."""
+
+Pair = tuple[str, str]
+Context = tuple[str, Pair, str]
+"""The kinds of two neighbours, and the classes of what stands before the first and behind the second, where these are marks."""
+
+
+def is_unspaced(texts: Iterable[str]) -> bool:
+    """True where most letters are of scripts without spaces between words, so that words cannot be counted."""
+    characters = "".join(texts)
+    num_unspaced = len(UNSPACED.findall(characters))
+    return 2 * num_unspaced > sum(character.isalnum() or bool(UNSPACED.match(character)) for character in characters)
+
+
+def with_spacing(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer; one of WordPiece as one that decodes "it ' s" as "it's", if most of the texts are written so.
+
+    WordPiece makes tokens of marks and ideographs, and forgets whether a space was beside them. Each pair of neighbours
+    gets a space where most of the texts have one in this context. The rules are part of the tokenizer's own file.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.decoder, decoders.WordPiece):
+        tokenizer.clean_up_tokenization_spaces = False  # else decoding rewrites " ," as ","
+        return tokenizer
+    spaced = Tokenizer.from_str(backend.to_str())
+    rules = pattern(joined_contexts(boundaries(tokenizer, texts)))
+    joining = [decoders.Fuse(), decoders.Replace(Regex(rules), "")] if rules else []
+    spaced.decoder = decoders.Sequence([decoders.WordPiece(CONTINUED, cleanup=False), *joining])
+    # The class of the tokenizer would make its own decoder when it is loaded.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=spaced,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def kind(character: str) -> str:
+    """The class of a character; a mark itself."""
+    if re.match(f"[{IDEOGRAPHS}]", character):
+        return IDEOGRAPH
+    return {"L": LETTER, "M": LETTER, "N": NUMBER}.get(category(character)[0], character)
+
+
+def class_of(kind: str) -> str:
+    return kind if kind in CLASSES else MARK
+
+
+def boundaries(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[tuple[Context, bool]]:
+    """The places of texts where decoding writes a space, and whether the text has none there."""
+    for text in islice(texts, NUM_TEXTS):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        words: list[list[int]] = []  # the first character, the one behind the last, the first token
+        for id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if words and tokenizer.convert_ids_to_tokens(id).startswith(CONTINUED):
+                words[-1][1] = end
+            else:
+                words.append([start, end, id])
+        kinds = [(kind(text[start]), kind(text[end - 1])) for start, end, _ in words]
+        around = [(MARK, MARK), *kinds, (MARK, MARK)]
+        for index in range(len(words) - 1):
+            if tokenizer.unk_token_id in (words[index][2], words[index + 1][2]):
+                continue  # it is not decoded
+            left, right = kinds[index][1], kinds[index + 1][0]
+            before = class_of(around[index][1]) if class_of(left) == MARK else ""
+            behind = class_of(around[index + 3][0]) if class_of(right) == MARK else ""
+            is_joined = not any(map(str.isspace, text[words[index][1] : words[index + 1][0]]))
+            yield (before, (left, right), behind), is_joined
+
+
+def joined_contexts(found: Iterable[tuple[Context, bool]]) -> list[Context]:
+    """The contexts in which most boundaries have no space; those never seen follow all of their pair."""
+    votes: Counter[Context] = Counter()
+    of_pairs: Counter[Pair] = Counter()
+    for context, is_joined in found:
+        votes[context] += 1 if is_joined else -1
+        of_pairs[context[1]] += 1 if is_joined else -1
+    classes = {True: CLASSES, False: [""]}
+    return [
+        context
+        for pair in sorted(of_pairs)
+        for context in product(classes[class_of(pair[0]) == MARK], [pair], classes[class_of(pair[1]) == MARK])
+        if votes.get(context, of_pairs[pair]) > 0
+    ]
+
+
+def pattern(contexts: Iterable[Context]) -> str:
+    """A regular expression of Oniguruma for the spaces to remove; "" for none."""
+    rules = {
+        f"(?<={left_side(before, left)})(?={right_side(right, behind)})" for before, (left, right), behind in contexts
+    }
+    return f" (?:{'|'.join(sorted(rules))})" if rules else ""
+
+
+def left_side(before: str, left: str) -> str:
+    this = CLASSES.get(left, re.escape(left)) + " "
+    alone = f"^{this}|" if before == MARK else ""  # each alternative of a look-behind has a length
+    return f"{alone}{CLASSES[before]} {this}" if before else this
+
+
+def right_side(right: str, behind: str) -> str:
+    this = CLASSES.get(right, re.escape(right))
+    alone = f"{this}$|" if behind == MARK else ""
+    return f"{alone}{this} {CLASSES[behind]}" if behind else this
