@@ -19,7 +19,8 @@ from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
-from sedtrain.evaluation.evaluate import Scoring, metric_set
+from sedtrain.evaluation.evaluate import METRICS_OF, Scoring, metric_set
+from sedtrain.evaluation.metrics import MetricSet
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
@@ -72,7 +73,8 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     )
     saved = attempt(connected, cfg, data, new_model(cfg, data, attempt))
     weights = attempt(prepared, cfg, saved, loss, finetuning)
-    module = attempt(training_module, cfg, saved, weights, finetuning, options, optimizer, scheduler)
+    metrics = attempt(metrics_of, cfg, data, ["validation", cfg.split])
+    module = attempt(training_module, cfg, saved, weights, metrics, finetuning, options, optimizer, scheduler)
     trainer = attempt(make_trainer, cfg, finetuning)
     attempt.report()
     data.augment = Augment(augmentations, cfg.seed, cfg.data.max_seconds)
@@ -141,13 +143,13 @@ def training_module(
     cfg: DictConfig,
     saved: SavedModel,
     weights: LossWeights,
+    metrics: MetricSet,
     finetuning: FineTuning,
     options: DecodingOptions,
     optimizer: Callable[..., Any],
     scheduler: Callable[..., Any],
 ) -> SpeechSeq2SeqModule:
     """The training step; its optimizer has been made once, so that what it refuses is refused now."""
-    metrics = metric_set(cfg.target, cfg.normalizer)
     execution = Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile)
     module = SpeechSeq2SeqModule(
         saved.model, saved.tokenizer, weights, metrics, options, optimizer, scheduler, finetuning.grouped, execution
@@ -157,9 +159,10 @@ def training_module(
 
 
 def make_trainer(cfg: DictConfig, finetuning: FineTuning) -> lightning.Trainer:
-    main_metric = next(iter(metric_set(cfg.target, cfg.normalizer).metrics))
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    return run_trainer(create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, main_metric)
+    return run_trainer(
+        create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, METRICS_OF[cfg.target][0]
+    )
 
 
 def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
@@ -203,18 +206,24 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 # --- a saved model
 
 
-def scoring(cfg: DictConfig) -> Scoring:
-    metrics = metric_set(cfg.target, cfg.normalizer)
-    return Scoring(cfg.target, cfg.split, metrics, create(cfg, "decoding"), device(cfg), Path(cfg.run_dir))
+def metrics_of(cfg: DictConfig, data: SpeechTextDataModule, splits: list[str]) -> MetricSet:
+    return metric_set(cfg.target, cfg.normalizer, cfg.metrics.bleu.tokenize, data.corpus, splits)
+
+
+def scoring(cfg: DictConfig, data: SpeechTextDataModule) -> Scoring:
+    metrics, options = metrics_of(cfg, data, [cfg.split]), create(cfg, "decoding")
+    checkpoint = None if cfg.task == "train" else cfg.checkpoint
+    return Scoring(cfg.target, cfg.split, metrics, options, device(cfg), Path(cfg.run_dir), checkpoint)
 
 
 def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModule]:
     """The components of `task=evaluate`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
-    made = attempt(scoring, cfg), attempt(saved_model, cfg), attempt(create, cfg, "data")
-    attempt(connect, made[2], made[1], [cfg.split])
+    saved, data = attempt(saved_model, cfg), attempt(create, cfg, "data")
+    attempt(connect, data, saved, [cfg.split])
+    made = attempt(scoring, cfg, data)
     attempt.report()
-    return made
+    return made, saved, data
 
 
 def transcriber(cfg: DictConfig) -> Transcriber:

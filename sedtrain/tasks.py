@@ -43,7 +43,7 @@ def train(cfg: DictConfig) -> None:
         stopped = f"stopped at step {run.trainer.global_step}; saved in {run.folder}: model, checkpoints/last.ckpt"
         raise Unfinished(f"{stopped}\n  resume=auto with this run_dir resumes it", 128 + number)
     with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
-        results, evaluation = build.scoring(cfg).score(run.saved, run.data, run.totals())
+        results, evaluation = build.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
     log_scores(run.trainer, results)
     write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)

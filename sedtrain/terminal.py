@@ -49,11 +49,11 @@ def ends(values: Sequence[str]) -> str:
 
 def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples: int = 3) -> list[RenderableType]:
     """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
-    numbers = ("value", "95 % interval")
+    numbers = ("value", results.interval_title.replace(", by", ",\nby"))
     scores = table(f"{results.split}: {results.num_utterances} utterances", "metric", *numbers, right=numbers)
     for name, interval in results.metrics.items():
-        low, high = f"{100 * interval.low:.2f}", f"{100 * interval.high:.2f} %"
-        scores.add_row(name, f"{100 * interval.value:.2f} %", f"{low} to {high}")
+        scores.add_row(name, f"{100 * interval.value:.2f} %", interval.ends)
+    scores.caption = "\n".join(results.scored_as())
     examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
     for each in evaluation.hypotheses[::step][:num_examples]:

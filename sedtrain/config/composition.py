@@ -19,7 +19,7 @@ from sedtrain.config.schema import ANNOTATIONS, first_line
 from sedtrain.errors import UserError
 from sedtrain.run_dir import config_of
 
-INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normalizer", "decoding")
+INHERITED = ("encoder", "decoder", "adapter", "data", "target", "normalizer", "metrics", "decoding")
 FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # options of data, and their names in the root
 OLD_NAMES = {"normaliser": "normalizer", "training_normaliser": "training_normalizer"}
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)

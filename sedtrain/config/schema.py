@@ -17,6 +17,7 @@ from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
+BLEU_TOKENIZERS = ("auto", "13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
 DECIDED = {
     "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
     "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
@@ -35,6 +36,16 @@ def one_of(*choices: str) -> Any:
 
 
 @dataclass
+class Bleu:
+    tokenize: str = "auto"
+
+
+@dataclass
+class Metrics:
+    bleu: Bleu = field(default_factory=Bleu)
+
+
+@dataclass
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
@@ -45,6 +56,7 @@ class Config:
     target: str = one_of("transcription", "translation")
     normalizer: str = one_of("lowercase", "none", "whisper_english", "whisper_basic")
     training_normalizer: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
+    metrics: Metrics = field(default_factory=Metrics)
     vocabulary_texts: CountOrZero | None = 100_000
     inspect_utterances: Count | None = 20_000
     memory_gb: Positive | None = None
@@ -189,6 +201,10 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
+    tokenize = OmegaConf.select(config, "metrics.bleu.tokenize", default="auto")
+    if tokenize not in BLEU_TOKENIZERS:
+        wrong = f"sacrebleu has no tokenizer {tokenize!r} that works without a download"
+        yield UserError("metrics.bleu.tokenize", tokenize, wrong, suggest(str(tokenize), BLEU_TOKENIZERS))
     mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
     for name, dataset in mix.items() if isinstance(mix, dict) else ():
         if isinstance(dataset, dict):

@@ -3,14 +3,15 @@
 import json
 import math
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sedtrain.errors import UserError
-from sedtrain.evaluation.intervals import Interval
+from sedtrain.evaluation.intervals import Interval, Units
 from sedtrain.evaluation.metrics import Counts
 from sedtrain.run_dir import write_whole
 
@@ -28,13 +29,19 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second."""
+    """Scores of a split: `counts` (N, K) and `speakers` are of the N hypotheses, `rtfx` is audio per second of decoding."""
 
     metrics: dict[str, Interval]
     hypotheses: list[Hypothesis]
     counts: Counts
     audio_seconds: float
     rtfx: float
+    speakers: Sequence[str | None] = ()
+
+    @property
+    def units(self) -> Units:
+        """Units that the intervals resample."""
+        return Units.of(self.speakers)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,11 @@ class Results:
     train:               None where nothing was trained
     skipped:             number of utterances by reason
     training_normalizer: of the texts that the model learnt; None where the model does not say
+    signatures:          sacrebleu's description of each of its metrics
+    resampled, num_speakers, num_without_speaker: units of the intervals, see `Units`
+    data:                the dataset and its own name of the split
+    checkpoint:          the model that was scored; None for the one that was trained in `run_dir`
+    commit:              of the working directory, see `commit`
     """
 
     task: str
@@ -71,6 +83,26 @@ class Results:
     skipped: Mapping[str, int]
     versions: Mapping[str, str | None]
     training_normalizer: Mapping[str, str] | None = None
+    signatures: Mapping[str, str] = field(default_factory=dict)
+    resampled: str = "utterance"
+    num_speakers: int | None = None
+    num_without_speaker: int = 0
+    data: str = ""
+    run_dir: str = ""
+    checkpoint: str | None = None
+    commit: Mapping[str, Any] | None = None
+
+    @property
+    def interval_title(self) -> str:
+        """Title of the intervals, with their units."""
+        units = Units(self.resampled, self.num_speakers, self.num_without_speaker)
+        return f"95 % interval, {units}"
+
+    def scored_as(self) -> list[str]:
+        """How texts were compared, a line for the metrics of normalized texts and one for each of sacrebleu's."""
+        normalized = [name for name in self.metrics if name not in self.signatures]
+        normalizer = f"{', '.join(normalized)}: normalizer {' '.join(self.normalizer.values())}"
+        return [*([normalizer] if normalized else []), *map(": ".join, self.signatures.items())]
 
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
@@ -115,3 +147,14 @@ def without_nan(value: Any) -> Any:
 
 def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
     return {key: math.nan if number is None else number for key, number in numbers.items()}
+
+
+def commit() -> dict[str, Any] | None:
+    """The commit of the working directory, and whether its files differ; None where there is none."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    name, _, dirty = ended.stdout.strip().partition("-")
+    return {"id": name, "dirty": bool(dirty)} if ended.returncode == 0 and name else None

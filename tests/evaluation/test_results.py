@@ -22,6 +22,11 @@ RESULTS = Results(
     skipped={"too_long": 3},
     versions={"python": "3.11.9", "lightning": None},
     training_normalizer={"name": "none", "version": "1"},
+    resampled="speaker",
+    num_speakers=6,
+    data="digits, test",
+    run_dir="runs/a",
+    commit={"id": "0123456789", "dirty": True},
 )
 
 
@@ -43,6 +48,14 @@ def test_the_file_has_the_documented_keys(tmp_path):
         "skipped": {"too_long": 3},
         "versions": {"python": "3.11.9", "lightning": None},
         "training_normalizer": {"name": "none", "version": "1"},
+        "signatures": {},
+        "resampled": "speaker",
+        "num_speakers": 6,
+        "num_without_speaker": 0,
+        "data": "digits, test",
+        "run_dir": "runs/a",
+        "checkpoint": None,
+        "commit": {"id": "0123456789", "dirty": True},
     }
 
 
@@ -98,3 +111,16 @@ def test_versions_name_what_decides_a_number():
     versions = installed_versions()
     assert set(versions) >= {"sedtrain", "python", "torch", "transformers", "lightning", "datasets"}
     assert versions["python"] and versions["torch"] and versions["transformers"]
+
+
+def test_metrics_are_named_with_how_their_texts_were_compared():
+    assert RESULTS.scored_as() == ["wer, cer: normalizer lowercase 1"]
+    overlap = {"bleu": Interval(0.3, 0.2, 0.4), "chrf": Interval(0.5, 0.4, 0.6)}
+    of_both = replace(RESULTS, metrics=overlap, signatures={"bleu": "nrefs:1|tok:zh", "chrf": "nrefs:1|nc:6"})
+    assert of_both.scored_as() == ["bleu: nrefs:1|tok:zh", "chrf: nrefs:1|nc:6"]
+
+
+def test_intervals_are_titled_by_their_units():
+    assert RESULTS.interval_title == "95 % interval, by speaker (only 6 speakers)"
+    unknown = replace(RESULTS, resampled="utterance", num_speakers=None)
+    assert unknown.interval_title == "95 % interval, by utterance"
