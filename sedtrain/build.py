@@ -207,7 +207,8 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def metrics_of(cfg: DictConfig, data: SpeechTextDataModule, splits: list[str]) -> MetricSet:
-    return metric_set(cfg.target, cfg.normalizer, cfg.metrics.bleu.tokenize, data.corpus, splits)
+    tokenize = OmegaConf.select(cfg, "metrics.bleu.tokenize", default="auto")
+    return metric_set(cfg.target, cfg.normalizer, tokenize, data.corpus, splits)
 
 
 def scoring(cfg: DictConfig, data: SpeechTextDataModule) -> Scoring:

@@ -36,16 +36,6 @@ def one_of(*choices: str) -> Any:
 
 
 @dataclass
-class Bleu:
-    tokenize: str = "auto"
-
-
-@dataclass
-class Metrics:
-    bleu: Bleu = field(default_factory=Bleu)
-
-
-@dataclass
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
@@ -56,7 +46,6 @@ class Config:
     target: str = one_of("transcription", "translation")
     normalizer: str = one_of("lowercase", "none", "whisper_english", "whisper_basic")
     training_normalizer: str = one_of("none", "lowercase", "whisper_english", "whisper_basic")
-    metrics: Metrics = field(default_factory=Metrics)
     vocabulary_texts: CountOrZero | None = 100_000
     inspect_utterances: Count | None = 20_000
     memory_gb: Positive | None = None
@@ -68,6 +57,7 @@ class Config:
     audio: Any = None
     split: str = one_of("test", "validation", "train")
 
+    metrics: Any = None
     encoder: Any = None
     decoder: Any = None
     adapter: Any = None
@@ -201,10 +191,8 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
-    tokenize = OmegaConf.select(config, "metrics.bleu.tokenize", default="auto")
-    if tokenize not in BLEU_TOKENIZERS:
-        wrong = f"sacrebleu has no tokenizer {tokenize!r} that works without a download"
-        yield UserError("metrics.bleu.tokenize", tokenize, wrong, suggest(str(tokenize), BLEU_TOKENIZERS))
+    if "metrics" in config:
+        yield from metric_rules(plain(config, "metrics"))
     mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
     for name, dataset in mix.items() if isinstance(mix, dict) else ():
         if isinstance(dataset, dict):
@@ -222,6 +210,16 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if attention == "flash_attention_2" and precision.startswith("32"):
         wrong = f"it computes in 16 bits, and trainer.precision is {precision}"
         yield UserError("attention", attention, wrong, "write trainer.precision=bf16-mixed")
+
+
+def metric_rules(metrics: object) -> Iterator[UserError]:
+    match metrics:
+        case {"bleu": {"tokenize": tokenize, **unknown}, **others} if not unknown and not others:
+            if tokenize not in (*BLEU_TOKENIZERS, UNSET):
+                wrong = "sacrebleu has no such tokenizer, or downloads it"
+                yield UserError("metrics.bleu.tokenize", tokenize, wrong, suggest(str(tokenize), BLEU_TOKENIZERS))
+        case _ if metrics not in (None, UNSET):
+            yield UserError("metrics", metrics, "expected {bleu: {tokenize: NAME}}", "write metrics.bleu.tokenize=NAME")
 
 
 def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:
