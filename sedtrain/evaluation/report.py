@@ -75,8 +75,8 @@ def kind(pair: WordPair) -> str:
 
 def scores(results: Results) -> str:
     rows = [(METRICS[name].title, percent(each.value), each.ends) for name, each in results.metrics.items()]
-    notes = "".join(f'<p class="quiet">{escape(line)}</p>' for line in results.scored_as())
-    return "<h2>Scores</h2>" + html.table(("metric", "value", results.interval_title), rows) + notes
+    scored_as = f'<p class="quiet">{"<br>".join(map(escape, results.scored_as()))}</p>'
+    return "<h2>Scores</h2>" + html.table(("metric", "value", results.interval_title), rows) + scored_as
 
 
 def percent(fraction: float) -> str:
@@ -91,15 +91,15 @@ def facts(results: Results) -> str:
     facts = {
         "data": results.data,
         "split": results.split,
+        "model": results.checkpoint or "of this run",
+        "run folder": results.run_dir,
+        "commit": f"{commit['id'][:12]}{', with changed files' if commit['dirty'] else ''}" if commit else "none",
+        "sedtrain": results.versions.get("sedtrain") or "not installed",
         "utterances": f"{results.num_utterances:,}, {results.audio_seconds / 60:.1f} min of audio",
         "training": cost,
         "decoding": ", ".join(f"{name} {value}" for name, value in results.decoding.items()),
         "RTFx": f"{results.rtfx:.1f} s of audio decoded per second",
         "skipped": ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "none",
-        "model": results.checkpoint or "of this run",
-        "run folder": results.run_dir,
-        "commit": f"{commit['id']}{', with changed files' if commit['dirty'] else ''}" if commit else "none",
-        "sedtrain": results.versions.get("sedtrain") or "not installed",
     }
     versions = {name: version or "not installed" for name, version in results.versions.items()}
     folded = f"<details><summary>versions</summary>{html.definitions(versions)}</details>"

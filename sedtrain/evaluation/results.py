@@ -12,7 +12,7 @@ from typing import Any
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval, Units
-from sedtrain.evaluation.metrics import Counts
+from sedtrain.evaluation.metrics import METRICS, Counts
 from sedtrain.run_dir import write_whole
 
 PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapidfuzz", "sacrebleu")
@@ -100,9 +100,10 @@ class Results:
 
     def scored_as(self) -> list[str]:
         """How texts were compared, a line for the metrics of normalized texts and one for each of sacrebleu's."""
-        normalized = [name for name in self.metrics if name not in self.signatures]
+        normalized = [METRICS[name].title for name in self.metrics if name not in self.signatures]
         normalizer = f"{', '.join(normalized)}: normalizer {' '.join(self.normalizer.values())}"
-        return [*([normalizer] if normalized else []), *map(": ".join, self.signatures.items())]
+        signed = [f"{METRICS[name].title}: {text}" for name, text in self.signatures.items()]
+        return [*([normalizer] if normalized else []), *signed]
 
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""

@@ -114,10 +114,10 @@ def test_versions_name_what_decides_a_number():
 
 
 def test_metrics_are_named_with_how_their_texts_were_compared():
-    assert RESULTS.scored_as() == ["wer, cer: normalizer lowercase 1"]
+    assert RESULTS.scored_as() == ["WER, CER: normalizer lowercase 1"]
     overlap = {"bleu": Interval(0.3, 0.2, 0.4), "chrf": Interval(0.5, 0.4, 0.6)}
     of_both = replace(RESULTS, metrics=overlap, signatures={"bleu": "nrefs:1|tok:zh", "chrf": "nrefs:1|nc:6"})
-    assert of_both.scored_as() == ["bleu: nrefs:1|tok:zh", "chrf: nrefs:1|nc:6"]
+    assert of_both.scored_as() == ["BLEU: nrefs:1|tok:zh", "chrF: nrefs:1|nc:6"]
 
 
 def test_intervals_are_titled_by_their_units():

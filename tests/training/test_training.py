@@ -130,7 +130,7 @@ def test_translation_is_scored_with_bleu(train, tmp_path):
     signature = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{stored['versions']['sacrebleu']}"
     assert stored["signatures"]["bleu"] == signature
     card, page = ((tmp_path / "run" / name).read_text() for name in ("model/README.md", "report.html"))
-    assert f"\n- `bleu: {signature}`\n" in card and f">bleu: {signature}<" in page
+    assert f"\n- `BLEU: {signature}`\n" in card and f">BLEU: {signature}<" in page
     column = pyarrow.parquet.read_table(EMBEDDED / "train.parquet", columns=["translation"]).slice(0, 24)
     letters = set("".join(column["translation"].to_pylist()).replace(" ", ""))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
@@ -218,7 +218,7 @@ def test_the_screen_shows_plan_scores_examples_and_places(sedtrain, corpus, tmp_
         assert words in ended.out
     [example] = re.findall(r"test: (\d+) utterances", ended.out)
     assert example == "6"
-    assert "wer, cer: normalizer lowercase 1" in ended.out
+    assert "WER, CER: normalizer lowercase 1" in ended.out
     speakers = set(pyarrow.parquet.read_table(corpus / "test.parquet")["speaker"].to_pylist())
     units = f"by speaker (only {len(speakers)} speakers)"
     for text in (ended.out, *((tmp_path / "run" / name).read_text() for name in ("model/README.md", "report.html"))):
