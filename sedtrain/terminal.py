@@ -53,13 +53,12 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
     scores = table(f"{results.split}: {results.num_utterances} utterances", "metric", *numbers, right=numbers)
     for name, interval in results.metrics.items():
         scores.add_row(name, f"{100 * interval.value:.2f} %", interval.ends)
-    scores.caption = "\n".join(results.scored_as())
     examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
     for each in evaluation.hypotheses[::step][:num_examples]:
         examples.add_row(each.id, each.reference, each.hypothesis)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "no utterance"
-    return [scores, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
+    return [scores, "\n".join(results.scored_as()), examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
 
 
 def batches(found: Sequence[Fitted], budget: Budget) -> Table:
