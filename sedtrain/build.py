@@ -19,7 +19,7 @@ from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
-from sedtrain.evaluation.evaluate import Scoring, metric_set
+from sedtrain.evaluation.evaluate import METRICS_OF, Scoring, metric_set
 from sedtrain.evaluation.metrics import TRANSCRIPTION, CorpusMetrics, MetricSet
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
@@ -75,7 +75,8 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     )
     saved = attempt(connected, cfg, data, new_model(cfg, data, attempt))
     weights = attempt(prepared, cfg, saved, loss, finetuning)
-    module = attempt(training_module, cfg, saved, weights, finetuning, options, optimizer, scheduler)
+    metrics = attempt(metrics_of, cfg, data, ["validation", cfg.split])
+    module = attempt(training_module, cfg, saved, weights, metrics, finetuning, options, optimizer, scheduler)
     trainer = attempt(partial(make_trainer, cfg, data=None if data is REFUSED else data), finetuning)
     attempt.report()
     data.augment = Augment(augmentations, cfg.seed, data.limits.max_seconds)
@@ -149,13 +150,13 @@ def training_module(
     cfg: DictConfig,
     saved: SavedModel,
     weights: LossWeights,
+    metrics: MetricSet,
     finetuning: FineTuning,
     options: DecodingOptions,
     optimizer: Callable[..., Any],
     scheduler: Callable[..., Any],
 ) -> SpeechSeq2SeqModule:
     """The training step; its optimizer has been made once, so that what it refuses is refused now."""
-    metrics = metric_set(cfg.target, cfg.normalizer)
     execution = Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile)
     module = SpeechSeq2SeqModule(
         saved.model, saved.tokenizer, weights, metrics, options, optimizer, scheduler, finetuning.grouped, execution
@@ -166,7 +167,7 @@ def training_module(
 
 def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> str:
     """The metric that chooses the best weights: of transcriptions without spaces between words, the rate of characters."""
-    names = list(metric_set(cfg.target, cfg.normalizer).metrics)
+    names = METRICS_OF[cfg.target]
     texts = [] if data is None else islice(data.texts("validation"), NUM_TEXTS_OF_LANGUAGE)
     return "cer" if "cer" in names and is_unspaced(texts) else names[0]
 
@@ -219,18 +220,25 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 # --- a saved model
 
 
-def scoring(cfg: DictConfig) -> Scoring:
-    metrics = metric_set(cfg.target, cfg.normalizer)
-    return Scoring(cfg.target, cfg.split, metrics, create(cfg, "decoding"), device(cfg), Path(cfg.run_dir))
+def metrics_of(cfg: DictConfig, data: SpeechTextDataModule, splits: list[str]) -> MetricSet:
+    tokenize = OmegaConf.select(cfg, "metrics.bleu.tokenize", default="auto")
+    return metric_set(cfg.target, cfg.normalizer, tokenize, data.corpus, splits)
+
+
+def scoring(cfg: DictConfig, data: SpeechTextDataModule) -> Scoring:
+    metrics, options = metrics_of(cfg, data, [cfg.split]), create(cfg, "decoding")
+    checkpoint = None if cfg.task == "train" else cfg.checkpoint
+    return Scoring(cfg.target, cfg.split, metrics, options, device(cfg), Path(cfg.run_dir), checkpoint)
 
 
 def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModule]:
     """The components of `task=evaluate`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
-    made = attempt(scoring, cfg), attempt(saved_model, cfg), attempt(create, cfg, "data")
-    attempt(connect, made[2], made[1], [cfg.split])
+    saved, data = attempt(saved_model, cfg), attempt(create, cfg, "data")
+    attempt(connect, data, saved, [cfg.split])
+    made = attempt(scoring, cfg, data)
     attempt.report()
-    return made
+    return made, saved, data
 
 
 def transcriber(cfg: DictConfig) -> Transcriber:

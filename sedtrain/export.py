@@ -17,11 +17,13 @@ tags: [speech-encoder-decoder, sedtrain]
 
 A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with sedtrain on `{data}`.
 
-| metric ({split}) | value | 95 % interval |
+| metric ({split}) | value | {interval_title} |
 |---|---|---|
 {rows}
 
-Text normalizer for scoring: `{normalizer}`; for training: `{training_normalizer}`.
+{scored_as}
+
+Scored on {scored_data}. Text normalizer for training: `{training_normalizer}`.
 Utterances: {headline}; {minutes:.1f} minutes of audio.
 
 ```python
@@ -52,8 +54,7 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     data: the name of what it was trained on
     """
     rows = [
-        f"| {name} | {100 * interval.value:.2f} % | {100 * interval.low:.2f} to {100 * interval.high:.2f} % |"
-        for name, interval in results.metrics.items()
+        f"| {name} | {100 * interval.value:.2f} % | {interval.ends} |" for name, interval in results.metrics.items()
     ]
     tags, task, prompt = saved.tags, TASK_OF[results.task], ""
     if tags:
@@ -69,7 +70,9 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         data=data,
         split=results.split,
         rows="\n".join(rows),
-        normalizer=" ".join(results.normalizer.values()),
+        interval_title=results.interval_title,
+        scored_as="\n".join(f"- `{line}`" for line in results.scored_as()),
+        scored_data=results.data,
         training_normalizer=" ".join((results.training_normalizer or {"name": "unknown"}).values()),
         headline=results.headline,
         minutes=results.audio_seconds / 60,

@@ -50,7 +50,7 @@ def train(cfg: DictConfig) -> None:
     if text := run.ended_early():
         logger.warning("%s; write a longer one, or null, to train for all steps", text)
     with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
-        results, evaluation = build.scoring(cfg).score(run.saved, run.data, run.totals())
+        results, evaluation = build.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
     log_scores(run.trainer, results)
     write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)

@@ -49,18 +49,18 @@ def ends(values: Sequence[str]) -> str:
 
 def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples: int = 3) -> list[RenderableType]:
     """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
-    numbers = ("value", "95 % interval")
+    numbers = ("value", results.interval_title.replace(", by", ",\nby"))
     scores = table("", "metric", *numbers, right=numbers)
     for name, interval in results.metrics.items():
-        low, high = f"{100 * interval.low:.2f}", f"{100 * interval.high:.2f} %"
-        scores.add_row(name, f"{100 * interval.value:.2f} %", f"{low} to {high}")
+        scores.add_row(name, f"{100 * interval.value:.2f} %", interval.ends)
     examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
     for each in evaluation.hypotheses[::step][:num_examples]:
         examples.add_row(each.id, each.reference, each.hypothesis)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "no utterance"
     headline = f"{results.split}: {results.headline}"  # a table's title would be cut to its width
-    return [headline, scores, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
+    scored_as = "\n".join(results.scored_as())
+    return [headline, scores, scored_as, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
 
 
 def batches(found: Sequence[Fitted], budget: Budget) -> Table:

@@ -457,7 +457,8 @@ def test_both_normalizers_are_named_by_model_card_and_results_and_need_not_be(co
     label = {"name": "whisper_basic", "version": f"whisper-normalizer {version('whisper-normalizer')}"}
     assert transformers.AutoConfig.from_pretrained(tmp_path / "run/model").training_normalizer == label
     card = (tmp_path / "run/model/README.md").read_text()
-    assert f"for scoring: `none 1`; for training: `{' '.join(label.values())}`" in card
+    assert "\n- `WER, CER: normalizer none 1`\n" in card
+    assert f"Text normalizer for training: `{' '.join(label.values())}`" in card
     again = sedtrain("task=evaluate", f"checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'again'}")
     assert again.status == 0, again.err
     for folder in ("run", "again"):

@@ -15,7 +15,7 @@ from sedtrain.errors import UserError
 from sedtrain.plain import plain_value
 from sedtrain.run_dir import config_of
 
-READ = ("data", "target", "normalizer", "decoding")
+READ = ("data", "target", "normalizer", "metrics", "decoding")
 INHERITED = ("encoder", "decoder", "adapter", *READ)
 FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # options of data, and their names in the root
 OLD_NAMES = {"normaliser": "normalizer", "training_normaliser": "training_normalizer"}

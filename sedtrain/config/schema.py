@@ -17,6 +17,7 @@ from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
+BLEU_TOKENIZERS = ("auto", "13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
 DECIDED = {
     "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
     "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
@@ -67,6 +68,7 @@ class Config:
     audio: Any = None
     split: str = one_of("test", "validation", "train")
 
+    metrics: Any = None
     encoder: Any = None
     decoder: Any = None
     adapter: Any = None
@@ -230,6 +232,8 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
+    if "metrics" in config:
+        yield from metric_rules(plain(config, "metrics"))
     mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
     for name, dataset in mix.items() if isinstance(mix, dict) else ():
         if isinstance(dataset, dict):
@@ -261,6 +265,16 @@ def entry_rules(entries: Any, group: str) -> Iterator[UserError]:
                 f"write +{group}.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
             )
             yield UserError(f"{group}.{name}", node, "this has a name of its own, and a _target_", write)
+
+
+def metric_rules(metrics: object) -> Iterator[UserError]:
+    match metrics:
+        case {"bleu": {"tokenize": tokenize, **unknown}, **others} if not unknown and not others:
+            if tokenize not in (*BLEU_TOKENIZERS, UNSET):
+                wrong = "sacrebleu has no such tokenizer, or downloads it"
+                yield UserError("metrics.bleu.tokenize", tokenize, wrong, suggest(str(tokenize), BLEU_TOKENIZERS))
+        case _ if metrics not in (None, UNSET):
+            yield UserError("metrics", metrics, "expected {bleu: {tokenize: NAME}}", "write metrics.bleu.tokenize=NAME")
 
 
 def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:

@@ -68,6 +68,7 @@ class Collator:
             seconds=sum(utterance.seconds for utterance in utterances),
             skipped=list(skipped),
             prompts=torch.tensor([[self.decoder_start_token_id, *ids] for ids in tags]) if self.tags else None,
+            speakers=[utterance.speaker for utterance in utterances],
         )
 
     def dummy_batch(self) -> Batch:

@@ -74,6 +74,11 @@ class Corpus:
         """The names of its datasets, for readers who do not have this machine's folders."""
         return " + ".join(dict.fromkeys(public_name(source.path) for source in self.sources))
 
+    def described(self, split: str) -> str:
+        """The names of its datasets that have the split, each with its own name of it."""
+        names = [(public_name(each.path), each.name, each.splits[split]) for each in self.sources if each.splits[split]]
+        return " + ".join(dict.fromkeys(", ".join(filter(None, name)) for name in names))
+
     def load_parts(self, split: str) -> Parts:
         """The parts of `split`, which is train, validation or test; read whole, even where training is streamed."""
         return Parts(self.parts_of(split, self.copies / split, self.streaming))

@@ -301,7 +301,7 @@ class UtteranceRows:
             sampling_rate=sampling_rate,
             text=as_text(row[columns.text]),
             language=(as_text(row[columns.language]) if columns.language else "") or self.language,
-            speaker=row[columns.speaker] if columns.speaker else None,
+            speaker=name_or_none(row[columns.speaker]) if columns.speaker else None,
             seconds=len(audio) / sampling_rate,
             task=self.task,
         )
@@ -311,6 +311,11 @@ def seconds_of(seconds: float | None, start: float | None, end: float | None) ->
     """The length that the columns of a row give; None where they are empty, or hold no length."""
     given = seconds if end is None else end - (start or 0)
     return float(given) if given is not None and 0 <= given < inf else None
+
+
+def name_or_none(cell: object) -> str | None:
+    """Speaker or language of a cell as text; None for an empty cell."""
+    return None if cell is None or cell != cell or not str(cell).strip() else str(cell)
 
 
 def as_text(value: Any) -> str:

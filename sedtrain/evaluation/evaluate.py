@@ -9,13 +9,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
+from sedtrain.data.corpus import Corpus
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
 from sedtrain.errors import UserError
-from sedtrain.evaluation.intervals import bootstrap_intervals
+from sedtrain.evaluation.bleu import bleu_tokenizer
+from sedtrain.evaluation.intervals import confidence_intervals
 from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.evaluation.report import write_report
-from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, installed_versions
+from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, commit, installed_versions
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.text.normalizers import normalizer
@@ -24,9 +26,16 @@ METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
 """The metrics of each target, the one that decides first."""
 
 
-def metric_set(target: str, normalizer_name: str) -> MetricSet:
-    """The metrics of a target, under a normalizer. Raises UserError where there is no such normalizer."""
-    return MetricSet(METRICS_OF[target], normalizer(normalizer_name))
+def metric_set(target: str, normalizer_name: str, tokenize: str, corpus: Corpus, splits: Iterable[str]) -> MetricSet:
+    """The metrics of a target for these splits of a corpus.
+
+    normalizer_name: rewrites transcriptions; translations are scored as they are
+    tokenize:        the tokenizer of BLEU, see `bleu_tokenizer`
+    Raises UserError where there is no such normalizer or tokenizer.
+    """
+    if target == "transcription":
+        return MetricSet(TRANSCRIPTION, normalizer(normalizer_name))
+    return MetricSet(TRANSLATION, normalizer("none"), bleu_tokenizer(tokenize, corpus, splits))
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Scoring:
 
     target, split: what the texts are, and which of them are scored
     folder: where results.json and report.html go; metrics.csv is read from it
+    checkpoint: the model that is scored; None for one that was trained in this folder
     """
 
     target: str
@@ -43,6 +53,7 @@ class Scoring:
     decoding: DecodingOptions
     device: torch.device
     folder: Path
+    checkpoint: str | None = None
 
     def score(
         self, saved: SavedModel, data: SpeechTextDataModule, train: TrainingTotals | None = None
@@ -70,6 +81,12 @@ class Scoring:
             not_scored=data.skipped.of_split(self.split),
             num_cut=evaluation.num_cut,
             num_empty=sum(not each.reference.strip() for each in evaluation.hypotheses),
+            signatures=self.metric_set.signatures(),
+            **evaluation.units._asdict(),
+            data=data.corpus.described(self.split),
+            run_dir=str(self.folder),
+            checkpoint=self.checkpoint,
+            commit=commit(),
         )
         results.write(self.folder / "results.json")
         model = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"
@@ -85,9 +102,10 @@ def evaluate(
     metric_set: MetricSet,
     options: DecodingOptions,
 ) -> Evaluation:
-    """Scores every batch, with bootstrap 95 % intervals. Raises UserError where no utterance could be decoded."""
+    """Scores every batch, with 95 % intervals. Raises UserError where no utterance could be decoded."""
     num_skipped = num_cut = 0
     hypotheses: list[Hypothesis] = []
+    speakers: list[str | None] = []
     audio_seconds = decoding_seconds = 0.0
     device = next(model.parameters()).device
     for batch in batches:
@@ -102,6 +120,7 @@ def evaluate(
         audio_seconds += batch.seconds
         hypotheses += map(Hypothesis, batch.ids, batch.texts, [transcript.text for transcript in written])
         num_cut += sum(transcript.is_cut for transcript in written)
+        speakers += batch.speakers
     if not hypotheses:
         raise UserError(
             "data",
@@ -110,6 +129,6 @@ def evaluate(
             "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
         )
     counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
-    metrics = bootstrap_intervals(metric_set, counts)
+    metrics = confidence_intervals(metric_set, counts, speakers)
     rtfx = audio_seconds / max(decoding_seconds, 1e-9)
-    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, num_cut)
+    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, speakers, num_cut)

@@ -1,26 +1,42 @@
-"""Bootstrap confidence intervals and a paired test, from counts per utterance.
+"""95 % confidence intervals and a paired test, from counts per utterance.
 
-Utterances are drawn with replacement (Bisani and Ney, 2004, "Bootstrap estimates for confidence intervals in
-ASR performance evaluation"), as if they were independent. Where few speakers say many utterances each, sum the
-rows of each speaker first, and hand in one row per speaker.
+Utterances of one speaker resemble each other, so that speakers are resampled where they are known (arXiv 1912.09508):
+each is left out once (the cluster jackknife), and the standard error is multiplied by a quantile of Student's t, as few
+speakers say little about their own spread. Percentiles of a bootstrap cover less: with four speakers 81 % instead of 95 %,
+and with rare errors 88 %; `tests/evaluation/test_intervals.py` simulates the coverage.
+
+Shapes: N utterances, K counts, G units: the speakers, or the utterances where no speaker is known.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import atan, exp, inf, isnan, nan, pi, sqrt, tan
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from sedtrain.evaluation.metrics import Counts, MetricSet
 
-PERCENTILES = (2.5, 97.5)
+Speakers = Sequence[str | None]
+"""The speaker of each utterance; None where unknown. Empty where nothing says speakers."""
+
+FEW_SPEAKERS = 10
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric of a corpus and its 95 % interval, which has no width in a corpus without errors."""
+    """A metric of a corpus and its 95 % interval; NaN where there is a single utterance."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def ends(self) -> str:
+        """Both ends in percent."""
+        return "unknown" if isnan(self.low) else f"{100 * self.low:.2f} to {100 * self.high:.2f} %"
 
 
 @dataclass(frozen=True)
@@ -33,51 +49,132 @@ class PairedDifference:
     p_value: float
 
 
-def bootstrap_intervals(
-    metric_set: MetricSet, counts: Counts, *, num_resamples: int = 1000, seed: int = 0
-) -> dict[str, Interval]:
-    """95 % percentile intervals of every metric, from counts (N, K) of `MetricSet.count`."""
-    values = metric_set.values(counts.sum(axis=0))
-    resampled = metric_set.values(resampled_sums(counts, num_resamples, seed))
-    return {name: Interval(float(values[name]), *bounds(resampled[name])) for name in values}
+class Units(NamedTuple):
+    """Units of the intervals: `speaker`, or `utterance` where there is no second speaker.
+
+    num_speakers:        None where nothing says speakers
+    num_without_speaker: utterances of unknown speakers beside those of known ones; each is a unit of its own
+    """
+
+    resampled: str
+    num_speakers: int | None
+    num_without_speaker: int
+
+    @classmethod
+    def of(cls, speakers: Speakers) -> "Units":
+        known = {*speakers} - {None}
+        unknown = sum(speaker is None for speaker in speakers) if known else 0
+        return cls("speaker" if len(known) + unknown > 1 and known else "utterance", len(known) or None, unknown)
+
+    def __str__(self) -> str:
+        if self.num_speakers is None:
+            return "by utterance"
+        number = f"{self.num_speakers:,} speaker{'s' if self.num_speakers > 1 else ''}"
+        few = "only " if self.num_speakers < FEW_SPEAKERS else ""
+        unknown = f", {self.num_without_speaker:,} utterances of unknown speakers" if self.num_without_speaker else ""
+        return f"by {self.resampled} ({few}{number}{unknown})"
+
+
+def confidence_intervals(metric_set: MetricSet, counts: Counts, speakers: Speakers = ()) -> dict[str, Interval]:
+    """95 % intervals of every metric, from counts (N, K) of `MetricSet.count`."""
+    sums = sums_of_units(counts, speakers)
+    total = sums.sum(axis=0)
+    values, without_one = metric_set.values(total), metric_set.values(total - sums)
+    freedom = degrees_of_freedom(sums)
+    least = least_width(freedom, int(total[0]))
+    intervals = {}
+    for name, metric in metric_set.metrics.items():
+        value, width = float(values[name]), quantile(freedom) * standard_error(without_one[name])
+        low, high = bounds(1 - value if metric.higher_is_better else value, width, least)
+        intervals[name] = Interval(value, *((max(1 - high, 0.0), 1 - low) if metric.higher_is_better else (low, high)))
+    return intervals
 
 
 def paired_test(
-    metric_set: MetricSet, first: Counts, second: Counts, *, num_resamples: int = 1000, seed: int = 0
+    metric_set: MetricSet, first: Counts, second: Counts, speakers: Speakers = ()
 ) -> dict[str, PairedDifference]:
-    """Two-sided paired bootstrap test of two runs over the same utterances in the same order.
+    """Two-sided t-test of two runs over the same utterances in the same order, resampled as the intervals are.
 
-    `first` and `second` are (N, K). The differences of the resamples, centred on the observed one, show what
-    chance does (Koehn, 2004, and Riezler and Maxwell, 2005; as sacrebleu's `--paired-bs`).
+    `first` and `second` are (N, K).
     """
     if first.shape != second.shape:
         raise ValueError(f"paired runs score the same utterances: {first.shape} against {second.shape} counts")
-    both = np.stack([first.sum(axis=0), second.sum(axis=0)])
-    # One seed: both runs see the same draws.
-    drawn = np.stack([resampled_sums(counts, num_resamples, seed) for counts in (first, second)])
-    observed, resampled = metric_set.values(both), metric_set.values(drawn)
-    return {name: difference_of(np.diff(observed[name])[0], np.diff(resampled[name], axis=0)[0]) for name in observed}
+    sums = np.stack([sums_of_units(counts, speakers) for counts in (first, second)])
+    total = sums.sum(axis=1, keepdims=True)
+    values, without_one = metric_set.values(total[:, 0]), metric_set.values(total - sums)
+    freedom = degrees_of_freedom(sums[0])
+    tests = {}
+    for name in values:
+        difference, error = float(np.diff(values[name])[0]), standard_error(np.diff(without_one[name], axis=0)[0])
+        width = quantile(freedom) * error
+        p_value = chance(abs(difference) / error if error else inf, freedom) if difference else 1.0
+        tests[name] = PairedDifference(difference, difference - width, difference + width, p_value)
+    return tests
 
 
-def difference_of(observed: np.float64, resampled: np.ndarray) -> PairedDifference:
-    as_extreme = np.abs(resampled - observed) >= abs(observed)
-    p_value = (1 + as_extreme.sum()) / (1 + len(resampled))
-    return PairedDifference(float(observed), *bounds(resampled), p_value=float(p_value))
+def sums_of_units(counts: Counts, speakers: Speakers) -> Counts:
+    """(G, K) sums over the utterances of each unit; the same name is the same speaker, in whatever dataset of a mix."""
+    if Units.of(speakers).resampled == "utterance":
+        return counts
+    names = [number if speaker is None else speaker for number, speaker in enumerate(speakers)]
+    numbers: dict[str | int, int] = {}
+    units = [numbers.setdefault(name, len(numbers)) for name in names]
+    sums = np.zeros((len(numbers), counts.shape[1]), dtype=counts.dtype)
+    np.add.at(sums, units, counts)
+    return sums
 
 
-def bounds(resampled: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(resampled, PERCENTILES)
-    return float(low), float(high)
+def standard_error(without_one: npt.NDArray[np.float64]) -> float:
+    """Standard error of a metric from its values (G,) without each unit; NaN where there is one unit."""
+    return sqrt(len(without_one) - 1) * float(np.std(without_one)) if len(without_one) > 1 else nan
 
 
-def resampled_sums(counts: Counts, num_resamples: int, seed: int) -> Counts:
-    """(num_resamples, K) sums of N rows drawn with replacement; all zero where there are no rows."""
-    generator = np.random.default_rng(seed)
-    num_utterances = max(len(counts), 1)
-    rows = np.zeros((num_utterances, counts.shape[1]))
-    rows[: len(counts)] = counts  # float64 multiplies faster, and is exact up to 2**53
-    sums = np.empty((num_resamples, counts.shape[1]))
-    for resample in sums:
-        drawn = generator.integers(num_utterances, size=num_utterances)
-        resample[:] = np.bincount(drawn, minlength=num_utterances) @ rows
-    return sums.astype(np.int64)
+def degrees_of_freedom(sums: Counts) -> int:
+    """One less than the number of units of equal size that say as much as these: few where a few speakers say most."""
+    sizes = sums[:, 0].astype(np.float64)
+    return max(round(float(sizes.sum() ** 2 / max((sizes**2).sum(), 1.0))) - 1, 1)
+
+
+def least_width(freedom: int, num_words: int) -> float:
+    """The error rate at which no error in so many words is seen once in 40 times.
+
+    3.7 over the number of words for many units (the rule of three at 97.5 %), more for few, whose error rates may differ:
+    they are taken to be exponentially distributed.
+    """
+    units = freedom + 1
+    return float((40 ** (1 / units) - 1) * units / max(num_words, 1))
+
+
+def bounds(wrong: float, width: float, least: float) -> tuple[float, float]:
+    """Ends of the interval of an error rate, symmetric on the logarithmic scale, which keeps rare errors covered.
+
+    Above 1 the plain scale bounds it, as few speakers would have it end at millions.
+    """
+    if isnan(width):
+        return nan, nan
+    factor = exp(min(width / wrong, 700.0)) if wrong > 0 else 1.0
+    high = min(wrong * factor, max(1.0, wrong + width))
+    return max(min(wrong / factor, wrong - least), 0.0), max(high, wrong + least)
+
+
+@lru_cache(maxsize=64)
+def student(freedom: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Angles of which the tangent is |t| / sqrt(freedom), and the probabilities of a smaller |t|."""
+    angles = np.linspace(0, pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    cumulative = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
+    return angles, cumulative / cumulative[-1]
+
+
+def quantile(freedom: int) -> float:
+    """The |t| that chance exceeds once in 20 times."""
+    freedom = min(freedom, 10_000)  # nothing changes beyond
+    angles, probabilities = student(freedom)
+    return sqrt(freedom) * tan(float(np.interp(0.95, probabilities, angles)))
+
+
+def chance(t: float, freedom: int) -> float:
+    """The probability of a larger |t|."""
+    freedom = min(freedom, 10_000)
+    angles, probabilities = student(freedom)
+    return 1 - float(np.interp(atan(t / sqrt(freedom)), angles, probabilities))

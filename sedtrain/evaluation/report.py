@@ -1,7 +1,7 @@
 """Writes report.html: scores, learning curves, errors and worst utterances of a run, on one page without links."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -10,8 +10,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from sedtrain.evaluation import html
-from sedtrain.evaluation.intervals import Interval, bootstrap_intervals
-from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet
+from sedtrain.evaluation.intervals import confidence_intervals
+from sedtrain.evaluation.metrics import METRICS, MetricSet
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results
 from sedtrain.run_dir import write_whole
 from sedtrain.text.normalizers import Normalizer, normalizer
@@ -40,12 +40,12 @@ def write_report(
     metric_set = MetricSet(list(evaluation.metrics), normalize)
     ranking = "wer" if "wer" in evaluation.metrics else "chrf"  # BLEU says little of a single utterance
     title = f"{model or 'Speech encoder-decoder'}: {results.task}"
-    sections = [f"<h1>{escape(title)}</h1>", html.row(scores(evaluation.metrics), facts(results))]
+    sections = [f"<h1>{escape(title)}</h1>", html.row(scores(results), facts(results))]
     if metrics_csv and metrics_csv.exists():
         sections.append(learning_curves(metrics_csv))
     if evaluation.hypotheses:
         pairs = [align(utterance, normalize) for utterance in evaluation.hypotheses]
-        by_length = scores_by_length(ranking, metric_set, evaluation.counts, pairs)
+        by_length = scores_by_length(ranking, metric_set, evaluation, pairs)
         values = metric_set.values(evaluation.counts)[ranking]
         sections += [
             html.row(by_length + errors_by_kind(pairs), frequent_errors(pairs)) if ranking == "wer" else by_length,
@@ -73,10 +73,10 @@ def kind(pair: WordPair) -> str:
     return "substitution" if reference and hypothesis else "deletion" if reference else "insertion"
 
 
-def scores(metrics: Mapping[str, Interval]) -> str:
-    bounds = {name: f"{100 * interval.low:.2f} to {percent(interval.high)}" for name, interval in metrics.items()}
-    rows = [(METRICS[name].title, percent(metrics[name].value), bounds[name]) for name in metrics]
-    return "<h2>Scores</h2>" + html.table(("metric", "value", "95 % interval"), rows)
+def scores(results: Results) -> str:
+    rows = [(METRICS[name].title, percent(each.value), each.ends) for name, each in results.metrics.items()]
+    scored_as = f'<p class="quiet">{"<br>".join(map(escape, results.scored_as()))}</p>'
+    return "<h2>Scores</h2>" + html.table(("metric", "value", results.interval_title), rows) + scored_as
 
 
 def percent(fraction: float) -> str:
@@ -84,19 +84,23 @@ def percent(fraction: float) -> str:
 
 
 def facts(results: Results) -> str:
-    train, cost = results.train, "none"
+    train, cost, commit = results.train, "none", results.commit
     if train:
         audio = f"{train.audio_seconds_per_second:.0f} s of audio per second"
         steps = f"{train.steps:,} steps"
         steps += f" of {train.planned_steps:,}, ended by {train.ended_by}" if train.ended_by else ""
         cost = f"{train.seconds / 60:.1f} min, {steps}, {train.utterances:,} utterances, {audio}"
     facts = {
+        "data": results.data,
         "split": results.split,
+        "model": results.checkpoint or "of this run",
+        "run folder": results.run_dir,
+        "commit": f"{commit['id'][:12]}{', with changed files' if commit['dirty'] else ''}" if commit else "none",
+        "sedtrain": results.versions.get("sedtrain") or "not installed",
         "utterances": f"{results.headline}, {results.audio_seconds / 60:.1f} min of audio",
         "training": cost,
         "decoding": ", ".join(f"{name} {value}" for name, value in results.decoding.items()),
         "RTFx": f"{results.rtfx:.1f} s of audio decoded per second",
-        "normalizer": f"{results.normalizer['name']} {results.normalizer['version']}",
         "skipped": ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "none",
     }
     versions = {name: version or "not installed" for name, version in results.versions.items()}
@@ -113,16 +117,18 @@ def learning_curves(metrics_csv: Path) -> str:
     return f"<h2>Learning curves</h2>{html.row(*figures)}" if figures else ""
 
 
-def scores_by_length(name: str, metric_set: MetricSet, counts: Counts, pairs: Sequence[list[WordPair]]) -> str:
+def scores_by_length(name: str, metric_set: MetricSet, evaluation: Evaluation, pairs: Sequence[list[WordPair]]) -> str:
     """Scores of utterances grouped by length, in groups of about equal size; "" where all have the same length."""
     lengths = np.array([sum(reference != "" for reference, _ in words) for words in pairs])
     longest = np.unique(np.quantile(lengths, np.linspace(0, 1, NUM_LENGTHS + 1)[1:], method="higher"))
     if len(longest) == 1:
         return ""
-    groups = [np.searchsorted(longest, lengths) == group for group in range(len(longest))]
-    intervals = [bootstrap_intervals(metric_set, counts[group])[name] for group in groups]
+    groups = [np.flatnonzero(np.searchsorted(longest, lengths) == group).tolist() for group in range(len(longest))]
+    speakers = [[evaluation.speakers[row] for row in group] if evaluation.speakers else [] for group in groups]
+    counts = [evaluation.counts[group] for group in groups]
+    intervals = [confidence_intervals(metric_set, *of_group)[name] for of_group in zip(counts, speakers, strict=True)]
     labels = ["–".join(map(str, sorted({lengths[group].min(), lengths[group].max()}))) for group in groups]
-    figure = html.bars_figure("with 95 % intervals", labels, intervals, "words in the reference")
+    figure = html.bars_figure(f"with 95 % intervals, {evaluation.units}", labels, intervals, "words in the reference")
     return f"<h2>{METRICS[name].title} by length</h2>{figure}"
 
 

@@ -3,15 +3,16 @@
 import json
 import math
 import platform
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sedtrain.errors import UserError
-from sedtrain.evaluation.intervals import Interval
-from sedtrain.evaluation.metrics import Counts
+from sedtrain.evaluation.intervals import Interval, Units
+from sedtrain.evaluation.metrics import METRICS, Counts
 from sedtrain.run_dir import write_whole
 
 PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapidfuzz", "sacrebleu")
@@ -28,7 +29,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split: `counts` (N, K) are those of the N hypotheses, `rtfx` is audio seconds per decoding second.
+    """Scores of a split: `counts` (N, K) and `speakers` are of the N hypotheses, `rtfx` is audio per second of decoding.
 
     num_cut: hypotheses that were cut at the limit of tokens
     """
@@ -38,7 +39,13 @@ class Evaluation:
     counts: Counts
     audio_seconds: float
     rtfx: float
+    speakers: Sequence[str | None] = ()
     num_cut: int = 0
+
+    @property
+    def units(self) -> Units:
+        """Units that the intervals resample."""
+        return Units.of(self.speakers)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ class Results:
     num_empty:           utterances whose reference is empty: what is written for them counts as insertions
     num_cut:             hypotheses that end at `decoding.max_new_tokens`
     training_normalizer: of the texts that the model learnt; None where the model does not say
+    signatures:          sacrebleu's description of each of its metrics
+    resampled, num_speakers, num_without_speaker: units of the intervals, see `Units`
+    data:                the dataset and its own name of the split
+    checkpoint:          the model that was scored; None for the one that was trained in `run_dir`
+    commit:              of the working directory, see `commit`
     """
 
     task: str
@@ -86,6 +98,14 @@ class Results:
     not_scored: Mapping[str, int] = field(default_factory=dict)
     num_empty: int = 0
     num_cut: int = 0
+    signatures: Mapping[str, str] = field(default_factory=dict)
+    resampled: str = "utterance"
+    num_speakers: int | None = None
+    num_without_speaker: int = 0
+    data: str = ""
+    run_dir: str = ""
+    checkpoint: str | None = None
+    commit: Mapping[str, Any] | None = None
 
     @property
     def headline(self) -> str:
@@ -98,6 +118,19 @@ class Results:
         text = ", ".join(f"{count:,} {what}" for what, count in counts.items())
         special = ", ".join(f"{count:,} {what}" for what, count in of_scored.items() if count)
         return f"{text} (of the scored {special})" if special else text
+
+    @property
+    def interval_title(self) -> str:
+        """Title of the intervals, with their units."""
+        units = Units(self.resampled, self.num_speakers, self.num_without_speaker)
+        return f"95 % interval, {units}"
+
+    def scored_as(self) -> list[str]:
+        """How texts were compared, a line for the metrics of normalized texts and one for each of sacrebleu's."""
+        normalized = [METRICS[name].title for name in self.metrics if name not in self.signatures]
+        normalizer = f"{', '.join(normalized)}: normalizer {' '.join(self.normalizer.values())}"
+        signed = [f"{METRICS[name].title}: {text}" for name, text in self.signatures.items()]
+        return [*([normalizer] if normalized else []), *signed]
 
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
@@ -142,3 +175,14 @@ def without_nan(value: Any) -> Any:
 
 def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
     return {key: math.nan if number is None else number for key, number in numbers.items()}
+
+
+def commit() -> dict[str, Any] | None:
+    """The commit of the working directory, and whether its files differ; None where there is none."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    name, _, dirty = ended.stdout.strip().partition("-")
+    return {"id": name, "dirty": bool(dirty)} if ended.returncode == 0 and name else None

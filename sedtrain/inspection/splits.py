@@ -15,7 +15,7 @@ from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Parts, Reference
 from sedtrain.data.durations import durations
 from sedtrain.data.paths import local_path
-from sedtrain.data.utterances import UtteranceRows
+from sedtrain.data.utterances import UtteranceRows, name_or_none
 from sedtrain.errors import UserError
 from sedtrain.inspection.statistics import Floats
 
@@ -104,11 +104,6 @@ class SplitEntries:
                     self.sounds[index] = sound
                 else:
                     self.skipped.append((sound, self.entries[index].seconds))
-
-
-def name_or_none(cell: object) -> str | None:
-    """Speaker or language of a cell as text; None for an empty cell."""
-    return None if cell is None or cell != cell or not str(cell).strip() else str(cell)
 
 
 def read_corpus(corpus: Corpus, most: int | None) -> tuple[list[SplitEntries], dict[str, str]]:

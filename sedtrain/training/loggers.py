@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import secrets
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple
 from hashlib import sha256
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 
 from sedtrain.batch import Batch
 from sedtrain.errors import UserError
-from sedtrain.evaluation.results import Hypothesis, Results, installed_versions
+from sedtrain.evaluation.results import Hypothesis, Results, commit, installed_versions
 from sedtrain.models.parts import part_of
 from sedtrain.run_dir import keep_until, write_whole
 
@@ -321,14 +320,3 @@ def log_scores(trainer: Trainer, results: Results) -> None:
     for tracker in trackers(trainer):
         tracker.log_metrics(scores, logged_steps(trainer))
         tracker.close()
-
-
-def commit() -> dict[str, Any] | None:
-    """The commit of the working directory, and whether its files differ; None where there is none."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    name, _, dirty = ended.stdout.strip().partition("-")
-    return {"id": name, "dirty": bool(dirty)} if ended.returncode == 0 and name else None

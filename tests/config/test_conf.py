@@ -164,7 +164,7 @@ class Card(NamedTuple):
 
 LIBRISPEECH = {"file": "string", "text": "string", "speaker_id": "int64", "chapter_id": "int64", "id": "string"}
 SPOKEN = [("374-0000.flac", "CHAPTER ONE", 374, 180298, "374-180298-0000"), ("2.flac", "TWO", 26, 495, "26-495-0001")]
-READ = ("CHAPTER ONE", "374-180298-0000", 374, None)
+READ = ("CHAPTER ONE", "374-180298-0000", "374", None)
 ALL_TRAIN = "train.clean.100+train.clean.360+train.other.500"
 COVOST = {"client_id": "string", "file": "string", "sentence": "string", "translation": "string", "id": "string"}
 TRANSLATED = [("c1", "a.mp3", "Good day.", "Guten Tag.", "common_voice_en_1"), ("c2", "b.mp3", "Two.", "Zwei.", "cv_2")]

@@ -49,3 +49,13 @@ def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write():
     expected = Problem("attention", "flash_attention_2", wrong, "write trainer.precision=bf16-mixed")
     assert problems("attention=flash_attention_2") == [expected]
     assert check_command_line(["attention=flash_attention_2", "trainer.precision=bf16-mixed"])
+
+
+def test_bleu_has_the_tokenizers_that_need_no_download():
+    assert check_command_line(["metrics.bleu.tokenize=zh", "target=translation"])
+    write = "did you mean 'zh'? available: auto, 13a, zh, ja-mecab, ko-mecab, intl, char, none"
+    wrong = "sacrebleu has no such tokenizer, or downloads it"
+    assert problems("metrics.bleu.tokenize=zhh") == [Problem("metrics.bleu.tokenize", "zhh", wrong, write)]
+    [found] = problems("+metrics.bleu.lowercase=true")
+    assert (found.option, found.wrong) == ("metrics", "expected {bleu: {tokenize: NAME}}")
+    assert found.write == "write metrics.bleu.tokenize=NAME"

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,8 @@ def test_a_batch_says_what_is_in_it_and_what_is_not():
     batch = Collator(EXTRACTORS["hubert"], TOKENIZER, START)(utterances(8000, 16_000), skipped)
     assert (len(batch), batch.ids, batch.texts, batch.seconds) == (2, ["u0", "u1"], TEXTS[:2], 1.5)
     assert batch.skipped == skipped
+    said = [replace(each, speaker=name) for each, name in zip(utterances(8000, 16_000), ["Ann", None], strict=True)]
+    assert Collator(EXTRACTORS["hubert"], TOKENIZER, START)(said).speakers == ["Ann", None]
 
 
 def test_a_batch_of_nothing_has_length_zero_and_keeps_what_was_skipped():

@@ -76,6 +76,21 @@ def test_a_parquet_file_gives_its_rows_as_utterances(tmp_path):
     assert np.array_equal(utterance.audio.numpy(), samples)
 
 
+@pytest.mark.parametrize(
+    ("cells", "names"),
+    [
+        ([7, 12, None], ["7", "12", None]),
+        (["Ann", "", "  "], ["Ann", None, None]),
+        ([1.5, float("nan")], ["1.5", None]),
+    ],
+)
+def test_a_speaker_is_a_text_or_unknown(tmp_path, cells, names):
+    count = len(cells)
+    path = parquet(tmp_path / "x.parquet", audio=[encoded(tone())] * count, text=["one"] * count, who=cells)
+    columns = Columns(audio="audio", text="text", speaker="who")
+    assert [each.speaker for each in utterances(path, columns)] == names
+
+
 def test_a_file_is_whatever_split_is_asked_for(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[encoded(tone())], text=["one"])
     for split in ("train", "test", "train.100"):

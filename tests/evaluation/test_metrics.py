@@ -79,8 +79,8 @@ def test_the_counts_are_a_copy_of_whole_numbers_and_do_not_grow():
 
 def test_update_returns_the_counts_of_each_utterance():
     rows = CorpusMetrics(MetricSet(["wer"])).update(["a b c", "a"], ["a x", "a b c d"])
-    # utterances, substitutions, deletions, insertions, hits
-    assert rows.tolist() == [[1, 1, 1, 0, 1], [1, 0, 0, 3, 1]]
+    # words of the reference, substitutions, deletions, insertions, hits
+    assert rows.tolist() == [[3, 1, 1, 0, 1], [1, 0, 0, 3, 1]]
 
 
 def test_reset_forgets_every_utterance():

@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import jiwer
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from sedtrain.evaluation.intervals import bootstrap_intervals
+from sedtrain.evaluation.intervals import confidence_intervals
 from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals
@@ -22,14 +23,14 @@ PAIRS = [
     ("nine nine nine nine", ""),
 ]
 CURVES = "epoch,step,train/loss,val/loss,val/wer\n0,49,2.9,,\n0,99,,2.4,0.9\n1,149,2.1,,\n1,199,,1.7,0.5\n"
-VOID = {"meta"}
+VOID = {"meta", "br"}
 
 
 def evaluated(pairs, names=TRANSCRIPTION):
     metric_set = MetricSet(names)
     counts = metric_set.count([reference for reference, _ in pairs], [hypothesis for _, hypothesis in pairs])
     hypotheses = [Hypothesis(f"utterance-{number}", *pair) for number, pair in enumerate(pairs)]
-    metrics = bootstrap_intervals(metric_set, counts, num_resamples=20)
+    metrics = confidence_intervals(metric_set, counts)
     return Evaluation(metrics, hypotheses, counts, audio_seconds=90.0, rtfx=12.5)
 
 
@@ -208,6 +209,35 @@ def test_scores_and_facts_are_those_of_the_results(report):
     ):
         assert fact in html
     assert f"{100 * evaluation.metrics['wer'].value:.2f} %" in html
+
+
+def test_the_page_names_data_split_run_commit_and_version(tmp_path):
+    evaluation = evaluated(PAIRS)
+    results = replace(
+        results_of(evaluation),
+        data="openslr/librispeech_asr, clean, test.clean",
+        run_dir="runs/2026-01-01_train",
+        commit={"id": "89abcdef" * 5, "dirty": True},
+        versions={"sedtrain": "0.1.7"},
+    )
+    write_report(tmp_path / "report.html", results, evaluation, None, None)
+    html = (tmp_path / "report.html").read_text()
+    for name, fact in {
+        "data": results.data,
+        "split": "test",
+        "model": "of this run",
+        "run folder": results.run_dir,
+        "commit": "89abcdef89ab, with changed files",
+        "sedtrain": "0.1.7",
+    }.items():
+        assert f'<dt>{name}</dt><dd dir="auto">{fact}</dd>' in html
+
+
+def test_intervals_stand_beside_their_units_and_metrics_beside_their_normalizer(report):
+    html = report(PAIRS)
+    assert '<th class="number">95 % interval, by utterance</th>' in html
+    assert "WER, CER: normalizer lowercase" in html
+    assert "with 95 % intervals, by utterance" in html
 
 
 @pytest.mark.parametrize("names", [TRANSCRIPTION, TRANSLATION])

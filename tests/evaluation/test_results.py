@@ -23,6 +23,11 @@ RESULTS = Results(
     versions={"python": "3.11.9", "lightning": None},
     training_normalizer={"name": "none", "version": "1"},
     not_scored={"too long": 4},
+    resampled="speaker",
+    num_speakers=6,
+    data="digits, test",
+    run_dir="runs/a",
+    commit={"id": "0123456789", "dirty": True},
 )
 
 
@@ -48,6 +53,14 @@ def test_the_file_has_the_documented_keys(tmp_path):
         "not_scored": {"too long": 4},
         "num_empty": 0,
         "num_cut": 0,
+        "signatures": {},
+        "resampled": "speaker",
+        "num_speakers": 6,
+        "num_without_speaker": 0,
+        "data": "digits, test",
+        "run_dir": "runs/a",
+        "checkpoint": None,
+        "commit": {"id": "0123456789", "dirty": True},
     }
 
 
@@ -119,3 +132,16 @@ def test_versions_name_what_decides_a_number():
     versions = installed_versions()
     assert set(versions) >= {"sedtrain", "python", "torch", "transformers", "lightning", "datasets"}
     assert versions["python"] and versions["torch"] and versions["transformers"]
+
+
+def test_metrics_are_named_with_how_their_texts_were_compared():
+    assert RESULTS.scored_as() == ["WER, CER: normalizer lowercase 1"]
+    overlap = {"bleu": Interval(0.3, 0.2, 0.4), "chrf": Interval(0.5, 0.4, 0.6)}
+    of_both = replace(RESULTS, metrics=overlap, signatures={"bleu": "nrefs:1|tok:zh", "chrf": "nrefs:1|nc:6"})
+    assert of_both.scored_as() == ["BLEU: nrefs:1|tok:zh", "chrF: nrefs:1|nc:6"]
+
+
+def test_intervals_are_titled_by_their_units():
+    assert RESULTS.interval_title == "95 % interval, by speaker (only 6 speakers)"
+    unknown = replace(RESULTS, resampled="utterance", num_speakers=None)
+    assert unknown.interval_title == "95 % interval, by utterance"

@@ -31,7 +31,8 @@ from sedtrain.data.audio import read_audio
 GOLDEN = Path(__file__).parents[1] / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
     "task", "split", "num_utterances", "audio_seconds", "metrics", "normalizer", "decoding", "rtfx", "train", "skipped",
-    "versions", "training_normalizer", "not_scored", "num_empty", "num_cut",
+    "versions", "training_normalizer", "not_scored", "num_empty", "num_cut", "signatures", "resampled",
+    "num_speakers", "num_without_speaker", "data", "run_dir", "checkpoint", "commit",
 ]  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def assert_whole_results(stored):
     assert stored["train"]["steps"] == 3
     assert stored["audio_seconds"] > 0
     assert stored["rtfx"] > 0
+    assert (stored["resampled"], stored["num_speakers"], stored["data"]) == ("utterance", None, "digits, test")
 
 
 def transcribed_as_the_card_says(folder, wav):
@@ -124,6 +126,11 @@ def test_translation_is_scored_with_bleu(train, tmp_path):
     assert stored["task"] == "translation"
     assert next(iter(stored["metrics"])) == "bleu"
     assert stored["metrics"]["bleu"]["value"] <= 1
+    assert stored["normalizer"]["name"] == "none"
+    signature = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{stored['versions']['sacrebleu']}"
+    assert stored["signatures"]["bleu"] == signature
+    card, page = ((tmp_path / "run" / name).read_text() for name in ("model/README.md", "report.html"))
+    assert f"\n- `BLEU: {signature}`\n" in card and f">BLEU: {signature}<" in page
     column = pyarrow.parquet.read_table(EMBEDDED / "train.parquet", columns=["translation"]).slice(0, 24)
     letters = set("".join(column["translation"].to_pylist()).replace(" ", ""))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
@@ -204,11 +211,19 @@ def test_the_screen_shows_plan_scores_examples_and_places(sedtrain, corpus, tmp_
     ended = sedtrain(
         "data=parquet", f"data.path={corpus}", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1",
         "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5", "finetune=feature_encoder_frozen",
+        "data.columns.speaker=speaker",
     )  # fmt: skip
     assert ended.status == 0
     for words in ("trainable", "frozen", "hours", "steps", "encoder", "wer", "reference", "hypothesis", "saved in"):
         assert words in ended.out
     assert "\ntest: 6 scored" in ended.out
+    assert "WER, CER: normalizer lowercase 1" in ended.out
+    speakers = set(pyarrow.parquet.read_table(corpus / "test.parquet")["speaker"].to_pylist())
+    units = f"by speaker (only {len(speakers)} speakers)"
+    for text in (ended.out, *((tmp_path / "run" / name).read_text() for name in ("model/README.md", "report.html"))):
+        assert units in text
+    stored = results(tmp_path / "run")
+    assert (stored["resampled"], stored["num_speakers"]) == ("speaker", len(speakers))
     assert list(Path().iterdir()) == []
 
 
