@@ -147,6 +147,7 @@ def training_module(
     scheduler: Callable[..., Any],
 ) -> SpeechSeq2SeqModule:
     """The training step; its optimizer has been made once, so that what it refuses is refused now."""
+    options.refuse_without_ctc(saved.model)
     metrics = metric_set(cfg.target, cfg.normalizer)
     execution = Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile)
     module = SpeechSeq2SeqModule(
@@ -213,6 +214,7 @@ def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModu
     attempt = Attempts()
     made = attempt(scoring, cfg), attempt(saved_model, cfg), attempt(create, cfg, "data")
     attempt(connect, made[2], made[1], [cfg.split])
+    attempt(lambda scoring, saved: scoring.decoding.refuse_without_ctc(saved.model), *made[:2])
     attempt.report()
     return made
 

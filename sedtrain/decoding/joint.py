@@ -55,7 +55,6 @@ class JointScores(LogitsProcessor):
         self.ids = beams
 
 
-@torch.inference_mode()
 def rescored(
     model: SpeechEncoderDecoder,
     encoded: EncodedSpeech,

@@ -57,7 +57,7 @@ def transcribe(
 class Transcriber:
     """A saved model with all that a text depends on besides the audio.
 
-    Raises UserError where the model never learnt to write what `target` and `language` ask for.
+    Raises UserError where the model never learnt to write what `target` and `language` ask for, or to search so.
     """
 
     saved: SavedModel
@@ -66,6 +66,7 @@ class Transcriber:
     target: str = "transcription"
 
     def __post_init__(self) -> None:
+        self.options.refuse_without_ctc(self.saved.model)
         if self.target not in TASK_OF:
             write = f"write one of {', '.join(TASK_OF)}"
             raise UserError("target", self.target, f"target has no option {self.target!r}", write)
