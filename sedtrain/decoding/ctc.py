@@ -53,12 +53,18 @@ class Lattice:
         return log_probs.masked_fill((tokens != known)[..., None], IMPOSSIBLE)
 
 
+def frames_of(encoded: EncodedSpeech) -> Tensor:
+    """(B,) numbers of frames."""
+    frames, mask = encoded.encoder_frames, encoded.encoder_mask
+    assert frames is not None
+    return torch.full(frames.shape[:1], frames.shape[1], device=frames.device) if mask is None else mask.sum(1)
+
+
 def lattice_of(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Lattice:
     """What the CTC head hears; the pad token is the blank, as in training."""
-    frames, mask = encoded.encoder_frames, encoded.encoder_mask
-    assert model.ctc_head is not None and frames is not None
-    num_frames = torch.full(frames.shape[:1], frames.shape[1], device=frames.device) if mask is None else mask.sum(1)
-    return Lattice.of(model.ctc_head(frames), num_frames, model.config.pad_token_id, model.config.eos_token_id)
+    assert model.ctc_head is not None
+    logits = model.ctc_head(encoded.encoder_frames)
+    return Lattice.of(logits, frames_of(encoded), model.config.pad_token_id, model.config.eos_token_id)
 
 
 def best_path(lattice: Lattice, max_tokens: int) -> list[Hypotheses]:

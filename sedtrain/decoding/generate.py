@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from sedtrain.batch import Batch
-from sedtrain.decoding.ctc import Lattice, best_path, lattice_of, prefix_beam
+from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
 from sedtrain.decoding.speculative import Speculative
@@ -39,7 +39,7 @@ class DecodingOptions:
     search: Search = "attention"
     num_beams: Count = 1
     num_return_sequences: Count = 1
-    ctc_weight: Fraction = 0.3
+    ctc_weight: Fraction = 0.5
     do_sample: bool = False
     max_new_tokens: Count = 200
     length_penalty: float = 1.0
@@ -95,17 +95,19 @@ def decode_batch(
     """
     options.refuse_without_ctc(model)
     was_training = model.training
-    model.eval()
+    if was_training:  # each change of the mode visits all modules
+        model.eval()
     prompts = batch.prompts
     if prompts is None:
         prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
     encoded = model.encode(batch.inputs, batch.attention_mask)
-    lattice = None if model.ctc_head is None else lattice_of(model, encoded)
+    lattice = None if options.search == "attention" else lattice_of(model, encoded)
     if lattice is not None and options.search in ("ctc", "rescore"):
         found = by_ctc(model, encoded, prompts, options, lattice)
     else:
         found = generated(model, encoded, prompts, options, lattice)
-    model.train(was_training)
+    if was_training:
+        model.train()
     return [replace(each, texts=texts_of(tokenizer, each.ids)) for each in found]
 
 
@@ -137,8 +139,10 @@ def generated(
     model.settle_generation_config()
     ends, num_best = end_tokens(model.generation_config), options.num_return_sequences
     kwargs = {**options.generation_kwargs(), "num_return_sequences": num_best}
+    if model.ctc_head is not None:
+        kwargs["stopping_criteria"] = StoppingCriteriaList([InTime(prompts.shape[1] + most_tokens(encoded))])
     if lattice is not None:
-        kwargs |= with_ctc(options, lattice, prompts.shape[1], ends)
+        kwargs |= with_ctc(options, lattice, most_tokens(encoded), ends)
     if is_scored := num_best > 1 and options.num_beams > 1:
         kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(
@@ -153,16 +157,18 @@ def generated(
     return [Hypotheses.of_rows(*each, ends, pad) for each in zip(rows.tolist(), scores, strict=True)]
 
 
-def with_ctc(options: DecodingOptions, lattice: Lattice, num_prompt: int, ends: list[int]) -> dict[str, Any]:
-    """What CTC adds to `generate`: an end in time, scores, a draft."""
-    limits = lattice.num_frames + 1  # a token a frame, and the end
-    kwargs: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([InTime(num_prompt + limits)])}
-    if options.search == "joint" and options.ctc_weight:
-        kwargs["logits_processor"] = LogitsProcessorList([JointScores(lattice, options.ctc_weight, ends)])
+def most_tokens(encoded: EncodedSpeech) -> Tensor:
+    """(B,) tokens that each utterance may have: one a frame, and the end."""
+    return frames_of(encoded) + 1
+
+
+def with_ctc(options: DecodingOptions, lattice: Lattice, limits: Tensor, ends: list[int]) -> dict[str, Any]:
+    """What CTC adds to `generate`: scores or a draft."""
     if options.search == "speculative":
         drafts = [found.ids[0] for found in best_path(lattice, options.max_new_tokens)]
-        kwargs["custom_generate"] = Speculative(drafts, limits.tolist())
-    return kwargs
+        return {"custom_generate": Speculative(drafts, limits.tolist())}
+    scores = [JointScores(lattice, options.ctc_weight, ends)] if options.ctc_weight else []
+    return {"logits_processor": LogitsProcessorList(scores)}
 
 
 class InTime(StoppingCriteria):
