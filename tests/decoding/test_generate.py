@@ -180,8 +180,8 @@ def test_a_search_that_a_saved_model_cannot_make_is_refused_before_it_starts(
     assert "decoding.search = 'joint'\n    it needs the CTC head of the model" in ended.err
 
 
-def test_each_search_scores_a_saved_model(sedtrain, corpus, trained, tmp_path):
-    for name in ("joint", "ctc", "rescore", "speculative"):
+def test_searches_by_ctc_score_a_saved_model(sedtrain, corpus, trained, tmp_path):
+    for name in ("joint", "speculative"):
         options = ["data=parquet", f"data.path={corpus}", f"run_dir={tmp_path / name}", f"decoding={name}"]
         ended = sedtrain("task=evaluate", f"checkpoint={trained}", *options, "decoding.max_new_tokens=12")
         assert ended.status == 0, ended.err

@@ -1,5 +1,6 @@
 """Joint search and rescoring find what scoring every text finds."""
 
+from functools import cache
 from itertools import product
 
 import pytest
@@ -11,8 +12,6 @@ from sedtrain.decoding.ctc import lattice_of
 from sedtrain.decoding.generate import DecodingOptions, decode_batch
 
 SPOKEN = [token for token in range(len(AB)) if token not in (PAD, END)]
-PROMPTS = [None, [START, 5, 6]]
-EVERY = {"num_beams": 200, "num_return_sequences": 5, "length_penalty": 0.0}
 
 
 @pytest.fixture(scope="module", params=[0, 1])
@@ -29,61 +28,41 @@ def short_batch(prompt):
     return batch
 
 
+@cache
 @torch.inference_mode()
-def every_text(model, batch, weight):
-    """For each utterance, all texts with their joint scores, the best first: the decoder's one by one, CTC's by torch."""
+def all_scores(model, prompt):
+    """For each utterance (text, decoder, CTC) of every text: the decoder's scores one by one, CTC's by torch."""
+    batch = short_batch(prompt)
     encoded = model.encode(batch.inputs, batch.attention_mask)
     lattice = lattice_of(model, encoded)
     assert lattice.num_frames.tolist() == [3, 2]
     texts = [list(text) for length in range(4) for text in product(SPOKEN, repeat=length)]
-    prompt = [START] if batch.prompts is None else batch.prompts[0].tolist()
-    found = []
-    for row in range(2):
-        audio = encoded.rows([row])
-        scores = []
-        for text in texts:
-            ids = torch.tensor([prompt + text + [END]])
-            log_probs = model(encoder_outputs=audio, decoder_input_ids=ids).logits[0].log_softmax(-1)
-            spoken = range(len(prompt) - 1, ids.shape[1] - 1)
-            decoder = sum(log_probs[u, ids[0, u + 1]].item() for u in spoken)
-            ctc = -torch.nn.functional.ctc_loss(
-                lattice.log_probs[row, : lattice.num_frames[row]].clamp(min=-1e4), torch.tensor(text, dtype=torch.long),
-                lattice.num_frames[row], torch.tensor(len(text)), reduction="sum", blank=PAD,
-            ).item()  # fmt: skip
-            joint = (1 - weight) * decoder + (weight * ctc if weight else 0.0)
-            scores.append(joint if ctc > -1e3 or not weight else -torch.inf)
-        found.append(sorted(zip(scores, texts, strict=True), reverse=True))
-    return found
+    return [[scored(model, encoded.rows([row]), lattice, row, prompt, text) for text in texts] for row in range(2)]
 
 
-def assert_best(found, expected):
-    for each, all_texts in zip(found, expected, strict=True):
-        best = all_texts[: len(each.ids)]
+def scored(model, audio, lattice, row, prompt, text):
+    ids = torch.tensor([[*(prompt or [START]), *text, END]])
+    log_probs = model(encoder_outputs=audio, decoder_input_ids=ids).logits[0].log_softmax(-1)
+    decoder = sum(log_probs[u - 1, ids[0, u]].item() for u in range(len(prompt or [START]), ids.shape[1]))
+    num_frames, num_tokens = lattice.num_frames[row], torch.tensor(len(text))
+    heard, spoken = lattice.log_probs[row, :num_frames].clamp(min=-1e4), torch.tensor(text, dtype=torch.long)
+    ctc = -torch.nn.functional.ctc_loss(heard, spoken, num_frames, num_tokens, reduction="sum", blank=PAD).item()
+    return text, decoder, ctc
+
+
+@pytest.mark.parametrize(("search", "weight"), [("joint", 0.3), ("joint", 1.0), ("rescore", 0.0), ("rescore", 0.3)])
+@pytest.mark.parametrize("prompt", [None, (START, 5, 6)])
+def test_a_wide_search_finds_the_best_of_all_texts(model, search, weight, prompt):
+    """Of all texts that CTC can write."""
+    options = DecodingOptions(
+        search=search, ctc_weight=weight, num_beams=200, num_return_sequences=5, length_penalty=0.0
+    )
+    found = decode_batch(model, AB, short_batch(prompt), options)
+    for each, scores in zip(found, all_scores(model, prompt), strict=True):
+        joint = [((1 - weight) * decoder + weight * ctc, text) for text, decoder, ctc in scores if ctc > -1e3]
+        best = sorted(joint, reverse=True)[: len(each.ids)]
         assert each.scores == pytest.approx([score for score, _ in best], abs=1e-4)
         assert each.ids == [text for _, text in best]
-
-
-@pytest.mark.parametrize("weight", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_wide_joint_beam_finds_the_best_of_all_texts(model, weight, prompt):
-    batch = short_batch(prompt)
-    found = decode_batch(model, AB, batch, DecodingOptions(search="joint", ctc_weight=weight, **EVERY))
-    assert_best(found, every_text(model, batch, weight))
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_rescoring_every_text_finds_the_best(model, weight, prompt):
-    batch = short_batch(prompt)
-    found = decode_batch(model, AB, batch, DecodingOptions(search="rescore", ctc_weight=weight, **EVERY))
-    expected = every_text(model, batch, weight)
-    possible = {
-        row: {tuple(text) for score, text in texts if score > -torch.inf}
-        for row, texts in enumerate(every_text(model, batch, 1.0))
-    }
-    assert_best(
-        found, [[each for each in texts if tuple(each[1]) in possible[row]] for row, texts in enumerate(expected)]
-    )
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "bart", "roberta"])
