@@ -157,6 +157,7 @@ def training_module(
     scheduler: Callable[..., Any],
 ) -> SpeechSeq2SeqModule:
     """The training step; its optimizer has been made once, so that what it refuses is refused now."""
+    options.refuse_without_ctc(saved.model)
     execution = Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile)
     module = SpeechSeq2SeqModule(
         saved.model, saved.tokenizer, weights, metrics, options, optimizer, scheduler, finetuning.grouped, execution
@@ -237,6 +238,7 @@ def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModu
     saved, data = attempt(saved_model, cfg), attempt(create, cfg, "data")
     attempt(connect, data, saved, [cfg.split])
     made = attempt(scoring, cfg, data)
+    attempt(lambda scoring, saved: scoring.decoding.refuse_without_ctc(saved.model), made, saved)
     attempt.report()
     return made, saved, data
 

@@ -165,6 +165,12 @@ def test_what_depends_on_a_refused_component_is_not_tried_and_all_else_is(built)
     assert len(found) == 2
 
 
+def test_a_search_by_ctc_is_refused_before_a_training_without_ctc(built):
+    with pytest.raises(UserError, match="it needs the CTC head of the model") as raised:
+        built("loss=cross_entropy", "decoding=joint")
+    assert [(error.option, error.value) for error in raised.value.errors] == [("decoding.search", "joint")]
+
+
 def test_an_error_of_the_encoder_s_own_making_is_a_problem(built):
     with pytest.raises(UserError, match="divisible"):
         built("+encoder.options.hidden_size=145")

@@ -1,27 +1,45 @@
-"""Text from audio by `generate`: greedy, beam search or sampling.
+"""Text from audio: greedy, beam search or sampling by `generate`, with CTC beside it, before it or instead of it.
 
-B batch, U generated tokens.
+B batch, P prompt, U generated tokens.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from sedtrain.batch import Batch
+from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
+from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
+from sedtrain.decoding.joint import JointScores, rescored
+from sedtrain.decoding.speculative import Speculative
+from sedtrain.errors import UserError
+from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.ranges import Count, CountOrZero, Exponent, Positive, PositiveFraction
+from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, Positive, PositiveFraction
+
+Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
+OURS = {"search", "ctc_weight", "num_return_sequences"}  # the options that `generate` does not get as they are
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """Settings of the search for hypotheses; the names are those of `transformers.GenerationConfig`.
+    """Settings of the search for hypotheses; most names are those of `transformers.GenerationConfig`.
 
+    search: attention: the decoder alone; ctc: CTC alone; joint: both in each step of a beam; rescore: the best texts of CTC by
+        their joint score; speculative: CTC drafts, the decoder verifies, with the ids of greedy search
+    ctc_weight: of CTC in a joint score, (1 - w) · decoder + w · CTC
+    num_return_sequences: texts of each utterance in `decode_batch`
+    max_new_tokens: where there is a CTC head, also at most as many as an utterance has frames
     top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
     """
 
+    search: Search = "attention"
     num_beams: Count = 1
+    num_return_sequences: Count = 1
+    ctc_weight: Fraction = 0.5
     do_sample: bool = False
     max_new_tokens: Count = 200
     length_penalty: Exponent = 1.0
@@ -30,11 +48,34 @@ class DecodingOptions:
     top_p: PositiveFraction = 1.0
     no_repeat_ngram_size: CountOrZero = 0
 
+    def __post_init__(self) -> None:
+        """Raises UserError for options that do not go together."""
+        if self.search not in get_args(Search):
+            write = f"write one of {', '.join(get_args(Search))}"
+            raise UserError("decoding.search", self.search, f"search has no option {self.search!r}", write)
+        if self.do_sample and self.search != "attention":
+            write = "write decoding=sample, or decoding.do_sample=false"
+            raise UserError("decoding.do_sample", True, f"search={self.search} does not sample", write)
+        if self.search == "speculative" and self.num_beams > 1:
+            write = "write decoding.num_beams=1, or decoding=joint for a beam"
+            raise UserError("decoding.num_beams", self.num_beams, "search=speculative is greedy search", write)
+        if self.num_return_sequences > self.num_beams and not self.do_sample:
+            write = f"write decoding.num_beams={self.num_return_sequences} or more"
+            wrong = f"num_beams={self.num_beams} beams end in no more texts than that"
+            raise UserError("decoding.num_return_sequences", self.num_return_sequences, wrong, write)
+
     def generation_kwargs(self) -> dict[str, Any]:
         """The options that matter for this search: `generate` warns of the others."""
         sampling = {"temperature", "top_k", "top_p"} if not self.do_sample else set()
         beams = {"length_penalty"} if self.num_beams == 1 else set()
-        return {name: value for name, value in asdict(self).items() if name not in sampling | beams}
+        return {name: value for name, value in asdict(self).items() if name not in sampling | beams | OURS}
+
+    def refuse_without_ctc(self, model: SpeechEncoderDecoder) -> None:
+        """Raises UserError for a search that needs a CTC head which the model lacks."""
+        if self.search != "attention" and model.ctc_head is None:
+            wrong = "it needs the CTC head of the model, which was trained without one"
+            write = "write decoding=greedy or decoding=beam, or train with loss=joint loss.ctc_weight=0.3"
+            raise UserError("decoding.search", self.search, wrong, write)
 
 
 class Transcript(NamedTuple):
@@ -44,24 +85,117 @@ class Transcript(NamedTuple):
     is_cut: bool
 
 
-@torch.inference_mode()
 def transcribe_batch(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
 ) -> list[Transcript]:
-    """One hypothesis for each of the B utterances, in their order, without prompts; the model keeps its mode."""
+    """The best hypothesis for each of the B utterances, in their order, without prompts; the model keeps its mode."""
+    return [Transcript(found.texts[0], found.is_cut) for found in decode_batch(model, tokenizer, batch, options)]
+
+
+@torch.inference_mode()
+def decode_batch(
+    model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
+) -> list[Hypotheses]:
+    """The best `num_return_sequences` hypotheses for each of the B utterances; the model keeps its mode.
+
+    Raises UserError for a search that needs a CTC head which the model lacks.
+    """
+    options.refuse_without_ctc(model)
     was_training = model.training
-    model.eval()
-    prompts = {} if batch.prompts is None else {"decoder_input_ids": batch.prompts}
-    tokens = model.generate(
-        batch.inputs,
-        attention_mask=batch.attention_mask,
+    if was_training:  # each change of the mode visits all modules
+        model.eval()
+    prompts = batch.prompts
+    if prompts is None:
+        prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
+    encoded = model.encode(batch.inputs, batch.attention_mask)
+    options = replace(options, max_new_tokens=most_new_tokens(model, prompts.shape[1], options))
+    lattice = None if options.search == "attention" else lattice_of(model, encoded)
+    if lattice is not None and options.search in ("ctc", "rescore"):
+        found = by_ctc(model, encoded, prompts, options, lattice)
+    else:
+        found = generated(model, encoded, prompts, options, lattice)
+    if was_training:
+        model.train()
+    most = options.max_new_tokens
+    return [replace(each, texts=texts_of(tokenizer, each.ids), is_cut=len(each.ids[0]) >= most) for each in found]
+
+
+def most_new_tokens(model: SpeechEncoderDecoder, num_given: int, options: DecodingOptions) -> int:
+    """Tokens that a text may have behind a prompt of `num_given`: at most those that the decoder has positions for."""
+    if model.max_tokens is None:
+        return options.max_new_tokens
+    return max(1, min(options.max_new_tokens, model.max_tokens + 1 - num_given))
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[str, ...]:
+    return tuple(text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def by_ctc(
+    model: SpeechEncoderDecoder, encoded: EncodedSpeech, prompts: Tensor, options: DecodingOptions, lattice: Lattice
+) -> list[Hypotheses]:
+    """Texts of CTC, as it ranks them or as both do."""
+    num_beams, num_best, most = options.num_beams, options.num_return_sequences, options.max_new_tokens
+    if options.search == "rescore":
+        found = prefix_beam(lattice, num_beams, num_beams, most)
+        return rescored(model, encoded, prompts, found, options.ctc_weight, num_best)
+    if num_beams == 1:
+        return best_path(lattice, most)
+    return prefix_beam(lattice, num_beams, num_best, most)
+
+
+def generated(
+    model: SpeechEncoderDecoder,
+    encoded: EncodedSpeech,
+    prompts: Tensor,
+    options: DecodingOptions,
+    lattice: Lattice | None,
+) -> list[Hypotheses]:
+    """Texts that `generate` writes; the scores of n-best beams are those of the beams."""
+    model.settle_generation_config()
+    ends, num_best = end_tokens(model.generation_config), options.num_return_sequences
+    kwargs = {**options.generation_kwargs(), "num_return_sequences": num_best}
+    if model.ctc_head is not None:
+        kwargs["stopping_criteria"] = StoppingCriteriaList([InTime(prompts.shape[1] + most_tokens(encoded))])
+    if lattice is not None:
+        kwargs |= with_ctc(options, lattice, most_tokens(encoded), ends)
+    if is_scored := num_best > 1 and options.num_beams > 1:
+        kwargs |= {"return_dict_in_generate": True, "output_scores": True}
+    output = model.generate(
+        encoder_outputs=encoded,
+        decoder_input_ids=prompts,
         synced_gpus=False,  # where weights lie in pieces on several ranks, the validation has gathered them
-        **prompts,
-        **options.generation_kwargs(),
+        **kwargs,
     )
-    model.train(was_training)
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    num_given = 1 if batch.prompts is None else batch.prompts.shape[1]
-    ends = torch.tensor(model.generation_config.eos_token_id, device=tokens.device)
-    has_ended = torch.isin(tokens[:, num_given:], ends).any(1).tolist()
-    return [Transcript(text.strip(), not ended) for text, ended in zip(texts, has_ended, strict=True)]
+    rows = (output.sequences if is_scored else output)[:, prompts.shape[1] :].unflatten(0, (len(prompts), num_best))
+    scores = output.sequences_scores.unflatten(0, rows.shape[:2]).tolist() if is_scored else [None] * len(prompts)
+    pad = model.config.pad_token_id
+    return [Hypotheses.of_rows(*each, ends, pad) for each in zip(rows.tolist(), scores, strict=True)]
+
+
+def most_tokens(encoded: EncodedSpeech) -> Tensor:
+    """(B,) tokens that each utterance may have: one a frame, and the end."""
+    return frames_of(encoded) + 1
+
+
+def with_ctc(options: DecodingOptions, lattice: Lattice, limits: Tensor, ends: list[int]) -> dict[str, Any]:
+    """What CTC adds to `generate`: scores or a draft."""
+    if options.search == "speculative":
+        drafts = [found.ids[0] for found in best_path(lattice, options.max_new_tokens)]
+        return {"custom_generate": Speculative(drafts, limits.tolist())}
+    scores = [JointScores(lattice, options.ctc_weight, ends)] if options.ctc_weight else []
+    return {"logits_processor": LogitsProcessorList(scores)}
+
+
+class InTime(StoppingCriteria):
+    """Ends each utterance at its own length, whatever the others of the batch are.
+
+    limits: (B,) tokens, prompt included
+    """
+
+    def __init__(self, limits: Tensor) -> None:
+        self.limits = limits
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(B N, U) tokens of N beams -> (B N,)"""
+        return input_ids.shape[1] >= self.limits.repeat_interleave(len(input_ids) // len(self.limits))

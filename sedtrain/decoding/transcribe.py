@@ -65,7 +65,7 @@ class Transcriber:
     """A saved model with all that a text depends on besides the audio.
 
     of_decoding: what names of DecodingOptions begin with where the user writes them, for messages
-    Raises UserError where the model never learnt to write what `target` and `language` ask for.
+    Raises UserError where the model never learnt to write what `target` and `language` ask for, or to search so.
     """
 
     saved: SavedModel
@@ -75,6 +75,7 @@ class Transcriber:
     of_decoding: str = "decoding."
 
     def __post_init__(self) -> None:
+        self.options.refuse_without_ctc(self.saved.model)
         if self.target not in TASK_OF:
             write = f"write one of {', '.join(TASK_OF)}"
             raise UserError("target", self.target, f"target has no option {self.target!r}", write)

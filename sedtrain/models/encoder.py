@@ -55,6 +55,12 @@ class EncodedSpeech(BaseModelOutput):
     encoder_frames: Tensor | None = None
     encoder_mask: Tensor | None = None
 
+    def rows(self, order: list[int]) -> "EncodedSpeech":
+        """The utterances `order`, without the encoder's own output."""
+        audio, mask = self.last_hidden_state, self.attention_mask
+        assert audio is not None
+        return EncodedSpeech(last_hidden_state=audio[order], attention_mask=None if mask is None else mask[order])
+
 
 def seq2seq_output(
     loss: Tensor | None, decoded: Mapping[str, Any], encoded: EncodedSpeech, with_logits: bool, adapted: bool

@@ -251,15 +251,9 @@ class OtherAudio:
 
         An utterance alone in its batch gets the first of the previous batch; None where there is no previous batch.
         """
-        previous, self.previous = self.previous, rows(encoded, [0])
+        previous, self.previous = self.previous, encoded.rows([0])
         num_utterances = len(encoded.last_hidden_state)
-        return previous if num_utterances == 1 else rows(encoded, [num_utterances - 1, *range(num_utterances - 1)])
-
-
-def rows(encoded: EncodedSpeech, order: list[int]) -> EncodedSpeech:
-    audio, mask = encoded.last_hidden_state, encoded.attention_mask
-    assert audio is not None
-    return EncodedSpeech(last_hidden_state=audio[order], attention_mask=None if mask is None else mask[order])
+        return previous if num_utterances == 1 else encoded.rows([num_utterances - 1, *range(num_utterances - 1)])
 
 
 class OutOfMemory(UserError):

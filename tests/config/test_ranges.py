@@ -89,6 +89,8 @@ ROWS = [
     ("loss.ctc_weight", 5, f"{FRACTION}, or null"),
     ("loss.ctc_weight", nan, f"{FRACTION}, or null"),
     ("decoding.num_beams", 0, COUNT),
+    ("decoding.num_return_sequences", 0, COUNT),
+    ("decoding.ctc_weight", 1.5, FRACTION),
     ("decoding.max_new_tokens", 0, COUNT),
     ("decoding.no_repeat_ngram_size", -1, COUNT_FROM_0),
     ("decoding.top_k", -1, COUNT_FROM_0),

@@ -1,0 +1,165 @@
+"""Searches of a trained model on the embedded test utterances: their errors, and the calls and time of the decoder.
+
+    python -m sedtrain encoder=hubert decoder=bert run_dir=RUN    # the model, about eight minutes
+    python benchmarks/decoding.py RUN                             # three minutes
+
+    wer        of each search, and its paired bootstrap test against greedy search on the same utterances; then the
+               same where three utterances are joined, which is longer than any in training
+    calls      of the decoder, on the whole split
+    seconds    of one core's time (CPU time, one thread): the median of the rounds, in which the sides take turns
+    times      how many times as fast as greedy search by `generate`, as a whole and without the encoder and the CTC
+               head, which all share
+
+`stock` is `generate` of the class that `transformers` itself loads the folder with. Speed is measured with one
+utterance at a time, and in the batches of an evaluation.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+
+from sedtrain.build import connect
+from sedtrain.config.instantiate import create
+from sedtrain.config.schema import conf_dir, register
+from sedtrain.decoding.ctc import best_path, lattice_of
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.evaluation.evaluate import metric_set
+from sedtrain.evaluation.intervals import bootstrap_intervals, paired_test
+from sedtrain.models.saved import load
+
+SEARCHES = ("greedy", "beam", "joint", "ctc", "rescore", "speculative")
+METRICS = metric_set("transcription", "lowercase")
+
+
+def created(group, *overrides):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return create(compose("train", ["run_dir=.", "data.num_workers=0", *overrides]), group)
+
+
+def utterances_of(batches):
+    """(audio, text) of each utterance, in the order of the batches."""
+    return [
+        (audio[: mask.sum()], text)
+        for batch in batches
+        for audio, mask, text in zip(batch.inputs, batch.attention_mask, batch.texts, strict=True)
+    ]
+
+
+def batch_of(like, utterances):
+    """A batch of (audio, text)."""
+    audio, texts = zip(*utterances, strict=True)
+    masks = [torch.ones(len(each), dtype=torch.long) for each in audio]
+    inputs, mask = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (audio, masks))
+    return replace(like, inputs=inputs, attention_mask=mask, ids=list(texts), texts=list(texts))
+
+
+def joined(utterances, number):
+    """Utterances of `number` neighbours each."""
+    for first in range(0, len(utterances) - number + 1, number):
+        audio, texts = zip(*utterances[first : first + number], strict=True)
+        yield torch.cat(audio), " ".join(texts)
+
+
+def errors(saved, batches):
+    """Prints the word error rate of each search, and how it differs from greedy search."""
+    references = [text for batch in batches for text in batch.texts]
+    counts = {}
+    for name in SEARCHES:
+        options = created("decoding", f"decoding={name}")
+        found = [each for batch in batches for each in decode_batch(saved.model, saved.tokenizer, batch, options)]
+        counts[name] = METRICS.count(references, [each.texts[0] for each in found])
+        wer = bootstrap_intervals(METRICS, counts[name])["wer"]
+        line = f"  {name:12} wer {wer.value:.2%} ({wer.low:.2%} to {wer.high:.2%})"
+        if name != "greedy":
+            test = paired_test(METRICS, counts["greedy"], counts[name])["wer"]
+            line += f"  greedy {test.difference:+.2%} ({test.low:+.2%} to {test.high:+.2%}), p = {test.p_value:.3f}"
+        print(line, flush=True)
+
+
+def sides_of(saved, stock):
+    """Functions from a batch to rows of ids, by name; that of the encoder returns nothing."""
+    model, start = saved.model, saved.model.config.decoder_start_token_id
+
+    def searched(name):
+        options = created("decoding", f"decoding={name}")
+        return lambda batch: [each.ids[0] for each in decode_batch(model, saved.tokenizer, batch, options)]
+
+    def of_transformers(batch):
+        ids = stock.generate(batch.inputs, attention_mask=batch.attention_mask, max_new_tokens=200, do_sample=False)
+        special = {start, model.config.eos_token_id, model.config.pad_token_id}
+        return [[token for token in row if token not in special] for row in ids.tolist()]
+
+    def encoder(batch):
+        best_path(lattice_of(model, model.encode(batch.inputs, batch.attention_mask)), 200)
+
+    return {
+        "stock": of_transformers,
+        "greedy": searched("greedy"),
+        "speculative": searched("speculative"),
+        "encoder": encoder,
+    }
+
+
+def speed(saved, stock, batches, rounds):
+    """Prints the calls and times of the sides, which take turns."""
+    seconds, ids, calls = defaultdict(list), {}, defaultdict(int)
+    sides = sides_of(saved, stock)
+    for name, decoder in (
+        ("stock", stock.decoder),
+        *((name, saved.model.decoder) for name in ("greedy", "speculative")),
+    ):
+        hook = decoder.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+        ids[name] = [row for batch in batches for row in sides[name](batch)]
+        hook.remove()
+    for number in range(rounds):
+        for name in sides if number % 2 == 0 else reversed(sides):
+            began = time.process_time()
+            for batch in batches:
+                sides[name](batch)
+            seconds[name].append(time.process_time() - began)
+    middle = {name: statistics.median(each) for name, each in seconds.items()}
+    of_decoder = {name: each - middle["encoder"] for name, each in middle.items()}
+    for name in sides:
+        line = f"  {name:12} {middle[name]:.2f} s"
+        if name != "encoder":
+            same = sum(a == b for a, b in zip(ids[name], ids["greedy"], strict=True))
+            line += f"  {calls[name]} calls  times {middle['greedy'] / middle[name]:.2f}"
+            line += f", decoder alone {of_decoder['greedy'] / of_decoder[name]:.2f}"
+            line += f"  ids of greedy: {same} of {len(ids[name])}"
+        print(line, flush=True)
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a training with loss=joint on the embedded corpus")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    saved, data = load(options.run), created("data")
+    stock = transformers.SpeechEncoderDecoderModel.from_pretrained(options.run / "model").eval()
+    connect(data, saved, ["test"])
+    batches = list(data.batches("test"))
+    utterances = utterances_of(batches)
+    singles = [batch_of(batches[0], [each]) for each in utterances]
+    longer = list(joined(utterances, 3))
+    print(f"{len(utterances)} utterances")
+    errors(saved, batches)
+    print(f"{len(longer)} of three utterances each")
+    errors(saved, [batch_of(batches[0], longer[first : first + 8]) for first in range(0, len(longer), 8)])
+    for name, each in (("one at a time", singles), (f"in {len(batches)} batches", batches)):
+        print(name)
+        speed(saved, stock, each, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Texts by CTC alone: the best path, and beam search over prefixes by their probability.
+
+B batch, T frames, V vocabulary of the CTC head, K prefixes of each utterance, U tokens. All scores are natural logarithms.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sedtrain.decoding.hypotheses import Hypotheses
+from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+
+IMPOSSIBLE = -torch.inf
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """(B, T, V) log-probabilities of a token in each frame; padded frames hold nothing but blanks, which change no score."""
+
+    log_probs: Tensor
+    num_frames: Tensor
+    blank: int
+
+    @classmethod
+    def of(cls, logits: Tensor, num_frames: Tensor, blank: int, end: int) -> "Lattice":
+        """From (B, T, V) scores and (B,) numbers of frames. CTC writes no end token, whose probability the others share."""
+        no_end = torch.arange(logits.shape[2], device=logits.device) == (end if end != blank else -1)
+        log_probs = logits.float().masked_fill(no_end, IMPOSSIBLE).log_softmax(-1)
+        padded = torch.arange(logits.shape[1], device=logits.device) >= num_frames[:, None]
+        log_probs[padded] = IMPOSSIBLE
+        log_probs[..., blank].masked_fill_(padded, 0.0)
+        return cls(log_probs, num_frames, blank)
+
+    @cached_property
+    def peaks(self) -> Tensor:
+        """(B, 1, V): the highest log-probability of each token."""
+        return self.log_probs.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+
+    @cached_property
+    def relative(self) -> Tensor:
+        """(B, T, V): probabilities divided by those of the peaks."""
+        return (self.log_probs - self.peaks).exp()
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, K) tokens -> (B, K, T) log-probabilities; impossible for tokens that CTC does not know."""
+        frames, vocabulary = self.log_probs.shape[1:]
+        known = tokens.clamp(max=vocabulary - 1)
+        log_probs = self.log_probs.gather(2, known[:, None].expand(-1, frames, -1)).transpose(1, 2)
+        return log_probs.masked_fill((tokens != known)[..., None], IMPOSSIBLE)
+
+
+def frames_of(encoded: EncodedSpeech) -> Tensor:
+    """(B,) numbers of frames."""
+    frames, mask = encoded.encoder_frames, encoded.encoder_mask
+    assert frames is not None
+    return torch.full(frames.shape[:1], frames.shape[1], device=frames.device) if mask is None else mask.sum(1)
+
+
+def lattice_of(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Lattice:
+    """What the CTC head hears; the pad token is the blank, as in training."""
+    assert model.ctc_head is not None
+    logits = model.ctc_head(encoded.encoder_frames)
+    return Lattice.of(logits, frames_of(encoded), model.config.pad_token_id, model.config.eos_token_id)
+
+
+def best_path(lattice: Lattice, max_tokens: int) -> list[Hypotheses]:
+    """The most probable token of each frame, without repetitions and blanks, cut to `max_tokens`; scored is that one path."""
+    scores, tokens = lattice.log_probs.max(-1)
+    changes = tokens.diff(dim=1, prepend=torch.full_like(tokens[:, :1], -1)) != 0
+    kept = changes & (tokens != lattice.blank)
+    rows = zip(tokens, kept, scores.sum(1).tolist(), strict=True)
+    return [Hypotheses([row[of_row].tolist()[:max_tokens]], [score]) for row, of_row, score in rows]
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """K beginnings of the text of each utterance, with the probability of every text that begins with them.
+
+    Source: Watanabe et al. 2017 (arXiv 1609.06773), algorithm 2, whose sum over frames is here one product of matrices.
+
+    in_token, in_blank: (B, K, T + 1) paths that have written the prefix after t frames and end in its last token, in a blank
+    last:   (B, K) its last token, -1 for none
+    scores: (B, K)
+    """
+
+    lattice: Lattice
+    in_token: Tensor
+    in_blank: Tensor
+    last: Tensor
+    scores: Tensor
+
+    @classmethod
+    def empty(cls, lattice: Lattice) -> "Prefixes":
+        """One prefix of each utterance, without a token."""
+        in_blank = pad(lattice.log_probs[..., lattice.blank].cumsum(1), (1, 0))[:, None]
+        scores = torch.zeros_like(in_blank[..., 0])
+        return cls(
+            lattice,
+            torch.full_like(in_blank, IMPOSSIBLE),
+            in_blank,
+            torch.full_like(scores, -1, dtype=torch.long),
+            scores,
+        )
+
+    @property
+    def whole(self) -> Tensor:
+        """(B, K): the prefix is the whole text."""
+        return torch.logaddexp(self.in_token[..., -1], self.in_blank[..., -1])
+
+    def before(self) -> Tensor:
+        """(B, K, T): the prefix is written before frame t."""
+        return torch.logaddexp(self.in_token, self.in_blank)[..., :-1]
+
+    def extensions(self) -> Tensor:
+        """(B, K, V) scores of the prefix and one token more."""
+        lattice, before = self.lattice, self.before()
+        padded = torch.arange(before.shape[2], device=before.device) >= lattice.num_frames[:, None]
+        before = before.masked_fill(padded[:, None], IMPOSSIBLE)
+        highest = before.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        scores = ((before - highest).exp() @ lattice.relative).log() + highest + lattice.peaks
+        last = self.last.clamp(min=0)
+        repeated = (self.in_blank[..., :-1] + lattice.of_tokens(last)).logsumexp(-1)
+        kept = scores.gather(2, last[..., None])[..., 0]
+        scores.scatter_(2, last[..., None], torch.where(self.last < 0, kept, repeated)[..., None])
+        scores[..., lattice.blank] = IMPOSSIBLE
+        return scores
+
+    def extended(self, parents: Tensor, tokens: Tensor) -> "Prefixes":
+        """Prefixes `parents` (B, K') with one more of `tokens` (B, K'); impossible for a blank."""
+        old = self.chosen(parents)
+        token = self.lattice.of_tokens(tokens).masked_fill((tokens == self.lattice.blank)[..., None], IMPOSSIBLE)
+        blank = self.lattice.log_probs[:, None, :, self.lattice.blank].expand_as(token)
+        repeats = (tokens == old.last)[..., None]
+        written = torch.where(repeats, old.in_blank[..., :-1], old.before()) + token
+        in_token = pad(recurrence(token, written), (1, 0), value=IMPOSSIBLE)
+        in_blank = pad(recurrence(blank, in_token[..., :-1] + blank), (1, 0), value=IMPOSSIBLE)
+        return Prefixes(self.lattice, in_token, in_blank, tokens, written.logsumexp(-1))
+
+    def chosen(self, parents: Tensor) -> "Prefixes":
+        """Prefixes `parents` (B, K') of each utterance."""
+        in_token, in_blank = rows_of(self.in_token, parents), rows_of(self.in_blank, parents)
+        return Prefixes(self.lattice, in_token, in_blank, self.last.gather(1, parents), self.scores.gather(1, parents))
+
+
+def recurrence(decay: Tensor, gain: Tensor) -> Tensor:
+    """(..., T) r with r[t] = logaddexp(r[t - 1] + decay[t], gain[t]), in log2(T) steps."""
+    step = 1
+    while step < gain.shape[-1]:
+        gain = torch.logaddexp(gain, pad(gain[..., :-step], (step, 0), value=IMPOSSIBLE) + decay)
+        decay = decay + pad(decay[..., :-step], (step, 0))
+        step *= 2
+    return gain
+
+
+def prefix_beam(lattice: Lattice, num_beams: int, num_best: int, max_tokens: int) -> list[Hypotheses]:
+    """The `num_best` most probable texts of at most `max_tokens`, summed over their paths, as far as `num_beams` prefixes see.
+
+    A prefix is at least as probable as any text that begins with it: the search ends when no prefix can do better.
+    Source: Graves et al. 2006, prefix search, with a beam.
+    """
+    frames, vocabulary = lattice.log_probs.shape[1:]
+    prefixes = Prefixes.empty(lattice)
+    ids = torch.zeros(*prefixes.scores.shape, 0, dtype=torch.long, device=prefixes.scores.device)
+    best_ids, best_scores = ids[:, :0], prefixes.scores[:, :0]
+    for num_tokens in range(min(max_tokens, frames) + 1):
+        best_ids = torch.cat([pad(best_ids, (0, num_tokens - best_ids.shape[2]), value=lattice.blank), ids], 1)
+        best_scores = torch.cat([best_scores, prefixes.whole], 1)
+        best_scores, order = best_scores.topk(min(num_best, best_scores.shape[1]))
+        best_ids = rows_of(best_ids, order)
+        extensions = prefixes.extensions().flatten(1)
+        scores, flat = extensions.topk(min(num_beams, extensions.shape[1]))
+        if best_scores.shape[1] == num_best and bool((scores[:, 0] <= best_scores[:, -1]).all()):
+            break
+        parents, tokens = flat // vocabulary, flat % vocabulary
+        ids = torch.cat([rows_of(ids, parents), tokens[..., None]], 2)
+        prefixes = prefixes.extended(parents, tokens)
+    return [of_finite(*row, lattice.blank) for row in zip(best_ids.tolist(), best_scores.tolist(), strict=True)]
+
+
+def of_finite(rows: list[list[int]], scores: list[float], blank: int) -> Hypotheses:
+    """The hypotheses that have a path."""
+    number = sum(score > IMPOSSIBLE for score in scores)
+    return Hypotheses.of_rows(rows[:number], scores[:number], (), blank)
+
+
+def rows_of(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows `order` (B, K') of (B, K, N)."""
+    return rows.gather(1, order[..., None].expand(-1, -1, rows.shape[2]))

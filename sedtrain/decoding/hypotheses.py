@@ -1,0 +1,40 @@
+"""The n-best texts of an utterance."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from transformers import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """The n-best texts of one utterance, the best first.
+
+    ids:    tokens of each, without prompt, end and padding
+    scores: by which the search ranks them; None if it computes none
+    is_cut: True if the best one was cut at the limit of tokens
+    """
+
+    ids: list[list[int]]
+    scores: list[float] | None = None
+    texts: tuple[str, ...] = ()
+    is_cut: bool = False
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Sequence[int]], scores: list[float] | None, ends: Collection[int], pad: int
+    ) -> Self:
+        """From rows of tokens behind the prompt, each cut at the first of `ends`."""
+        return cls([[token for token in until(row, ends) if token != pad] for row in rows], scores)
+
+
+def until(row: Sequence[int], ends: Collection[int]) -> Sequence[int]:
+    """The tokens of a row before the first of `ends`."""
+    return row[: next((position for position, token in enumerate(row) if token in ends), len(row))]
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """The tokens that end a text."""
+    ends: int | list[int] = config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]

@@ -1,0 +1,112 @@
+"""Speculative search writes the ids of greedy search, whatever the draft is, in fewer calls of the decoder."""
+
+import random
+
+import pytest
+import torch
+from families import DECODERS, TOKENIZER, tiny_decoder
+from tones import END, START, TOKENS, batch_of, drawn_texts, joined, train
+
+from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.speculative import Speculative
+
+TEXTS = [[5, 6, 7, 8, 9], [9, 8], [7, 7, 7, 6]]
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def model(request):
+    return joined(tiny_decoder(request.param))
+
+
+@pytest.fixture(scope="module", params=["bert", "gpt2"])
+def trained(request):
+    return train(joined(tiny_decoder(request.param)))
+
+
+def number_of_calls(model, search):
+    """What the search returns, and how often it calls the decoder."""
+    calls = []
+    hook = model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        return search(), len(calls)
+    finally:
+        hook.remove()
+
+
+def searches(model, drafts, most=10, prompts=None, **options):
+    """The tokens of greedy search and of speculative search from drafts, and the calls of each."""
+    batch = batch_of(TEXTS)
+    with torch.inference_mode():
+        encoded = model.encode(batch.inputs, batch.attention_mask)
+    prompts = torch.full((len(TEXTS), 1), START) if prompts is None else prompts
+    options = {"encoder_outputs": encoded, "decoder_input_ids": prompts, "max_new_tokens": most, **options}
+    expected, by_greedy = number_of_calls(model, lambda: model.generate(**options))
+    speculative = Speculative(drafts, [most] * len(TEXTS))
+    written, by_speculation = number_of_calls(model, lambda: model.generate(**options, custom_generate=speculative))
+    return expected, written, by_greedy, by_speculation
+
+
+def texts_of(tokens, num_prompt=1):
+    rows = tokens[:, num_prompt:].tolist()
+    return [row[: row.index(END)] if END in row else row for row in rows]
+
+
+def damaged(text, seed):
+    """The text with tokens left out, added and replaced."""
+    draw = random.Random(seed)
+    kept = [token for token in text if draw.random() > 0.2]
+    replaced = [draw.choice(TOKENS) if draw.random() < 0.2 else token for token in kept]
+    return [each for token in replaced for each in ([token] if draw.random() > 0.2 else [draw.choice(TOKENS), token])]
+
+
+def test_a_draft_that_is_right_takes_one_call(model):
+    expected, *_ = searches(model, [[]] * 3)
+    expected, written, by_greedy, by_speculation = searches(model, texts_of(expected))
+    assert torch.equal(written, expected)
+    assert (by_greedy, by_speculation) == (expected.shape[1] - 1, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wrong_draft_changes_no_token(model, seed):
+    texts = texts_of(searches(model, [[]] * 3)[0])
+    drafts = [damaged(text, seed + 10 * row) for row, text in enumerate(texts)]
+    expected, written, by_greedy, by_speculation = searches(model, drafts)
+    assert torch.equal(written, expected)
+    assert by_speculation <= by_greedy
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_no_text_is_longer_than_greedy_search_may_write(trained, most):
+    expected, written, *_ = searches(trained, TEXTS, most)
+    assert torch.equal(written, expected)
+
+
+def test_prompts_and_logits_processors_act_as_in_greedy_search(trained):
+    prompts = torch.tensor([[START, 11, 12], [START, 5, 6], [START, 8, 8]])
+    for options in ({"no_repeat_ngram_size": 2}, {"suppress_tokens": [9, 10]}, {"min_new_tokens": 7}):
+        texts = texts_of(searches(trained, [[]] * 3, prompts=prompts, **options)[0], 3)
+        for drafts in (texts, TEXTS, [damaged(text, 0) for text in texts]):
+            expected, written, *_ = searches(trained, drafts, prompts=prompts, **options)
+            assert torch.equal(written, expected)
+
+
+def decoded(model, search, prompts=None):
+    """The hypotheses of twelve utterances, and the calls of the decoder."""
+    batch = batch_of(drawn_texts(12, seed=7), seed=7, prompts=prompts)
+    return number_of_calls(model, lambda: decode_batch(model, TOKENIZER, batch, DecodingOptions(search=search)))
+
+
+def test_drafts_of_ctc_save_calls_and_change_no_text(trained):
+    (greedy, by_greedy), (speculative, by_speculation) = decoded(trained, "attention"), decoded(trained, "speculative")
+    assert speculative == greedy
+    assert by_speculation < by_greedy
+    drafts, no_calls = decoded(trained, "ctc")
+    assert no_calls == 0
+    agreeing = sum(draft.ids == each.ids for draft, each in zip(drafts, greedy, strict=True))
+    assert agreeing < len(greedy)  # the decoder has corrected some
+
+
+@pytest.mark.parametrize("family", ["bart", "xglm"])
+def test_drafts_of_random_weights_change_no_text_behind_prompts(family):
+    model, prompts = joined(tiny_decoder(family)), torch.tensor([[START, 11, 12]] * 12)
+    assert decoded(model, "speculative", prompts)[0] == decoded(model, "attention", prompts)[0]
