@@ -75,7 +75,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     module = attempt(training_module, cfg, saved, weights, finetuning, options, optimizer, scheduler)
     trainer = attempt(make_trainer, cfg, finetuning)
     attempt.report()
-    data.augment = Augment(augmentations, cfg.seed, cfg.data.max_seconds)
+    data.augment = Augment(augmentations, cfg.seed, data.limits.max_seconds)
     if trainer.is_global_zero:
         report_vocabulary(data, cfg.vocabulary_texts)
     return TrainingRun(trainer, module, data, saved, finetuning, Path(cfg.run_dir))
@@ -170,10 +170,6 @@ def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning
 
 def loggers(cfg: DictConfig) -> list[Tracker]:
     """One of each entry of `logger`."""
-    for name, node in cfg.logger.items():
-        if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
-            write = "write +logger.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
-            raise UserError(f"logger.{name}", node, "a logger has a name of its own, and a _target_", write)
     return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
 
 
@@ -243,5 +239,5 @@ def inspected_data(cfg: DictConfig) -> SpeechTextDataModule:
 
 def device(cfg: DictConfig) -> torch.device:
     """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
-    may_use = cfg.trainer.accelerator != "cpu" and torch.accelerator.is_available()
+    may_use = cfg.trainer.get("accelerator") != "cpu" and torch.accelerator.is_available()
     return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sedtrain import launch
-from sedtrain.config.composition import inherit_run
+from sedtrain.config.composition import COMPOSITION_ERRORS, composition_error, inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import Unfinished, UserError
@@ -66,9 +66,10 @@ def run_command_line(arguments: list[str]) -> None:
     except UserError as error:
         fail(str(error))
     failed: dict[str, int] = {}
-    launcher = os.getpid()
+    launcher, started = os.getpid(), []
 
     def job(cfg: DictConfig) -> None:
+        started.append(cfg)
         register()
         if HydraConfig.get().mode is not RunMode.MULTIRUN:
             run(cfg)
@@ -82,6 +83,8 @@ def run_command_line(arguments: list[str]) -> None:
     except JobFailed as error:
         [failed] = error.args
     except Exception as error:
+        if not started and isinstance(error, COMPOSITION_ERRORS):  # Hydra makes its folders before the first job
+            fail(str(composition_error(error, "hydra", " ".join(arguments))))
         if not type(error).__module__.startswith("submitit.") and 'Could not detect "srun"' not in str(error):
             raise
         fail(f"hydra/launcher: {error}", 1)

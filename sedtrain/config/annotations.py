@@ -80,6 +80,8 @@ def fits(value: object, annotation: str) -> bool:
 
 def is_of(kind: Any, value: Any) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(value, float) and not isfinite(value):
+        return False
     if isinstance(kind, str | ForwardRef):
         return fits(value, kind if isinstance(kind, str) else kind.__forward_arg__)
     is_known = origin or kind is None or (isinstance(kind, type) and kind is not Unknown)
@@ -128,6 +130,8 @@ def misfits(option: str, value: object, annotation: str) -> Iterator[UserError]:
         yield UserError(option, value, f"expected {annotation}", suggest(str(value), names))
     else:
         words = in_words(evaluated(annotation)) if "Range(" in annotation else annotation
+        if isinstance(value, float) and not isfinite(value) and "Range(" not in annotation:
+            words = "a finite number"
         yield UserError(option, value, f"expected {words}", example(option, annotation, value))
 
 

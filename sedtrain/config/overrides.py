@@ -17,11 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sedtrain.config.annotations import closest, suggest
 from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known, renamed
-from sedtrain.config.schema import conf_dir, find_problems, register
-from sedtrain.errors import UserError
+from sedtrain.config.schema import ANNOTATIONS, check_references, conf_dir, find_problems, plain, register
+from sedtrain.errors import UNSET, UserError
 
 SEARCH = "hydra/sweeper=optuna"
 SEARCH_PATH = "hydra.searchpath"
@@ -82,6 +83,9 @@ class Check:
     def parse(self, overrides: Any) -> list[Override]:
         parsed = []
         for text in overrides:
+            if not text.partition("=")[0].strip("+~ \t\r\n"):
+                self.report(text.strip() or "''", "", "no option is named", "write OPTION=VALUE")
+                continue
             try:
                 parsed += self.parser.parse_overrides([text])
             except HydraException:
@@ -96,9 +100,22 @@ class Check:
         paths = [f"file://{folder.resolve()}" for folder in folders if folder.is_dir()]
         for override in overrides:
             if override.key_or_group == SEARCH_PATH:
-                paths += map(str, as_list(override.value()))
+                paths += self.searched(override)
         quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
         self.search_path = [f"{SEARCH_PATH}=[{','.join(quoted)}]"] if quoted else []
+
+    def searched(self, override: Override) -> list[str]:
+        listed, write = override.value(), f"write '{SEARCH_PATH}=[\"file:///FOLDER\"]'"
+        if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+            self.report(SEARCH_PATH, override.get_value_string(), "this is no list of folders", write)
+            return []
+        local = {
+            each: Path(each.removeprefix("file://")) for each in listed if "://" not in each.removeprefix("file://")
+        }
+        lost = [each for each, folder in local.items() if not folder.is_dir()]
+        for each in lost:
+            self.report(SEARCH_PATH, each, "no such folder", write)
+        return [each for each in listed if each not in lost]
 
     # --- sweeps
 
@@ -146,8 +163,21 @@ class Check:
         for override in overrides:
             if override not in choices.values() and not f"{override.key_or_group}.".startswith(left_out):
                 self.apply(config, override)
-        with hydra_known(config):
-            self.errors += find_problems(config)
+        try:
+            with hydra_known(config):
+                self.errors += [*find_problems(config), *check_references(config.hydra, "hydra")]
+        except OmegaConfBaseException as error:  # Hydra's own settings
+            self.errors.append(composition_error(error, "hydra", UNSET))
+        self.refuse_lost(config)
+
+    def refuse_lost(self, config: DictConfig) -> None:
+        """Reports options of the root that were deleted, and groups that something else took the place of."""
+        for name, hint in ANNOTATIONS.items():
+            known = self.options(name) if hint == "Any" and name != "strategy" else []  # an option of the trainer
+            value = plain(config, name) if name in config.keys() else None  # noqa: SIM118 - also missing values
+            is_empty = name == "trainer" and isinstance(value, dict) and "_target_" not in value  # a strategy alone
+            if name not in config.keys() or (known and (is_empty or not isinstance(value, dict | str))):  # noqa: SIM118
+                self.report(name, value, "every run needs this", f"write {name}={' | '.join(known) or 'VALUE'}")
 
     @cached_property
     def repository(self) -> Any:

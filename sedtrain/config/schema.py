@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from sedtrain.config.annotations import example, misfits, suggest
 from sedtrain.config.signatures import read_signature
 from sedtrain.errors import UNSET, UserError, as_yaml
-from sedtrain.ranges import Count, CountOrZero, Positive, Range
+from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
 DECIDED = {
@@ -27,6 +27,26 @@ DECIDED = {
     "overfit_batches": "write trainer.limit_train_batches=NUMBER, or data.path=PATH of data with few utterances",
 }
 """Options of the Trainer that follow from others, and what to write instead."""
+
+
+ENTRIES = ("augment", "callbacks", "logger")
+"""Groups of several objects by name."""
+HYDRAS = {
+    "_partial_": "bool",
+    "_args_": "list",
+    "_recursive_": "bool",
+    "_convert_": "Literal['none', 'partial', 'object', 'all']",
+}
+"""Keys of Hydra in a node with `_target_`."""
+
+
+OF_TRAINER: dict[str, Any] = {
+    "val_check_interval": Count,
+    "accumulate_grad_batches": Count,
+    "log_every_n_steps": CountOrZero,
+    "gradient_clip_val": NonNegative,
+}
+"""Ranges of numbers that the Trainer does not check."""
 
 
 def one_of(*choices: str) -> Any:
@@ -112,6 +132,16 @@ def find_problems(config: DictConfig) -> list[UserError]:
     return problems
 
 
+def check_references(node: DictConfig, path: str) -> Iterator[UserError]:
+    """The references at any depth that cannot be resolved; a missing value is no fault here."""
+    for key in cast(Any, node):
+        name = f"{path}.{key}"
+        if OmegaConf.is_interpolation(node, key):
+            yield from broken_reference(node, key, name)
+        elif not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            yield from check_references(node[key], name)
+
+
 def check_root(config: DictConfig) -> Iterator[UserError]:
     for each in fields(Config):
         if each.name not in config:
@@ -129,22 +159,26 @@ def check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[
     if OmegaConf.is_missing(node, key):
         yield UserError(path, UNSET, "no value is given", f"write {path}=VALUE")
     elif OmegaConf.is_interpolation(node, key):  # what it points to is checked in its own place
-        try:
-            node[key]
-        except InterpolationToMissingValueError:
-            pass  # reported where the value is missing
-        except (OmegaConfBaseException, RecursionError) as error:
-            reference = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
-            wrong = f"this reference fails: {first_line(error)}"
-            yield UserError(path, reference, wrong, "write a value, or refer to a key that has one")
+        yield from broken_reference(node, key, path)
     elif isinstance(value := node[key], ListConfig):
         for index in range(len(value)):
             yield from check_value(value, index, f"{path}[{index}]")
     elif isinstance(value, DictConfig):
         if "_target_" in value:
             yield from check_target(value, path)
-        for name in map(str, value):
+        for name in cast(Any, value):
             yield from check_value(value, name, f"{path}.{name}")
+
+
+def broken_reference(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[UserError]:
+    try:
+        node[key]
+    except InterpolationToMissingValueError:
+        pass  # reported where the value is missing
+    except (OmegaConfBaseException, RecursionError) as error:
+        reference = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
+        wrong = f"this reference fails: {first_line(error)}"
+        yield UserError(path, reference, wrong, "write a value, or refer to a key that has one")
 
 
 def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
@@ -164,14 +198,18 @@ def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
 
 def check_options(node: DictConfig, path: str, signature: Signature, name: str) -> Iterator[UserError]:
     known = {each.name: each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD}
-    given = [str(key) for key in node.keys() if not str(key).startswith("_")]  # noqa: SIM118 - also missing values
+    given: list[Any] = [key for key in node.keys() if not str(key).startswith("_")]  # noqa: SIM118 - also missing values
+    for directive, annotation in HYDRAS.items():
+        yield from misfits(f"{path}.{directive}", plain(node, directive), annotation) if directive in node else ()
     for key in given:
         option, value = f"{path}.{key}", plain(node, key)
         if key in known and known[key].annotation is not Signature.empty:
             yield from misfits(option, value, known[key].annotation)
-        elif key not in known and len(known) == len(signature.parameters):
-            yield UserError(option, value, f"{name} has no option {key!r}", suggest(key, known))
-    for each in [] if node.get("_partial_", False) else list(known.values())[len(node.get("_args_", [])) :]:
+        elif key not in known and (len(known) == len(signature.parameters) or not isinstance(key, str)):
+            yield UserError(option, value, f"{name} has no option {str(key)!r}", suggest(str(key), known))
+    placed = plain(node, "_args_")
+    completed = plain(node, "_partial_") in (True, UNSET)
+    for each in [] if completed else list(known.values())[len(placed) if isinstance(placed, list) else 0 :]:
         if each.default is each.empty and each.name not in given:
             option, annotation = f"{path}.{each.name}", "" if each.annotation is each.empty else each.annotation
             yield UserError(option, UNSET, f"{name} needs {each.name!r}", example(option, annotation))
@@ -196,6 +234,8 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
             yield from misfits(f"data.mix.{name}.weight", weight, formatannotation(Positive))
     if task not in ("train", "fit_batches"):
         return
+    for group in ENTRIES:
+        yield from entry_rules(config.get(group), group)
     if isinstance(config.get("trainer"), DictConfig):
         yield from trainer_rules(config.trainer)
     if isinstance(config.get("callbacks"), DictConfig) and not config.callbacks.get("checkpoints"):
@@ -208,14 +248,30 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
         yield UserError("attention", attention, wrong, "write trainer.precision=bf16-mixed")
 
 
+def entry_rules(entries: Any, group: str) -> Iterator[UserError]:
+    """A group of several objects has names, and under each of them one object or null."""
+    name: Any
+    for name in entries if isinstance(entries, DictConfig) else ():
+        node = plain(entries, name)
+        if node not in (None, UNSET) and not (isinstance(node, dict) and "_target_" in node):
+            write = (
+                f"write +{group}.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
+            )
+            yield UserError(f"{group}.{name}", node, "this has a name of its own, and a _target_", write)
+
+
 def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:
     """Lightning's Trainer would take these, or refuse them late."""
     for option in filter(trainer.__contains__, DECIDED):
         wrong = f"{option} is decided elsewhere"
         yield UserError(f"trainer.{option}", plain(trainer, option), wrong, DECIDED[option])
-    for option in ("val_check_interval", "accumulate_grad_batches"):
-        if type(value := plain(trainer, option)) is int:
-            yield from misfits(f"trainer.{option}", value, formatannotation(Count))
+    if "precision" in trainer and plain(trainer, "precision") is None:
+        write = "write trainer.precision=32-true, 16-mixed or bf16-mixed"
+        yield UserError("trainer.precision", None, "training has a precision", write)
+    for option, hint in OF_TRAINER.items():
+        value = plain(trainer, option)
+        if type(value) is int or (type(value) is float and hint is NonNegative):
+            yield from misfits(f"trainer.{option}", value, formatannotation(hint))
     max_time = plain(trainer, "max_time")
     if isinstance(max_time, int | float):
         write = 'write trainer.max_time="DD:HH:MM:SS", or trainer.max_time={minutes: NUMBER}'
@@ -225,7 +281,7 @@ def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:
 # --- values of a configuration
 
 
-def plain(node: DictConfig, key: str) -> object:
+def plain(node: DictConfig, key: Any) -> object:
     """A node's value as plain Python; UNSET where it is missing or refers to nothing yet."""
     try:
         value = UNSET if OmegaConf.is_missing(node, key) else node.get(key)

@@ -30,7 +30,9 @@ def read_signature(target: str) -> Signature:
     """
     try:
         return source_signature(target)
-    except (Undecided, SyntaxError, RecursionError):
+    except UserError:
+        raise
+    except (Undecided, SyntaxError, RecursionError, ValueError, OSError):
         return imported_signature(target)
 
 
@@ -42,7 +44,10 @@ def split_module(target: str) -> tuple[ModuleSpec, list[str]]:
     first, *names = target.split(".")
     if not names or not all(part.isidentifier() for part in (first, *names)):
         raise refused(target, f"{target!r} is no dotted name", "write package.module.Name")
-    spec = find_spec(first)
+    try:
+        spec = find_spec(first)
+    except ValueError:  # it was imported, or made, without saying from where
+        spec = ModuleSpec(first, None)
     if spec is None:
         match = closest(first, (module.name for module in pkgutil.iter_modules()))
         write = f"did you mean {match!r}?" if match else "install it, or run in the folder that holds it"
@@ -192,7 +197,7 @@ def imported(target: str) -> Any:
     spec, names = split_module(target)
     try:
         found: Any = importlib.import_module(spec.name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         wrong = f"importing {spec.name} fails with {type(error).__name__}: {error}"
         raise refused(target, wrong, "repair or install that module") from error
     for name in names:

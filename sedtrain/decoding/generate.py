@@ -4,14 +4,18 @@ B batch, U generated tokens.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.ranges import Count, CountOrZero, Positive, PositiveFraction
+from sedtrain.ranges import Count, CountOrZero, Positive, PositiveFraction, Range
+
+LengthPenalty = Annotated[
+    float, Range("a number from -10 to 10", low=-10, high=10)
+]  # beyond, powers of lengths overflow
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class DecodingOptions:
     num_beams: Count = 1
     do_sample: bool = False
     max_new_tokens: Count = 200
-    length_penalty: float = 1.0
+    length_penalty: LengthPenalty = 1.0
     temperature: Positive = 1.0
     top_k: CountOrZero = 50
     top_p: PositiveFraction = 1.0

@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
+from sedtrain.models.options import refuse_impossible
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,17 @@ CROSS_ATTENTION = re.compile(r"cross_?att|encoder_att|enc_?dec|src_att", re.IGNO
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
 LOADING_OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
 UNLOADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+UNBUILDABLE = (
+    ValueError,
+    ImportError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+)
+"""Raised by constructors of transformers for values that do not go together."""
 ATTENTION_FLAGS = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
@@ -75,6 +87,8 @@ def load_config(
         wrong = f"{kind} has no such option" + (f"; did you mean {close[0]!r}?" if close else "")
         write = f"write {part}.options.NAME=VALUE with a NAME of {kind}"
         raise UserError(f"{part}.options.{unknown[0]}", values[unknown[0]], wrong, write)
+    given = {"tiny": {key: each for key, each in values.items() if key not in options}, "options": options}
+    refuse_impossible(part, given, type(config)())
     try:
         return type(config).from_dict({**({} if name is None else config.to_dict()), **values})
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -230,8 +244,8 @@ def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, ImportError) as error:
-        reason = one_line(error, 160)
+    except UNBUILDABLE as error:
+        reason = one_line(error, 160) or type(error).__name__
         if re.search("attention(?! heads)|attn", str(error), re.IGNORECASE):
             raise unusable_attention(part, config, reason) from error
         write = f"write {part}.options.NAME=VALUE that fits"

@@ -1,0 +1,54 @@
+"""Values of a family's configuration: sizes, fractions and the like in the range that their default tells."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from sedtrain.errors import UserError
+from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative
+
+FRACTIONS = re.compile(r"drop|_prob(_|$)")
+MAY_BE_ZERO = re.compile(r"_ids?$|min_|chunk|offset")
+
+
+def refuse_impossible(part: str, given: Mapping[str, Mapping[str, Any]], defaults: Any) -> None:
+    """Raises UserError for values that no model of the family can have.
+
+    given: values by the name of the option that holds them, such as {"options": {"hidden_size": 0}}
+    defaults: a configuration of the family with its own values
+    """
+    errors = []
+    for option, values in given.items():
+        for name, value in values.items():
+            if words := next(misfit(name, value, getattr(defaults, name, None)), None):
+                path = f"{part}.{option}.{name}"
+                errors.append(UserError(path, value, f"expected {words}", f"write {path}=VALUE, {words}"))
+    if errors:
+        raise UserError.all_of(errors)
+
+
+def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
+    """The range in words where a value lies outside of it; null and what has no plain default fit."""
+    if isinstance(default, list | tuple) and value is not None:
+        listed = value if isinstance(value, list | tuple) else [None]
+        for each in listed:
+            for words in misfit(name, each, default[0] if default else None) if each is not None else ["another value"]:
+                yield f"a list, each {words}" if default else "a list"
+    elif isinstance(default, bool | str) and not isinstance(value, type(default) | None):
+        yield "true or false" if isinstance(default, bool) else "a text"
+    elif (allowed := range_of(name, default)) and value is not None:
+        number, limits = get_args(allowed)
+        is_number = isinstance(value, int | number) and not isinstance(value, bool)
+        if not is_number or value not in limits:
+            yield limits.words
+
+
+def range_of(name: str, default: Any) -> Any:
+    """The range of a configuration's attribute, None where neither its name nor its default tells one."""
+    if FRACTIONS.search(name):
+        return Fraction
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        return None
+    if isinstance(default, float):
+        return NonNegative
+    return Count if default > 0 and not MAY_BE_ZERO.search(name) else CountOrZero
