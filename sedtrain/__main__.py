@@ -15,7 +15,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupted)
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until training starts there is nothing to save
-    sys.path.insert(0, "")  # a user's own classes, found from the console script as from `python -m`
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(
+            ""
+        )  # a user's own classes, found from the console script too; no file hides an installed package
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Threads that spin for long while they wait bring two programs on the same cores to a near standstill.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

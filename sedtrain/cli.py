@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from filelock import FileLock
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sedtrain import launch
-from sedtrain.config.composition import COMPOSITION_ERRORS, composition_error, inherit_run
+from sedtrain.config.composition import COMPOSITION_ERRORS, composition_error
+from sedtrain.config.inherit import inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import Unfinished, UserError
 from sedtrain.launch import is_first
-from sedtrain.run_dir import config_of, is_finished
+from sedtrain.run_dir import claim, config_of
 
 CANNOT_WORK, INTERRUPTED = 2, 130  # exit status
 RUN_DIR = "SEDTRAIN_RUN_DIR"  # tells the other processes of a run its folder, whose name holds the time
@@ -149,14 +151,12 @@ def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
 def run(cfg: DictConfig) -> None:
     """Runs one job, whose configuration has passed, and ends with a message where the user can repair what is wrong."""
     open_log()
+    lock = None
     try:
         inherit_run(cfg, list(HydraConfig.get().overrides.task))
         if cfg.task != "train" and not is_first():
             return  # one process does it
-        agree_on_folder(cfg)
-        if cfg.task == "train" and is_finished(cfg.run_dir):
-            logger.info("run_dir=%s: this run has finished, there is nothing to do", cfg.run_dir)
-            return
+        lock = agree_on_folder(cfg)
         run_task(cfg)
     except UserError as error:
         fail(str(error))
@@ -166,14 +166,19 @@ def run(cfg: DictConfig) -> None:
         write = "write run_dir=FOLDER on a disk with room"
         fail(str(UserError("run_dir", cfg.run_dir, f"cannot be written to: {error}", write)))
     finally:
+        if lock:
+            lock.release()
         for handler in list(logger.handlers):  # the next job of a sweep has its own
             logger.removeHandler(handler)
             handler.close()
         logger.propagate = True
 
 
-def agree_on_folder(cfg: DictConfig) -> None:
-    """Has all processes of a run use one folder, which the first opens, and resume alike where they were restarted."""
+def agree_on_folder(cfg: DictConfig) -> FileLock | None:
+    """Has all processes of a run use one folder, which the first opens, and resume alike where they were restarted.
+
+    Returns the lock of the folder to the first.
+    """
     written: Any = OmegaConf.to_container(cfg, resolve=False)
     if launch.has_parent():
         cfg.run_dir = os.environ[RUN_DIR]
@@ -185,10 +190,12 @@ def agree_on_folder(cfg: DictConfig) -> None:
     restarted = cfg.task == "train" and launch.is_restart_of(cfg.run_dir)
     if restarted:
         cfg.resume = launch.resume_of_restart(cfg.run_dir, cfg.resume)
+    lock = None
     if is_first() and cfg.task != "transcribe":
-        open_run_folder(Path(cfg.run_dir), resumes=restarted or (cfg.task == "train" and cfg.resume == "auto"))
+        lock = open_run_folder(Path(cfg.run_dir), resumes=restarted or (cfg.task == "train" and cfg.resume == "auto"))
         launch.note_launch(cfg.run_dir)
     os.environ[RUN_DIR] = cfg.run_dir
+    return lock
 
 
 def use_started(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
@@ -209,22 +216,24 @@ def use_started(cfg: DictConfig, num_processes: int, num_machines: int) -> None:
         cfg.trainer.update(started)
 
 
-def open_run_folder(folder: Path, resumes: bool) -> None:
-    """Makes the run's folder and its log file. Raises UserError where nothing can be written.
+def open_run_folder(folder: Path, resumes: bool) -> FileLock:
+    """Makes the run's folder and its log file, and locks it for this process. Raises UserError where that cannot be.
 
     resumes: continue a run that the folder holds; if false, such a run raises UserError
     """
-    if config_of(str(folder)).exists() and not resumes:
-        write = "write run_dir=ANOTHER_FOLDER, or resume=auto to resume this run"
-        raise UserError("run_dir", str(folder), "this folder already holds a run", write)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = claim(folder)
+        if config_of(str(folder)).exists() and not resumes:
+            write = "write run_dir=ANOTHER_FOLDER, or resume=auto to resume this run"
+            raise UserError("run_dir", str(folder), "this folder already holds a run", write)
         to_file = logging.FileHandler(folder / "sedtrain.log")
     except OSError as error:
         write = "write run_dir=FOLDER that you may write to"
         raise UserError("run_dir", str(folder), f"cannot be written to: {error}", write) from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
+    return lock
 
 
 def open_log() -> None:

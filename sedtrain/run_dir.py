@@ -1,13 +1,24 @@
 """The folder of a run: where its files lie, and how a file is written whole."""
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
+from sedtrain.errors import UserError
+
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 """The newest checkpoint, the one before it, and that of the best validation; a run resumes from any of them."""
+
+
+SECONDS_FOR_ORPHANS = 5
+
+logger = logging.getLogger(__name__)
 
 
 def model_of(checkpoint: str) -> str:
@@ -29,6 +40,24 @@ def is_finished(run: str) -> bool:
     """True if a run has trained and scored its model: the model card is the last file that it writes."""
     card = Path(run).expanduser() / "model" / "README.md"
     return card.is_file() and card.stat().st_size > 0
+
+
+def claim(run: Path) -> FileLock:
+    """The lock of a run's folder, which ends with this process. Raises UserError where another process holds it.
+
+    A process that was killed leaves workers that hold it for a moment longer.
+    """
+    lock = FileLock(run / ".lock", timeout=SECONDS_FOR_ORPHANS, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        write = "write run_dir=ANOTHER_FOLDER, or wait until that process has ended"
+        raise UserError("run_dir", str(run), "another process is at work in this folder", write) from error
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        logger.warning("run_dir=%s: this disk knows no locks; take care that no other process uses the folder", run)
+    return lock
 
 
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: Path | None = None) -> None:

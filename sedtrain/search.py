@@ -164,7 +164,17 @@ class Search:
             if PRUNED_AT in trial.user_attrs:
                 self.tell(number, self.folder)
             else:
+                self.refuse_other_options(trial.params)
                 self.run([number], launch, "resume=auto")
+
+    def refuse_other_options(self, params: dict[str, Any]) -> None:
+        """Raises UserError for what this search does not draw: a file of someone else's may name any option and value."""
+        for option, value in params.items():
+            known = self.distributions.get(option)
+            if known is None or not (isinstance(value, int | float) or value in getattr(known, "choices", ())):
+                wrong = f"its study has a trial with {option}={value}, which this search does not draw"
+                write = "write the values that were searched, or another hydra.sweep.dir"
+                raise UserError("hydra.sweep.dir", str(self.folder), wrong, write)
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
         """Runs trials, those of consecutive numbers in parallel, and tells the study how they ended."""

@@ -15,8 +15,8 @@ from sedtrain.errors import Unfinished, UserError
 from sedtrain.export import write_model_card
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables, write_page
-from sedtrain.run_dir import config_of, write_whole
-from sedtrain.training.checkpoint_files import starting_point
+from sedtrain.run_dir import config_of, is_finished, write_whole
+from sedtrain.training.checkpoint_files import refuse_other_settings, starting_point
 from sedtrain.training.fit_batches import fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
 
@@ -29,10 +29,15 @@ transformers.utils.logging.disable_progress_bar()
 
 def train(cfg: DictConfig) -> None:
     """Trains, keeps the best weights as a Hugging Face folder, and scores them on the split."""
-    start = starting_point(cfg.resume, Path(cfg.run_dir), build.settings_of(cfg))
+    settings = build.settings_of(cfg)
+    if is_finished(cfg.run_dir):
+        refuse_other_settings(Path(cfg.run_dir), settings)
+        logger.info("run_dir=%s: this run has finished, there is nothing to do", cfg.run_dir)
+        return
+    start = starting_point(cfg.resume, Path(cfg.run_dir), settings)
     run = build.training_run(cfg)
     if run.trainer.is_global_zero:
-        keep_configuration(cfg)
+        write_whole(config_of(cfg.run_dir), OmegaConf.to_yaml(OmegaConf.create(settings)))
         terminal.show(terminal.plan(*run.plan()))
     run.fit(start)
     if not run.trainer.is_global_zero:

@@ -41,8 +41,15 @@ def test_components_of_one_s_own_train_and_are_found_again_in_another_process(tr
 
     again = ["-m", "task=evaluate", "checkpoint=encoder,decoder", "hydra.sweep.dir=again"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-m", "sedtrain", *again], env=environment, capture_output=True, text=True)
+    own = ["--config-dir", "mine", "encoder=gru", "decoder=gru", "adapter=pool"]
+    ended, refused = (
+        subprocess.run([sys.executable, "-m", "sedtrain", *arguments], env=environment, capture_output=True, text=True)
+        for arguments in ([*again, *own], ["task=evaluate", "checkpoint=decoder"])
+    )
     assert ended.returncode == 0, ended.stderr
+    assert refused.returncode == 2
+    assert "adapter._target_=mine.parts.Pool, and nothing that a folder alone names is imported" in refused.stderr
+    assert "write adapter=OPTION, with --config-dir FOLDER where it is your own, as for the training" in refused.stderr
     for number, run in enumerate(("encoder", "decoder")):
         metrics = [read_json(own_folder / each / "results.json")["metrics"] for each in (run, f"again/{number}")]
         assert metrics[0] == metrics[1]

@@ -21,23 +21,24 @@ MAY_IMPORT = {
     "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models text training",
     "terminal": "evaluation training",
-    "training": "batch data decoding errors evaluation launch models ranges run_dir",
+    "training": "batch data decoding errors evaluation launch models plain ranges run_dir",
     "inspection": "batch data errors evaluation run_dir",
     "export": "evaluation models run_dir text",
     "evaluation": "batch data decoding errors models run_dir text",
     "decoding": "batch data errors models ranges text",
-    "models": "batch errors hub ranges run_dir text",
-    "data": "batch errors hub launch ranges run_dir text",
+    "models": "batch errors hub plain ranges run_dir text",
+    "data": "batch errors hub launch plain ranges run_dir text",
     "text": "errors ranges",
-    "config": "errors ranges run_dir",
+    "config": "errors plain ranges run_dir",
     "launch": "run_dir",
-    "run_dir": "",
+    "run_dir": "errors",
     "hub": "",
     "batch": "",
     "errors": "",
+    "plain": "errors",
     "ranges": "",
 }
-CONFIGURATION = {"hydra", "omegaconf", "yaml"}
+CONFIGURATION = {"filelock", "hydra", "omegaconf", "yaml"}
 # The only places that may import these packages; every other package is free.
 ONLY_IN = {
     "hydra": "cli config search",
@@ -49,8 +50,8 @@ ONLY_IN = {
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
-    "__init__ __main__ cli config.annotations config.composition config.overrides config.schema config.signatures "
-    "errors launch ranges run_dir"
+    "__init__ __main__ cli config.annotations config.composition config.inherit config.overrides config.schema "
+    "config.signatures errors launch plain ranges run_dir"
 )
 # The use of a saved model needs none of these.
 NOT_FOR_INFERENCE = {"lightning", "hydra", "omegaconf", "datasets", "pyarrow", "pandas", "jiwer", "sacrebleu"}

@@ -151,3 +151,15 @@ main()
 def test_sigusr1_before_a_training_starts_does_nothing():
     ended = subprocess.run([sys.executable, "-c", SIGUSR1_BEFORE_ANYTHING], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, f"ended by {signal.Signals(-ended.returncode).name}: {ended.stderr}"
+
+
+def test_a_file_of_the_working_folder_hides_no_package_from_the_console_script(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sedtrain.script").write_text("from sedtrain.__main__ import main\nmain()\n")
+    for name in ("yaml", "omegaconf", "filelock"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the folder was imported')")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    script = [sys.executable, str(tmp_path / "bin/sedtrain.script"), "--cfg", "job", "seed=3"]
+    ended = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "seed: 3" in ended.stdout

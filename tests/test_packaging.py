@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,3 +22,23 @@ def test_a_wheel_carries_every_option_file_and_the_corpus(tmp_path):
     assert len(options) > 40
     assert {*options, *corpus, "hydra_plugins/sedtrain_optuna.py"} <= names
     assert wheel.stat().st_size < 8_500_000
+
+
+@pytest.mark.parametrize(
+    ("package", "bad"),
+    [
+        ("lightning", ["2.6.2", "2.6.3", "2.6.5"]),  # two malicious uploads; load_from_checkpoint that ran remote code
+        ("hydra-core", ["1.3.7"]),  # instantiates what 1.3.8 has on its block list
+        ("torch", ["2.5.1"]),  # torch.load ran code with weights_only=True (CVE-2025-32434)
+        ("datasets", ["3.6.0"]),  # ran scripts of a dataset
+        ("pyarrow", ["14.0.0"]),  # ran code of an IPC or Parquet file (CVE-2023-47248)
+        ("pyyaml", ["5.3.1"]),  # ran code of a document (CVE-2020-14343)
+    ],
+)
+def test_no_version_that_is_known_to_be_bad_may_be_installed(package, bad):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert [version for version in bad if listed[package].contains(version)] == []
+    assert listed[package].contains(pinned[{"pyyaml": "PyYAML"}.get(package, package)])
+    assert pinned["pytorch-lightning"] == pinned["lightning"]

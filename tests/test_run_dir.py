@@ -1,8 +1,17 @@
 """A file is written whole or not at all."""
 
+import errno
+import subprocess
+import sys
+
+import filelock
 import pytest
 
-from sedtrain.run_dir import write_whole
+from sedtrain import run_dir
+from sedtrain.errors import UserError
+from sedtrain.run_dir import claim, write_whole
+
+HOLDS = "import sys, time; from sedtrain.run_dir import *; lock = claim(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
 
 
 def names(folder):
@@ -28,3 +37,25 @@ def test_where_writing_raises_the_old_file_stays_and_no_other(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "file", interrupted, keep=tmp_path / "before")
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_a_folder_belongs_to_one_process_until_that_process_is_killed(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        monkeypatch.setattr(run_dir, "SECONDS_FOR_ORPHANS", 0)
+        with pytest.raises(UserError) as caught:
+            claim(tmp_path)
+        assert (caught.value.option, caught.value.value) == ("run_dir", str(tmp_path))
+        assert caught.value.wrong == "another process is at work in this folder"
+        assert caught.value.write == "write run_dir=ANOTHER_FOLDER, or wait until that process has ended"
+        holder.kill()
+    claim(tmp_path).release()
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def acquire(self):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    claim(tmp_path).release()
+    assert f"run_dir={tmp_path}: this disk knows no locks" in caplog.text

@@ -228,6 +228,19 @@ def test_a_study_by_another_metric_or_of_other_values_is_refused(searched):
         searched("hydra.sweeper.num_trials=3", arguments=["optimizer.lr=0.1,0.3"])
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("+callbacks.evil", "{_target_:os.getcwd}"), ("optimizer.lr", "{_target_:os.getcwd}")]
+)
+def test_a_trial_under_way_that_names_other_options_is_refused(searched, empty_database, tmp_path, option, value):
+    folder = str(tmp_path / "sweep")
+    shutil.copytree(empty_database.parent, folder)
+    study = optuna.create_study(study_name="sedtrain", storage=f"sqlite:///{folder}/study.db")
+    study.ask({option: CategoricalDistribution([value])}).set_user_attr("folder", folder)
+    with pytest.raises(UserError, match="which this search does not draw") as caught:
+        searched("hydra.sweeper.pruner=none")
+    assert (caught.value.option, caught.value.value) == ("hydra.sweep.dir", folder)
+
+
 # --- what is searched
 
 

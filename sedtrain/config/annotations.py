@@ -80,8 +80,6 @@ def fits(value: object, annotation: str) -> bool:
 
 def is_of(kind: Any, value: Any) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
-    if isinstance(value, float) and not isfinite(value):
-        return False
     if isinstance(kind, str | ForwardRef):
         return fits(value, kind if isinstance(kind, str) else kind.__forward_arg__)
     is_known = origin or kind is None or (isinstance(kind, type) and kind is not Unknown)
@@ -101,6 +99,8 @@ def is_of(kind: Any, value: Any) -> bool:
         return len(value) == len(arguments) and all(map(is_of, arguments, value))
     if isinstance(value, list) and origin in (list, tuple):
         return all(is_of(arguments[0], each) for each in value)
+    if kind is float and isinstance(value, float) and not isfinite(value):
+        return False
     accepted: Any = {None: NoneType, float: (int, float), tuple: list}.get(kind, origin or kind)
     return origin is None and isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,11 +21,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sedtrain.config.annotations import closest, suggest
-from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known, renamed
+from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
+from sedtrain.config.inherit import renamed
 from sedtrain.config.schema import ANNOTATIONS, check_references, conf_dir, find_problems, plain, register
 from sedtrain.errors import UNSET, UserError
 
 SEARCH = "hydra/sweeper=optuna"
+PLAIN_TEXT = re.compile(r"""[^\s'"{}(),$=\\\[][^\s'"{}(),$=\\]*""")  # such as train[:90%], which Hydra wants in quotes
 SEARCH_PATH = "hydra.searchpath"
 
 
@@ -89,7 +92,11 @@ class Check:
             try:
                 parsed += self.parser.parse_overrides([text])
             except HydraException:
-                self.errors.append(unreadable(text))
+                key, _, value = text.partition("=")
+                if PLAIN_TEXT.fullmatch(value):
+                    parsed += self.parser.parse_overrides([f'{key}="{value}"'])
+                else:
+                    self.errors.append(unreadable(text))
         return parsed
 
     def add_search_path(self, overrides: list[Override], folders: list[Path]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from sedtrain.errors import UserError
+from sedtrain.plain import plain_value
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -38,7 +38,9 @@ class Bucket(NamedTuple):
 
 def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
     """The buckets that `data.batches` lists, or the YAML file that it names. Raises UserError for anything else."""
-    listed = read_yaml(batches) if isinstance(batches, str) else batches
+    listed = batches
+    if isinstance(batches, str):
+        listed = plain_value(Path(batches).expanduser(), "data.batches", batches, WRITE)
     if not isinstance(listed, list | tuple) or not listed:
         raise UserError("data.batches", batches, "this is no list of buckets", WRITE)
     buckets = [bucket_of(values, number) for number, values in enumerate(listed)]
@@ -47,15 +49,6 @@ def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
             wrong = f"the bucket before it holds {before.seconds:g} s and {before.tokens} tokens"
             raise UserError(f"data.batches[{number}]", listed[number], wrong, WRITE)
     return buckets
-
-
-def read_yaml(path: str) -> Any:
-    try:
-        return yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise UserError("data.batches", path, f"this file cannot be read: {error}", WRITE) from error
-    except yaml.YAMLError as error:
-        raise UserError("data.batches", path, f"this is no YAML: {' '.join(str(error).split())}", WRITE) from error
 
 
 def bucket_of(values: object, number: int) -> Bucket:

@@ -49,12 +49,23 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-class Loader(DataLoader[Batch]):
-    """A DataLoader whose workers, and the threads that libraries start in them, begin with SIGTERM blocked."""
+class Loader(DataLoader[Batch | UserError]):
+    """A DataLoader whose workers, and the threads that libraries start in them, begin with SIGTERM blocked.
+
+    Raises the UserError that a sampler yields in place of a batch, where that batch was due.
+    """
 
     def __iter__(self) -> Any:
         with sigterm_blocked():
-            return super().__iter__()
+            batches = super().__iter__()
+        return raise_errors(batches)
+
+
+def raise_errors(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 @contextmanager
@@ -230,7 +241,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         sizes = [bucket.utterances for bucket in self.bounds.buckets]
         return f"{min(sizes):,} to {max(sizes):,} utterances, by {len(sizes)} buckets of data.batches"
 
-    def loader(self, dataset: SplitDataset, batches: BatchesWithEpoch | StreamedBatches) -> DataLoader[Batch]:
+    def loader(self, dataset: SplitDataset, batches: BatchesWithEpoch | StreamedBatches) -> Loader:
         return Loader(
             dataset,
             batch_size=None,
@@ -268,7 +279,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         summed: torch.Tensor = self.trainer.strategy.reduce(own, reduce_op="sum")
         return summed.tolist()
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Loader:
         batches: BatchesWithEpoch | StreamedBatches
         if self.corpus.has_length():
             dataset = self.split("train", self.augment)
@@ -282,7 +293,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.train_batches = batches
         return self.loader(dataset, batches)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> Loader:
         dataset = self.split("validation")
         return self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=True))
 

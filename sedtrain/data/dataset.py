@@ -160,8 +160,8 @@ class Parts(Sequence[UtteranceRows]):
             shard.remove_copy()
 
 
-class SplitDataset(Dataset[Batch]):
-    """Item `(epoch, [reference, ...])` is a Batch.
+class SplitDataset(Dataset[Batch | UserError]):
+    """Item `(epoch, [reference, ...])` is a Batch; a UserError is handed on.
 
     kept:               the seconds of each utterance that is used; empty for a stream, which is not known before
     keep_decoded_hours: a split that is not longer is decoded once and kept in memory
@@ -193,7 +193,9 @@ class SplitDataset(Dataset[Batch]):
         """The factor by which augmentation may lengthen an utterance."""
         return self.augment.longest if self.augment else 1.0
 
-    def __getitem__(self, drawn: tuple[int, list[Reference]]) -> Batch:
+    def __getitem__(self, drawn: tuple[int, list[Reference]] | UserError) -> Batch | UserError:
+        if isinstance(drawn, UserError):
+            return drawn
         epoch, references = drawn
         results = [self.read(reference) for reference in references]
         utterances = [result for result in results if isinstance(result, Utterance)]

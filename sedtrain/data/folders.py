@@ -9,7 +9,7 @@ import datasets
 from sedtrain.data.audio import is_audio_file, leaves_folder
 from sedtrain.data.paths import files_in
 from sedtrain.data.readers import read_rows
-from sedtrain.data.tables import Row, as_dataset, decoded, problem
+from sedtrain.data.tables import MAX_TEXT_BYTES, Row, as_dataset, decoded, lines_of, problem
 from sedtrain.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -77,13 +77,20 @@ def beside_row(audio: str, has_transcript: bool, folder: Path) -> Row:
     }
     if not has_transcript:
         return row | problem("no transcript", file.name)
+    if file.stat().st_size > MAX_TEXT_BYTES:
+        return row | problem("text too large", file.name)
     text = decoded(file.read_bytes())
     return row | (problem("text that is not UTF-8", file.name) if text is None else {"text": text.strip()})
 
 
 def listed_rows(path: Path, audio: set[str]) -> Iterator[Row]:
     """A row for every line `ID TEXT` of a .trans.txt; the audio is the file of that name in the same folder."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    with path.open("rb") as file:
+        lines = [line for each in lines_of(file) for line in ([None] if each is None else each.splitlines())]
+    for number, line in enumerate(lines, start=1):
+        if line is None:
+            yield problem("text too large", f"{path.name}, line {number}")
+            continue
         if (words := decoded(line)) is None:
             yield problem("text that is not UTF-8", f"{path.name}, line {number}")
             continue

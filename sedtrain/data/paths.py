@@ -60,6 +60,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """The file of a folder that is named after the split, else its tars, else its numbered files."""
     patterns = [f"{split}{suffix}" for suffix in READERS]
     patterns += [f"{split}*.tar", f"{split}/*.tar", *(f"{split}-*{suffix}" for suffix in READERS)]
+    if Path(split).is_absolute():  # no name
+        return []
     return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
 
 
@@ -109,9 +111,12 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
             matches = sorted(filter(is_audio_file, files_in(where)))
         else:
             matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
+        matches = list(filter(os.path.isfile, matches))
         if not matches:
-            write = "write audio=FILE, a glob that matches or a folder"
-            raise UserError("audio", name, "there is no such audio file", write)
+            wrong = (
+                "this is a pipe or a device" if where.exists() and not where.is_dir() else "there is no such audio file"
+            )
+            raise UserError("audio", name, wrong, "write audio=FILE, a glob that matches or a folder")
         found += matches
     if len(found) == 1:
         try:

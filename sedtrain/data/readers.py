@@ -25,12 +25,12 @@ import pyarrow.parquet
 from filelock import FileLock
 
 from sedtrain.data.audio import is_audio_file, leaves_folder
-from sedtrain.data.tables import PROBLEM, Row, as_table, decoded, problem
+from sedtrain.data.parquet import ROWS_AT_ONCE, batches, refuse_unfolding
+from sedtrain.data.tables import MAX_TEXT_BYTES, PROBLEM, Row, as_table, decoded, lines_of, problem
 from sedtrain.errors import UserError
 
 Reader = Callable[[Path], Iterator[pa.Table]]
 VERSION = 2  # counted up when a reader changes, so that old copies are not used
-ROWS_AT_ONCE = 100  # that are in memory of a Parquet file, at about 1 MB of audio each
 NUMBER = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?$"  # 007 is text
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot of the base name
@@ -62,7 +62,7 @@ def read_rows(file: Path, cache: Path | None = None) -> datasets.Dataset:
         folder = cache or Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain"
         copy = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
-            write_copy(copy, reader_of(file)(file))
+            write_copy(copy, refuse_unfolding(reader_of(file)(file), file))
     except UserError:
         raise
     except (ValueError, OSError, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
@@ -78,10 +78,13 @@ def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
         if copy.exists():
             return
         unfinished, first = copy.with_suffix(".unfinished"), next(tables)
-        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
-            for table in chain([first], tables):
-                writer.write_table(table, max_chunksize=1000)
-        unfinished.replace(copy)
+        try:
+            with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+                for table in chain([first], tables):
+                    writer.write_table(table, max_chunksize=1000)
+            unfinished.replace(copy)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def reader_of(file: Path) -> Reader:
@@ -113,12 +116,14 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
         for number in range(file.num_row_groups):
             missing = file.metadata.row_group(number).num_rows
             try:
-                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[number]):
+                for batch in batches(file, str(path), number):
                     yield pa.concat_tables([nothing, pa.Table.from_batches([batch])], promote_options="default")
                     missing -= len(batch)
             except (OSError, pa.ArrowInvalid) as error:
                 words = f"broken Parquet: row group {number}, {' '.join(str(error).split())[:100]}"
-                yield pa.concat_tables([nothing, pa.table({PROBLEM: [words] * missing})], promote_options="default")
+                for start in range(0, missing, ROWS_AT_ONCE):
+                    lost = pa.table({PROBLEM: [words] * min(ROWS_AT_ONCE, missing - start)})
+                    yield pa.concat_tables([nothing, lost], promote_options="default")
 
 
 # --- manifests
@@ -140,8 +145,10 @@ def json_rows(path: Path) -> Iterator[Row]:
         yield from (value if isinstance(value, dict) else problem("broken JSON", "no object") for value in values)
         return
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
+        for number, line in enumerate(lines_of(lines), start=1):
+            if line is None:
+                yield problem("text too large", f"line {number}")
+            elif line.strip():
                 yield json_row(line, f"line {number}")
 
 
@@ -171,8 +178,9 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
 def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     """Cells as text, empty ones None; tab separated values know no quotes, as in Common Voice."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        parts = iter(partial(file.readline, MAX_TEXT_BYTES), "")  # lines, as far as they are no giants
         lines = csv.reader(
-            file, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+            parts, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         )
         try:
             header = next(lines, [])
@@ -219,6 +227,8 @@ def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], t
     """The fields that one member adds to its sample."""
     if is_audio_file(member.name):
         return {"audio": {"path": tar, "offset": member.offset_data, "size": member.size}}
+    if suffix in ("txt", "json") and member.size > MAX_TEXT_BYTES:
+        return problem("text too large", member.name)
     if suffix == "txt":
         text = decoded(content.read())
         return problem("text that is not UTF-8", member.name) if text is None else {"text": text.strip()}

@@ -5,6 +5,8 @@ N utterances, M batches, G groups of utterances that may share a batch, R ranks.
 
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from math import ceil
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -16,7 +18,7 @@ from sedtrain.errors import UserError
 
 SHORTEST_SECONDS = 0.1  # the collator pads shorter audio with silence
 MAX_NEIGHBOURS = 4  # batches that are drawn together and sorted; 98.9 % of the audio is real, 95.6 % with 1
-EMPTY = -1  # the batch of a rank for which a step has none left
+EMPTY = -1  # the batch of a rank for which the last step has none left
 
 Segment = tuple[int, int]
 """(number of ranks, number of steps): a run of steps made by equally many ranks."""
@@ -100,15 +102,23 @@ def random_keys(seed: Sequence[int], number: int) -> NDArray[np.uint64]:
 def steps_of(groups: Integers, num_ranks: int) -> Integers:
     """(M,) groups of the batches in their order -> (steps, R) the index of the batch that each rank takes, or EMPTY.
 
-    A step takes the first batch that is left and the next ones of its group. The last step of a group may have fewer
-    batches than ranks. The steps that follow depend only on which batches are left.
+    A step takes the first batch that is left and the next ones of its group; where these are too few, those of the groups
+    nearest to it in length. Only the last step of all may have fewer batches than ranks. The steps that follow depend
+    only on which batches are left.
     """
     by_group = np.argsort(groups, kind="stable")
-    in_order = groups[by_group]
-    rank = (np.arange(len(groups)) - np.searchsorted(in_order, in_order)) % num_ranks
-    steps = np.full((np.count_nonzero(rank == 0), num_ranks), EMPTY)
-    steps[np.cumsum(rank == 0) - 1, rank] = by_group
-    return steps[np.argsort(steps[:, 0])]
+    distinct, firsts = np.unique(groups[by_group], return_index=True)
+    left = [iter(indices.tolist()) for indices in np.split(by_group, firsts[1:])]
+    nearest = {group: np.argsort(np.abs(distinct - group), kind="stable").tolist() for group in distinct.tolist()}
+    taken = [False] * len(groups)
+    steps = np.full((ceil(len(groups) / num_ranks), num_ranks), EMPTY)
+    leaders = ((index, group) for index, group in enumerate(groups.tolist()) if not taken[index])
+    for number, (_, group) in enumerate(leaders):
+        batches = list(islice(chain.from_iterable(left[near] for near in nearest[group]), num_ranks))
+        steps[number, : len(batches)] = batches
+        for index in batches:
+            taken[index] = True
+    return steps
 
 
 def segments_after(segments: list[Segment], num_ranks: int, num_steps: int) -> list[Segment]:
@@ -144,11 +154,11 @@ def refuse_other(digested: str, written: tuple[int, str], current: tuple[int, st
 
 
 class DurationBatches(Sampler[list[int]]):
-    """The batches of one rank, as lists of utterance numbers; all ranks make equally many steps, each step in one group.
+    """The batches of one rank, as lists of utterance numbers; all ranks make equally many steps, in similar lengths.
 
     A batch keeps the bounds unless it is a single utterance that passes them. The batches of an epoch and their order
-    are a function of (seed, epoch); ranks only share them. A rank for which a step has no batch left gets an empty list;
-    a single rank never does. Without `shuffle` the longest batches come first, so that too little memory shows at once.
+    are a function of (seed, epoch); ranks only share them. A rank for which the last step has no batch left gets an empty
+    list. Without `shuffle` the longest batches come first, so that too little memory shows at once.
 
     tokens: target tokens of each utterance, needed where they are bounded
     block:  numbers that distinguish these utterances from those of other blocks of the same epoch
@@ -201,7 +211,7 @@ class DurationBatches(Sampler[list[int]]):
 
     def num_steps(self, num_ranks: int) -> int:
         """Steps of a whole epoch by `num_ranks` ranks."""
-        return len(steps_of(self.plan.batch_groups, num_ranks))
+        return ceil(len(self.plan.batch_groups) / num_ranks)
 
     def resumed_steps(self) -> int:
         return sum(steps for _, steps in self.segments)
@@ -227,7 +237,7 @@ class DurationBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """The steps of this whole epoch, those before it was resumed included, as Lightning counts."""
-        return self.resumed_steps() + len(steps_of(self.plan.batch_groups[self.batches_left()], self.num_ranks))
+        return self.resumed_steps() + ceil(len(self.batches_left()) / self.num_ranks)
 
 
 class BatchesWithEpoch(Sampler[tuple[int, list[tuple[int, int]]]]):

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from aiohttp import ClientError
 from filelock import FileLock
 
+from sedtrain.data.parquet import batches
 from sedtrain.data.paths import expanded, files_of, local_path
 from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
 from sedtrain.data.sources import hub_or_folder, is_saved, readable
@@ -76,8 +77,9 @@ class Shard:
         try:
             with fsspec.open(self.place) as file, self.parquet(file) as table:
                 schema, num_rows = table.schema_arrow, table.metadata.num_rows
-                for batch in table.iter_batches(columns=[column]) if column in schema.names else ():
-                    yield from map(as_text, readable_cells(batch.column(column)))
+                for group in range(table.num_row_groups) if column in schema.names else ():
+                    for batch in batches(table, self.place, group, [column]):
+                        yield from map(as_text, readable_cells(batch.column(column)))
         except UserError:
             raise
         except (ValueError, OSError, pa.ArrowException) as error:

@@ -136,7 +136,7 @@ class BegunBlock(NamedTuple):
     batches: DurationBatches
 
 
-class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
+class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
     """One rank's batches of a stream, each with its epoch; `DurationBatches` cuts each block into them.
 
     How many there are is not known before the stream is read, so it has no length.
@@ -209,7 +209,17 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]]]):
         self.stream.remove_copies_between(self.epoch, self.num_removed, last)
         self.num_removed = last
 
-    def __iter__(self) -> Iterator[tuple[int, list[Reference]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Reference]] | UserError]:
+        """The batches; a UserError that ends them comes as the last item.
+
+        A DataLoader that is interrupted while it starts its workers would close the pipes of their queues twice.
+        """
+        try:
+            yield from self.draw()
+        except UserError as error:
+            yield error
+
+    def draw(self) -> Iterator[tuple[int, list[Reference]]]:
         """Raises UserError at the end of an epoch without an utterance, and for a resumed block that has changed."""
         steps, start, resumed = self.steps_before, self.start, self.in_block
         self.begun = []

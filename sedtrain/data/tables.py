@@ -1,8 +1,8 @@
 """Rows as columns, whatever their cells hold."""
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
@@ -10,8 +10,18 @@ import pyarrow as pa
 Row = dict[str, Any]
 PROBLEM = "_problem"
 """The column that says why a row cannot be used: `reason` or `reason: detail`."""
+MAX_TEXT_BYTES = 2**24  # of a line, and of a file that holds one text
 NOT_TEXT = "\0object\0"
 """Prefix of a list or an object that stands where others have text."""
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Its lines; None for one that is larger than a text can be, which is never in memory as a whole."""
+    while line := file.readline(MAX_TEXT_BYTES + 1):
+        if is_giant := len(line) > MAX_TEXT_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_TEXT_BYTES)
+        yield None if is_giant else line
 
 
 def problem(reason: str, detail: str) -> Row:

@@ -4,18 +4,14 @@ B batch, U generated tokens.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.ranges import Count, CountOrZero, Positive, PositiveFraction, Range
-
-LengthPenalty = Annotated[
-    float, Range("a number from -10 to 10", low=-10, high=10)
-]  # beyond, powers of lengths overflow
+from sedtrain.ranges import Count, CountOrZero, Exponent, Positive, PositiveFraction
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class DecodingOptions:
     num_beams: Count = 1
     do_sample: bool = False
     max_new_tokens: Count = 200
-    length_penalty: LengthPenalty = 1.0
+    length_penalty: Exponent = 1.0
     temperature: Positive = 1.0
     top_k: CountOrZero = 50
     top_p: PositiveFraction = 1.0

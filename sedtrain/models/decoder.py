@@ -64,10 +64,16 @@ def load_decoder(
     if name is None:
         assert tokenizer is not None, "build hands the tokenizer over"
         take_vocabulary(config, tokenizer)
-    if name is not None and pretrained:
-        return as_decoder(load_weights("decoder", name, AutoModelForCausalLM, config, attention))
+    if name is None or not pretrained:
+        return new_decoder(config)
+    return as_decoder(load_weights("decoder", name, AutoModelForCausalLM, config, attention))
+
+
+def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """A decoder with cross-attention and random weights."""
+    settle_config(config)
     with attention_of("decoder", config):
-        return as_decoder(AutoModelForCausalLM.from_config(config))
+        return as_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
@@ -76,7 +82,9 @@ def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
         config, options = configured(name, options)
     settle_config(config)
     with attention_wanted("decoder", config, options):
-        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, config=config, trust_remote_code=False, **options
+        )
     return decoder
 
 

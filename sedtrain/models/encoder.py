@@ -106,7 +106,7 @@ def encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     with attention_of("encoder", config):
         if kind := OF_TYPE.get(config.model_type):
             return kind._from_config(config)
-        return standalone(AutoModel.from_config(config))
+        return standalone(AutoModel.from_config(config, trust_remote_code=False))
 
 
 def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
@@ -115,7 +115,7 @@ def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
         config, options = configured(name, options)
     factory, config = loader_of(config)
     with attention_wanted("encoder", config, options):
-        return standalone(factory.from_pretrained(name, config=config, **options))
+        return standalone(factory.from_pretrained(name, config=config, trust_remote_code=False, **options))
 
 
 def loader_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
@@ -205,7 +205,7 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
     name = encoder.config._name_or_path
     if name:
         with loading("encoder.checkpoint", name):
-            return AutoFeatureExtractor.from_pretrained(name)
+            return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     return FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
 
 

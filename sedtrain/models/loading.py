@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
+from sedtrain.models.foreign import refuse_code
 from sedtrain.models.options import refuse_impossible
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def load_config(
         config = AutoConfig.for_model(model_type)
     else:
         with loading(f"{part}.checkpoint", name):
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if model_type == "parakeet_encoder":
             config = encoder_within(config)
         refuse_other_family(part, name, config, model_type)
@@ -108,8 +109,9 @@ def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:
 def configured(name: Any, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The configuration of checkpoint `name` with the `options` that it has, and the options that remain for loading."""
     loading = {key: value for key, value in options.items() if key in HUB_OPTIONS | LOADING_OPTIONS}
-    rest = {key: value for key, value in options.items() if key not in LOADING_OPTIONS}
-    config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **rest)
+    rest = {key: value for key, value in options.items() if key not in LOADING_OPTIONS | {"trust_remote_code"}}
+    refuse_code("checkpoint", str(name), **{key: value for key, value in options.items() if key in HUB_OPTIONS})
+    config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, trust_remote_code=False, **rest)
     return config, {**unused, **loading}
 
 
@@ -120,12 +122,13 @@ def load_weights(
 
     Raises UserError if the weights are of another model; weights that are missing are logged.
     """
-    with loading(f"{part}.checkpoint", name), attention_of(part, config):
+    with loading(f"{part}.checkpoint", name), attention_of(part, config, (ValueError, ImportError)):
         model, loaded = factory.from_pretrained(
             name,
             config=config,
             dtype=torch.float32,
             attn_implementation=attention,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -178,7 +181,7 @@ def joined_model(option: str, name: str) -> UserError:
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer saved in folder or Hub id `name`. Raises UserError if there is none: transformers makes an empty one."""
     with loading(option, name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     files = ["tokenizer.json", *tokenizer.vocab_files_names.values()]
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / file).is_file() for file in files):
@@ -190,7 +193,7 @@ def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def loading(option: str, name: str) -> Iterator[None]:
-    """Turns a failure to load `name` into a UserError: no such folder, no model in it, a joined model, unreadable files.
+    """Turns a failure to load `name` into a UserError: no such folder, no model in it, a joined model, code, unreadable files.
 
     option: names it on the command line, such as `encoder.checkpoint`
     """
@@ -208,12 +211,15 @@ def loading(option: str, name: str) -> Iterator[None]:
     if not folder.is_dir():
         go_offline_if_unreachable()
     try:
+        refuse_code(option, name)
         yield
     except UserError:
         raise
     except UNLOADABLE as error:
         where = "the folder" if folder.is_dir() else "there is no such folder here, and the Hub or its cache"
         reason = one_line(error, 160) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "weights in a pickle that is damaged, or holds more than numbers and could run code"
         raise UserError(option, name, f"{where} gave: {reason}", write) from error
 
 
@@ -233,7 +239,9 @@ def share_config(part: nn.Module, config: transformers.PreTrainedConfig) -> None
 
 
 @contextmanager
-def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
+def attention_of(
+    part: str, config: PreTrainedConfig, failures: tuple[type[Exception], ...] = UNBUILDABLE
+) -> Iterator[None]:
     """Turns failures to build a model into a UserError, such as an attention implementation that the family lacks.
 
     None, for which `attention=auto` stands, is never refused: transformers takes sdpa if the family has it, else eager.
@@ -244,7 +252,7 @@ def attention_of(part: str, config: PreTrainedConfig) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except UNBUILDABLE as error:
+    except failures as error:
         reason = one_line(error, 160) or type(error).__name__
         if re.search("attention(?! heads)|attn", str(error), re.IGNORECASE):
             raise unusable_attention(part, config, reason) from error

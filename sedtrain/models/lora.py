@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,12 +15,23 @@ from transformers.utils import cached_file
 
 from sedtrain.errors import UserError
 from sedtrain.models.parts import selected
+from sedtrain.plain import plain_value
 
 logger = logging.getLogger(__name__)
 
 # attention that hands the weights of its layers to PyTorch without calling the layers: matrices beside them would do nothing
 WITHOUT_FORWARD = ("WavLMAttention",)
 FOLDER = "adapter"  # of a saved model, for matrices that are not merged
+PREFIX = "base_model.model."  # of the matrices' names in its file
+OPTIONS = {"r": int, "lora_alpha": int | float, "lora_dropout": float, "fan_in_fan_out": bool, "target_modules": list}
+DESCRIBING = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "peft_version",
+    "inference_mode",
+)  # nothing depends on them
+WRITE = "write checkpoint=FOLDER of a run with finetune=lora as it was saved, or without its folder adapter"
 
 
 @contextmanager
@@ -94,15 +105,15 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     with peft_for("finetune", "lora") as peft:
         weights = peft.get_peft_model_state_dict(model).items()
     save_file(
-        {f"base_model.model.{name}": weight.contiguous() for name, weight in weights},
+        {f"{PREFIX}{name}": weight.contiguous() for name, weight in weights},
         folder / "adapter_model.safetensors",
     )
     model.peft_config["default"].save_pretrained(folder)
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
-    """Adds the matrices that lie beside the saved model of this name, if any."""
-    files = [
+    """Adds the matrices that lie beside the saved model of this name, if any. Raises UserError for any but those of LoRA."""
+    config, weights = (
         cached_file(
             checkpoint,
             f"{FOLDER}/{name}",
@@ -110,7 +121,30 @@ def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
             _raise_exceptions_for_connection_errors=False,
         )
         for name in ("adapter_config.json", "adapter_model.safetensors")
-    ]
-    if files[0] is not None:
-        with peft_for("checkpoint", checkpoint):
-            model.load_adapter(str(Path(files[0]).parent))
+    )
+    if config is None:
+        return
+    stored = plain_value(Path(config), "checkpoint", checkpoint, WRITE)
+    with peft_for("checkpoint", checkpoint) as peft:
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(**options_of(stored, checkpoint, peft), inference_mode=True), model
+        )
+        matrices = {} if weights is None else load_file(weights)
+        matrices = {name.removeprefix(PREFIX): weight for name, weight in matrices.items()}
+        if matrices.keys() != peft.get_peft_model_state_dict(model).keys():
+            wrong = f"{FOLDER}/adapter_model.safetensors has not the matrices of its adapter_config.json"
+            raise UserError("checkpoint", checkpoint, wrong, WRITE)
+        peft.set_peft_model_state_dict(model, matrices)
+
+
+def options_of(stored: Any, checkpoint: str, peft: Any) -> dict[str, Any]:
+    """The options of LoRA in an adapter_config.json. Raises UserError for others: some name modules to import or to fetch."""
+    stored = stored if isinstance(stored, dict) else {}
+    options = {name: stored[name] for name, kind in OPTIONS.items() if isinstance(stored.get(name), kind)}
+    plain, known = peft.LoraConfig().to_dict(), {*OPTIONS, *DESCRIBING}
+    others = [name for name, value in stored.items() if name not in known and value and value != plain.get(name)]
+    if others or options.keys() != OPTIONS.keys():
+        name = next(iter([*others, *sorted(OPTIONS.keys() - options.keys())]))
+        wrong = f"{FOLDER}/adapter_config.json has {name}={stored.get(name)!r}, which is no adapter that sedtrain saves"
+        raise UserError("checkpoint", checkpoint, wrong, WRITE)
+    return options

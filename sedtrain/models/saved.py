@@ -78,9 +78,10 @@ def load(checkpoint: str | Path) -> SavedModel:
         model, loaded = SpeechEncoderDecoder.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        feature_extractor = AutoFeatureExtractor.from_pretrained(name)
+        feature_extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     check_loaded("checkpoint", name, model, loaded, used=model)
-    load_adapter(model, name)
+    with loading("checkpoint", name):
+        load_adapter(model, name)
     return SavedModel(model.eval(), load_tokenizer("checkpoint", name), feature_extractor)
 
 

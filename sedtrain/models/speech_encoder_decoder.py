@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSpeechSeq2Seq,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     SpeechEncoderDecoderConfig,
 )
@@ -25,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from transformers.utils import cached_file
 
 from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter, saved_adapter
-from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, decoder_positions, settle_config
+from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, decoder_positions, new_decoder, settle_config
 from sedtrain.models.encoder import (
     EncodedSpeech,
     encoder_from_config,
@@ -70,6 +71,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             encoder = encoder_from_config(config.encoder)
         if decoder is not None:
             decoder = as_decoder(decoder)
+        elif config is not None:
+            decoder = new_decoder(config.decoder)
         if config is None and encoder is not None and decoder is not None:
             config = joint_config(encoder, decoder)
         if config is not None and encoder is not None:
@@ -80,7 +83,6 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
                 described = {"kind": adapter.kind, "settings": adapter.settings}
                 config = AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
         super().__init__(config, encoder, decoder)
-        self.decoder: PreTrainedModel = as_decoder(self.decoder)
         self.settle_widths(adapter)
         share_config(self.encoder, self.config.encoder)
         share_config(self.decoder, self.config.decoder)
@@ -319,13 +321,11 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The base class's, also for models with an adapter or a CTC head."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
-        if isinstance(kwargs.get("config"), (str, Path)):
-            kwargs["config"] = AutoConfig.from_pretrained(kwargs["config"])
-        if kwargs.get("config") is None:
-            config, rest = configured(pretrained_model_name_or_path, kwargs)
-            kwargs = {**rest, "config": config}
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            config, kwargs = configured(kwargs.pop("config", None) or pretrained_model_name_or_path, kwargs)
+            kwargs["config"] = config
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"trust_remote_code": False})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses

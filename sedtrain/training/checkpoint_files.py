@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from lightning.fabric.plugins import CheckpointIO
 
 from sedtrain.errors import UserError
 from sedtrain.launch import is_first
-from sedtrain.run_dir import BEST, LAST, PREVIOUS, checkpoints_of, config_of, keep_until, write_whole
+from sedtrain.plain import plain_value
+from sedtrain.run_dir import BEST, LAST, PREVIOUS, checkpoints_of, config_of, is_finished, keep_until, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,11 @@ FREE = {
     "run_dir", "resume", "logger", "activation_checkpointing", "compile", "checkpoint", "audio", "vocabulary_texts",
     "callbacks.average.dirpath", "data.folder", "data.num_workers", "data.keep_decoded_hours", "trainer.accelerator",
     "trainer.devices", "trainer.enable_progress_bar", "trainer.inference_mode", "trainer.log_every_n_steps",
-    "trainer.max_time", "trainer.num_nodes", "trainer.strategy",
+    "trainer.max_time", "trainer.num_nodes", "trainer.strategy", "data.max_bad_fraction", "data.on_bad_utterance",
 }  # fmt: skip
 """Settings that may change when a run resumes: they decide where and how fast the same weights are computed."""
+NOT_SCORED_ANEW = {"split", "data.test_split"}
+"""Settings that may change while a run has not finished: they decide what its model is scored on."""
 AVERAGES = ("callbacks.ema", "callbacks.average")
 """Callbacks that decide the weights; all others may come and go."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
@@ -111,6 +113,12 @@ def newest_whole(folder: Path) -> Path | None:
     last = folder / LAST
     if last.is_file() and is_whole(last):
         return last
+    if last.is_dir():
+        wrong, write = (
+            f"its {LAST} is a folder, not a checkpoint",
+            f"write mv {last} ANOTHER_PLACE in your shell, then resume",
+        )
+        raise UserError("run_dir", str(folder.parent), wrong, write)
     found = [path for path in (folder / BEST, last, folder / PREVIOUS) if path.is_file()]
     if not found:
         return None
@@ -187,26 +195,31 @@ def forget(folder: Path) -> None:
 
 
 def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError with every setting that decides the weights and that the run in this folder has otherwise."""
-    stored = config_of(str(run_dir))
-    written = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-    before, now = dict(decisive(written)), dict(decisive(settings))
+    """Raises UserError with the settings in which this folder's run differs and that decide weights, or scores that exist."""
+    stored, own = config_of(str(run_dir)), checkpoints_of(str(run_dir)) / LAST
+    another = f"resume={own} run_dir=ANOTHER_FOLDER to start another run from it"
+    if not stored.exists():
+        wrong = "its config.yaml is missing: nothing says with which settings its checkpoints were trained"
+        raise UserError("run_dir", str(run_dir), wrong, f"write {another}")
+    written = plain_value(stored, "run_dir", str(run_dir), f"write {another}")
+    if not isinstance(written, dict):
+        raise UserError("run_dir", str(run_dir), "its config.yaml holds no options", f"write {another}")
+    free = FREE if is_finished(str(run_dir)) else FREE | NOT_SCORED_ANEW
+    before, now = (dict(decisive(settings, free)) for settings in (written, settings))
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
         listed = "".join(f"\n  {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
-        instead = f"resume={checkpoints_of(str(run_dir)) / LAST} run_dir=ANOTHER_FOLDER"
         wrong = f"this folder holds a run with other settings:{listed}"
-        write = f"write the settings of that run, or {instead} to start another run from it"
-        raise UserError("run_dir", str(run_dir), wrong, write)
+        raise UserError("run_dir", str(run_dir), wrong, f"write the settings of that run, or {another}")
 
 
-def decisive(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings that decide the weights, by dotted name; a list is one value."""
+def decisive(config: Mapping[Any, Any], free: set[str], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings by dotted name that are not `free`; a list is one value."""
     for key, value in config.items():
         name = f"{path}{key}"
-        if name in FREE or (path == "callbacks." and name not in AVERAGES):
+        if name in free or (path == "callbacks." and name not in AVERAGES):
             continue
         if isinstance(value, dict) and value:
-            yield from decisive(value, f"{name}.")
+            yield from decisive(value, free, f"{name}.")
         else:
             yield name, value

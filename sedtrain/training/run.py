@@ -159,13 +159,8 @@ class TrainingRun:
         try:
             with contextlib.suppress(Stopped):
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)
-        except Exception as error:
+        except Exception:
             end_others(self.trainer.strategy)
-            first: BaseException | None = error
-            while first and not isinstance(first, UserError):
-                first = first.__cause__ or first.__context__
-            if first and "iter(combined_loader)" in str(error):
-                raise first from None  # Lightning's teardown fails where no worker has started, and hides why
             raise
 
     def refuse_other_model(self, start: Path) -> None:

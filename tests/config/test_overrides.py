@@ -83,7 +83,7 @@ def composed(conf, overrides):
 
 
 def test_what_passes_goes_to_hydra_as_it_was(conf):
-    overrides = ["encoder=wavlm", "trainer.max_steps=30", "+note=a", "++seed=2", "~experiment", "encoder=wavlm"]
+    overrides = ["encoder=wavlm", "trainer.max_steps=30", "+note=a", "++seed=2", "~encoder.width", "experiment=quick"]
     assert check_overrides(overrides, []) == overrides
     assert check_overrides([], []) == []
 

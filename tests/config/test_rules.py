@@ -72,18 +72,18 @@ def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write():
         ("~data", "data", "every run needs this"),
         ("~seed", "seed", "every run needs this"),
         ("~trainer", "trainer", "every run needs this"),
-        ("++encoder=null", "encoder", "every run needs this"),
+        ("++encoder=null", "encoder", "encoder has no option"),
         ("+callbacks.mine.speed=3", "callbacks.mine", "this has a name of its own, and a _target_"),
     ],
 )
-@pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["-m"]])
+@pytest.mark.parametrize("flags", [[], ["--cfg", "job", "-m"]])
 def test_a_mistake_has_a_place_and_a_remedy(override, option, wrong, flags):
     found = [each for each in problems(*flags, override) if each.option == option]
     assert [each.wrong.startswith(wrong) and bool(each.write) for each in found] == [True]
 
 
 def test_a_logger_without_a_name_is_told_how_to_write_it():
-    [problem] = problems("logger=none", "+logger._target_=lightning.pytorch.loggers.CSVLogger")
+    problem, *_ = problems("logger=none", "+logger._target_=lightning.pytorch.loggers.CSVLogger")
     assert problem.write.startswith("write +logger.NAME._target_=package.module.Name")
 
 

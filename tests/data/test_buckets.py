@@ -62,4 +62,4 @@ def test_a_file_that_is_not_there_or_no_yaml_is_named(tmp_path):
     assert refusal(str(gone)) == ("data.batches", str(gone), missing)
     option, value, wrong = refusal(str(broken))
     assert (option, value) == ("data.batches", str(broken))
-    assert wrong.startswith("this is no YAML: while parsing a flow mapping")
+    assert wrong.startswith("broken.yaml is no YAML of plain values: while parsing a flow mapping")

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 
 import datasets
 import numpy as np
@@ -397,6 +398,14 @@ def test_audio_that_is_not_there_is_told(clips, missing):
     name = f"{clips}/{missing}"
     write = "write audio=FILE, a glob that matches or a folder"
     assert refused(audio_paths, [f"{clips}/b.wav", name]) == ("audio", name, "there is no such audio file", write)
+
+
+def test_a_pipe_is_not_waited_for(clips):
+    os.mkfifo(clips / "pipe.wav")
+    write = "write audio=FILE, a glob that matches or a folder"
+    for pipe in (f"{clips}/pipe.wav", "/dev/null"):
+        assert refused(audio_paths, pipe) == ("audio", pipe, "this is a pipe or a device", write)
+    assert names(clips, f"{clips}/*.wav") == ["b.wav"]
 
 
 def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):

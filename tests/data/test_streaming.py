@@ -266,7 +266,12 @@ def test_what_is_left_out_is_noted_once_and_the_rest_is_seen():
 
 def test_an_epoch_without_an_utterance_is_an_error():
     with pytest.raises(UserError, match="epoch 0 of the training corpus has no utterance that can be used"):
-        list(sampler([14], max_seconds=0.1))
+        list(sampler([14], max_seconds=0.1).draw())
+
+
+def test_the_error_that_ends_a_stream_is_its_last_item():
+    [error] = sampler([14], max_seconds=0.1)
+    assert isinstance(error, UserError)
 
 
 def test_a_position_of_other_data_is_refused():
@@ -276,7 +281,7 @@ def test_a_position_of_other_data_is_refused():
     other = sampler([30, 30], batch_seconds=99.0)
     other.load_state_dict(position)
     with pytest.raises(UserError, match="the checkpoint was saved in the middle of an epoch of other batches"):
-        list(other)
+        list(other.draw())
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"num_rows": 7}, {"parts_weights": [2, 1]}])

@@ -185,3 +185,10 @@ def test_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert published_name("encoder", "tiny", "~/mine", {}) == str(tmp_path / "mine")
     assert published_name("encoder", "tiny", "some/id", {}) == "some/id"
+
+
+def test_a_pickle_of_more_than_numbers_is_refused_in_our_words(wav2vec2):
+    (wav2vec2 / "model.safetensors").unlink()
+    torch.save({"weight": pytest.fail}, wav2vec2 / "pytorch_model.bin")
+    wrong = "the folder gave: weights in a pickle that is damaged, or holds more than numbers and could run code"
+    assert encoder_problem(wav2vec2).wrong == wrong

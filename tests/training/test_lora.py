@@ -1,5 +1,6 @@
 """Low-rank matrices in every family: trained alone, merged or saved apart, and read by stock transformers."""
 
+import json
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from test_trained_parameters import LABELS
 from torch import nn
 
 from sedtrain.errors import UserError
-from sedtrain.models.lora import base_weights, lora_layers
+from sedtrain.models.lora import base_weights, load_adapter, lora_layers
 from sedtrain.models.parts import part_of
 from sedtrain.models.saved import SavedModel, load
 
@@ -125,6 +126,39 @@ def test_kept_apart_it_is_an_adapter_that_stock_transformers_and_peft_load(decod
     torch.testing.assert_close(logits(by_peft.base_model.model, inputs), said, rtol=1e-4, atol=1e-4)
     own = load(str(tmp_path))
     torch.testing.assert_close(logits(own.model, inputs), said, rtol=1e-4, atol=1e-4)
+
+
+HOSTILE = {
+    "auto_mapping": {"base_model_class": "Evil", "parent_library": "beside"},
+    "peft_type": "PREFIX_TUNING",
+    "megatron_config": {"fp16": True},
+    "megatron_core": "beside.evil",
+    "init_lora_weights": "pissa",
+    "target_modules": "(a+)+$",
+    "lora_alpha": None,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), HOSTILE.items())
+def test_of_an_adapter_s_configuration_no_more_is_taken_than_lora_needs(name, value, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "https://fetch.me", "r": 2, "lora_alpha": 4,
+              "lora_dropout": 0.0, "fan_in_fan_out": False, "target_modules": ["q"], name: value}  # fmt: skip
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        load_adapter(joined(), str(tmp_path))
+    wrong = f"adapter/adapter_config.json has {name}={value!r}, which is no adapter that sedtrain saves"
+    assert (caught.value.option, caught.value.value, caught.value.wrong) == ("checkpoint", str(tmp_path), wrong)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_without_its_weights_is_refused(tmp_path, own_tokenizer):
+    model, callback = adapted("hubert", "bert", "finetune.merge=false")
+    callback.finish(model)
+    SavedModel(model, *own_tokenizer).save(tmp_path, {})
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="has not the matrices of its adapter_config"):
+        load(tmp_path)
 
 
 @pytest.fixture

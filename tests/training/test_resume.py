@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,16 @@ from safetensors.torch import load_file
 
 from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
+from sedtrain.errors import UserError
 from sedtrain.run_dir import keep_until
-from sedtrain.training.checkpoint_files import decisive, read_checkpoint, write_checkpoint
+from sedtrain.training.checkpoint_files import (
+    FREE,
+    decisive,
+    newest_whole,
+    read_checkpoint,
+    refuse_other_settings,
+    write_checkpoint,
+)
 
 AVERAGED = "callbacks=[default,ema]"
 SHORT = ["trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]
@@ -60,6 +69,42 @@ def test_a_run_that_has_finished_says_so_and_does_nothing(command, trained):
     assert ended.status == 0
     assert ended.err == f"run_dir={trained}: this run has finished, there is nothing to do\n"
     assert files(trained) == before
+
+
+@pytest.mark.parametrize("override", ["trainer.max_steps=6", "encoder=wavlm", "data.path=/nowhere", "split=validation"])
+def test_a_finished_run_that_is_asked_for_something_else_says_what_differs(command, trained, override):
+    before = files(trained)
+    ended = command(trained, *decoding(override))
+    name, value = override.split("=")
+    name = name.replace("encoder", "encoder.model_type")
+    assert ended.status == 2
+    assert re.search(rf"^ *{name}: .+ then, .*{value}.* now$", ended.err, re.MULTILINE)
+    assert f"resume={trained}/checkpoints/last.ckpt run_dir=ANOTHER_FOLDER" in ended.err
+    assert files(trained) == before
+
+
+@pytest.mark.parametrize("override", ["split=validation", "data.max_bad_fraction=0.5", "data.on_bad_utterance=error"])
+def test_an_unfinished_run_may_be_scored_on_another_split_and_be_stricter_with_its_data(stopped, override):
+    name, value = override.split("=")
+    settings = OmegaConf.load(stopped / "config.yaml")
+    OmegaConf.update(settings, name, value)
+    refuse_other_settings(stopped, OmegaConf.to_container(settings))
+
+
+def test_a_run_without_its_configuration_is_refused_for_that(stopped):
+    settings = OmegaConf.to_container(OmegaConf.load(stopped / "config.yaml"))
+    (stopped / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config\.yaml is missing: nothing says with which settings") as caught:
+        refuse_other_settings(stopped, settings)
+    assert f"resume={stopped}/checkpoints/last.ckpt run_dir=ANOTHER_FOLDER" in caught.value.write
+
+
+def test_a_folder_in_the_place_of_the_last_checkpoint_is_named(stopped):
+    last = stopped / "checkpoints" / "last.ckpt"
+    last.unlink()
+    last.mkdir()
+    with pytest.raises(UserError, match=r"its last\.ckpt is a folder, not a checkpoint"):
+        newest_whole(stopped / "checkpoints")
 
 
 def test_a_run_killed_after_training_is_scored_without_training_again(command, trained, stopped):
@@ -286,7 +331,7 @@ def test_the_strategy_decides_nothing_and_may_change():
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         of = [
-            dict(decisive(settings_of(compose("train", [f"strategy={name}", "run_dir=run"]))))
+            dict(decisive(settings_of(compose("train", [f"strategy={name}", "run_dir=run"])), FREE))
             for name in ("auto", "ddp", "fsdp")
         ]
     assert of[0] == of[1] == of[2]

@@ -563,8 +563,8 @@ def test_two_ranks_share_one_folder_and_score_the_whole_split(corpus, tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert results(folder)["train"]["utterances"] == pq.read_table(corpus / "train.parquet").num_rows
-    assert results(folder)["train"]["steps"] == 4
-    assert re.search(r"steps +4, at most", run.stdout)
+    assert results(folder)["train"]["steps"] == 3
+    assert re.search(r"steps +3, at most", run.stdout)
     assert results(folder)["num_utterances"] == pq.read_table(corpus / "test.parquet").num_rows
     assert run.stdout.count("saved in") == 2
     assert results(alone)["train"]["steps"] > 4

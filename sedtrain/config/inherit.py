@@ -1,0 +1,103 @@
+"""The options of the run whose model is used: plain values by name, and no class that its folder alone names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sedtrain.config.schema import check_root, check_value, conf_dir, first_line
+from sedtrain.errors import UserError
+from sedtrain.plain import plain_value
+from sedtrain.run_dir import config_of
+
+READ = ("data", "target", "normalizer", "decoding")
+INHERITED = ("encoder", "decoder", "adapter", *READ)
+FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # options of data, and their names in the root
+OLD_NAMES = {"normaliser": "normalizer", "training_normaliser": "training_normalizer"}
+WRITE = "write checkpoint=RUN of a whole run, or checkpoint=RUN/model with data=OPTION"
+
+
+def renamed(override: str) -> str:
+    """An override by today's name of its option."""
+    name, equals, value = override.partition("=")
+    bare = name.lstrip("+~")
+    return f"{name.removesuffix(bare)}{OLD_NAMES.get(bare, bare)}{equals}{value}"
+
+
+def inherit_run(config: DictConfig, overrides: list[str]) -> None:
+    """Takes from a run's `config.yaml` what its model was trained on and how it is scored, unless the command line decides.
+
+    Concerns the tasks that take `checkpoint=RUN`; overrides are those of the command line.
+    Raises UserError for a class that neither the package nor the command line names, and for values that do not fit.
+    """
+    file = config_of(str(config.checkpoint))
+    if config.task == "train" or not file.is_file():
+        return
+    of_run = plain_value(file, "checkpoint", config.checkpoint, WRITE)
+    if not isinstance(of_run, dict):
+        raise UserError("checkpoint", config.checkpoint, "its config.yaml holds no options", WRITE)
+    of_run |= {OLD_NAMES[str(old)]: of_run[old] for old in of_run.keys() & OLD_NAMES.keys()}
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    chosen = {override.key_or_group for override in parsed}
+    taken = [key for key in INHERITED if key in of_run and key not in chosen and "experiment" not in chosen]
+    refuse_unnamed(config, {key: of_run[key] for key in taken}, chosen)
+    try:
+        config.update({key: of_run[key] for key in taken})
+    except OmegaConfBaseException as error:
+        raise UserError("checkpoint", config.checkpoint, f"its config.yaml: {first_line(error)}", WRITE) from error
+    config.data.update({name: config[in_root] for name, in_root in FROM_ROOT.items() if name in config.data})
+    for override in parsed:
+        if override.key_or_group.split(".")[0] in INHERITED and "." in override.key_or_group:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+    errors = [error for key in READ for error in (check_value(config, key, key) if key in taken else ())]
+    if errors := [*check_root(config), *errors]:
+        raise UserError.all_of(errors)
+
+
+def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[str]) -> None:
+    """Raises UserError for what Hydra would import, call or look up, if the composed configuration and conf/ lack it.
+
+    stored: groups of a run; chosen: names that the command line sets
+    """
+    errors = []
+    for group, values in stored.items():
+        own = OmegaConf.to_container(config, resolve=False)[group]  # type: ignore[index, call-overload]
+        trusted = [*directives(own, group), *directives_of_package(group)]
+        if isinstance(own, dict) and not isinstance(values, dict):
+            errors.append(UserError("checkpoint", config.checkpoint, f"its config.yaml has {group}={values!r}", WRITE))
+        for name, value in directives(values, group):
+            if name not in chosen and (name, value) not in trusted:
+                wrong = (
+                    f"its config.yaml has {name}={value}, and nothing that a folder alone names is imported or called"
+                )
+                write = f"write {group}=OPTION, with --config-dir FOLDER where it is your own, as for the training"
+                errors.append(UserError("checkpoint", config.checkpoint, wrong, write))
+    if errors:
+        raise UserError.all_of(errors)
+
+
+def directives(value: object, path: str) -> Iterator[tuple[str, object]]:
+    """By dotted name, what Hydra and OmegaConf act on: keys such as `_target_`, and texts that refer to other values."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            if str(name).startswith("_"):
+                yield f"{path}.{name}", each
+            yield from directives(each, f"{path}.{name}")
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from directives(each, f"{path}[{index}]")
+    elif isinstance(value, str) and "${" in value:
+        yield path, value
+
+
+def directives_of_package(group: str) -> Iterator[tuple[str, object]]:
+    """Those of the options that the package brings for a group."""
+    for file in [conf_dir() / f"{group}_settings.yaml", *(conf_dir() / group).glob("*.yaml")]:
+        if file.is_file():
+            option = yaml.safe_load(file.read_text(encoding="utf-8"))
+            yield from directives(option.get(group, option), group)  # those of `@package _global_` name their group

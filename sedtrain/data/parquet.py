@@ -1,0 +1,51 @@
+"""Rows of a Parquet file in bounded memory: compression and dictionaries let a few bytes stand for any number of them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from sedtrain.errors import UserError
+
+ROWS_AT_ONCE = 10_000
+MEMORY = 2**27  # bytes of the rows at once, unless a single row takes more
+ROW_BYTES = 64  # that a row takes at least, whatever it holds
+OF_COLUMN, OF_FILE = 100, 1000  # times that a column, or the copy of a file, may be larger than what is stored of it
+ONCE_EACH = {"PLAIN", "RLE", "BIT_PACKED"}  # encodings that store each cell by itself
+
+
+def batches(
+    file: pa.parquet.ParquetFile, place: str, group: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a row group, a few at a time. Raises UserError for a column that unfolds beyond what data do.
+
+    Other encodings repeat cells, each of which is in the column at least once: no row takes more than the columns.
+    """
+    stored = file.metadata.row_group(group)
+    chunks = [stored.column(number) for number in range(stored.num_columns)]
+    chunks = [each for each in chunks if columns is None or each.path_in_schema.split(".")[0] in columns]
+    for each in chunks:
+        size = max(each.total_uncompressed_size, 4 * each.num_values if ".list." in each.path_in_schema else 0)
+        if size > max(MEMORY / 4, OF_COLUMN * each.total_compressed_size):
+            part = f"row group {group}, column {each.path_in_schema}"
+            raise unfolds(place, part, size, each.total_compressed_size)
+    repeating = sum(each.total_uncompressed_size for each in chunks if set(each.encodings) - ONCE_EACH)
+    average = sum(each.total_uncompressed_size for each in chunks) // max(1, stored.num_rows)
+    num_rows = min(ROWS_AT_ONCE, max(1, MEMORY // max(1, repeating, average)))
+    yield from file.iter_batches(num_rows, row_groups=[group], columns=columns)
+
+
+def refuse_unfolding(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Table]:
+    """The same tables. Raises UserError where they have become more than a file of this size can mean."""
+    stored, total = path.stat().st_size, 0
+    for table in tables:
+        total += table.nbytes + ROW_BYTES * len(table)
+        if total > max(MEMORY, OF_FILE * stored):
+            raise unfolds(str(path), "its rows", total, stored)
+        yield table
+
+
+def unfolds(place: str, part: str, size: int, stored: int) -> UserError:
+    wrong = f"this file would fill memory and disk: of {part}, {stored:,} bytes unfold to {size / 1e6:,.0f} MB or more"
+    return UserError("data.path", place, wrong, "write data.path=FILE from a source that you trust")

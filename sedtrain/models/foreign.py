@@ -1,0 +1,54 @@
+"""Refuses a saved model whose JSON asks for more than its values: code of its own, kernels or another model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_files
+
+from sedtrain.errors import UserError
+from sedtrain.plain import plain_value
+
+ADAPTER = "adapter_config.json"
+SETTINGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", ADAPTER)
+CODE = ("auto_map", "auto_mapping", "custom_pipelines")  # name Python files or modules
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # with a slash: code from the Hub
+
+
+def refuse_code(option: str, name: str, **hub_options: Any) -> None:
+    """Raises UserError where loading the folder or Hub id `name` would import or fetch what its own files name.
+
+    hub_options: such as `revision`, by which it is looked up
+    """
+    write = f"write {option}=FOLDER of a model that transformers knows without other code"
+    for file in settings_files(name, hub_options):
+        if file.name == ADAPTER:
+            wrong = f"{ADAPTER} makes it matrices of peft, for a base model that it names and that would be fetched"
+            merge = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
+            raise UserError(option, name, wrong, merge)
+        for key in code_keys(plain_value(file, option, name, write)):
+            wrong = f"{file.name} has {key}: it asks for Python code from elsewhere, and no code of a model's is run"
+            raise UserError(option, name, wrong, write)
+
+
+def settings_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
+    """The JSON files by which `name` is loaded, as far as they are there; those of a Hub id from its cache or the Hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        inside = folder / hub_options.get("subfolder", "")
+        return [inside / file for file in SETTINGS if (inside / file).is_file()]
+    quietly = {f"_raise_exceptions_for_{key}": False for key in ("gated_repo", "missing_entries", "connection_errors")}
+    found = cached_files(name, list(SETTINGS), **quietly, **hub_options)
+    return [Path(file) for file in found or []]
+
+
+def code_keys(value: Any) -> Iterator[str]:
+    """The keys, at any depth, by which transformers would import or fetch code."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if (key in CODE and each) or (key in KERNELS and isinstance(each, str) and "/" in each):
+                yield key
+            yield from code_keys(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from code_keys(each)

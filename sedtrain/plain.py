@@ -1,0 +1,50 @@
+"""Small files that a stranger may have written, read as plain values: no tags, no aliases, and a bounded size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from sedtrain.errors import UserError
+
+MAX_BYTES = {".json": 10_000_000}
+MAX_YAML_BYTES = 500_000  # which take half a gigabyte of memory where every other byte is a value
+
+
+class WithoutAliases(yaml.SafeLoader):
+    """An alias repeats a value: nine lines of them can stand for a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "it has an alias", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def plain_value(file: Path, option: str, value: object, write: str) -> Any:
+    """What a YAML or JSON file holds, in types of YAML and JSON.
+
+    option, value, write: of the UserError that is raised where it cannot be read, is too large or has anything else
+    """
+    try:
+        return parsed(file)
+    except OSError as error:
+        raise UserError(option, value, f"this file cannot be read: {error}", write) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "JSON" if file.suffix == ".json" else "YAML"
+        wrong = f"{file.name} is no {kind} of plain values: {' '.join(str(error).split())[:200]}"
+        raise UserError(option, value, wrong, write) from error
+
+
+def parsed(file: Path) -> Any:
+    limit = MAX_BYTES.get(file.suffix, MAX_YAML_BYTES)
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no file, but a folder, a pipe or a device")
+    with file.open("rb") as opened:
+        content = opened.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    text = content.decode("utf-8")
+    return json.loads(text) if file.suffix == ".json" else yaml.load(text, WithoutAliases)

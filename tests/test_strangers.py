@@ -1,0 +1,205 @@
+"""Folders that a stranger made: nothing of them is imported, called or written, whatever they name."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from corpora import wav
+from families import TOKENIZER
+from pairs import part
+
+import sedtrain as package
+from sedtrain.errors import UserError
+from sedtrain.models.encoder import feature_extractor_of
+from sedtrain.models.saved import SavedModel
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.training.checkpoint_files import MARK
+
+CANARY = Path("canary")
+BESIDE = f"""
+from pathlib import Path
+from transformers import AutoModel as Evil
+def strike(*_, **__):
+    Path({str(CANARY)!r}).touch()
+strike()
+"""
+MAP = {"AutoConfig": "beside.Evil", "AutoModel": "beside.Evil", "AutoModelForCausalLM": "beside.Evil",
+       "AutoTokenizer": ["beside.Evil", "beside.Evil"], "AutoFeatureExtractor": "beside.Evil"}  # fmt: skip
+DATA = {"_target_": "sedtrain.data.datamodule.SpeechTextDataModule", "path": "data",
+        "columns": {"audio": "audio", "transcription": "text"}}  # fmt: skip
+DECODING = {"_target_": "sedtrain.decoding.generate.DecodingOptions", "max_new_tokens": 3}
+LORA = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 2,
+    "lora_dropout": 0.0,
+    "fan_in_fan_out": False,
+    "target_modules": ["query"],
+}
+
+
+class Pickled:
+    def __reduce__(self):
+        return CANARY.touch, ()
+
+
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory):
+    """A run with a saved model and its data; beside it a module that touches the canary when it is imported."""
+    folder = tmp_path_factory.mktemp("harmless")
+    torch.manual_seed(0)
+    model = SpeechEncoderDecoder(encoder=part("hubert"), decoder=part("bert", vocab_size=len(TOKENIZER)))
+    model.set_special_tokens(1, 2, 0)
+    SavedModel(model, TOKENIZER, feature_extractor_of(model.encoder)).save(folder / "model", {"max_new_tokens": 3})
+    (folder / "data").mkdir()
+    rows = pa.table({"audio": [wav(0.5)] * 2, "text": ["one", "two"]})
+    pyarrow.parquet.write_table(rows, folder / "data/test.parquet")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": DATA, "decoding": DECODING}))
+    (folder / "a.wav").write_bytes(wav(0.5))
+    for inside in ("", "model", "data"):
+        (folder / inside / "beside.py").write_text(BESIDE)
+    return folder
+
+
+def merge(file, **values):
+    read, write = (yaml.safe_load, yaml.safe_dump) if file.suffix == ".yaml" else (json.loads, json.dumps)
+    before = read(file.read_text()) if file.is_file() else {}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(write({**before, **values}))
+
+
+def stored(**values):
+    return lambda run: merge(run / "config.yaml", **values)
+
+
+def in_model(name, **values):
+    return lambda run: merge(run / "model" / name, **values)
+
+
+def nested(part, **values):
+    def change(run):
+        config = json.loads((run / "model/config.json").read_text())
+        merge(run / "model/config.json", **{part: {**config[part], **values}})
+
+    return change
+
+
+def tagged(run):
+    (run / "config.yaml").write_text("decoding: !!python/object/apply:beside.strike []\n")
+
+
+def bombed(run):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)), "data: *a11"]
+    (run / "config.yaml").write_text("\n".join(lines))
+
+
+def pickled_weights(run):
+    (run / "model/model.safetensors").unlink()
+    torch.save({"encoder": Pickled()}, run / "model/pytorch_model.bin")
+
+
+def pickled_data(run):
+    (run / "data/test.parquet").unlink()
+    (run / "data/test.pkl").write_bytes(pickle.dumps(Pickled()))
+    (run / "data/data.py").write_text(BESIDE)
+
+
+HOSTILE = {
+    "data that are called": stored(data={**DATA, "_target_": "beside.strike"}),
+    "data that unpickle": stored(data={"_target_": "pandas.read_pickle", "filepath_or_buffer": "data/x.pkl"}),
+    "data with a class inside": stored(data={**DATA, "mix": {"a": {"path": {"_target_": "beside.strike"}}}}),
+    "decoding that writes": stored(decoding={"_target_": "pathlib.Path.touch", "self": str(CANARY)}),
+    "decoding by another class of ours": stored(
+        decoding={"_target_": "sedtrain.run_dir.write_whole", "path": "canary"}
+    ),
+    "an adapter beside": stored(adapter={"_target_": "beside.Evil", "_partial_": True}),
+    "a normalizer that is looked up": stored(normalizer="${oc.env:HOME}"),
+    "a tag of Python": tagged,
+    "aliases": bombed,
+    "pickled data and a script": pickled_data,
+    "code of the model": in_model("config.json", auto_map=MAP),
+    "code of an unknown model": in_model("config.json", auto_map=MAP, model_type="evil"),
+    "code of the decoder": nested("decoder", auto_map=MAP, model_type="wav2vec2"),
+    "code of the tokenizer": in_model("tokenizer_config.json", auto_map=MAP, tokenizer_class="Evil"),
+    "code of the features": in_model("preprocessor_config.json", auto_map=MAP, feature_extractor_type="Evil"),
+    "kernels": nested("encoder", attn_implementation="evil/kernel"),
+    "another base": in_model("adapter_config.json", base_model_name_or_path="evil/base", peft_type="LORA"),
+    "a module of an adapter": in_model(
+        "adapter/adapter_config.json", **LORA, megatron_config={"a": 1}, megatron_core="beside"
+    ),
+    "a class of an adapter": in_model("adapter/adapter_config.json", **LORA, auto_mapping={"parent_library": "beside"}),
+    "pickled weights": pickled_weights,
+}
+OF_MODEL = [name for at, name in enumerate(HOSTILE) if at >= 10]
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+@pytest.fixture
+def run(harmless, tmp_path, monkeypatch):
+    """A copy of the harmless run. After the test nothing in it has changed, and nothing has been imported."""
+
+    def asked(*_):
+        raise AssertionError("a prompt")
+
+    run = Path(shutil.copytree(harmless, tmp_path / "run"))
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.chdir(run)
+    yield run
+    assert "beside" not in sys.modules
+    assert not list(tmp_path.rglob(CANARY.name))
+    assert not list(tmp_path.rglob("beside*.pyc"))
+
+
+def commands(run, out):
+    yield "task=transcribe", "checkpoint=.", "audio=a.wav"
+    yield "task=evaluate", "checkpoint=.", f"run_dir={out}"
+
+
+def test_the_harmless_run_is_used(sedtrain, run, tmp_path):
+    for command in commands(run, tmp_path / "out"):
+        ended = sedtrain(*command)
+        assert ended.status == 0, ended.err
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_of_a_hostile_folder_is_imported_called_or_written(sedtrain, run, tmp_path, name):
+    HOSTILE[name](run)
+    before = contents(run)
+    for command in list(commands(run, tmp_path / "out"))[name not in OF_MODEL :][:1]:
+        ended = sedtrain(*command)
+        assert ended.status == 2, (ended.out, ended.err)
+        assert "Traceback" not in ended.err
+        assert "1 problem:" in ended.err
+    assert contents(run) == before
+    if name in OF_MODEL:
+        with pytest.raises(UserError):
+            package.load(".")
+
+
+def test_a_checkpoint_of_pickled_calls_is_refused(sedtrain, run):
+    (run / "checkpoints").mkdir()
+    torch.save({"resume": Pickled()}, run / "checkpoints/last.ckpt")
+    content = (run / "checkpoints/last.ckpt").read_bytes()
+    (run / "checkpoints/last.ckpt").write_bytes(content + MARK + hashlib.sha256(content).hexdigest().encode())
+    before = contents(run)
+    ended = sedtrain(
+        "resume=.", "run_dir=../out", "data.path=data", "data.train_split=test", "data.validation_split=test"
+    )
+    assert ended.status == 2
+    assert "this checkpoint holds more than numbers and plain values" in ended.err
+    assert contents(run) == before
+
+
+def test_a_model_that_somebody_else_saved_needs_no_module_of_theirs(run):
+    assert isinstance(package.transcribe(".", "a.wav", max_new_tokens=3), str)
