@@ -62,6 +62,7 @@ class JobFailed(Exception):
 
 def run_command_line(arguments: list[str]) -> None:
     """Checks the command line and runs its jobs; ends with the status of the worst."""
+    UserError.on_command_line = True
     register()
     try:
         sys.argv[1:] = check_command_line(arguments)
