@@ -28,6 +28,7 @@ from sedtrain.errors import UNSET, UserError
 
 SEARCH = "hydra/sweeper=optuna"
 PLAIN_TEXT = re.compile(r"""[^\s'"{}(),$=\\\[][^\s'"{}(),$=\\]*""")  # such as train[:90%], which Hydra wants in quotes
+PLAIN_KEY = re.compile(r"(\+\+?)?[A-Za-z_][\w.]*")
 SEARCH_PATH = "hydra.searchpath"
 
 
@@ -93,7 +94,7 @@ class Check:
                 parsed += self.parser.parse_overrides([text])
             except HydraException:
                 key, _, value = text.partition("=")
-                if PLAIN_TEXT.fullmatch(value):
+                if PLAIN_TEXT.fullmatch(value) and PLAIN_KEY.fullmatch(key):
                     parsed += self.parser.parse_overrides([f'{key}="{value}"'])
                 else:
                     self.errors.append(unreadable(text))
