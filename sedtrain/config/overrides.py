@@ -87,7 +87,7 @@ class Check:
     def parse(self, overrides: Any) -> list[Override]:
         parsed = []
         for text in overrides:
-            if not text.partition("=")[0].strip("+~ \t\r\n"):
+            if not text.partition("=")[0].strip("+~").strip():
                 self.report(text.strip() or "''", "", "no option is named", "write OPTION=VALUE")
                 continue
             try:
@@ -223,6 +223,9 @@ class Check:
     def apply(self, config: DictConfig, override: Override) -> None:
         """Sets one value as Hydra does; a new option of a target is set too, for its signature to judge."""
         key, value = override.key_or_group, override.value()
+        if f"{key}.".startswith("hydra.runtime."):
+            self.report(key, value, "Hydra itself sets this", f"leave {key} out")
+            return
         node, path, lacking = deepest(config, key)
         # An empty mapping within a group, such as encoder.options, takes any key; nothing that is Hydra's does.
         takes_more = isinstance(node, DictConfig) and ("_target_" in node or (not node and "." in path))

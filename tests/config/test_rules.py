@@ -68,6 +68,8 @@ def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write():
         ("~", "~", "no option is named"),
         ("", "''", "no option is named"),
         (" =x", "=x", "no option is named"),
+        ("\f", "''", "no option is named"),
+        ("hydra.runtime.choices.decoder=r", "hydra.runtime.choices.decoder", "Hydra itself sets this"),
         ("trainer.precision=null", "trainer.precision", "training has a precision"),
         ("~data", "data", "every run needs this"),
         ("~seed", "seed", "every run needs this"),
