@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sedtrain import launch
+from sedtrain.config.composition import COMPOSITION_ERRORS, composition_error
 from sedtrain.config.inherit import inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
@@ -61,15 +62,17 @@ class JobFailed(Exception):
 
 def run_command_line(arguments: list[str]) -> None:
     """Checks the command line and runs its jobs; ends with the status of the worst."""
+    UserError.on_command_line = True
     register()
     try:
         sys.argv[1:] = check_command_line(arguments)
     except UserError as error:
         fail(str(error))
     failed: dict[str, int] = {}
-    launcher = os.getpid()
+    launcher, started = os.getpid(), []
 
     def job(cfg: DictConfig) -> None:
+        started.append(cfg)
         register()
         if HydraConfig.get().mode is not RunMode.MULTIRUN:
             run(cfg)
@@ -83,6 +86,12 @@ def run_command_line(arguments: list[str]) -> None:
     except JobFailed as error:
         [failed] = error.args
     except Exception as error:
+        if not started and isinstance(error, COMPOSITION_ERRORS):  # Hydra makes its folders before the first job
+            folder = "hydra.sweep.dir" if "-m" in arguments or "--multirun" in arguments else "hydra.run.dir"
+            write = f"write {folder}=FOLDER that you may write to"
+            is_folder = isinstance(error, OSError)
+            told = UserError(folder, error.filename, str(error), write) if is_folder else None
+            fail(str(told or composition_error(error, "hydra", " ".join(arguments))))
         if not type(error).__module__.startswith("submitit.") and 'Could not detect "srun"' not in str(error):
             raise
         fail(f"hydra/launcher: {error}", 1)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import ClassVar
 
 UNSET = "???"  # how YAML writes a value that nobody has given yet
+IN_PYTHON = {
+    r"\b(encoder|decoder)\.options\.(?=\w)": r"\1_",  # as from_encoder_decoder_pretrained takes them
+    r"\b(encoder|decoder)\.attention\b": r"\1_attn_implementation",
+    r"\battention=auto\b": "no attn_implementation",
+    r"\b(encoder|decoder)\.checkpoint\b": r"\1_pretrained_model_name_or_path",
+    r"\b(?:adapter|augment\.\w+|decoding|tokenizer)\.(?=\w+\b)": "",  # arguments of their classes
+    r"\btask=evaluate checkpoint=(\S+)": r"sedtrain.load('\1')",
+}
+"""Options of the command line as expressions, and what Python's callers write for them."""
 
 
 class UserError(ValueError):
@@ -15,7 +26,11 @@ class UserError(ValueError):
     wrong:  a sentence about what is wrong
     write:  what to write instead
     errors: the mistakes, one each; a single one is its own only element
+
+    The command line sets `on_command_line`; elsewhere the message names the arguments of Python's classes and functions.
     """
+
+    on_command_line: ClassVar[bool] = False
 
     def __init__(self, option: str, value: object, wrong: str, write: str) -> None:
         super().__init__(option, value, wrong, write)
@@ -34,7 +49,8 @@ class UserError(ValueError):
     def entry(self) -> str:
         """Its part of the message: option and value, then indented lines of text."""
         lines = [line for text in (self.wrong, self.write) for line in text.splitlines()]
-        return "\n    ".join([f"  {self.option} = {as_yaml(self.value)}", *lines])
+        entry = "\n    ".join([f"  {self.option} = {as_yaml(self.value)}", *lines])
+        return entry if self.on_command_line else in_python(entry)
 
     def __str__(self) -> str:
         number = len(self.errors)
@@ -47,6 +63,13 @@ class Unfinished(Exception):
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+def in_python(text: str) -> str:
+    """The text of an error with the names that Python's callers give to options of the command line."""
+    for option, argument in IN_PYTHON.items():
+        text = re.sub(option, argument, text)
+    return text
 
 
 def as_yaml(value: object) -> str:

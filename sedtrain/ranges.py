@@ -22,6 +22,7 @@ class Range:
         return above and below and abs(number) != inf
 
 
+Finite = Annotated[float, Range("a finite number")]
 Positive = Annotated[float, Range("a number above 0", low=0, open="low")]
 NonNegative = Annotated[float, Range("a number of 0 or more", low=0)]
 Fraction = Annotated[float, Range("a fraction from 0 to 1", low=0, high=1)]

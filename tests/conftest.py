@@ -23,7 +23,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from sedtrain.errors import UserError
+
 torch.set_num_threads(1)
+UserError.on_command_line = True  # most tests read the messages of the command line
 settings.register_profile("sedtrain", deadline=None, derandomize=True)
 settings.load_profile("sedtrain")
 

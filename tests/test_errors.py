@@ -1,10 +1,14 @@
 """One kind of error: how it reads, alone and with others."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 from sedtrain.errors import UserError
+from sedtrain.models.adapter import ConvAdapter
+from sedtrain.models.encoder import load_encoder
 
 
 def test_a_single_mistake_tells_option_value_what_is_wrong_and_what_to_write():
@@ -58,3 +62,35 @@ def test_it_travels_between_processes():
     joined = UserError.all_of([UserError("seed", value, "wrong", "write seed=1") for value in (-1, -2)])
     with pytest.raises(UserError, match="2 problems"):
         raise pickle.loads(pickle.dumps(joined))
+
+
+@pytest.mark.parametrize(
+    ("option", "write", "in_python"),
+    [
+        ("encoder.options.layerdrop", "write encoder.options.layerdrop=0",
+         "encoder_layerdrop = 3\n    write encoder_layerdrop=0"),
+        ("decoder.options", "write decoder.options.NAME=VALUE", "decoder.options = 3\n    write decoder_NAME=VALUE"),
+        ("encoder.attention", "write encoder.attention=sdpa, or attention=auto, the best",
+         "encoder_attn_implementation = 3\n    write encoder_attn_implementation=sdpa, or no attn_implementation, the best"),
+        ("adapter.stride", "write adapter.stride=2, and adapter.num_layers for a lower rate",
+         "stride = 3\n    write stride=2, and num_layers for a lower rate"),
+        ("checkpoint", "write task=evaluate checkpoint=runs/a to score it",
+         "checkpoint = 3\n    write sedtrain.load('runs/a') to score it"),
+    ],
+)  # fmt: skip
+def test_python_is_told_its_own_names_and_the_command_line_the_options(monkeypatch, option, write, in_python):
+    error = UserError(option, 3, "", write)
+    assert str(error) == f"1 problem:\n\n  {option} = 3\n    {write}"
+    monkeypatch.setattr(UserError, "on_command_line", False)
+    assert str(error) == f"1 problem:\n\n  {in_python}"
+
+
+def test_a_refused_argument_is_named_as_python_has_it(monkeypatch):
+    monkeypatch.setattr(UserError, "on_command_line", False)
+    with pytest.raises(UserError, match=r"^1 problem:\n\n  stride = 3\n.*\n    write stride=2, and num_layers"):
+        ConvAdapter(8, 8, stride=3)
+    with pytest.raises(UserError, match=r"\n  encoder_hidden_size = 0\n    expected a whole number of 1 or more\n"):
+        load_encoder("hubert", {}, options={"hidden_size": 0})
+    program = "import sedtrain; sedtrain.load('/no/such/folder')"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "  checkpoint = '/no/such/folder'\n    there is no such folder" in ended.stderr

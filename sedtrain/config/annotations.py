@@ -130,7 +130,8 @@ def misfits(option: str, value: object, annotation: str) -> Iterator[UserError]:
         yield UserError(option, value, f"expected {annotation}", suggest(str(value), names))
     else:
         words = in_words(evaluated(annotation)) if "Range(" in annotation else annotation
-        words += ", finite" if isinstance(value, float) and not isfinite(value) and words == "float" else ""
+        if isinstance(value, float) and not isfinite(value) and "Range(" not in annotation:
+            words = "a finite number"
         yield UserError(option, value, f"expected {words}", example(option, annotation, value))
 
 

@@ -87,8 +87,8 @@ class Check:
     def parse(self, overrides: Any) -> list[Override]:
         parsed = []
         for text in overrides:
-            if not text.partition("=")[0].strip("+~"):
-                self.report(text or "''", "", "no option is named", "write OPTION=VALUE")
+            if not text.partition("=")[0].strip("+~").strip():
+                self.report(text.strip() or "''", "", "no option is named", "write OPTION=VALUE")
                 continue
             try:
                 parsed += self.parser.parse_overrides([text])
@@ -182,8 +182,9 @@ class Check:
         """Reports options of the root that were deleted, and groups that something else took the place of."""
         for name, hint in ANNOTATIONS.items():
             known = self.options(name) if hint == "Any" and name != "strategy" else []  # an option of the trainer
-            value = plain(config, name)
-            if name not in config.keys() or (known and not isinstance(value, dict | str)):  # noqa: SIM118 - missing
+            value = plain(config, name) if name in config.keys() else None  # noqa: SIM118 - also missing values
+            is_empty = name == "trainer" and isinstance(value, dict) and "_target_" not in value  # a strategy alone
+            if name not in config.keys() or (known and (is_empty or not isinstance(value, dict | str))):  # noqa: SIM118
                 self.report(name, value, "every run needs this", f"write {name}={' | '.join(known) or 'VALUE'}")
 
     @cached_property
@@ -222,6 +223,9 @@ class Check:
     def apply(self, config: DictConfig, override: Override) -> None:
         """Sets one value as Hydra does; a new option of a target is set too, for its signature to judge."""
         key, value = override.key_or_group, override.value()
+        if f"{key}.".startswith("hydra.runtime."):
+            self.report(key, value, "Hydra itself sets this", f"leave {key} out")
+            return
         node, path, lacking = deepest(config, key)
         # An empty mapping within a group, such as encoder.options, takes any key; nothing that is Hydra's does.
         takes_more = isinstance(node, DictConfig) and ("_target_" in node or (not node and "." in path))

@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from sedtrain.config.annotations import example, misfits, suggest
 from sedtrain.config.signatures import read_signature
 from sedtrain.errors import UNSET, UserError, as_yaml
-from sedtrain.ranges import Count, CountOrZero, Positive, Range
+from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
 BLEU_TOKENIZERS = ("auto", "13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
@@ -39,6 +39,15 @@ HYDRAS = {
     "_convert_": "Literal['none', 'partial', 'object', 'all']",
 }
 """Keys of Hydra in a node with `_target_`."""
+
+
+OF_TRAINER: dict[str, Any] = {
+    "val_check_interval": Count,
+    "accumulate_grad_batches": Count,
+    "log_every_n_steps": CountOrZero,
+    "gradient_clip_val": NonNegative,
+}
+"""Ranges of numbers that the Trainer does not check."""
 
 
 def one_of(*choices: str) -> Any:
@@ -136,8 +145,7 @@ def find_problems(config: DictConfig) -> list[UserError]:
 
 def check_references(node: DictConfig, path: str) -> Iterator[UserError]:
     """The references at any depth that cannot be resolved; a missing value is no fault here."""
-    key: Any
-    for key in node:
+    for key in cast(Any, node):
         name = f"{path}.{key}"
         if OmegaConf.is_interpolation(node, key):
             yield from broken_reference(node, key, name)
@@ -169,8 +177,7 @@ def check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[
     elif isinstance(value, DictConfig):
         if "_target_" in value:
             yield from check_target(value, path)
-        name: Any
-        for name in value:
+        for name in cast(Any, value):
             yield from check_value(value, name, f"{path}.{name}")
 
 
@@ -202,10 +209,9 @@ def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
 
 def check_options(node: DictConfig, path: str, signature: Signature, name: str) -> Iterator[UserError]:
     known = {each.name: each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD}
-    key: Any
-    given = [key for key in node.keys() if not str(key).startswith("_")]  # noqa: SIM118 - also missing values
-    for key, annotation in HYDRAS.items():
-        yield from misfits(f"{path}.{key}", plain(node, key), annotation) if key in node else ()
+    given: list[Any] = [key for key in node.keys() if not str(key).startswith("_")]  # noqa: SIM118 - also missing values
+    for directive, annotation in HYDRAS.items():
+        yield from misfits(f"{path}.{directive}", plain(node, directive), annotation) if directive in node else ()
     for key in given:
         option, value = f"{path}.{key}", plain(node, key)
         if key in known and known[key].annotation is not Signature.empty:
@@ -213,7 +219,7 @@ def check_options(node: DictConfig, path: str, signature: Signature, name: str) 
         elif key not in known and (len(known) == len(signature.parameters) or not isinstance(key, str)):
             yield UserError(option, value, f"{name} has no option {str(key)!r}", suggest(str(key), known))
     placed = plain(node, "_args_")
-    completed = plain(node, "_partial_") is True
+    completed = plain(node, "_partial_") in (True, UNSET)
     for each in [] if completed else list(known.values())[len(placed) if isinstance(placed, list) else 0 :]:
         if each.default is each.empty and each.name not in given:
             option, annotation = f"{path}.{each.name}", "" if each.annotation is each.empty else each.annotation
@@ -285,9 +291,10 @@ def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:
     if "precision" in trainer and plain(trainer, "precision") is None:
         write = "write trainer.precision=32-true, 16-mixed or bf16-mixed"
         yield UserError("trainer.precision", None, "training has a precision", write)
-    for option in ("val_check_interval", "accumulate_grad_batches"):
-        if type(value := plain(trainer, option)) is int:
-            yield from misfits(f"trainer.{option}", value, formatannotation(Count))
+    for option, hint in OF_TRAINER.items():
+        value = plain(trainer, option)
+        if type(value) is int or (type(value) is float and hint is NonNegative):
+            yield from misfits(f"trainer.{option}", value, formatannotation(hint))
     max_time = plain(trainer, "max_time")
     if isinstance(max_time, int | float):
         write = 'write trainer.max_time="DD:HH:MM:SS", or trainer.max_time={minutes: NUMBER}'

@@ -19,7 +19,7 @@ from sedtrain.data.paths import local_path
 from sedtrain.data.readers import one_line
 from sedtrain.data.recordings import audio_cells, audio_files
 from sedtrain.errors import UserError
-from sedtrain.ranges import Count, Fraction, Positive, PositiveFraction
+from sedtrain.ranges import Count, Finite, Fraction, Positive, PositiveFraction
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ EXPONENTS = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # the amplitude falls wit
 class Speed(Augmentation):
     """Plays an utterance at one of `factors` times its speed, pitch included (Ko et al., Interspeech 2015)."""
 
-    def __init__(self, factors: Sequence[float] = (0.9, 1.0, 1.1), probability: Fraction = 1.0) -> None:
+    def __init__(self, factors: Sequence[Positive] = (0.9, 1.0, 1.1), probability: Fraction = 1.0) -> None:
         super().__init__(probability)
         if not factors or not all(0.5 <= factor <= 2 for factor in factors):
             wrong = "these have to be numbers from 0.5 to 2, at least one"
@@ -49,7 +49,7 @@ class Speed(Augmentation):
 class Gain(Augmentation):
     """Makes an utterance louder or softer by a number of decibels within `gain_db`, drawn evenly."""
 
-    def __init__(self, gain_db: tuple[float, float] = (-10.0, 6.0), probability: Fraction = 1.0) -> None:
+    def __init__(self, gain_db: tuple[Finite, Finite] = (-10.0, 6.0), probability: Fraction = 1.0) -> None:
         super().__init__(probability)
         self.gain_db = decibels("gain_db", gain_db)
 
@@ -60,7 +60,7 @@ class Gain(Augmentation):
 class Noise(Augmentation):
     """Adds noise at a ratio of signal to noise within `snr_db`, drawn evenly: of mean powers over the whole utterance."""
 
-    def __init__(self, snr_db: tuple[float, float], probability: Fraction) -> None:
+    def __init__(self, snr_db: tuple[Finite, Finite], probability: Fraction) -> None:
         super().__init__(probability)
         self.snr_db = decibels("snr_db", snr_db)
 
@@ -80,7 +80,7 @@ class ColouredNoise(Noise):
     def __init__(
         self,
         colours: Sequence[Literal["white", "pink", "brown"]] = ("white", "pink", "brown"),
-        snr_db: tuple[float, float] = (5.0, 30.0),
+        snr_db: tuple[Finite, Finite] = (5.0, 30.0),
         probability: Fraction = 1.0,
     ) -> None:
         super().__init__(snr_db, probability)
@@ -112,7 +112,7 @@ class RecordedNoise(Noise):
     def __init__(
         self,
         path: str,
-        snr_db: tuple[float, float] = (5.0, 30.0),
+        snr_db: tuple[Finite, Finite] = (5.0, 30.0),
         probability: Fraction = 1.0,
         split: str | None = None,
         name: str | None = None,

@@ -1,5 +1,7 @@
 """Writes report.html: scores, learning curves, errors and worst utterances of a run, on one page without links."""
 
+import csv
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -15,6 +17,8 @@ from sedtrain.evaluation.metrics import METRICS, MetricSet
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results
 from sedtrain.run_dir import write_whole
 from sedtrain.text.normalizers import Normalizer, normalizer
+
+logger = logging.getLogger(__name__)
 
 WordPair = tuple[str, str]  # reference word and hypothesis word; "" for none
 
@@ -109,7 +113,11 @@ def facts(results: Results) -> str:
 
 
 def learning_curves(metrics_csv: Path) -> str:
-    curves = html.read_curves(metrics_csv)
+    try:
+        curves = html.read_curves(metrics_csv)
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        logger.warning("%s is no table of metrics, and the page has no learning curves: %s", metrics_csv, error)
+        return ""
     losses = {name: curve for name, curve in curves.items() if name.endswith("loss")}
     scores = {name: curve for name, curve in curves.items() if name.removeprefix("val/") in METRICS}
     figures = [html.curves_figure("Loss, nats per token", losses)] if losses else []

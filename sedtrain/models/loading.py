@@ -73,7 +73,7 @@ def published_name(part: str, size: str, checkpoint: str | None, published: Mapp
 
 
 def load_config(
-    part: str, name: str | None, model_type: str, tiny: Mapping[str, Any], **options: Any
+    part: str, name: str | None, model_type: str, tiny: Mapping[str, Any], /, **options: Any
 ) -> PreTrainedConfig:
     """The configuration of checkpoint `name`, else of the family's tiny member; `options` overwrite its values."""
     if name is None:
@@ -103,7 +103,7 @@ def load_config(
     refuse_impossible(part, given, type(config)())
     try:
         return type(config).from_dict({**({} if name is None else config.to_dict()), **values})
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (StrictDataclassError, *UNBUILDABLE) as error:
         write = f"write {part}.options.NAME=VALUE that fits"
         raise UserError(f"{part}.options", options, one_line(error, 200), write) from error
 

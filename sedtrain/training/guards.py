@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from sedtrain.batch import Batch
 from sedtrain.errors import Unfinished, UserError
-from sedtrain.ranges import Count, Fraction, Positive
+from sedtrain.ranges import Count, Finite, Fraction, Positive
 from sedtrain.training.checkpoints import gather_states
 from sedtrain.training.gradients import Update
 
@@ -46,7 +46,7 @@ class Guards(Callback):
         folder: str,
         max_bad_steps: Count = 10,
         spike_deviations: Positive = 6.0,
-        min_audio_gain: float = 0.05,
+        min_audio_gain: Finite = 0.05,
         probe_after: Fraction = 0.25,
     ) -> None:
         self.file = Path(folder) / "bad_steps.jsonl"

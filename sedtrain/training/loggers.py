@@ -50,10 +50,19 @@ class MetricsFile(Logger):
         self.rows: list[dict[str, Any]] = []  # that are not saved yet
 
     def read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """The columns and rows of the file, without a last line that is truncated."""
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        reader = csv.DictReader(io.StringIO(text.rpartition("\n")[0]))
-        return list(reader.fieldnames or []), list(reader)
+        """The columns and rows of the file, without a last line that is truncated. Raises UserError for another file."""
+        try:
+            text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
+            reader = csv.DictReader(io.StringIO(text.rpartition("\n")[0]))
+            columns, rows = list(reader.fieldnames or []), list(reader)
+            for row in rows:
+                int(row["step"]), [float(value) for value in row.values() if value]
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            wrong = f"metrics.csv in this folder is no table of metrics: {error}"
+            raise UserError(
+                "run_dir", str(self.folder), wrong, "remove that file, or write run_dir=ANOTHER_FOLDER"
+            ) from error
+        return columns, rows
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Replaces the file as a whole."""
@@ -256,7 +265,7 @@ def is_first_rank() -> bool:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
 

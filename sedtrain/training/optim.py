@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from sedtrain.errors import UserError
-from sedtrain.ranges import Fraction, PositiveFraction
+from sedtrain.ranges import Count, Fraction, FractionBelowOne, NonNegative, Positive, PositiveFraction
 
 
 def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
@@ -46,7 +46,11 @@ def build_optimizer(factory: Callable[..., Optimizer], groups: Sequence[dict[str
 
 
 def adamw_8bit(
-    params: Any, lr: float, betas: Sequence[float] = (0.9, 0.98), eps: float = 1e-8, weight_decay: float = 0.01
+    params: Any,
+    lr: NonNegative,
+    betas: Sequence[FractionBelowOne] = (0.9, 0.98),
+    eps: Positive = 1e-8,
+    weight_decay: NonNegative = 0.01,
 ) -> Optimizer:
     """AdamW with both moments in 8 bits (arXiv 2110.02861). Raises UserError where bitsandbytes is not installed."""
     try:
@@ -60,7 +64,7 @@ def adamw_8bit(
 
 def warmed_up(
     optimizer: Optimizer,
-    num_training_steps: int,
+    num_training_steps: Count,
     decay: Literal["cosine", "linear", "constant_with_warmup", "inverse_sqrt"] = "cosine",
     warmup_fraction: Fraction = 0.1,
 ) -> LRScheduler:
@@ -72,7 +76,7 @@ def warmed_up(
 
 def tri_stage(
     optimizer: Optimizer,
-    num_training_steps: int,
+    num_training_steps: Count,
     warmup_fraction: Fraction = 0.1,
     hold_fraction: Fraction = 0.4,
     initial_scale: Fraction = 0.01,

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sedtrain.batch import Batch
 from sedtrain.evaluation.results import TrainingTotals
+from sedtrain.ranges import Positive
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class ProgressBar(LightningProgressBar):
     utterances, audio_seconds: of all ranks, as of the last checkpoint; `unsummed` has this rank's since then
     """
 
-    def __init__(self, log_every_seconds: float = 20.0) -> None:
+    def __init__(self, log_every_seconds: Positive = 20.0) -> None:
         super().__init__()
         self.log_every_seconds = log_every_seconds
         self.steps = self.utterances = 0

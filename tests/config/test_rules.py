@@ -59,3 +59,46 @@ def test_bleu_has_the_tokenizers_that_need_no_download():
     [found] = problems("+metrics.bleu.lowercase=true")
     assert (found.option, found.wrong) == ("metrics", "expected {bleu: {tokenize: NAME}}")
     assert found.write == "write metrics.bleu.tokenize=NAME"
+
+
+@pytest.mark.parametrize(
+    ("override", "option", "wrong"),
+    [
+        ("encoder._args_=1.5", "encoder._args_", "expected list"),
+        ("encoder._partial_=yes", "encoder._partial_", "expected bool"),
+        ("encoder._convert_=3", "encoder._convert_", "expected Literal['none', 'partial', 'object', 'all']"),
+        ("+trainer.log_every_n_steps={1: x}", "trainer.log_every_n_steps", "expected Optional[int]"),
+        ("+encoder={1: x}", "encoder.1", "load_encoder has no option '1'"),
+        ("hydra.job=${oc.env:NOPE}", "hydra.job", "KeyError raised while resolving"),
+        ("hydra.job.chdir=${encoder}", "hydra.job.chdir", "this reference fails: While dereferencing"),
+        ("hydra.searchpath=a b", "hydra.searchpath", "this is no list of folders"),
+        ("hydra.searchpath=[a b]", "hydra.searchpath", "no such folder"),
+        ("=x", "=x", "no option is named"),
+        ("+=x", "+=x", "no option is named"),
+        ("~", "~", "no option is named"),
+        ("", "''", "no option is named"),
+        (" =x", "=x", "no option is named"),
+        ("\f", "''", "no option is named"),
+        ("hydra.runtime.choices.decoder=r", "hydra.runtime.choices.decoder", "Hydra itself sets this"),
+        ("trainer.precision=null", "trainer.precision", "training has a precision"),
+        ("~data", "data", "every run needs this"),
+        ("~seed", "seed", "every run needs this"),
+        ("~trainer", "trainer", "every run needs this"),
+        ("++encoder=null", "encoder", "encoder has no option"),
+        ("+callbacks.mine.speed=3", "callbacks.mine", "this has a name of its own, and a _target_"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--cfg", "job", "-m"]])
+def test_a_mistake_has_a_place_and_a_remedy(override, option, wrong, flags):
+    found = [each for each in problems(*flags, override) if each.option == option]
+    assert [each.wrong.startswith(wrong) and bool(each.write) for each in found] == [True]
+
+
+def test_a_logger_without_a_name_is_told_how_to_write_it():
+    problem, *_ = problems("logger=none", "+logger._target_=lightning.pytorch.loggers.CSVLogger")
+    assert problem.write.startswith("write +logger.NAME._target_=package.module.Name")
+
+
+def test_a_reference_that_hydra_itself_would_read_is_reported_beside_the_partial_that_it_breaks():
+    found = problems("tokenizer._partial_=${oc.decode:1}")
+    assert [each.option for each in found] == ["tokenizer._partial_"]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -232,3 +233,22 @@ def test_the_names_to_choose_from_are_listed_unless_they_would_hide_the_close_on
     assert suggest("zzz", ["hubert", "_hidden", "*"]) == "available: hubert"
     assert suggest("name_3", many) == "did you mean 'name3'?"
     assert suggest("zzz", many) == f"available: {', '.join(many)}"
+
+
+def test_a_class_of_a_module_without_a_spec_is_inspected(monkeypatch):
+    class Mine:
+        def __init__(self, width: int = 3) -> None: ...
+
+    module = types.ModuleType("module_without_spec")
+    module.Mine = Mine
+    monkeypatch.setitem(sys.modules, "module_without_spec", module)
+    assert names("module_without_spec.Mine") == ["width"]
+    with pytest.raises(UserError, match="has no 'Other'"):
+        read_signature("module_without_spec.Other")
+
+
+@pytest.mark.parametrize(("source", "told"), [("import sys; sys.exit(3)", "SystemExit"), ("a = 1\0", "null bytes")])
+def test_a_module_that_cannot_be_imported_is_named(user_module, source, told):
+    name = user_module(source)
+    with pytest.raises(UserError, match=f"importing {name} fails with .*{told}"):
+        read_signature(f"{name}.anything")

@@ -328,12 +328,6 @@ def test_a_package_that_a_user_s_own_logger_lacks_is_told(made, tmp_path, monkey
         made("+logger.mine._target_=lacking.make")
 
 
-def test_a_logger_without_a_name_is_refused(made):
-    with pytest.raises(UserError, match="a logger has a name of its own, and a _target_") as error:
-        made("logger=none", "+logger._target_=lightning.pytorch.loggers.CSVLogger")
-    assert "write +logger.NAME._target_=package.module.Name" in str(error.value)
-
-
 def test_texts_stay_in_their_cells(tmp_path):
     board = TensorBoard(str(tmp_path))
     board.log_samples([Hypothesis("a", "one | two", "three\nfour")], 0)

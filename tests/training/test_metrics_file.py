@@ -2,7 +2,11 @@
 
 import csv
 
-from sedtrain.training.loggers import MetricsFile
+import pytest
+
+from sedtrain.errors import UserError
+from sedtrain.evaluation.report import learning_curves
+from sedtrain.training.loggers import MetricsFile, Tracker
 
 
 def metrics_file(folder):
@@ -43,3 +47,24 @@ def test_a_line_that_was_cut_is_dropped(tmp_path):
 def test_nothing_is_kept_where_nothing_was(tmp_path):
     metrics_file(tmp_path).keep_before(5)
     assert not (tmp_path / "metrics.csv").exists()
+
+
+NO_TABLES = {
+    "no UTF-8": b"loss,step\n\xff,1\n\n",
+    "no number": b"loss,step\nmuch,1\n\n",
+    "no step": b"loss,step\n1,one\n\n",
+    "no column of steps": b"loss\n1\n\n",
+    "NUL": b"a\0\n1\n\n",
+}
+
+
+@pytest.mark.parametrize("content", NO_TABLES.values(), ids=NO_TABLES)
+def test_a_file_that_is_no_table_is_refused_before_training_and_left_out_of_the_page(tmp_path, content):
+    file = tmp_path / "metrics.csv"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="in this folder is no table of metrics: ") as caught:
+        Tracker("csv", lambda: metrics_file(tmp_path))
+    assert (caught.value.option, caught.value.value) == ("run_dir", str(tmp_path))
+    assert caught.value.write == "remove that file, or write run_dir=ANOTHER_FOLDER"
+    assert file.read_bytes() == content
+    assert learning_curves(file) == ""
