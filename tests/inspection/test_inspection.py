@@ -8,18 +8,19 @@ from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sedtrain.data.buckets import Bounds
 from sedtrain.inspection.splits import QUIETEST, Entry, is_clipped, level, read_corpus, silence
-from sedtrain.inspection.statistics import (
+from sedtrain.inspection.summary import (
     Batching,
     Histogram,
     Spread,
     batchings,
-    first_uses,
     groups_of,
+    inspected,
     robust_scores,
     round_step,
+    summarize_texts,
 )
-from sedtrain.inspection.summary import inspected, summarize_texts
 from sedtrain.inspection.tables import in_words, named
 
 SECONDS = st.lists(st.floats(0.05, 60), min_size=1, max_size=60)
@@ -72,13 +73,11 @@ def test_padding_is_what_batches_hold_beside_the_audio():
 @given(SECONDS, st.sampled_from([None, 7]))
 def test_each_way_of_batching_holds_all_audio(lengths, block):
     seconds = np.array(lengths)
-    for found in batchings(seconds, 24, 30, 0, shuffle=True, block=block):
+    for found in batchings(seconds, Bounds(24, num_buckets=30), 0, shuffle=True, block=block):
         assert found.num_batches * found.mean_utterances == pytest.approx(len(seconds))
         assert 0 <= found.padding + 1e-9 < 1
-    assert [each.name for each in batchings(seconds, 24, 1, 0, shuffle=True, block=block)] == [
-        "1 bucket",
-        "as many at random",
-    ]
+    single = batchings(seconds, Bounds(24, num_buckets=1), 0, shuffle=True, block=block)
+    assert [each.name for each in single] == ["1 bucket", "as many at random"]
 
 
 def test_padding_is_that_of_the_batches_of_training(tmp_path):
@@ -96,21 +95,18 @@ def test_padding_is_that_of_the_batches_of_training(tmp_path):
 
 
 @given(st.lists(st.text("aäb ", max_size=5)))
-def test_characters_are_counted_and_found_where_they_are_first(texts):
-    found = first_uses(texts)
-    assert {character: count for character, (count, _) in found.items()} == Counter("".join(texts))
-    assert all(character in texts[first] for character, (_, first) in found.items())
-    assert all(character not in text for character, (_, first) in found.items() for text in texts[:first])
-    assert sorted(found, key=lambda character: found[character][0]) == list(found)
-
-
-@given(st.lists(st.sampled_from("abcde")))
-def test_a_text_of_several_utterances_is_repeated(texts):
+def test_texts_and_characters_are_counted_and_characters_found_where_they_are_first(texts):
     entries = [Entry((0, index), str(index), 1.0, text, None, None, None) for index, text in enumerate(texts)]
     found = summarize_texts(entries)
-    assert found.num_repeated == sum(texts.count(each) > 1 for each in texts)
+    assert {use.character: use.times for use in found.rarest} == Counter("".join(texts))
+    assert all(use.character in use.text and texts[int(use.id)] == use.text for use in found.rarest)
+    assert all(use.character not in text for use in found.rarest for text in texts[: int(use.id)])
+    assert [use.times for use in found.rarest] == sorted(use.times for use in found.rarest)
     assert found.num_distinct == len(set(texts))
-    assert found.repeated == {text: texts.count(text) for text in texts if texts.count(text) > 1}
+    assert found.num_repeated == sum(texts.count(each) > 1 for each in texts)
+    several = {text: texts.count(text) for text in texts if texts.count(text) > 1}
+    assert list(found.repeated.values()) == sorted(several.values(), reverse=True)[:5]
+    assert found.repeated.items() <= several.items()
 
 
 def test_groups_come_with_their_audio_the_largest_first():
