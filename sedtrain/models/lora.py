@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from sedtrain.errors import UserError
 from sedtrain.models.parts import selected
@@ -102,15 +102,6 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
     """Adds the matrices that lie beside the saved model of this name, if any."""
-    files = [
-        cached_file(
-            checkpoint,
-            f"{FOLDER}/{name}",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        for name in ("adapter_config.json", "adapter_model.safetensors")
-    ]
-    if files[0] is not None:
+    if find_adapter_config_file(checkpoint, subfolder=FOLDER):
         with peft_for("checkpoint", checkpoint):
-            model.load_adapter(str(Path(files[0]).parent))
+            model.load_adapter(checkpoint, adapter_kwargs={"subfolder": FOLDER})
