@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from math import ceil, floor, log10
 from pathlib import Path
@@ -36,29 +36,23 @@ FEATURES = (  # text with value and median, smallest standard deviation, whether
 )
 
 
-@dataclass(frozen=True)
 class Spread:
     """Mean of some values, and their percentiles by number."""
 
-    mean: float
-    percentiles: dict[int, float]
-
-    @classmethod
-    def of(cls, values: Numbers) -> "Spread":
-        numbers = np.percentile(values, PERCENTILES).tolist()
-        return cls(float(np.mean(values)), dict(zip(PERCENTILES, numbers, strict=True)))
+    def __init__(self, values: Numbers) -> None:
+        self.mean = float(np.mean(values))
+        self.percentiles: dict[int, float] = dict(
+            zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True)
+        )
 
 
-@dataclass(frozen=True)
 class Histogram:
-    """Counts between edges; the last bin includes its upper edge, and is wider when it holds far outliers."""
+    """Counts between round edges, whole ones for whole numbers.
 
-    edges: list[float]
-    counts: list[int]
+    The last bin includes its upper edge, and is wider when it holds far outliers.
+    """
 
-    @classmethod
-    def of(cls, values: Numbers) -> "Histogram":
-        """Bins between round edges; whole edges for whole numbers."""
+    def __init__(self, values: Numbers) -> None:
         least, most = float(values.min()), float(values.max())
         tail = float(np.percentile(values, TAIL))
         step = round_step((tail - least) / NUM_BINS)
@@ -66,10 +60,10 @@ class Histogram:
             step = max(step, 1.0)
         first = floor(least / step)
         last = max(ceil(tail / step), first + 1)
-        edges = [round(number * step, 9) for number in range(first, last + 1)]
-        if most > edges[-1]:
-            edges.append(max(most, round((last + 1) * step, 9)))
-        return cls(edges, np.histogram(values, edges)[0].tolist())
+        self.edges = [round(number * step, 9) for number in range(first, last + 1)]
+        if most > self.edges[-1]:
+            self.edges.append(max(most, round((last + 1) * step, 9)))
+        self.counts: list[int] = np.histogram(values, self.edges)[0].tolist()
 
     def labels(self) -> list[str]:
         """Edges as text, with the decimals that a bin's width needs."""
@@ -85,191 +79,13 @@ def round_step(least: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
-@dataclass(frozen=True)
-class Group:
-    """Utterances of one speaker, language or dataset."""
-
-    name: str
-    num_utterances: int
-    hours: float
-
-
-@dataclass(frozen=True)
 class Batching:
     """Batches of utterances; `padding` is a share of the padded audio, `largest_seconds` includes padding."""
 
-    name: str
-    num_batches: int
-    mean_utterances: float
-    padding: float
-    largest_seconds: float
-
-    @classmethod
-    def of(cls, name: str, seconds: Floats, batches: Iterable[Sequence[int]]) -> "Batching":
+    def __init__(self, name: str, seconds: Floats, batches: Sequence[Sequence[int]]) -> None:
         padded = np.array([len(batch) * seconds[batch].max() for batch in batches])
-        padding = 1 - float(seconds.sum() / padded.sum())
-        return cls(name, len(padded), len(seconds) / len(padded), padding, float(padded.max()))
-
-
-@dataclass(frozen=True)
-class Use:
-    """A character, its count, and the first utterance with it."""
-
-    character: str
-    times: int
-    id: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Distinct texts, utterances that share theirs, the most frequent texts; characters, rarest and invisible ones."""
-
-    num_distinct: int
-    num_repeated: int
-    repeated: dict[str, int]
-    num_characters: int
-    rarest: list[Use]
-    unseen: list[Use]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Speakers, and utterances with texts, that also occur in training."""
-
-    num_speakers: int
-    num_texts: int
-
-
-@dataclass(frozen=True)
-class Sounds:
-    """Decoded utterances: counts by stored format, level in dBFS, share of silence; ids where something is wrong.
-
-    num_refused: those that could not be decoded, or that training refuses
-    misdeclared: of another length than their row says
-    """
-
-    num_decoded: int
-    num_refused: int
-    sampling_rates: dict[int, int]
-    channels: dict[int, int]
-    formats: dict[str, int]
-    level: Spread | None
-    levels: Histogram | None
-    silence: Spread | None
-    clipped: list[str]
-    misdeclared: list[str]
-
-
-@dataclass(frozen=True)
-class SkippedFor:
-    """Utterances that training would skip for one reason; `hours` counts those whose length is known."""
-
-    reason: str
-    num_utterances: int
-    hours: float
-    examples: list[str]
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """One split: training would use `num_utterances` of `num_read` rows.
-
-    spreads, histograms: of seconds, characters, words, characters per second
-    groups:              by dataset, language, speaker
-    """
-
-    split: str
-    is_whole: bool
-    num_read: int
-    num_utterances: int
-    num_skipped: int
-    hours: float
-    spreads: dict[str, Spread]
-    histograms: dict[str, Histogram]
-    groups: dict[str, list[Group]]
-    batches: list[Batching]
-    texts: Texts
-    sounds: Sounds
-    skipped: list[SkippedFor]
-    overlap: Overlap | None
-
-
-@dataclass(frozen=True)
-class Strange:
-    """An outlier with the reasons, such as `38.07 s long, median 1.50 s`, worst first; `score` is that of the worst."""
-
-    split: str
-    number: int
-    id: str
-    text: str
-    seconds: float
-    score: float
-    reasons: list[str]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """All splits of the dataset `name`; `absent` holds the error of each unreadable split."""
-
-    name: str
-    settings: dict[str, float | int | None]
-    splits: list[SplitSummary]
-    absent: dict[str, str]
-    strangest: list[Strange]
-
-    def write(self, path: Path) -> None:
-        write_whole(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitEntries]]:
-    """Inspects all readable splits, and returns their entries too. Raises UserError if there is none.
-
-    most: rows of a streamed split; None: all
-    """
-    splits, absent = read_corpus(data.corpus, most)
-    for split in splits:
-        split.decode_some(data.seed)
-        data.skipped.note([utterance for utterance, _ in split.skipped])
-    train = next((split for split in splits if split.split == "train"), None)
-    settings = {f"data.{name}": getattr(data.bounds, name) for name in ("batch_seconds", "batch_tokens", "num_buckets")}
-    summaries = [summarize(split, data, train) for split in splits]
-    return Inspection(data.corpus.public_name, settings, summaries, absent, strangest(splits)), splits
-
-
-def summarize(split: SplitEntries, data: SpeechTextDataModule, train: SplitEntries | None) -> SplitSummary:
-    entries, is_train = split.entries, split.split == "train"
-    seconds = np.array([entry.seconds for entry in entries], dtype=np.float64)
-    num_characters = np.array([len(entry.text) for entry in entries], dtype=np.int64)
-    num_words = np.array([len(entry.text.split()) for entry in entries], dtype=np.int64)
-    measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
-    measures["characters per second"] = num_characters / np.maximum(seconds, 1e-3)
-    block = data.block_utterances if is_train and data.corpus.streaming else None
-    return SplitSummary(
-        split=split.split,
-        is_whole=split.is_whole,
-        num_read=split.num_read,
-        num_utterances=len(entries),
-        num_skipped=len(split.skipped),
-        hours=float(seconds.sum()) / 3600,
-        spreads={name: Spread.of(values) for name, values in measures.items() if entries},
-        histograms={name: Histogram.of(values) for name, values in measures.items() if entries},
-        groups={by: groups_of([getattr(e, by) for e in entries], seconds) for by in ("dataset", "language", "speaker")},
-        batches=batchings(seconds, data.bounds, data.seed, shuffle=is_train, block=block) if entries else [],
-        texts=summarize_texts(entries),
-        sounds=summarize_sounds(split),
-        skipped=group_skipped(split.skipped),
-        overlap=None if train is None or train is split else find_overlap(entries, train.entries),
-    )
-
-
-def groups_of(names: Sequence[str | None], seconds: Floats) -> list[Group]:
-    """Groups utterances by name, longest total audio first; leaves out those named None."""
-    lengths: dict[str | None, list[float]] = {}
-    for name, length in zip(names, seconds.tolist(), strict=True):
-        lengths.setdefault(name, []).append(length)
-    groups = [Group(name, len(each), sum(each) / 3600) for name, each in lengths.items() if name is not None]
-    return sorted(groups, key=lambda group: (-group.hours, group.name))
+        self.name, self.num_batches, self.mean_utterances = name, len(batches), len(seconds) / len(batches)
+        self.padding, self.largest_seconds = 1 - float(seconds.sum() / padded.sum()), float(padded.max())
 
 
 def batchings(seconds: Floats, bounds: Bounds, seed: int, *, shuffle: bool, block: int | None) -> list[Batching]:
@@ -284,51 +100,99 @@ def batchings(seconds: Floats, bounds: Bounds, seed: int, *, shuffle: bool, bloc
             some = seconds[start : start + size]
             plan = DurationBatches(some, Bounds(bounds.batch_seconds, num_buckets=number), shuffle=shuffle, seed=seed)
             batches += [[start + index for index in batch] for batch in plan]
-        return Batching.of(f"{number} bucket{'s' * (number > 1)}", seconds, batches)
+        return Batching(f"{number} bucket{'s' * (number > 1)}", seconds, batches)
 
     size = block or len(seconds)
     found = [planned(number) for number in dict.fromkeys([bounds.num_buckets, 1])]
     drawn = np.array_split(np.random.default_rng(seed).permutation(len(seconds)), found[0].num_batches)
-    return [*found, Batching.of("as many at random", seconds, [batch.tolist() for batch in drawn])]
+    return [*found, Batching("as many at random", seconds, [batch.tolist() for batch in drawn])]
 
 
-def summarize_texts(entries: Sequence[Entry]) -> Texts:
-    texts = Counter(entry.text for entry in entries)
-    shared = {text: count for text, count in texts.most_common() if count > 1}
-    times = Counter(chain.from_iterable(texts.elements()))
-    first = {character: entry for entry in reversed(entries) for character in set(entry.text)}
-    rarest = sorted(times, key=lambda character: (times[character], character))
-    uses = [Use(each, times[each], first[each].id, first[each].text) for each in rarest]
-    unseen = [use for use in uses if not use.character.isprintable()]
-    repeated = dict(list(shared.items())[:NUM_REPEATED])
-    return Texts(len(texts), sum(shared.values()), repeated, len(uses), uses[:NUM_RAREST], unseen)
+@dataclass(frozen=True)
+class Group:
+    """Utterances of one speaker, language or dataset."""
+
+    name: str
+    num_utterances: int
+    hours: float
 
 
-def find_overlap(entries: Sequence[Entry], train: Sequence[Entry]) -> Overlap:
-    speakers = {entry.speaker for entry in entries} & {entry.speaker for entry in train} - {None}
-    texts = {entry.text for entry in train}
-    return Overlap(len(speakers), sum(entry.text in texts for entry in entries))
+def groups_of(names: Sequence[str | None], seconds: Floats) -> list[Group]:
+    """Groups utterances by name, longest total audio first; leaves out those named None."""
+    lengths: dict[str | None, list[float]] = {}
+    for name, length in zip(names, seconds.tolist(), strict=True):
+        lengths.setdefault(name, []).append(length)
+    groups = [Group(name, len(each), sum(each) / 3600) for name, each in lengths.items() if name is not None]
+    return sorted(groups, key=lambda group: (-group.hours, group.name))
 
 
-def summarize_sounds(split: SplitEntries) -> Sounds:
-    heard = [(entry, entry.sound) for entry in split.entries if entry.sound]
-    rates, channels, formats = (
-        dict(Counter(getattr(sound, name) for _, sound in heard).most_common())
-        for name in ("sampling_rate", "num_channels", "format")
-    )
-    levels, silences = (np.array([getattr(sound, name) for _, sound in heard]) for name in ("level", "silence"))
-    return Sounds(
-        num_decoded=split.num_drawn,
-        num_refused=split.num_drawn - len(heard),
-        sampling_rates=rates,
-        channels=channels,
-        formats=formats,
-        level=Spread.of(levels) if heard else None,
-        levels=Histogram.of(levels) if heard else None,
-        silence=Spread.of(silences) if heard else None,
-        clipped=[entry.id for entry, sound in heard if sound.is_clipped],
-        misdeclared=[entry.id for entry, sound in heard if abs(sound.seconds - entry.seconds) > DECLARED_TOLERANCE],
-    )
+@dataclass(frozen=True)
+class Use:
+    """A character, its count, and the first utterance with it."""
+
+    character: str
+    times: int
+    id: str
+    text: str
+
+
+class Texts:
+    """Distinct texts, utterances that share theirs, the most frequent texts; characters, rarest and invisible ones."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        texts = Counter(entry.text for entry in entries)
+        shared = {text: count for text, count in texts.most_common() if count > 1}
+        times = Counter(chain.from_iterable(texts.elements()))
+        first = {character: entry for entry in reversed(entries) for character in set(entry.text)}
+        rarest = sorted(times, key=lambda character: (times[character], character))
+        uses = [Use(each, times[each], first[each].id, first[each].text) for each in rarest]
+        self.num_distinct, self.num_repeated = len(texts), sum(shared.values())
+        self.repeated = dict(list(shared.items())[:NUM_REPEATED])
+        self.num_characters, self.rarest = len(uses), uses[:NUM_RAREST]
+        self.unseen = [use for use in uses if not use.character.isprintable()]
+
+
+class Overlap:
+    """Speakers, and utterances with texts, that also occur in training."""
+
+    def __init__(self, entries: Sequence[Entry], train: Sequence[Entry]) -> None:
+        self.num_speakers = len({entry.speaker for entry in entries} & {entry.speaker for entry in train} - {None})
+        texts = {entry.text for entry in train}
+        self.num_texts = sum(entry.text in texts for entry in entries)
+
+
+class Sounds:
+    """Decoded utterances: counts by stored format, level in dBFS, share of silence; ids where something is wrong.
+
+    num_refused: those that could not be decoded, or that training refuses
+    misdeclared: of another length than their row says
+    """
+
+    def __init__(self, split: SplitEntries) -> None:
+        heard = [(entry, entry.sound) for entry in split.entries if entry.sound]
+        sounds = [sound for _, sound in heard]
+        levels, silences = (np.array([getattr(sound, name) for sound in sounds]) for name in ("level", "silence"))
+        self.num_decoded, self.num_refused = split.num_drawn, split.num_drawn - len(heard)
+        self.sampling_rates = dict(Counter(sound.sampling_rate for sound in sounds).most_common())
+        self.channels = dict(Counter(sound.num_channels for sound in sounds).most_common())
+        self.formats = dict(Counter(sound.format for sound in sounds).most_common())
+        self.level = Spread(levels) if heard else None
+        self.levels = Histogram(levels) if heard else None
+        self.silence = Spread(silences) if heard else None
+        self.clipped = [entry.id for entry, sound in heard if sound.is_clipped]
+        self.misdeclared = [
+            entry.id for entry, sound in heard if abs(sound.seconds - entry.seconds) > DECLARED_TOLERANCE
+        ]
+
+
+@dataclass(frozen=True)
+class SkippedFor:
+    """Utterances that training would skip for one reason; `hours` counts those whose length is known."""
+
+    reason: str
+    num_utterances: int
+    hours: float
+    examples: list[str]
 
 
 def group_skipped(skipped: Iterable[tuple[Skipped, float | None]]) -> list[SkippedFor]:
@@ -340,6 +204,47 @@ def group_skipped(skipped: Iterable[tuple[Skipped, float | None]]) -> list[Skipp
         SkippedFor(reason, len(found), sum(each for _, each in found) / 3600, [id for id, _ in found[:NUM_EXAMPLES]])
         for reason, found in sorted(groups.items(), key=lambda group: -len(group[1]))
     ]
+
+
+class SplitSummary:
+    """One split: training would use `num_utterances` of `num_read` rows.
+
+    spreads, histograms: of seconds, characters, words, characters per second
+    groups:              by dataset, language, speaker
+    """
+
+    def __init__(self, split: SplitEntries, data: SpeechTextDataModule, train: SplitEntries | None) -> None:
+        entries, is_train = split.entries, split.split == "train"
+        seconds = np.array([entry.seconds for entry in entries], dtype=np.float64)
+        num_characters = np.array([len(entry.text) for entry in entries], dtype=np.int64)
+        num_words = np.array([len(entry.text.split()) for entry in entries], dtype=np.int64)
+        measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
+        measures["characters per second"] = num_characters / np.maximum(seconds, 1e-3)
+        names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
+        block = data.block_utterances if is_train and data.corpus.streaming else None
+        batches = batchings(seconds, data.bounds, data.seed, shuffle=is_train, block=block) if entries else []
+        self.split, self.is_whole, self.num_read = split.split, split.is_whole, split.num_read
+        self.num_utterances, self.num_skipped = len(entries), len(split.skipped)
+        self.hours = float(seconds.sum()) / 3600
+        self.spreads = {name: Spread(values) for name, values in measures.items() if entries}
+        self.histograms = {name: Histogram(values) for name, values in measures.items() if entries}
+        self.groups = {by: groups_of(values, seconds) for by, values in names.items()}
+        self.batches, self.texts, self.sounds = batches, Texts(entries), Sounds(split)
+        self.skipped = group_skipped(split.skipped)
+        self.overlap = None if train is None or train is split else Overlap(entries, train.entries)
+
+
+@dataclass(frozen=True)
+class Strange:
+    """An outlier with the reasons, such as `38.07 s long, median 1.50 s`, worst first; `score` is that of the worst."""
+
+    split: str
+    number: int
+    id: str
+    text: str
+    seconds: float
+    score: float
+    reasons: list[str]
 
 
 def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
@@ -382,3 +287,32 @@ def robust_scores(values: Floats, least_sigma: float) -> Floats:
     distance = values - np.nanmedian(values)
     sigma = NORMAL_MAD * np.nanmedian(np.abs(distance)) or NORMAL_MEAN_DEVIATION * np.nanmean(np.abs(distance))
     return distance / max(float(sigma), least_sigma)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All splits of the dataset `name`; `absent` holds the error of each unreadable split."""
+
+    name: str
+    settings: dict[str, float | int | None]
+    splits: list[SplitSummary]
+    absent: dict[str, str]
+    strangest: list[Strange]
+
+    def write(self, path: Path) -> None:
+        write_whole(path, json.dumps(self, default=vars, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitEntries]]:
+    """Inspects all readable splits, and returns their entries too. Raises UserError if there is none.
+
+    most: rows of a streamed split; None: all
+    """
+    splits, absent = read_corpus(data.corpus, most)
+    for split in splits:
+        split.decode_some(data.seed)
+        data.skipped.note([utterance for utterance, _ in split.skipped])
+    train = next((split for split in splits if split.split == "train"), None)
+    settings = {f"data.{name}": getattr(data.bounds, name) for name in ("batch_seconds", "batch_tokens", "num_buckets")}
+    summaries = [SplitSummary(split, data, train) for split in splits]
+    return Inspection(data.corpus.public_name, settings, summaries, absent, strangest(splits)), splits

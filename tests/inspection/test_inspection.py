@@ -14,12 +14,12 @@ from sedtrain.inspection.summary import (
     Batching,
     Histogram,
     Spread,
+    Texts,
     batchings,
     groups_of,
     inspected,
     robust_scores,
     round_step,
-    summarize_texts,
 )
 from sedtrain.inspection.tables import in_words, named
 
@@ -31,7 +31,7 @@ SECONDS = st.lists(st.floats(0.05, 60), min_size=1, max_size=60)
 
 @given(st.one_of(SECONDS.map(np.array), st.lists(st.integers(0, 400), min_size=1).map(np.array)))
 def test_every_value_is_in_one_bin_of_a_histogram(values):
-    found = Histogram.of(values)
+    found = Histogram(values)
     assert found.edges == sorted(set(found.edges))
     counted = [
         sum(low <= each < high for each in values) for low, high in zip(found.edges, found.edges[1:], strict=False)
@@ -43,11 +43,11 @@ def test_every_value_is_in_one_bin_of_a_histogram(values):
 
 @given(st.lists(st.integers(0, 400), min_size=1).map(np.array))
 def test_bins_of_whole_numbers_begin_at_whole_numbers(values):
-    assert all(edge == int(edge) for edge in Histogram.of(values).edges)
+    assert all(edge == int(edge) for edge in Histogram(values).edges)
 
 
 def test_what_is_far_off_has_one_bin():
-    found = Histogram.of(np.array([*np.linspace(0, 10, 500), 1000.0]))
+    found = Histogram(np.array([*np.linspace(0, 10, 500), 1000.0]))
     assert found.edges[-2:] == [10.0, 1000.0]
     assert found.counts[-1] == 2  # 10 itself, and 1,000
     assert found.labels()[-2:] == ["10", "1,000"]
@@ -59,15 +59,16 @@ def test_steps_are_round(least, step):
 
 
 def test_percentiles_are_those_of_the_sorted_values():
-    spread = Spread.of(np.arange(101.0)[::-1])
+    spread = Spread(np.arange(101.0)[::-1])
     assert spread.percentiles == {p: float(p) for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
     assert spread.mean == 50
 
 
 def test_padding_is_what_batches_hold_beside_the_audio():
     seconds = np.array([1.0, 2.0, 4.0, 3.0])
-    found = Batching.of("by hand", seconds, [[0, 1], [2, 3]])
-    assert found == Batching("by hand", 2, 2.0, pytest.approx(1 - 10 / (2 * 2 + 2 * 4)), 8.0)
+    found = Batching("by hand", seconds, [[0, 1], [2, 3]])
+    assert (found.num_batches, found.mean_utterances, found.largest_seconds) == (2, 2.0, 8.0)
+    assert found.padding == pytest.approx(1 - 10 / (2 * 2 + 2 * 4))
 
 
 @given(SECONDS, st.sampled_from([None, 7]))
@@ -97,7 +98,7 @@ def test_padding_is_that_of_the_batches_of_training(tmp_path):
 @given(st.lists(st.text("aäb ", max_size=5)))
 def test_texts_and_characters_are_counted_and_characters_found_where_they_are_first(texts):
     entries = [Entry((0, index), str(index), 1.0, text, None, None, None) for index, text in enumerate(texts)]
-    found = summarize_texts(entries)
+    found = Texts(entries)
     assert {use.character: use.times for use in found.rarest} == Counter("".join(texts))
     assert all(use.character in use.text and texts[int(use.id)] == use.text for use in found.rarest)
     assert all(use.character not in text for use in found.rarest for text in texts[: int(use.id)])
