@@ -23,7 +23,6 @@ from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
 from sedtrain.terminal import show, table
-from sedtrain.training.guards import PRUNED_AT
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
 FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
@@ -159,11 +158,7 @@ class Search:
     def resume(self, launch: Launch) -> None:
         """Finishes the trials that were running when this sweep was killed, each from its last checkpoint."""
         for number, trial in enumerate(self.study.trials):
-            if trial.state != self.state.RUNNING or trial.user_attrs.get(FOLDER) != str(self.folder):
-                continue
-            if PRUNED_AT in trial.user_attrs:
-                self.tell(number, self.folder)
-            else:
+            if trial.state == self.state.RUNNING and trial.user_attrs.get(FOLDER) == str(self.folder):
                 self.run([number], launch, "resume=auto")
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
@@ -189,13 +184,11 @@ class Search:
         return f"+callbacks.search={{_target_:sedtrain.training.guards.Reporting,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
-        """Tells the study how the trial in a folder ended."""
+        """Tells the study how the trial in a folder ended, unless the run itself has told it that it was pruned."""
         trial = self.study.trials[number]
-        if PRUNED_AT in trial.user_attrs:
-            self.study.tell(number, state=self.state.PRUNED)
-            return
-        value = self.objective.value(trial, folder) if is_finished(str(folder)) else None
-        self.study.tell(number, value, state=self.state.FAIL if value is None else self.state.COMPLETE)
+        if not trial.state.is_finished():
+            value = self.objective.value(trial, folder) if is_finished(str(folder)) else None
+            self.study.tell(number, value, state=self.state.FAIL if value is None else self.state.COMPLETE)
 
     def write(self) -> dict[str, Any]:
         """Writes search.json and returns what it holds: the best of the completed trials, its command, and all trials."""

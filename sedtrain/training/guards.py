@@ -23,7 +23,6 @@ HISTORY = 100  # steps whose losses a spike is measured against
 ENOUGH = 20  # losses, before which there is no spike
 SPIKE = "loss spike"
 COUNTS = ("num_bad", "num_in_a_row", "num_spikes")
-PRUNED_AT = "pruned_at_step"  # attribute of a trial in Optuna's study
 
 
 class Guards(Callback):
@@ -195,7 +194,7 @@ class Reporting(Callback):
             raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
 
     def report(self, value: float, step: int) -> bool:
-        """True if the trial should be pruned."""
+        """True if the trial is to end, which the study is told."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -207,5 +206,5 @@ class Reporting(Callback):
             trial.report(value, step)
         worse = self.prunes and trial.should_prune()
         if worse:
-            trial.set_user_attr(PRUNED_AT, step)
+            study.tell(self.number, state=optuna.trial.TrialState.PRUNED)
         return worse
