@@ -139,33 +139,27 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
 
 
 def hear(parts: Parts, reference: Reference) -> Sound | Skipped:
-    """Measures one utterance; Skipped, with the reason that training gives, where decoding fails."""
+    """Measures one utterance as it is stored; Skipped, with the reason that training gives, where decoding fails."""
     part, index = reference
+    rows = parts[part]
     try:
-        samples, rate, channels, format = decode(parts, reference)
+        with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
+            rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
+        samples = rows.utterance(index, rate).audio.numpy()
     except UNREADABLE as error:
-        return parts[part].skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
+        return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
     seconds, silent = len(samples) / rate, silence(samples, rate)
     return Sound(rate, channels, format, seconds, level(samples), is_clipped(samples), silent)
 
 
-def playable(parts: Parts, reference: Reference) -> tuple[Samples, int] | None:
+def playable(parts: Parts, entry: Entry) -> tuple[Samples, int] | None:
     """Samples and sampling rate of an utterance, cut off where it is long; None where it cannot be decoded."""
-    try:
-        samples, rate, *_ = decode(parts, reference, PLAYED_RATE)
-    except UNREADABLE:
+    sound = entry.sound or hear(parts, entry.reference)
+    if isinstance(sound, Skipped):
         return None
-    return samples[: PLAYED_SECONDS * rate], rate
-
-
-def decode(parts: Parts, reference: Reference, max_rate: int | None = None) -> tuple[Samples, int, int, str]:
-    """Samples, sampling rate, number of channels and stored format. Raises an error of UNREADABLE."""
-    part, index = reference
-    rows = parts[part]
-    with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
-        rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
-    rate = min(rate, max_rate or rate)
-    return rows.utterance(index, rate).audio.numpy(), rate, channels, format
+    part, index = entry.reference
+    rate = min(sound.sampling_rate, PLAYED_RATE)
+    return parts[part].utterance(index, rate).audio.numpy()[: PLAYED_SECONDS * rate], rate
 
 
 def level(samples: Samples) -> float:

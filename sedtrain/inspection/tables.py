@@ -58,8 +58,8 @@ class Section:
 def write_page(path: Path, inspection: Inspection, splits: Iterable[SplitEntries]) -> None:
     """Writes one HTML file without links to anything outside it."""
     by_name = {split.split: split for split in splits}
-    places = [(by_name[strange.split], strange.number) for strange in inspection.strangest]
-    sounds = [playable(split.parts, split.entries[number].reference) for split, number in places]
+    strangest = [(by_name[strange.split], strange.number) for strange in inspection.strangest]
+    sounds = [playable(split.parts, split.entries[number]) for split, number in strangest]
     title = f"Inspection: {inspection.name}"
     body = "\n".join([f"<h1>{escape(title)}</h1>", *map(on_page, sections(inspection, sounds))])
     write_whole(path, html.page(title, body))
