@@ -176,10 +176,8 @@ class Search:
 
     def reporting(self, number: int) -> str:
         """The override by which a run reports its validations to the study."""
-        settings, metric = self.settings, f"val/{self.objective.name}"
-        trial = {"storage": self.storage, "study": settings.study, "number": number, "metric": metric}
-        pruning = {"full_trials": settings.full_trials, "warmup_steps": settings.warmup_steps}
-        options = {**trial, "prunes": settings.pruner != "none", **pruning}
+        given = {name: self.settings[name] for name in ("study", "pruner", "full_trials", "warmup_steps")}
+        options = {"storage": self.storage, "number": number, "metric": f"val/{self.objective.name}", **given}
         listed = ",".join(f"{name}:{json.dumps(value)}" for name, value in options.items())
         return f"+callbacks.search={{_target_:sedtrain.training.guards.Reporting,{listed}}}"
 
