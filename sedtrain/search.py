@@ -23,7 +23,6 @@ from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
 from sedtrain.terminal import show, table
-from sedtrain.training.guards import PRUNED_AT
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
 FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
@@ -159,11 +158,7 @@ class Search:
     def resume(self, launch: Launch) -> None:
         """Finishes the trials that were running when this sweep was killed, each from its last checkpoint."""
         for number, trial in enumerate(self.study.trials):
-            if trial.state != self.state.RUNNING or trial.user_attrs.get(FOLDER) != str(self.folder):
-                continue
-            if PRUNED_AT in trial.user_attrs:
-                self.tell(number, self.folder)
-            else:
+            if trial.state == self.state.RUNNING and trial.user_attrs.get(FOLDER) == str(self.folder):
                 self.refuse_other_options(trial.params)
                 self.run([number], launch, "resume=auto")
 
@@ -191,21 +186,17 @@ class Search:
 
     def reporting(self, number: int) -> str:
         """The override by which a run reports its validations to the study."""
-        settings, metric = self.settings, f"val/{self.objective.name}"
-        trial = {"storage": self.storage, "study": settings.study, "number": number, "metric": metric}
-        pruning = {"full_trials": settings.full_trials, "warmup_steps": settings.warmup_steps}
-        options = {**trial, "prunes": settings.pruner != "none", **pruning}
+        given = {name: self.settings[name] for name in ("study", "pruner", "full_trials", "warmup_steps")}
+        options = {"storage": self.storage, "number": number, "metric": f"val/{self.objective.name}", **given}
         listed = ",".join(f"{name}:{json.dumps(value)}" for name, value in options.items())
         return f"+callbacks.search={{_target_:sedtrain.training.guards.Reporting,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
-        """Tells the study how the trial in a folder ended."""
+        """Tells the study how the trial in a folder ended, unless the run itself has told it that it was pruned."""
         trial = self.study.trials[number]
-        if PRUNED_AT in trial.user_attrs:
-            self.study.tell(number, state=self.state.PRUNED)
-            return
-        value = self.objective.value(trial, folder) if is_finished(str(folder)) else None
-        self.study.tell(number, value, state=self.state.FAIL if value is None else self.state.COMPLETE)
+        if not trial.state.is_finished():
+            value = self.objective.value(trial, folder) if is_finished(str(folder)) else None
+            self.study.tell(number, value, state=self.state.FAIL if value is None else self.state.COMPLETE)
 
     def write(self) -> dict[str, Any]:
         """Writes search.json and returns what it holds: the best of the completed trials, its command, and all trials."""

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
     "cli": "config errors launch run_dir tasks",
-    "search": "config errors evaluation run_dir terminal training",
+    "search": "config errors evaluation run_dir terminal",
     "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models text training",
     "terminal": "evaluation training",

@@ -17,7 +17,6 @@ from sedtrain.data.durations import durations
 from sedtrain.data.paths import local_path
 from sedtrain.data.utterances import UtteranceRows, name_or_none
 from sedtrain.errors import UserError
-from sedtrain.inspection.statistics import Floats
 
 Samples = NDArray[np.float32]  # (S,) in -1..1
 
@@ -27,18 +26,6 @@ FULL_SCALE, CLIPPED_RUN = 0.999, 3  # so many samples in a row at full scale are
 QUIETEST = -100.0  # dBFS of digital silence
 WINDOW_SECONDS, SILENCE = 0.02, 40.0  # a window so many decibels below the loudest one is silent
 PLAYED_RATE, PLAYED_SECONDS = 48_000, 60  # at most
-
-
-class Entry(NamedTuple):
-    """Describes an utterance before it is decoded."""
-
-    reference: Reference
-    id: str
-    seconds: float
-    text: str
-    speaker: str | None
-    language: str | None
-    dataset: str | None  # in a mix
 
 
 class Sound(NamedTuple):
@@ -53,25 +40,30 @@ class Sound(NamedTuple):
     silence: float
 
 
+class Entry(NamedTuple):
+    """A usable utterance; `sound` is known of those that were decoded."""
+
+    reference: Reference
+    id: str
+    seconds: float
+    text: str
+    speaker: str | None
+    language: str | None
+    dataset: str | None  # in a mix
+    sound: Sound | None = None
+
+
 @dataclass
 class SplitEntries:
-    """Usable utterances of one split, and skipped ones with their seconds, None where unknown.
-
-    sounds: those of `num_drawn` utterances that could be decoded, by index of their entry
-    """
+    """Usable utterances of one split, `num_drawn` of which were decoded, and skipped ones with their seconds if known."""
 
     split: str
     parts: Parts
     entries: list[Entry] = field(default_factory=list)
     skipped: list[tuple[Skipped, float | None]] = field(default_factory=list)
-    sounds: dict[int, Sound] = field(default_factory=dict)
     num_drawn: int = 0
     num_read: int = 0
     is_whole: bool = True  # whether all rows of the split were read
-
-    @property
-    def seconds(self) -> Floats:
-        return np.array([entry.seconds for entry in self.entries], dtype=np.float64)
 
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Filters rows of a part as for training."""
@@ -101,7 +93,7 @@ class SplitEntries:
             found = threads.map(lambda index: hear(self.parts, self.entries[index].reference, is_scored), drawn)
             for index, sound in zip(drawn, found, strict=True):
                 if isinstance(sound, Sound):
-                    self.sounds[index] = sound
+                    self.entries[index] = self.entries[index]._replace(sound=sound)
                 else:
                     self.skipped.append((sound, self.entries[index].seconds))
 
@@ -143,36 +135,27 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
 
 
 def hear(parts: Parts, reference: Reference, may_be_silent: bool) -> Sound | Skipped:
-    """Measures one utterance; Skipped, with the reason that training gives, where decoding fails."""
+    """Measures one utterance as it is stored; Skipped, with the reason that training gives, where decoding fails."""
     part, index = reference
+    rows = parts[part]
     try:
-        samples, rate, channels, format = decode(parts, reference, may_be_silent=may_be_silent)
+        with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
+            rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
+        samples = rows.utterance(index, rate, may_be_silent).audio.numpy()
     except UNREADABLE as error:
-        return parts[part].skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
+        return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
     seconds, silent = len(samples) / rate, silence(samples, rate)
     return Sound(rate, channels, format, seconds, level(samples), is_clipped(samples), silent)
 
 
-def playable(parts: Parts, reference: Reference) -> tuple[Samples, int] | None:
+def playable(parts: Parts, entry: Entry) -> tuple[Samples, int] | None:
     """Samples and sampling rate of an utterance, cut off where it is long; None where it cannot be decoded."""
-    try:
-        samples, rate, *_ = decode(parts, reference, PLAYED_RATE, may_be_silent=True)
-    except UNREADABLE:
+    sound = entry.sound or hear(parts, entry.reference, may_be_silent=True)
+    if isinstance(sound, Skipped):
         return None
-    return samples[: PLAYED_SECONDS * rate], rate
-
-
-def decode(
-    parts: Parts, reference: Reference, max_rate: int | None = None, *, may_be_silent: bool
-) -> tuple[Samples, int, int, str]:
-    """Samples, sampling rate, number of channels and stored format. Raises an error of UNREADABLE."""
-    part, index = reference
-    rows = parts[part]
-    with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
-        rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
-    rate = min(rate, max_rate or rate)
-    samples = rows.utterance(index, rate, may_be_silent).audio.numpy()
-    return samples, rate, channels, format
+    part, index = entry.reference
+    rate = min(sound.sampling_rate, PLAYED_RATE)
+    return parts[part].utterance(index, rate, may_be_silent=True).audio.numpy()[: PLAYED_SECONDS * rate], rate
 
 
 def level(samples: Samples) -> float:

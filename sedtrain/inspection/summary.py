@@ -1,22 +1,30 @@
-"""Summarizes the splits of a corpus, as `inspect.json` holds them."""
+"""Summarizes the splits of a corpus, as `inspect.json` holds them, and finds their outliers. N utterances."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
+from math import ceil, floor, log10
 from pathlib import Path
 
 import numpy as np
 
 from sedtrain.batch import Skipped
+from sedtrain.data.buckets import Bounds, Floats, Integers
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.inspection import statistics
+from sedtrain.data.sampler import DurationBatches
 from sedtrain.inspection.splits import Entry, SplitEntries, read_corpus
-from sedtrain.inspection.statistics import Batching, Floats, Group, Histogram, Numbers, Spread
 from sedtrain.run_dir import write_whole
 
+Numbers = Floats | Integers
+
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+NUM_BINS = 14
+TAIL = 99  # percentile; values beyond it share the last bin of a histogram
 NUM_RAREST, NUM_REPEATED, NUM_EXAMPLES, NUM_STRANGE = 12, 5, 3, 10
 DECLARED_TOLERANCE = 0.1  # seconds
+NORMAL_MAD, NORMAL_MEAN_DEVIATION = 1.4826, 1.2533  # sigma of a normal distribution, in units of these deviations
 STRANGE = 3.5  # robust standard deviations; of normal values one in 2,000 is farther off
 FEATURES = (  # text with value and median, smallest standard deviation, whether it is that of the logarithm
     ("{:.2f} s long, median {:.2f} s", 0.05, True),
@@ -26,6 +34,96 @@ FEATURES = (  # text with value and median, smallest standard deviation, whether
     ("{:.0f} % silent, median {:.0f} %", 15.0, False),
     ("{:+.2f} s against what is declared", 0.1, False),
 )
+
+
+class Spread:
+    """Mean of some values, and their percentiles by number."""
+
+    def __init__(self, values: Numbers) -> None:
+        self.mean = float(np.mean(values))
+        self.percentiles: dict[int, float] = dict(
+            zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True)
+        )
+
+
+class Histogram:
+    """Counts between round edges, whole ones for whole numbers.
+
+    The last bin includes its upper edge, and is wider when it holds far outliers.
+    """
+
+    def __init__(self, values: Numbers) -> None:
+        least, most = float(values.min()), float(values.max())
+        tail = float(np.percentile(values, TAIL))
+        step = round_step((tail - least) / NUM_BINS)
+        if np.issubdtype(values.dtype, np.integer):
+            step = max(step, 1.0)
+        first = floor(least / step)
+        last = max(ceil(tail / step), first + 1)
+        self.edges = [round(number * step, 9) for number in range(first, last + 1)]
+        if most > self.edges[-1]:
+            self.edges.append(max(most, round((last + 1) * step, 9)))
+        self.counts: list[int] = np.histogram(values, self.edges)[0].tolist()
+
+    def labels(self) -> list[str]:
+        """Edges as text, with the decimals that a bin's width needs."""
+        step = self.edges[1] - self.edges[0]
+        return [f"{edge:,.{max(0, ceil(-log10(step) - 1e-9))}f}" for edge in self.edges]
+
+
+def round_step(least: float) -> float:
+    """Smallest of 1, 2, 5 times a power of ten that is at least `least`."""
+    if least <= 0:
+        return 1.0
+    power = 10.0 ** floor(log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+
+
+class Batching:
+    """Batches of utterances; `padding` is a share of the padded audio, `largest_seconds` includes padding."""
+
+    def __init__(self, name: str, seconds: Floats, batches: Sequence[Sequence[int]]) -> None:
+        padded = np.array([len(batch) * seconds[batch].max() for batch in batches])
+        self.name, self.num_batches, self.mean_utterances = name, len(batches), len(seconds) / len(batches)
+        self.padding, self.largest_seconds = 1 - float(seconds.sum() / padded.sum()), float(padded.max())
+
+
+def batchings(seconds: Floats, bounds: Bounds, seed: int, *, shuffle: bool, block: int | None) -> list[Batching]:
+    """One epoch batched as in training, then in a single bucket, then into as many random batches.
+
+    block: how many utterances of a stream are batched together; None: all
+    """
+
+    def planned(number: int) -> Batching:
+        batches: list[list[int]] = []
+        for start in range(0, len(seconds), size):
+            some = seconds[start : start + size]
+            plan = DurationBatches(some, Bounds(bounds.batch_seconds, num_buckets=number), shuffle=shuffle, seed=seed)
+            batches += [[start + index for index in batch] for batch in plan]
+        return Batching(f"{number} bucket{'s' * (number > 1)}", seconds, batches)
+
+    size = block or len(seconds)
+    found = [planned(number) for number in dict.fromkeys([bounds.num_buckets, 1])]
+    drawn = np.array_split(np.random.default_rng(seed).permutation(len(seconds)), found[0].num_batches)
+    return [*found, Batching("as many at random", seconds, [batch.tolist() for batch in drawn])]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Utterances of one speaker, language or dataset."""
+
+    name: str
+    num_utterances: int
+    hours: float
+
+
+def groups_of(names: Sequence[str | None], seconds: Floats) -> list[Group]:
+    """Groups utterances by name, longest total audio first; leaves out those named None."""
+    lengths: dict[str | None, list[float]] = {}
+    for name, length in zip(names, seconds.tolist(), strict=True):
+        lengths.setdefault(name, []).append(length)
+    groups = [Group(name, len(each), sum(each) / 3600) for name, each in lengths.items() if name is not None]
+    return sorted(groups, key=lambda group: (-group.hours, group.name))
 
 
 @dataclass(frozen=True)
@@ -38,27 +136,31 @@ class Use:
     text: str
 
 
-@dataclass(frozen=True)
 class Texts:
     """Distinct texts, utterances that share theirs, the most frequent texts; characters, rarest and invisible ones."""
 
-    num_distinct: int
-    num_repeated: int
-    repeated: dict[str, int]
-    num_characters: int
-    rarest: list[Use]
-    unseen: list[Use]
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        texts = Counter(entry.text for entry in entries)
+        shared = {text: count for text, count in texts.most_common() if count > 1}
+        times = Counter(chain.from_iterable(texts.elements()))
+        first = {character: entry for entry in reversed(entries) for character in set(entry.text)}
+        rarest = sorted(times, key=lambda character: (times[character], character))
+        uses = [Use(each, times[each], first[each].id, first[each].text) for each in rarest]
+        self.num_distinct, self.num_repeated = len(texts), sum(shared.values())
+        self.repeated = dict(list(shared.items())[:NUM_REPEATED])
+        self.num_characters, self.rarest = len(uses), uses[:NUM_RAREST]
+        self.unseen = [use for use in uses if not use.character.isprintable()]
 
 
-@dataclass(frozen=True)
 class Overlap:
     """Speakers, and utterances with texts, that also occur in training."""
 
-    num_speakers: int
-    num_texts: int
+    def __init__(self, entries: Sequence[Entry], train: Sequence[Entry]) -> None:
+        self.num_speakers = len({entry.speaker for entry in entries} & {entry.speaker for entry in train} - {None})
+        texts = {entry.text for entry in train}
+        self.num_texts = sum(entry.text in texts for entry in entries)
 
 
-@dataclass(frozen=True)
 class Sounds:
     """Decoded utterances: counts by stored format, level in dBFS, share of silence; ids where something is wrong.
 
@@ -66,16 +168,21 @@ class Sounds:
     misdeclared: of another length than their row says
     """
 
-    num_decoded: int
-    num_refused: int
-    sampling_rates: dict[int, int]
-    channels: dict[int, int]
-    formats: dict[str, int]
-    level: Spread | None
-    levels: Histogram | None
-    silence: Spread | None
-    clipped: list[str]
-    misdeclared: list[str]
+    def __init__(self, split: SplitEntries) -> None:
+        heard = [(entry, entry.sound) for entry in split.entries if entry.sound]
+        sounds = [sound for _, sound in heard]
+        levels, silences = (np.array([getattr(sound, name) for sound in sounds]) for name in ("level", "silence"))
+        self.num_decoded, self.num_refused = split.num_drawn, split.num_drawn - len(heard)
+        self.sampling_rates = dict(Counter(sound.sampling_rate for sound in sounds).most_common())
+        self.channels = dict(Counter(sound.num_channels for sound in sounds).most_common())
+        self.formats = dict(Counter(sound.format for sound in sounds).most_common())
+        self.level = Spread(levels) if heard else None
+        self.levels = Histogram(levels) if heard else None
+        self.silence = Spread(silences) if heard else None
+        self.clipped = [entry.id for entry, sound in heard if sound.is_clipped]
+        self.misdeclared = [
+            entry.id for entry, sound in heard if abs(sound.seconds - entry.seconds) > DECLARED_TOLERANCE
+        ]
 
 
 @dataclass(frozen=True)
@@ -88,7 +195,17 @@ class SkippedFor:
     examples: list[str]
 
 
-@dataclass(frozen=True)
+def group_skipped(skipped: Iterable[tuple[Skipped, float | None]]) -> list[SkippedFor]:
+    """Groups by reason, the most frequent first."""
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for (id, reason, detail, _), seconds in skipped:
+        groups.setdefault(reason, []).append((f"{id} ({detail})" if detail else id, seconds or 0.0))
+    return [
+        SkippedFor(reason, len(found), sum(each for _, each in found) / 3600, [id for id, _ in found[:NUM_EXAMPLES]])
+        for reason, found in sorted(groups.items(), key=lambda group: -len(group[1]))
+    ]
+
+
 class SplitSummary:
     """One split: training would use `num_utterances` of `num_read` rows.
 
@@ -96,20 +213,25 @@ class SplitSummary:
     groups:              by dataset, language, speaker
     """
 
-    split: str
-    is_whole: bool
-    num_read: int
-    num_utterances: int
-    num_skipped: int
-    hours: float
-    spreads: dict[str, Spread]
-    histograms: dict[str, Histogram]
-    groups: dict[str, list[Group]]
-    batches: list[Batching]
-    texts: Texts
-    sounds: Sounds
-    skipped: list[SkippedFor]
-    overlap: Overlap | None
+    def __init__(self, split: SplitEntries, data: SpeechTextDataModule, train: SplitEntries | None) -> None:
+        entries, is_train = split.entries, split.split == "train"
+        seconds = np.array([entry.seconds for entry in entries], dtype=np.float64)
+        num_characters = np.array([len(entry.text) for entry in entries], dtype=np.int64)
+        num_words = np.array([len(entry.text.split()) for entry in entries], dtype=np.int64)
+        measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
+        measures["characters per second"] = num_characters / np.maximum(seconds, 1e-3)
+        names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
+        block = data.block_utterances if is_train and data.corpus.streaming else None
+        batches = batchings(seconds, data.bounds, data.seed, shuffle=is_train, block=block) if entries else []
+        self.split, self.is_whole, self.num_read = split.split, split.is_whole, split.num_read
+        self.num_utterances, self.num_skipped = len(entries), len(split.skipped)
+        self.hours = float(seconds.sum()) / 3600
+        self.spreads = {name: Spread(values) for name, values in measures.items() if entries}
+        self.histograms = {name: Histogram(values) for name, values in measures.items() if entries}
+        self.groups = {by: groups_of(values, seconds) for by, values in names.items()}
+        self.batches, self.texts, self.sounds = batches, Texts(entries), Sounds(split)
+        self.skipped = group_skipped(split.skipped)
+        self.overlap = None if train is None or train is split else Overlap(entries, train.entries)
 
 
 @dataclass(frozen=True)
@@ -125,6 +247,48 @@ class Strange:
     reasons: list[str]
 
 
+def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
+    """Utterances of all splits with the highest scores; each is scored by its most unusual feature."""
+    located = [(split.split, number, entry) for split in splits for number, entry in enumerate(split.entries)]
+    if not located:
+        return []
+    values = np.array([features(entry) for *_, entry in located]).T
+    scores = [
+        robust_scores(np.log(row) if is_log else row, sigma)
+        for row, (_, sigma, is_log) in zip(values, FEATURES, strict=True)
+    ]
+    sizes = np.abs(np.nan_to_num(scores))
+    found = []
+    for column in np.argsort(-sizes.max(axis=0), kind="stable")[:NUM_STRANGE].tolist():
+        split, number, entry = located[column]
+        by_size = np.argsort(-sizes[:, column]).tolist()
+        shown = [row for row in by_size if sizes[row, column] >= STRANGE] or by_size[:1]
+        reasons = [FEATURES[row][0].format(values[row, column], np.nanmedian(values[row])) for row in shown]
+        score = float(sizes[:, column].max())
+        found.append(Strange(split, number, entry.id, entry.text, entry.seconds, score, reasons))
+    return found
+
+
+def features(entry: Entry) -> list[float]:
+    """Values in the order of FEATURES; NaN where an utterance was not decoded."""
+    seconds, characters, sound = max(entry.seconds, 1e-3), max(len(entry.text), 1), entry.sound
+    heard = (sound.level, 100 * sound.silence, sound.seconds - entry.seconds) if sound else [np.nan] * 3
+    return [seconds, characters, characters / seconds, *heard]
+
+
+def robust_scores(values: Floats, least_sigma: float) -> Floats:
+    """(N,) deviations from the median, in robust sigmas of at least `least_sigma`; NaN stays NaN.
+
+    The sigma comes from the median deviation, or from the mean one if more than half of the values are equal
+    (Iglewicz and Hoaglin, 1993).
+    """
+    if np.isnan(values).all():
+        return values
+    distance = values - np.nanmedian(values)
+    sigma = NORMAL_MAD * np.nanmedian(np.abs(distance)) or NORMAL_MEAN_DEVIATION * np.nanmean(np.abs(distance))
+    return distance / max(float(sigma), least_sigma)
+
+
 @dataclass(frozen=True)
 class Inspection:
     """All splits of the dataset `name`; `absent` holds the error of each unreadable split."""
@@ -136,7 +300,7 @@ class Inspection:
     strangest: list[Strange]
 
     def write(self, path: Path) -> None:
-        write_whole(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(self, default=vars, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitEntries]]:
@@ -150,112 +314,5 @@ def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection,
         data.skipped.note([utterance for utterance, _ in split.skipped], split.split)
     train = next((split for split in splits if split.split == "train"), None)
     settings = {f"data.{name}": getattr(data.bounds, name) for name in ("batch_seconds", "batch_tokens", "num_buckets")}
-    summaries = [summarize(split, data, train) for split in splits]
+    summaries = [SplitSummary(split, data, train) for split in splits]
     return Inspection(data.corpus.public_name, settings, summaries, absent, strangest(splits)), splits
-
-
-def summarize(split: SplitEntries, data: SpeechTextDataModule, train: SplitEntries | None) -> SplitSummary:
-    entries, seconds = split.entries, split.seconds
-    num_characters = np.array([len(entry.text) for entry in entries], dtype=np.int64)
-    num_words = np.array([len(entry.text.split()) for entry in entries], dtype=np.int64)
-    measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
-    measures["characters per second"] = num_characters / np.maximum(seconds, 1e-3)
-    names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
-    shuffle = split.split == "train"
-    block = data.block_utterances if shuffle and data.corpus.streaming else None
-    bounds = (data.bounds.batch_seconds, data.bounds.num_buckets, data.seed)
-    return SplitSummary(
-        split=split.split,
-        is_whole=split.is_whole,
-        num_read=split.num_read,
-        num_utterances=len(entries),
-        num_skipped=len(split.skipped),
-        hours=float(seconds.sum()) / 3600,
-        spreads={name: Spread.of(values) for name, values in measures.items() if entries},
-        histograms={name: Histogram.of(values) for name, values in measures.items() if entries},
-        groups={by: statistics.groups_of(values, seconds) for by, values in names.items()},
-        batches=statistics.batchings(seconds, *bounds, shuffle=shuffle, block=block) if entries else [],
-        texts=summarize_texts(entries),
-        sounds=summarize_sounds(split),
-        skipped=group_skipped(split.skipped),
-        overlap=None if train is None or train is split else find_overlap(entries, train.entries),
-    )
-
-
-def summarize_texts(entries: Sequence[Entry]) -> Texts:
-    texts = [entry.text for entry in entries]
-    counts = Counter(texts)
-    several = [(text, count) for text, count in counts.most_common() if count > 1]
-    uses = [Use(character, n, entries[i].id, texts[i]) for character, (n, i) in statistics.first_uses(texts).items()]
-    unseen = [use for use in uses if not use.character.isprintable()]
-    num_repeated, repeated = sum(count for _, count in several), dict(several[:NUM_REPEATED])
-    return Texts(len(counts), num_repeated, repeated, len(uses), uses[:NUM_RAREST], unseen)
-
-
-def find_overlap(entries: Sequence[Entry], train: Sequence[Entry]) -> Overlap:
-    speakers = {entry.speaker for entry in entries} & {entry.speaker for entry in train} - {None}
-    texts = {entry.text for entry in train}
-    return Overlap(len(speakers), sum(entry.text in texts for entry in entries))
-
-
-def summarize_sounds(split: SplitEntries) -> Sounds:
-    sounds, named = split.sounds.values(), [(split.entries[index], sound) for index, sound in split.sounds.items()]
-    levels = np.array([sound.level for sound in sounds])
-    return Sounds(
-        num_decoded=split.num_drawn,
-        num_refused=split.num_drawn - len(sounds),
-        sampling_rates=dict(Counter(sound.sampling_rate for sound in sounds).most_common()),
-        channels=dict(Counter(sound.num_channels for sound in sounds).most_common()),
-        formats=dict(Counter(sound.format for sound in sounds).most_common()),
-        level=Spread.of(levels) if sounds else None,
-        levels=Histogram.of(levels) if sounds else None,
-        silence=Spread.of(np.array([sound.silence for sound in sounds])) if sounds else None,
-        clipped=[entry.id for entry, sound in named if sound.is_clipped],
-        misdeclared=[entry.id for entry, sound in named if abs(sound.seconds - entry.seconds) > DECLARED_TOLERANCE],
-    )
-
-
-def group_skipped(skipped: Iterable[tuple[Skipped, float | None]]) -> list[SkippedFor]:
-    """Groups by reason, the most frequent first."""
-    groups: dict[str, list[tuple[str, float]]] = {}
-    for (id, reason, detail, _), seconds in skipped:
-        groups.setdefault(reason, []).append((f"{id} ({detail})" if detail else id, seconds or 0.0))
-    found = []
-    for reason, utterances in sorted(groups.items(), key=lambda group: -len(group[1])):
-        examples, seconds_each = zip(*utterances, strict=True)
-        found.append(SkippedFor(reason, len(utterances), sum(seconds_each) / 3600, list(examples[:NUM_EXAMPLES])))
-    return found
-
-
-def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
-    """Utterances of all splits with the highest scores; each is scored by its most unusual feature."""
-    located = [(split, index) for split in splits for index in range(len(split.entries))]
-    if not located:
-        return []
-    values = np.concatenate(list(map(features, splits)), axis=1)
-    scores = [
-        statistics.robust_scores(np.log(row) if is_log else row, sigma)
-        for row, (_, sigma, is_log) in zip(values, FEATURES, strict=True)
-    ]
-    sizes = np.abs(np.nan_to_num(scores))
-    found = []
-    for column in np.argsort(-sizes.max(axis=0), kind="stable")[:NUM_STRANGE].tolist():
-        split, index = located[column]
-        entry = split.entries[index]
-        by_size = np.argsort(-sizes[:, column]).tolist()
-        shown = [row for row in by_size if sizes[row, column] >= STRANGE] or by_size[:1]
-        reasons = [FEATURES[row][0].format(values[row, column], np.nanmedian(values[row])) for row in shown]
-        score = float(sizes[:, column].max())
-        found.append(Strange(split.split, index, entry.id, entry.text, entry.seconds, score, reasons))
-    return found
-
-
-def features(split: SplitEntries) -> Floats:
-    """(F, N) values in the order of FEATURES; NaN where an utterance was not decoded."""
-    values = np.full((len(FEATURES), len(split.entries)), np.nan)
-    values[0] = np.maximum(split.seconds, 1e-3)
-    values[1] = [max(len(entry.text), 1) for entry in split.entries]
-    values[2] = values[1] / values[0]
-    for index, sound in split.sounds.items():
-        values[3:, index] = sound.level, 100 * sound.silence, sound.seconds - split.entries[index].seconds
-    return values

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from rich.bar import Bar
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -13,17 +14,16 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sedtrain.evaluation import html
-from sedtrain.inspection import statistics
+from sedtrain.inspection import summary
 from sedtrain.inspection.splits import SplitEntries, playable
-from sedtrain.inspection.statistics import Histogram
-from sedtrain.inspection.summary import Inspection, Sounds, SplitSummary
+from sedtrain.inspection.summary import Histogram, Inspection, Sounds, SplitSummary
 from sedtrain.run_dir import write_whole
 
 DRAWN = ("seconds", "characters", "characters per second")
 NUM_NAMES = 5  # shown of many speakers, languages, datasets or characters
 RARE_SHARE = 0.01  # of decoded utterances; fewer clipped ones are no finding
 WIDEBAND = 16_000  # hertz; nearly every speech encoder was pretrained on such audio
-BAR, EIGHTHS = 20, " ▏▎▍▌▋▊▉"  # characters of the longest bar, and the ends of bars
+BAR = 20  # characters of the longest bar
 
 Cell = str | int | float | None
 
@@ -58,8 +58,8 @@ class Section:
 def write_page(path: Path, inspection: Inspection, splits: Iterable[SplitEntries]) -> None:
     """Writes one HTML file without links to anything outside it."""
     by_name = {split.split: split for split in splits}
-    places = [(by_name[strange.split], strange.number) for strange in inspection.strangest]
-    sounds = [playable(split.parts, split.entries[number].reference) for split, number in places]
+    strangest = [(by_name[strange.split], strange.number) for strange in inspection.strangest]
+    sounds = [playable(split.parts, split.entries[number]) for split, number in strangest]
     title = f"Inspection: {inspection.name}"
     body = "\n".join([f"<h1>{escape(title)}</h1>", *map(on_page, sections(inspection, sounds))])
     write_whole(path, html.page(title, body))
@@ -113,11 +113,10 @@ def in_terminal(section: Section) -> RenderableType:
 
 def histogram(title: str, counts: Histogram) -> RenderableType:
     grid = Table.grid(Column(justify="right"), Column(width=BAR), Column(justify="right"), padding=(0, 1))
-    labels = counts.labels()
+    labels, most = counts.labels(), max(counts.counts)
     for low, high, count in zip(labels, labels[1:], counts.counts, strict=False):
-        eighths = max(round(count / max(counts.counts) * BAR * 8), int(count > 0))  # a bar wherever there is something
-        bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
-        grid.add_row(f"{low}–{high}", Text(bar, style="cyan"), f"{count:,}")
+        seen = max(count, most / BAR / 8) if count else 0  # an eighth of a character wherever there is something
+        grid.add_row(f"{low}–{high}", Bar(most, 0, seen, width=BAR, color="cyan"), f"{count:,}")
     return Group(Text(title, style="italic"), grid)
 
 
@@ -144,21 +143,27 @@ def sections(inspection: Inspection, sounds: Sequence[html.Audio | None] = ()) -
 def sizes(splits: Sequence[SplitSummary]) -> Iterator[Section]:
     """Splits, Lengths, and Who speaks."""
     rows: list[Sequence[Cell]] = []
-    lengths: list[Sequence[Cell]] = []
     for s in splits:
-        name = s.split if s.is_whole else f"{s.split}, its first"
         numbers = [len(s.groups[by]) or "unknown" for by in ("speaker", "language")]
+        name = s.split if s.is_whole else f"{s.split}, its first"
         rows.append((name, s.num_utterances, f"{s.hours:,.2f}", s.num_skipped, *numbers))
-        for measure, spread in s.spreads.items():
-            lengths.append((s.split, measure, spread.mean, *(spread.percentiles[each] for each in (5, 50, 95, 100))))
     yield Section("Splits", ("split", "utterances", "hours", "skipped", "speakers", "languages"), rows)
+    lengths: list[Sequence[Cell]] = [
+        (s.split, measure, spread.mean, *(spread.percentiles[each] for each in (5, 50, 95, 100)))
+        for s in splits
+        for measure, spread in s.spreads.items()
+    ]
     headings = ("split", "of an utterance", "mean", "5 %", "median", "95 %", "most")
     first, *others = ({f"{s.split}: {name}": s.histograms[name] for name in DRAWN if s.histograms} for s in splits)
     yield Section("Lengths", headings, lengths, num_texts=2, histograms=first)
     for s, histograms in zip(splits[1:], others, strict=True):
         yield Section(f"Lengths in {s.split}", histograms=histograms, folded=True)
-    all_groups = [(by, s.split, s.groups[by]) for by in ("dataset", "language", "speaker") for s in splits]
-    groups = [(by, split, largest(found), len(found)) for by, split, found in all_groups if found]
+    groups = [
+        (by, s.split, largest(s.groups[by]), len(s.groups[by]))
+        for by in ("dataset", "language", "speaker")
+        for s in splits
+        if s.groups[by]
+    ]
     yield Section("Who speaks", ("by", "split", "most audio", "number"), groups, num_texts=3)
 
 
@@ -204,8 +209,9 @@ def texts(splits: Sequence[SplitSummary]) -> Iterator[Section]:
         if shared:
             of_speakers = f"{shared.num_speakers:,} of {speakers:,}" if speakers else "unknown"
             also = [percent(shared.num_texts / total), of_speakers]
-        numbers = s.texts.num_distinct, percent(s.texts.num_repeated / total), s.texts.num_characters
-        rows.append((s.split, *numbers, *also))
+        rows.append(
+            (s.split, s.texts.num_distinct, percent(s.texts.num_repeated / total), s.texts.num_characters, *also)
+        )
     headings = ("split", "different\ntexts", "repeated", "characters", "texts\nin train", "speakers\nin train")
     yield Section("Texts", headings, rows)
     for s in splits:
@@ -249,7 +255,7 @@ def split_findings(split: SplitSummary) -> Iterator[str]:
         yield f"{len(sounds.misdeclared):,} of {decoded} last not as declared (first: {sounds.misdeclared[0]})"
 
 
-def largest(groups: Sequence[statistics.Group]) -> str:
+def largest(groups: Sequence[summary.Group]) -> str:
     """Names of the groups with most audio."""
     names = [f"{group.name} {duration(group.hours)} ({group.num_utterances:,})" for group in groups[:NUM_NAMES]]
     return ", ".join(names + ["…"] * (len(groups) > NUM_NAMES))

@@ -108,7 +108,6 @@ class AverageBest(Callback):
     def __init__(self, dirpath: str, monitor: str, mode: Literal["min", "max"], number: Count = 5) -> None:
         self.folder, self.monitor, self.mode, self.number = Path(dirpath), monitor, mode, number
         self.scores: dict[str, float] = {}
-        self.out_of_use: list[str] = []
 
     @property
     def paths(self) -> list[Path]:
@@ -120,11 +119,11 @@ class AverageBest(Callback):
         score = float(trainer.callback_metrics.get(self.monitor, math.nan))
         if trainer.sanity_checking or trainer.state.fn != "fit" or not math.isfinite(score):
             return
-        self.remove(trainer)
+        for path in {*self.folder.glob("average-*.ckpt")} - {*self.paths}:
+            trainer.strategy.remove_checkpoint(path)  # only now: a resumed run might have needed it
         name = f"average-{trainer.global_step}.ckpt"
         self.scores[name] = score
         for path in self.paths[self.number :]:
-            self.out_of_use.append(path.name)
             del self.scores[path.name]
         if name in self.scores:
             averages = [each for each in trainer.callbacks if isinstance(each, EMA)]  # type: ignore[attr-defined]
@@ -132,20 +131,12 @@ class AverageBest(Callback):
             weights = averages[0].average(trainer) if averages else strategy.lightning_module_state_dict()
             strategy.save_checkpoint({"state_dict": weights}, self.folder / name)
 
-    def remove(self, trainer: Trainer) -> None:
-        """Removes the files that the previous validation put out of use: until now, a resumed run might have needed them."""
-        for name in set(self.out_of_use) - self.scores.keys():
-            if (self.folder / name).exists() and trainer.is_global_zero:
-                trainer.strategy.remove_checkpoint(self.folder / name)
-        self.out_of_use = []
-
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": dict(self.scores), "out_of_use": list(self.out_of_use)}
+        return {"scores": dict(self.scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the files that exist in this run's folder; those of another run do not count."""
         self.scores = {name: score for name, score in state_dict["scores"].items() if (self.folder / name).exists()}
-        self.out_of_use = list(state_dict["out_of_use"])
 
 
 def mean_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -342,12 +342,8 @@ class TrialSteps(Callback):
         return self.make_trainer(
             devices=1 if device.index is None else [device.index],
             num_nodes=1,
-            max_steps=SMALL_STEPS + 1,
-            max_epochs=None,
+            fast_dev_run=SMALL_STEPS + 1,
             max_time=None,
-            limit_train_batches=None,
-            limit_val_batches=0,
-            val_check_interval=None,
             accumulate_grad_batches=1,
             callbacks=[*self.run.callbacks(EMA), self.run.finetuning, self],
             default_root_dir=self.run.folder,

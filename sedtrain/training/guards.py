@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,7 +23,6 @@ HISTORY = 100  # steps whose losses a spike is measured against
 ENOUGH = 20  # losses, before which there is no spike
 SPIKE = "loss spike"
 COUNTS = ("num_bad", "num_in_a_row", "num_spikes")
-PRUNED_AT = "pruned_at_step"  # attribute of a trial in Optuna's study
 
 
 class Guards(Callback):
@@ -163,7 +162,7 @@ class Reporting(Callback):
     """Reports a metric of every validation to Optuna's study, and ends the run where the study would prune it.
 
     storage, study, number: which trial
-    prunes: whether a trial ends whose best validation is worse than the median of others at that step
+    pruner: median ends a trial whose best validation is worse than the median of others at that step
     full_trials: trials that run to their end before any is pruned
     warmup_steps: step before which none is pruned
     """
@@ -174,12 +173,12 @@ class Reporting(Callback):
         study: str,
         number: int,
         metric: str,
-        prunes: bool = True,
+        pruner: Literal["median", "none"] = "median",
         full_trials: int = 5,
         warmup_steps: int = 0,
     ) -> None:
         self.storage, self.study, self.number, self.metric = storage, study, number, metric
-        self.prunes, self.full_trials, self.warmup_steps = prunes, full_trials, warmup_steps
+        self.pruner, self.full_trials, self.warmup_steps = pruner, full_trials, warmup_steps
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises Unfinished on every rank of a trial that falls behind, and UserError for a metric that is not logged."""
@@ -195,7 +194,7 @@ class Reporting(Callback):
             raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
 
     def report(self, value: float, step: int) -> bool:
-        """True if the trial should be pruned."""
+        """True if the trial is to end, which the study is told."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -205,7 +204,7 @@ class Reporting(Callback):
         trial = optuna.trial.Trial(study, frozen._trial_id)
         if step not in frozen.intermediate_values:  # a run that resumes may repeat a validation
             trial.report(value, step)
-        worse = self.prunes and trial.should_prune()
+        worse = self.pruner == "median" and trial.should_prune()
         if worse:
-            trial.set_user_attr(PRUNED_AT, step)
+            study.tell(self.number, state=optuna.trial.TrialState.PRUNED)
         return worse

@@ -8,18 +8,19 @@ from corpora import data_module, write
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sedtrain.data.buckets import Bounds
 from sedtrain.inspection.splits import QUIETEST, Entry, is_clipped, level, read_corpus, silence
-from sedtrain.inspection.statistics import (
+from sedtrain.inspection.summary import (
     Batching,
     Histogram,
     Spread,
+    Texts,
     batchings,
-    first_uses,
     groups_of,
+    inspected,
     robust_scores,
     round_step,
 )
-from sedtrain.inspection.summary import inspected, summarize_texts
 from sedtrain.inspection.tables import in_words, named
 
 SECONDS = st.lists(st.floats(0.05, 60), min_size=1, max_size=60)
@@ -30,7 +31,7 @@ SECONDS = st.lists(st.floats(0.05, 60), min_size=1, max_size=60)
 
 @given(st.one_of(SECONDS.map(np.array), st.lists(st.integers(0, 400), min_size=1).map(np.array)))
 def test_every_value_is_in_one_bin_of_a_histogram(values):
-    found = Histogram.of(values)
+    found = Histogram(values)
     assert found.edges == sorted(set(found.edges))
     counted = [
         sum(low <= each < high for each in values) for low, high in zip(found.edges, found.edges[1:], strict=False)
@@ -42,11 +43,11 @@ def test_every_value_is_in_one_bin_of_a_histogram(values):
 
 @given(st.lists(st.integers(0, 400), min_size=1).map(np.array))
 def test_bins_of_whole_numbers_begin_at_whole_numbers(values):
-    assert all(edge == int(edge) for edge in Histogram.of(values).edges)
+    assert all(edge == int(edge) for edge in Histogram(values).edges)
 
 
 def test_what_is_far_off_has_one_bin():
-    found = Histogram.of(np.array([*np.linspace(0, 10, 500), 1000.0]))
+    found = Histogram(np.array([*np.linspace(0, 10, 500), 1000.0]))
     assert found.edges[-2:] == [10.0, 1000.0]
     assert found.counts[-1] == 2  # 10 itself, and 1,000
     assert found.labels()[-2:] == ["10", "1,000"]
@@ -58,27 +59,26 @@ def test_steps_are_round(least, step):
 
 
 def test_percentiles_are_those_of_the_sorted_values():
-    spread = Spread.of(np.arange(101.0)[::-1])
+    spread = Spread(np.arange(101.0)[::-1])
     assert spread.percentiles == {p: float(p) for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
     assert spread.mean == 50
 
 
 def test_padding_is_what_batches_hold_beside_the_audio():
     seconds = np.array([1.0, 2.0, 4.0, 3.0])
-    found = Batching.of("by hand", seconds, [[0, 1], [2, 3]])
-    assert found == Batching("by hand", 2, 2.0, pytest.approx(1 - 10 / (2 * 2 + 2 * 4)), 8.0)
+    found = Batching("by hand", seconds, [[0, 1], [2, 3]])
+    assert (found.num_batches, found.mean_utterances, found.largest_seconds) == (2, 2.0, 8.0)
+    assert found.padding == pytest.approx(1 - 10 / (2 * 2 + 2 * 4))
 
 
 @given(SECONDS, st.sampled_from([None, 7]))
 def test_each_way_of_batching_holds_all_audio(lengths, block):
     seconds = np.array(lengths)
-    for found in batchings(seconds, 24, 30, 0, shuffle=True, block=block):
+    for found in batchings(seconds, Bounds(24, num_buckets=30), 0, shuffle=True, block=block):
         assert found.num_batches * found.mean_utterances == pytest.approx(len(seconds))
         assert 0 <= found.padding + 1e-9 < 1
-    assert [each.name for each in batchings(seconds, 24, 1, 0, shuffle=True, block=block)] == [
-        "1 bucket",
-        "as many at random",
-    ]
+    single = batchings(seconds, Bounds(24, num_buckets=1), 0, shuffle=True, block=block)
+    assert [each.name for each in single] == ["1 bucket", "as many at random"]
 
 
 def test_padding_is_that_of_the_batches_of_training(tmp_path):
@@ -96,21 +96,18 @@ def test_padding_is_that_of_the_batches_of_training(tmp_path):
 
 
 @given(st.lists(st.text("aäb ", max_size=5)))
-def test_characters_are_counted_and_found_where_they_are_first(texts):
-    found = first_uses(texts)
-    assert {character: count for character, (count, _) in found.items()} == Counter("".join(texts))
-    assert all(character in texts[first] for character, (_, first) in found.items())
-    assert all(character not in text for character, (_, first) in found.items() for text in texts[:first])
-    assert sorted(found, key=lambda character: found[character][0]) == list(found)
-
-
-@given(st.lists(st.sampled_from("abcde")))
-def test_a_text_of_several_utterances_is_repeated(texts):
+def test_texts_and_characters_are_counted_and_characters_found_where_they_are_first(texts):
     entries = [Entry((0, index), str(index), 1.0, text, None, None, None) for index, text in enumerate(texts)]
-    found = summarize_texts(entries)
-    assert found.num_repeated == sum(texts.count(each) > 1 for each in texts)
+    found = Texts(entries)
+    assert {use.character: use.times for use in found.rarest} == Counter("".join(texts))
+    assert all(use.character in use.text and texts[int(use.id)] == use.text for use in found.rarest)
+    assert all(use.character not in text for use in found.rarest for text in texts[: int(use.id)])
+    assert [use.times for use in found.rarest] == sorted(use.times for use in found.rarest)
     assert found.num_distinct == len(set(texts))
-    assert found.repeated == {text: texts.count(text) for text in texts if texts.count(text) > 1}
+    assert found.num_repeated == sum(texts.count(each) > 1 for each in texts)
+    several = {text: texts.count(text) for text in texts if texts.count(text) > 1}
+    assert list(found.repeated.values()) == sorted(several.values(), reverse=True)[:5]
+    assert found.repeated.items() <= several.items()
 
 
 def test_groups_come_with_their_audio_the_largest_first():

@@ -192,7 +192,7 @@ def test_a_run_killed_after_a_validation_keeps_the_same_ones_when_it_is_resumed(
 def test_the_files_of_another_run_do_not_count(tmp_path):
     keep = AverageBest(str(tmp_path), "val/wer", "min", 2)
     (tmp_path / "average-3.ckpt").touch()
-    keep.load_state_dict({"scores": {"average-3.ckpt": 0.1, "average-5.ckpt": 0.2}, "out_of_use": []})
+    keep.load_state_dict({"scores": {"average-3.ckpt": 0.1, "average-5.ckpt": 0.2}})
     assert [path.name for path in keep.paths] == ["average-3.ckpt"]
 
 
