@@ -89,9 +89,9 @@ def run_command_line(arguments: list[str]) -> None:
         if not started and isinstance(error, COMPOSITION_ERRORS):  # Hydra makes its folders before the first job
             folder = "hydra.sweep.dir" if "-m" in arguments or "--multirun" in arguments else "hydra.run.dir"
             write = f"write {folder}=FOLDER that you may write to"
-            is_folder = isinstance(error, OSError)
-            told = UserError(folder, error.filename, str(error), write) if is_folder else None
-            fail(str(told or composition_error(error, "hydra", " ".join(arguments))))
+            if isinstance(error, OSError):
+                fail(str(UserError(folder, error.filename, str(error), write)))
+            fail(str(composition_error(error, "hydra", " ".join(arguments))))
         if not type(error).__module__.startswith("submitit.") and 'Could not detect "srun"' not in str(error):
             raise
         fail(f"hydra/launcher: {error}", 1)
