@@ -163,3 +163,11 @@ def test_a_file_of_the_working_folder_hides_no_package_from_the_console_script(t
     ended = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "seed: 3" in ended.stdout
+
+
+@pytest.mark.parametrize(("flags", "folder"), [([], "hydra.run.dir"), (["-m"], "hydra.sweep.dir")])
+def test_a_folder_that_hydra_cannot_make_is_named(shell, flags, folder):
+    ended = shell(*flags, "task=inspect", f"{folder}=/dev/null/x")
+    assert ended.returncode == 2
+    assert f"{folder} = '/dev/null" in ended.stderr
+    assert f"    write {folder}=FOLDER that you may write to" in ended.stderr

@@ -31,7 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 from sedtrain.models.foreign import refuse_code
-from sedtrain.models.options import refuse_impossible
+from sedtrain.models.options import refuse_impossible, refuse_uneven
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,12 @@ def load_config(
     given = {"tiny": {key: each for key, each in values.items() if key not in options}, "options": options}
     refuse_impossible(part, given, type(config)())
     try:
-        return type(config).from_dict({**({} if name is None else config.to_dict()), **values})
+        made = type(config).from_dict({**({} if name is None else config.to_dict()), **values})
     except (StrictDataclassError, *UNBUILDABLE) as error:
         write = f"write {part}.options.NAME=VALUE that fits"
         raise UserError(f"{part}.options", options, one_line(error, 200), write) from error
+    refuse_uneven(part, given, made)
+    return made
 
 
 def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -27,6 +27,17 @@ def refuse_impossible(part: str, given: Mapping[str, Mapping[str, Any]], default
         raise UserError.all_of(errors)
 
 
+def refuse_uneven(part: str, given: Mapping[str, Mapping[str, Any]], config: Any) -> None:
+    """Raises UserError for numbers of heads that do not divide the width; many families find out in their first step."""
+    width = getattr(config, "hidden_size", None) or 0
+    for option, values in given.items():
+        for name, value in values.items():
+            if name.endswith("attention_heads") and value and width % value:
+                path = f"{part}.{option}.{name}"
+                most = max(heads for heads in range(1, min(value, width) + 1) if width % heads == 0)
+                raise UserError(path, value, f"it does not divide the width, {width}", f"write {path}={most}")
+
+
 def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
     """The range in words where a value lies outside of it; null and what has no plain default fit."""
     if isinstance(default, list | tuple) and value is not None:

@@ -62,6 +62,14 @@ def test_an_impossible_value_is_refused_with_its_range(option, name, value, word
     assert error.write == f"write encoder.{option}.{name}=VALUE, {words}"
 
 
+def test_heads_that_do_not_divide_the_width_are_refused_with_a_number_that_does():
+    with pytest.raises(UserError) as caught:
+        load_encoder("wav2vec2-conformer", {"hidden_size": 144}, options={"num_attention_heads": 7})
+    [error] = caught.value.errors
+    assert error.option == "encoder.options.num_attention_heads"
+    assert (error.wrong, error.write) == ("it does not divide the width, 144", f"write {error.option}=6")
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_every_value_of_the_tiny_members_is_possible(part):
     files = sorted((conf_dir() / part).glob("*.yaml"))
