@@ -40,10 +40,8 @@ class Spread:
     """Mean of some values, and their percentiles by number."""
 
     def __init__(self, values: Numbers) -> None:
-        self.mean = float(np.mean(values))
-        self.percentiles: dict[int, float] = dict(
-            zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True)
-        )
+        numbers: list[float] = np.percentile(values, PERCENTILES).tolist()
+        self.mean, self.percentiles = float(np.mean(values)), dict(zip(PERCENTILES, numbers, strict=True))
 
 
 class Histogram:
@@ -180,9 +178,8 @@ class Sounds:
         self.levels = Histogram(levels) if heard else None
         self.silence = Spread(silences) if heard else None
         self.clipped = [entry.id for entry, sound in heard if sound.is_clipped]
-        self.misdeclared = [
-            entry.id for entry, sound in heard if abs(sound.seconds - entry.seconds) > DECLARED_TOLERANCE
-        ]
+        wrong = [entry for entry, sound in heard if abs(sound.seconds - entry.seconds) > DECLARED_TOLERANCE]
+        self.misdeclared = [entry.id for entry in wrong]
 
 
 @dataclass(frozen=True)

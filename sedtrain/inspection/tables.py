@@ -205,10 +205,8 @@ def texts(splits: Sequence[SplitSummary]) -> Iterator[Section]:
     rows = []
     for s in splits:
         total, speakers, shared = max(s.num_utterances, 1), len(s.groups["speaker"]), s.overlap
-        also: list[Cell] = [None, None]
-        if shared:
-            of_speakers = f"{shared.num_speakers:,} of {speakers:,}" if speakers else "unknown"
-            also = [percent(shared.num_texts / total), of_speakers]
+        of_speakers = f"{shared.num_speakers:,} of {speakers:,}" if shared and speakers else "unknown"
+        also = (percent(shared.num_texts / total), of_speakers) if shared else (None, None)
         rows.append(
             (s.split, s.texts.num_distinct, percent(s.texts.num_repeated / total), s.texts.num_characters, *also)
         )
