@@ -54,7 +54,7 @@ def claim(run: Path) -> FileLock:
         write = "write run_dir=ANOTHER_FOLDER, or wait until that process has ended"
         raise UserError("run_dir", str(run), "another process is at work in this folder", write) from error
     except OSError as error:
-        if error.errno != errno.ENOSYS:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
         logger.warning("run_dir=%s: this disk knows no locks; take care that no other process uses the folder", run)
     return lock

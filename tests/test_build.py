@@ -566,7 +566,7 @@ def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, train
         ("今天天气很好", [], "val/cer"),
         ("它们 天气", [], "val/cer"),
         ("three one", [], "val/wer"),
-        ("今天天气很好", ["target=translation", "data.columns.translation=text"], "val/bleu"),
+        ("今天天气很好", ["target=translation", "data.columns.translation=text", "data.language=zh"], "val/bleu"),
     ],
 )
 def test_texts_without_spaces_between_words_choose_the_best_weights_by_characters(

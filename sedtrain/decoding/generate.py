@@ -116,8 +116,14 @@ def decode_batch(
         found = generated(model, encoded, prompts, options, lattice)
     if was_training:
         model.train()
-    most = options.max_new_tokens
-    return [replace(each, texts=texts_of(tokenizer, each.ids), is_cut=len(each.ids[0]) >= most) for each in found]
+    limits = [options.max_new_tokens] * len(found)
+    if model.ctc_head is not None:
+        limits = most_tokens(encoded).clamp(max=options.max_new_tokens).tolist()
+    cut = [len(each.ids[0]) >= limit for each, limit in zip(found, limits, strict=True)]
+    return [
+        replace(each, texts=texts_of(tokenizer, each.ids), is_cut=is_cut)
+        for each, is_cut in zip(found, cut, strict=True)
+    ]
 
 
 def most_new_tokens(model: SpeechEncoderDecoder, num_given: int, options: DecodingOptions) -> int:

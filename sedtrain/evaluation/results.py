@@ -113,7 +113,7 @@ class Results:
         counts = {"scored": self.num_utterances, **self.not_scored}
         of_scored = {
             "with an empty reference": self.num_empty,
-            f"cut at decoding.max_new_tokens={self.decoding.get('max_new_tokens')}": self.num_cut,
+            "cut at the limit of tokens": self.num_cut,
         }
         text = ", ".join(f"{count:,} {what}" for what, count in counts.items())
         special = ", ".join(f"{count:,} {what}" for what, count in of_scored.items() if count)
@@ -179,7 +179,7 @@ def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
 
 def commit() -> dict[str, Any] | None:
     """The commit of the working directory, and whether its files differ; None where there is none."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

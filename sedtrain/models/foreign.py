@@ -1,5 +1,6 @@
 """Refuses a saved model whose JSON asks for more than its values: code of its own, kernels or another model."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ SETTINGS = (
     *("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", ADAPTER),
 )
 CODE = ("auto_map", "auto_mapping", "custom_pipelines")  # name Python files or modules
-KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # with a slash: code from the Hub
+KERNELS = re.compile("(attn|experts)_implementation")  # with a slash: code from the Hub
 
 
 def refuse_code(option: str, name: str, **hub_options: Any) -> None:
@@ -49,7 +50,7 @@ def code_keys(value: Any) -> Iterator[str]:
     """The keys, at any depth, by which transformers would import or fetch code."""
     if isinstance(value, dict):
         for key, each in value.items():
-            if (key in CODE and each) or (key in KERNELS and isinstance(each, str) and "/" in each):
+            if (key in CODE and each) or (KERNELS.search(str(key)) and "/" in str(each)):
                 yield key
             yield from code_keys(each)
     elif isinstance(value, list):

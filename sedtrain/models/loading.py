@@ -231,9 +231,10 @@ def loading(option: str, name: str) -> Iterator[None]:
     try:
         refuse_code(option, name)
         yield
-    except UserError:
-        raise
     except Exception as error:  # of whatever kind: the values of a folder's files may be anything
+        if isinstance(error, UserError) and not (option == "checkpoint" and error.option.endswith(".model_type")):
+            raise
+        error = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
         where = "the folder" if folder.is_dir() else "there is no such folder here, and the Hub or its cache"
         raise UserError(option, name, f"{where} gave: {reason_of(error)}", write) from error
 

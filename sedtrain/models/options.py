@@ -8,7 +8,7 @@ from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative
 
 FRACTIONS = re.compile(r"drop|_prob(_|$)")
-MAY_BE_ZERO = re.compile(r"_ids?$|min_|chunk|offset")
+MAY_BE_ZERO = re.compile(r"_ids?$|_tokens$|min_|chunk|offset|encoder_layers$|first_k|max_window")
 
 
 def refuse_impossible(part: str, given: Mapping[str, Mapping[str, Any]], defaults: Any) -> None:
@@ -41,10 +41,15 @@ def refuse_uneven(part: str, given: Mapping[str, Mapping[str, Any]], config: Any
 def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
     """The range in words where a value lies outside of it; null and what has no plain default fit."""
     if isinstance(default, list | tuple) and value is not None:
-        listed = value if isinstance(value, list | tuple) else [None]
-        for each in listed:
-            for words in misfit(name, each, default[0] if default else None) if each is not None else ["another value"]:
-                yield f"a list, each {words}" if default else "a list"
+        if not isinstance(value, list | tuple):
+            yield "a list"
+        elif len({type(each) for each in default}) == 1 and not isinstance(default[0], list | tuple):
+            wrong = (
+                words
+                for each in value
+                for words in (misfit(name, each, min(default)) if each is not None else ["no null"])
+            )
+            yield from (f"a list, each {words}" for words in wrong)
     elif isinstance(default, bool | str) and not isinstance(value, type(default) | None):
         yield "true or false" if isinstance(default, bool) else "a text"
     elif (allowed := range_of(name, default)) and value is not None:
@@ -56,9 +61,11 @@ def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
 
 def range_of(name: str, default: Any) -> Any:
     """The range of a configuration's attribute, None where neither its name nor its default tells one."""
+    if isinstance(default, bool):
+        return None
     if FRACTIONS.search(name):
         return Fraction
-    if isinstance(default, bool) or not isinstance(default, int | float):
+    if not isinstance(default, int | float) or default < 0:
         return None
     if isinstance(default, float):
         return NonNegative

@@ -74,7 +74,7 @@ def test_the_best_texts_come_with_falling_scores_and_the_first_is_the_text(model
         assert len(each.ids) == len(each.texts) == len(each.scores) == 2
         assert each.scores == sorted(each.scores, reverse=True)
         assert each.ids[0] != each.ids[1]
-    assert transcribe_batch(model, TOKENIZER, batch, options) == [each.texts[0] for each in found]
+    assert transcribe_batch(model, TOKENIZER, batch, options) == [(each.texts[0], each.is_cut) for each in found]
 
 
 def test_samples_are_as_many_as_asked(model):

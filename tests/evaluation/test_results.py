@@ -68,7 +68,7 @@ def test_the_headline_names_what_was_not_scored():
     assert replace(RESULTS, num_utterances=155).headline == "155 scored, 4 too long"
     assert replace(RESULTS, not_scored={}).headline == "200 scored"
     assert replace(RESULTS, num_empty=5, num_cut=2).headline == (
-        "200 scored, 4 too long (of the scored 5 with an empty reference, 2 cut at decoding.max_new_tokens=40)"
+        "200 scored, 4 too long (of the scored 5 with an empty reference, 2 cut at the limit of tokens)"
     )
 
 

@@ -50,6 +50,8 @@ def test_a_part_with_code_of_its_own_is_refused(tmp_path):
     ("file", "values", "wrong"),
     [
         ("config.json", {"attn_implementation": "evil/kernel"}, f"config.json has attn_implementation: {CODE}"),
+        ("config.json", {"attn_implementation": {"": "evil/kernel"}}, f"config.json has attn_implementation: {CODE}"),
+        ("config.json", {"_experts_implementation": "evil/kernel"}, f"config.json has _experts_implementation: {CODE}"),
         ("config.json", {"encoder": {"list": [{"auto_map": MAP}]}}, f"config.json has auto_map: {CODE}"),
         ("tokenizer_config.json", {"auto_map": MAP}, f"tokenizer_config.json has auto_map: {CODE}"),
         ("preprocessor_config.json", {"auto_map": MAP}, f"preprocessor_config.json has auto_map: {CODE}"),

@@ -43,7 +43,7 @@ def tokenizer():
         ("hidden_size", 1.5, COUNT),
         ("intermediate_size", True, COUNT),
         ("conv_dim", [64, 0], f"a list, each {COUNT}"),
-        ("conv_kernel", 3, "a list, each another value"),
+        ("conv_kernel", 3, "a list"),
         ("mask_time_prob", 2, FRACTION),
         ("layerdrop", -0.1, FRACTION),
         ("hidden_dropout", float("nan"), FRACTION),
@@ -102,3 +102,19 @@ def test_an_option_builds_a_model_or_is_refused_with_place_and_remedy(tokenizer,
         )
     except UserError as error:
         assert all(each.option and each.wrong and each.write for each in error.errors)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_the_defaults_of_every_family_fit(part):
+    families = {
+        yaml.safe_load(path.read_text(encoding="utf-8")).get("model_type")
+        for path in (conf_dir() / part).glob("*.yaml")
+    }
+    for family in filter(None, families):
+        config = AutoConfig.for_model(family)
+        refuse_impossible(part, {"options": config.to_dict()}, config)
+
+
+def test_a_decoder_needs_no_encoder_layers_and_a_list_of_several_kinds_is_left_to_the_family():
+    refuse_impossible("decoder", {"options": {"encoder_layers": 0}}, AutoConfig.for_model("bart"))
+    refuse_impossible("decoder", {"options": {"attention_types": [[["global"], 4]]}}, AutoConfig.for_model("gpt_neo"))
