@@ -35,14 +35,15 @@ def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
     if not audio:
         write = "write data.path=FOLDER with .wav, .flac, .mp3, .ogg or .opus files"
         raise UserError("data.path", str(folder), "there is no audio in this folder", write)
+    stems = by_stem(audio)
     if listed := [file for file in files if file.lower().endswith(".trans.txt")]:
-        return as_dataset(row for file in listed for row in listed_rows(Path(file), by_stem(audio)))
+        return as_dataset(row for file in listed for row in listed_rows(Path(file), stems))
     texts = {os.path.splitext(file)[0]: file for file in files if file.lower().endswith(".txt")}
-    if not texts.keys() & by_stem(audio).keys():
+    if not texts.keys() & stems.keys():
         wrong = f"there is no transcript of its {len(audio)} audio files"
         write = "write metadata.csv or metadata.jsonl with file_name and text, a .txt beside each audio file, or *.trans.txt"
         raise UserError("data.path", str(folder), wrong, write)
-    used = [*filter(is_audio_file, audio), *(file for stem, file in by_stem(audio).items() if stem in texts)]
+    used = [*filter(is_audio_file, audio), *(file for stem, file in stems.items() if stem in texts)]
     return as_dataset(beside_row(file, texts, folder) for file in dict.fromkeys(used))
 
 

@@ -181,11 +181,13 @@ class UtteranceRows:
         return len(self.rows)
 
     def warn_of_control(self) -> None:
-        """Warns of texts with control characters, which `as_text` takes out."""
+        """Warns of texts with control characters, which `as_text` takes out; workers leave it to their parent."""
+        if get_worker_info() is not None:
+            return
         cells = pc.cast(self.rows.with_format("arrow")[self.columns.text][:], pa.large_string())
         has_control = pc.and_not(pc.match_substring_regex(cells, CONTROL.pattern), pc.starts_with(cells, NOT_TEXT))
         found = pc.indices_nonzero(has_control).to_pylist()
-        if found and get_worker_info() is None:
+        if found:
             first = self.id_of(found[0], self.rows[found[0]][self.columns.id] if self.columns.id else None)
             words = "%s: texts from which control characters are taken out: %d (first: %s)"
             logger.warning(words, self.split, len(found), first)
