@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ def train(cfg: DictConfig) -> None:
     start = starting_point(cfg.resume, Path(cfg.run_dir), settings)
     run = build.training_run(cfg)
     if run.trainer.is_global_zero:
-        write_whole(config_of(cfg.run_dir), OmegaConf.to_yaml(OmegaConf.create(settings)))
+        keep_configuration(cfg.run_dir, settings)
         terminal.show(terminal.plan(*run.plan()))
     run.fit(start)
     if not run.trainer.is_global_zero:
@@ -56,14 +57,14 @@ def train(cfg: DictConfig) -> None:
     write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)
 
 
-def keep_configuration(cfg: DictConfig) -> None:
-    """Writes config.yaml, with the data as it is found from any folder."""
-    write_whole(config_of(cfg.run_dir), OmegaConf.to_yaml(OmegaConf.create(build.settings_of(cfg))))
+def keep_configuration(run_dir: str, settings: dict[str, Any]) -> None:
+    """Writes config.yaml from the settings of a run."""
+    write_whole(config_of(run_dir), OmegaConf.to_yaml(OmegaConf.create(settings)))
 
 
 def evaluate(cfg: DictConfig) -> None:
     """Scores a saved model on a split."""
-    keep_configuration(cfg)
+    keep_configuration(cfg.run_dir, build.settings_of(cfg))
     scoring, saved, data = build.evaluation(cfg)
     terminal.show(*terminal.scored(*scoring.score(saved, data), scoring.folder))
 

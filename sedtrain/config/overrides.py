@@ -182,9 +182,10 @@ class Check:
         """Reports options of the root that were deleted, and groups that something else took the place of."""
         for name, hint in ANNOTATIONS.items():
             known = self.options(name) if hint == "Any" and name != "strategy" else []  # an option of the trainer
-            value = plain(config, name) if name in config.keys() else None  # noqa: SIM118 - also missing values
+            is_there = name in config.keys()  # noqa: SIM118 - also missing values
+            value = plain(config, name) if is_there else None
             is_empty = name == "trainer" and isinstance(value, dict) and "_target_" not in value  # a strategy alone
-            if name not in config.keys() or (known and (is_empty or not isinstance(value, dict | str))):  # noqa: SIM118
+            if not is_there or (known and (is_empty or not isinstance(value, dict | str))):
                 self.report(name, value, "every run needs this", f"write {name}={' | '.join(known) or 'VALUE'}")
 
     @cached_property

@@ -119,10 +119,9 @@ def decode_batch(
     limits = [options.max_new_tokens] * len(found)
     if model.ctc_head is not None:
         limits = most_tokens(encoded).clamp(max=options.max_new_tokens).tolist()
-    cut = [len(each.ids[0]) >= limit for each, limit in zip(found, limits, strict=True)]
     return [
-        replace(each, texts=texts_of(tokenizer, each.ids), is_cut=is_cut)
-        for each, is_cut in zip(found, cut, strict=True)
+        replace(each, texts=texts_of(tokenizer, each.ids), is_cut=len(each.ids[0]) >= limit)
+        for each, limit in zip(found, limits, strict=True)
     ]
 
 

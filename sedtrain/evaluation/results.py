@@ -74,7 +74,7 @@ class Results:
     skipped:             number of utterances by reason, of all splits of the run
     not_scored:          number of utterances of this split by reason
     num_empty:           utterances whose reference is empty: what is written for them counts as insertions
-    num_cut:             hypotheses that end at `decoding.max_new_tokens`
+    num_cut:             hypotheses that were cut at the limit of tokens
     training_normalizer: of the texts that the model learnt; None where the model does not say
     signatures:          sacrebleu's description of each of its metrics
     resampled, num_speakers, num_without_speaker: units of the intervals, see `Units`
