@@ -52,7 +52,7 @@ class Batch:
     attention_mask: (B, S) or (B, T), 1 where `inputs` is real
     labels:         (B, U) token ids with the end token, IGNORE_INDEX where padded; not shifted: `losses.shift_right` does that
     ids, texts:     per utterance, the identity and the reference
-    speakers:       per utterance, None where unknown; empty in batches that are not made of data
+    speakers, languages, durations: per utterance, None where unknown; empty in batches that are not made of data
     seconds:        audio in the batch, without padding
     skipped:        utterances that could not be read and are not in the batch
     prompts:        (B, P) what generation starts with, where labels begin with tags; else None
@@ -67,6 +67,8 @@ class Batch:
     skipped: list[Skipped] = field(default_factory=list)
     prompts: Tensor | None = None
     speakers: list[str | None] = field(default_factory=list)
+    languages: list[str | None] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
 
     @property
     def text_labels(self) -> Tensor:

@@ -69,6 +69,8 @@ class Collator:
             skipped=list(skipped),
             prompts=torch.tensor([[self.decoder_start_token_id, *ids] for ids in tags]) if self.tags else None,
             speakers=[utterance.speaker for utterance in utterances],
+            languages=[utterance.language for utterance in utterances],
+            durations=[utterance.seconds for utterance in utterances],
         )
 
     def dummy_batch(self) -> Batch:

@@ -4,7 +4,7 @@ B batch, P prompt, U generated tokens.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -78,27 +78,13 @@ class DecodingOptions:
             raise UserError("decoding.search", self.search, wrong, write)
 
 
-class Transcript(NamedTuple):
-    """A hypothesis, and whether it was cut at the limit of tokens."""
-
-    text: str
-    is_cut: bool
-
-
-def transcribe_batch(
-    model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
-) -> list[Transcript]:
-    """The best hypothesis for each of the B utterances, in their order, without prompts; the model keeps its mode."""
-    return [Transcript(found.texts[0], found.is_cut) for found in decode_batch(model, tokenizer, batch, options)]
-
-
 @torch.inference_mode()
 def decode_batch(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
 ) -> list[Hypotheses]:
-    """The best `num_return_sequences` hypotheses for each of the B utterances; the model keeps its mode.
+    """The best `num_return_sequences` hypotheses for each of the B utterances, in their order, without prompts.
 
-    Raises UserError for a search that needs a CTC head which the model lacks.
+    The model keeps its mode. Raises UserError for a search that needs a CTC head which the model lacks.
     """
     options.refuse_without_ctc(model)
     was_training = model.training

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from sedtrain.batch import Utterance
 from sedtrain.data.audio import RATES, UNREADABLE, one_channel, read_audio
 from sedtrain.data.collate import Collator
-from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
+from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.saved import SavedModel, load
 from sedtrain.ranges import Range
@@ -93,6 +94,10 @@ class Transcriber:
 
     def text_of(self, audio: Audio, sampling_rate: int | None = None) -> str:
         """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read or taken."""
+        return self.transcription_of(audio, sampling_rate).text
+
+    def transcription_of(self, audio: Audio, sampling_rate: int | None = None) -> Transcription:
+        """The text of a file or of an array with its times. Raises UserError for audio that cannot be read or taken."""
         rate = self.collator.sampling_rate
         if isinstance(audio, np.ndarray):
             name, samples = "array", resampled(audio, sampling_rate, rate)
@@ -103,15 +108,18 @@ class Transcriber:
             raise too_long(audio, seconds, self.saved.max_seconds, rate)
         utterance = Utterance(name, samples, rate, "", self.language, None, seconds, task)
         batch = self.collator([utterance]).to(self.saved.model.device)
-        [transcript] = transcribe_batch(self.saved.model, self.saved.tokenizer, batch, self.options)
+        [found] = decode_batch(self.saved.model, self.saved.tokenizer, batch, self.options)
         if seconds > (longest := self.saved.max_training_seconds):
             wrong = "audio=%s: %.2f s, and the longest utterance in training had %.2f s: words may be missing; cut it at pauses"
             logger.warning(wrong, name, seconds, longest)
-        if transcript.is_cut:
+        if found.is_cut:
             option, number = f"{self.of_decoding}max_new_tokens", self.options.max_new_tokens
             wrong = "audio=%s: the text is cut at %s=%d, or at the last position of the decoder; write %s=%d, or cut the audio"
             logger.warning(wrong, name, option, number, option, 2 * number)
-        return transcript.text
+        best, *others = found.texts
+        score = found.scores[0] if found.scores else None
+        segment = Segment(best, 0.0, seconds, score, others=tuple(others), is_cut=found.is_cut)
+        return Transcription(name, seconds, (segment,))
 
 
 def too_long(audio: Audio, seconds: float, most: float, sampling_rate: int) -> UserError:

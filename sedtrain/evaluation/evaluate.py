@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from sedtrain.batch import Batch
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
+from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.errors import UserError
 from sedtrain.evaluation.bleu import bleu_tokenizer
 from sedtrain.evaluation.intervals import confidence_intervals
@@ -105,7 +105,6 @@ def evaluate(
     """Scores every batch, with 95 % intervals. Raises UserError where no utterance could be decoded."""
     num_skipped = num_cut = 0
     hypotheses: list[Hypothesis] = []
-    speakers: list[str | None] = []
     audio_seconds = decoding_seconds = 0.0
     device = next(model.parameters()).device
     for batch in batches:
@@ -113,14 +112,17 @@ def evaluate(
         if len(batch) == 0:
             continue
         start = time.perf_counter()
-        written = transcribe_batch(model, tokenizer, batch.to(device), options)
+        written = decode_batch(model, tokenizer, batch.to(device), options)
         if device.type == "cuda":
             torch.cuda.synchronize()
         decoding_seconds += time.perf_counter() - start
         audio_seconds += batch.seconds
-        hypotheses += map(Hypothesis, batch.ids, batch.texts, [transcript.text for transcript in written])
-        num_cut += sum(transcript.is_cut for transcript in written)
-        speakers += batch.speakers
+        of_batch = zip(batch.ids, batch.texts, batch.speakers, batch.languages, batch.durations, written, strict=True)
+        hypotheses += [
+            Hypothesis(id, reference, found.texts[0], speaker, language, seconds, found.scores and found.scores[0])
+            for id, reference, speaker, language, seconds, found in of_batch
+        ]
+        num_cut += sum(found.is_cut for found in written)
     if not hypotheses:
         raise UserError(
             "data",
@@ -129,6 +131,6 @@ def evaluate(
             "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
         )
     counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
-    metrics = confidence_intervals(metric_set, counts, speakers)
+    metrics = confidence_intervals(metric_set, counts, [each.speaker for each in hypotheses])
     rtfx = audio_seconds / max(decoding_seconds, 1e-9)
-    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, speakers, num_cut)
+    return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, num_cut)

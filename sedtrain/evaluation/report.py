@@ -132,7 +132,7 @@ def scores_by_length(name: str, metric_set: MetricSet, evaluation: Evaluation, p
     if len(longest) == 1:
         return ""
     groups = [np.flatnonzero(np.searchsorted(longest, lengths) == group).tolist() for group in range(len(longest))]
-    speakers = [[evaluation.speakers[row] for row in group] if evaluation.speakers else [] for group in groups]
+    speakers = [[evaluation.hypotheses[row].speaker for row in group] for group in groups]
     counts = [evaluation.counts[group] for group in groups]
     intervals = [confidence_intervals(metric_set, *of_group)[name] for of_group in zip(counts, speakers, strict=True)]
     labels = ["–".join(map(str, sorted({lengths[group].min(), lengths[group].max()}))) for group in groups]

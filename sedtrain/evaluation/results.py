@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,16 +20,20 @@ PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapid
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """An utterance's reference, and what the model wrote."""
+    """An utterance's reference, and what the model wrote; speaker, language and seconds where they are known."""
 
     id: str
     reference: str
     hypothesis: str
+    speaker: str | None = None
+    language: str | None = None
+    seconds: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split: `counts` (N, K) and `speakers` are of the N hypotheses, `rtfx` is audio per second of decoding.
+    """Scores of a split: `counts` (N, K) are of the N hypotheses, `rtfx` is audio per second of decoding.
 
     num_cut: hypotheses that were cut at the limit of tokens
     """
@@ -39,8 +43,12 @@ class Evaluation:
     counts: Counts
     audio_seconds: float
     rtfx: float
-    speakers: Sequence[str | None] = ()
     num_cut: int = 0
+
+    @property
+    def speakers(self) -> list[str | None]:
+        """The speaker of each hypothesis."""
+        return [each.speaker for each in self.hypotheses]
 
     @property
     def units(self) -> Units:

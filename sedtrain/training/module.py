@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import IGNORE_INDEX, Batch
-from sedtrain.decoding.generate import DecodingOptions, transcribe_batch
+from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.errors import UNSET, UserError
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
 from sedtrain.models.encoder import EncodedSpeech
@@ -186,8 +186,8 @@ class SpeechSeq2SeqModule(LightningModule):
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
-            written = transcribe_batch(self.model, self.tokenizer, batch, self.decoding)
-        hypotheses = [transcript.text for transcript in written]
+            found = decode_batch(self.model, self.tokenizer, batch, self.decoding)
+        hypotheses = [each.texts[0] for each in found]
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
 

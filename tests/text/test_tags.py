@@ -20,7 +20,7 @@ from sedtrain.batch import IGNORE_INDEX
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
-from sedtrain.decoding.generate import transcribe_batch
+from sedtrain.decoding.generate import decode_batch
 from sedtrain.errors import UserError
 from sedtrain.models.losses import shift_right
 from sedtrain.models.saved import load
@@ -222,11 +222,11 @@ def test_generation_begins_with_the_tags_of_each_utterance(built, monkeypatch, o
         model, "generate", lambda *args, **kwargs: generated.append(generate(*args, **kwargs)) or generated[-1]
     )
     for batch in run.data.batches("validation"):
-        texts = transcribe_batch(model, tokenizer, batch, run.module.decoding)
+        texts = decode_batch(model, tokenizer, batch, run.module.decoding)
         begun = ["<|en|><|transcribe|>" if id.startswith("english/") else "<|de|><|translate|>" for id in batch.ids]
         assert [tokenizer.decode(row[1:3]) for row in generated[-1]] == begun
         assert (generated[-1][:, 0] == model.config.decoder_start_token_id).all()
-        assert not [transcript for transcript in texts if "<|" in transcript.text]
+        assert not [found for found in texts if "<|" in found.texts[0]]
         torch.testing.assert_close(generated[-1][:, :3], batch.prompts)
 
 
@@ -241,7 +241,7 @@ def test_a_decoder_with_weights_grows_by_the_tags_and_keeps_its_rows(built, tmp_
     torch.testing.assert_close(after[: len(before)], before)
     batch = next(run.data.batches("validation"))
     run.module.losses(batch).cross_entropy.backward()
-    transcribe_batch(run.saved.model, run.saved.tokenizer, batch, run.module.decoding)
+    decode_batch(run.saved.model, run.saved.tokenizer, batch, run.module.decoding)
     run.saved.save(tmp_path / "saved", run.module.decoding.generation_kwargs())
     assert load(tmp_path / "saved").tags == run.saved.tags
 
@@ -297,9 +297,9 @@ def test_a_saved_model_is_asked_for_a_language_and_a_task(
 
     def noted(model, tokenizer, batch, options):
         prompts.extend(tokenizer.decode(row[1:]) for row in batch.prompts)
-        return transcribe_batch(model, tokenizer, batch, options)
+        return decode_batch(model, tokenizer, batch, options)
 
-    monkeypatch.setattr("sedtrain.evaluation.evaluate.transcribe_batch", noted)
+    monkeypatch.setattr("sedtrain.evaluation.evaluate.decode_batch", noted)
     ended = evaluated(sedtrain, trained_mix, corpus, tmp_path, *asked)
     assert ended.status == 0, ended.err
     assert next(iter(json.loads((tmp_path / "results.json").read_text())["metrics"])) == metric

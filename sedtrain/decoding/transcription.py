@@ -1,0 +1,46 @@
+"""The text of a recording, with the times of its parts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word from `start` to `end` seconds of the recording; confidence: from 0 to 1."""
+
+    text: str
+    start: float
+    end: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a recording that was decoded at once, from `start` to `end` seconds.
+
+    score:   by which the search ranks texts; None if it computes none
+    words:   None if the model cannot say where they are
+    others:  the next best texts of n-best search
+    is_cut:  True if the text was cut at the limit of tokens
+    """
+
+    text: str
+    start: float
+    end: float
+    score: float | None = None
+    words: tuple[Word, ...] | None = None
+    others: tuple[str, ...] = ()
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What a model wrote for one recording of `seconds`."""
+
+    audio: str
+    seconds: float
+    segments: tuple[Segment, ...]
+
+    @property
+    def text(self) -> str:
+        """The texts of all segments."""
+        return " ".join(segment.text for segment in self.segments if segment.text)
