@@ -3,25 +3,42 @@
 B batch, P prompt, U generated tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from sedtrain.batch import Batch
 from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
+from sedtrain.decoding.fusion import Fusion, language_model, word_beginnings
+from sedtrain.decoding.hotwords import HotWords, tree_of
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
 from sedtrain.decoding.speculative import Speculative
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, Positive, PositiveFraction
+from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
-OURS = {"search", "ctc_weight", "num_return_sequences"}  # the options that `generate` does not get as they are
+OURS = {
+    "search",
+    "ctc_weight",
+    "num_return_sequences",
+    "lm",
+    "lm_weight",
+    "hotwords",
+    "hotword_bonus",
+}  # the options that `generate` does not get as they are
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,8 @@ class DecodingOptions:
     num_return_sequences: texts of each utterance in `decode_batch`
     max_new_tokens: where there is a CTC head, also at most as many as an utterance has frames
     top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
+    lm: folder or Hub id of a causal language model, whose log-probabilities of words are added with `lm_weight`
+    hotwords: words and terms that get `hotword_bonus` for each of their tokens, in nats
     """
 
     search: Search = "attention"
@@ -47,12 +66,21 @@ class DecodingOptions:
     top_k: CountOrZero = 50
     top_p: PositiveFraction = 1.0
     no_repeat_ngram_size: CountOrZero = 0
+    lm: str | None = None
+    lm_weight: NonNegative = 0.3
+    hotwords: Sequence[str] = ()
+    hotword_bonus: NonNegative = 2.0
 
     def __post_init__(self) -> None:
         """Raises UserError for options that do not go together."""
         if self.search not in get_args(Search):
             write = f"write one of {', '.join(get_args(Search))}"
             raise UserError("decoding.search", self.search, f"search has no option {self.search!r}", write)
+        for option in filter(lambda option: getattr(self, option), ("lm", "hotwords")):
+            if self.search not in ("attention", "joint"):
+                write = "write decoding=beam or decoding=joint"
+                wrong = f"search={self.search} does not take it"
+                raise UserError(f"decoding.{option}", getattr(self, option), wrong, write)
         if self.do_sample and self.search != "attention":
             write = "write decoding=sample, or decoding.do_sample=false"
             raise UserError("decoding.do_sample", True, f"search={self.search} does not sample", write)
@@ -99,7 +127,7 @@ def decode_batch(
     if lattice is not None and options.search in ("ctc", "rescore"):
         found = by_ctc(model, encoded, prompts, options, lattice)
     else:
-        found = generated(model, encoded, prompts, options, lattice)
+        found = generated(model, tokenizer, encoded, prompts, options, lattice)
     if was_training:
         model.train()
     limits = [options.max_new_tokens] * len(found)
@@ -137,6 +165,7 @@ def by_ctc(
 
 def generated(
     model: SpeechEncoderDecoder,
+    tokenizer: PreTrainedTokenizerBase,
     encoded: EncodedSpeech,
     prompts: Tensor,
     options: DecodingOptions,
@@ -148,8 +177,14 @@ def generated(
     kwargs = {**options.generation_kwargs(), "num_return_sequences": num_best}
     if model.ctc_head is not None:
         kwargs["stopping_criteria"] = StoppingCriteriaList([InTime(prompts.shape[1] + most_tokens(encoded))])
-    if lattice is not None:
-        kwargs |= with_ctc(options, lattice, most_tokens(encoded), ends)
+    scores: list[LogitsProcessor] = []
+    if lattice is not None and options.search == "speculative":
+        drafts = [found.ids[0] for found in best_path(lattice, options.max_new_tokens)]
+        kwargs["custom_generate"] = Speculative(drafts, most_tokens(encoded).tolist())
+    elif lattice is not None and options.ctc_weight:
+        scores.append(JointScores(lattice, options.ctc_weight, ends))
+    scores += added_scores(options, tokenizer, prompts, model.decoder.config.vocab_size, ends)
+    kwargs["logits_processor"] = LogitsProcessorList(scores)
     if is_scored := num_best > 1 and options.num_beams > 1:
         kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(
@@ -169,13 +204,19 @@ def most_tokens(encoded: EncodedSpeech) -> Tensor:
     return frames_of(encoded) + 1
 
 
-def with_ctc(options: DecodingOptions, lattice: Lattice, limits: Tensor, ends: list[int]) -> dict[str, Any]:
-    """What CTC adds to `generate`: scores or a draft."""
-    if options.search == "speculative":
-        drafts = [found.ids[0] for found in best_path(lattice, options.max_new_tokens)]
-        return {"custom_generate": Speculative(drafts, limits.tolist())}
-    scores = [JointScores(lattice, options.ctc_weight, ends)] if options.ctc_weight else []
-    return {"logits_processor": LogitsProcessorList(scores)}
+def added_scores(
+    options: DecodingOptions, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, size: int, ends: list[int]
+) -> list[LogitsProcessor]:
+    """The language model and the hot words that are asked for; the decoder has `size` tokens."""
+    if not (options.lm or options.hotwords):
+        return []
+    begins, added = word_beginnings(tokenizer, size, prompts.device), []
+    place = (begins, ends, prompts.shape[1])
+    if options.lm:
+        added.append(Fusion(language_model(options.lm, prompts.device), options.lm_weight, tokenizer, *place))
+    if options.hotwords:
+        added.append(HotWords(tree_of(tokenizer, tuple(options.hotwords)), options.hotword_bonus, *place))
+    return added
 
 
 class InTime(StoppingCriteria):

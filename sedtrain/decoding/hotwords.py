@@ -1,0 +1,133 @@
+"""Hot words: a search gets a bonus for the tokens of names and terms that the user expects.
+
+R rows of beams, U tokens, V vocabulary. A bonus is taken back where the text leaves a word before its end.
+Source: the context graph of WeNet and icefall, an automaton of Aho and Corasick (1975).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from sedtrain.decoding.fusion import known_word
+from sedtrain.errors import UserError
+
+
+@dataclass
+class Node:
+    """A place in the tree of the words' tokens, `depth` tokens from its root.
+
+    shorter: the place of the longest end of these tokens that begins a word too; None at the root
+    """
+
+    depth: int = 0
+    is_word: bool = False
+    children: dict[int, Node] = field(default_factory=dict)
+    shorter: Node | None = None
+
+    def add(self, tokens: Sequence[int]) -> None:
+        node = self
+        for token in tokens:
+            node = node.children.setdefault(token, Node(node.depth + 1))
+        node.is_word = True
+
+    def word(self) -> int:
+        """Bits of the longest word that ends here, see `HotWords.step`."""
+        node: Node | None = self
+        while node is not None and not node.is_word:
+            node = node.shorter
+        return 0 if node is None else (1 << node.depth) - 1
+
+    def link(self, root: Node) -> None:
+        """Sets `shorter` of the places below this one, level by level."""
+        level = [self]
+        while level:
+            for node in level:
+                for token, child in node.children.items():
+                    behind = node.shorter
+                    while behind is not None and token not in behind.children:
+                        behind = behind.shorter
+                    child.shorter = root if behind is None else behind.children[token]
+            level = [child for node in level for child in node.children.values()]
+
+
+class HotWords(LogitsProcessor):
+    """Adds `bonus` to each token that begins or continues a hot word.
+
+    tree:      see `tree_of`
+    begins:    (V,) the token begins a word, see `word_beginnings`
+    ends:      tokens that end a text
+    num_given: tokens of the prompt
+    """
+
+    def __init__(self, tree: Node, bonus: float, begins: Tensor, ends: Collection[int], num_given: int) -> None:
+        self.tree, self.bonus, self.num_given = tree, bonus, num_given
+        self.completes = begins.clone()
+        self.completes[list(ends)] = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(R, U) tokens, (R, V) scores of the decoder -> (R, V) scores with the bonus."""
+        gains = torch.stack([self.gains(row) for row in input_ids[:, self.num_given :].tolist()])
+        return scores + self.bonus * gains
+
+    def gains(self, row: Sequence[int]) -> Tensor:
+        """(V,) change of the number of tokens with a bonus by each next token."""
+        node, kept = self.tree, 0
+        for token in row:
+            node, kept, _ = self.step(node, kept, token)
+        gains = torch.full(self.completes.shape, float(kept.bit_count() - node.depth), device=self.completes.device)
+        gains[self.completes] = float((kept | node.word()).bit_count() - node.depth)
+        behind: Node | None = node
+        while behind is not None:
+            for token in behind.children:
+                gains[token] = self.step(node, kept, token)[2]
+            behind = behind.shorter
+        return gains
+
+    def step(self, node: Node, kept: int, token: int) -> tuple[Node, int, int]:
+        """The place behind one more token, which of its tokens keep their bonus anyhow, and the change of the number.
+
+        kept: bit n is set for the n-th last token of the place
+        """
+        change = -node.depth
+        if self.completes[token]:
+            kept |= node.word()
+        while token not in node.children and (shorter := node.shorter) is not None:
+            change += (kept >> shorter.depth).bit_count()
+            node, kept = shorter, kept & ((1 << shorter.depth) - 1)
+        if token in node.children:
+            node, kept = node.children[token], kept << 1
+        return node, kept, change + node.depth
+
+
+@lru_cache(maxsize=1)
+def tree_of(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> Node:
+    """The tokens of words at the beginning of a text, and of those behind other words as what is `shorter`.
+
+    Raises UserError for a word that the tokenizer cannot write.
+    """
+    first, later = Node(), Node()
+    before = known_word(tokenizer)
+    num_before = len(inner_ids(tokenizer, before))
+    for word in words:
+        ids = inner_ids(tokenizer, word)
+        if not ids or tokenizer.unk_token_id in ids:
+            wrong = f"the decoder's tokenizer cannot write {word!r}"
+            write = "write words of its characters, such as lower-case ones"
+            raise UserError("decoding.hotwords", list(words), wrong, write)
+        first.add(ids)
+        later.add(inner_ids(tokenizer, f"{before} {word}")[num_before:])
+    later.link(later)
+    first.shorter = later
+    first.link(later)
+    return first
+
+
+def inner_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
