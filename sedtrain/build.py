@@ -113,7 +113,7 @@ def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) ->
 
 
 def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) -> SavedModel:
-    """A new model that names the normalizer of its texts and its longest audio, and has a token for each tag, connected."""
+    """A new model connected; it names the normalizer and rate of its texts and its longest audio, and has tokens of tags."""
     saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
     saved.model.config.max_training_seconds = round(data.corpus.max_training_seconds(), 2)
     if data.tags:
@@ -121,6 +121,8 @@ def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) ->
     connect(data, saved, ["validation", cfg.split])
     if saved.model.max_tokens is not None and data.collator is not None:
         data.corpus.leave_out(partial(data.collator.too_long, most=saved.model.max_tokens))
+    counted = data.load_split("validation" if data.corpus.streaming else "train")
+    saved.model.config.tokens_per_second = round(counted.tokens_per_second(), 2)
     return saved
 
 

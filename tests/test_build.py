@@ -457,6 +457,17 @@ def test_texts_are_learnt_as_they_are_by_default(built, loud):
     assert run.saved.tokenizer.decode(batch.labels[0][batch.labels[0] >= 0], skip_special_tokens=True) == batch.texts[0]
 
 
+def test_a_model_knows_how_many_tokens_its_training_texts_have_in_a_second(built, corpus, tmp_path):
+    run = built(f"data.path={corpus}", "decoding.max_new_tokens=null")
+    batches = list(run.data.batches("train"))
+    num_tokens = sum(int((batch.labels >= 0).sum()) for batch in batches)
+    config = run.saved.model.config
+    assert config.tokens_per_second == pytest.approx(num_tokens / sum(batch.seconds for batch in batches), abs=0.01)
+    run.saved.save(tmp_path / "saved", run.module.decoding.generation_kwargs())
+    generation = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert generation["max_new_tokens"] == 16 + math.ceil(4 * config.tokens_per_second * config.max_training_seconds)
+
+
 def test_both_normalizers_are_named_by_model_card_and_results_and_need_not_be(command, sedtrain, loud, tmp_path):
     ended = command(f"data.path={loud}", "training_normalizer=whisper_basic", "normalizer=none")
     assert ended.status == 0, ended.err

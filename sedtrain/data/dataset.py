@@ -158,6 +158,9 @@ class Parts(Sequence[UtteranceRows]):
             shard.remove_copy()
 
 
+NUM_COUNTED = 2000  # texts whose tokens are counted for a mean
+
+
 class SplitDataset(Dataset[Batch | UserError]):
     """Item `(epoch, [reference, ...])` is a Batch; a UserError is handed on.
 
@@ -215,6 +218,16 @@ class SplitDataset(Dataset[Batch | UserError]):
             for part, references in groupby(self.references, itemgetter(0))
         }
         return [number for numbers in by_part.values() for number in numbers]
+
+    def tokens_per_second(self) -> float:
+        """The mean of some thousand utterances."""
+        step = len(self) // NUM_COUNTED + 1
+        tokens = [
+            number
+            for part, references in groupby(self.references[::step], itemgetter(0))
+            for number in self.num_tokens(part, [index for _, index in references])
+        ]
+        return sum(tokens) / sum(self.seconds[::step])
 
     def audio_of(self, id: str) -> tuple[NDArray[np.float32], int]:
         """The decoded samples (S,) of an utterance and their rate."""

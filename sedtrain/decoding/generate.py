@@ -26,6 +26,7 @@ from sedtrain.decoding.joint import JointScores, rescored
 from sedtrain.decoding.speculative import Speculative
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.saved import MOST_TOKENS, most_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction
 
@@ -49,7 +50,8 @@ class DecodingOptions:
         their joint score; speculative: CTC drafts, the decoder verifies, with the ids of greedy search
     ctc_weight: of CTC in a joint score, (1 - w) · decoder + w · CTC
     num_return_sequences: texts of each utterance in `decode_batch`
-    max_new_tokens: where there is a CTC head, also at most as many as an utterance has frames
+    max_new_tokens: null: four times the tokens that training texts have in that time, and 16; 200 where the model does not say.
+        With a CTC head, never more than an utterance has frames.
     top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
     lm: folder or Hub id of a causal language model, whose log-probabilities of words are added with `lm_weight`
     hotwords: words and terms that get `hotword_bonus` for each of their tokens, in nats
@@ -60,7 +62,7 @@ class DecodingOptions:
     num_return_sequences: Count = 1
     ctc_weight: Fraction = 0.5
     do_sample: bool = False
-    max_new_tokens: Count = 200
+    max_new_tokens: Count | None = None
     length_penalty: Exponent = 1.0
     temperature: Positive = 1.0
     top_k: CountOrZero = 50
@@ -122,28 +124,40 @@ def decode_batch(
     if prompts is None:
         prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
     encoded = model.encode(batch.inputs, batch.attention_mask)
-    options = replace(options, max_new_tokens=most_new_tokens(model, prompts.shape[1], options))
+    limits = token_limits(model, encoded, batch.durations, prompts.shape[1], options)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)
     if lattice is not None and options.search in ("ctc", "rescore"):
-        found = by_ctc(model, encoded, prompts, options, lattice)
+        found = by_ctc(model, encoded, prompts, options, lattice, int(limits.max()))
     else:
-        found = generated(model, tokenizer, encoded, prompts, options, lattice)
+        found = generated(model, tokenizer, encoded, prompts, options, lattice, limits)
     if was_training:
         model.train()
-    limits = [options.max_new_tokens] * len(found)
-    if model.ctc_head is not None:
-        limits = most_tokens(encoded).clamp(max=options.max_new_tokens).tolist()
     return [
-        replace(each, texts=texts_of(tokenizer, each.ids), is_cut=len(each.ids[0]) >= limit)
-        for each, limit in zip(found, limits, strict=True)
+        replace(each, texts=texts_of(tokenizer, each.ids), limit=limit)
+        for each, limit in zip(found, limits.tolist(), strict=True)
     ]
 
 
-def most_new_tokens(model: SpeechEncoderDecoder, num_given: int, options: DecodingOptions) -> int:
-    """Tokens that a text may have behind a prompt of `num_given`: at most those that the decoder has positions for."""
-    if model.max_tokens is None:
-        return options.max_new_tokens
-    return max(1, min(options.max_new_tokens, model.max_tokens + 1 - num_given))
+def token_limits(
+    model: SpeechEncoderDecoder,
+    encoded: EncodedSpeech,
+    durations: Sequence[float],
+    num_given: int,
+    options: DecodingOptions,
+) -> Tensor:
+    """(B,) tokens that each text may have behind `num_given` of a prompt: a bound of its own utterance alone.
+
+    durations: seconds of each utterance; empty where unknown
+    """
+    frames, most = encoded.last_hidden_state, options.max_new_tokens
+    by_seconds = [most_tokens(model.config, seconds) for seconds in durations] if most is None else []
+    limits = torch.tensor(by_seconds or [most or MOST_TOKENS] * len(frames), device=frames.device)
+    if model.ctc_head is not None:
+        by_frames = frames_of(encoded) + 1  # a token a frame, and the end
+        limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
+    if model.max_tokens is not None:
+        limits = limits.clamp(max=model.max_tokens + 1 - num_given)
+    return limits.clamp(min=1)
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[str, ...]:
@@ -151,10 +165,15 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[
 
 
 def by_ctc(
-    model: SpeechEncoderDecoder, encoded: EncodedSpeech, prompts: Tensor, options: DecodingOptions, lattice: Lattice
+    model: SpeechEncoderDecoder,
+    encoded: EncodedSpeech,
+    prompts: Tensor,
+    options: DecodingOptions,
+    lattice: Lattice,
+    most: int,
 ) -> list[Hypotheses]:
-    """Texts of CTC, as it ranks them or as both do."""
-    num_beams, num_best, most = options.num_beams, options.num_return_sequences, options.max_new_tokens
+    """Texts of CTC of at most so many tokens, as it ranks them or as both do."""
+    num_beams, num_best = options.num_beams, options.num_return_sequences
     if options.search == "rescore":
         found = prefix_beam(lattice, num_beams, num_beams, most)
         return rescored(model, encoded, prompts, found, options.ctc_weight, num_best)
@@ -170,21 +189,26 @@ def generated(
     prompts: Tensor,
     options: DecodingOptions,
     lattice: Lattice | None,
+    limits: Tensor,
 ) -> list[Hypotheses]:
     """Texts that `generate` writes; the scores of n-best beams are those of the beams."""
     model.settle_generation_config()
     ends, num_best = end_tokens(model.generation_config), options.num_return_sequences
-    kwargs = {**options.generation_kwargs(), "num_return_sequences": num_best}
-    if model.ctc_head is not None:
-        kwargs["stopping_criteria"] = StoppingCriteriaList([InTime(prompts.shape[1] + most_tokens(encoded))])
-    scores: list[LogitsProcessor] = []
+    most = int(limits.max())
+    kwargs = {
+        **options.generation_kwargs(),
+        "num_return_sequences": num_best,
+        "max_new_tokens": most + 1,  # never reached: BART is forced to end its text there, which a batch would decide
+        "stopping_criteria": StoppingCriteriaList([InTime(prompts.shape[1] + limits)]),
+    }
+    processors: list[LogitsProcessor] = []
     if lattice is not None and options.search == "speculative":
-        drafts = [found.ids[0] for found in best_path(lattice, options.max_new_tokens)]
-        kwargs["custom_generate"] = Speculative(drafts, most_tokens(encoded).tolist())
+        drafts = [found.ids[0] for found in best_path(lattice, most)]
+        kwargs["custom_generate"] = Speculative(drafts, limits.tolist())
     elif lattice is not None and options.ctc_weight:
-        scores.append(JointScores(lattice, options.ctc_weight, ends))
-    scores += added_scores(options, tokenizer, prompts, model.decoder.config.vocab_size, ends)
-    kwargs["logits_processor"] = LogitsProcessorList(scores)
+        processors.append(JointScores(lattice, options.ctc_weight, ends))
+    processors += added_scores(options, tokenizer, prompts, model.decoder.config.vocab_size, ends)
+    kwargs["logits_processor"] = LogitsProcessorList(processors)
     if is_scored := num_best > 1 and options.num_beams > 1:
         kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(
@@ -197,11 +221,6 @@ def generated(
     scores = output.sequences_scores.unflatten(0, rows.shape[:2]).tolist() if is_scored else [None] * len(prompts)
     pad = model.config.pad_token_id
     return [Hypotheses.of_rows(*each, ends, pad) for each in zip(rows.tolist(), scores, strict=True)]
-
-
-def most_tokens(encoded: EncodedSpeech) -> Tensor:
-    """(B,) tokens that each utterance may have: one a frame, and the end."""
-    return frames_of(encoded) + 1
 
 
 def added_scores(

@@ -13,13 +13,18 @@ class Hypotheses:
 
     ids:    tokens of each, without prompt, end and padding
     scores: by which the search ranks them; None if it computes none
-    is_cut: True if the best one was cut at the limit of tokens
+    limit:  tokens that the best one may have; 0: any number
     """
 
     ids: list[list[int]]
     scores: list[float] | None = None
     texts: tuple[str, ...] = ()
-    is_cut: bool = False
+    limit: int = 0
+
+    @property
+    def is_cut(self) -> bool:
+        """True if the best one was cut at the limit."""
+        return 0 < self.limit <= len(self.ids[0])
 
     @classmethod
     def of_rows(

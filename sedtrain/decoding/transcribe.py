@@ -113,7 +113,7 @@ class Transcriber:
             wrong = "audio=%s: %.2f s, and the longest utterance in training had %.2f s: words may be missing; cut it at pauses"
             logger.warning(wrong, name, seconds, longest)
         if found.is_cut:
-            option, number = f"{self.of_decoding}max_new_tokens", self.options.max_new_tokens
+            option, number = f"{self.of_decoding}max_new_tokens", found.limit
             wrong = "audio=%s: the text is cut at %s=%d, or at the last position of the decoder; write %s=%d, or cut the audio"
             logger.warning(wrong, name, option, number, option, 2 * number)
         best, *others = found.texts

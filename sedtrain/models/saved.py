@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoFeatureExtractor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     SequenceFeatureExtractor,
@@ -24,6 +25,17 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.run_dir import model_of
 from sedtrain.text.tags import Tags, add_tags
 from sedtrain.text.tokenizers import start_end_pad
+
+MOST_TOKENS = 200  # of a text where nothing is known of its audio
+MORE_THAN_MEAN, SPARE_TOKENS = 4, 16
+
+
+def most_tokens(config: PreTrainedConfig, seconds: float) -> int:
+    """Tokens that a text of so many seconds may have: a multiple of those that training texts have in that time."""
+    rate = getattr(config, "tokens_per_second", None)
+    if not isinstance(rate, int | float) or not isfinite(rate * seconds):
+        return MOST_TOKENS
+    return SPARE_TOKENS + ceil(MORE_THAN_MEAN * rate * seconds)
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,10 @@ class SavedModel:
 
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
-        for name, value in generation.items():
-            bound = self.model.max_tokens if name == "max_new_tokens" else None  # transformers does not stop there
-            setattr(self.model.generation_config, name, value if bound is None else min(value, bound))
+        most = generation.get("max_new_tokens") or most_tokens(self.model.config, self.max_training_seconds)
+        bound = self.model.max_tokens or most  # transformers does not stop there
+        for name, value in {**generation, "max_new_tokens": min(most, bound)}.items():
+            setattr(self.model.generation_config, name, value)
         if lora_layers(self.model):
             self.model.save_pretrained(folder, state_dict=base_weights(self.model))
             save_adapter(self.model, folder / FOLDER)

@@ -66,6 +66,23 @@ def test_a_text_has_no_more_tokens_than_frames_and_than_asked(model, search):
         ]
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_text_is_bounded_by_four_times_the_tokens_of_training_texts_of_the_same_length(model, num_beams):
+    batch, options = batch_of(TEXTS), DecodingOptions(num_beams=num_beams)
+    batch.durations, model.config.tokens_per_second = [0.8, 0.1, 0.0], 5.0
+    model.ctc_head, head = None, model.ctc_head
+    with_room = decode_batch(model, TOKENIZER, batch, DecodingOptions(num_beams=num_beams, max_new_tokens=40))
+    found = decode_batch(model, TOKENIZER, batch, options)
+    model.ctc_head = head
+    del model.config.tokens_per_second
+    assert [each.limit for each in found] == [16 + 16, 16 + 2, 16]
+    if num_beams == 1:
+        assert [each.ids[0] for each in found] == [
+            each.ids[0][: bounded.limit] for each, bounded in zip(with_room, found, strict=True)
+        ]
+    assert all(each.is_cut == (len(each.ids[0]) == each.limit) for each in found)
+
+
 @pytest.mark.parametrize("search", [each for each in SEARCHES if each.get("num_beams")], ids=str)
 def test_the_best_texts_come_with_falling_scores_and_the_first_is_the_text(model, search):
     batch, options = batch_of(TEXTS), DecodingOptions(**search, num_return_sequences=2)
