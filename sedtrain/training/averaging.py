@@ -36,9 +36,9 @@ class EMA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises UserError for weights of 16 bits, which would round the average back to what it was."""
         if coarse := {weight.dtype for weight in pl_module.parameters()} - {torch.float32, torch.float64}:
-            wrong = f"weights in {coarse.pop()} are too coarse for callbacks.ema, an average that moves by small steps"
-            write = "write trainer.precision=bf16-mixed, or callbacks=default"
-            raise UserError("trainer.precision", trainer.precision, wrong, write)
+            wrong = f"weights in {coarse.pop()} are too coarse for an average that moves by small steps"
+            write, python = "write trainer.precision=bf16-mixed, or callbacks=default", "write precision='bf16-mixed'"
+            raise UserError("trainer.precision", trainer.precision, wrong, write, python)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.averages = [weight.detach().clone() for weight in pl_module.parameters()]

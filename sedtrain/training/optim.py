@@ -57,7 +57,8 @@ def adamw_8bit(
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         write = "pip install 'sedtrain[bitsandbytes]', or write optimizer=adafactor, which is small too"
-        raise UserError("optimizer", "adamw_8bit", f"this needs bitsandbytes: {error}", write) from error
+        python = "pip install 'sedtrain[bitsandbytes]'"
+        raise UserError("optimizer", "adamw_8bit", f"this needs bitsandbytes: {error}", write, python) from error
     optimizer: Optimizer = AdamW8bit(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
     return optimizer
 
