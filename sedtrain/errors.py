@@ -8,7 +8,10 @@ from typing import ClassVar
 
 YAML = {"true": True, "false": False, "null": None}
 UNSET = "???"  # how YAML writes a value that nobody has given yet
-COMPONENT = r"(adapter|augment\.\w+|data|decoding|(en|de)coder|finetune|loss|metrics\.bleu|scheduler|tokenizer|trainer)"
+COMPONENT = (
+    r"((augment|callbacks)\.\w+|metrics\.bleu|adapter|data|decoding|(en|de)coder|"
+    r"finetune|loss|optimizer|scheduler|tokenizer|trainer)"
+)
 IN_PYTHON = {
     r"(encoder|decoder)\.options\.(?=\w)": r"\1_",  # as from_encoder_decoder_pretrained takes them
     r"(encoder|decoder)\.attention\b": r"\1_attn_implementation",

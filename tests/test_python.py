@@ -7,9 +7,13 @@ import pytest
 import torch
 import transformers
 from families import TOKENIZER, option_file, tiny_decoder, tiny_encoder
+from hydra.utils import get_object
 from transformers import BertConfig, BertModel
 
 import sedtrain
+from sedtrain.annotations import fits
+from sedtrain.config.schema import conf_dir
+from sedtrain.config.signatures import read_signature
 from sedtrain.data.augmentations import ColouredNoise, Gain, RecordedNoise, Reverb, Speed, TimeMask
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
@@ -180,6 +184,22 @@ class Plain(torch.nn.Module):
         return self
 
 
+TARGETS = {
+    name
+    for file in conf_dir().rglob("*.yaml")
+    for name in re.findall(r"_target_: (sedtrain\.\S+)", file.read_text("utf-8"))
+}
+FOR_RUNS_ALONE = {
+    "Checkpoints",
+    "FullySharded",
+    "MetricsFile",
+    "ProgressBar",
+    "StopOnInterrupt",
+    "TensorBoard",
+    "Wandb",
+}
+
+
 def speaks_python(function, *arguments):
     with pytest.raises(UserError) as caught:
         function(*arguments)
@@ -208,3 +228,18 @@ def test_errors_of_models_name_arguments(name, model):
 @pytest.mark.parametrize("name", OF_FOLDERS)
 def test_errors_of_folders_name_arguments(name, folders):
     speaks_python(OF_FOLDERS[name], folders)
+
+
+def test_every_class_and_function_that_takes_options_checks_their_types():
+    """The value fits no plain type; arguments without a default are None."""
+    number = 0
+    for target in sorted(name for name in TARGETS if name.rpartition(".")[2] not in FOR_RUNS_ALONE):
+        parameters = [each for each in read_signature(target).parameters.values() if each.annotation is not each.empty]
+        needed = {each.name: None for each in parameters if each.default is each.empty}
+        for each in parameters:
+            if not fits([{}], each.annotation):
+                with pytest.raises(UserError) as caught:
+                    get_object(target)(**{**needed, each.name: [{}]})
+                assert any(f".{each.name}" in f".{error.option}" for error in caught.value.errors), (target, each)
+                number += 1
+    assert number > 100

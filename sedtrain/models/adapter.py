@@ -89,6 +89,7 @@ def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[
         raise UserError("adapter", kind, f"it does not fit the settings {dict(settings)}: {error}", write) from error
 
 
+@checked("adapter.")
 def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:
     """No module: the joined model of `transformers` has a linear layer of its own if the widths differ.
 

@@ -87,7 +87,8 @@ def load_decoder(
         assert tokenizer is not None, "build hands the tokenizer over"
         take_vocabulary(config, tokenizer)
     if name is None or not pretrained:
-        return tried("decoder", config, options, new_decoder, decode_a_token)
+        chosen = ("decoder.tiny", tiny) if name is None and not options else ("decoder.options", options)
+        return tried(*chosen, config, new_decoder, decode_a_token)
     return as_decoder(load_weights("decoder", name, AutoModelForCausalLM, config, attention))
 
 

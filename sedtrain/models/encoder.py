@@ -113,7 +113,8 @@ def load_encoder(
     config = load_config("encoder", name, model_type, tiny, **options)
     config._attn_implementation = attention
     if name is None or not pretrained:
-        return tried("encoder", config, options, encoder_from_config, encode_silence)
+        chosen = ("encoder.tiny", tiny) if name is None and not options else ("encoder.options", options)
+        return tried(*chosen, config, encoder_from_config, encode_silence)
     factory, config = loader_of(config)
     return standalone(load_weights("encoder", name, factory, config, attention))
 

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, InnerFraction
 
@@ -26,6 +27,7 @@ class EMA(Callback):
         short run the first weights count little
     """
 
+    @checked("callbacks.ema.")
     def __init__(self, decay: InnerFraction = 0.999) -> None:
         self.decay = decay
         self.averages: list[Tensor] = []
@@ -105,6 +107,7 @@ class AverageBest(Callback):
     number: of validations
     """
 
+    @checked("callbacks.average.")
     def __init__(self, dirpath: str, monitor: str, mode: Literal["min", "max"], number: Count = 5) -> None:
         self.folder, self.monitor, self.mode, self.number = Path(dirpath), monitor, mode, number
         self.scores: dict[str, float] = {}

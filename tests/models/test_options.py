@@ -161,6 +161,13 @@ def test_options_whose_model_would_fail_in_its_first_step_are_refused(part, name
     assert error.wrong.startswith("these values build a model that fails in its first step: ")
 
 
+def test_values_of_the_tiny_member_are_told_where_no_option_is_chosen():
+    with pytest.raises(UserError) as caught:
+        load_encoder("speech_to_text", {**option_file("encoder", "speech_to_text")["tiny"], "conv_channels": 65})
+    assert caught.value.option == "encoder.tiny"
+    assert caught.value.write == "write encoder.tiny.NAME=VALUE that fits the others"
+
+
 def test_weights_beyond_the_memory_are_refused_before_they_are_allocated(monkeypatch):
     monkeypatch.setattr("sedtrain.models.trial.memory", lambda: 10**9)
     with pytest.raises(UserError) as caught:
