@@ -36,7 +36,7 @@ class UserError(ValueError):
     on_command_line: ClassVar[bool] = False
 
     def __init__(self, option: str, value: object, wrong: str, write: str, python: str = "") -> None:
-        super().__init__(option, value, wrong, write, python)
+        super().__init__(option, value, wrong, write, *filter(None, [python]))
         self.option, self.value, self.wrong, self.write, self.python = option, value, wrong, write, python
         self.errors: tuple[UserError, ...] = (self,)
 

@@ -124,7 +124,7 @@ ALONE = {
     "heads": lambda: TransformerAdapter(8, 8, num_heads=3),
     "window": lambda: QFormerAdapter(8, 8, window=0),
     "stock": lambda: stock_projection(8, 9, False),
-    "adapter_kind": lambda: saved_adapter("mine", 8, 8, {}),
+    "adapter_kind": lambda: saved_adapter("unheard", 8, 8, {}),
     "adapter_settings": lambda: saved_adapter("conv", 8, 8, {"width": 3}),
     "speed": lambda: Speed(factors=[3.0]),
     "speed_type": lambda: Speed(factors="fast"),

@@ -256,7 +256,7 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
 
 def encode_silence(encoder: PreTrainedModel) -> None:
     """A forward on half a second, as it is done in training."""
-    extractor: Any = feature_extractor_of(encoder)
+    extractor: Any = FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
     no_limit = {"truncation": False} if isinstance(extractor, transformers.WhisperFeatureExtractor) else {}
     silence = np.zeros(extractor.sampling_rate // 2, dtype=np.float32)
     options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "padding": "longest", **no_limit}
