@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+YAML = {"true": True, "false": False, "null": None}
 UNSET = "???"  # how YAML writes a value that nobody has given yet
+COMPONENT = (
+    r"((augment|callbacks)\.\w+|metrics\.bleu|adapter|data|decoding|(en|de)coder|"
+    r"finetune|loss|optimizer|scheduler|tokenizer|trainer)"
+)
 IN_PYTHON = {
-    r"\b(encoder|decoder)\.options\.(?=\w)": r"\1_",  # as from_encoder_decoder_pretrained takes them
-    r"\b(encoder|decoder)\.attention\b": r"\1_attn_implementation",
-    r"\battention=auto\b": "no attn_implementation",
-    r"\b(encoder|decoder)\.checkpoint\b": r"\1_pretrained_model_name_or_path",
-    r"\b(?:adapter|augment\.\w+|decoding|tokenizer)\.(?=\w+\b)": "",  # arguments of their classes
-    r"\btask=evaluate checkpoint=(\S+)": r"sedtrain.load('\1')",
+    r"(encoder|decoder)\.options\.(?=\w)": r"\1_",  # as from_encoder_decoder_pretrained takes them
+    r"(encoder|decoder)\.attention\b": r"\1_attn_implementation",
+    rf"{COMPONENT}\.(?=[a-z])": "",  # arguments of their class or function
 }
-"""Options of the command line as expressions, and what Python's callers write for them."""
+"""Options of the command line, and what Python's callers write for them."""
 
 
 class UserError(ValueError):
@@ -25,16 +27,17 @@ class UserError(ValueError):
     value:  what the option holds
     wrong:  a sentence about what is wrong
     write:  what to write instead
+    python: what Python's callers write, where that is more than `write` without the names of components
     errors: the mistakes, one each; a single one is its own only element
 
-    The command line sets `on_command_line`; elsewhere the message names the arguments of Python's classes and functions.
+    The command line sets `on_command_line`.
     """
 
     on_command_line: ClassVar[bool] = False
 
-    def __init__(self, option: str, value: object, wrong: str, write: str) -> None:
-        super().__init__(option, value, wrong, write)
-        self.option, self.value, self.wrong, self.write = option, value, wrong, write
+    def __init__(self, option: str, value: object, wrong: str, write: str, python: str = "") -> None:
+        super().__init__(option, value, wrong, write, *filter(None, [python]))
+        self.option, self.value, self.wrong, self.write, self.python = option, value, wrong, write, python
         self.errors: tuple[UserError, ...] = (self,)
 
     @classmethod
@@ -42,15 +45,17 @@ class UserError(ValueError):
         """One error that reports each of `errors`, which must not be empty; equal ones once."""
         distinct = {error.entry(): error for several in errors for error in several.errors}
         first, *others = distinct.values()
-        error = cls(first.option, first.value, first.wrong, first.write)
+        error = cls(first.option, first.value, first.wrong, first.write, first.python)
         error.errors = (first, *others)
         return error
 
     def entry(self) -> str:
         """Its part of the message: option and value, then indented lines of text."""
-        lines = [line for text in (self.wrong, self.write) for line in text.splitlines()]
-        entry = "\n    ".join([f"  {self.option} = {as_yaml(self.value)}", *lines])
-        return entry if self.on_command_line else in_python(entry)
+        option, value, write = self.option, as_yaml(self.value), self.write
+        if not self.on_command_line:
+            option, value, write = in_python(option), shortened(self.value, repr), self.python or in_python(write)
+        lines = [line for text in (self.wrong, write) for line in text.splitlines()]
+        return "\n    ".join([f"  {option} = {value}", *lines])
 
     def __str__(self) -> str:
         number = len(self.errors)
@@ -66,16 +71,19 @@ class Unfinished(Exception):
 
 
 def in_python(text: str) -> str:
-    """The text of an error with the names that Python's callers give to options of the command line."""
+    """Names of options, where they begin a word, as Python's callers know them, and words for values as Python writes them."""
     for option, argument in IN_PYTHON.items():
-        text = re.sub(option, argument, text)
-    return text
+        text = re.sub(rf"(?<![^\s('\[]){option}", argument, text)
+    return re.sub(r"(?<=\w=)[a-z](?:[\w./-]*\w)?(?![\w(\[])", lambda word: repr(YAML.get(word[0], word[0])), text)
 
 
 def as_yaml(value: object) -> str:
     """A value the way YAML writes it, shortened to one line; a text, which may be a path, to a few."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = str(value) if value == UNSET else repr(value)
-    most = 400 if isinstance(value, str) else 100
+        return next(word for word, each in YAML.items() if each is value)
+    return shortened(value, str if value == UNSET else repr)
+
+
+def shortened(value: object, written: Callable[[object], str]) -> str:
+    text, most = written(value), 400 if isinstance(value, str) else 100
     return text if len(text) <= most else f"{text[: most - 3]}..."

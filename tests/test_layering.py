@@ -17,19 +17,20 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
     "cli": "config errors launch run_dir tasks",
-    "search": "config errors evaluation run_dir terminal",
+    "search": "annotations errors evaluation run_dir terminal",
     "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models text training",
     "terminal": "evaluation training",
-    "training": "batch data decoding errors evaluation launch models plain ranges run_dir",
+    "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir",
     "inspection": "batch data errors evaluation run_dir",
     "export": "evaluation models run_dir text",
     "evaluation": "batch data decoding errors models run_dir text",
-    "decoding": "batch data errors models ranges text",
-    "models": "batch errors hub plain ranges run_dir text",
-    "data": "batch errors hub launch plain ranges run_dir text",
-    "text": "errors ranges",
-    "config": "errors plain ranges run_dir",
+    "decoding": "annotations batch data errors models ranges text",
+    "models": "annotations batch errors hub plain ranges run_dir text",
+    "data": "annotations batch errors hub launch plain ranges run_dir text",
+    "text": "annotations errors ranges",
+    "config": "annotations errors plain ranges run_dir",
+    "annotations": "errors ranges",
     "launch": "run_dir",
     "run_dir": "errors",
     "hub": "",
@@ -50,7 +51,7 @@ ONLY_IN = {
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
-    "__init__ __main__ cli config.annotations config.composition config.inherit config.overrides config.schema "
+    "__init__ __main__ annotations cli config.composition config.inherit config.overrides config.schema "
     "config.signatures errors launch plain ranges run_dir"
 )
 # The use of a saved model needs none of these.

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sedtrain.config.annotations import example, misfits, suggest
+from sedtrain.annotations import example, misfits, suggest
 from sedtrain.config.schema import ANNOTATIONS, first_line
 from sedtrain.errors import UserError
 

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sedtrain.config.annotations import closest, suggest
+from sedtrain.annotations import closest, suggest
 from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
 from sedtrain.config.inherit import renamed
 from sedtrain.config.schema import ANNOTATIONS, check_references, conf_dir, find_problems, plain, register

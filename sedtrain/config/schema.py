@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast, get_type_hints
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from sedtrain.config.annotations import example, misfits, suggest
+from sedtrain.annotations import example, misfits, suggest
 from sedtrain.config.signatures import read_signature
 from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive, Range

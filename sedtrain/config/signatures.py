@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sedtrain import ranges
-from sedtrain.config.annotations import closest, fits, last_name, suggest
+from sedtrain.annotations import closest, fits, last_name, suggest
 from sedtrain.errors import UserError
 
 

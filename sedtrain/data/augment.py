@@ -16,6 +16,7 @@ import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from sedtrain.annotations import checked
 from sedtrain.batch import Utterance
 from sedtrain.errors import UserError
 from sedtrain.ranges import Fraction
@@ -30,6 +31,11 @@ class Augmentation:
     """
 
     longest = 1.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            setattr(cls, "__init__", checked("")(cls.__init__))  # noqa: B010 - mypy allows no other way
 
     def __init__(self, probability: Fraction = 1.0) -> None:
         self.probability = probability

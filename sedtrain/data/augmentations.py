@@ -86,7 +86,8 @@ class ColouredNoise(Noise):
         super().__init__(snr_db, probability)
         if not colours or not set(colours) <= EXPONENTS.keys():
             wrong = f"these have to be some of {', '.join(EXPONENTS)}, at least one"
-            raise UserError("colours", list(colours), wrong, f"write [{','.join(EXPONENTS)}]")
+            write = f"write [{','.join(EXPONENTS)}]"
+            raise UserError("colours", list(colours), wrong, write, f"write colours={list(EXPONENTS)}")
         self.colours = list(colours)
 
     def noise(self, num_samples: int, sampling_rate: int, random: Generator) -> Samples:

@@ -21,6 +21,7 @@ import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
 
+from sedtrain.annotations import checked
 from sedtrain.batch import Batch
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds, buckets_of
@@ -142,6 +143,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         shows at once, while dirt is rarely so much; utterances outside the limits above do not count
     """
 
+    @checked("data.")
     def __init__(
         self,
         path: str | None,

@@ -49,11 +49,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_seconds <= self.min_seconds:
-            above = f"above data.min_seconds, {self.min_seconds}"
+            above = f"above min_seconds, {self.min_seconds}"
             wrong, write = f"this has to be {above}", f"write data.max_seconds=NUMBER {above}"
             raise UserError("data.max_seconds", self.max_seconds, wrong, write)
         if self.max_characters < self.min_characters:
-            or_more = f"data.min_characters, {self.min_characters}, or more"
+            or_more = f"min_characters, {self.min_characters}, or more"
             wrong, write = f"this has to be {or_more}", f"write data.max_characters=NUMBER, {or_more}"
             raise UserError("data.max_characters", self.max_characters, wrong, write)
 

@@ -60,7 +60,8 @@ def readable(path: str, split: str) -> Iterator[None]:
         what = "this folder holds no" if where.exists() else "neither a folder here nor a"
         wrong = f"{what} dataset that can be read ({one_line(error)})"
         write = "write data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network"
-        raise UserError("data.path", path, wrong, write) from error
+        python = "write path=FOLDER with Parquet files, or path='spoken_digits', which needs no network"
+        raise UserError("data.path", path, wrong, write, python) from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         words = f"{error.file}: {error}" if isinstance(error, BrokenFile) else one_line(error.__cause__ or error)
         options = "data.train_split, data.validation_split, data.test_split"

@@ -5,7 +5,7 @@ B batch, P prompt, U generated tokens.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import Batch
 from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.fusion import Fusion, language_model, word_beginnings
@@ -74,21 +75,19 @@ class DecodingOptions:
     hotword_bonus: NonNegative = 2.0
 
     def __post_init__(self) -> None:
-        """Raises UserError for options that do not go together."""
-        if self.search not in get_args(Search):
-            write = f"write one of {', '.join(get_args(Search))}"
-            raise UserError("decoding.search", self.search, f"search has no option {self.search!r}", write)
+        """Raises UserError for values that an option does not take, and for options that do not go together."""
+        refuse_misfits("decoding.", type(self), vars(self))
         for option in filter(lambda option: getattr(self, option), ("lm", "hotwords")):
             if self.search not in ("attention", "joint"):
-                write = "write decoding=beam or decoding=joint"
+                write, python = "write decoding=beam or decoding=joint", "write search='joint', or no search"
                 wrong = f"search={self.search} does not take it"
-                raise UserError(f"decoding.{option}", getattr(self, option), wrong, write)
+                raise UserError(f"decoding.{option}", getattr(self, option), wrong, write, python)
         if self.do_sample and self.search != "attention":
-            write = "write decoding=sample, or decoding.do_sample=false"
-            raise UserError("decoding.do_sample", True, f"search={self.search} does not sample", write)
+            write, python = "write decoding=sample, or decoding.do_sample=false", "write do_sample=False, or no search"
+            raise UserError("decoding.do_sample", True, f"search={self.search} does not sample", write, python)
         if self.search == "speculative" and self.num_beams > 1:
-            write = "write decoding.num_beams=1, or decoding=joint for a beam"
-            raise UserError("decoding.num_beams", self.num_beams, "search=speculative is greedy search", write)
+            write, python = "write decoding.num_beams=1, or decoding=joint for a beam", "write num_beams=1"
+            raise UserError("decoding.num_beams", self.num_beams, "search=speculative is greedy search", write, python)
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             write = f"write decoding.num_beams={self.num_return_sequences} or more"
             wrong = f"num_beams={self.num_beams} beams end in no more texts than that"
@@ -105,7 +104,8 @@ class DecodingOptions:
         if self.search != "attention" and model.ctc_head is None:
             wrong = "it needs the CTC head of the model, which was trained without one"
             write = "write decoding=greedy or decoding=beam, or train with loss=joint loss.ctc_weight=0.3"
-            raise UserError("decoding.search", self.search, wrong, write)
+            python = "write search='attention', or load a model that was trained with CTC"
+            raise UserError("decoding.search", self.search, wrong, write, python)
 
 
 @torch.inference_mode()

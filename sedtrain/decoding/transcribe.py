@@ -5,18 +5,19 @@ S samples.
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from glob import escape
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import soxr
 import torch
 from numpy.typing import NDArray
 
+from sedtrain.annotations import checked
 from sedtrain.batch import Utterance
 from sedtrain.data.audio import RATES, UNREADABLE, one_channel, read_audio
 from sedtrain.data.collate import Collator
@@ -24,7 +25,6 @@ from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.saved import SavedModel, load
-from sedtrain.ranges import Range
 from sedtrain.text.tags import TASK_OF
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Audio = str | Path | NDArray[Any]
 
 
+@checked("")
 def transcribe(
     model: SavedModel | str | Path,
     audio: Audio | Sequence[Audio],
@@ -83,9 +84,10 @@ class Transcriber:
         if self.saved.tags is not None:
             self.saved.tags.of(self.language, TASK_OF[self.target])
         elif self.language:
-            wrong = "this model was trained without data.tags, so that it cannot be asked for a language"
+            wrong = "this model was trained without tags of languages, so that it cannot be asked for one"
             write = "write no data.language, or a checkpoint that was trained with data.tags=true"
-            raise UserError("data.language", self.language, wrong, write)
+            python = "leave language out, or load a model that was trained with tags"
+            raise UserError("data.language", self.language, wrong, write, python)
 
     @cached_property
     def collator(self) -> Collator:
@@ -133,7 +135,9 @@ def too_long(audio: Audio, seconds: float, most: float, sampling_rate: int) -> U
     pieces = shlex.quote(stem.replace("%", "%%") + "-%03d.wav")
     command = f"ffmpeg -i {shlex.quote(str(audio))} -f segment -segment_time {piece} -ac 1 -ar {sampling_rate} {pieces}"
     write = f"cut the audio into pieces of up to {most:g} s, at pauses or by\n{command}"
-    return UserError("audio", str(audio), wrong, f"{write}\nand write audio={shlex.quote(escape(stem) + '-*.wav')}")
+    found = shlex.quote(escape(stem) + "-*.wav")
+    write, python = f"{write}\nand write audio={found}", f"{write}\nand write a list of them"
+    return UserError("audio", str(audio), wrong, write, python)
 
 
 def samples_of(path: str | Path, sampling_rate: int) -> torch.Tensor:
@@ -165,20 +169,14 @@ def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> torch
 
 
 def decoding_options(options: Mapping[str, Any]) -> DecodingOptions:
-    """Raises UserError for each option that is unknown, or a number out of its range."""
-    hints = get_type_hints(DecodingOptions, include_extras=True)
+    """Raises UserError for each option that is unknown, and each value that does not fit."""
     known = [field.name for field in fields(DecodingOptions)]
-    errors = [error for name, value in options.items() for error in misfits(name, value, hints.get(name), known)]
-    if errors:
-        raise UserError.all_of(errors)
+    write = f"write one of {', '.join(known)}"
+    unknown = [
+        UserError(name, value, f"decoding has no option {name!r}", write)
+        for name, value in options.items()
+        if name not in known
+    ]
+    if unknown:
+        raise UserError.all_of(unknown)
     return DecodingOptions(**options)
-
-
-def misfits(name: str, value: Any, hint: Any, known: Sequence[str]) -> Iterator[UserError]:
-    if name not in known:
-        yield UserError(name, value, f"decoding has no option {name!r}", f"write one of {', '.join(known)}")
-    for each in getattr(hint, "__metadata__", ()):
-        kind = get_args(hint)[0]
-        fits = isinstance(value, int | kind) and not isinstance(value, bool)
-        if isinstance(each, Range) and not (fits and value in each):
-            yield UserError(name, value, f"this has to be {each.words}", f"write {name}=NUMBER")

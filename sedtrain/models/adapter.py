@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SpeechEncoderDecoderConfig
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Fraction
 
@@ -31,6 +32,8 @@ class Adapter(nn.Module):
     def __init_subclass__(cls, kind: str) -> None:
         super().__init_subclass__()
         cls.kind = kind
+        if "__init__" in vars(cls):
+            setattr(cls, "__init__", checked("adapter.")(cls.__init__))  # noqa: B010 - mypy allows no other way
         ADAPTERS[kind] = cls
 
     def __init__(self, input_dim: int, output_dim: int, **settings: Any) -> None:
@@ -77,7 +80,8 @@ def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[
     if kind not in ADAPTERS:
         wrong = f"the model was saved with an adapter of this kind; known are {', '.join(ADAPTERS)}"
         write = f'write adapter=OPTION whose _target_ is the class with kind="{kind}"'
-        raise UserError("adapter", kind, wrong, f"{write}, or import its module before loading")
+        python = f'import the module of the class with kind="{kind}" before loading'
+        raise UserError("adapter", kind, wrong, f"{write}, or import its module before loading", python)
     try:
         return ADAPTERS[kind](input_dim, output_dim, **settings)
     except TypeError as error:
@@ -85,6 +89,7 @@ def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[
         raise UserError("adapter", kind, f"it does not fit the settings {dict(settings)}: {error}", write) from error
 
 
+@checked("adapter.")
 def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:
     """No module: the joined model of `transformers` has a linear layer of its own if the widths differ.
 
@@ -92,7 +97,8 @@ def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:
     """
     if input_dim != output_dim and not project:
         wrong = f"the encoder is {input_dim} wide and the decoder {output_dim}"
-        raise UserError("adapter", "none", wrong, "write adapter=linear, which projects one to the other")
+        write, python = "write adapter=linear, which projects one to the other", "write project=True"
+        raise UserError("adapter", "none", wrong, write, python)
 
 
 class ConvAdapter(Adapter, kind="conv"):
@@ -102,7 +108,8 @@ class ConvAdapter(Adapter, kind="conv"):
         super().__init__(input_dim, output_dim, stride=stride, num_layers=num_layers)
         if stride > 2:
             write = "write adapter.stride=2, and adapter.num_layers for a lower rate, or adapter=stack_mlp"
-            raise UserError("adapter.stride", stride, "convolutions over 3 frames would leave frames out", write)
+            wrong, python = "convolutions over 3 frames would leave frames out", "write stride=2, and more num_layers"
+            raise UserError("adapter.stride", stride, wrong, write, python)
         self.stride = stride
         widths = [input_dim] + [output_dim] * (num_layers - 1)
         self.convolutions = nn.ModuleList(nn.Conv1d(width, 2 * output_dim, 3, stride, padding=1) for width in widths)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.xmod.modeling_xmod import XmodAdapter
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.models.loading import (
     CROSS_ATTENTION,
@@ -32,12 +33,14 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
+from sedtrain.models.trial import tried
 from sedtrain.text.tokenizers import start_end_pad
 
 ALTERNATIVES = (
-    "write decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-attention;"
-    " in Python, AutoModelForCausalLM.from_pretrained(FOLDER, is_decoder=True, add_cross_attention=True)"
+    "write decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-attention",
+    "write another decoder: AutoModelForCausalLM.from_pretrained(FOLDER, is_decoder=True, add_cross_attention=True)",
 )
+"""Of a decoder that cannot be used, on the command line and in Python."""
 
 BROKEN = {
     "big_bird": "its cache of keys and values fails in generation",
@@ -54,6 +57,7 @@ POSITIONS = re.compile(r"^(?!.*(rel|bias|bucket)).*(position|pos_?emb|wpe)", re.
 """Names of tables of absolute positions, not of distances."""
 
 
+@checked("decoder.")
 def load_decoder(
     tokenizer: PreTrainedTokenizerBase | None,
     model_type: str,
@@ -75,14 +79,16 @@ def load_decoder(
     options: values of the family's configuration class, for any size
     """
     name = published_name("decoder", size, checkpoint, {"base": base, "large": large})
-    config = load_config("decoder", name, model_type, tiny, **(options or {}))
+    options = dict(options or {})
+    config = load_config("decoder", name, model_type, tiny, **options)
     settle_config(config)
     config._attn_implementation = attention
     if name is None:
         assert tokenizer is not None, "build hands the tokenizer over"
         take_vocabulary(config, tokenizer)
     if name is None or not pretrained:
-        return new_decoder(config)
+        chosen = ("decoder.tiny", tiny) if name is None and not options else ("decoder.options", options)
+        return tried(*chosen, config, new_decoder, decode_a_token)
     return as_decoder(load_weights("decoder", name, AutoModelForCausalLM, config, attention))
 
 
@@ -91,6 +97,12 @@ def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
     settle_config(config)
     with attention_of("decoder", config):
         return as_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+
+def decode_a_token(decoder: PreTrainedModel) -> None:
+    """A forward on a text of one token, which chunks of several do not divide, and two frames."""
+    frames = torch.zeros(1, 2, decoder.config.hidden_size)
+    decoder(input_ids=torch.ones(1, 1, dtype=torch.long), encoder_hidden_states=frames, return_dict=True)
 
 
 def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
@@ -123,7 +135,7 @@ def settle_config(config: PreTrainedConfig) -> None:
     Raises UserError for a family that does not work, and if no language is chosen (X-MOD).
     """
     if config.model_type in BROKEN and type(config).__module__.startswith("transformers."):
-        raise UserError("decoder.model_type", config.model_type, BROKEN[config.model_type], ALTERNATIVES)
+        raise UserError("decoder.model_type", config.model_type, BROKEN[config.model_type], *ALTERNATIVES)
     config.is_decoder = config.add_cross_attention = True
     config.is_encoder_decoder = False
     for name, source in config.attribute_map.items():
@@ -164,9 +176,9 @@ def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
     name = type(decoder).__name__
     if not can_attend(type(decoder)):
         wrong = "it takes no encoder_hidden_states: it would never hear the audio"
-        raise UserError("decoder", name, wrong, ALTERNATIVES)
+        raise UserError("decoder", name, wrong, *ALTERNATIVES)
     if type(decoder).__module__.startswith("transformers.") and name not in CAUSAL.values():
-        raise UserError("decoder", name, "it is no causal language model: it would write no text", ALTERNATIVES)
+        raise UserError("decoder", name, "it is no causal language model: it would write no text", *ALTERNATIVES)
     if not any(
         CROSS_ATTENTION.search(module_name.rpartition(".")[2]) or isinstance(module, nn.TransformerDecoderLayer)
         for module_name, module in decoder.named_modules()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 import transformers
 from torch import Tensor
 from transformers import (
@@ -27,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, UPSTREAM, encoder_config
 from sedtrain.models.loading import (
@@ -40,6 +43,7 @@ from sedtrain.models.loading import (
     published_name,
     share_config,
 )
+from sedtrain.models.trial import tried
 
 
 @dataclass
@@ -83,6 +87,7 @@ def seq2seq_output(
     )
 
 
+@checked("encoder.")
 def load_encoder(
     model_type: str,
     tiny: Mapping[str, Any],
@@ -108,7 +113,8 @@ def load_encoder(
     config = load_config("encoder", name, model_type, tiny, **options)
     config._attn_implementation = attention
     if name is None or not pretrained:
-        return encoder_from_config(config)
+        chosen = ("encoder.tiny", tiny) if name is None and not options else ("encoder.options", options)
+        return tried(*chosen, config, encoder_from_config, encode_silence)
     factory, config = loader_of(config)
     return standalone(load_weights("encoder", name, factory, config, attention))
 
@@ -122,7 +128,7 @@ def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, 
     if model_type == "whisper" or not hasattr(config, "mask_time_prob"):
         wrong = f"{model_type} has no SpecAugment in its encoder"
         write = "write augment=[speed,gain,noise,time_mask], or an encoder such as wav2vec2, hubert, wavlm or w2v_bert"
-        raise UserError("augment", "spec_augment", wrong, write)
+        raise UserError("augment", "spec_augment", wrong, write, "leave mask_time_prob out, or write another encoder")
     switch = {"apply_spec_augment": True} if hasattr(config, "apply_spec_augment") else {}
     return {**switch, **options}
 
@@ -223,12 +229,12 @@ def refuse_without_frame_mask(kind: type[PreTrainedModel]) -> None:
     """Raises UserError for a class of encoders that does not say which of its frames are padding."""
     if not hasattr(kind, "_get_feature_vector_attention_mask"):
         wrong = "it is no encoder of speech that says which of its frames are real in a padded batch"
-        write = (
-            "write encoder=wav2vec2, hubert, whisper or another option; a class of your own needs a method"
-            " _get_feature_vector_attention_mask(self, num_frames, attention_mask) that returns"
-            " the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs"
+        own = (
+            "a class of your own needs a method _get_feature_vector_attention_mask(self, num_frames, attention_mask)"
+            " that returns the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs"
         )
-        raise UserError("encoder", kind.__name__, wrong, write)
+        write = f"write encoder=wav2vec2, hubert, whisper or another option; {own}"
+        raise UserError("encoder", kind.__name__, wrong, write, f"write wav2vec2, hubert or whisper; {own}")
 
 
 def freeze_front_end(encoder: PreTrainedModel) -> None:
@@ -246,6 +252,20 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
         with loading("encoder.checkpoint", name):
             return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     return FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
+
+
+def encode_silence(encoder: PreTrainedModel) -> None:
+    """A forward on half a second, as it is done in training."""
+    extractor: Any = FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
+    no_limit = {"truncation": False} if isinstance(extractor, transformers.WhisperFeatureExtractor) else {}
+    silence = np.zeros(extractor.sampling_rate // 2, dtype=np.float32)
+    options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "padding": "longest", **no_limit}
+    with np.errstate(all="ignore"):
+        made = extractor(silence, **options)
+    inputs = made[extractor.model_input_names[0]]
+    mask = torch.ones(1, inputs.shape[2 if no_limit else 1], dtype=torch.long)
+    frames = encoder(inputs, attention_mask=mask, return_dict=True).last_hidden_state
+    frame_mask(encoder, frames.shape[1], mask)
 
 
 def audio(config: PreTrainedConfig, do_normalize: bool = True) -> SequenceFeatureExtractor:

@@ -216,7 +216,8 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
         num_frames = hidden_states.shape[1]
         if num_frames > self.max_source_positions:
             wrong = f"an utterance of {num_frames} frames does not fit its {self.max_source_positions} positions"
-            raise UserError("encoder", "whisper", wrong, "write data.max_seconds=30, the limit of Whisper's encoder")
+            write = "write data.max_seconds=30, the limit of Whisper's encoder"
+            raise UserError("encoder", "whisper", wrong, write, "cut the audio into pieces of 30 s")
         hidden_states = hidden_states + self.embed_positions.weight[:num_frames]
         hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
         mask = None

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from sedtrain.errors import UserError
+from sedtrain.errors import UserError, in_python
 from sedtrain.hub import go_offline_if_unreachable
 from sedtrain.models.foreign import refuse_code
 from sedtrain.models.options import refuse_impossible, refuse_uneven
@@ -56,7 +56,6 @@ ATTENTION_FLAGS = {
     "flash_attention_2": "_supports_flash_attn",
     "flex_attention": "_supports_flex_attn",
 }
-BEST_ATTENTION = "attention=auto, the best that encoder and decoder each can"
 
 
 def published_name(part: str, size: str, checkpoint: str | None, published: Mapping[str, str | None]) -> str | None:
@@ -85,15 +84,17 @@ def load_config(
             config = encoder_within(config)
         refuse_other_family(part, name, config, model_type)
     values = {**(tiny if name is None else {}), **options}
-    unknown = [key for key in values if not hasattr(config, key)]
+    unknown = [key for key in values if key == "model_type" or not hasattr(config, key)]
     kind = type(config).__name__
     if "add_adapter" in unknown:
         others = "encoder=wav2vec2, wavlm, wav2vec2_conformer, w2v_bert or data2vec"
         write = f"write adapter=conv, which is much the same, or {others}"
-        raise UserError("adapter", "family", f"{kind} has no adapter of its own", write)
+        python = "leave add_adapter out; ConvAdapter is much the same"
+        raise UserError("adapter", "family", f"{kind} has no adapter of its own", write, python)
     if "adapter_stride" in unknown and "add_adapter" in values:
         write = "write adapter=linear, and encoder.options.adaptor_stride=NUMBER to change its stride"
-        raise UserError("adapter", "family", f"{kind} has its own adapter already", write)
+        python = "leave add_adapter out, and write adaptor_stride=NUMBER to change its stride"
+        raise UserError("adapter", "family", f"{kind} has its own adapter already", write, python)
     if unknown:
         close = difflib.get_close_matches(unknown[0], vars(config), n=1)
         wrong = f"{kind} has no such option" + (f"; did you mean {close[0]!r}?" if close else "")
@@ -186,16 +187,17 @@ def refuse_other_family(part: str, name: str, config: PreTrainedConfig, model_ty
         raise joined_model(f"{part}.checkpoint", name)
     if not isinstance(config, transformers.CONFIG_MAPPING[model_type]):
         other = config.model_type
-        wrong = f"this is a {other} model, and {part}.model_type is {model_type}"
+        wrong = f"this is a {other} model, no {model_type}"
         write = f"write {part}={other.replace('-', '_')}, or if no option has that name {part}.model_type={other}"
-        raise UserError(f"{part}.checkpoint", name, wrong, write)
+        raise UserError(f"{part}.checkpoint", name, wrong, write, f"write model_type={other!r}")
 
 
 def joined_model(option: str, name: str) -> UserError:
     part = option.partition(".")[0]
     wrong = "this is a joined model of encoder and decoder"
-    write = f"write task=evaluate checkpoint={name} to score it, or {option}=FOLDER of a part alone"
-    return UserError(option, name, wrong, f"{write}, as model.{part}.save_pretrained(FOLDER) writes it")
+    alone = f"{option}=FOLDER of a part alone, as model.{part}.save_pretrained(FOLDER) writes it"
+    write, python = f"write task=evaluate checkpoint={name} to score it", f"write sedtrain.load({name!r}) to use it"
+    return UserError(option, name, wrong, f"{write}, or {alone}", f"{python}, or {in_python(alone)}")
 
 
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
@@ -251,16 +253,17 @@ def reason_of(error: Exception) -> str:
 
 def no_model(option: str, name: str, folder: Path, write: str) -> UserError:
     """The refusal of a folder without a config.json, which says what else it is."""
-    wrong = "this folder is no model, it holds no config.json"
+    wrong, python = "this folder is no model, it holds no config.json", ""
     if (folder / "model/config.json").is_file():
         return joined_model(option, name)
     if runs := [each for each in (folder, folder.parent) if (each / "config.yaml").is_file()]:
         wrong, ends = "this run has saved no model yet", "it saves a model when it ends or is stopped"
-        write = f"write run_dir={runs[0]} resume=auto and the options of the run: {ends}"
+        again = f"run_dir={runs[0]} resume=auto"
+        write, python = f"write {again} and the options of the run: {ends}", f"run python -m sedtrain {again}: {ends}"
     elif (folder / "adapter_config.json").is_file():
         wrong = "this is an adapter of peft without its model"
         write = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
-    return UserError(option, name, wrong, write)
+    return UserError(option, name, wrong, write, python)
 
 
 def one_line(error: Exception, length: int) -> str:
@@ -347,8 +350,14 @@ def unusable_attention(part: str, config: PreTrainedConfig, reason: str) -> User
     family_has = [name for name, flag in ATTENTION_FLAGS.items() if getattr(family, flag, False)]
     usable = [name for name in ("eager", *family_has) if name != refused and not machine_lacks.get(name)]
     offered = " or ".join(f"{part}.attention={name}" for name in usable)
-    write = f"write {offered}, or {BEST_ATTENTION}"
-    return UserError(f"{part}.attention", refused, f"{config.model_type} cannot use it here: {reason}", write)
+    wrong = f"{config.model_type} cannot use it here: {reason}"
+    return UserError(f"{part}.attention", refused, wrong, *or_best_attention(offered))
+
+
+def or_best_attention(offered: str) -> tuple[str, str]:
+    """Remedies for an attention implementation that cannot be used, on the command line and in Python."""
+    best = "the best that encoder and decoder each can"
+    return f"write {offered}, or attention=auto, {best}", f"write {in_python(offered)}, or none, for {best}"
 
 
 def refuse_flex(part: str, config: PreTrainedConfig) -> None:
@@ -357,5 +366,6 @@ def refuse_flex(part: str, config: PreTrainedConfig) -> None:
         raise unusable_attention(part, config, "FlexAttention has no backward on a CPU")
     for name in ("attention_dropout", "attention_probs_dropout_prob"):
         if rate := getattr(config, name, 0.0):
-            write = f"write {part}.options.{name}=0, or {BEST_ATTENTION}"
-            raise UserError(f"{part}.attention", "flex_attention", f"it has no dropout, and {name} is {rate}", write)
+            wrong = f"it has no dropout, and {name} is {rate}"
+            write = or_best_attention(f"{part}.options.{name}=0")
+            raise UserError(f"{part}.attention", "flex_attention", wrong, *write)

@@ -31,7 +31,7 @@ DESCRIBING = (
     "peft_version",
     "inference_mode",
 )  # nothing depends on them
-WRITE = "write checkpoint=FOLDER of a run with finetune=lora as it was saved, or without its folder adapter"
+WRITE = "write checkpoint=FOLDER of a run with LoRA as it was saved, or without its folder adapter"
 
 
 @contextmanager
@@ -70,7 +70,8 @@ def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
     if not layers:
         wrong = "these have no linear layer that can be adapted"
         write = "write finetune.targets=[encoder,decoder], or other parts with linear layers"
-        raise UserError("finetune.targets", list(targets), wrong, write)
+        python = "write targets=['encoder', 'decoder'], or other parts with linear layers"
+        raise UserError("finetune.targets", list(targets), wrong, write, python)
     for target, names in weights.items():
         if not any(f"{layer}.weight" in names for layer in layers):
             logger.warning("finetune.targets: %s has no linear layer that can be adapted, and stays as it is", target)

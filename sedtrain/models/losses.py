@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import IGNORE_INDEX
 from sedtrain.ranges import Fraction
 
@@ -173,6 +174,10 @@ class LossWeights:
 
     label_smoothing: Fraction = 0.1
     ctc_weight: Fraction | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that an option does not take."""
+        refuse_misfits("loss.", type(self), vars(self))
 
     def joint(self, cross_entropy: Tensor, ctc: Tensor) -> Tensor:
         """The weighted sum of two sums."""

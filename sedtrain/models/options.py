@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from sedtrain.errors import UserError
-from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative
+from sedtrain.ranges import Count, CountOrZero, Fraction, FractionBelowOne, NonNegative, Range
 
-FRACTIONS = re.compile(r"drop|_prob(_|$)")
+DROPPED = re.compile("drop")
+FRACTIONS = re.compile(r"_prob(_|$)")
 MAY_BE_ZERO = re.compile(r"_ids?$|_tokens$|min_|chunk|offset|encoder_layers$|first_k|max_window")
+LAYERS = re.compile(r"layers?$")
+NumLayers = Annotated[int, Range("a whole number from 1 to 1,000", low=1, high=1000)]
+NumLayersOrZero = Annotated[int, Range("a whole number from 0 to 1,000", low=0, high=1000)]
 
 
 def refuse_impossible(part: str, given: Mapping[str, Mapping[str, Any]], defaults: Any) -> None:
@@ -63,10 +67,15 @@ def range_of(name: str, default: Any) -> Any:
     """The range of a configuration's attribute, None where neither its name nor its default tells one."""
     if isinstance(default, bool):
         return None
+    if DROPPED.search(name):
+        return FractionBelowOne
     if FRACTIONS.search(name):
         return Fraction
     if not isinstance(default, int | float) or default < 0:
         return None
     if isinstance(default, float):
         return NonNegative
-    return Count if default > 0 and not MAY_BE_ZERO.search(name) else CountOrZero
+    may_be_zero = default == 0 or MAY_BE_ZERO.search(name)
+    if LAYERS.search(name):
+        return NumLayersOrZero if may_be_zero else NumLayers
+    return CountOrZero if may_be_zero else Count

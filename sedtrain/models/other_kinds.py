@@ -16,14 +16,16 @@ def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
         return
     kind, encoder = config.model_type, encoder_config(config).model_type
     decoder = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    instead = "write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote"
+    instead = ("write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote", "")
     if encoder in OF_TYPE:
         instead = training_with("encoder", kind if kind in OF_WHOLE else encoder, name, f"{name!r}, DECODER")
     elif decoder is not None and can_attend(decoder) and kind not in BROKEN:
         instead = training_with("decoder", kind, name, f"ENCODER, {name!r}")
-    raise UserError("checkpoint", name, f"this is a {kind} model, no speech encoder-decoder", instead)
+    raise UserError("checkpoint", name, f"this is a {kind} model, no speech encoder-decoder", *instead)
 
 
-def training_with(part: str, kind: str, name: str, arguments: str) -> str:
+def training_with(part: str, kind: str, name: str, arguments: str) -> tuple[str, str]:
+    """Remedies on the command line and in Python."""
     write = f"write {part}.model_type={kind} {part}.checkpoint={name}, without task and checkpoint, to train a model with it"
-    return f"{write}\nin Python, SpeechEncoderDecoder.from_encoder_decoder_pretrained({arguments}), which has to be trained"
+    python = f"write SpeechEncoderDecoder.from_encoder_decoder_pretrained({arguments}), and train it"
+    return write, python

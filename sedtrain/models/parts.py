@@ -48,7 +48,8 @@ def selected(model: nn.Module, name: str, option: str) -> set[str]:
     except AttributeError:
         known = ", ".join(dict.fromkeys([*PARTS, *KINDS, *(child for child, _ in model.named_children())]))
         wrong = f"the model has no part {name!r}, it has {known} and their submodules"
-        raise UserError(option, name, wrong, "write finetune=all, or names of parts that it has") from None
+        write = "names of parts that it has"
+        raise UserError(option, name, wrong, f"write finetune=all, or {write}", f"write {write}") from None
 
 
 def names_in(model: nn.Module, modules: list[nn.Module]) -> set[str]:
@@ -136,7 +137,7 @@ class Execution:
             part = model.get_submodule(name)
             recomputable = any(hasattr(module, "gradient_checkpointing") for module in part.modules())
             if self.activation_checkpointing and not recomputable:
-                wrong = f"{name}={part.config.model_type} has no layers that can compute again"
+                wrong = f"the {name}, {part.config.model_type}, has no layers that can compute again"
                 raise UserError("activation_checkpointing", True, wrong, "write activation_checkpointing=false")
             if self.backend:
                 compile_layers(name, part, self.backend)
@@ -148,7 +149,7 @@ def compile_layers(name: str, part: Any, backend: str) -> None:
     """Compiles once for all layers, since they are alike; their shapes differ from batch to batch."""
     stack = layers_of(part)
     if stack is None:
-        wrong = f"no layers were found in {name}={part.config.model_type}"
-        raise UserError("compile", backend, wrong, "write compile=none")
+        wrong = f"no layers were found in the {name}, {part.config.model_type}"
+        raise UserError("compile", backend, wrong, "write compile=none", "write backend=None")
     for layer in stack[1]:
         layer.compile(backend=backend, dynamic=True)

@@ -24,16 +24,15 @@ class Tags:
             [language] = languages
         if language is None or language not in languages:
             wanted = f"in {language!r}" if language else "in a language that nothing names"
-            commands = [
-                f"target={target} data.language={known}"
-                for target, of in TASK_OF.items()
-                for known in self.ids.get(of, ())
-            ]
+            pairs = [(target, known) for target, of in TASK_OF.items() for known in self.ids.get(of, ())]
+            commands = [f"target={target} data.language={known}" for target, known in pairs]
+            arguments = [f"target={target!r}, language={known!r}" for target, known in pairs]
             raise UserError(
                 "data.language",
                 language,
                 f"the model writes {' and '.join(self.known())}, and is asked to {task} {wanted}",
                 f"write {', or '.join(commands)}",
+                f"write {', or '.join(arguments)}",
             )
         return list(languages[language])
 

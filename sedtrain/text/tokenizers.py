@@ -7,6 +7,7 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count
 
@@ -14,6 +15,7 @@ PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  #
 SPACE = "▁"
 
 
+@checked("tokenizer.")
 def train_tokenizer(
     texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: Count, max_texts: Count | None = None
 ) -> PreTrainedTokenizerFast:
@@ -38,7 +40,7 @@ def train_tokenizer(
     size = tokenizer.get_vocab_size()
     if size == len(SPECIAL_TOKENS) + len(SPACE):
         wrong, write = "there is no text to train a tokenizer on", "write data.train_split of texts that are not empty"
-        raise UserError("tokenizer.kind", kind, wrong, write)
+        raise UserError("tokenizer.kind", kind, wrong, write, "write texts that are not empty")
     if size > vocab_size:
         wrong = f"the characters of the texts alone need {size} tokens"
         raise UserError("tokenizer.vocab_size", vocab_size, wrong, f"write tokenizer.vocab_size={size} or more")

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, InnerFraction
 
@@ -26,6 +27,7 @@ class EMA(Callback):
         short run the first weights count little
     """
 
+    @checked("callbacks.ema.")
     def __init__(self, decay: InnerFraction = 0.999) -> None:
         self.decay = decay
         self.averages: list[Tensor] = []
@@ -36,9 +38,9 @@ class EMA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises UserError for weights of 16 bits, which would round the average back to what it was."""
         if coarse := {weight.dtype for weight in pl_module.parameters()} - {torch.float32, torch.float64}:
-            wrong = f"weights in {coarse.pop()} are too coarse for callbacks.ema, an average that moves by small steps"
-            write = "write trainer.precision=bf16-mixed, or callbacks=default"
-            raise UserError("trainer.precision", trainer.precision, wrong, write)
+            wrong = f"weights in {coarse.pop()} are too coarse for an average that moves by small steps"
+            write, python = "write trainer.precision=bf16-mixed, or callbacks=default", "write precision='bf16-mixed'"
+            raise UserError("trainer.precision", trainer.precision, wrong, write, python)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.averages = [weight.detach().clone() for weight in pl_module.parameters()]
@@ -105,6 +107,7 @@ class AverageBest(Callback):
     number: of validations
     """
 
+    @checked("callbacks.average.")
     def __init__(self, dirpath: str, monitor: str, mode: Literal["min", "max"], number: Count = 5) -> None:
         self.folder, self.monitor, self.mode, self.number = Path(dirpath), monitor, mode, number
         self.scores: dict[str, float] = {}

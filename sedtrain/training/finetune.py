@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim import Optimizer
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.models.lora import adapt, merge
 from sedtrain.models.parts import PARTS, depths, part_of, selected
@@ -45,6 +46,7 @@ class FineTuning(Callback):
     layer_decay:    the learning rate of a layer of encoder or decoder over that of the layer above it
     """
 
+    @checked("finetune.")
     def __init__(
         self,
         frozen: Sequence[str] = (),
@@ -91,10 +93,12 @@ class FineTuning(Callback):
         if not self.starts:
             wrong = "this freezes every weight of the model: nothing would be trained"
             write = "write finetune=all, or an adapter that has weights, such as adapter=conv"
-            raise UserError("finetune.frozen", self.frozen, wrong, write)
+            python = "write fewer parts, or an adapter that has weights"
+            raise UserError("finetune.frozen", self.frozen, wrong, write, python)
         if first := min(self.starts.values()):
-            write = "write finetune.moving=[PART], with a part that moves from the start"
-            raise UserError("finetune.thaw", self.thaw, f"no weight would move before step {first}", write)
+            wrong, write = f"no weight would move before step {first}", "write finetune.moving=[PART]"
+            ends = "with a part that moves from the start"
+            raise UserError("finetune.thaw", self.thaw, wrong, f"{write}, {ends}", f"write moving=['PART'], {ends}")
 
     def grouped(self, model: nn.Module) -> list[dict[str, Any]]:
         """The weights that move now or later, in groups: a checkpoint of any step fits the optimizer of any other."""
@@ -163,6 +167,7 @@ class LoRA(FineTuning):
     merge:   saves one model with the sums; otherwise the old weights, and the added matrices in its folder `adapter`
     """
 
+    @checked("finetune.")
     def __init__(
         self,
         targets: Sequence[str],

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from sedtrain.annotations import checked
 from sedtrain.batch import Batch
 from sedtrain.errors import Unfinished, UserError
 from sedtrain.ranges import Count, Finite, Fraction, Positive
@@ -40,6 +41,7 @@ class Guards(Callback):
 
     counts_one_run = True  # another run that starts from a checkpoint of this one counts anew
 
+    @checked("callbacks.guards.")
     def __init__(
         self,
         folder: str,

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
+from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Fraction, FractionBelowOne, NonNegative, Positive, PositiveFraction
 
@@ -45,6 +46,7 @@ def build_optimizer(factory: Callable[..., Optimizer], groups: Sequence[dict[str
     return optimizer
 
 
+@checked("optimizer.")
 def adamw_8bit(
     params: Any,
     lr: NonNegative,
@@ -57,11 +59,13 @@ def adamw_8bit(
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         write = "pip install 'sedtrain[bitsandbytes]', or write optimizer=adafactor, which is small too"
-        raise UserError("optimizer", "adamw_8bit", f"this needs bitsandbytes: {error}", write) from error
+        python = "pip install 'sedtrain[bitsandbytes]'"
+        raise UserError("optimizer", "adamw_8bit", f"this needs bitsandbytes: {error}", write, python) from error
     optimizer: Optimizer = AdamW8bit(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
     return optimizer
 
 
+@checked("scheduler.")
 def warmed_up(
     optimizer: Optimizer,
     num_training_steps: Count,
@@ -74,6 +78,7 @@ def warmed_up(
     return schedule
 
 
+@checked("scheduler.")
 def tri_stage(
     optimizer: Optimizer,
     num_training_steps: Count,

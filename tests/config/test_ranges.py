@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from sedtrain import ranges
-from sedtrain.config.annotations import evaluated, within
+from sedtrain.annotations import evaluated, within
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir
 from sedtrain.config.signatures import read_signature

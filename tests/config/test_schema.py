@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from told import Problem, told
 
-from sedtrain.config.annotations import example
+from sedtrain.annotations import example
 from sedtrain.config.schema import Config, conf_dir, find_problems
 
 MODULE = """

@@ -10,8 +10,8 @@ import types
 
 import pytest
 
+from sedtrain.annotations import fits, suggest
 from sedtrain.config import signatures as definition
-from sedtrain.config.annotations import fits, suggest
 from sedtrain.config.schema import conf_dir
 from sedtrain.config.signatures import read_signature
 from sedtrain.errors import UserError

@@ -11,4 +11,4 @@ class Problem(NamedTuple):
 
 
 def told(errors):
-    return [Problem(*each.args) for each in errors]
+    return [Problem(*each.args[:4]) for each in errors]

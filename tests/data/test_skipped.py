@@ -215,11 +215,11 @@ def test_everything_that_is_wrong_with_the_splits_is_reported_at_once(good):
 @pytest.mark.parametrize(
     ("options", "name", "wrong"),
     [
-        ({"max_seconds": 0.01}, "max_seconds", "this has to be above data.min_seconds, 0.05"),
+        ({"max_seconds": 0.01}, "max_seconds", "this has to be above min_seconds, 0.05"),
         (
             {"min_characters": 9, "max_characters": 3},
             "max_characters",
-            "this has to be data.min_characters, 9, or more",
+            "this has to be min_characters, 9, or more",
         ),
     ],
 )

@@ -137,8 +137,8 @@ def refusal(function, *arguments, **options):
 
 
 REFUSED = [
-    ({"search": "viterbi"}, "decoding.search", "search has no option 'viterbi'",
-     "write one of attention, joint, ctc, rescore, speculative"),
+    ({"search": "viterbi"}, "decoding.search", "expected Literal['attention', 'joint', 'ctc', 'rescore', 'speculative']",
+     "available: attention, joint, ctc, rescore, speculative"),
     ({"search": "joint", "do_sample": True}, "decoding.do_sample", "search=joint does not sample",
      "write decoding=sample, or decoding.do_sample=false"),
     ({"search": "speculative", "num_beams": 2}, "decoding.num_beams", "search=speculative is greedy search",

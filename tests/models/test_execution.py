@@ -106,5 +106,5 @@ def test_every_layer_of_a_decoder_computes_again_where_activations_are_not_kept(
 def test_a_part_without_layers_is_refused_by_name():
     model = joined("hubert", "bert")
     model.encoder.encoder = nn.Identity()
-    with pytest.raises(UserError, match="compile = 'inductor'\n    no layers were found in encoder=hubert"):
+    with pytest.raises(UserError, match="compile = 'inductor'\n    no layers were found in the encoder, hubert"):
         Execution(backend="inductor").prepare(model)

@@ -6,12 +6,13 @@ import ast
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from inspect import formatannotation
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, lru_cache, wraps
+from inspect import formatannotation, signature
 from math import inf, isfinite
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ForwardRef, Literal, Optional, Union, get_args, get_origin
+from typing import Annotated, Any, ForwardRef, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sedtrain.errors import UNSET, UserError
 from sedtrain.ranges import Range
@@ -37,6 +38,13 @@ EXAMPLES = {
     dict: "write named values, e.g. '{0}={{first: 1}}'",
     NoneType: "write {0}=VALUE",
 }
+
+EXAMPLES_IN_PYTHON = {
+    "write a list": "write a list, e.g. {0}=['first', 'second']",
+    "write named values": "write named values, e.g. {0}={{'first': 1}}",
+    "write it in quotes": "write it in quotes: {0}='{1}'",
+}
+Checked = TypeVar("Checked", bound=Callable[..., Any])
 
 
 class Unknown:
@@ -180,3 +188,61 @@ def suggest(name: str, names: Iterable[str]) -> str:
         return f"did you mean {match!r}?"
     question = f"did you mean {match!r}? " if match else ""
     return f"{question}available: {', '.join(available) or 'none'}"
+
+
+# --- the same for arguments that Python's callers give
+
+
+def checked(component: str) -> Callable[[Checked], Checked]:
+    """Decorator: the function raises one UserError for arguments that do not fit their annotations.
+
+    component: what the names of its options begin with on the command line, such as `adapter.`
+    """
+
+    def decorate(function: Checked) -> Checked:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            refuse_misfits(component, function, signature(function).bind(*args, **kwargs).arguments)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def refuse_misfits(component: str, target: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raises one UserError for the arguments `given` to a function or class that do not fit their annotations."""
+    hints = hints_of(target)
+    errors = [
+        UserError(error.option, error.value, error.wrong, error.write, in_python(name, error))
+        for name, value in given.items()
+        for error in misfits(f"{component}{name}", as_plain(value), hints.get(name, "Any"))
+    ]
+    if errors:
+        raise UserError.all_of(errors)
+
+
+@cache
+def hints_of(target: Callable[..., Any]) -> dict[str, str]:
+    function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009 - mypy allows no other way
+    hints = get_type_hints(function, include_extras=True)
+    return {name: formatannotation(hint) for name, hint in hints.items()}
+
+
+def in_python(name: str, error: UserError) -> str:
+    """The example as Python writes it, where that is another than the command line's."""
+    texts = (text for start, text in EXAMPLES_IN_PYTHON.items() if error.write.startswith(start))
+    return next(texts, "").format(name, error.value)
+
+
+def as_plain(value: Any) -> Any:
+    """The value with the types of YAML, as far as it has such; UNSET, which fits anything, where it has none."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list | set | range):
+        return [as_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
+    if getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
+        value = value.item()
+    return value if isinstance(value, str | int | float | None) else UNSET
