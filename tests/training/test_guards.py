@@ -221,7 +221,7 @@ def test_a_step_without_tokens_is_neither_bad_nor_a_loss(tmp_path):
 
 def test_an_update_that_is_not_finite_says_which():
     def update(loss, norm):
-        return Update(3, loss, 0.0, {"encoder": 1.0, "decoder": norm}, [])
+        return Update(3, loss, 0.0, {"encoder": 1.0, "decoder": norm}, [], loss)
 
     assert update(1.0, 2.0).loss_is_finite and update(1.0, 2.0).gradient_is_finite
     assert not update(math.nan, 2.0).loss_is_finite
