@@ -61,7 +61,7 @@ def write_report(
         num_words = [sum(reference != "" for reference, _ in words) for words in pairs]
         groups = scores_by_group(ranking, metric_set, evaluation, num_words, labels)
         sections += [
-            html.row(*groups, *([errors_by_kind(pairs), frequent_errors(pairs)] if ranking == "wer" else [])),
+            html.row(*groups, *([errors_by_kind(pairs) + frequent_errors(pairs)] if ranking == "wer" else [])),
             pictures([evaluation.hypotheses[index] for index in order], listen_to) if listen_to else "",
             worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of, worst),
         ]
@@ -138,9 +138,9 @@ def learning_curves(metrics_csv: Path) -> str:
 
 
 def pictures(ranked: Sequence[Hypothesis], listen_to: Callable[[Hypothesis], Listening]) -> str:
-    """The worst, the middle and the best of the utterances that are short enough and not left empty."""
+    """The worst of the utterances that are short enough and not left empty, and two that are further down the ranking."""
     usable = [each for each in ranked if each.hypothesis and (each.seconds or 0) <= MOST_SECONDS]
-    chosen = [usable[index] for index in sorted({0, len(usable) // 2, len(usable) - 1})] if usable else []
+    chosen = [usable[index] for index in sorted({len(usable) * part // 3 for part in range(3)})] if usable else []
     try:
         found = [(utterance.id, listen_to(utterance)) for utterance in chosen]
     except Exception as error:  # whatever a decoder of the user's own does, the scores are worth a page

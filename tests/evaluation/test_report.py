@@ -250,7 +250,7 @@ def heard(attention=None, spans=None):
     return lambda utterance: Listening(2.0, ["$a", "<b>", "七"], attention, spans)
 
 
-def test_the_worst_the_middle_and_the_best_are_pictured_with_what_is_known(report):
+def test_the_worst_and_two_others_are_pictured_with_what_is_known(report):
     pairs = [("one two", "one two"), ("one two", "one six"), ("one two", "nine six"), ("one", ""), ("one", "x y z")]
     more = [{"seconds": seconds} for seconds in (1.0, 2.0, 3.0, 4.0, 31.0)]
     html = report(pairs, more=more, listen_to=heard(np.ones((3, 9)), [(0.1, 0.5), (0.6, 0.7), (0.7, 1.9)]))
