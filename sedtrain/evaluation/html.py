@@ -27,7 +27,7 @@ INK = "#010203"  # stands for the page's text colour, which follows the reader's
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
 # Blue, vermilion and green of Okabe and Ito can be told apart by every reader, on black and on white.
 LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
-MAX_TOKENS = 30  # labels beside an attention picture
+MAX_TOKENS, MAX_COLUMNS = 30, 150  # labels beside an attention picture, and its resolution
 MAX_EDGES = 9  # labels below a histogram; more would overlap
 LOOK: dict[Any, Any] = {
     **dict.fromkeys(INKED, INK),
@@ -155,7 +155,10 @@ def attention_figure(
         ends = (0.0, seconds, len(tokens) - 0.5, -0.5)
         if attention is not None:
             shades = LinearSegmentedColormap.from_list("", [f"{LINES[0][0]}00", LINES[0][0]])
-            axes.imshow(attention / attention.max(1, keepdims=True), shades, aspect="auto", vmin=0, extent=ends)
+            parts = np.array_split(attention, min(attention.shape[1], MAX_COLUMNS), axis=1)
+            columns = np.stack([part.mean(1) for part in parts], 1)
+            columns /= columns.max(1, keepdims=True)
+            axes.imshow(columns, shades, aspect="auto", vmin=0, extent=ends, interpolation="none")
         if spans is not None:
             axes.hlines(positions, *zip(*spans, strict=True), color=LINES[1][0], linewidth=2)
         axes.set_yticks(positions[::every], tokens[::every], parse_math=False)

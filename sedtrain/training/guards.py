@@ -140,7 +140,7 @@ class Guards(Callback):
         return {**{name: getattr(self, name) for name in COUNTS}, "losses": list(self.losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update({name: state_dict[name] for name in COUNTS})
+        vars(self).update({name: state_dict.get(name, 0) for name in COUNTS})  # older ones count other things
         self.losses.extend(state_dict["losses"])
 
 
