@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import DECODERS, tiny_decoder
 from pairs import END, LABELS, ours_and_base, part, two_utterances
 from tones import START, batch_of, two_tokens
 
@@ -29,8 +29,8 @@ def test_attention_is_the_mean_of_the_heads_and_layers_of_transformers():
     assert ours.decoder.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["bart", "gpt2", "rembert", "trocr", "xglm", "xmod"])
-def test_families_of_other_code_give_attention_weights(name):
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_family_gives_attention_weights(name):
     model = SpeechEncoderDecoder(encoder=part("hubert"), decoder=tiny_decoder(name)).eval()
     model.set_special_tokens(1, 2, 0)
     weights = cross_attention(model, model.encode(torch.randn(1, 4000)), LABELS[:1].clamp(max=END))
