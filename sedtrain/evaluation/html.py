@@ -57,7 +57,8 @@ table { border-collapse: collapse }
 th, td { padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
 td.number, th.number { text-align: right } td.number { white-space: nowrap } tr :last-child { padding-right: 0 }
 @media (max-width: 30rem) { th, td { padding-right: .6rem } td.number:last-child { white-space: normal } }
-td { max-width: min(14rem, 32vw) } td.number { max-width: none } .row section, dd, .words { min-width: 0 }
+td { max-width: min(14rem, 32vw) } .row td { max-width: min(9rem, 32vw) } .row td.number, td.number { max-width: none }
+.row section, dd, .words { min-width: 0 }
 .row section { overflow-x: auto }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: .5rem 0 } dd { margin: 0 }
 dt { line-height: 1.5rem } .row { display: grid; gap: 0 2.5rem }
