@@ -13,7 +13,7 @@ from sedtrain.training.fit_batches import Budget, Fitted
 
 RUN_FILES = (
     "model", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "results.json", "report.html", "metrics.csv",
-    "tensorboard", "wandb", "config.yaml", "skipped.jsonl", "sedtrain.log",
+    "tensorboard", "wandb", "config.yaml", "skipped.jsonl", "bad_steps.jsonl", "sedtrain.log",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)

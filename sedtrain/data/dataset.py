@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import inf
 from operator import itemgetter
@@ -229,11 +229,18 @@ class SplitDataset(Dataset[Batch | UserError]):
         ]
         return sum(tokens) / sum(self.seconds[::step])
 
+    def utterance_of(self, id: str) -> Utterance:
+        rows = next(rows for rows in self.parts if id in rows.index_of)
+        return rows.utterance(rows.index_of[id], self.collator.sampling_rate, True)
+
     def audio_of(self, id: str) -> tuple[NDArray[np.float32], int]:
         """The decoded samples (S,) of an utterance and their rate."""
-        rows = next(rows for rows in self.parts if id in rows.index_of)
-        utterance = rows.utterance(rows.index_of[id], self.collator.sampling_rate, True)
+        utterance = self.utterance_of(id)
         return utterance.audio.numpy(), utterance.sampling_rate
+
+    def batch_of(self, id: str, text: str) -> Batch:
+        """An utterance as a batch of its own, with `text` instead of its reference."""
+        return self.collator([replace(self.utterance_of(id), text=text)])
 
     def read(self, reference: Reference) -> Utterance | Skipped:
         if not self.keeps_decoded:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.errors import UserError
 from sedtrain.evaluation.bleu import bleu_tokenizer
 from sedtrain.evaluation.intervals import confidence_intervals
+from sedtrain.evaluation.listening import Listening, listen
 from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, commit, installed_versions
@@ -90,8 +92,15 @@ class Scoring:
         )
         results.write(self.folder / "results.json")
         model = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"
-        audio_of, curves = data.split(self.split).audio_of, self.folder / "metrics.csv"
-        write_report(self.folder / "report.html", results, evaluation, curves, audio_of, model)
+        rows, curves = data.split(self.split), self.folder / "metrics.csv"
+
+        def listen_to(utterance: Hypothesis) -> Listening:
+            batch = rows.batch_of(utterance.id, utterance.hypothesis)
+            return listen(saved.model, saved.tokenizer, batch.to(self.device))
+
+        labels = [source.label for source in data.corpus.sources]
+        page = self.folder / "report.html"
+        write_report(page, results, evaluation, curves, rows.audio_of, model, labels, listen_to)
         return results, evaluation
 
 
@@ -118,10 +127,9 @@ def evaluate(
         decoding_seconds += time.perf_counter() - start
         audio_seconds += batch.seconds
         of_batch = zip(batch.ids, batch.texts, batch.speakers, batch.languages, batch.durations, written, strict=True)
-        hypotheses += [
-            Hypothesis(id, reference, found.texts[0], speaker, language, seconds, found.scores and found.scores[0])
-            for id, reference, speaker, language, seconds, found in of_batch
-        ]
+        for id, reference, speaker, language, seconds, found in of_batch:
+            (text, score), *others = zip(found.texts, found.scores or repeat(None), strict=False)
+            hypotheses.append(Hypothesis(id, reference, text, speaker, language, seconds, score, tuple(others)))
         num_cut += sum(found.is_cut for found in written)
     if not hypotheses:
         raise UserError(

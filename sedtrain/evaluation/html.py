@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import cycle, repeat
@@ -13,6 +14,7 @@ import matplotlib
 import numpy as np
 import soundfile
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -25,6 +27,7 @@ INK = "#010203"  # stands for the page's text colour, which follows the reader's
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
 # Blue, vermilion and green of Okabe and Ito can be told apart by every reader, on black and on white.
 LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
+MAX_TOKENS, MAX_COLUMNS = 30, 150  # labels beside an attention picture, and its resolution
 MAX_EDGES = 9  # labels below a histogram; more would overlap
 LOOK: dict[Any, Any] = {
     **dict.fromkeys(INKED, INK),
@@ -51,9 +54,12 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: 
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 .quiet, dt, th, figcaption, summary { color: var(--quiet); font-size: .875rem; font-weight: 400 }
 table { border-collapse: collapse }
-th, td { padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td.number, th.number { text-align: right; white-space: nowrap } tr :last-child { padding-right: 0 }
-td { max-width: min(14rem, 32vw) } td.number { max-width: none } .row section, dd, .words { min-width: 0 }
+th, td { padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
+td.number, th.number { text-align: right } td.number { white-space: nowrap } tr :last-child { padding-right: 0 }
+@media (max-width: 30rem) { th, td { padding-right: .6rem } td.number:last-child { white-space: normal } }
+td { max-width: min(14rem, 32vw) } .row td { max-width: min(9rem, 32vw) } .row td.number, td.number { max-width: none }
+.row section, dd, .words { min-width: 0 }
+.row section { overflow-x: auto }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: .5rem 0 } dd { margin: 0 }
 dt { line-height: 1.5rem } .row { display: grid; gap: 0 2.5rem }
 @media (min-width: 46rem) { .row { grid-template-columns: 1fr 1fr } }
@@ -133,13 +139,47 @@ def histogram_figure(caption: str, edges: Sequence[str], counts: Sequence[int], 
     return figure(caption, draw, percent=False)
 
 
-def figure(caption: str, draw: Callable[[Axes], None], percent: bool) -> str:
+def attention_figure(
+    caption: str,
+    tokens: Sequence[str],
+    seconds: float,
+    attention: np.ndarray | None,
+    spans: Sequence[tuple[float, float]] | None,
+) -> str:
+    """A line for each token: the frames that the decoder attends to as a shade, those in which CTC hears it as a bar.
+
+    attention: (U, T) weights, of which the highest of each token is the darkest
+    """
+
+    def draw(axes: Axes) -> None:
+        positions, every = range(len(tokens)), -(-len(tokens) // MAX_TOKENS)
+        ends = (0.0, seconds, len(tokens) - 0.5, -0.5)
+        if attention is not None:
+            shades = LinearSegmentedColormap.from_list("", [f"{LINES[0][0]}00", LINES[0][0]])
+            parts = np.array_split(attention, min(attention.shape[1], MAX_COLUMNS), axis=1)
+            columns = np.stack([part.mean(1) for part in parts], 1)
+            columns /= columns.max(1, keepdims=True)
+            axes.imshow(columns, shades, aspect="auto", vmin=0, extent=ends, interpolation="none")
+        if spans is not None:
+            axes.hlines(positions, *zip(*spans, strict=True), color=LINES[1][0], linewidth=2)
+        axes.set_yticks(positions[::every], tokens[::every], parse_math=False)
+        axes.set_xlim(ends[:2])
+        axes.set_ylim(ends[2:])
+        axes.set_xlabel("seconds")
+        axes.grid(visible=False)
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # glyphs that only the browser's fonts have
+        return figure(caption, draw, percent=False, height=0.7 + 0.17 * min(max(len(tokens), 5), MAX_TOKENS))
+
+
+def figure(caption: str, draw: Callable[[Axes], None], percent: bool, height: float = 2.6) -> str:
     svg = io.StringIO()
     with matplotlib.rc_context(LOOK):
-        drawn = Figure(figsize=(4.4, 2.6), layout="constrained")
+        drawn = Figure(figsize=(4.4, height), layout="constrained")
         axes = drawn.add_subplot()
         draw(axes)
-        axes.set_ylim(bottom=0)
+        if not axes.yaxis_inverted():
+            axes.set_ylim(bottom=0)
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         no_metadata = dict.fromkeys(["Date", "Creator", "Format", "Type"])

@@ -3,7 +3,7 @@
 import csv
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from sedtrain.evaluation import html
-from sedtrain.evaluation.intervals import confidence_intervals
+from sedtrain.evaluation.groups import percent, scores_by_group
+from sedtrain.evaluation.listening import MOST_SECONDS, Listening
 from sedtrain.evaluation.metrics import METRICS, MetricSet
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results
 from sedtrain.run_dir import write_whole
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 WordPair = tuple[str, str]  # reference word and hypothesis word; "" for none
 
 KINDS = ("substitution", "deletion", "insertion")
-NUM_WORST, NUM_CONFUSIONS, NUM_LENGTHS = 20, 12, 8
+NUM_WORST, NUM_CONFUSIONS = 20, 6  # utterances, and errors of each kind
 
 
 def write_report(
@@ -33,12 +34,16 @@ def write_report(
     metrics_csv: Path | None,
     audio_of: Callable[[str], html.Audio] | None,
     model: str = "",
+    labels: Collection[str] = (),
+    listen_to: Callable[[Hypothesis], Listening] | None = None,
 ) -> None:
     """Writes one HTML file without links to anything outside it.
 
     metrics_csv: written by Lightning's CSVLogger; without this file the page has no curves
     audio_of:    audio by utterance id; called for the worst utterances only
     model:       encoder and decoder, for the title
+    labels:      names of the datasets of a mix, with which ids begin
+    listen_to:   where the decoder listens while it writes a hypothesis; called for three utterances
     """
     normalize = normalizer(results.normalizer["name"])
     metric_set = MetricSet(list(evaluation.metrics), normalize)
@@ -49,11 +54,16 @@ def write_report(
         sections.append(learning_curves(metrics_csv))
     if evaluation.hypotheses:
         pairs = [align(utterance, normalize) for utterance in evaluation.hypotheses]
-        by_length = scores_by_length(ranking, metric_set, evaluation, pairs)
         values = metric_set.values(evaluation.counts)[ranking]
+        badness = 1 - values if METRICS[ranking].higher_is_better else values
+        order = sorted(range(len(pairs)), key=lambda index: (-badness[index], -len(pairs[index])))
+        worst = [index for index in order if badness[index] > 0][:NUM_WORST]
+        num_words = [sum(reference != "" for reference, _ in words) for words in pairs]
+        groups = scores_by_group(ranking, metric_set, evaluation, num_words, labels)
         sections += [
-            html.row(by_length + errors_by_kind(pairs), frequent_errors(pairs)) if ranking == "wer" else by_length,
-            worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of),
+            html.row(*groups, *([errors_by_kind(pairs) + frequent_errors(pairs)] if ranking == "wer" else [])),
+            pictures([evaluation.hypotheses[index] for index in order], listen_to) if listen_to else "",
+            worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of, worst),
         ]
     write_whole(path, html.page(title, "\n".join(sections)))
 
@@ -81,10 +91,6 @@ def scores(results: Results) -> str:
     rows = [(METRICS[name].title, percent(each.value), each.ends) for name, each in results.metrics.items()]
     scored_as = f'<p class="quiet">{"<br>".join(map(escape, results.scored_as()))}</p>'
     return "<h2>Scores</h2>" + html.table(("metric", "value", results.interval_title), rows) + scored_as
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def facts(results: Results) -> str:
@@ -118,26 +124,42 @@ def learning_curves(metrics_csv: Path) -> str:
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         logger.warning("%s is no table of metrics, and the page has no learning curves: %s", metrics_csv, error)
         return ""
-    losses = {name: curve for name, curve in curves.items() if name.endswith("loss")}
-    scores = {name: curve for name, curve in curves.items() if name.removeprefix("val/") in METRICS}
-    figures = [html.curves_figure("Loss, nats per token", losses)] if losses else []
-    figures += [html.curves_figure("Scores of the validation split", scores, percent=True)] if scores else []
-    return f"<h2>Learning curves</h2>{html.row(*figures)}" if figures else ""
+    figures = {
+        "Cross-entropy without label smoothing, nats per token": ["train/cross_entropy", "val/loss"],
+        "Losses of training, with any label smoothing, nats per token": ["train/loss", "train/ctc_loss"],
+        "Scores of the validation split": [name for name in curves if name.removeprefix("val/") in METRICS],
+    }
+    drawn = [
+        html.curves_figure(caption, found, percent=caption.startswith("Scores"))
+        for caption, names in figures.items()
+        if (found := {name: curves[name] for name in names if name in curves})
+    ]
+    return f"<h2>Learning curves</h2>{html.row(*drawn)}" if drawn else ""
 
 
-def scores_by_length(name: str, metric_set: MetricSet, evaluation: Evaluation, pairs: Sequence[list[WordPair]]) -> str:
-    """Scores of utterances grouped by length, in groups of about equal size; "" where all have the same length."""
-    lengths = np.array([sum(reference != "" for reference, _ in words) for words in pairs])
-    longest = np.unique(np.quantile(lengths, np.linspace(0, 1, NUM_LENGTHS + 1)[1:], method="higher"))
-    if len(longest) == 1:
+def pictures(ranked: Sequence[Hypothesis], listen_to: Callable[[Hypothesis], Listening]) -> str:
+    """The worst of the utterances that are short enough and not left empty, and two that are further down the ranking."""
+    usable = [each for each in ranked if each.hypothesis and (each.seconds or 0) <= MOST_SECONDS]
+    chosen = [usable[index] for index in sorted({len(usable) * part // 3 for part in range(3)})] if usable else []
+    try:
+        found = [(utterance.id, listen_to(utterance)) for utterance in chosen]
+    except Exception as error:  # whatever a decoder of the user's own does, the scores are worth a page
+        logger.warning("the report has no picture of the attention: %s: %s", type(error).__name__, error)
         return ""
-    groups = [np.flatnonzero(np.searchsorted(longest, lengths) == group).tolist() for group in range(len(longest))]
-    speakers = [[evaluation.hypotheses[row].speaker for row in group] for group in groups]
-    counts = [evaluation.counts[group] for group in groups]
-    intervals = [confidence_intervals(metric_set, *of_group)[name] for of_group in zip(counts, speakers, strict=True)]
-    labels = ["–".join(map(str, sorted({lengths[group].min(), lengths[group].max()}))) for group in groups]
-    figure = html.bars_figure(f"with 95 % intervals, {evaluation.units}", labels, intervals, "words in the reference")
-    return f"<h2>{METRICS[name].title} by length</h2>{figure}"
+    if not found:
+        return ""
+    notes = ["shades: cross-attention of the decoder, mean of all layers and heads", "bars: the same tokens by CTC"]
+    if all(each.attention is None for _, each in found):
+        notes[0] = "this decoder gives no attention weights"
+    if all(each.spans is None for _, each in found):
+        notes[1] = "without a CTC head there are no times to compare them with"
+    figures = [
+        html.attention_figure(id, each.tokens, each.seconds, each.attention, each.spans)
+        for id, each in found
+        if each.tokens
+    ]
+    legend = f'<p class="quiet">{"; ".join(notes)}</p>'
+    return f"<h2>Where the decoder listens</h2>{legend}{html.row(*figures)}"
 
 
 def errors_by_kind(pairs: Iterable[list[WordPair]]) -> str:
@@ -148,9 +170,13 @@ def errors_by_kind(pairs: Iterable[list[WordPair]]) -> str:
 
 
 def frequent_errors(pairs: Iterable[list[WordPair]]) -> str:
-    counts = Counter(pair for words in pairs for pair in words if kind(pair) != "hit")
-    rows = [(pair[0] or "–", pair[1] or "–", f"{count:,}") for pair, count in counts.most_common(NUM_CONFUSIONS)]
-    listed = html.table(("reference", "hypothesis", "times"), rows, num_texts=2)
+    counts = Counter(pair for words in pairs for pair in words)
+    rows = [
+        (name, pair[0] or "–", pair[1] or "–", f"{count:,}")
+        for name in KINDS
+        for pair, count in [each for each in counts.most_common() if kind(each[0]) == name][:NUM_CONFUSIONS]
+    ]
+    listed = html.table(("kind", "reference", "hypothesis", "times"), rows, num_texts=3)
     return f"<h2>Most frequent errors</h2>{listed}" if rows else ""
 
 
@@ -160,11 +186,9 @@ def worst_utterances(
     hypotheses: Sequence[Hypothesis],
     pairs: Sequence[list[WordPair]],
     audio_of: Callable[[str], html.Audio] | None,
+    worst: Sequence[int],
 ) -> str:
-    """Utterances with the worst score, the longest first among equals; "" where no utterance has an error."""
-    badness = 1 - values if METRICS[name].higher_is_better else values
-    faulty = np.flatnonzero(badness > 0).tolist()
-    worst = sorted(faulty, key=lambda index: (-badness[index], -len(pairs[index])))[:NUM_WORST]
+    """Utterances with the worst score, `worst` in this order; "" where no utterance has an error."""
     if not worst:
         return ""
     title, legend = METRICS[name].title, ""
@@ -178,8 +202,19 @@ def worst_utterances(
         sound = html.player(*audio_of(utterance.id)) if audio_of else ""
         texts = {"reference": utterance.reference, "hypothesis": utterance.hypothesis}
         words = aligned_words(pairs[index]) if name == "wer" else html.definitions(texts)
-        articles.append(f"<article><header><b>{escape(utterance.id)}</b>{score}</header>{sound}{words}</article>")
+        header = f"<header><b>{escape(utterance.id)}</b>{score}</header>"
+        articles.append(f"<article>{header}{sound}{words}{other_texts(utterance)}</article>")
     return f"<section><h2>The {len(worst)} worst utterances, by {title}</h2>{legend}{''.join(articles)}</section>"
+
+
+def other_texts(utterance: Hypothesis) -> str:
+    """All texts of an n-best search with their scores, folded; "" where there is one."""
+    if not utterance.others:
+        return ""
+    texts = [(utterance.hypothesis, utterance.score), *utterance.others]
+    rows = [(text or "–", "none" if score is None else f"{score:.3f}") for text, score in texts]
+    listed = html.table(("text", "score"), rows)
+    return f'<details><summary>{len(texts)}-best texts</summary><div class="wide">{listed}</div></details>'
 
 
 def aligned_words(words: Iterable[WordPair]) -> str:

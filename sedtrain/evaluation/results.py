@@ -20,7 +20,11 @@ PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapid
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """An utterance's reference, and what the model wrote; speaker, language and seconds where they are known."""
+    """An utterance's reference, and what the model wrote; speaker, language and seconds where they are known.
+
+    score:  by which the search ranks texts; None if it computes none
+    others: the next best texts of n-best search, with their scores
+    """
 
     id: str
     reference: str
@@ -29,6 +33,7 @@ class Hypothesis:
     language: str | None = None
     seconds: float | None = None
     score: float | None = None
+    others: tuple[tuple[str, float | None], ...] = ()
 
 
 @dataclass(frozen=True)

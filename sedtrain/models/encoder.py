@@ -66,16 +66,29 @@ class EncodedSpeech(BaseModelOutput):
         return EncodedSpeech(last_hidden_state=audio[order], attention_mask=None if mask is None else mask[order])
 
 
-def seq2seq_output(
-    loss: Tensor | None, decoded: Mapping[str, Any], encoded: EncodedSpeech, with_logits: bool, adapted: bool
-) -> Seq2SeqLMOutput:
-    """The output of the base class; its `encoder_last_hidden_state` can be given back as `encoder_outputs`.
+@dataclass
+class SmoothedOutput(Seq2SeqLMOutput):
+    """The output of the base class; cross_entropy: the loss without label smoothing and gradient, where it has smoothing."""
 
+    cross_entropy: Tensor | None = None
+
+
+def seq2seq_output(
+    losses: tuple[Tensor | None, Tensor | None],
+    decoded: Mapping[str, Any],
+    encoded: EncodedSpeech,
+    with_logits: bool,
+    adapted: bool,
+) -> SmoothedOutput:
+    """The output of the model; its `encoder_last_hidden_state` can be given back as `encoder_outputs`.
+
+    losses:  with and without smoothing
     adapted: by an adapter, which would adapt such frames a second time; a projection would not
     """
     own_frames = encoded.encoder_frames if adapted else None
-    return Seq2SeqLMOutput(
-        loss=loss,
+    return SmoothedOutput(
+        loss=losses[0],
+        cross_entropy=losses[1],
         logits=decoded["logits"] if with_logits else None,
         past_key_values=decoded.get("past_key_values"),
         decoder_hidden_states=decoded.get("hidden_states"),

@@ -37,19 +37,19 @@ def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) 
     return shifted.masked_fill(shifted == IGNORE_INDEX, pad_token_id)
 
 
-def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(B, U, V) logits, (B, U) labels -> summed loss in nats, number of target tokens (both scalars).
+def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, U, V) logits, (B, U) labels -> summed loss in nats, number of target tokens, and the loss without smoothing.
 
-    A batch without a target token gives a zero that still has a gradient, not NaN.
+    All are scalars, the last without gradient. A batch without a target token gives a zero that has a gradient, not NaN.
     """
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        labels.flatten(),
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
-    return loss, (labels != IGNORE_INDEX).sum()
+    logits, labels = logits.flatten(0, 1).float(), labels.flatten()
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum")
+    labelled, plain = labels != IGNORE_INDEX, loss.detach()
+    if label_smoothing:  # smoothing adds its share of what the target's logit is above the mean logit
+        rows = logits.detach()
+        above_mean = rows.gather(1, labels.clamp(min=0)[:, None])[:, 0] - rows.mean(1)
+        plain = plain - label_smoothing * torch.where(labelled, above_mean, 0.0).sum()
+    return loss, labelled.sum(), plain
 
 
 class DeferrableLinear(nn.Linear):
@@ -95,7 +95,7 @@ def labelled_cross_entropy(
     labels: Tensor,
     label_smoothing: float = 0.0,
     chunk_elements: int = 2**25,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """(B, U, D) inputs of the output layer, (B, U) labels -> what `token_cross_entropy` gives for its (B, U, V) logits.
 
     (B, U, V) is never in memory: the output layer runs on labelled positions only, in chunks of at most `chunk_elements`
@@ -107,16 +107,18 @@ def labelled_cross_entropy(
     else:
         inputs, targets = hidden_states[labelled], labels[labelled]
 
-    def summed_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        loss, _ = token_cross_entropy(output_layer.outputs(inputs)[None], targets[None], label_smoothing)
-        return loss
+    def summed_losses(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss, _, plain = token_cross_entropy(output_layer.outputs(inputs)[None], targets[None], label_smoothing)
+        return loss, plain
 
     rows = max(chunk_elements // output_layer.out_features, 1)
     if len(targets) <= rows:
-        return summed_loss(inputs, targets), labelled.sum()
-    chunks = zip(inputs.split(rows), targets.split(rows), strict=True)
-    losses = [checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(losses).sum(), labelled.sum()
+        loss, plain = summed_losses(inputs, targets)
+    else:
+        chunks = zip(inputs.split(rows), targets.split(rows), strict=True)
+        losses = [checkpoint(summed_losses, *chunk, use_reentrant=False) for chunk in chunks]
+        loss, plain = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
+    return loss, labelled.sum(), plain
 
 
 def mean_loss(
@@ -125,14 +127,18 @@ def mean_loss(
     labels: Tensor,
     label_smoothing: float,
     num_items: Tensor | int | None,
-) -> Tensor:
-    """The loss of (B, U, V) logits, or of the (B, U, D) inputs of an output layer, over the target tokens or `num_items`."""
+) -> tuple[Tensor, Tensor]:
+    """The loss of (B, U, V) logits, or of the (B, U, D) inputs of an output layer, over the target tokens or `num_items`.
+
+    Beside it, the loss without smoothing and gradient.
+    """
     if output_layer is None:
-        loss_sum, num_tokens = token_cross_entropy(logits, labels, label_smoothing)
+        loss_sum, num_tokens, plain = token_cross_entropy(logits, labels, label_smoothing)
     else:
-        loss_sum, num_tokens = labelled_cross_entropy(output_layer, logits, labels, label_smoothing)
+        loss_sum, num_tokens, plain = labelled_cross_entropy(output_layer, logits, labels, label_smoothing)
     divisor = num_tokens if num_items is None else torch.as_tensor(num_items)
-    return loss_sum / divisor.to(loss_sum.device).clamp(min=1)
+    divisor = divisor.to(loss_sum.device).clamp(min=1)
+    return loss_sum / divisor, plain / divisor
 
 
 def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int) -> tuple[Tensor, Tensor]:

@@ -212,11 +212,12 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
                 use_cache=use_cache if labels is None else bool(use_cache),
                 **{**states, **{name.removeprefix("decoder_"): value for name, value in for_decoder.items()}},
             )
-        loss = None
+        loss = plain = None
         if labels is not None:
             logits = with_zero_gradients(decoded.logits, self.possibly_unused())
-            loss = mean_loss(logits, output_layer, labels, label_smoothing, num_items_in_batch)
-        output = seq2seq_output(loss, decoded, encoded, output_layer is None, self.adapter is not None)
+            loss, plain = mean_loss(logits, output_layer, labels, label_smoothing, num_items_in_batch)
+        losses = loss, plain if label_smoothing else None
+        output = seq2seq_output(losses, decoded, encoded, output_layer is None, self.adapter is not None)
         return output if return_dict else output.to_tuple()
 
     def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:

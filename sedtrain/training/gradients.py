@@ -32,16 +32,17 @@ class LossSums(NamedTuple):
     num_tokens: Tensor
     ctc: Tensor
     num_aligned: Tensor
+    unsmoothed: Tensor  # cross-entropy without label smoothing
 
 
 @dataclass(frozen=True)
 class Update:
     """One optimizer step over all its micro-batches and ranks.
 
-    cross_entropy:  nats per target token
+    cross_entropy:  nats per target token; unsmoothed: without label smoothing
     ctc:            nats per aligned token
     gradient_norms: by part of the model, before clipping
-    micro_batches:  (M, 4) LossSums of this rank's micro-batches
+    micro_batches:  (M, 5) LossSums of this rank's micro-batches
     """
 
     num_tokens: int
@@ -49,6 +50,7 @@ class Update:
     ctc: float
     gradient_norms: dict[str, float]
     micro_batches: Tensor
+    unsmoothed: float
 
     @property
     def loss_is_finite(self) -> bool:
@@ -75,7 +77,7 @@ def divide_gradients(
 
     Waits for the device once.
 
-    micro_batches: (M, 4) LossSums of this rank
+    micro_batches: (M, 5) LossSums of this rank
     over_ranks:    sums of this rank -> sums of all ranks
     num_ranks:     the strategy has divided the sum of the ranks' gradients by it
     """
@@ -86,14 +88,15 @@ def divide_gradients(
     norms = [get_total_norm(of_part) for of_part in gradients.values()]
     norms = [(norm.full_tensor() if isinstance(norm, DTensor) else norm).float() for norm in norms]
     values = torch.cat([over_ranks(micro_batches.sum(0)), *(norm[None] for norm in norms)]).tolist()
-    cross_entropy, num_tokens, ctc, num_aligned = values[:4]
+    cross_entropy, num_tokens, ctc, num_aligned, unsmoothed = values[:5]
     factor = num_ranks / SCALE / max(num_tokens, 1)
     update = Update(
         num_tokens=int(num_tokens),
         cross_entropy=cross_entropy / max(num_tokens, 1),
         ctc=ctc / max(num_aligned, 1),
-        gradient_norms={part: norm * factor for part, norm in zip(gradients, values[4:], strict=True)},
+        gradient_norms={part: norm * factor for part, norm in zip(gradients, values[5:], strict=True)},
         micro_batches=micro_batches,
+        unsmoothed=unsmoothed / max(num_tokens, 1),
     )
     if update.is_skipped:
         model.zero_grad()

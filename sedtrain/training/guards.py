@@ -1,10 +1,11 @@
-"""Callbacks that watch a run: skipped steps, spikes of the loss, a decoder that does not listen, a trial that falls behind."""
+"""Callbacks that watch a run: skipped steps, a loss that rises, a decoder that does not listen, a trial that falls behind."""
 
 import json
 import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,23 +21,22 @@ from sedtrain.training.gradients import Update
 
 logger = logging.getLogger(__name__)
 
-HISTORY = 100  # steps whose losses a spike is measured against
-ENOUGH = 20  # losses, before which there is no spike
-SPIKE = "loss spike"
-COUNTS = ("num_bad", "num_in_a_row", "num_spikes")
+HISTORY, ENOUGH = 100, 30  # steps, at most and at least, that the last ones are compared with
+LASTING = 10  # steps for which the loss has to stay up
+COUNTS = ("num_bad", "num_in_a_row", "num_rises")
 
 
 class Guards(Callback):
     """Counts the steps that were skipped for a loss or gradient that is not finite, and names their utterances in a file.
 
-    Stops a run that makes only such steps. Reports spikes of the loss, gradient norms by part of the model, and a decoder
-    that hardly listens.
+    Stops a run that makes only such steps. Reports a loss that rises and stays up, gradient norms by part of the model,
+    and a decoder that hardly listens.
 
-    folder:           of the run, for bad_steps.jsonl
-    max_bad_steps:    as many in a row stop the run
-    spike_deviations: a loss above the mean of the last 100 steps by as many standard deviations is a spike
-    min_audio_gain:   nats per token; a decoder that gains less from the right audio hardly listens
-    probe_after:      says so from this fraction of the steps on, and after the first 100
+    folder:         of the run, for bad_steps.jsonl
+    max_bad_steps:  as many in a row stop the run
+    min_loss_rise:  nats per token; see `lasting_rise`
+    min_audio_gain: nats per token; a decoder that gains less from the right audio hardly listens
+    probe_after:    says so from this fraction of the steps on, and after the first 100
     """
 
     counts_one_run = True  # another run that starts from a checkpoint of this one counts anew
@@ -46,15 +46,15 @@ class Guards(Callback):
         self,
         folder: str,
         max_bad_steps: Count = 10,
-        spike_deviations: Positive = 6.0,
+        min_loss_rise: Positive = 0.5,
         min_audio_gain: Finite = 0.05,
         probe_after: Fraction = 0.25,
     ) -> None:
         self.file = Path(folder) / "bad_steps.jsonl"
-        self.max_bad_steps, self.spike_deviations = max_bad_steps, spike_deviations
+        self.max_bad_steps, self.min_loss_rise = max_bad_steps, min_loss_rise
         self.min_audio_gain, self.probe_after = min_audio_gain, probe_after
-        self.num_bad = self.num_in_a_row = self.num_spikes = 0
-        self.losses: deque[float] = deque(maxlen=HISTORY)
+        self.num_bad = self.num_in_a_row = self.num_rises = 0
+        self.losses: deque[float] = deque(maxlen=HISTORY + LASTING)
         self.utterances: list[list[str]] = []  # of each micro-batch since the last step
         self.latest: Update | None = None
 
@@ -65,7 +65,7 @@ class Guards(Callback):
             return  # the optimizer has not stepped
         self.judge(trainer, update)
         self.latest, self.utterances = update, []
-        logged = {"train/bad_steps": float(self.num_bad), "train/loss_spikes": float(self.num_spikes)}
+        logged = {"train/bad_steps": float(self.num_bad), "train/loss_rises": float(self.num_rises)}
         if update.gradient_is_finite:
             logged |= {f"gradient_norm/{part}": norm for part, norm in update.gradient_norms.items()}
         pl_module.log_dict(logged, batch_size=1)
@@ -75,7 +75,7 @@ class Guards(Callback):
         if reason := reason_to_skip(trainer, update):
             self.num_bad += 1
             self.num_in_a_row += 1
-            self.report(trainer, update, reason)
+            self.note(trainer, update, reason, "skipped")
             if self.num_in_a_row >= self.max_bad_steps:
                 wrong = f"{self.num_in_a_row} steps in a row were skipped, since their loss or gradient is not finite\n"
                 write = "write a lower optimizer.lr, trainer.precision=32-true, or data without these utterances; "
@@ -84,17 +84,15 @@ class Guards(Callback):
                 raise UserError(option, self.max_bad_steps, wrong, write)
         elif update.num_tokens and update.gradient_is_finite:
             self.num_in_a_row = 0
-            if self.is_spike(update.cross_entropy):
-                self.num_spikes += 1
-                self.report(trainer, update, SPIKE)
             self.losses.append(update.cross_entropy)
+            if rise := lasting_rise(self.losses, self.min_loss_rise):
+                self.num_rises += 1
+                reason = "the loss rose from {:.2f} to {:.2f} nats per token and stays up".format(*rise)
+                advice = "try a lower optimizer.lr or more warm-up (scheduler.warmup_fraction), or see whether these texts fit"
+                self.note(trainer, update, reason, advice)
+                self.losses.clear()  # from here on, this is what is usual
 
-    def is_spike(self, loss: float) -> bool:
-        if len(self.losses) < ENOUGH:
-            return False
-        return loss > statistics.fmean(self.losses) + self.spike_deviations * statistics.stdev(self.losses)
-
-    def report(self, trainer: Trainer, update: Update, reason: str) -> None:
+    def note(self, trainer: Trainer, update: Update, reason: str, then: str) -> None:
         """Writes the step, its loss and its utterances to bad_steps.jsonl, and warns."""
         utterances = self.suspects(update)
         if not trainer.is_global_zero:
@@ -103,17 +101,15 @@ class Guards(Callback):
         line = {
             "step": trainer.global_step,
             "reason": reason,
-            "skipped": reason != SPIKE,
+            "skipped": update.is_skipped,
             **{name: value if math.isfinite(value) else str(value) for name, value in numbers.items()},
             "utterances": utterances,
         }
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         measured = f"loss {update.cross_entropy:.3g}, gradient norm {update.gradient_norm:.3g}"
-        what = f"{reason} ({measured}){', skipped' if line['skipped'] else ''}"
-        logger.warning(
-            "step %d: %s; its %d utterances are in %s", trainer.global_step, what, len(utterances), self.file
-        )
+        text = "step %d: %s (%s), %s; its %d utterances are in %s"
+        logger.warning(text, trainer.global_step, reason, measured, then, len(utterances), self.file)
 
     def suspects(self, update: Update) -> list[str]:
         """The utterances of all ranks in micro-batches with a loss that is not finite; all, if every loss is finite."""
@@ -146,8 +142,21 @@ class Guards(Callback):
         return {**{name: getattr(self, name) for name in COUNTS}, "losses": list(self.losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update({name: state_dict[name] for name in COUNTS})
+        vars(self).update({name: state_dict.get(name, 0) for name in COUNTS})  # older ones count other things
         self.losses.extend(state_dict["losses"])
+
+
+def lasting_rise(losses: Sequence[float], least: float) -> tuple[float, float] | None:
+    """Medians of the up to 100 losses before the last 10, and of these, if all of these are above nine tenths of the others.
+
+    None for less of a rise. Of 110 losses in random order the last 10 are so once in 250 million times, however they are
+    distributed: batches of few or hard tokens are no reason, and a loss that falls makes it rarer still.
+    """
+    before, last = list(losses)[:-LASTING], list(losses)[-LASTING:]
+    if len(before) < ENOUGH or 10 * sum(loss >= min(last) for loss in before) > len(before):
+        return None
+    medians = statistics.median(before), statistics.median(last)
+    return medians if medians[1] - medians[0] >= least else None
 
 
 def reason_to_skip(trainer: Trainer, update: Update) -> str | None:

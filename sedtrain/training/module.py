@@ -124,6 +124,7 @@ class SpeechSeq2SeqModule(LightningModule):
         self.running_statistics.keep_or_restore(update)
         if update.num_tokens and update.loss_is_finite:
             self.log("train/loss", update.cross_entropy, prog_bar=True)
+            self.log("train/cross_entropy", update.unsmoothed)
             if self.weights.ctc_weight:
                 self.log("train/ctc_loss", update.ctc)
 
@@ -142,21 +143,22 @@ class SpeechSeq2SeqModule(LightningModule):
         else:
             loss = torch.stack([weight.sum() for weight in self.parameters() if weight.requires_grad]).sum()
         zero = torch.zeros((), device=self.device)
-        return LossSums(0.0 * loss, zero, zero, zero)
+        return LossSums(0.0 * loss, zero, zero, zero, zero)
 
     def loss_sums(self, batch: Batch) -> LossSums:
         encoded = self.model.encode(batch.inputs, batch.attention_mask)
-        cross_entropy = self.cross_entropy(encoded, batch.labels)
-        return LossSums(cross_entropy, (batch.labels != IGNORE_INDEX).sum(), *self.ctc(encoded, batch.text_labels))
+        loss, unsmoothed = self.cross_entropy(encoded, batch.labels)
+        num_tokens = (batch.labels != IGNORE_INDEX).sum()
+        return LossSums(loss, num_tokens, *self.ctc(encoded, batch.text_labels), unsmoothed)
 
-    def cross_entropy(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
-        """Summed over the target tokens; smoothed in training only."""
+    def cross_entropy(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed over the target tokens: smoothed, in training only, and without smoothing and gradient."""
         smoothing = self.weights.label_smoothing if self.training else 0.0
         output = self.model(
             encoder_outputs=encoded, labels=labels, label_smoothing=smoothing, output_logits=False, num_items_in_batch=1
         )
         assert isinstance(output.loss, Tensor)
-        return output.loss
+        return output.loss, output.get("cross_entropy", output.loss.detach())
 
     def ctc(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The summed CTC loss of the encoder's own frames and the number of aligned tokens; the pad token is the blank."""
@@ -198,8 +200,8 @@ class SpeechSeq2SeqModule(LightningModule):
         """
         labels = labels[:, : self.model.max_tokens]
         other = self.other_audio.instead_of(encoded)
-        loss = self.cross_entropy(encoded, labels)
-        other_loss = self.cross_entropy(encoded if other is None else other, labels)
+        loss, _ = self.cross_entropy(encoded, labels)
+        other_loss, _ = self.cross_entropy(encoded if other is None else other, labels)
         num_tokens = (labels != IGNORE_INDEX).sum()
         return torch.stack([loss, num_tokens, other_loss - loss, num_tokens * (other is not None)])
 

@@ -124,7 +124,7 @@ ROWS = [
     ("callbacks.ema.decay", 1, INNER),
     ("callbacks.average.number", 0, COUNT),
     ("callbacks.guards.max_bad_steps", 0, COUNT),
-    ("callbacks.guards.spike_deviations", 0, POSITIVE),
+    ("callbacks.guards.min_loss_rise", 0, POSITIVE),
     ("callbacks.guards.probe_after", 2, FRACTION),
     ("callbacks.checkpoints.every_steps", 0, f"{COUNT}, or null"),
     ("callbacks.checkpoints.every_minutes", 0, f"{POSITIVE}, or null"),

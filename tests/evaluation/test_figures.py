@@ -1,9 +1,10 @@
 import re
 
 import matplotlib
+import numpy as np
 import pytest
 
-from sedtrain.evaluation.html import INK, bars_figure, curves_figure, read_curves
+from sedtrain.evaluation.html import INK, attention_figure, bars_figure, curves_figure, read_curves
 from sedtrain.evaluation.intervals import Interval
 
 
@@ -28,6 +29,13 @@ def test_every_curve_is_named_and_drawn(number):
     svg = curves_figure("Loss", curves)
     assert all(name in svg for name in curves)
     assert len(re.findall(r"stroke-width: 1.5", svg)) >= number
+
+
+def test_a_picture_of_long_audio_is_small_and_names_every_second_of_many_tokens():
+    attention = np.random.default_rng(0).random((60, 1500), dtype=np.float32)
+    svg = attention_figure("noise", [f"t{number}$" for number in range(60)], 30.0, attention, [(1.0, 2.0)] * 60)
+    assert len(svg) < 60_000
+    assert re.findall(r">(t\d+\$)<", svg) == [f"t{number}$" for number in range(0, 60, 2)]
 
 
 def test_figures_take_the_ink_of_the_page_and_a_name_that_is_escaped():

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from sedtrain.evaluation.intervals import confidence_intervals
+from sedtrain.evaluation.listening import Listening
 from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals
@@ -22,15 +23,23 @@ PAIRS = [
     ("", "one"),
     ("nine nine nine nine", ""),
 ]
-CURVES = "epoch,step,train/loss,val/loss,val/wer\n0,49,2.9,,\n0,99,,2.4,0.9\n1,149,2.1,,\n1,199,,1.7,0.5\n"
+CURVES = """epoch,step,train/loss,train/cross_entropy,val/loss,val/wer
+0,49,2.9,2.5,,
+0,99,,,2.4,0.9
+1,149,2.1,1.8,,
+1,199,,,1.7,0.5
+"""
 VOID = {"meta", "br"}
 
 
-def evaluated(pairs, names=TRANSCRIPTION):
+def evaluated(pairs, names=TRANSCRIPTION, more=None):
+    """more: the other fields of each hypothesis"""
     metric_set = MetricSet(names)
     counts = metric_set.count([reference for reference, _ in pairs], [hypothesis for _, hypothesis in pairs])
     hypotheses = [Hypothesis(f"utterance-{number}", *pair) for number, pair in enumerate(pairs)]
-    metrics = confidence_intervals(metric_set, counts)
+    if more:
+        hypotheses = [replace(each, **fields) for each, fields in zip(hypotheses, more, strict=True)]
+    metrics = confidence_intervals(metric_set, counts, [each.speaker for each in hypotheses])
     return Evaluation(metrics, hypotheses, counts, audio_seconds=90.0, rtfx=12.5)
 
 
@@ -52,8 +61,8 @@ def results_of(evaluation, train=None):
 
 @pytest.fixture
 def report(tmp_path):
-    def write(pairs, names=TRANSCRIPTION, metrics_csv=None, audio_of=None, train=None, **options):
-        evaluation = evaluated(pairs, names)
+    def write(pairs, names=TRANSCRIPTION, metrics_csv=None, audio_of=None, train=None, more=None, **options):
+        evaluation = evaluated(pairs, names, more)
         path = tmp_path / "report.html"
         write_report(path, results_of(evaluation, train), evaluation, metrics_csv, audio_of, **options)
         return path.read_text(encoding="utf-8")
@@ -146,7 +155,11 @@ def test_curves_are_drawn_where_the_log_is(report, tmp_path):
     (tmp_path / "metrics.csv").write_text(CURVES)
     html = report(PAIRS, metrics_csv=tmp_path / "metrics.csv")
     assert "Learning curves" in html
-    assert all(name in html for name in ("train/loss", "val/loss", "val/wer"))
+    figures = re.findall(r"<figure><figcaption>([^<]*)(.*?)</figure>", html, re.DOTALL)
+    drawn = {caption: set(re.findall(r"(?:train|val)/[a-z_]+", svg)) for caption, svg in figures}
+    assert drawn.pop("Cross-entropy without label smoothing, nats per token") == {"train/cross_entropy", "val/loss"}
+    assert {"train/loss"} in drawn.values()
+    assert drawn["Scores of the validation split"] == {"val/wer"}
 
 
 @pytest.mark.parametrize("log", [None, "", "epoch,step,lr\n0,49,0.1\n"])
@@ -168,12 +181,94 @@ def test_coloured_words_are_as_many_as_jiwer_counts(report):
         assert f'<td dir="auto">{name}s</td><td class="number">{count}</td>' in html
 
 
-def test_the_most_frequent_error_comes_first(report):
-    html = report([("one two", "one nine")] * 3 + [("one", "")] * 2)
-    rows = re.findall(
-        r"<td dir=\"auto\">([^<]*)</td><td dir=\"auto\">([^<]*)</td><td class=\"number\">(\d+)</td>", html
+def cells(html, heading):
+    """The cells of the rows of the table under a heading."""
+    listed = html.split(f"<h2>{heading}</h2>")[1].split("</table>")[0]
+    rows = (re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in listed.split("<tr>"))
+    return [row for row in rows if row]
+
+
+def test_the_most_frequent_errors_of_each_kind_are_told_apart(report):
+    html = report(
+        [("one two", "one nine")] * 9 + [("one", "")] * 2 + [("one", "one six")] + [("a b", "c b"), ("a", "d")]
     )
-    assert rows == [("two", "nine", "3"), ("one", "–", "2")]
+    assert cells(html, "Most frequent errors") == [
+        ["substitution", "two", "nine", "9"],
+        ["substitution", "a", "c", "1"],
+        ["substitution", "a", "d", "1"],
+        ["deletion", "one", "–", "2"],
+        ["insertion", "–", "six", "1"],
+    ]
+
+
+def test_the_worst_speakers_are_named_and_the_others_are_one_group(report):
+    pairs = [("one two", "one two" if number < 990 else "one nine") for number in range(1000)]
+    html = report(pairs * 2, more=[{"speaker": f"s{number}"} for number in range(1000)] * 2)
+    rows = cells(html, "WER by speaker")
+    assert {row[0] for row in rows[:-1]} == {f"s{number}" for number in range(990, 1000)}
+    assert {tuple(row[1:3]) for row in rows[:-1]} == {("2", "50.00 %")}
+    assert rows[-1][:3] == ["the 990 others", "1,980", "0.00 %"]
+    assert html.count("<tr>") < 50
+
+
+def test_groups_have_the_scores_and_intervals_of_their_utterances(report):
+    pairs = [("one two", "one two"), ("one two", "one"), ("one two", "nine"), ("one two", "one two")]
+    more = [{"language": language, "seconds": 1.0} for language in ("en", "de", "de", None)]
+    html = report(pairs, more=more)
+    own = evaluated(pairs[1:3]).metrics["wer"]
+    assert cells(html, "WER by language")[0] == ["de", "2", f"{100 * own.value:.2f} %", own.ends]
+    assert [row[:2] for row in cells(html, "WER by language")[1:]] == [["en", "1"], ["unknown", "1"]]
+    assert "duration" not in html.split("</style>")[1]  # all are of one length, one speaker and one dataset
+    assert "by speaker" not in html and "by dataset" not in html
+
+
+def test_ids_name_the_dataset_of_a_mix(report):
+    more = [{"id": f"{name}/clip/{number}"} for number, name in enumerate(["books", "news", "news", "talks"])]
+    pairs = [("one two", "one two"), ("one two", "one"), ("one two", "nine"), ("one two", "one two")]
+    assert [row[:2] for row in cells(report(pairs, more=more, labels=["books", "news", "talks"]), "WER by dataset")] == [
+        ["news", "2"], ["books", "1"], ["talks", "1"],
+    ]  # fmt: skip
+    assert "by dataset" not in report(pairs, more=more, labels=[""])
+
+
+@pytest.mark.parametrize("names", [TRANSCRIPTION, TRANSLATION])
+def test_numbers_are_drawn_in_ranges_of_about_equal_size(report, names):
+    more = [{"seconds": 1.0 + number} for number in range(61)]
+    html = report([("one two", "one nine")] * 61, names, more=more)
+    title = "WER" if "wer" in names else "chrF"
+    figure = html.split(f"<h2>{title} by duration in seconds</h2>")[1].split("</figure>")[0]
+    assert re.findall(r">([\d.]+–[\d.]+)<", figure) == ["1–11", "12–21", "22–31", "32–41", "42–51", "52–61"]
+
+
+def test_other_texts_of_the_worst_are_listed_with_scores(report):
+    html = report([("one", "nine")], more=[{"score": -0.25, "others": (("<b>", -1.5), ("", None))}])
+    assert re.search("3-best.*<tr><td[^>]*>nine<.*-0.250.*&lt;b&gt;<.*-1.500.*–.*none", html)
+    assert "-best" not in report([("one", "nine")])
+
+
+def heard(attention=None, spans=None):
+    return lambda utterance: Listening(2.0, ["$a", "<b>", "七"], attention, spans)
+
+
+def test_the_worst_and_two_others_are_pictured_with_what_is_known(report):
+    pairs = [("one two", "one two"), ("one two", "one six"), ("one two", "nine six"), ("one", ""), ("one", "x y z")]
+    more = [{"seconds": seconds} for seconds in (1.0, 2.0, 3.0, 4.0, 31.0)]
+    html = report(pairs, more=more, listen_to=heard(np.ones((3, 9)), [(0.1, 0.5), (0.6, 0.7), (0.7, 1.9)]))
+    shown = html.split("Where the decoder listens")[1].split("<h2>")[0]
+    assert re.findall("<figcaption>(.*?)</figcaption>", shown) == ["utterance-2", "utterance-1", "utterance-0"]
+    assert all(text in shown for text in ("$a", "&lt;b&gt;", "七", "cross-attention", "by CTC", "data:image/png"))
+    assert len(shown) < 3 * 30_000
+    assert "no attention weights" in report(pairs, listen_to=heard())
+    assert "without a CTC head" in report(pairs, listen_to=heard())
+
+
+def test_a_decoder_that_fails_under_observation_costs_the_picture_alone(report, caplog):
+    def fail(utterance):
+        raise RuntimeError("no weights here")
+
+    html = report([("one", "nine")], listen_to=fail)
+    assert "utterance-0" in html and "listens" not in html
+    assert "the report has no picture of the attention: RuntimeError: no weights here" in caplog.text
 
 
 def test_the_worst_come_first_and_those_without_fault_not_at_all(report):

@@ -42,7 +42,7 @@ def test_the_shift_leaves_its_argument_as_it_was():
 def test_cross_entropy_is_the_sum_over_target_tokens_and_their_number(label_smoothing):
     logits = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, 2, 3, 4, 2], [5, 2, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX] * 5])
-    loss, num_tokens = token_cross_entropy(logits, labels, label_smoothing)
+    loss, num_tokens, plain = token_cross_entropy(logits.requires_grad_(), labels, label_smoothing)
     by_hand = torch.zeros((), dtype=torch.float64)
     for row, target in zip(logits.flatten(0, 1), labels.flatten().tolist(), strict=True):
         if target != IGNORE_INDEX:
@@ -52,19 +52,22 @@ def test_cross_entropy_is_the_sum_over_target_tokens_and_their_number(label_smoo
     torch.testing.assert_close(loss.double(), by_hand, rtol=1e-5, atol=0)
     mean = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing)
     torch.testing.assert_close((loss / num_tokens).double(), mean, rtol=1e-5, atol=0)
+    without = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").detach()
+    torch.testing.assert_close(plain.double(), without, rtol=1e-5, atol=0)
+    assert not plain.requires_grad
 
 
 def test_cross_entropy_of_half_precision_logits_is_summed_in_float32():
     logits = torch.zeros(1, 1000, 50, dtype=torch.bfloat16)
-    loss, _ = token_cross_entropy(logits, torch.ones(1, 1000, dtype=torch.long))
+    loss, *_ = token_cross_entropy(logits, torch.ones(1, 1000, dtype=torch.long))
     torch.testing.assert_close(loss, 1000 * torch.tensor(50.0).log())
 
 
 def test_a_batch_without_target_tokens_has_zero_loss_and_a_finite_gradient():
     logits = torch.randn(2, 3, 5, requires_grad=True)
-    loss, num_tokens = token_cross_entropy(logits, torch.full((2, 3), IGNORE_INDEX), 0.1)
+    loss, num_tokens, plain = token_cross_entropy(logits, torch.full((2, 3), IGNORE_INDEX), 0.1)
     loss.backward()
-    assert loss == 0
+    assert loss == plain == 0
     assert num_tokens == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 

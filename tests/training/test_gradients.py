@@ -70,7 +70,7 @@ def by_hand(cut, precision, is_padded):
     for utterances in [micro_batch for rank in cut for micro_batch in rank if micro_batch]:
         context = torch.autocast("cpu", types[precision], cache_enabled=False) if precision in types else nullcontext()
         with context:
-            cross_entropy, count, ctc, _ = module.losses(batch(utterances, is_padded))
+            cross_entropy, count, ctc, *_ = module.losses(batch(utterances, is_padded))
         module.zero_grad()
         (scale * (0.7 * cross_entropy + 0.3 * ctc)).backward()
         total = total - parameters_to_vector([weight.grad for weight in module.parameters()]).double() / scale
@@ -118,9 +118,10 @@ def test_gradients_are_reduced_over_the_ranks_once_a_step(two_rank_updates):
 
 def test_the_loss_that_is_logged_is_the_mean_over_the_tokens_of_the_step():
     module, _ = trained(CUTS["5, 1 and 2, × 3"])
-    cross_entropy, num_tokens, ctc, num_aligned = new_module().losses(batch(range(8)))
+    cross_entropy, num_tokens, ctc, num_aligned, plain = new_module().losses(batch(range(8)))
     assert module.update.num_tokens == num_tokens == 44
     assert module.trainer.callback_metrics["train/loss"].item() == pytest.approx(cross_entropy.item() / 44, rel=1e-5)
+    assert module.trainer.callback_metrics["train/cross_entropy"].item() == pytest.approx(plain.item() / 44, rel=1e-5)
     expected = ctc.item() / num_aligned.item()
     assert module.trainer.callback_metrics["train/ctc_loss"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -151,7 +152,7 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches():
     again, expected = new_module(), start
     for utterances in ([0, 1, 2, 3], last):
         again.zero_grad()
-        cross_entropy, num_tokens, ctc, _ = again.losses(batch(utterances))
+        cross_entropy, num_tokens, ctc, *_ = again.losses(batch(utterances))
         ((0.7 * cross_entropy + 0.3 * ctc) / num_tokens).backward()
         with torch.no_grad():
             for weight in again.parameters():

@@ -75,7 +75,7 @@ def test_the_cross_entropy_is_the_loss_of_the_model_in_evaluation(run, batch):
 
 def test_the_loss_to_minimise_is_the_weighted_sum_of_two_sums(run, batch):
     module = run.module.eval()
-    cross_entropy, num_tokens, ctc_loss, num_aligned = module.losses(batch)
+    cross_entropy, num_tokens, ctc_loss, num_aligned, _ = module.losses(batch)
     torch.testing.assert_close(1024 * module.training_step(batch, 0), 0.7 * cross_entropy + 0.3 * ctc_loss)
     assert num_tokens == (batch.labels >= 0).sum()
     config = module.model.config
@@ -97,6 +97,9 @@ def test_smoothing_acts_in_training_only(run, batch):
     smoothed = per_token(module.train(), batch)
     plain = per_token(module.eval(), batch)
     assert (smoothed - plain).abs() > 1e-3
+    sums = module.train().losses(batch)
+    torch.testing.assert_close(sums.unsmoothed / sums.num_tokens, plain, rtol=1e-4, atol=0)
+    assert not sums.unsmoothed.requires_grad
 
 
 def test_without_ctc_there_is_no_ctc_head(built, batch):
@@ -112,7 +115,7 @@ def test_a_batch_with_nothing_readable_adds_nothing(run):
     loss = module.training_step(run.data.collator([]), 0)
     loss.backward()
     assert loss == 0
-    assert module.micro_batches[-1].tolist() == [0, 0, 0, 0]
+    assert module.micro_batches[-1].tolist() == [0, 0, 0, 0, 0]
     assert all(not weight.grad.any() for weight in module.parameters())
 
 

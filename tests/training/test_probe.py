@@ -30,7 +30,7 @@ def loss_of(module, text, audio):
     """The summed cross-entropy of one utterance's text with the audio of another, alone and unpadded."""
     with torch.no_grad():
         encoded = module.model.encode(batch([audio]).inputs, batch([audio]).attention_mask)
-        return module.cross_entropy(encoded, batch([text]).labels).item()
+        return module.cross_entropy(encoded, batch([text]).labels)[0].item()
 
 
 def test_every_utterance_gets_the_audio_of_the_one_before_it(module):
@@ -45,7 +45,7 @@ def test_of_a_text_longer_than_the_decoder_the_first_tokens_count(module):
     audio = batch([3])
     with torch.no_grad():
         encoded = module.model.encode(audio.inputs, audio.attention_mask)
-        expected = module.cross_entropy(encoded, audio.labels[:, :4]).item()
+        expected = module.cross_entropy(encoded, audio.labels[:, :4])[0].item()
     module.model.max_tokens = 4
     loss, num_tokens, *_ = sums_of(module, audio)
     assert (loss, num_tokens) == (pytest.approx(expected, rel=1e-6), 4)

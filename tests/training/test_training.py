@@ -196,7 +196,9 @@ def test_the_model_card_names_no_place_on_this_machine(trained, corpus):
 
 def test_metrics_csv_holds_training_and_validation(trained):
     heading = (trained / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"step", "train/loss", "train/ctc_loss", "val/loss", "val/wer", "val/cer"} <= set(heading)
+    assert {"step", "train/loss", "train/cross_entropy", "train/ctc_loss", "val/loss", "val/wer", "val/cer"} <= set(
+        heading
+    )
 
 
 def test_checkpoints_hold_weights_optimizer_and_step(trained):
@@ -345,10 +347,16 @@ def test_utterances_without_words_are_scored_and_learnt_where_asked_for(sedtrain
 
 def test_texts_that_are_cut_at_the_limit_of_tokens_are_counted_beside_the_scores(sedtrain, trained, tmp_path):
     cut = "test: 6 scored (of the scored 6 cut at the limit of tokens)"
-    ended = sedtrain("task=evaluate", f"checkpoint={trained}", f"run_dir={tmp_path}", "decoding.max_new_tokens=1")
+    ended = sedtrain(
+        "task=evaluate", f"checkpoint={trained}", f"run_dir={tmp_path}", "decoding.max_new_tokens=1",
+        "decoding=beam", "decoding.num_return_sequences=2",
+    )  # fmt: skip
     assert ended.out.splitlines()[0] == cut
     assert results(tmp_path)["num_cut"] == 6
-    assert cut.partition(": ")[2] in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert cut.partition(": ")[2] in page
+    assert "2-best texts" in page and "Where the decoder listens" in page
+    assert "cross-attention of the decoder" in page and "the same tokens by CTC" in page
 
 
 def test_a_folder_is_evaluated_on_the_data_that_is_named(sedtrain, trained, corpus, tmp_path):

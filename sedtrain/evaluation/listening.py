@@ -1,0 +1,105 @@
+"""What the decoder attends to while it writes a text, and when CTC hears the text's tokens.
+
+B batch, which is one utterance, U tokens, T frames, V vocabulary of the CTC head.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedtrain.batch import Batch
+from sedtrain.decoding.alignment import align
+from sedtrain.decoding.ctc import Lattice, frames_of
+from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+
+MOST_SECONDS, MOST_TOKENS = 30.0, 60  # of an utterance that is looked at, of its text
+CHUNK_ELEMENTS = 2**24  # scores of the CTC head that are in memory at once
+
+
+@dataclass(frozen=True)
+class Listening:
+    """One utterance of `seconds` and the tokens of a text.
+
+    attention: (U, T) cross-attention, the mean of all heads and layers; None where the decoder gives no weights
+    spans:     start and end of each token by CTC, in seconds; None without a CTC head, and for a text that does not fit
+    """
+
+    seconds: float
+    tokens: list[str]
+    attention: NDArray[np.float32] | None
+    spans: list[tuple[float, float]] | None
+
+
+@torch.inference_mode()
+def listen(model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch) -> Listening:
+    """Looks at the first tokens of the text in the labels of a batch of one utterance."""
+    num_tags = batch.labels.shape[1] - batch.text_labels.shape[1]
+    labels = batch.labels[:, : num_tags + MOST_TOKENS]
+    text = [token for token in batch.text_labels[0].tolist() if token != model.config.eos_token_id]
+    encoded = model.encode(batch.inputs, batch.attention_mask)
+    attention, spans = cross_attention(model, encoded, labels), ctc_spans(model, encoded, text, batch.seconds)
+    shown = text[:MOST_TOKENS]
+    return Listening(
+        batch.seconds,
+        [tokenizer.decode([token]) for token in shown],
+        None if attention is None else attention[num_tags:][: len(shown)].numpy(),
+        spans and spans[:MOST_TOKENS],
+    )
+
+
+@contextmanager
+def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
+    """Attention by plain matrix products, which alone gives weights."""
+    chosen = decoder.config._attn_implementation
+    decoder.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = chosen
+
+
+def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels: Tensor) -> Tensor | None:
+    """(1, U) labels -> (U, T) weights of the frames from which each was written; None where the decoder gives none."""
+    inputs = model.prepare_decoder_input_ids_from_labels(labels)
+    with eager_attention(model.decoder):
+        output = model(
+            encoder_outputs=encoded,
+            decoder_input_ids=inputs,
+            output_attentions=True,
+            output_logits=False,
+            use_cache=False,
+        )
+    layers = [layer for layer in output.cross_attentions or () if layer is not None]
+    if not layers:
+        return None
+    weights = torch.stack([layer[0].float().mean(0) for layer in layers]).mean(0).cpu()
+    return weights if encoded.attention_mask is None else weights[:, encoded.attention_mask[0].bool().cpu()]
+
+
+def ctc_spans(
+    model: SpeechEncoderDecoder, encoded: EncodedSpeech, text: Sequence[int], seconds: float
+) -> list[tuple[float, float]] | None:
+    """Start and end of each token; only the columns of these tokens are kept of the CTC head's scores."""
+    if model.ctc_head is None or not text or max(text) >= model.ctc_head.out_features:
+        return None
+    num_frames, blank = int(frames_of(encoded)[0]), model.config.pad_token_id
+    columns = sorted({blank, *text})
+    assert encoded.encoder_frames is not None
+    chunks = encoded.encoder_frames[0, :num_frames].split(max(CHUNK_ELEMENTS // model.ctc_head.out_features, 1))
+    of_chunks = (
+        Lattice.of(scores[None], torch.tensor([len(scores)], device=scores.device), blank, model.config.eos_token_id)
+        for scores in map(model.ctc_head, chunks)
+    )
+    log_probs = torch.cat([lattice.log_probs[..., columns].cpu() for lattice in of_chunks], 1)
+    numbers = {column: number for number, column in enumerate(columns)}
+    lattice = Lattice(log_probs, torch.tensor([num_frames]), numbers[blank])
+    [aligned] = align(lattice, [[numbers[token] for token in text]])
+    scale = seconds / num_frames
+    return None if aligned is None else [(token.start * scale, token.end * scale) for token in aligned]
