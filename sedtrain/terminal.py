@@ -12,7 +12,7 @@ from sedtrain.training.finetune import PartPlan
 from sedtrain.training.fit_batches import Budget, Fitted
 
 RUN_FILES = (
-    "model", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "results.json", "report.html", "metrics.csv",
+    "model", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "results.json", "hypotheses.jsonl", "report.html", "metrics.csv",
     "tensorboard", "wandb", "config.yaml", "skipped.jsonl", "sedtrain.log",
 )  # fmt: skip
 
@@ -51,8 +51,8 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
     """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
     numbers = ("value", results.interval_title.replace(", by", ",\nby"))
     scores = table("", "metric", *numbers, right=numbers)
-    for name, interval in results.metrics.items():
-        scores.add_row(name, f"{100 * interval.value:.2f} %", interval.ends)
+    for row in results.rows():
+        scores.add_row(*row)
     examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
     for each in evaluation.hypotheses[::step][:num_examples]:
