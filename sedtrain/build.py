@@ -19,8 +19,9 @@ from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
-from sedtrain.evaluation.evaluate import METRICS_OF, Scoring, metric_set
-from sedtrain.evaluation.metrics import TRANSCRIPTION, CorpusMetrics, MetricSet
+from sedtrain.evaluation.evaluate import Scoring, metric_set
+from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, MetricSet, OwnMetric, chosen
+from sedtrain.evaluation.own_metrics import of_evaluate, of_function
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
@@ -168,11 +169,14 @@ def training_module(
     return module
 
 
-def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> str:
-    """The metric that chooses the best weights: of transcriptions without spaces between words, the rate of characters."""
-    names = METRICS_OF[cfg.target]
-    texts = [] if data is None else islice(data.texts("validation"), NUM_TEXTS_OF_LANGUAGE)
-    return "cer" if "cer" in names and is_unspaced(texts) else names[0]
+def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> tuple[str, str]:
+    """The metric that chooses the best weights, and max or min: the first; of `auto`, CER where no spaces separate words."""
+    names = chosen(cfg.metrics, cfg.target)
+    first = next(iter(names))
+    if first == "wer" and cfg.metrics.wer.get("target") and "cer" in names:
+        texts = [] if data is None else islice(data.texts("validation"), NUM_TEXTS_OF_LANGUAGE)
+        first = "cer" if is_unspaced(texts) else first
+    return first, "max" if names[first] else "min"
 
 
 def make_trainer(
@@ -180,7 +184,7 @@ def make_trainer(
 ) -> lightning.Trainer:
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
     return run_trainer(
-        create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, main_metric(cfg, data)
+        create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data)
     )
 
 
@@ -224,8 +228,21 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def metrics_of(cfg: DictConfig, data: SpeechTextDataModule, splits: list[str]) -> MetricSet:
+    """The metrics that the configuration gives its target; those of the user are tried on a pair of texts."""
     tokenize = OmegaConf.select(cfg, "metrics.bleu.tokenize", default="auto")
-    return metric_set(cfg.target, cfg.normalizer, tokenize, data.corpus, splits)
+    names = chosen(cfg.metrics, cfg.target)
+    own = [own_metric(name, cfg.metrics[name]) for name in names if name not in METRICS]
+    return metric_set([name for name in names if name in METRICS], cfg.normalizer, tokenize, data.corpus, splits, own)
+
+
+def own_metric(name: str, node: DictConfig) -> OwnMetric:
+    options = resolved(node)
+    higher_is_better = options.pop("higher_is_better", None)
+    if "evaluate" in options:
+        options.pop("trust_remote_code", None)
+        return of_evaluate(name, options.pop("evaluate"), higher_is_better, options.pop("key", None), **options)
+    part = OmegaConf.create({"metrics": {name: {**options, "_partial_": True}}})
+    return of_function(name, create(part, f"metrics.{name}"), options["_target_"], higher_is_better)
 
 
 def scoring(cfg: DictConfig, data: SpeechTextDataModule) -> Scoring:

@@ -253,6 +253,10 @@ def open_log() -> None:
 
 def run_task(cfg: DictConfig) -> None:
     """Runs the task of a job that has a folder. Raises UserError."""
+    if cfg.task == "compare":
+        from sedtrain.compare import compare  # which needs no torch
+
+        return compare(list(cfg.runs), Path(cfg.run_dir))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "sedtrain.tasks" not in sys.modules:
         gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good

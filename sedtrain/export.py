@@ -1,7 +1,12 @@
-"""The model card of the Hugging Face folder."""
+"""The model card of the Hugging Face folder, and its score as the Hub reads it."""
 
+import re
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import Results
 from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.saved import SavedModel
@@ -48,14 +53,30 @@ tags = model.config.tags["{task}"]["{language}"]  # it writes {known}
 inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *tags]])"""
 
 
+HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+), (?:([^,+]+), )?[^,+]+")
+"""A single dataset of the Hub as `Corpus.described` writes it: id, configuration, split."""
+
+
+def write_eval_results(folder: Path, results: Results) -> None:
+    """Writes .eval_results/sedtrain.yaml, from which the Hub shows the first metric; nothing for data that it does not have."""
+    name, interval = next((name, each) for name, each in results.metrics.items() if name in METRICS)
+    of_hub = HUB_DATA.fullmatch(results.data)
+    if not of_hub:
+        return
+    scored_as = "; ".join(results.scored_as())
+    notes = f"{METRICS[name].title} in percent, 95 % interval {interval.ends}, of {results.data}; {scored_as}"
+    entry = EvalResultEntry(of_hub[1], of_hub[2] or "default", round(100 * interval.value, 2), notes=notes)
+    (folder / ".eval_results").mkdir(exist_ok=True)
+    listed = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+    write_whole(folder / ".eval_results/sedtrain.yaml", listed)
+
+
 def write_model_card(folder: Path, saved: SavedModel, results: Results, data: str) -> None:
-    """Writes README.md of the Hugging Face folder: the metrics, and code that loads the model.
+    """Writes README.md of the Hugging Face folder: the metrics, and code that loads the model; and the score for the Hub.
 
     data: the name of what it was trained on
     """
-    rows = [
-        f"| {name} | {100 * interval.value:.2f} % | {interval.ends} |" for name, interval in results.metrics.items()
-    ]
+    rows = [f"| {' | '.join(row)} |" for row in results.rows()]
     tags, task, prompt = saved.tags, TASK_OF[results.task], ""
     if tags:
         prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
@@ -78,4 +99,5 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         minutes=results.audio_seconds / 60,
         sampling_rate=saved.feature_extractor.sampling_rate,
     )
+    write_eval_results(folder, results)
     write_whole(folder / "README.md", card)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from sedtrain.annotations import suggest
 from sedtrain.errors import UserError
-from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
+from sedtrain.evaluation.metrics import chosen
 from sedtrain.evaluation.results import Results
 from sedtrain.run_dir import is_finished, write_whole
 from sedtrain.terminal import show, table
@@ -105,11 +105,11 @@ def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
 
     job: the configuration of a trial, without the values that are searched
     """
-    names = TRANSLATION if job.target == "translation" else TRANSCRIPTION
-    directions = {name: "maximize" if METRICS[name].higher_is_better else "minimize" for name in names}
-    known = {f"{split}/{name}": directions[name] for split in ("val", job.split) for name in names}
+    names = chosen(job.metrics, job.target)
+    directions = {name: "maximize" if higher else "minimize" for name, higher in names.items() if higher is not None}
+    known = {f"{split}/{name}": directions.get(name) for split in ("val", job.split) for name in names}
     known |= {"val/loss": "minimize", "val/audio_gain": "maximize"}
-    metric = settings.metric or f"val/{names[0]}"
+    metric = settings.metric or f"val/{next(iter(names))}"
     direction: Any = settings.direction or known.get(metric)
     if direction is None or not (metric in known or metric.startswith("val/")):
         wrong = f"no run with target={job.target} logs it; these are logged: {', '.join(sorted(known))}"

@@ -20,6 +20,7 @@ from sedtrain.run_dir import config_of, is_finished, write_whole
 from sedtrain.training.checkpoint_files import refuse_other_settings, starting_point
 from sedtrain.training.fit_batches import fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
+from sedtrain.training.tables import batches, plan
 
 NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
 """Options of a search for batches that are not those of the training it is for."""
@@ -39,7 +40,7 @@ def train(cfg: DictConfig) -> None:
     run = build.training_run(cfg)
     if run.trainer.is_global_zero:
         keep_configuration(cfg.run_dir, settings)
-        terminal.show(terminal.plan(*run.plan()))
+        terminal.show(plan(*run.plan()))
     run.fit(start)
     if not run.trainer.is_global_zero:
         return
@@ -106,7 +107,7 @@ def fit_batches(cfg: DictConfig) -> None:
     arguments = [each for each in sys.argv[1:] if each.lstrip("+").partition("=")[0] not in NOT_OF_TRAINING]
     command = shlex.join(["python", "-m", "sedtrain", *arguments, f"data.batches={file}"])
     terminal.show(
-        terminal.batches(found, budget),
+        batches(found, budget),
         terminal.saved_files(run.folder, ["batches.yaml", "skipped.jsonl", "sedtrain.log"]),
         f"to train with them:\n  {command}",
     )

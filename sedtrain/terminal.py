@@ -1,18 +1,16 @@
-"""Tables and lines for people: the plan of a run, its scores, the batches that fit, the files that were saved."""
+"""Tables and lines for people: the scores of a run, the files that were saved."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from sedtrain.evaluation.results import Evaluation, Results
-from sedtrain.training.finetune import PartPlan
-from sedtrain.training.fit_batches import Budget, Fitted
 
 RUN_FILES = (
-    "model", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "results.json", "report.html", "metrics.csv",
+    "model", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "results.json", "hypotheses.jsonl", "report.html", "metrics.csv",
     "tensorboard", "wandb", "config.yaml", "skipped.jsonl", "bad_steps.jsonl", "sedtrain.log",
 )  # fmt: skip
 
@@ -27,32 +25,12 @@ def table(title: str, *headings: str, right: Collection[str] = ()) -> Table:
     return table
 
 
-def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
-    """Table of how each part of the model is trained, and below it the facts of the run."""
-    numbers = ("trainable", "frozen", "peak learning rate", "from step")
-    rows = table("what will be trained", "part", *numbers, right=numbers)
-    rows.columns[0].no_wrap = True
-    for part in parts:
-        rates, steps = [f"{rate:.2g}" for rate in part.learning_rates], [f"{step:,}" for step in part.steps]
-        rows.add_row(part.name, f"{part.num_trainable:,}", f"{part.num_frozen:,}", ends(rates), ends(steps))
-    rows.add_section()
-    trainable, frozen = sum(part.num_trainable for part in parts), sum(part.num_frozen for part in parts)
-    rows.add_row("all", f"{trainable:,}", f"{frozen:,}")
-    rows.caption = "\n".join(f"{name:<16}{fact}" for name, fact in facts.items())
-    return rows
-
-
-def ends(values: Sequence[str]) -> str:
-    """The first and the last of some values in order; nothing where there is none."""
-    return " to ".join(dict.fromkeys([*values[:1], *values[-1:]]))
-
-
 def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples: int = 3) -> list[RenderableType]:
     """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
     numbers = ("value", results.interval_title.replace(", by", ",\nby"))
     scores = table("", "metric", *numbers, right=numbers)
-    for name, interval in results.metrics.items():
-        scores.add_row(name, f"{100 * interval.value:.2f} %", interval.ends)
+    for row in results.rows():
+        scores.add_row(*row)
     examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
     for each in evaluation.hypotheses[::step][:num_examples]:
@@ -61,17 +39,6 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
     headline = f"{results.split}: {results.headline}"  # a table's title would be cut to its width
     scored_as = "\n".join(results.scored_as())
     return [headline, scores, scored_as, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
-
-
-def batches(found: Sequence[Fitted], budget: Budget) -> Table:
-    """The largest batch of each bucket, and what a step on it took."""
-    headings = ("seconds up to", "tokens up to", "utterances", "audio", "peak memory", "speed")
-    rows = table("the largest batches that fit", *headings, right=headings)
-    for (seconds, tokens, utterances), peak_gb, speed in found:
-        audio = f"{seconds * utterances:,.0f} s"
-        rows.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
-    rows.caption = f"into {budget.text}\nspeed: seconds of audio per second, of one step"
-    return rows
 
 
 def saved_files(folder: Path, names: Sequence[str]) -> str:

@@ -16,7 +16,13 @@ from pathlib import Path
 
 gc.disable()  # until all is imported, which stays for good and need not be searched again and again
 CACHE = tempfile.mkdtemp(prefix="sedtrain-tests-")
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE, "MPLBACKEND": "Agg"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_CACHE": CACHE,
+    "HF_MODULES_CACHE": CACHE,
+    "MPLBACKEND": "Agg",
+}
 
 import pyarrow.parquet
 import pytest

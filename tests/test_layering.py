@@ -16,15 +16,16 @@ PACKAGE = Path(__file__).parents[1] / "sedtrain"
 MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
-    "cli": "config errors launch run_dir tasks",
+    "cli": "compare config errors launch run_dir tasks",
+    "compare": "errors evaluation run_dir terminal",
     "search": "annotations errors evaluation run_dir terminal",
     "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models text training",
-    "terminal": "evaluation training",
-    "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir",
+    "terminal": "evaluation",
+    "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir terminal",
     "inspection": "batch data errors evaluation run_dir",
     "export": "evaluation models run_dir text",
-    "evaluation": "batch data decoding errors models run_dir text",
+    "evaluation": "batch data decoding errors models plain run_dir text",
     "decoding": "annotations batch data errors models ranges text",
     "models": "annotations batch errors hub plain ranges run_dir text",
     "data": "annotations batch errors hub launch plain ranges run_dir text",
@@ -46,13 +47,13 @@ ONLY_IN = {
     "omegaconf": "build cli config search tasks",
     "lightning": "build config data.datamodule training",
     "datasets": "data",
-    "rich": "data.durations inspection.tables terminal training.progress",
+    "rich": "compare data.durations inspection.tables terminal training.progress training.tables",
     "matplotlib": "evaluation",
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
-    "__init__ __main__ annotations cli config.composition config.inherit config.overrides config.schema "
-    "config.signatures errors launch plain ranges run_dir"
+    "__init__ __main__ annotations cli config.composition config.inherit config.metric_rules config.overrides "
+    "config.schema config.signatures errors launch plain ranges run_dir"
 )
 # The use of a saved model needs none of these.
 NOT_FOR_INFERENCE = {"lightning", "hydra", "omegaconf", "datasets", "pyarrow", "pandas", "jiwer", "sacrebleu"}
@@ -156,6 +157,14 @@ def test_a_command_line_is_read_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert set(loaded.stdout.split()) & {"torch", "transformers", "lightning", "datasets", "numpy", "pyarrow"} == set()
+
+
+def test_runs_are_compared_without_torch():
+    used = closure({"compare"})
+    assert "evaluation.comparison" in used
+    assert set().union(*(PACKAGES[name] for name in used)) & {"torch", "transformers", *NOT_FOR_INFERENCE} <= {
+        "sacrebleu"
+    }
 
 
 def test_a_saved_model_is_used_without_lightning_hydra_and_datasets():

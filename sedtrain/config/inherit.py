@@ -19,6 +19,7 @@ READ = ("data", "target", "normalizer", "metrics", "decoding")
 INHERITED = ("encoder", "decoder", "adapter", *READ)
 FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # options of data, and their names in the root
 OLD_NAMES = {"normaliser": "normalizer", "training_normaliser": "training_normalizer"}
+CODE = ("evaluate", "trust_remote_code")  # of a metric: what of it is loaded and run
 WRITE = "write checkpoint=RUN of a whole run, or checkpoint=RUN/model with data=OPTION"
 
 
@@ -82,10 +83,10 @@ def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[st
 
 
 def directives(value: object, path: str) -> Iterator[tuple[str, object]]:
-    """By dotted name, what Hydra and OmegaConf act on: keys such as `_target_`, and texts that refer to other values."""
+    """By dotted name, what is acted on: keys such as `_target_`, and texts that refer to other values."""
     if isinstance(value, dict):
         for name, each in value.items():
-            if str(name).startswith("_"):
+            if str(name).startswith("_") or name in CODE:
                 yield f"{path}.{name}", each
             yield from directives(each, f"{path}.{name}")
     elif isinstance(value, list):

@@ -12,12 +12,12 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from sedtrain.annotations import example, misfits, suggest
+from sedtrain.config.metric_rules import OF_METRICS, metric_rules
 from sedtrain.config.signatures import read_signature
 from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
-BLEU_TOKENIZERS = ("auto", "13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
 DECIDED = {
     "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
     "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
@@ -59,7 +59,7 @@ def one_of(*choices: str) -> Any:
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
-    task: str = one_of("train", "evaluate", "transcribe", "inspect", "fit_batches")
+    task: str = one_of("train", "evaluate", "transcribe", "compare", "inspect", "fit_batches")
     seed: Seed = 0
     size: str = one_of("tiny", "base", "large")
     pretrained: bool = True
@@ -75,6 +75,7 @@ class Config:
     resume: str = "none"
     checkpoint: str | None = None
     audio: Any = None
+    runs: Any = None
     split: str = one_of("test", "validation", "train")
 
     metrics: Any = None
@@ -176,7 +177,8 @@ def check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[
             yield from check_value(value, index, f"{path}[{index}]")
     elif isinstance(value, DictConfig):
         if "_target_" in value:
-            yield from check_target(value, path)
+            of_user = path.startswith("metrics.")  # a function of texts, which are not known yet
+            yield from check_target(completed_later(value) if of_user else value, path)
         for name in cast(Any, value):
             yield from check_value(value, name, f"{path}.{name}")
 
@@ -205,6 +207,12 @@ def check_target(node: DictConfig, path: str) -> Iterator[UserError]:
         yield UserError(f"{path}._target_", target, error.wrong, error.write)
         return
     yield from check_options(node, path, signature, target.rpartition(".")[2])
+
+
+def completed_later(node: DictConfig) -> DictConfig:
+    """A metric's node as a partial of its function, without what is not the function's."""
+    options = [each for each in cast(Any, node) if each not in OF_METRICS]
+    return cast(DictConfig, OmegaConf.merge(OmegaConf.masked_copy(node, options), {"_partial_": True}))
 
 
 def check_options(node: DictConfig, path: str, signature: Signature, name: str) -> Iterator[UserError]:
@@ -238,8 +246,14 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
+    runs = plain(config, "runs") if "runs" in config else None
+    if task == "compare" and not (
+        isinstance(runs, list) and len(runs) > 1 and all(isinstance(each, str) for each in runs)
+    ):
+        yield UserError("runs", runs, "task=compare needs two runs or more", "write 'runs=[FOLDER,FOLDER]'")
     if "metrics" in config:
-        yield from metric_rules(plain(config, "metrics"))
+        named = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml") if file.stem != "auto")
+        yield from metric_rules(plain(config, "metrics"), named, config.get("target"))
     mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
     for name, dataset in mix.items() if isinstance(mix, dict) else ():
         if isinstance(dataset, dict):
@@ -271,16 +285,6 @@ def entry_rules(entries: Any, group: str) -> Iterator[UserError]:
                 f"write +{group}.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
             )
             yield UserError(f"{group}.{name}", node, "this has a name of its own, and a _target_", write)
-
-
-def metric_rules(metrics: object) -> Iterator[UserError]:
-    match metrics:
-        case {"bleu": {"tokenize": tokenize, **unknown}, **others} if not unknown and not others:
-            if tokenize not in (*BLEU_TOKENIZERS, UNSET):
-                wrong = "sacrebleu has no such tokenizer, or downloads it"
-                yield UserError("metrics.bleu.tokenize", tokenize, wrong, suggest(str(tokenize), BLEU_TOKENIZERS))
-        case _ if metrics not in (None, UNSET):
-            yield UserError("metrics", metrics, "expected {bleu: {tokenize: NAME}}", "write metrics.bleu.tokenize=NAME")
 
 
 def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:

@@ -1,9 +1,10 @@
-"""Decodes a split, scores the hypotheses, and writes results.json and report.html."""
+"""Decodes a split, scores the hypotheses, and writes results.json, hypotheses.jsonl and report.html."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
+from math import nan
 from pathlib import Path
 
 import torch
@@ -15,29 +16,41 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.errors import UserError
 from sedtrain.evaluation.bleu import bleu_tokenizer
-from sedtrain.evaluation.intervals import confidence_intervals
+from sedtrain.evaluation.intervals import Interval, confidence_intervals
 from sedtrain.evaluation.listening import Listening, listen
-from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
+from sedtrain.evaluation.metrics import METRICS, MetricSet, OwnMetric
 from sedtrain.evaluation.report import write_report
-from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, commit, installed_versions
+from sedtrain.evaluation.results import (
+    Evaluation,
+    Hypothesis,
+    Results,
+    TrainingTotals,
+    commit,
+    installed_versions,
+    write_hypotheses,
+)
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.text.normalizers import normalizer
 
-METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
-"""The metrics of each target, the one that decides first."""
 
+def metric_set(
+    names: Sequence[str],
+    normalizer_name: str,
+    tokenize: str,
+    corpus: Corpus,
+    splits: Iterable[str],
+    own: Sequence[OwnMetric] = (),
+) -> MetricSet:
+    """Metrics of these splits of a corpus.
 
-def metric_set(target: str, normalizer_name: str, tokenize: str, corpus: Corpus, splits: Iterable[str]) -> MetricSet:
-    """The metrics of a target for these splits of a corpus.
-
-    normalizer_name: rewrites transcriptions; translations are scored as they are
+    normalizer_name: rewrites the texts of metrics that are not sacrebleu's
     tokenize:        the tokenizer of BLEU, see `bleu_tokenizer`
     Raises UserError where there is no such normalizer or tokenizer.
     """
-    if target == "transcription":
-        return MetricSet(TRANSCRIPTION, normalizer(normalizer_name))
-    return MetricSet(TRANSLATION, normalizer("none"), bleu_tokenizer(tokenize, corpus, splits))
+    rewrites = any(METRICS[name].signature is None for name in names)
+    tokenizer = bleu_tokenizer(tokenize, corpus, splits) if "bleu" in names else "13a"
+    return MetricSet(names, normalizer(normalizer_name if rewrites else "none"), tokenizer, own)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Scoring:
     """Settings and components of scoring.
 
     target, split: what the texts are, and which of them are scored
-    folder: where results.json and report.html go; metrics.csv is read from it
+    folder: where results.json, hypotheses.jsonl and report.html go; metrics.csv is read from it
     checkpoint: the model that is scored; None for one that was trained in this folder
     """
 
@@ -60,7 +73,7 @@ class Scoring:
     def score(
         self, saved: SavedModel, data: SpeechTextDataModule, train: TrainingTotals | None = None
     ) -> tuple[Results, Evaluation]:
-        """Scores a model on the data and writes both files. Raises UserError where no utterance could be read.
+        """Scores a model on the data and writes the files. Raises UserError where no utterance could be read.
 
         train: what the training cost, where there was one
         """
@@ -91,6 +104,7 @@ class Scoring:
             commit=commit(),
         )
         results.write(self.folder / "results.json")
+        write_hypotheses(self.folder / "hypotheses.jsonl", evaluation, self.metric_set)
         model = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"
         rows, curves = data.split(self.split), self.folder / "metrics.csv"
 
@@ -138,7 +152,9 @@ def evaluate(
             "none of the utterances could be decoded: there is nothing to score",
             "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
         )
-    counts = metric_set.count([h.reference for h in hypotheses], [h.hypothesis for h in hypotheses])
+    texts = [h.reference for h in hypotheses], [h.hypothesis for h in hypotheses]
+    counts = metric_set.count(*texts)
     metrics = confidence_intervals(metric_set, counts, [each.speaker for each in hypotheses])
+    metrics |= {name: Interval(value, nan, nan) for name, value in metric_set.own_values(*texts).items()}
     rtfx = audio_seconds / max(decoding_seconds, 1e-9)
     return Evaluation(metrics, hypotheses, counts, audio_seconds, rtfx, num_cut)

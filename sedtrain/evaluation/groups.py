@@ -7,7 +7,7 @@ import numpy as np
 from sedtrain.evaluation import html
 from sedtrain.evaluation.intervals import Interval, confidence_intervals
 from sedtrain.evaluation.metrics import METRICS, MetricSet
-from sedtrain.evaluation.results import Evaluation
+from sedtrain.evaluation.results import Evaluation, percent
 
 NUM_RANGES, NUM_NAMES = 6, 10  # groups by a number, and the worst of those by a name
 
@@ -34,10 +34,6 @@ def by_name(values: Sequence[str | None]) -> Groups:
     for row, value in enumerate(values):
         groups.setdefault(value or "unknown", []).append(row)
     return list(groups.items())
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def scores_by_group(

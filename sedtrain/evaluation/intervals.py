@@ -1,4 +1,4 @@
-"""95 % confidence intervals and a paired test, from counts per utterance.
+"""95 % confidence intervals and paired tests, from counts per utterance.
 
 Utterances of one speaker resemble each other, so that speakers are resampled where they are known (arXiv 1912.09508):
 each is left out once (the cluster jackknife), and the standard error is multiplied by a quantile of Student's t, as few
@@ -23,6 +23,8 @@ Speakers = Sequence[str | None]
 """The speaker of each utterance; None where unknown. Empty where nothing says speakers."""
 
 FEW_SPEAKERS = 10
+LEVEL = 0.05
+NUM_SWAPS, CHUNK = 5000, 2_000_000  # random swaps of a test; units times swaps at once
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,51 @@ def paired_test(
         p_value = chance(abs(difference) / error if error else inf, freedom) if difference else 1.0
         tests[name] = PairedDifference(difference, difference - width, difference + width, p_value)
     return tests
+
+
+def chances_of_swaps(
+    metric_set: MetricSet, first: Counts, second: Counts, speakers: Sequence[str | None]
+) -> dict[str, float]:
+    """Approximate randomisation: how often the runs, with their units swapped at random, differ as much as they do.
+
+    The units are those of the intervals (Noreen 1989; Riezler and Maxwell 2005). Nothing where they are too few to tell.
+    """
+    sums = [sums_of_units(counts, speakers) for counts in (first, second)]
+    if smallest_chance(len(sums[0])) >= LEVEL:
+        return {}
+    totals, change = [each.sum(axis=0) for each in sums], sums[1] - sums[0]
+    change = change[change.any(axis=1)]  # to swap what is alike changes nothing
+    observed = {name: abs(float(values)) for name, values in differences(metric_set, *totals).items()}
+    generator, num_larger, num_drawn = np.random.default_rng(0), dict.fromkeys(observed, 0), 0
+    while num_drawn < NUM_SWAPS:
+        number = min(max(CHUNK // max(len(change), 1), 1), NUM_SWAPS - num_drawn)
+        swapped = generator.integers(0, 2, (number, len(change)), dtype=np.int8).astype(np.float64).astype(
+            np.float32
+        ) @ change.astype(np.float32)
+        moved = np.rint(swapped).astype(np.int64)
+        num_drawn += number
+        for name, values in differences(metric_set, totals[0] + moved, totals[1] - moved).items():
+            num_larger[name] += int((np.abs(values) >= observed[name] - 1e-12).sum())
+    return {name: (number + 1) / (NUM_SWAPS + 1) for name, number in num_larger.items()}
+
+
+def differences(metric_set: MetricSet, first: Counts, second: Counts) -> dict[str, npt.NDArray[np.float64]]:
+    values = metric_set.values(first), metric_set.values(second)
+    return {name: values[1][name] - values[0][name] for name in metric_set.metrics}
+
+
+def smallest_chance(num_units: int) -> float:
+    """The smallest p-value that swaps of so many units can have: all swapped or none."""
+    return 2.0 ** (1 - num_units)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrected for the number of tests (Holm 1979): the chance of any wrong verdict among them is that of one."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def sums_of_units(counts: Counts, speakers: Speakers) -> Counts:

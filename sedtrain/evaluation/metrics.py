@@ -1,15 +1,16 @@
-"""WER, CER, BLEU and chrF as counts: whole numbers that add up over utterances, batches and ranks.
+"""Metrics as counts: whole numbers that add up over utterances, batches and ranks; values equal those of jiwer and sacrebleu.
 
-WER and CER rewrite both texts by a normalizer; BLEU and chrF take them untouched, as sacrebleu does.
+WER, CER, MER and WIL rewrite both texts by a normalizer; BLEU, chrF and TER take them untouched, as sacrebleu does.
 
-A new metric is a row of METRICS and its name in TRANSCRIPTION or TRANSLATION: how an utterance is counted, and the
-value of summed counts. Validation, results, intervals, reports and the search take it from there. The first name of
-the two decides which validation is the best; the report ranks utterances by WER, or else by chrF.
+A new metric is a row of METRICS and a file in conf/metrics: how an utterance is counted, and the value of summed counts.
+Validation, results, intervals, reports, comparisons and the search take it from there.
 
 Shapes: N utterances, K counts (the words of the reference, at least 1, then the counts of each metric in turn).
 """
 
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
+from sedtrain.errors import UserError
 from sedtrain.text.normalizers import Normalizer, collapse_whitespace, find, normalizer
 
 Counts = npt.NDArray[np.int64]
@@ -26,6 +28,9 @@ Values = npt.NDArray[np.float64]
 
 TRANSCRIPTION = ("wer", "cer")
 TRANSLATION = ("bleu", "chrf")
+EDITS = ("substitutions", "deletions", "insertions", "hits")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,42 @@ class Metric:
     """One metric.
 
     title: name in reports
-    count: reference and hypothesis -> `num_counts` whole numbers
-    value: summed counts (..., num_counts) -> fractions (...), not percent
+    counted: names of its counts
+    count: reference and hypothesis -> as many whole numbers
+    value: summed counts (..., number of counts) -> fractions (...), not percent
     signature: how sacrebleu describes it; None for a metric of normalized texts, in which single spaces separate words
     """
 
     title: str
-    num_counts: int
+    counted: tuple[str, ...]
     higher_is_better: bool
     count: Callable[[str, str], Sequence[int]]
     value: Callable[[Counts], Values]
     signature: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True)
+class OwnMetric:
+    """A user's function of all references and hypotheses, as they are, to a number; nothing of it adds up.
+
+    higher_is_better: None where nobody said
+    signature: what it is, for results
+    """
+
+    name: str
+    function: Callable[[list[str], list[str]], Any]
+    signature: str
+    higher_is_better: bool | None = None
+
+    def value(self, references: Sequence[str], hypotheses: Sequence[str]) -> float:
+        """Its value of a corpus in alphabetical order, however it was shared among ranks. Raises UserError where it fails."""
+        pairs = sorted(zip(references, hypotheses, strict=True))
+        try:
+            return float(self.function([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+        except Exception as error:
+            wrong = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            write = "it takes a list of references and a list of hypotheses, and returns a number"
+            raise UserError(f"metrics.{self.name}", self.signature, wrong, write) from error
 
 
 def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> tuple[int, int, int, int]:
@@ -53,6 +83,10 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> tuple[in
     return substitutions, deletions, insertions, len(reference) - substitutions - deletions
 
 
+def count_word_edits(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
+    return count_edits(reference.split(), hypothesis.split())
+
+
 def error_rate(counts: Counts) -> Values:
     """Errors per unit of the references; the number of insertions where these are empty, as in jiwer."""
     substitutions, deletions, insertions, hits = np.moveaxis(counts, -1, 0)
@@ -60,7 +94,21 @@ def error_rate(counts: Counts) -> Values:
     return rate
 
 
-def overlap_metric(title: str, num_counts: int, **options: str) -> Metric:
+def match_error_rate(counts: Counts) -> Values:
+    """Errors per pair of the alignment."""
+    rate: Values = counts[..., :3].sum(axis=-1) / np.maximum(counts.sum(axis=-1), 1)
+    return rate
+
+
+def information_lost(counts: Counts) -> Values:
+    """One less the product of the shares of the references' and of the hypotheses' words that are hits."""
+    substitutions, deletions, insertions, hits = np.moveaxis(counts, -1, 0).astype(np.float64)
+    words = (substitutions + deletions + hits) * (substitutions + insertions + hits)
+    lost: Values = np.where(counts.any(axis=-1), 1 - hits**2 / np.maximum(words, 1), 0.0)
+    return lost
+
+
+def sacrebleu_metric(title: str, counted: tuple[str, ...], higher_is_better: bool = True, **options: str) -> Metric:
     """A metric of sacrebleu, by its title and options there; its methods for statistics that add up have underscores."""
 
     @cache
@@ -74,7 +122,8 @@ def overlap_metric(title: str, num_counts: int, **options: str) -> Metric:
         return statistics
 
     def score(counts: Counts) -> float:
-        return float(min(scorer()._compute_score_from_stats(counts.tolist()).score / 100, 1.0))
+        value = float(scorer()._compute_score_from_stats(counts.tolist()).score) / 100
+        return min(value, 1.0) if higher_is_better else value
 
     def value(counts: Counts) -> Values:
         return np.apply_along_axis(score, -1, counts) if counts.size else np.zeros(counts.shape[:-1])
@@ -83,31 +132,63 @@ def overlap_metric(title: str, num_counts: int, **options: str) -> Metric:
         scorer().num_refs = 1
         return str(scorer().get_signature())
 
-    return Metric(title, num_counts, higher_is_better=True, count=count, value=value, signature=signature)
+    return Metric(title, counted, higher_is_better, count, value, signature)
 
 
+NGRAMS = (f"{what}_{order}" for order in range(1, 7) for what in ("hypothesis", "reference", "matches"))
+BLEU = ("hypothesis_words", "reference_words", *(f"{what}_{n}" for what in ("matches", "ngrams") for n in range(1, 5)))
 METRICS = {
-    "wer": Metric("WER", 4, False, lambda reference, text: count_edits(reference.split(), text.split()), error_rate),
-    "cer": Metric("CER", 4, False, count_edits, error_rate),
-    "bleu": overlap_metric("BLEU", num_counts=10),  # orders 1 to 4, exponential smoothing
-    "chrf": overlap_metric("chrF", num_counts=18),  # character orders 1 to 6, beta 2, no word orders
+    "wer": Metric("WER", EDITS, False, count_word_edits, error_rate),
+    "cer": Metric("CER", EDITS, False, count_edits, error_rate),
+    "mer": Metric("MER", EDITS, False, count_word_edits, match_error_rate),
+    "wil": Metric("WIL", EDITS, False, count_word_edits, information_lost),
+    "bleu": sacrebleu_metric("BLEU", BLEU),  # orders 1 to 4, exponential smoothing
+    "chrf": sacrebleu_metric("chrF", tuple(NGRAMS)),  # character orders 1 to 6, beta 2, no word orders
+    "ter": sacrebleu_metric(
+        "TER", ("edits", "reference_words"), higher_is_better=False
+    ),  # without case, as it is published
 }
+
+
+def chosen(metrics: Mapping[str, Any], target: str) -> dict[str, bool | None]:
+    """Names of the metrics that `metrics` of a configuration gives a target, the one that decides first.
+
+    Beside each, true if higher values are better, None where nobody said.
+    """
+    return {
+        name: METRICS[name].higher_is_better if name in METRICS else node.get("higher_is_better")
+        for name, node in metrics.items()
+        if node is not None and node.get("target") in (None, target)
+    }
+
+
+def title_of(name: str) -> str:
+    return METRICS[name].title if name in METRICS else name
 
 
 class MetricSet:
     """Several metrics: counts of texts, values of summed counts.
 
-    normalize: rewrites the texts of WER and CER; `lowercase` if not given
+    names:     those that add up
+    normalize: rewrites the texts of metrics that are not sacrebleu's; `lowercase` if not given
     tokenize:  sacrebleu's tokenizer for BLEU
+    own:       metrics that do not add up, by name
     Raises UserError for an unknown metric.
     """
 
-    def __init__(self, names: Sequence[str], normalize: Normalizer | None = None, tokenize: str = "13a") -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        normalize: Normalizer | None = None,
+        tokenize: str = "13a",
+        own: Sequence[OwnMetric] = (),
+    ) -> None:
         self.metrics = {name: find(METRICS, name, "metric", "metrics") for name in names}
         if "bleu" in self.metrics:
-            self.metrics["bleu"] = overlap_metric("BLEU", METRICS["bleu"].num_counts, tokenize=tokenize)
+            self.metrics["bleu"] = sacrebleu_metric("BLEU", BLEU, tokenize=tokenize)
+        self.own = {metric.name: metric for metric in own}
         self.normalize = normalizer("lowercase") if normalize is None else normalize
-        widths = (metric.num_counts for metric in self.metrics.values())
+        widths = (len(metric.counted) for metric in self.metrics.values())
         self._edges = np.cumsum([1, *widths]).tolist()
         self.num_counts: int = self._edges[-1]
 
@@ -116,9 +197,12 @@ class MetricSet:
         rows = []
         for texts in zip(references, hypotheses, strict=True):
             normalized = [collapse_whitespace(self.normalize(text)) for text in texts]
-            counts = [metric.count(*(texts if metric.signature else normalized)) for metric in self.metrics.values()]
-            num_words = max(len(normalized[0].split()), 1)
-            rows.append([num_words, *(number for of_metric in counts for number in of_metric)])
+            row, counts = [max(len(normalized[0].split()), 1)], {}
+            for metric in self.metrics.values():
+                if metric.count not in counts:  # WER, MER and WIL share theirs
+                    counts[metric.count] = metric.count(*(texts if metric.signature else normalized))
+                row += counts[metric.count]
+            rows.append(row)
         return np.array(rows, dtype=np.int64).reshape(len(rows), self.num_counts)
 
     def values(self, counts: Counts) -> dict[str, Values]:
@@ -130,13 +214,34 @@ class MetricSet:
             for (name, metric), (first, last) in columns
         }
 
+    def own_values(self, references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+        """Metrics that do not add up; NaN, with a warning, where one fails."""
+        values = dict.fromkeys(self.own, math.nan)
+        for name, metric in self.own.items() if references else ():
+            try:
+                values[name] = metric.value(references, hypotheses)
+            except UserError as error:
+                logger.warning("metrics.%s has no value: %s", name, error.wrong)
+        return values
+
+    def ranking(self) -> str:
+        """The metric that ranks single utterances: BLEU says little of one."""
+        return next(name for name in ("wer", "cer", "mer", "wil", "chrf", "ter", "bleu") if name in self.metrics)
+
+    def named(self, counts: Sequence[int], name: str) -> dict[str, int]:
+        """Counts of a metric by their names, from those of an utterance (K,)."""
+        first = self._edges[list(self.metrics).index(name)]
+        counted = self.metrics[name].counted
+        return dict(zip(counted, map(int, counts[first : first + len(counted)]), strict=True))
+
     def signatures(self) -> dict[str, str]:
-        """The description by sacrebleu of each metric that is one of its own."""
-        return {name: metric.signature() for name, metric in self.metrics.items() if metric.signature}
+        """The description of each metric of texts as they are: by sacrebleu, or what the user named."""
+        of_sacrebleu = {name: metric.signature() for name, metric in self.metrics.items() if metric.signature}
+        return of_sacrebleu | {name: metric.signature for name, metric in self.own.items()}
 
 
 class CorpusMetrics:
-    """Metrics of a corpus in constant memory: K whole numbers, whatever its size."""
+    """Metrics of a corpus in constant memory: K whole numbers, whatever its size; `texts` only for those that do not add up."""
 
     def __init__(self, metric_set: MetricSet) -> None:
         self.metric_set = metric_set
@@ -144,11 +249,13 @@ class CorpusMetrics:
 
     def reset(self) -> None:
         self._counts: Counts = np.zeros(self.metric_set.num_counts, dtype=np.int64)
+        self.texts: list[tuple[str, str]] = []
 
     def update(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
         """Adds utterances and returns their counts (N, K), which intervals need."""
         rows = self.metric_set.count(references, hypotheses)
         self._counts += rows.sum(axis=0)
+        self.texts += zip(references, hypotheses, strict=True) if self.metric_set.own else ()
         return rows
 
     def counts(self) -> Counts:
@@ -160,4 +267,5 @@ class CorpusMetrics:
         self._counts = np.asarray(counts).astype(np.int64).reshape(self.metric_set.num_counts)
 
     def compute(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.metric_set.values(self._counts).items()}
+        own = self.metric_set.own_values([text[0] for text in self.texts], [text[1] for text in self.texts])
+        return {name: float(value) for name, value in self.metric_set.values(self._counts).items()} | own

@@ -12,10 +12,10 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from sedtrain.evaluation import html
-from sedtrain.evaluation.groups import percent, scores_by_group
+from sedtrain.evaluation.groups import scores_by_group
 from sedtrain.evaluation.listening import MOST_SECONDS, Listening
 from sedtrain.evaluation.metrics import METRICS, MetricSet
-from sedtrain.evaluation.results import Evaluation, Hypothesis, Results
+from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, percent
 from sedtrain.run_dir import write_whole
 from sedtrain.text.normalizers import Normalizer, normalizer
 
@@ -46,8 +46,8 @@ def write_report(
     listen_to:   where the decoder listens while it writes a hypothesis; called for three utterances
     """
     normalize = normalizer(results.normalizer["name"])
-    metric_set = MetricSet(list(evaluation.metrics), normalize)
-    ranking = "wer" if "wer" in evaluation.metrics else "chrf"  # BLEU says little of a single utterance
+    metric_set = MetricSet([name for name in evaluation.metrics if name in METRICS], normalize)
+    ranking = metric_set.ranking()
     title = f"{model or 'Speech encoder-decoder'}: {results.task}"
     sections = [f"<h1>{escape(title)}</h1>", html.row(scores(results), facts(results))]
     if metrics_csv and metrics_csv.exists():
@@ -88,9 +88,8 @@ def kind(pair: WordPair) -> str:
 
 
 def scores(results: Results) -> str:
-    rows = [(METRICS[name].title, percent(each.value), each.ends) for name, each in results.metrics.items()]
     scored_as = f'<p class="quiet">{"<br>".join(map(escape, results.scored_as()))}</p>'
-    return "<h2>Scores</h2>" + html.table(("metric", "value", results.interval_title), rows) + scored_as
+    return "<h2>Scores</h2>" + html.table(("metric", "value", results.interval_title), results.rows()) + scored_as
 
 
 def facts(results: Results) -> str:

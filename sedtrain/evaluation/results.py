@@ -12,7 +12,7 @@ from typing import Any
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval, Units
-from sedtrain.evaluation.metrics import METRICS, Counts
+from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet, title_of
 from sedtrain.run_dir import write_whole
 
 PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapidfuzz", "sacrebleu")
@@ -89,7 +89,7 @@ class Results:
     num_empty:           utterances whose reference is empty: what is written for them counts as insertions
     num_cut:             hypotheses that were cut at the limit of tokens
     training_normalizer: of the texts that the model learnt; None where the model does not say
-    signatures:          sacrebleu's description of each of its metrics
+    signatures:          sacrebleu's description of each of its metrics, and what the user named for others
     resampled, num_speakers, num_without_speaker: units of the intervals, see `Units`
     data:                the dataset and its own name of the split
     checkpoint:          the model that was scored; None for the one that was trained in `run_dir`
@@ -138,11 +138,18 @@ class Results:
         units = Units(self.resampled, self.num_speakers, self.num_without_speaker)
         return f"95 % interval, {units}"
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Title, value and interval of each metric as people read them: percent, save for numbers of the user's own."""
+        return [
+            (title_of(name), percent(each.value), each.ends) if name in METRICS else (name, f"{each.value:.4g}", "none")
+            for name, each in self.metrics.items()
+        ]
+
     def scored_as(self) -> list[str]:
         """How texts were compared, a line for the metrics of normalized texts and one for each of sacrebleu's."""
-        normalized = [METRICS[name].title for name in self.metrics if name not in self.signatures]
+        normalized = [title_of(name) for name in self.metrics if name not in self.signatures]
         normalizer = f"{', '.join(normalized)}: normalizer {' '.join(self.normalizer.values())}"
-        signed = [f"{METRICS[name].title}: {text}" for name, text in self.signatures.items()]
+        signed = [f"{title_of(name)}: {text}" for name, text in self.signatures.items()]
         return [*([normalizer] if normalized else []), *signed]
 
     def write(self, path: Path) -> None:
@@ -165,6 +172,24 @@ class Results:
         except (TypeError, KeyError, AttributeError):
             wrong = f"{path} holds no results: expected the keys {', '.join(each.name for each in fields(cls))}"
         raise UserError("run_dir", str(path.parent), wrong, "write the folder of a run that has ended")
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def write_hypotheses(path: Path, evaluation: Evaluation, metric_set: MetricSet) -> None:
+    """Writes a line of JSON for each utterance, with its counts of the first metric that has any."""
+    deciding = next(iter(metric_set.metrics))
+    lines = [
+        json.dumps(
+            without_nan({**asdict(each), "errors": metric_set.named(counts, deciding)}),
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        for each, counts in zip(evaluation.hypotheses, evaluation.counts.tolist(), strict=True)
+    ]
+    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -113,7 +113,11 @@ class TensorBoard(TensorBoardLogger):
     """
 
     def __init__(self, save_dir: str) -> None:
-        require_package("tensorboard")
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError as error:
+            write = "pip install 'sedtrain[tensorboard]', or write logger=csv"
+            raise UserError("logger", "tensorboard", f"this logger needs tensorboard: {error}", write) from error
         super().__init__(save_dir, name="", version="", default_hp_metric=False)
 
     def keep_before(self, step: int) -> None:
@@ -127,7 +131,7 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.add_text(name, f"```yaml\n{text}```")
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
-        cells = [[" ".join(text.replace("|", "\\|").split()) for text in astuple(sample)] for sample in samples]
+        cells = [[" ".join(text.replace("|", "\\|").split()) for text in texts_of(sample)] for sample in samples]
         rows = [COLUMNS, ["---"] * len(COLUMNS), *cells]
         self.experiment.add_text("samples", "\n".join(f"| {' | '.join(row)} |" for row in rows), step)
 
@@ -137,8 +141,6 @@ class Wandb(WandbLogger):
 
     mode: auto: the value of WANDB_MODE, else online where the user is logged in, else offline
     options: those of wandb.init
-
-    Raises UserError where wandb is not installed.
     """
 
     def __init__(
@@ -149,7 +151,6 @@ class Wandb(WandbLogger):
         mode: Literal["auto", "online", "offline"] = "auto",
         **options: Any,
     ) -> None:
-        require_package("wandb")
         import wandb
 
         self.folder, self.mode = Path(save_dir) / "wandb", mode
@@ -178,7 +179,7 @@ class Wandb(WandbLogger):
         return self._experiment
 
     def log_samples(self, samples: Sequence[Hypothesis], step: int) -> None:
-        self.log_table("samples", COLUMNS, [list(astuple(sample)) for sample in samples], step=step)
+        self.log_table("samples", COLUMNS, [texts_of(sample) for sample in samples], step=step)
 
     def finalize(self, status: str) -> None:
         super().finalize(status)
@@ -187,13 +188,8 @@ class Wandb(WandbLogger):
             self._experiment = None
 
 
-def require_package(name: str) -> None:
-    """Raises UserError where the package of a logger is not installed."""
-    try:
-        __import__(name)
-    except ImportError as error:
-        instead = f"pip install 'sedtrain[{name}]', or write logger=csv"
-        raise UserError("logger", name, f"this logger needs {name}: {error}", instead) from error
+def texts_of(sample: Hypothesis) -> list[str]:
+    return [sample.id, sample.reference, sample.hypothesis]
 
 
 def asks(method: str) -> Callable[..., Any]:

@@ -217,6 +217,8 @@ class SpeechSeq2SeqModule(LightningModule):
             write = "write data.validation_split and data.columns of audio that can be decoded"
             raise UserError("data.validation_split", ", ".join(sorted(splits)), wrong, write)
         self.metrics.set_counts(self.over_ranks(torch.from_numpy(self.metrics.counts())).cpu())
+        if self.metrics.metric_set.own and self.trainer.world_size > 1:
+            self.metrics.texts = texts_of_ranks(self.metrics.texts)
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         if num_compared:
             scores["val/audio_gain"] = gain_sum / num_compared
@@ -229,6 +231,13 @@ class SpeechSeq2SeqModule(LightningModule):
         if self.trainer.world_size == 1:
             return sums
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+
+
+def texts_of_ranks(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """References and hypotheses of all ranks, for metrics that do not add up."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, texts)
+    return [text for of_rank in gathered for text in of_rank]
 
 
 def time_fraction(trainer: Trainer) -> float | None:

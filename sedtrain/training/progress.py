@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sedtrain.batch import Batch
+from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.ranges import Positive
 
@@ -65,9 +66,8 @@ class ProgressBar(LightningProgressBar):
         """The latest values, as `loss 1.234  wer 12.3 %  85 s/s`."""
         latest = trainer.callback_metrics
         words = [f"loss {latest['train/loss']:.3f}"] if "train/loss" in latest else []
-        for name in ("wer", "bleu"):
-            if f"val/{name}" in latest:
-                words.append(f"{name} {100 * latest[f'val/{name}']:.1f} %")
+        for name in [name for name in METRICS if f"val/{name}" in latest][:1]:
+            words.append(f"{name} {100 * latest[f'val/{name}']:.1f} %")
         audio_seconds = self.audio_seconds + self.unsummed[1].item() * trainer.world_size  # an estimate until summed
         return "  ".join([*words, f"{audio_seconds / self.training_seconds():.0f} s/s"])
 

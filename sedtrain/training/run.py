@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Timer
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sampler import BatchesWithEpoch
 from sedtrain.errors import UserError
-from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
@@ -42,17 +41,17 @@ def run_trainer(
     callbacks: Mapping[str, Callback | partial[Callback]],
     loggers: Sequence[Tracker],
     finetuning: FineTuning,
-    main_metric: str,
+    metric: str,
+    mode: str,
 ) -> Trainer:
     """The Trainer that `make` builds with the options of `trainer`, and with what follows from other options.
 
     settings:  the whole configuration as plain values
-    callbacks: by name; a partial is given the metric to monitor. `checkpoints` comes last
+    callbacks: by name; a partial is given the metric to monitor and its mode, max or min. `checkpoints` comes last
     Raises UserError where nothing ends the training.
     """
-    mode = "max" if METRICS[main_metric].higher_is_better else "min"
     named = {
-        name: each(monitor=f"val/{main_metric}", mode=mode) if isinstance(each, partial) else each
+        name: each(monitor=f"val/{metric}", mode=mode) if isinstance(each, partial) else each
         for name, each in callbacks.items()
     }
     checkpoints = named.pop("checkpoints")

@@ -4,7 +4,9 @@ import pytest
 from told import Problem, told
 
 from sedtrain.config.overrides import check_command_line
+from sedtrain.config.schema import conf_dir
 from sedtrain.errors import UserError
+from sedtrain.evaluation.metrics import METRICS
 
 
 def problems(*arguments):
@@ -57,8 +59,45 @@ def test_bleu_has_the_tokenizers_that_need_no_download():
     wrong = "sacrebleu has no such tokenizer, or downloads it"
     assert problems("metrics.bleu.tokenize=zhh") == [Problem("metrics.bleu.tokenize", "zhh", wrong, write)]
     [found] = problems("+metrics.bleu.lowercase=true")
-    assert (found.option, found.wrong) == ("metrics", "expected {bleu: {tokenize: NAME}}")
-    assert found.write == "write metrics.bleu.tokenize=NAME"
+    assert found == Problem("metrics.bleu.lowercase", True, "bleu has no such option", "available: target, tokenize")
+
+
+def test_metrics_are_chosen_by_name_and_are_those_of_the_package():
+    assert check_command_line(["metrics=[ter,wer]", "+metrics.mine._target_=os.path.commonprefix"])
+    [found] = problems("metrics=[wer,were]")
+    assert found.write == "did you mean 'wer'? available: auto, bleu, cer, chrf, mer, ter, wer, wil"
+    [found] = problems("+metrics.mine.speed=3")
+    assert found.wrong == "there is no metric 'mine'"
+    assert found.write.endswith("; yours is +metrics.NAME._target_=package.module.function")
+    assert {file.stem for file in (conf_dir() / "metrics").glob("*.yaml")} == {"auto", *METRICS}
+
+
+def test_code_of_the_hub_is_run_only_where_the_user_allows_it(tmp_path):
+    wrong = "there is no such folder; code of that name on the Hub would be downloaded and run"
+    write = "write a folder, or allow it by +metrics.mine.trust_remote_code=true"
+    assert problems("+metrics.mine.evaluate=rouge") == [Problem("metrics.mine.evaluate", "rouge", wrong, write)]
+    assert problems("+metrics.mine.evaluate=rouge", "+metrics.mine.trust_remote_code=1")
+    assert check_command_line(["+metrics.mine.evaluate=rouge", "+metrics.mine.trust_remote_code=true"])
+    assert check_command_line([f"+metrics.mine.evaluate={tmp_path}"])
+
+
+def test_metrics_without_one_that_has_intervals_and_a_first_one_without_direction_are_refused(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/mine.yaml").write_text("mine:\n  _target_: os.path.commonprefix\n")
+    [found] = problems(f"hydra.searchpath=['{tmp_path}']", "metrics=[mine,wer]")
+    assert found.option == "metrics.mine.higher_is_better"
+    assert found.write == "write +metrics.mine.higher_is_better=true, or false for errors"
+    assert problems(f"hydra.searchpath=['{tmp_path}']", "metrics=mine")[0].wrong.endswith(
+        "the others have no intervals"
+    )
+    own = "+metrics.mine.higher_is_better=false"
+    assert check_command_line([f"hydra.searchpath=['{tmp_path}']", "metrics=[mine,wer]", own])
+
+
+def test_a_comparison_needs_two_runs():
+    wrong = "task=compare needs two runs or more"
+    assert problems("task=compare", "runs=[a]") == [Problem("runs", ["a"], wrong, "write 'runs=[FOLDER,FOLDER]'")]
+    assert check_command_line(["task=compare", "runs=[runs/a,runs/b]"])
 
 
 @pytest.mark.parametrize(

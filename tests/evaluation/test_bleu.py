@@ -29,7 +29,7 @@ def corpus_of(folder, texts, **options):
 
 
 def chosen(folder, texts, tokenize="auto", **options):
-    return metric_set("translation", "lowercase", tokenize, corpus_of(folder, texts, **options), ["test"])
+    return metric_set(["bleu", "chrf"], "lowercase", tokenize, corpus_of(folder, texts, **options), ["test"])
 
 
 @pytest.mark.parametrize(("texts", "language", "tokenize"), [(GERMAN, "de", "13a"), (CHINESE, "zh", "zh")])
@@ -108,6 +108,6 @@ def test_languages_that_need_different_tokenizers_are_refused(tmp_path):
     write(tmp_path / "test.parquet", [0.5, 0.5], translation=["Der Hund", "天气"], language=["de", "zh"])
     columns = {"audio": "audio", "translation": "translation", "language": "language"}
     data = data_module(tmp_path, columns=columns, target="translation")
-    message = refused(metric_set, "translation", "none", "auto", data.corpus, ["test"])
+    message = refused(metric_set, ["bleu"], "none", "auto", data.corpus, ["test"])
     assert "the languages of the texts need different tokenizers: 13a (de) and zh (zh)" in message
     assert "write metrics.bleu.tokenize=char, or score one language at a time" in message

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from importlib.metadata import version
 
 import jiwer
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, CorpusMetrics, MetricSet
+from sedtrain.evaluation.own_metrics import of_evaluate, of_function
 from sedtrain.text.normalizers import normalizer
 
 REFERENCES = ["the cat sat on the mat", "one two three four five", "hello there , my friend", "yes"]
@@ -31,9 +33,17 @@ def corpus_metrics(names, references, hypotheses):
 @settings(max_examples=30, deadline=None)
 def test_error_rates_equal_jiwer_over_the_whole_corpus(pairs):
     references, hypotheses = map(list, zip(*pairs, strict=True))
-    values = corpus_metrics(TRANSCRIPTION, references, hypotheses)
-    assert values["wer"] == pytest.approx(jiwer.wer(references, hypotheses))
-    assert values["cer"] == pytest.approx(jiwer.cer(references, hypotheses))
+    values = corpus_metrics(["mer", "wer", "wil", "cer"], references, hypotheses)
+    words = jiwer.process_words(references, hypotheses)
+    direct = {"mer": words.mer, "wer": words.wer, "wil": words.wil, "cer": jiwer.cer(references, hypotheses)}
+    assert values == pytest.approx(direct)
+
+
+@pytest.mark.parametrize(("reference", "hypothesis"), [("", ""), ("", "a b"), ("a b", ""), ("a", "b"), ("a", "a b c")])
+def test_error_rates_of_corner_cases_equal_jiwer(reference, hypothesis):
+    words = jiwer.process_words([reference], [hypothesis])
+    direct = {"wer": words.wer, "mer": words.mer, "wil": words.wil}
+    assert corpus_metrics(list(direct), [reference], [hypothesis]) == direct
 
 
 texts = st.text(st.sampled_from("abé你 🙂ا"), max_size=12)
@@ -54,13 +64,14 @@ def test_edits_of_every_utterance_are_those_of_jiwer(pairs):
 @settings(max_examples=30, deadline=None)
 def test_overlap_scores_equal_sacrebleu_over_the_whole_corpus(pairs):
     references, hypotheses = map(list, zip(*pairs, strict=True))
-    values = corpus_metrics(TRANSLATION, references, hypotheses)
+    values = corpus_metrics(["bleu", "chrf", "ter"], references, hypotheses)
+    assert values["ter"] == pytest.approx(sacrebleu.corpus_ter(hypotheses, [references]).score / 100)
     assert values["bleu"] == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score / 100)
     assert values["chrf"] == pytest.approx(sacrebleu.corpus_chrf(hypotheses, [references]).score / 100)
 
 
 def test_counts_added_over_ranks_give_the_metrics_of_the_whole():
-    names = TRANSCRIPTION + TRANSLATION
+    names = list(METRICS)
     ranks = [CorpusMetrics(MetricSet(names)) for _ in range(2)]
     for rank, metrics in enumerate(ranks):
         metrics.update(REFERENCES[rank::2], HYPOTHESES[rank::2])
@@ -140,18 +151,99 @@ def test_texts_without_partner_are_refused():
 def test_an_unknown_metric_is_named_with_the_closest_one():
     with pytest.raises(UserError, match="no metric called 'were': did you mean 'wer'") as error:
         MetricSet(["were"])
-    assert error.value.write == "write one of wer, cer, bleu, chrf"
+    assert error.value.write == "write one of wer, cer, mer, wil, bleu, chrf, ter"
 
 
 def test_error_rates_fall_and_overlaps_rise_when_a_model_improves():
     assert [name for name, metric in METRICS.items() if metric.higher_is_better] == ["bleu", "chrf"]
 
 
+def length_ratio(references, hypotheses, power=1):
+    return (sum(map(len, hypotheses)) / sum(map(len, references))) ** power
+
+
+def test_a_function_of_the_user_gets_all_texts_as_they_are_in_an_order_that_no_rank_changes():
+    seen = []
+
+    def function(references, hypotheses):
+        seen.append((references, hypotheses))
+        return length_ratio(references, hypotheses)
+
+    metrics = CorpusMetrics(MetricSet(["wer"], own=[of_function("ratio", function, "here.ratio", None)]))
+    metrics.update(["B b", "a  A"], ["b", "A"])
+    assert metrics.compute() == {"wer": 0.5, "ratio": 2 / 7}
+    assert seen[1:] == [(["B b", "a  A"], ["b", "A"])]
+    assert metrics.metric_set.signatures() == {"ratio": "here.ratio"}
+    metrics.reset()
+    assert metrics.texts == []
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong"),
+    [
+        (lambda texts: 1.0, "it fails with TypeError: "),
+        (lambda references, hypotheses: {"f1": 1.0}, "it fails with TypeError: float() argument"),
+        (lambda references, hypotheses: 1 / 0, "it fails with ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_function_that_gives_no_number_is_refused_before_it_is_needed(function, wrong):
+    with pytest.raises(UserError) as error:
+        of_function("mine", function, "here.mine", True)
+    assert (error.value.option, error.value.value) == ("metrics.mine", "here.mine")
+    assert error.value.wrong.startswith(wrong)
+    assert error.value.write == "it takes a list of references and a list of hypotheses, and returns a number"
+
+
+def test_a_function_that_fails_later_has_no_value_and_ends_nothing(caplog):
+    own = of_function("mine", lambda references, hypotheses: 1 / (2 - len(references)), "here.mine", True)
+    metrics = CorpusMetrics(MetricSet(["wer"], own=[own]))
+    metrics.update(["a", "b"], ["a", "b"])
+    assert math.isnan(metrics.compute()["mine"])
+    assert "metrics.mine has no value: it fails with ZeroDivisionError" in caplog.text
+
+
+SCRIPT = """
+import datasets
+import evaluate
+class Same(evaluate.Metric):
+    def _info(self):
+        texts = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(texts))
+    def _compute(self, predictions, references, add=0):
+        same = sum(map(str.__eq__, predictions, references)) / len(references)
+        return {"same": same + add, "number": len(references), "all": predictions}
+"""
+
+
+@pytest.fixture
+def same(tmp_path):
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same/same.py").write_text(SCRIPT)
+    return str(tmp_path / "same")
+
+
+def test_a_metric_of_evaluate_is_loaded_from_its_folder(same):
+    metric = of_evaluate("same", same, True, None, add=1)
+    assert metric.value(REFERENCES, [REFERENCES[0], *HYPOTHESES[1:]]) == 1.25
+    assert metric.signature == f"evaluate {version('evaluate')}: {same}"
+    assert of_evaluate("mine", same, True, "number").value(REFERENCES, HYPOTHESES) == 4
+
+
+def test_a_metric_of_evaluate_says_which_numbers_it_gives_and_what_cannot_be_loaded(same, tmp_path):
+    with pytest.raises(UserError, match=r"write \+metrics.mine.key=NAME of a number among them"):
+        of_evaluate("mine", same, True, "all")
+    (tmp_path / "same/same.py").write_text("raise ValueError('broken')")
+    with pytest.raises(UserError) as error:
+        of_evaluate("mine", same, True, None)
+    assert error.value.wrong == "it cannot be loaded: ValueError: broken"
+    assert error.value.option == "metrics.mine.evaluate"
+
+
 def test_packages_of_single_metrics_are_imported_when_these_are_counted():
     script = (
         "import sys, sedtrain.decoding.generate, sedtrain.evaluation.metrics as metrics\n"
         "import sedtrain.text.coverage, sedtrain.text.normalizers, sedtrain.text.tags, sedtrain.text.tokenizers\n"
-        "print({'jiwer', 'sacrebleu', 'pandas', 'datasets'} & {*sys.modules})\n"
+        "print({'jiwer', 'sacrebleu', 'pandas', 'datasets', 'evaluate', 'wandb'} & {*sys.modules})\n"
         "metrics.MetricSet(['bleu']).count(['a'], ['b']); print('sacrebleu' in sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout

@@ -4,10 +4,21 @@ import os
 from dataclasses import asdict, replace
 
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval
-from sedtrain.evaluation.results import Results, TrainingTotals, installed_versions
+from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.results import (
+    Evaluation,
+    Hypothesis,
+    Results,
+    TrainingTotals,
+    installed_versions,
+    write_hypotheses,
+)
+from sedtrain.export import write_eval_results
 
 RESULTS = Results(
     task="train",
@@ -145,3 +156,46 @@ def test_intervals_are_titled_by_their_units():
     assert RESULTS.interval_title == "95 % interval, by speaker (only 6 speakers)"
     unknown = replace(RESULTS, resampled="utterance", num_speakers=None)
     assert unknown.interval_title == "95 % interval, by utterance"
+
+
+def test_hypotheses_are_lines_of_json_with_the_counts_of_the_deciding_metric(tmp_path):
+    metric_set = MetricSet(["wer", "cer"])
+    hypotheses = [
+        Hypothesis("ü\n1", "A b\u2028c", "a x", "s", "de", 1.5, -0.25),
+        Hypothesis("2", "a", "", score=math.nan),
+    ]
+    counts = metric_set.count([each.reference for each in hypotheses], [each.hypothesis for each in hypotheses])
+    write_hypotheses(tmp_path / "hypotheses.jsonl", Evaluation({}, hypotheses, counts, 1.0, 1.0), metric_set)
+    first, second = (tmp_path / "hypotheses.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert json.loads(first) == {
+        **{
+            "id": "ü\n1",
+            "speaker": "s",
+            "language": "de",
+            "seconds": 1.5,
+            "reference": "A b\u2028c",
+            "hypothesis": "a x",
+        },
+        **{"score": -0.25, "errors": {"substitutions": 1, "deletions": 1, "insertions": 0, "hits": 1}},
+    }
+    assert json.loads(second)["score"] is None and '"ü' in first
+
+
+@pytest.mark.parametrize(
+    ("data", "dataset"),
+    [
+        ("openslr/librispeech_asr, clean, test", {"id": "openslr/librispeech_asr", "task_id": "clean"}),
+        ("owner/name, test", {"id": "owner/name", "task_id": "default"}),
+        ("digits, test", None),
+        ("owner/name, test + owner/other, test", None),
+    ],
+)
+def test_the_hub_reads_the_score_of_a_dataset_that_it_has(tmp_path, data, dataset):
+    write_eval_results(tmp_path, replace(RESULTS, data=data))
+    files = list(tmp_path.glob(".eval_results/*.yaml"))
+    assert len(files) == (dataset is not None)
+    for file in files:
+        stored = yaml.safe_load(file.read_text())
+        [entry] = parse_eval_result_entries(stored)
+        assert stored[0]["dataset"] == dataset and entry.value == 8.0
+        assert entry.notes.startswith(f"WER in percent, 95 % interval 6.00 to 10.00 %, of {data}; WER, CER: normalizer")

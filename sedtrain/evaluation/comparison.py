@@ -1,0 +1,222 @@
+"""Compares runs over the same utterances: paired tests against the first run, and where the difference comes from.
+
+Shapes: N common utterances, K counts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sedtrain.errors import UserError
+from sedtrain.evaluation.intervals import (
+    LEVEL,
+    Interval,
+    PairedDifference,
+    Units,
+    chances_of_swaps,
+    confidence_intervals,
+    holm,
+    paired_test,
+    smallest_chance,
+    sums_of_units,
+)
+from sedtrain.evaluation.metrics import Counts, MetricSet, title_of
+from sedtrain.evaluation.origins import Origin, origin
+from sedtrain.evaluation.scored_runs import ScoredRun, Utterance
+from sedtrain.text.normalizers import normalizer
+
+WRITE = "compare runs of the same data, split and normalizer; task=evaluate scores a run again"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run minus the first one in one metric.
+
+    p_swaps: of approximate randomisation: how often random swaps of the runs' units differ as much; None for too few
+    p_value: the larger of both tests' p-values, times what Holm's correction for several runs asks
+    """
+
+    paired: PairedDifference
+    p_swaps: float | None
+    p_value: float
+    is_better: bool
+
+    @property
+    def is_shown(self) -> bool:
+        return self.p_value < LEVEL
+
+    def verdict(self, run: str, first: str) -> str:
+        """Such as `B is better: 1.20 points, p = 0.003`."""
+        p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
+        if not self.is_shown:
+            return f"no difference shown between {run} and {first} ({p_value})"
+        points = f"{100 * abs(self.paired.difference):.2f} points"
+        return f"{run if self.is_better else first} is better: {points}, {p_value}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs over their common utterances, each beside the first.
+
+    values:      by metric, an interval of each run
+    differences: by metric, a difference of each run but the first
+    origins:     of each run but the first, in points of the metric `ranking`
+    left_out:    utterances of each run that another lacks
+    notes:       what else to know
+    """
+
+    names: list[str]
+    split: str
+    data: str
+    num_utterances: int
+    units: str
+    scored_as: list[str]
+    values: Mapping[str, list[Interval]]
+    differences: Mapping[str, list[Difference]]
+    ranking: str
+    origins: list[Origin]
+    left_out: list[int]
+    notes: list[str]
+
+    def headline(self) -> str:
+        """Number of utterances that were compared, and of those that were left out, by run."""
+        others = ", ".join(f"{n:,} of {name}" for n, name in zip(self.left_out, self.names, strict=True) if n)
+        left_out = f" ({others} left out: another run lacks them)" if others else ""
+        return f"{self.split}: {self.num_utterances:,} utterances in common{left_out}"
+
+    def verdicts(self) -> list[str]:
+        """A line for each metric and run but the first."""
+        return [
+            f"{title_of(metric)}: {difference.verdict(name, self.names[0])}"
+            for metric, differences in self.differences.items()
+            for name, difference in zip(self.names[1:], differences, strict=True)
+        ]
+
+
+def compare_runs(runs: Sequence[ScoredRun], names: list[str]) -> Comparison:
+    """Compares runs by metrics that all of them have. Raises UserError where they are not of the same texts."""
+    refuse_different(runs)
+    common = [each for id, each in runs[0].utterances.items() if all(id in run.utterances for run in runs)]
+    if not common:
+        raise UserError("runs", names, "these runs have no utterance in common: their ids differ", WRITE)
+    refuse_other_references(runs, names, common)
+    metric_set = MetricSet(common_metrics(runs, names), normalizer(runs[0].normalizer["name"]), runs[0].tokenize)
+    texts = [[run.utterances[each.id].hypothesis for each in common] for run in runs]
+    references, speakers = [each.reference for each in common], speakers_of(runs, common)
+    counts = counts_of_runs(metric_set, references, texts)
+    intervals = [confidence_intervals(metric_set, each, speakers) for each in counts]
+    signatures, first = metric_set.signatures(), counts[0]
+    normalized = [title_of(name) for name in metric_set.metrics if name not in signatures]
+    return Comparison(
+        names=names,
+        split=runs[0].split,
+        data=runs[0].data,
+        num_utterances=len(common),
+        units=str(Units.of(speakers)),
+        scored_as=[
+            *([f"{', '.join(normalized)}: normalizer {' '.join(runs[0].normalizer.values())}"] if normalized else []),
+            *(f"{title_of(name)}: {text}" for name, text in signatures.items()),
+        ],
+        values={name: [each[name] for each in intervals] for name in metric_set.metrics},
+        differences=differences_of(metric_set, first, counts[1:], speakers),
+        ranking=metric_set.ranking(),
+        origins=[
+            origin(metric_set, common, speakers, each, first, of_run)
+            for each, of_run in zip(texts[1:], counts[1:], strict=True)
+        ],
+        left_out=[len(run.utterances) - len(common) for run in runs],
+        notes=notes_of(runs, names, metric_set, Units.of(speakers), len(sums_of_units(first, speakers))),
+    )
+
+
+def counts_of_runs(metric_set: MetricSet, references: list[str], texts: list[list[str]]) -> list[Counts]:
+    """(N, K) counts of each run; what runs write alike is counted once."""
+    first = metric_set.count(references, texts[0])
+    counts = [first]
+    for hypotheses in texts[1:]:
+        rows = first.copy()
+        changed = [row for row, text in enumerate(hypotheses) if text != texts[0][row]]
+        rows[changed] = metric_set.count([references[row] for row in changed], [hypotheses[row] for row in changed])
+        counts.append(rows)
+    return counts
+
+
+def speakers_of(runs: Sequence[ScoredRun], common: Sequence[Utterance]) -> list[str | None]:
+    """The speaker of each utterance, as the first run that knows one has it."""
+    return [
+        next((run.utterances[each.id].speaker for run in runs if run.utterances[each.id].speaker), None)
+        for each in common
+    ]
+
+
+# --- what may be compared
+
+
+def refuse_different(runs: Sequence[ScoredRun]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        for what in ("split", "normalizer"):
+            values = getattr(first, what), getattr(run, what)
+            if values[0] != values[1]:
+                shown = [" ".join(each.values()) if isinstance(each, Mapping) else each for each in values]
+                wrong = f"its {what} is {shown[1]!r}, that of {first.folder} is {shown[0]!r}"
+                raise UserError("runs", str(run.folder), wrong, WRITE)
+        for name in first.signatures.keys() & run.signatures.keys():
+            if first.signatures[name] != run.signatures[name]:
+                wrong = f"its {name} is {run.signatures[name]}, that of {first.folder} is {first.signatures[name]}"
+                raise UserError(
+                    "runs", str(run.folder), wrong, "score both by the same sacrebleu and metrics.bleu.tokenize"
+                )
+
+
+def refuse_other_references(runs: Sequence[ScoredRun], names: list[str], common: Sequence[Utterance]) -> None:
+    for run in runs[1:]:
+        other = [each.id for each in common if run.utterances[each.id].reference != each.reference]
+        if other:
+            number = f"{len(other):,} of {len(common):,} common utterances"
+            wrong = f"{number} have other references than in {names[0]}: {other[0]!r}"
+            raise UserError("runs", str(run.folder), wrong, WRITE)
+
+
+def common_metrics(runs: Sequence[ScoredRun], names: list[str]) -> list[str]:
+    metrics = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    if not metrics:
+        wrong = f"no metric is common to all: {'; '.join(f'{run.folder} has {run.metrics}' for run in runs)}"
+        raise UserError("runs", names, wrong, "score both by the same: task=evaluate checkpoint=RUN metrics=[NAME]")
+    return metrics
+
+
+def notes_of(
+    runs: Sequence[ScoredRun], names: list[str], metric_set: MetricSet, units: Units, num_units: int
+) -> list[str]:
+    others = [
+        name for name in dict.fromkeys(name for run in runs for name in run.own) if name not in metric_set.metrics
+    ]
+    data = {run.data for run in runs}
+    notes = [f"not compared, as these need the user's function: {', '.join(others)}"] if others else []
+    notes += [f"the runs name their data differently: {'; '.join(sorted(data))}"] if len(data) > 1 else []
+    if smallest_chance(num_units) >= LEVEL:
+        notes.append(
+            f"{num_units} {units.resampled}s are too few for random swaps to show anything: the t-test alone decides"
+        )
+    return notes
+
+
+# --- tests
+
+
+def differences_of(
+    metric_set: MetricSet, first: Counts, others: Sequence[Counts], speakers: Sequence[str | None]
+) -> dict[str, list[Difference]]:
+    """Every run against the first, in every metric; p-values are corrected for the number of runs (Holm)."""
+    paired = [paired_test(metric_set, first, each, speakers) for each in others]
+    swaps = [chances_of_swaps(metric_set, first, each, speakers) for each in others]
+    found = {}
+    for name, metric in metric_set.metrics.items():
+        corrected = holm(
+            [max(test[name].p_value, swap.get(name, 0.0)) for test, swap in zip(paired, swaps, strict=True)]
+        )
+        found[name] = [
+            Difference(test[name], swap.get(name), p_value, (test[name].difference > 0) == metric.higher_is_better)
+            for test, swap, p_value in zip(paired, swaps, corrected, strict=True)
+        ]
+    return found

@@ -1,0 +1,128 @@
+"""Says where the difference between two runs comes from: groups of utterances, confusions of words, single utterances.
+
+Shapes: N utterances, K counts.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from sedtrain.evaluation.metrics import Counts, MetricSet
+from sedtrain.evaluation.scored_runs import Utterance
+from sedtrain.text.normalizers import Normalizer
+
+NUM_LENGTHS, NUM_GROUPS, NUM_CONFUSIONS, NUM_CHANGED = 6, 12, 12, 20
+
+
+@dataclass(frozen=True)
+class Group:
+    """Utterances that have something in common: values of both runs, and the points of the whole difference they explain."""
+
+    name: str
+    num_utterances: int
+    first: float
+    other: float
+    points: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """An utterance that two runs write differently; values of the metric that ranks utterances."""
+
+    utterance: Utterance
+    hypothesis: str
+    first: float
+    other: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the difference between a run and the first comes from.
+
+    groups:     by what they have in common: length, speaker, language
+    confusions: reference word, hypothesis word, times in the first run and in the other, those that changed most first
+    changes:    utterances that changed most
+    """
+
+    groups: Mapping[str, list[Group]]
+    confusions: list[tuple[str, str, int, int]]
+    changes: list[Change]
+
+
+def origin(
+    metric_set: MetricSet,
+    utterances: Sequence[Utterance],
+    speakers: Sequence[str | None],
+    hypotheses: Sequence[str],
+    first: Counts,
+    other: Counts,
+) -> Origin:
+    """Groups, confusions and utterances of which a run and the first differ most."""
+    keys: dict[str, Sequence[str | None]] = {
+        "length": length_groups(first[:, 0]),
+        "speaker": list(speakers),
+        "language": [each.language for each in utterances],
+    }
+    groups = {
+        what: groups_of(metric_set, names, first, other, by_size=what != "length")
+        for what, names in keys.items()
+        if len({*names} - {None}) > 1
+    }
+    name = metric_set.ranking()
+    values = [metric_set.values(counts)[name] for counts in (first, other)]
+    changed = [row for row, each in enumerate(utterances) if each.hypothesis != hypotheses[row]]
+    most = sorted(changed, key=lambda row: (-abs(values[1][row] - values[0][row]), -int(first[row, 0])))[:NUM_CHANGED]
+    changes = [Change(utterances[row], hypotheses[row], float(values[0][row]), float(values[1][row])) for row in most]
+    both = [(utterances[row].reference, utterances[row].hypothesis, hypotheses[row]) for row in changed]
+    return Origin(
+        groups, changed_confusions(both, metric_set.normalize), [each for each in changes if each.first != each.other]
+    )
+
+
+def length_groups(words: Counts) -> list[str]:
+    """The group of each utterance, of about equal size, such as `4–6` words of the reference."""
+    longest = np.unique(np.quantile(words, np.linspace(0, 1, NUM_LENGTHS + 1)[1:], method="higher"))
+    group = np.searchsorted(longest, words)
+    ends = {int(each): (int(words[group == each].min()), int(words[group == each].max())) for each in np.unique(group)}
+    names = {each: "–".join(map(str, dict.fromkeys(pair))) + " words" for each, pair in ends.items()}
+    return [names[int(each)] for each in group]
+
+
+def groups_of(
+    metric_set: MetricSet, names: Sequence[str | None], first: Counts, other: Counts, by_size: bool
+) -> list[Group]:
+    """The groups whose utterances explain most of the difference: how it changes where only they come from the other run."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault("unknown" if name is None else name, []).append(row)
+    ranking, total = metric_set.ranking(), first.sum(axis=0)
+    before, groups = float(metric_set.values(total)[ranking]), []
+    for name, of_group in rows.items():
+        sums = first[of_group].sum(axis=0), other[of_group].sum(axis=0)
+        own, others, moved = (float(metric_set.values(each)[ranking]) for each in (*sums, total - sums[0] + sums[1]))
+        groups.append(Group(name, len(of_group), own, others, moved - before))
+    if not by_size:
+        return sorted(groups, key=lambda each: int(each.name.split("–")[0].split()[0]))
+    return sorted(groups, key=lambda each: -abs(each.points))[:NUM_GROUPS]
+
+
+def changed_confusions(texts: Iterable[tuple[str, str, str]], normalize: Normalizer) -> list[tuple[str, str, int, int]]:
+    """Pairs of words whose number changed most, of references and what both runs wrote."""
+    counts: tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]] = (Counter(), Counter())
+    for reference, *hypotheses in texts:
+        for counter, hypothesis in zip(counts, hypotheses, strict=True):
+            counter.update(pair for pair in word_pairs(reference, hypothesis, normalize) if pair[0] != pair[1])
+    before, after = counts
+    most = sorted({*before, *after}, key=lambda pair: (-abs(after[pair] - before[pair]), pair))[:NUM_CONFUSIONS]
+    return [(*pair, before[pair], after[pair]) for pair in most if before[pair] != after[pair]]
+
+
+def word_pairs(reference: str, hypothesis: str, normalize: Normalizer) -> Iterator[tuple[str, str]]:
+    words = normalize(reference).split(), normalize(hypothesis).split()
+    for edit in Levenshtein.opcodes(*words):
+        sides = words[0][edit.src_start : edit.src_end], words[1][edit.dest_start : edit.dest_end]
+        yield from zip_longest(*sides, fillvalue="")

@@ -1,0 +1,133 @@
+"""Reads what a run wrote about its scores, results.json and hypotheses.jsonl: a stranger's files, bounded and checked."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from sedtrain.errors import UserError
+from sedtrain.evaluation.metrics import METRICS
+from sedtrain.plain import plain_value
+from sedtrain.text.normalizers import NORMALIZERS
+
+MAX_BYTES = 1_000_000_000
+MAX_LINE = 1_000_000  # bytes of an utterance
+WRITE = "write folders of runs that have ended, or of task=evaluate"
+TEXTS, NUMBERS = ("id", "reference", "hypothesis"), ("seconds", "score")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A line of hypotheses.jsonl, without its counts."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    speaker: str | None = None
+    language: str | None = None
+    seconds: float | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """The scores of a run: names of its metrics, how they were computed, and its utterances by id.
+
+    metrics: those of the package; own: others
+    """
+
+    folder: Path
+    split: str
+    data: str
+    metrics: list[str]
+    own: list[str]
+    normalizer: Mapping[str, str]
+    signatures: Mapping[str, str]
+    utterances: Mapping[str, Utterance]
+
+    @property
+    def tokenize(self) -> str:
+        """The tokenizer of BLEU."""
+        found = re.search(r"\|tok:([\w-]+)\|", self.signatures.get("bleu", ""))
+        return (
+            found[1] if found and found[1] in ("13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none") else "13a"
+        )
+
+    @classmethod
+    def read(cls, folder: str) -> "ScoredRun":
+        """Raises UserError where a file is missing, too large, or holds something else."""
+        place = Path(folder).expanduser()
+        for name in ("results.json", "hypotheses.jsonl"):
+            if not (place / name).is_file():
+                raise UserError("runs", folder, f"there is no file {place / name}", WRITE)
+        stored = plain_value(place / "results.json", "runs", folder, WRITE)
+        if not is_results(stored):
+            wrong = f"{place / 'results.json'} holds no results: split, data, metrics, normalizer, signatures"
+            raise UserError("runs", folder, wrong, WRITE)
+        names = list(stored["metrics"])
+        return cls(
+            place,
+            stored["split"],
+            stored.get("data", ""),
+            [name for name in names if name in METRICS],
+            [name for name in names if name not in METRICS],
+            stored["normalizer"],
+            stored.get("signatures", {}),
+            read_utterances(place / "hypotheses.jsonl", folder),
+        )
+
+
+def is_results(stored: Any) -> bool:
+    """True if the parts of results.json that are used have the types that they should have."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("metrics"), dict):
+        return False
+    tables = stored.get("normalizer"), stored.get("signatures", {})
+    texts = [stored.get("split"), stored.get("data", "")]
+    for table in tables:
+        if not isinstance(table, dict):
+            return False
+        texts += table.values()
+    return all(isinstance(each, str) for each in texts) and stored["normalizer"].get("name") in NORMALIZERS
+
+
+def read_utterances(file: Path, folder: str) -> dict[str, Utterance]:
+    if file.stat().st_size > MAX_BYTES:
+        raise UserError("runs", folder, f"{file} is larger than {MAX_BYTES:,} bytes", WRITE)
+    utterances: dict[str, Utterance] = {}
+    with file.open("rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE + 1):
+            number += 1
+            each = parsed(line)
+            if each is None:
+                wrong = f"line {number} of {file} is no utterance: expected JSON with the texts {', '.join(TEXTS)}"
+                raise UserError("runs", folder, wrong, WRITE)
+            if each.id in utterances:
+                wrong = f"line {number} of {file} has the id {each.id!r} again: utterances cannot be told apart"
+                raise UserError(
+                    "runs", folder, wrong, "give every utterance its own id (data.columns.id), and score again"
+                )
+            utterances[each.id] = each
+    return utterances
+
+
+def parsed(line: bytes) -> Utterance | None:
+    """None for a line that is no utterance."""
+    try:
+        stored = json.loads(line) if len(line) <= MAX_LINE else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(stored, dict):
+        return None
+    known: dict[str, Any] = {each.name: stored.get(each.name) for each in fields(Utterance)}
+    for name, value in known.items():
+        if name in NUMBERS:
+            fits = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value))
+        else:
+            fits = isinstance(value, str) or (value is None and name not in TEXTS)
+        if not fits:
+            return None
+    return Utterance(**known)
