@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from sedtrain.batch import Batch
+from sedtrain.decoding.alignment import confidences
 from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
+from sedtrain.decoding.pauses import Pauses, activity_of
 from sedtrain.decoding.speculative import Speculative
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
@@ -21,7 +23,13 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, Positive, PositiveFraction
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
-OURS = {"search", "ctc_weight", "num_return_sequences"}  # the options that `generate` does not get as they are
+OURS = {
+    "search",
+    "ctc_weight",
+    "num_return_sequences",
+    "window",
+    "pauses",
+}  # the options that `generate` does not get as they are
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class DecodingOptions:
     num_return_sequences: texts of each utterance in `decode_batch`
     max_new_tokens: where there is a CTC head, also at most as many as an utterance has frames
     top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
+    window: seconds that are decoded at once; longer recordings are cut at pauses. None: the longest utterance in training,
+        30 s where that is not known. Never more than the encoder takes
+    pauses: found by `energy`, or by `silero`, silero-vad; auto: that where it is installed
     """
 
     search: Search = "attention"
@@ -47,9 +58,11 @@ class DecodingOptions:
     top_k: CountOrZero = 50
     top_p: PositiveFraction = 1.0
     no_repeat_ngram_size: CountOrZero = 0
+    window: Positive | None = None
+    pauses: Pauses = "auto"
 
     def __post_init__(self) -> None:
-        """Raises UserError for options that do not go together."""
+        """Raises UserError for options that do not go together, and for silero-vad where it is not installed."""
         if self.search not in get_args(Search):
             write = f"write one of {', '.join(get_args(Search))}"
             raise UserError("decoding.search", self.search, f"search has no option {self.search!r}", write)
@@ -63,6 +76,7 @@ class DecodingOptions:
             write = f"write decoding.num_beams={self.num_return_sequences} or more"
             wrong = f"num_beams={self.num_beams} beams end in no more texts than that"
             raise UserError("decoding.num_return_sequences", self.num_return_sequences, wrong, write)
+        activity_of(self.pauses)
 
     def generation_kwargs(self) -> dict[str, Any]:
         """The options that matter for this search: `generate` warns of the others."""
@@ -80,10 +94,15 @@ class DecodingOptions:
 
 @torch.inference_mode()
 def decode_batch(
-    model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
+    model: SpeechEncoderDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    options: DecodingOptions,
+    with_confidence: bool = False,
 ) -> list[Hypotheses]:
     """The best `num_return_sequences` hypotheses for each of the B utterances, in their order, without prompts.
 
+    with_confidence: ask CTC how sure it is of the best ones, where there is a head
     The model keeps its mode. Raises UserError for a search that needs a CTC head which the model lacks.
     """
     options.refuse_without_ctc(model)
@@ -100,6 +119,9 @@ def decode_batch(
         found = by_ctc(model, encoded, prompts, options, lattice)
     else:
         found = generated(model, encoded, prompts, options, lattice)
+    if with_confidence and model.ctc_head is not None:
+        sure = confidences(lattice or lattice_of(model, encoded), [each.ids[0] for each in found])
+        found = [replace(each, confidence=confidence) for each, confidence in zip(found, sure, strict=True)]
     if was_training:
         model.train()
     limits = [options.max_new_tokens] * len(found)
