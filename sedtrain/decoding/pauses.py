@@ -3,6 +3,7 @@
 S samples, N hops.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -80,4 +81,6 @@ def silero() -> Any:
     import silero_vad
 
     torch.set_num_threads(num_threads)
-    return silero_vad.load_silero_vad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        return silero_vad.load_silero_vad()
