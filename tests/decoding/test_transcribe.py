@@ -166,7 +166,7 @@ import json, sys, time
 start = time.perf_counter()
 import sedtrain
 seconds, before = time.perf_counter() - start, "torch" in sys.modules
-text = sedtrain.transcribe(sedtrain.load(sys.argv[1]), sys.argv[2], max_new_tokens=6)
+text = sedtrain.transcribe(sedtrain.load(sys.argv[1]), sys.argv[2], max_new_tokens=6, pauses="energy")
 print(json.dumps([seconds, before, text, sorted({name.partition(".")[0] for name in sys.modules})]))
 """
 
