@@ -49,7 +49,7 @@ def planned(activity: NDArray[np.float64], limit: int, overlaps: bool = False) -
     overlaps: the first one begins inside a window that was planned before
     """
     windows: list[Span] = []
-    for span in speech(activity):
+    for span in speech(activity, limit):
         for piece in pieces(span, activity, limit):
             last = windows[-1] if windows else None
             is_near = last and not piece.overlaps and piece.start - last.end + 2 * MARGIN < LONG_PAUSE
@@ -62,16 +62,17 @@ def planned(activity: NDArray[np.float64], limit: int, overlaps: bool = False) -
     return windows
 
 
-def speech(activity: NDArray[np.float64]) -> list[Span]:
-    """Stretches of speech between pauses, each with a margin of at most half the pause."""
+def speech(activity: NDArray[np.float64], limit: int) -> list[Span]:
+    """Stretches of speech between pauses, each with a margin of at most half the pause, for which none exceeds the limit."""
     starts, ends = np.flatnonzero(np.diff(np.pad(activity > 0, 1).astype(int))).reshape(-1, 2).T
     is_pause = starts[1:] - ends[:-1] >= MIN_PAUSE
     bounds = zip(starts[np.r_[True, is_pause]], ends[np.r_[is_pause, True]], strict=True) if len(starts) else ()
     spans = [Span(int(start), int(end)) for start, end in bounds if (activity[start:end] > 0).sum() >= MIN_SPEECH]
     borders = [0, *((one.end + two.start) // 2 for one, two in pairwise(spans)), len(activity)]
+    margins = [min(MARGIN, (limit - len(span)) // 2) if len(span) <= limit else MARGIN for span in spans]
     return [
-        Span(max(span.start - MARGIN, before), min(span.end + MARGIN, behind))
-        for span, (before, behind) in zip(spans, pairwise(borders), strict=False)
+        Span(max(span.start - margin, before), min(span.end + margin, behind))
+        for span, margin, (before, behind) in zip(spans, margins, pairwise(borders), strict=False)
     ]
 
 

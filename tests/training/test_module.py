@@ -147,7 +147,7 @@ def test_an_evaluation_in_which_nothing_is_readable_is_an_error(run):
 
 
 def test_long_utterances_are_scored_by_the_text_of_their_windows(run):
-    decoder = RecordingDecoder(run.saved, DecodingOptions(window=1.0, max_new_tokens=2))
+    decoder = RecordingDecoder(run.saved, DecodingOptions(window=1.5, max_new_tokens=2))
     audio = np.concatenate([syllables(0.8), np.zeros(16_000, "float32"), syllables(0.8)])
     text = decoder.transcription("a", [audio]).text
     long = Utterance("a", torch.from_numpy(audio), 16_000, text, None, "someone", 2.6)
