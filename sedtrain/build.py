@@ -16,6 +16,7 @@ from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.options import lasting, refuse_same_for_all
+from sedtrain.data.skipped import WHOLE
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
@@ -254,12 +255,19 @@ def scoring(cfg: DictConfig, data: SpeechTextDataModule) -> Scoring:
 def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModule]:
     """The components of `task=evaluate`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
-    saved, data = attempt(saved_model, cfg), attempt(create, cfg, "data")
+    saved, data = attempt(saved_model, cfg), attempt(whole_data, cfg)
     attempt(connect, data, saved, [cfg.split])
     made = attempt(scoring, cfg, data)
     attempt(lambda scoring, saved: scoring.decoding.refuse_without_ctc(saved.model), made, saved)
     attempt.report()
     return made, saved, data
+
+
+def whole_data(cfg: DictConfig) -> SpeechTextDataModule:
+    """The data of `task=evaluate`, which scores utterances of any length."""
+    data: SpeechTextDataModule = create(cfg, "data")
+    data.corpus.scored_limits = WHOLE
+    return data
 
 
 def transcriber(cfg: DictConfig) -> Transcriber:

@@ -149,3 +149,9 @@ def fit(data, epochs, *, checkpoint=None, save_in=None, **options):
         enable_checkpointing=bool(saving), **quiet, **options,
     ).fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)  # fmt: skip
     return model
+
+
+def syllables(seconds, level=0.1, seed=0):
+    """(S,) noise at 16 kHz whose loudness goes up and down four times a second, as that of speech does."""
+    loudness = np.sin(4 * np.pi * np.arange(round(seconds * 16_000)) / 16_000) ** 2
+    return (level * loudness * np.random.default_rng(seed).standard_normal(len(loudness))).astype(np.float32)

@@ -32,6 +32,7 @@ OTHER_SUFFIXES = {
 MP3_RESERVOIR = 11_520  # samples; a frame of MP3 needs up to 511 bytes of the frames before it
 RATES = range(1_000, 768_001)  # hertz; resampling from another rate could fill the memory
 AT_ONCE = 1 << 22  # values per read, since a header can claim any length
+STREAMED = 1 << 19  # values per block of a stream
 LOUDEST = 2.0**31  # reached by float audio that was never scaled down from integers
 TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file, or in excess of what its header says
 LONGEST = 1 << 40  # samples; libsndfile gives 1 << 63 for a length that it does not know
@@ -266,23 +267,41 @@ def read_audio(
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
 
 
+def audio_blocks(cell: Any, sampling_rate: int) -> Iterator[NDArray[np.float32]]:
+    """The samples of `read_audio` in blocks, whose length does not grow with that of the audio. Raises RefusedAudio."""
+    with opened(cell) as sound:
+        first, last = frames_between(sound, None, None)
+        stored_rate, num_read = sound.samplerate, 0
+        stream = soxr.ResampleStream(stored_rate, sampling_rate, 1) if stored_rate != sampling_rate else None
+        for block in filter(len, frame_blocks(sound, first, last, STREAMED)):
+            mono, num_read = one_channel(block), num_read + len(block)
+            yield mono if stream is None else stream.resample_chunk(mono)
+        refuse_missing((last - num_read) / stored_rate)
+        if stream is not None:
+            yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
 def frames(sound: Sound, first: int, last: int) -> NDArray[np.float32]:
     """(frames, channels) from `first` to `last`, or to where the audio ends."""
     earlier = min(first, MP3_RESERVOIR) if sound.format == "MP3" else 0
-    missing = last - first + earlier
-    at_once = AT_ONCE // sound.channels
-    blocks = []
-    try:
-        if first:
-            sound.seek(first - earlier)
-        while missing > 0:
-            blocks.append(sound.read(min(missing, at_once), dtype="float32", always_2d=True))
-            missing = missing - len(blocks[-1]) if len(blocks[-1]) == at_once else 0
-    except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
-        raise RefusedAudio("undecodable audio", words_of(error)) from error
+    blocks = list(frame_blocks(sound, first - earlier, last, AT_ONCE))
     if not blocks:
         raise RefusedAudio("no samples", "the audio has no samples")
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
+
+
+def frame_blocks(sound: Sound, first: int, last: int, num_values: int) -> Iterator[NDArray[np.float32]]:
+    """(frames, channels) in blocks of at most so many values. Raises RefusedAudio."""
+    missing, at_once = last - first, num_values // sound.channels
+    try:
+        if first:
+            sound.seek(first)
+        while missing > 0:
+            block = sound.read(min(missing, at_once), dtype="float32", always_2d=True)
+            yield block
+            missing = missing - len(block) if len(block) == at_once else 0
+    except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError) as error:
+        raise RefusedAudio("undecodable audio", words_of(error)) from error
 
 
 def refuse_silence(samples: torch.Tensor) -> None:

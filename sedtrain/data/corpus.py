@@ -15,7 +15,7 @@ from sedtrain.data.dataset import Part, Parts, Reference, Source
 from sedtrain.data.durations import durations
 from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
-from sedtrain.data.skipped import Limits, Reason, SkippedUtterances, in_words
+from sedtrain.data.skipped import WHOLE, Limits, Reason, SkippedUtterances, in_words
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
@@ -206,7 +206,7 @@ class Corpus:
         )
 
     def limits_of(self, split: str) -> Limits:
-        return self.limits if split == "train" else self.scored_limits
+        return {"train": self.limits, "validation": self.scored_limits}.get(split, WHOLE)
 
     def rewriting(self, split: str) -> Callable[[str], str]:
         """Rewriting of the texts of a split, which must leave something of them."""

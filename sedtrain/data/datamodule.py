@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from math import inf
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, cast
@@ -22,7 +23,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
 
 from sedtrain.annotations import checked
-from sedtrain.batch import Batch
+from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds, buckets_of
 from sedtrain.data.collate import Collator
@@ -132,8 +133,9 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     num_buckets: how many ranges of lengths there are at most; a batch has utterances of one range
     batches: bounds training batches instead of these three: a file of task=fit_batches, or a list of buckets, each with
         the `seconds` and target `tokens` that its utterances have at most, and how many `utterances` make a batch
-    min_seconds, max_seconds: shorter and longer utterances are skipped in training. Splits that are scored are scored
-        whole, up to the longer of `batch_seconds` and 4 times `max_seconds`, which the memory has to hold
+    min_seconds, max_seconds: shorter and longer utterances are skipped in training. Validation during training takes
+        utterances up to the longer of `batch_seconds` and 4 times `max_seconds`, which the memory has to hold. Scoring
+        takes all: those longer than `decoding.window` are decoded by windows
     keep_decoded_hours: without workers, a split of at most so many hours is decoded once and kept in memory (230 MB an
         hour); workers decode anew, or each would keep a copy
     min_characters, max_characters: utterances with shorter and longer texts are skipped in training; at 0, it learns
@@ -209,23 +211,26 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             is_scored=split != "train",
         )
 
-    def batches_of(self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool) -> BatchesWithEpoch:
+    def batches_of(
+        self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool, most: float = inf
+    ) -> BatchesWithEpoch:
         """Batches of a split, with `over_ranks` those of this rank; their bounds allow for audio that augmentation lengthens.
 
-        Only training, which shuffles, is bounded by `data.batches`.
+        Only training, which shuffles, is bounded by `data.batches`; most: longer utterances, in seconds, are in none.
         """
+        used = np.flatnonzero(np.round(dataset.seconds, 2) <= most)
         trainer = self.trainer if over_ranks else None
         bounds = self.bounds if shuffle else replace(self.bounds, buckets=None)
         batches = DurationBatches(
-            dataset.longest * np.array(dataset.seconds),
+            dataset.longest * np.array(dataset.seconds)[used],
             bounds,
             shuffle=shuffle,
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             num_ranks=trainer.world_size if trainer else 1,
-            tokens=dataset.all_num_tokens() if bounds.count_tokens else None,
+            tokens=np.array(dataset.all_num_tokens())[used] if bounds.count_tokens else None,
         )
-        return BatchesWithEpoch(batches, dataset.references)
+        return BatchesWithEpoch(batches, [dataset.references[number] for number in used])
 
     def stream(self, counts_tokens: bool) -> tuple[SplitDataset, StreamedBatches]:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
@@ -258,13 +263,25 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             generator=torch.Generator(),  # else every new iterator would draw from the one that dropout draws from
         )
 
-    def batches(self, split: str) -> Iterator[Batch]:
-        """The batches of a whole split, whatever the rank; notes the utterances that cannot be read."""
+    def batches(self, split: str, most: float = inf) -> Iterator[Batch]:
+        """The batches of a split, whatever the rank; notes the utterances that cannot be read.
+
+        most: longer utterances, in seconds, are for `long_utterances`
+        """
         dataset = self.split(split)
         return_freed_memory()
-        for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False)):
+        for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False, most=most)):
             self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             yield batch
+
+    def long_utterances(self, split: str, most: float) -> Iterator[Utterance]:
+        """The utterances of a split that are longer than `most` seconds, one by one; notes those that cannot be read."""
+        dataset = self.split(split)
+        for number in np.flatnonzero(np.round(dataset.seconds, 2) > most):
+            found = dataset.decode(dataset.references[number], of_any_length=True)
+            self.skipped.decoded(split, 1, [found] if isinstance(found, Skipped) else [])
+            if isinstance(found, Utterance):
+                yield found
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Notes utterances that could not be decoded; all ranks call it equally often.

@@ -249,7 +249,7 @@ class SplitDataset(Dataset[Batch | UserError]):
             self.decoded[reference] = self.decode(reference)
         return self.decoded[reference]
 
-    def decode(self, reference: Reference) -> Utterance | Skipped:
+    def decode(self, reference: Reference, of_any_length: bool = False) -> Utterance | Skipped:
         """The decoded utterance, or why there is none: as a value, since an error would lose its class in a worker."""
         part, index = reference
         try:
@@ -261,6 +261,8 @@ class SplitDataset(Dataset[Batch | UserError]):
             utterance = rows.utterance(index, self.collator.sampling_rate, self.is_scored)
         except UNREADABLE as error:
             return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
+        if of_any_length:
+            return utterance
         if utterance.seconds > self.limits.max_seconds + ROUNDED:
             return rows.skipped(index, *too_long(utterance.seconds, self.limits.max_seconds, self.limits.longest))
         if self.is_scored and round(utterance.seconds, 2) > (longest := self.collator.max_seconds):

@@ -8,6 +8,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import IO, Literal
 
@@ -58,7 +59,7 @@ class Limits:
             raise UserError("data.max_characters", self.max_characters, wrong, write)
 
     def scored(self, batch_seconds: float) -> "Limits":
-        """Those of a split that is scored, which is scored whole: only audio too long for the memory is left out."""
+        """Those of a split that is scored in batches alone: only audio too long for the memory is left out."""
         by_batch, by_length = (
             (batch_seconds, "data.batch_seconds"),
             (SCORED * self.max_seconds, f"{SCORED} * {self.longest}"),
@@ -114,6 +115,10 @@ class Limits:
             return "text too long", f"{number} characters > data.max_characters={self.max_characters}"
         is_emptied = self.min_characters and not rewrite(text).strip()
         return ("text empty once normalized", shortened(text)) if is_emptied else None
+
+
+WHOLE = Limits(0.0, inf, 0, sys.maxsize)
+"""Those of a split whose long utterances are cut to windows: all of it is scored."""
 
 
 def too_long(seconds: float, most: float, option: str) -> Reason:

@@ -19,11 +19,13 @@ from transformers import (
 
 from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import Batch
+from sedtrain.decoding.alignment import confidences
 from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.fusion import Fusion, language_model, word_beginnings
 from sedtrain.decoding.hotwords import HotWords, tree_of
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
+from sedtrain.decoding.pauses import Pauses, activity_of
 from sedtrain.decoding.speculative import Speculative
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
@@ -40,6 +42,8 @@ OURS = {
     "lm_weight",
     "hotwords",
     "hotword_bonus",
+    "window",
+    "pauses",
 }  # the options that `generate` does not get as they are
 
 
@@ -56,6 +60,9 @@ class DecodingOptions:
     top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
     lm: folder or Hub id of a causal language model, whose log-probabilities of words are added with `lm_weight`
     hotwords: words and terms that get `hotword_bonus` for each of their tokens, in nats
+    window: seconds that are decoded at once; longer recordings are cut at pauses. None: the longest utterance in training,
+        30 s where that is not known. Never more than the encoder takes
+    pauses: found by `energy`, or by `silero`, silero-vad; auto: that where it is installed
     """
 
     search: Search = "attention"
@@ -73,9 +80,11 @@ class DecodingOptions:
     lm_weight: NonNegative = 0.3
     hotwords: Sequence[str] = ()
     hotword_bonus: NonNegative = 2.0
+    window: Positive | None = None
+    pauses: Pauses = "auto"
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that an option does not take, and for options that do not go together."""
+        """Raises UserError for values out of range, options that do not go together, and a missing silero-vad."""
         refuse_misfits("decoding.", type(self), vars(self))
         for option in filter(lambda option: getattr(self, option), ("lm", "hotwords")):
             if self.search not in ("attention", "joint"):
@@ -92,6 +101,7 @@ class DecodingOptions:
             write = f"write decoding.num_beams={self.num_return_sequences} or more"
             wrong = f"num_beams={self.num_beams} beams end in no more texts than that"
             raise UserError("decoding.num_return_sequences", self.num_return_sequences, wrong, write)
+        activity_of(self.pauses)
 
     def generation_kwargs(self) -> dict[str, Any]:
         """The options that matter for this search: `generate` warns of the others."""
@@ -110,10 +120,15 @@ class DecodingOptions:
 
 @torch.inference_mode()
 def decode_batch(
-    model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
+    model: SpeechEncoderDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    options: DecodingOptions,
+    with_confidence: bool = False,
 ) -> list[Hypotheses]:
     """The best `num_return_sequences` hypotheses for each of the B utterances, in their order, without prompts.
 
+    with_confidence: ask CTC how sure it is of the best ones, where there is a head
     The model keeps its mode. Raises UserError for a search that needs a CTC head which the model lacks.
     """
     options.refuse_without_ctc(model)
@@ -130,6 +145,9 @@ def decode_batch(
         found = by_ctc(model, encoded, prompts, options, lattice, int(limits.max()))
     else:
         found = generated(model, tokenizer, encoded, prompts, options, lattice, limits)
+    if with_confidence and model.ctc_head is not None:
+        sure = confidences(lattice or lattice_of(model, encoded), [each.ids[0] for each in found])
+        found = [replace(each, confidence=confidence) for each, confidence in zip(found, sure, strict=True)]
     if was_training:
         model.train()
     return [

@@ -14,12 +14,15 @@ class Hypotheses:
     ids:    tokens of each, without prompt, end and padding
     scores: by which the search ranks them; None if it computes none
     limit:  tokens that the best one may have; 0: any number
+    confidence: mean probability that CTC gives the tokens of the best one in their frames, 0 where it hears nothing;
+        None if it was not asked, or there is nothing to ask
     """
 
     ids: list[list[int]]
     scores: list[float] | None = None
     texts: tuple[str, ...] = ()
     limit: int = 0
+    confidence: float | None = None
 
     @property
     def is_cut(self) -> bool:

@@ -4,24 +4,21 @@ S samples.
 """
 
 import logging
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soxr
-import torch
 from numpy.typing import NDArray
 
 from sedtrain.annotations import checked
-from sedtrain.batch import Utterance
-from sedtrain.data.audio import RATES, UNREADABLE, one_channel, read_audio
-from sedtrain.data.collate import Collator
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
+from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.pauses import Samples
+from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.saved import SavedModel, load
@@ -51,9 +48,9 @@ def transcribe(
     target: `transcription`, or `translation` where the model learnt both
     decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
 
-    A warning is logged for audio longer than any that the model was trained on, and for a text that is cut at
-    max_new_tokens. Raises UserError for audio that cannot be read or is longer than the encoder takes, a language that was
-    not learnt, and options that cannot be.
+    A recording of any length is cut at pauses into windows of at most `window` seconds; where nobody speaks there is no text.
+    A warning is logged for a text that is cut at max_new_tokens, and for one that is doubtful. Raises UserError for audio
+    that cannot be read, a language that was not learnt, and options that cannot be.
     """
     saved = model if isinstance(model, SavedModel) else load(model)
     transcriber = Transcriber(saved, decoding_options(decoding), language, target, of_decoding="")
@@ -90,69 +87,51 @@ class Transcriber:
             raise UserError("data.language", self.language, wrong, write, python)
 
     @cached_property
-    def collator(self) -> Collator:
-        start = self.saved.model.config.decoder_start_token_id
-        return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
+    def decoder(self) -> RecordingDecoder:
+        return RecordingDecoder(self.saved, self.options)
 
     def text_of(self, audio: Audio, sampling_rate: int | None = None) -> str:
-        """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read or taken."""
+        """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read."""
         return self.transcription_of(audio, sampling_rate).text
 
     def transcription_of(self, audio: Audio, sampling_rate: int | None = None) -> Transcription:
-        """The text of a file or of an array with its times. Raises UserError for audio that cannot be read or taken."""
-        rate = self.collator.sampling_rate
+        """The text of a file or of an array with its times. Raises UserError for audio that cannot be read."""
+        rate = self.decoder.collator.sampling_rate
         if isinstance(audio, np.ndarray):
-            name, samples = "array", resampled(audio, sampling_rate, rate)
+            name, blocks = "array", iter([resampled(audio, sampling_rate, rate)])
         else:
-            name, samples = str(audio), samples_of(audio, rate)
-        seconds, task = len(samples) / rate, TASK_OF[self.target]
-        if round(seconds, 2) > self.saved.max_seconds:
-            raise too_long(audio, seconds, self.saved.max_seconds, rate)
-        utterance = Utterance(name, samples, rate, "", self.language, None, seconds, task)
-        batch = self.collator([utterance]).to(self.saved.model.device)
-        [found] = decode_batch(self.saved.model, self.saved.tokenizer, batch, self.options)
-        if seconds > (longest := self.saved.max_training_seconds):
-            wrong = "audio=%s: %.2f s, and the longest utterance in training had %.2f s: words may be missing; cut it at pauses"
-            logger.warning(wrong, name, seconds, longest)
-        if found.is_cut:
-            option, number = f"{self.of_decoding}max_new_tokens", found.limit
-            wrong = "audio=%s: the text is cut at %s=%d, or at the last position of the decoder; write %s=%d, or cut the audio"
-            logger.warning(wrong, name, option, number, option, 2 * number)
-        best, *others = found.texts
-        score = found.scores[0] if found.scores else None
-        segment = Segment(best, 0.0, seconds, score, others=tuple(others), is_cut=found.is_cut)
-        return Transcription(name, seconds, (segment,))
+            name, blocks = str(audio), blocks_of(audio, rate)
+        found = self.decoder.transcription(name, blocks, self.language, TASK_OF[self.target])
+        option = f"{self.of_decoding}max_new_tokens"
+        cut = f"the text is cut at the limit of tokens; write a larger {option} where the decoder has positions for it"
+        warn(found, [each for each in found.segments if each.is_cut], lambda each: cut)
+        warn(
+            found, [each for each in found.segments if each.doubt], lambda each: f"the text may be wrong: {each.doubt}"
+        )
+        return found
 
 
-def too_long(audio: Audio, seconds: float, most: float, sampling_rate: int) -> UserError:
-    """The error for audio longer than the encoder takes; of a file, with a command that cuts it."""
-    piece = max(int(most) - 1, 1)  # ffmpeg cuts at the first block of samples that begins after it
-    wrong = f"{seconds:.2f} s, and the encoder of this model takes up to {most:g} s: it has to be cut"
-    if isinstance(audio, np.ndarray):
-        write = f"cut the audio into pieces of up to {most:g} s, such as audio[: {piece} * sampling_rate]"
-        return UserError("audio", f"an array of {audio.dtype}, shape {audio.shape}", wrong, write)
-    stem = Path(audio).stem
-    pieces = shlex.quote(stem.replace("%", "%%") + "-%03d.wav")
-    command = f"ffmpeg -i {shlex.quote(str(audio))} -f segment -segment_time {piece} -ac 1 -ar {sampling_rate} {pieces}"
-    write = f"cut the audio into pieces of up to {most:g} s, at pauses or by\n{command}"
-    found = shlex.quote(escape(stem) + "-*.wav")
-    write, python = f"{write}\nand write audio={found}", f"{write}\nand write a list of them"
-    return UserError("audio", str(audio), wrong, write, python)
+def warn(found: Transcription, faulty: Sequence[Segment], words: Callable[[Segment], str]) -> None:
+    """Tells of the first faulty segment of a recording, and how many others there are."""
+    for first in faulty[:1]:
+        place = f", {first.start:.2f} to {first.end:.2f} s" if len(found.segments) > 1 else ""
+        others = f" ({len(faulty) - 1} more of its {len(found.segments)} segments too)" if len(faulty) > 1 else ""
+        logger.warning("audio=%s%s: %s%s", found.audio, place, words(first), others)
 
 
-def samples_of(path: str | Path, sampling_rate: int) -> torch.Tensor:
-    """(S,) float32 of a file. Raises UserError if there is none, or it cannot be read to its end."""
+def blocks_of(path: str | Path, sampling_rate: int) -> Iterator[Samples]:
+    """The samples of a file, read as they are asked for. Raises UserError if there is none, or it cannot be read to its end."""
     if not Path(path).is_file():
         raise UserError("audio", str(path), "there is no such audio file", "write audio=FILE")
     try:
-        return read_audio(str(path), sampling_rate)
+        yield from audio_blocks(str(path), sampling_rate)
     except UNREADABLE as error:
         reason = getattr(error, "reason", "unreadable audio")
         wrong = str(error) if reason in str(error) else f"{reason}: {error}"
         raise UserError("audio", str(path), wrong, "write audio=FILE that can be read to its end") from error
 
 
-def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> torch.Tensor:
+def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> Samples:
     """(S,) float32 at `to_rate` hertz of (S,) floats at `from_rate`. Raises UserError for another array, or no rate."""
     if from_rate not in RATES:
         write = f"write sampling_rate=HERTZ of the array; the model's own is {to_rate}"
@@ -165,7 +144,7 @@ def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> torch
         samples = one_channel(audio.astype(np.float32)[:, None])
     except UNREADABLE as error:
         raise UserError("audio", shape, str(error), "write finite samples from -1 to 1, at least one") from error
-    return torch.from_numpy(samples if from_rate == to_rate else soxr.resample(samples, from_rate, to_rate))
+    return samples if from_rate == to_rate else soxr.resample(samples, from_rate, to_rate)
 
 
 def decoding_options(options: Mapping[str, Any]) -> DecodingOptions:

@@ -21,6 +21,7 @@ class Segment:
     words:   None if the model cannot say where they are
     others:  the next best texts of n-best search
     is_cut:  True if the text was cut at the limit of tokens
+    doubt:   a reason to believe that nobody says this
     """
 
     text: str
@@ -30,6 +31,7 @@ class Segment:
     words: tuple[Word, ...] | None = None
     others: tuple[str, ...] = ()
     is_cut: bool = False
+    doubt: str | None = None
 
 
 @dataclass(frozen=True)

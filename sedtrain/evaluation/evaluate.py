@@ -1,5 +1,6 @@
 """Decodes a split, scores the hypotheses, and writes results.json, hypotheses.jsonl and report.html."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -8,12 +9,12 @@ from math import nan
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from sedtrain.batch import Batch
+from sedtrain.batch import Batch, Utterance
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.errors import UserError
 from sedtrain.evaluation.bleu import bleu_tokenizer
 from sedtrain.evaluation.intervals import Interval, confidence_intervals
@@ -30,8 +31,9 @@ from sedtrain.evaluation.results import (
     write_hypotheses,
 )
 from sedtrain.models.saved import SavedModel
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.text.normalizers import normalizer
+
+logger = logging.getLogger(__name__)
 
 
 def metric_set(
@@ -78,8 +80,10 @@ class Scoring:
         train: what the training cost, where there was one
         """
         saved.model.to(self.device)
-        batches = data.batches(self.split)
-        evaluation = evaluate(saved.model, saved.tokenizer, batches, self.metric_set, self.decoding)
+        decoder = RecordingDecoder(saved, self.decoding)
+        batches = data.batches(self.split, decoder.window_seconds)
+        long = data.long_utterances(self.split, decoder.window_seconds)
+        evaluation = evaluate(decoder, batches, long, self.metric_set)
         results = Results(
             task=self.target,
             split=self.split,
@@ -119,13 +123,13 @@ class Scoring:
 
 
 def evaluate(
-    model: SpeechEncoderDecoder,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Iterable[Batch],
-    metric_set: MetricSet,
-    options: DecodingOptions,
+    decoder: RecordingDecoder, batches: Iterable[Batch], long: Iterable[Utterance], metric_set: MetricSet
 ) -> Evaluation:
-    """Scores every batch, with 95 % intervals. Raises UserError where no utterance could be decoded."""
+    """Scores every batch, and long utterances by windows, with 95 % intervals.
+
+    Raises UserError where no utterance could be decoded.
+    """
+    model, tokenizer, options = decoder.saved.model, decoder.saved.tokenizer, decoder.options
     num_skipped = num_cut = 0
     hypotheses: list[Hypothesis] = []
     audio_seconds = decoding_seconds = 0.0
@@ -145,6 +149,17 @@ def evaluate(
             (text, score), *others = zip(found.texts, found.scores or repeat(None), strict=False)
             hypotheses.append(Hypothesis(id, reference, text, speaker, language, seconds, score, tuple(others)))
         num_cut += sum(found.is_cut for found in written)
+    for number, each in enumerate(long):
+        if number == 0:
+            logger.info("utterances longer than %.2f s are decoded by windows", decoder.window_seconds)
+        start = time.perf_counter()
+        recording = decoder.transcription(each.id, [each.audio.numpy()], each.language, each.task)
+        decoding_seconds += time.perf_counter() - start
+        audio_seconds += each.seconds
+        hypotheses.append(
+            Hypothesis(each.id, each.text, recording.text, each.speaker, each.language, each.seconds, None)
+        )
+        num_cut += any(segment.is_cut for segment in recording.segments)
     if not hypotheses:
         raise UserError(
             "data",

@@ -138,19 +138,29 @@ def test_silence_is_scored_and_not_learnt(tmp_path):
     assert batch.ids == ["train-0"] and [each.reason for each in batch.skipped] == ["silent audio"]
 
 
-def test_audio_that_memory_or_the_encoder_cannot_take_is_named(tmp_path, caplog):
-    write(tmp_path / "test.parquet", [1.0, 3.9, 4.1, 9.0])
+def test_audio_of_validation_that_memory_or_the_encoder_cannot_take_is_named(tmp_path, caplog):
+    write(tmp_path / "validation.parquet", [1.0, 3.9, 4.1, 9.0])
     data = data_module(tmp_path, max_seconds=1, batch_seconds=2.0)
-    assert [id for batch in data.batches("test") for id in batch.ids] == ["test-1", "test-0"]
-    assert data.skipped.of_split("test") == {"too long": 2}
-    assert caplog.messages == ["skipping utterances: too long (first: test-2 4.10 s > 4 * data.max_seconds=4)"]
+    names = [f"validation-{number}" for number in range(2)]
+    assert [id for batch in data.val_dataloader() for id in batch.ids] == names[::-1]
+    assert data.skipped.of_split("validation") == {"too long": 2}
+    assert caplog.messages == ["skipping utterances: too long (first: validation-2 4.10 s > 4 * data.max_seconds=4)"]
     data = data_module(tmp_path, tmp_path / "b", max_seconds=1, batch_seconds=8.5)
     data.collator.max_seconds = 3.9
-    assert sorted(id for batch in data.batches("test") for id in batch.ids) == ["test-0", "test-1"]
+    assert sorted(id for batch in data.batches("validation") for id in batch.ids) == names
     assert [each["detail"] for each in listed(tmp_path / "b")] == [
         "9.00 s > data.batch_seconds=8.5",
         "4.10 s > the limit of the encoder=3.9",
     ]
+
+
+def test_every_utterance_of_a_test_split_is_in_a_batch_or_among_the_long_ones(tmp_path):
+    write(tmp_path / "test.parquet", [1.0, 3.9, 4.1, 9.0], audio=[wav(1.0), wav(3.9), wav(4.1), b"no audio"])
+    data = data_module(tmp_path, max_seconds=1, batch_seconds=2.0)
+    data.collator.max_seconds = 4.0
+    assert [id for batch in data.batches("test", 4.0) for id in batch.ids] == ["test-1", "test-0"]
+    assert [(each.id, each.seconds) for each in data.long_utterances("test", 4.0)] == [("test-2", 4.1)]
+    assert data.skipped.of_split("test") == {"unreadable audio": 1}
 
 
 def test_a_split_without_any_text_is_scored_only_when_asked_for(tmp_path):

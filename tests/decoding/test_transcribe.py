@@ -1,11 +1,8 @@
 """Text from audio by a saved model, in Python: `sedtrain.load` and `sedtrain.transcribe`."""
 
 import contextlib
-import glob
 import json
 import os
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +12,13 @@ import pytest
 import soundfile
 import soxr
 import torch
+from corpora import syllables
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 
 import sedtrain as package
-from sedtrain.decoding.transcribe import Transcriber, decoding_options, too_long
+from sedtrain.decoding import recordings
+from sedtrain.decoding.hypotheses import Hypotheses
+from sedtrain.decoding.transcribe import Transcriber, decoding_options
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder
 from sedtrain.models.saved import join
@@ -34,9 +34,9 @@ def model(trained):
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """Half a second of noise and its file, at 16 kHz in 16 bits."""
+    """Half a second of sound and its file, at 16 kHz in 16 bits."""
     file = tmp_path_factory.mktemp("speech") / "a.wav"
-    soundfile.write(file, 0.1 * np.random.default_rng(0).standard_normal(8_000), 16_000)
+    soundfile.write(file, syllables(0.5), 16_000)
     return file, soundfile.read(file, dtype="float32")[0]
 
 
@@ -64,7 +64,7 @@ def test_files_and_arrays_give_the_text_that_the_command_prints(sedtrain, traine
 
 
 def test_an_array_is_brought_to_the_rate_of_the_model(model, speech):
-    collator = Transcriber(model, decoding_options({})).collator
+    collator = Transcriber(model, decoding_options({})).decoder.collator
     assert collator.sampling_rate == 16_000
     high = soxr.resample(speech[1], 16_000, 48_000)
     text = package.transcribe(model, soxr.resample(high, 48_000, 16_000), sampling_rate=16_000, **SHORT)
@@ -165,7 +165,7 @@ import json, sys, time
 start = time.perf_counter()
 import sedtrain
 seconds, before = time.perf_counter() - start, "torch" in sys.modules
-text = sedtrain.transcribe(sedtrain.load(sys.argv[1]), sys.argv[2], max_new_tokens=6)
+text = sedtrain.transcribe(sedtrain.load(sys.argv[1]), sys.argv[2], max_new_tokens=6, pauses="energy")
 print(json.dumps([seconds, before, text, sorted({name.partition(".")[0] for name in sys.modules})]))
 """
 
@@ -188,22 +188,32 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "sedtrain.decoding.transcribe"]
 
 
-def test_audio_longer_than_in_training_and_a_text_that_is_cut_are_told(model, caplog):
+def test_a_long_recording_is_decoded_by_windows_and_texts_that_are_cut_are_told(model, caplog):
     longest = model.model.config.max_training_seconds
     assert 1 < longest < 5
-    long, short = (np.random.default_rng(0).normal(0, 0.1, int(16_000 * seconds)) for seconds in (2 * longest, 1))
-    package.transcribe(model, long, sampling_rate=16_000, max_new_tokens=2)
-    assert warnings_of(caplog) == [
-        f"audio=array: {2 * longest:.2f} s, and the longest utterance in training had {longest:.2f} s: words may be missing; "
-        "cut it at pauses",
-        "audio=array: the text is cut at max_new_tokens=2, or at the last position of the decoder; write max_new_tokens=4, or "
-        "cut the audio",
-    ]
+    parts = [syllables(1), np.zeros(32_000, "float32"), syllables(1), np.zeros(32_000, "float32")]
+    transcriber = Transcriber(model, decoding_options({"max_new_tokens": 2}), of_decoding="")
+    found = transcriber.transcription_of(np.concatenate(parts), 16_000)
+    times = [(each.start, each.end) for each in found.segments]
+    assert np.array(times) == pytest.approx(np.array([(0, 1.2), (2.8, 4.2)]), abs=0.1) and found.seconds == 6
+    assert found.text == " ".join(each.text for each in found.segments)
+    [told, *_] = warnings_of(caplog)
+    assert told == (
+        f"audio=array, {times[0][0]:.2f} to {times[0][1]:.2f} s: the text is cut at max_new_tokens=2, or at the last position "
+        "of the decoder; write max_new_tokens=4 (1 more of its 2 segments too)"
+    )
     caplog.clear()
     end = model.model.generation_config.eos_token_id
     with model_that_writes(model, end):
-        assert package.transcribe(model, short, sampling_rate=16_000, max_new_tokens=2) == ""
+        assert package.transcribe(model, syllables(1), sampling_rate=16_000, max_new_tokens=2) == ""
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("level", [0, 0.1])
+def test_silence_and_noise_of_any_length_have_no_text(model, level):
+    for seconds in (1, 30):
+        noise = np.random.default_rng(0).normal(0, level, 16_000 * seconds)
+        assert package.transcribe(model, noise, sampling_rate=16_000) == ""
 
 
 @contextlib.contextmanager
@@ -219,50 +229,49 @@ def model_that_writes(model, token):
 
 def test_the_command_tells_the_same_of_each_file_with_its_own_options(sedtrain, trained, tmp_path):
     for name in ("a", "b"):
-        soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(0, 0.1, 16_000 * 9), 16_000)
+        soundfile.write(tmp_path / f"{name}.wav", syllables(9), 16_000)
     ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=2")
     assert ended.status == 0 and len(ended.out.splitlines()) == 2
     for name in ("a", "b"):
-        assert f"audio={tmp_path}/{name}.wav: 9.00 s, and the longest utterance in training had" in ended.err
-        assert f"{name}.wav: the text is cut at decoding.max_new_tokens=2" in ended.err
-        assert "write decoding.max_new_tokens=4, or cut the audio" in ended.err
+        assert f"audio={tmp_path}/{name}.wav, 0.00 to " in ended.err
+    assert ended.err.count("s: the text is cut at decoding.max_new_tokens=2") == 2
+    assert "write decoding.max_new_tokens=4" in ended.err
 
 
-def test_audio_longer_than_the_encoder_takes_is_refused_with_a_command_that_cuts_it(tmp_path):
-    error = too_long(tmp_path / "a talk [1] 50%.mp3", 45.123, 30.0, 16_000)
-    assert (error.option, error.wrong) == (
-        "audio",
-        "45.12 s, and the encoder of this model takes up to 30 s: it has to be cut",
-    )
-    first, command, last = error.write.splitlines()
-    assert first == "cut the audio into pieces of up to 30 s, at pauses or by"
-    file, pieces = f"{tmp_path}/a talk [1] 50%.mp3", "a talk [1] 50%%-%03d.wav"
-    assert shlex.split(command) == [
-        "ffmpeg", "-i", file, "-f", "segment", "-segment_time", "29", "-ac", "1", "-ar", "16000", pieces,
-    ]  # fmt: skip
-    (tmp_path / (pieces % 0)).touch()
-    [option] = shlex.split(last.removeprefix("and write "))
-    assert glob.glob(option.removeprefix("audio="), root_dir=tmp_path) == [pieces % 0]
-    error = too_long(np.zeros(480_001), 30.1, 30.0, 16_000)
-    assert error.write == "cut the audio into pieces of up to 30 s, such as audio[: 29 * sampling_rate]"
-
-
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
-def test_the_command_that_cuts_runs_as_it_is_printed(tmp_path):
-    file = tmp_path / "a talk.wav"
-    soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 16_000 * 45), 16_000)
-    command = too_long(file, 45.0, 30.0, 16_000).write.splitlines()[1]
-    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
-    seconds = [soundfile.info(piece).duration for piece in sorted(tmp_path.glob("a talk-*.wav"))]
-    assert max(seconds) <= 30 and sum(seconds) == pytest.approx(45, abs=0.01)
-
-
-def test_whisper_takes_30_seconds_and_no_more():
+def test_whisper_takes_30_seconds_at_once_and_longer_recordings_by_windows(caplog):
     saved, other = (
         join(tiny_encoder(name), tiny_decoder("gpt2"), lambda *widths: None, TOKENIZER)
         for name in ("whisper", "hubert")
     )
     assert saved.max_seconds == 30 and other.max_seconds == float("inf")
-    assert isinstance(package.transcribe(saved, np.zeros(480_000), sampling_rate=16_000, max_new_tokens=2), str)
-    option, wrong, _ = refusal(package.transcribe, saved, np.zeros(480_100), sampling_rate=16_000)
-    assert (option, wrong) == ("audio", "30.01 s, and the encoder of this model takes up to 30 s: it has to be cut")
+    for options, whole in (({}, 30), ({"window": 90.0}, 30), ({"window": 20.0}, 20)):
+        transcriber = Transcriber(saved, decoding_options({"max_new_tokens": 2, **options}))
+        assert transcriber.decoder.window_seconds == whole
+    segments = transcriber.transcription_of(syllables(45), 16_000).segments
+    assert len(segments) == 3 and max(each.end - each.start for each in segments) <= 20
+    assert (segments[0].start, segments[-1].end) == (0, 45)
+
+
+@pytest.mark.parametrize(
+    ("text", "confidence", "doubt"),
+    [
+        ("one two", None, None),
+        ("one two", 0.7, None),
+        ("", 0.0, None),
+        ("one two", 0.25, "CTC gives its tokens a mean probability of 0.25, as in noise or music"),
+        ("thanks for watching " * 10, 0.9, "it repeats itself"),
+        ("one one one one one one", None, None),
+    ],
+)
+def test_texts_that_ctc_does_not_hear_or_that_repeat_themselves_are_doubtful(text, confidence, doubt):
+    assert recordings.doubt(text, confidence) == doubt
+
+
+def test_a_window_in_which_ctc_hears_nothing_is_left_out_where_it_hears_words_in_others(model, monkeypatch):
+    def decoded(sureness):
+        found = iter(Hypotheses([[5]], texts=(str(each),), confidence=each) for each in sureness)
+        monkeypatch.setattr(recordings, "decode_batch", lambda *_, **__: list(found))
+        gap = np.zeros(80_000, "float32")
+        return package.transcribe(model, np.concatenate([syllables(1), gap, syllables(1)]), sampling_rate=16_000)
+
+    assert [decoded((0.9, 0.0)), decoded((0.0, 0.0)), decoded((None, None))] == ["0.9", "0.0 0.0", "None None"]

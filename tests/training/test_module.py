@@ -3,14 +3,18 @@
 import copy
 
 import lightning
+import numpy as np
 import pytest
 import torch
+from corpora import syllables
 from hydra import compose, initialize_config_dir
 
 from sedtrain import build
+from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.metrics import MetricSet
@@ -138,11 +142,22 @@ def test_a_validation_in_which_nothing_is_readable_is_an_error(run):
 def test_an_evaluation_in_which_nothing_is_readable_is_an_error(run):
     empty = run.data.collator([])
     with pytest.raises(UserError) as raised:
-        evaluate(run.saved.model, run.saved.tokenizer, [empty], MetricSet(["wer"]), DecodingOptions())
+        evaluate(RecordingDecoder(run.saved, DecodingOptions()), [empty], [], MetricSet(["wer"]))
     assert str(raised.value) == (
         "1 problem:\n\n  data = '0 utterances'\n    none of the utterances could be decoded: there is nothing to score\n"
         "    write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
     )
+
+
+def test_long_utterances_are_scored_by_the_text_of_their_windows(run):
+    decoder = RecordingDecoder(run.saved, DecodingOptions(window=1.5, max_new_tokens=2))
+    audio = np.concatenate([syllables(0.8), np.zeros(16_000, "float32"), syllables(0.8)])
+    text = decoder.transcription("a", [audio]).text
+    long = Utterance("a", torch.from_numpy(audio), 16_000, text, None, "someone", 2.6)
+    scored = evaluate(decoder, [run.data.collator([])], [long], MetricSet(["wer"]))
+    [found] = scored.hypotheses
+    assert (found.id, found.reference, found.hypothesis, found.seconds) == ("a", text, text, 2.6)
+    assert (scored.num_cut, scored.audio_seconds, len(decoder.transcription("a", [audio]).segments)) == (1, 2.6, 2)
 
 
 # --- frozen parts

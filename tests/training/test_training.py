@@ -297,22 +297,6 @@ def test_of_several_files_those_that_cannot_be_transcribed_stop_no_other(sedtrai
     assert told[-1] == "3 of 4 files could not be transcribed"
 
 
-def test_a_file_too_long_for_the_encoder_stops_no_other(sedtrain, trained_with, tmp_path, wav):
-    folder = trained_with("whisper")
-    (tmp_path / "audio").mkdir()
-    (tmp_path / "audio/short.wav").write_bytes(wav.read_bytes())
-    soundfile.write(tmp_path / "audio/long.wav", np.zeros(16000 * 31, dtype="float32"), 16000)
-    ended = sedtrain(
-        "task=transcribe", f"checkpoint={folder}", f"audio={tmp_path}/audio/*", "decoding.max_new_tokens=4"
-    )
-    assert ended.status == 1
-    assert ended.out.startswith(f"{tmp_path}/audio/short.wav\t")
-    assert (
-        f"audio={tmp_path}/audio/long.wav: 31.00 s, and the encoder of this model takes up to 30 s: it has to be cut"
-        in ended.err
-    )
-
-
 # --- evaluation
 
 

@@ -1,0 +1,110 @@
+"""Texts of recordings of any length by a saved model: its windows, decoded in batches."""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isinf
+
+import torch
+
+from sedtrain.batch import Utterance
+from sedtrain.data.collate import Collator
+from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.hypotheses import Hypotheses
+from sedtrain.decoding.pauses import Samples, activity_of
+from sedtrain.decoding.transcription import Segment, Transcription
+from sedtrain.decoding.windows import Window, joined, windows_of
+from sedtrain.models.saved import SavedModel
+
+DEFAULT_SECONDS = 30.0
+BATCH_SECONDS = 60.0  # padded; a window that is longer is a batch of its own
+SURE = 0.5  # confidence; with the demo's model, speech has 0.65 to 1, noise and music 0 to 0.6
+REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
+
+
+@dataclass(frozen=True)
+class RecordingDecoder:
+    """A saved model with the options of its search."""
+
+    saved: SavedModel
+    options: DecodingOptions
+
+    @cached_property
+    def collator(self) -> Collator:
+        start = self.saved.model.config.decoder_start_token_id
+        return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
+
+    @property
+    def window_seconds(self) -> float:
+        """Length up to which audio is decoded at once."""
+        learnt = self.saved.max_training_seconds
+        return min(self.options.window or (DEFAULT_SECONDS if isinf(learnt) else learnt), self.saved.max_seconds)
+
+    def transcription(
+        self, name: str, blocks: Iterable[Samples], language: str | None = None, task: str = "transcribe"
+    ) -> Transcription:
+        """The text of a recording from its samples at the rate of the collator.
+
+        Where CTC hears nothing in a window, although it hears words in others, there is no text.
+        """
+        rate, num_samples = self.collator.sampling_rate, 0
+
+        def counted() -> Iterator[Samples]:
+            nonlocal num_samples
+            for block in blocks:
+                num_samples += len(block)
+                yield block
+
+        windows = windows_of(counted(), rate, self.window_seconds, activity_of(self.options.pauses))
+        decoded: list[tuple[Segment, float | None]] = []
+        for batch in batches(windows, round(BATCH_SECONDS * rate)):
+            for window, found in zip(batch, self.decode(batch, language, task), strict=True):
+                segment = segment_of(found, window.start / rate, (window.start + len(window.samples)) / rate)
+                if window.overlaps and decoded:
+                    before, confidence = decoded.pop()
+                    before, segment = joined(before, segment)
+                    decoded.append((before, confidence))
+                decoded.append((segment, found.confidence))
+        hears = any(confidence for _, confidence in decoded)
+        segments = [segment for segment, confidence in decoded if confidence != 0 or not hears]
+        return Transcription(name, num_samples / rate, tuple(segments))
+
+    def decode(self, windows: list[Window], language: str | None, task: str) -> list[Hypotheses]:
+        rate, saved = self.collator.sampling_rate, self.saved
+        utterances = [
+            Utterance("", torch.from_numpy(each.samples), rate, "", language, None, len(each.samples) / rate, task)
+            for each in windows
+        ]
+        batch = self.collator(utterances).to(saved.model.device)
+        return decode_batch(saved.model, saved.tokenizer, batch, self.options, with_confidence=True)
+
+
+def batches(windows: Iterable[Window], num_samples: int) -> Iterator[list[Window]]:
+    """Neighbours of together at most so many samples, padding included."""
+    batch: list[Window] = []
+    for window in windows:
+        longest = max(len(each.samples) for each in [*batch, window])
+        if batch and longest * (len(batch) + 1) > num_samples:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def segment_of(found: Hypotheses, start: float, end: float) -> Segment:
+    best, *others = found.texts
+    score = found.scores[0] if found.scores else None
+    segment = Segment(best, start, end, score, others=tuple(others), is_cut=found.is_cut)
+    return replace(segment, doubt=doubt(best, found.confidence))
+
+
+def doubt(text: str, confidence: float | None) -> str | None:
+    """A reason to doubt a text: CTC does not hear it, or it repeats itself."""
+    written = text.encode()
+    if text and confidence is not None and confidence < SURE:
+        return f"CTC gives its tokens a mean probability of {confidence:.2f}, as in noise or music"
+    if len(written) > REPETITIVE * len(zlib.compress(written)):
+        return "it repeats itself"
+    return None

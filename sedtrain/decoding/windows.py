@@ -1,0 +1,151 @@
+"""Windows of a recording: cut at pauses, of bounded length, without the silence between them; and their texts joined.
+
+A recording is read as a stream; a few minutes of it are held at a time. All positions in a plan are hops of `pauses`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sedtrain.decoding.pauses import Activity, Samples, samples_per_hop
+from sedtrain.decoding.transcription import Segment
+
+MIN_SPEECH = 3  # hops; shorter sounds are clicks
+MIN_PAUSE = 8  # hops, 0.25 s; shorter ones are inside words
+LONG_PAUSE = 16  # hops, 0.5 s; a longer one always ends a window, as between utterances in training
+MARGIN = 6  # hops, 0.2 s of a pause that stay with the speech: beginnings and ends of words are quiet
+OVERLAP = 4  # windows that are cut inside speech share this part of their length
+HELD_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Span:
+    """From `start` to before `end`; overlaps: it begins inside the one before, where no pause was in reach."""
+
+    start: int
+    end: int
+    overlaps: bool = False
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Window:
+    """Samples of a recording from sample `start` on; overlaps: see Span."""
+
+    start: int
+    samples: Samples
+    overlaps: bool = False
+
+
+def planned(activity: NDArray[np.float64], limit: int, overlaps: bool = False) -> list[Span]:
+    """Windows of at most `limit` hops that hold all speech, in order of time.
+
+    overlaps: the first one begins inside a window that was planned before
+    """
+    windows: list[Span] = []
+    for span in speech(activity, limit):
+        for piece in pieces(span, activity, limit):
+            last = windows[-1] if windows else None
+            is_near = last and not piece.overlaps and piece.start - last.end + 2 * MARGIN < LONG_PAUSE
+            if last and is_near and piece.end - last.start <= limit:
+                windows[-1] = replace(last, end=piece.end)
+            else:
+                windows.append(piece)
+    if windows and overlaps:
+        windows[0] = replace(windows[0], overlaps=True)
+    return windows
+
+
+def speech(activity: NDArray[np.float64], limit: int) -> list[Span]:
+    """Stretches of speech between pauses, each with a margin of at most half the pause, for which none exceeds the limit."""
+    starts, ends = np.flatnonzero(np.diff(np.pad(activity > 0, 1).astype(int))).reshape(-1, 2).T
+    is_pause = starts[1:] - ends[:-1] >= MIN_PAUSE
+    bounds = zip(starts[np.r_[True, is_pause]], ends[np.r_[is_pause, True]], strict=True) if len(starts) else ()
+    spans = [Span(int(start), int(end)) for start, end in bounds if (activity[start:end] > 0).sum() >= MIN_SPEECH]
+    borders = [0, *((one.end + two.start) // 2 for one, two in pairwise(spans)), len(activity)]
+    margins = [min(MARGIN, (limit - len(span)) // 2) if len(span) <= limit else MARGIN for span in spans]
+    return [
+        Span(max(span.start - margin, before), min(span.end + margin, behind))
+        for span, margin, (before, behind) in zip(spans, margins, pairwise(borders), strict=False)
+    ]
+
+
+def pieces(span: Span, activity: NDArray[np.float64], limit: int) -> Iterator[Span]:
+    """A span in pieces of at most `limit`: cut at the quietest hop of their second half; where all are loud, they overlap."""
+    while len(span) > limit:
+        first = span.start + (limit + 1) // 2
+        cut = first + int(activity[first : span.start + limit].argmin())
+        if activity[cut] <= 0:
+            yield replace(span, end=cut)
+            span = Span(cut, span.end)
+        else:
+            cut = span.start + limit
+            yield replace(span, end=cut)
+            span = Span(cut - limit // OVERLAP, span.end, overlaps=True)
+    yield span
+
+
+def windows_of(blocks: Iterable[Samples], rate: int, seconds: float, activity_of: Activity) -> Iterator[Window]:
+    """The windows of a recording, each of at most `seconds`; a recording that is not longer is one, unless it is silent.
+
+    blocks: its samples from the beginning to the end
+    """
+    hop, limit = samples_per_hop(rate), max(4, int(seconds * rate) // samples_per_hop(rate))
+    enough = max(HELD_SECONDS * rate, 4 * limit * hop)
+    held, first, overlaps = np.zeros(0, np.float32), 0, False
+    for block, is_last in with_last(blocks):
+        held = np.concatenate([held, block])
+        if len(held) < enough and not is_last:
+            continue
+        activity = activity_of(held, rate)
+        spans, length = planned(activity, limit, overlaps), len(activity)
+        if is_last and not first and round(len(held) / rate, 2) <= seconds:
+            spans = spans and [Span(0, length)]
+        done = spans if is_last or not spans or spans[-1].end + LONG_PAUSE <= length else spans[:-1]
+        for span in done:
+            yield Window(first + span.start * hop, held[span.start * hop : span.end * hop], span.overlaps)
+        waiting = spans[len(done)] if len(done) < len(spans) else Span(max(0, length - LONG_PAUSE), length)
+        held, first, overlaps = held[waiting.start * hop :].copy(), first + waiting.start * hop, waiting.overlaps
+
+
+def with_last(blocks: Iterable[Samples]) -> Iterator[tuple[Samples, bool]]:
+    """Blocks, at most a minute or so at once, and True with the last one."""
+    before = None
+    for block in blocks:
+        if before is not None:
+            yield before, False
+        before = block
+    if before is not None:
+        yield before, True
+
+
+def joined(one: Segment, two: Segment) -> tuple[Segment, Segment]:
+    """Segments of overlapping windows with the words that both have only once; they meet in the middle of the overlap."""
+    is_spaced = any(" " in each.text for each in (one, two))
+    space, split = (" ", str.split) if is_spaced else ("", list)
+    first, second = split(one.text), split(two.text)
+    kept, dropped = seam(first, second)
+    middle = (one.end + two.start) / 2
+    if is_spaced:
+        one = replace(one, words=one.words and one.words[:kept])
+        two = replace(two, words=two.words and two.words[dropped:])
+    return (
+        replace(one, text=space.join(first[:kept]), end=middle, others=()),
+        replace(two, text=space.join(second[dropped:]), start=middle, others=()),
+    )
+
+
+def seam(first: Sequence[str], second: Sequence[str]) -> tuple[int, int]:
+    """Words to keep of the first text, and to drop of the second, whose beginning overlaps the end of the first.
+
+    Up to the end of the longest sequence that the second half of one and the first half of the other share.
+    """
+    before, until = len(first) // 2, -(-len(second) // 2)
+    match = SequenceMatcher(None, first[before:], second[:until], autojunk=False).find_longest_match()
+    return (before + match.a + match.size, match.b + match.size) if match.size else (len(first), 0)
