@@ -15,6 +15,7 @@ from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, pre
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
 from sedtrain.decoding.speculative import Speculative
+from sedtrain.decoding.timestamps import heard_words
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -80,10 +81,15 @@ class DecodingOptions:
 
 @torch.inference_mode()
 def decode_batch(
-    model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch, options: DecodingOptions
+    model: SpeechEncoderDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    options: DecodingOptions,
+    with_words: bool = False,
 ) -> list[Hypotheses]:
     """The best `num_return_sequences` hypotheses for each of the B utterances, in their order, without prompts.
 
+    with_words: look for the words of the best ones in the frames, where the model has a CTC head
     The model keeps its mode. Raises UserError for a search that needs a CTC head which the model lacks.
     """
     options.refuse_without_ctc(model)
@@ -105,10 +111,14 @@ def decode_batch(
     limits = [options.max_new_tokens] * len(found)
     if model.ctc_head is not None:
         limits = most_tokens(encoded).clamp(max=options.max_new_tokens).tolist()
-    return [
+    found = [
         replace(each, texts=texts_of(tokenizer, each.ids), is_cut=len(each.ids[0]) >= limit)
         for each, limit in zip(found, limits, strict=True)
     ]
+    if with_words and model.ctc_head is not None:
+        heard = heard_words(model, tokenizer, encoded, found)
+        found = [replace(each, words=words) for each, words in zip(found, heard, strict=True)]
+    return found
 
 
 def most_new_tokens(model: SpeechEncoderDecoder, num_given: int, options: DecodingOptions) -> int:

@@ -8,18 +8,33 @@ from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
+class HeardWord:
+    """A word in the encoder's frames `start` to `end`, the last not included.
+
+    confidence: mean probability that CTC gives its tokens in their frames, from 0 to 1
+    """
+
+    text: str
+    start: int
+    end: int
+    confidence: float
+
+
+@dataclass(frozen=True)
 class Hypotheses:
     """The n-best texts of one utterance, the best first.
 
     ids:    tokens of each, without prompt, end and padding
     scores: by which the search ranks them; None if it computes none
     is_cut: True if the best one was cut at the limit of tokens
+    words:  of the best one, where they are looked for; None where it cannot be aligned
     """
 
     ids: list[list[int]]
     scores: list[float] | None = None
     texts: tuple[str, ...] = ()
     is_cut: bool = False
+    words: tuple[HeardWord, ...] | None = None
 
     @classmethod
     def of_rows(

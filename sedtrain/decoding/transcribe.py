@@ -21,6 +21,7 @@ from sedtrain.batch import Utterance
 from sedtrain.data.audio import RATES, UNREADABLE, one_channel, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.saved import SavedModel, load
@@ -66,6 +67,7 @@ class Transcriber:
     """A saved model with all that a text depends on besides the audio.
 
     of_decoding: what names of DecodingOptions begin with where the user writes them, for messages
+    with_words: look for words and their times, which takes a CTC head; a warning is logged where there is none
     Raises UserError where the model never learnt to write what `target` and `language` ask for, or to search so.
     """
 
@@ -74,6 +76,7 @@ class Transcriber:
     language: str | None = None
     target: str = "transcription"
     of_decoding: str = "decoding."
+    with_words: bool = False
 
     def __post_init__(self) -> None:
         self.options.refuse_without_ctc(self.saved.model)
@@ -86,6 +89,10 @@ class Transcriber:
             wrong = "this model was trained without data.tags, so that it cannot be asked for a language"
             write = "write no data.language, or a checkpoint that was trained with data.tags=true"
             raise UserError("data.language", self.language, wrong, write)
+        if self.with_words and self.saved.model.ctc_head is None:
+            logger.warning(
+                "words have no times: the model was trained without a CTC head; train with loss=joint loss.ctc_weight=0.3"
+            )
 
     @cached_property
     def collator(self) -> Collator:
@@ -108,7 +115,7 @@ class Transcriber:
             raise too_long(audio, seconds, self.saved.max_seconds, rate)
         utterance = Utterance(name, samples, rate, "", self.language, None, seconds, task)
         batch = self.collator([utterance]).to(self.saved.model.device)
-        [found] = decode_batch(self.saved.model, self.saved.tokenizer, batch, self.options)
+        [found] = decode_batch(self.saved.model, self.saved.tokenizer, batch, self.options, self.with_words)
         if seconds > (longest := self.saved.max_training_seconds):
             wrong = "audio=%s: %.2f s, and the longest utterance in training had %.2f s: words may be missing; cut it at pauses"
             logger.warning(wrong, name, seconds, longest)
@@ -118,7 +125,8 @@ class Transcriber:
             logger.warning(wrong, name, option, number, option, 2 * number)
         best, *others = found.texts
         score = found.scores[0] if found.scores else None
-        segment = Segment(best, 0.0, seconds, score, others=tuple(others), is_cut=found.is_cut)
+        words = None if found.words is None else timed(found.words, samples, rate, FrameTimes.of(self.saved))
+        segment = Segment(best, 0.0, seconds, score, words, tuple(others), found.is_cut)
         return Transcription(name, seconds, (segment,))
 
 
