@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "inspection": "batch data errors evaluation run_dir",
     "export": "evaluation models run_dir text",
     "evaluation": "batch data decoding errors models run_dir text",
-    "decoding": "batch data errors models ranges text",
+    "decoding": "batch data errors models ranges run_dir text",
     "models": "batch errors hub plain ranges run_dir text",
     "data": "batch errors hub launch plain ranges run_dir text",
     "text": "errors ranges",

@@ -18,6 +18,7 @@ from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
 BLEU_TOKENIZERS = ("auto", "13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
+FORMATS = ("text", "json", "srt", "vtt")
 DECIDED = {
     "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
     "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
@@ -75,6 +76,8 @@ class Config:
     resume: str = "none"
     checkpoint: str | None = None
     audio: Any = None
+    format: Any = "text"
+    out: str | None = None
     split: str = one_of("test", "validation", "train")
 
     metrics: Any = None
@@ -238,6 +241,8 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
+    if "format" in config:
+        yield from format_rules(plain(config, "format"), config.get("out"))
     if "metrics" in config:
         yield from metric_rules(plain(config, "metrics"))
     mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
@@ -271,6 +276,15 @@ def entry_rules(entries: Any, group: str) -> Iterator[UserError]:
                 f"write +{group}.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
             )
             yield UserError(f"{group}.{name}", node, "this has a name of its own, and a _target_", write)
+
+
+def format_rules(value: object, out: object) -> Iterator[UserError]:
+    """Formats of texts, one or a list; only files hold several."""
+    formats = value if isinstance(value, list) else [value]
+    for unknown in [each for each in formats if each not in FORMATS] or ([value] if value == [] else []):
+        yield UserError("format", value, f"format has no option {unknown!r}", suggest(str(unknown), FORMATS))
+    if len(formats) > 1 and not out:
+        yield UserError("out", out, "several formats do not go to the terminal together", "write out=FOLDER")
 
 
 def metric_rules(metrics: object) -> Iterator[UserError]:

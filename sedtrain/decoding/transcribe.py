@@ -24,42 +24,13 @@ from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
-from sedtrain.models.saved import SavedModel, load
+from sedtrain.models.saved import SavedModel
 from sedtrain.ranges import Range
 from sedtrain.text.tags import TASK_OF
 
 logger = logging.getLogger(__name__)
 
 Audio = str | Path | NDArray[Any]
-
-
-def transcribe(
-    model: SavedModel | str | Path,
-    audio: Audio | Sequence[Audio],
-    *,
-    sampling_rate: int | None = None,
-    language: str | None = None,
-    target: str = "transcription",
-    **decoding: Any,
-) -> str | list[str]:
-    """The text of an audio file or array; of a list of them, a list of texts in the same order.
-
-    model: what `sedtrain.load` returned, on the device where it is to compute, or what `load` takes
-    audio: the path of a file that libsndfile reads, or (S,) floats from -1 to 1; a file of several channels is mixed to one
-    sampling_rate: of arrays, in hertz; files have their own. The model's own rate is resampled to.
-    language: of the text, where the model learnt to write several
-    target: `transcription`, or `translation` where the model learnt both
-    decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
-
-    A warning is logged for audio longer than any that the model was trained on, and for a text that is cut at
-    max_new_tokens. Raises UserError for audio that cannot be read or is longer than the encoder takes, a language that was
-    not learnt, and options that cannot be.
-    """
-    saved = model if isinstance(model, SavedModel) else load(model)
-    transcriber = Transcriber(saved, decoding_options(decoding), language, target, of_decoding="")
-    if isinstance(audio, str | Path | np.ndarray):
-        return transcriber.text_of(audio, sampling_rate)
-    return [transcriber.text_of(each, sampling_rate) for each in audio]
 
 
 @dataclass(frozen=True)
@@ -98,10 +69,6 @@ class Transcriber:
     def collator(self) -> Collator:
         start = self.saved.model.config.decoder_start_token_id
         return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
-
-    def text_of(self, audio: Audio, sampling_rate: int | None = None) -> str:
-        """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read or taken."""
-        return self.transcription_of(audio, sampling_rate).text
 
     def transcription_of(self, audio: Audio, sampling_rate: int | None = None) -> Transcription:
         """The text of a file or of an array with its times. Raises UserError for audio that cannot be read or taken."""
