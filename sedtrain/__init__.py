@@ -1,9 +1,9 @@
 """Speech encoder-decoder models: composed, trained, evaluated, shipped.
 
     model = sedtrain.load("runs/mine")
-    text = sedtrain.transcribe(model, "a.wav", num_beams=5)
+    text = model.transcribe("a.wav", num_beams=5)
 
-`load`, `transcribe` and `SpeechEncoderDecoder` are imported when they are asked for, and torch with them.
+`load` and `SpeechEncoderDecoder` are imported when they are asked for, and torch with them.
 """
 
 import importlib
@@ -12,8 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 FOUND_IN = {
     "SpeechEncoderDecoder": "sedtrain.models.speech_encoder_decoder",
-    "load": "sedtrain.models.saved",
-    "transcribe": "sedtrain.decoding.transcribe",
+    "load": "sedtrain.decoding.loaded",
 }
 
 

@@ -24,7 +24,20 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from sedtrain.cli import run_command_line
 
-    run_command_line(sys.argv[1:])
+    try:
+        run_command_line(sys.argv[1:])
+    except BrokenPipeError:
+        end_with_reader()
+
+
+def end_with_reader() -> None:
+    """Ends quietly where nobody reads the output any more, as behind `| head`; another broken pipe stays an error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    raise
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
@@ -38,6 +51,8 @@ def interrupted(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(Exception):  # it may be in the middle of a write
             stream.flush()
     if is_first():
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h")  # the cursor, which a bar hides
         os.write(2, b"interrupted\n")
     os._exit(130)
 

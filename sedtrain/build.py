@@ -18,6 +18,7 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.skipped import WHOLE
 from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.outputs import Outputs
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Scoring, metric_set
@@ -274,10 +275,17 @@ def transcriber(cfg: DictConfig) -> Transcriber:
     """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
-    made: Transcriber = attempt(Transcriber, saved, options, cfg.data.get("language"), cfg.target)
+    make = partial(Transcriber, with_words=outputs(cfg).formats != ("text",))
+    made: Transcriber = attempt(make, saved, options, cfg.data.get("language"), cfg.target)
     attempt.report()
     saved.model.to(device(cfg))
     return made
+
+
+def outputs(cfg: DictConfig) -> Outputs:
+    """Where `task=transcribe` writes, and in which formats."""
+    formats = (cfg.format,) if isinstance(cfg.format, str) else tuple(cfg.format)
+    return Outputs(formats, Path(cfg.out).expanduser() if cfg.out else None, cfg.data.get("language"))
 
 
 def saved_model(cfg: DictConfig) -> SavedModel:

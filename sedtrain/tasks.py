@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
-from sedtrain.data.paths import audio_paths
+from sedtrain.data.paths import audio_paths, stored
 from sedtrain.errors import Unfinished, UserError
 from sedtrain.export import write_model_card
 from sedtrain.inspection.summary import inspected
@@ -71,15 +72,17 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def transcribe(cfg: DictConfig) -> None:
-    """Prints `path<TAB>text` for every audio file; of several, one that cannot be transcribed stops no other."""
+    """Prints or writes the text of every recording; of several, one that cannot be transcribed stops no other."""
     paths = audio_paths(cfg.audio)
-    transcriber = build.transcriber(cfg)
-    num_failed = 0
-    for path in paths:
+    transcriber, outputs = build.transcriber(cfg), build.outputs(cfg)
+    names, num_failed = outputs.names(paths), 0
+    for path in terminal.with_progress(paths, is_shown=bool(names) or not sys.stdout.isatty()):
         try:
-            print(f"{path}\t{transcriber.text_of(path)}", flush=True)
+            with stored(path) as file:
+                found = transcriber.transcription_of(file)
+            outputs.write(replace(found, audio=path), names.get(path))
         except UserError as error:
-            if len(paths) == 1:
+            if len(paths) == 1 or error.option == "out":
                 raise
             logger.error("audio=%s: %s", path, error.wrong)
             num_failed += 1

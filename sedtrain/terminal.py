@@ -1,10 +1,11 @@
 """Tables and lines for people: the scores of a run, the files that were saved."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
+from rich.progress import Progress
 from rich.table import Table
 
 from sedtrain.evaluation.results import Evaluation, Results
@@ -44,6 +45,17 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
 def saved_files(folder: Path, names: Sequence[str]) -> str:
     """The folder, and those of the files that are in it."""
     return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())
+
+
+def with_progress(names: Sequence[str], is_shown: bool) -> Iterator[str]:
+    """The same names; of several, a bar on a terminal, in standard error, shows how many are done."""
+    console = Console(stderr=True)
+    shown = is_shown and len(names) > 1 and console.is_terminal
+    with Progress(console=console, transient=True, redirect_stdout=False, disable=not shown) as bar:
+        task = bar.add_task("transcribing", total=len(names))
+        for name in names:
+            yield name
+            bar.advance(task)
 
 
 def show(*contents: RenderableType) -> None:

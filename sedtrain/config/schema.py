@@ -18,6 +18,7 @@ from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive, Range
 
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
+FORMATS = ("text", "json", "srt", "vtt")
 DECIDED = {
     "logger": "write logger=csv, logger=[csv,tensorboard] or logger=none",
     "callbacks": "add yours to the group: +callbacks.NAME._target_=package.module.Name",
@@ -76,6 +77,8 @@ class Config:
     checkpoint: str | None = None
     audio: Any = None
     runs: Any = None
+    format: Any = "text"
+    out: str | None = None
     split: str = one_of("test", "validation", "train")
 
     metrics: Any = None
@@ -251,6 +254,8 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
         isinstance(runs, list) and len(runs) > 1 and all(isinstance(each, str) for each in runs)
     ):
         yield UserError("runs", runs, "task=compare needs two runs or more", "write 'runs=[FOLDER,FOLDER]'")
+    if "format" in config:
+        yield from format_rules(plain(config, "format"), config.get("out"))
     if "metrics" in config:
         named = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml") if file.stem != "auto")
         yield from metric_rules(plain(config, "metrics"), named, config.get("target"))
@@ -285,6 +290,15 @@ def entry_rules(entries: Any, group: str) -> Iterator[UserError]:
                 f"write +{group}.NAME._target_=package.module.Name; in an option file, the name stands above _target_"
             )
             yield UserError(f"{group}.{name}", node, "this has a name of its own, and a _target_", write)
+
+
+def format_rules(value: object, out: object) -> Iterator[UserError]:
+    """Formats of texts, one or a list; only files hold several."""
+    formats = value if isinstance(value, list) else [value]
+    for unknown in [each for each in formats if each not in FORMATS] or ([value] if value == [] else []):
+        yield UserError("format", value, f"format has no option {unknown!r}", suggest(str(unknown), FORMATS))
+    if len(formats) > 1 and not out:
+        yield UserError("out", out, "several formats do not go to the terminal together", "write out=FOLDER")
 
 
 def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:

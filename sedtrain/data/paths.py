@@ -3,14 +3,20 @@
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from sedtrain.data.audio import UNREADABLE, is_media_file, opened
 from sedtrain.data.readers import READERS
 from sedtrain.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "spoken_digits"
+STANDARD_INPUT = "-"
+MOST_BYTES = 1 << 32  # of standard input, as of a WAV file
+AT_ONCE = 1 << 20
 BRACES = re.compile(r"\{(\w+)(\.\.|(?:,\w+)+)(\w*)\}")
 
 
@@ -95,7 +101,7 @@ def files_in(folder: Path) -> Iterator[str]:
 
 
 def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
-    """The files that `audio` names: files, globs and folders (searched through).
+    """The files that `audio` names, each once: files, globs, folders (searched through), and `-`, standard input.
 
     Raises UserError for a name that stands for no file, and for a single file that is no audio.
     """
@@ -105,6 +111,9 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
     found: list[str] = []
     for name in [audio] if isinstance(audio, str) else audio:
         where = Path(name).expanduser()
+        if name == STANDARD_INPUT:
+            found.append(name)
+            continue
         if where.is_dir():
             matches = sorted(filter(is_media_file, files_in(where)))
         else:
@@ -116,7 +125,8 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
             )
             raise UserError("audio", name, wrong, "write audio=FILE, a glob that matches or a folder")
         found += matches
-    if len(found) == 1:
+    found = list(dict.fromkeys(found))
+    if len(found) == 1 and found != [STANDARD_INPUT]:
         try:
             with opened(found[0]):
                 pass
@@ -124,3 +134,23 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
             wrong = f"this is no audio that can be read ({error})"
             raise UserError("audio", found[0], wrong, "write audio=FILE that libsndfile can read") from error
     return found
+
+
+@contextmanager
+def stored(path: str) -> Iterator[str]:
+    """The file of a recording; of `-`, a temporary one with what standard input gives. Raises UserError for too much of it."""
+    if path != STANDARD_INPUT:
+        yield path
+        return
+    with NamedTemporaryFile(prefix="sedtrain-") as file:
+        while block := sys.stdin.buffer.read(AT_ONCE):
+            file.write(block)
+            if file.tell() > MOST_BYTES:
+                wrong = f"standard input gives more than {MOST_BYTES // 1_000_000_000} GB"
+                raise UserError("audio", path, wrong, "write audio=FILE")
+        file.flush()
+        try:
+            yield file.name
+        except UserError as error:
+            write = "pipe a whole file of audio, such as cat a.wav | sedtrain task=transcribe checkpoint=RUN audio=-"
+            raise UserError(error.option, path, error.wrong.replace(file.name, path), write) from error

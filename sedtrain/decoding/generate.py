@@ -27,6 +27,7 @@ from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
 from sedtrain.decoding.pauses import Pauses, activity_of
 from sedtrain.decoding.speculative import Speculative
+from sedtrain.decoding.timestamps import heard_words
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.saved import MOST_TOKENS, most_tokens
@@ -125,10 +126,11 @@ def decode_batch(
     batch: Batch,
     options: DecodingOptions,
     with_confidence: bool = False,
+    with_words: bool = False,
 ) -> list[Hypotheses]:
     """The best `num_return_sequences` hypotheses for each of the B utterances, in their order, without prompts.
 
-    with_confidence: ask CTC how sure it is of the best ones, where there is a head
+    with_confidence, with_words: ask CTC how sure it is of the best ones, and where their words are, where there is a head
     The model keeps its mode. Raises UserError for a search that needs a CTC head which the model lacks.
     """
     options.refuse_without_ctc(model)
@@ -150,10 +152,14 @@ def decode_batch(
         found = [replace(each, confidence=confidence) for each, confidence in zip(found, sure, strict=True)]
     if was_training:
         model.train()
-    return [
+    found = [
         replace(each, texts=texts_of(tokenizer, each.ids), limit=limit)
         for each, limit in zip(found, limits.tolist(), strict=True)
     ]
+    if with_words and model.ctc_head is not None:
+        heard = heard_words(model, tokenizer, encoded, found)
+        found = [replace(each, words=words) for each, words in zip(found, heard, strict=True)]
+    return found
 
 
 def token_limits(

@@ -8,6 +8,19 @@ from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
+class HeardWord:
+    """A word in the encoder's frames `start` to `end`, the last not included.
+
+    confidence: mean probability that CTC gives its tokens in their frames, from 0 to 1
+    """
+
+    text: str
+    start: int
+    end: int
+    confidence: float
+
+
+@dataclass(frozen=True)
 class Hypotheses:
     """The n-best texts of one utterance, the best first.
 
@@ -16,6 +29,7 @@ class Hypotheses:
     limit:  tokens that the best one may have; 0: any number
     confidence: mean probability that CTC gives the tokens of the best one in their frames, 0 where it hears nothing;
         None if it was not asked, or there is nothing to ask
+    words:  of the best one, where they are looked for; None where it cannot be aligned
     """
 
     ids: list[list[int]]
@@ -23,6 +37,7 @@ class Hypotheses:
     texts: tuple[str, ...] = ()
     limit: int = 0
     confidence: float | None = None
+    words: tuple[HeardWord, ...] | None = None
 
     @property
     def is_cut(self) -> bool:

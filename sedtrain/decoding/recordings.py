@@ -13,6 +13,7 @@ from sedtrain.data.collate import Collator
 from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.pauses import Samples, activity_of
+from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.decoding.windows import Window, joined, windows_of
 from sedtrain.models.saved import SavedModel
@@ -25,10 +26,11 @@ REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 202
 
 @dataclass(frozen=True)
 class RecordingDecoder:
-    """A saved model with the options of its search."""
+    """A saved model with the options of its search, and whether words are looked for, which takes a CTC head."""
 
     saved: SavedModel
     options: DecodingOptions
+    with_words: bool = False
 
     @cached_property
     def collator(self) -> Collator:
@@ -60,7 +62,7 @@ class RecordingDecoder:
         decoded: list[tuple[Segment, float | None]] = []
         for batch in batches(windows, round(BATCH_SECONDS * rate)):
             for window, found in zip(batch, self.decode(batch, language, task), strict=True):
-                segment = segment_of(found, window.start / rate, (window.start + len(window.samples)) / rate)
+                segment = self.segment(window, found)
                 if window.overlaps and decoded:
                     before, confidence = decoded.pop()
                     before, segment = joined(before, segment)
@@ -77,7 +79,24 @@ class RecordingDecoder:
             for each in windows
         ]
         batch = self.collator(utterances).to(saved.model.device)
-        return decode_batch(saved.model, saved.tokenizer, batch, self.options, with_confidence=True)
+        return decode_batch(saved.model, saved.tokenizer, batch, self.options, True, self.with_words)
+
+    def segment(self, window: Window, found: Hypotheses) -> Segment:
+        rate, words = self.collator.sampling_rate, None
+        start, (best, *others) = window.start / rate, found.texts
+        if found.words is not None:
+            inside = timed(found.words, torch.from_numpy(window.samples), rate, FrameTimes.of(self.saved))
+            words = tuple(replace(each, start=start + each.start, end=start + each.end) for each in inside)
+        return Segment(
+            text=best,
+            start=start,
+            end=start + len(window.samples) / rate,
+            score=found.scores[0] if found.scores else None,
+            words=words,
+            others=tuple(others),
+            is_cut=found.is_cut,
+            doubt=doubt(best, found.confidence),
+        )
 
 
 def batches(windows: Iterable[Window], num_samples: int) -> Iterator[list[Window]]:
@@ -91,13 +110,6 @@ def batches(windows: Iterable[Window], num_samples: int) -> Iterator[list[Window
         batch.append(window)
     if batch:
         yield batch
-
-
-def segment_of(found: Hypotheses, start: float, end: float) -> Segment:
-    best, *others = found.texts
-    score = found.scores[0] if found.scores else None
-    segment = Segment(best, start, end, score, others=tuple(others), is_cut=found.is_cut)
-    return replace(segment, doubt=doubt(best, found.confidence))
 
 
 def doubt(text: str, confidence: float | None) -> str | None:

@@ -14,14 +14,13 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from sedtrain.annotations import checked
 from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.pauses import Samples
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
-from sedtrain.models.saved import SavedModel, load
+from sedtrain.models.saved import SavedModel
 from sedtrain.text.tags import TASK_OF
 
 logger = logging.getLogger(__name__)
@@ -29,41 +28,12 @@ logger = logging.getLogger(__name__)
 Audio = str | Path | NDArray[Any]
 
 
-@checked("")
-def transcribe(
-    model: SavedModel | str | Path,
-    audio: Audio | Sequence[Audio],
-    *,
-    sampling_rate: int | None = None,
-    language: str | None = None,
-    target: str = "transcription",
-    **decoding: Any,
-) -> str | list[str]:
-    """The text of an audio file or array; of a list of them, a list of texts in the same order.
-
-    model: what `sedtrain.load` returned, on the device where it is to compute, or what `load` takes
-    audio: the path of a file that libsndfile reads, or (S,) floats from -1 to 1; a file of several channels is mixed to one
-    sampling_rate: of arrays, in hertz; files have their own. The model's own rate is resampled to.
-    language: of the text, where the model learnt to write several
-    target: `transcription`, or `translation` where the model learnt both
-    decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
-
-    A recording of any length is cut at pauses into windows of at most `window` seconds; where nobody speaks there is no text.
-    A warning is logged for a text that is cut at max_new_tokens, and for one that is doubtful. Raises UserError for audio
-    that cannot be read, a language that was not learnt, and options that cannot be.
-    """
-    saved = model if isinstance(model, SavedModel) else load(model)
-    transcriber = Transcriber(saved, decoding_options(decoding), language, target, of_decoding="")
-    if isinstance(audio, str | Path | np.ndarray):
-        return transcriber.text_of(audio, sampling_rate)
-    return [transcriber.text_of(each, sampling_rate) for each in audio]
-
-
 @dataclass(frozen=True)
 class Transcriber:
     """A saved model with all that a text depends on besides the audio.
 
     of_decoding: what names of DecodingOptions begin with where the user writes them, for messages
+    with_words: look for words and their times, which takes a CTC head; a warning is logged where there is none
     Raises UserError where the model never learnt to write what `target` and `language` ask for, or to search so.
     """
 
@@ -72,6 +42,7 @@ class Transcriber:
     language: str | None = None
     target: str = "transcription"
     of_decoding: str = "decoding."
+    with_words: bool = False
 
     def __post_init__(self) -> None:
         self.options.refuse_without_ctc(self.saved.model)
@@ -85,14 +56,14 @@ class Transcriber:
             write = "write no data.language, or a checkpoint that was trained with data.tags=true"
             python = "leave language out, or load a model that was trained with tags"
             raise UserError("data.language", self.language, wrong, write, python)
+        if self.with_words and self.saved.model.ctc_head is None:
+            logger.warning(
+                "words have no times: the model was trained without a CTC head; train with loss=joint loss.ctc_weight=0.3"
+            )
 
     @cached_property
     def decoder(self) -> RecordingDecoder:
-        return RecordingDecoder(self.saved, self.options)
-
-    def text_of(self, audio: Audio, sampling_rate: int | None = None) -> str:
-        """The text of a file or of an array, as in `transcribe`. Raises UserError for audio that cannot be read."""
-        return self.transcription_of(audio, sampling_rate).text
+        return RecordingDecoder(self.saved, self.options, self.with_words)
 
     def transcription_of(self, audio: Audio, sampling_rate: int | None = None) -> Transcription:
         """The text of a file or of an array with its times. Raises UserError for audio that cannot be read."""

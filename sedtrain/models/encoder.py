@@ -9,6 +9,7 @@ To add a family:
 B batch, S inputs (samples or feature frames), T frames, T' adapted frames, E encoder width, D decoder width.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -238,6 +239,17 @@ def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor
     return mask
 
 
+def frame_spacing(encoder: PreTrainedModel) -> tuple[int, float]:
+    """Inputs from one frame of the encoder to the next, and those before the centre of the first frame."""
+
+    def frames_of(num_inputs: int) -> int:
+        return int(frame_mask(encoder, 3, torch.ones(1, num_inputs)).sum())
+
+    two, three = (bisect_left(range(MOST_INPUTS), number, key=frames_of) for number in (2, 3))
+    hop = three - two
+    return hop, (two - hop) / 2
+
+
 def refuse_without_frame_mask(kind: type[PreTrainedModel]) -> None:
     """Raises UserError for a class of encoders that does not say which of its frames are padding."""
     if not hasattr(kind, "_get_feature_vector_attention_mask"):
@@ -296,6 +308,8 @@ def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
         wrong = f"its features need a package that is missing: {error}"
         raise UserError("encoder", "parakeet", wrong, "pip install librosa") from error
 
+
+MOST_INPUTS = 1 << 17  # that three frames are made of
 
 # by the encoder's model type; any other takes normalized audio
 FEATURE_EXTRACTORS: dict[str, Callable[[PreTrainedConfig], SequenceFeatureExtractor]] = {

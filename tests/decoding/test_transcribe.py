@@ -1,4 +1,4 @@
-"""Text from audio by a saved model, in Python: `sedtrain.load` and `sedtrain.transcribe`."""
+"""Text from audio by a saved model, in Python: `sedtrain.load` and its methods."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def refusal(function, *arguments, **options):
 
 def test_the_package_offers_the_model_and_its_use():
     assert package.SpeechEncoderDecoder is SpeechEncoderDecoder
-    assert {"load", "transcribe", "SpeechEncoderDecoder", "__version__"} <= set(dir(package))
+    assert {"load", "SpeechEncoderDecoder", "__version__"} <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = package.lod
 
@@ -59,20 +59,20 @@ def test_files_and_arrays_give_the_text_that_the_command_prints(sedtrain, traine
     file, samples = speech
     ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={file}", "decoding.max_new_tokens=6")
     text = ended.out.removeprefix(f"{file}\t").removesuffix("\n")
-    assert package.transcribe(trained / folder, str(file), **SHORT) == text
-    assert package.transcribe(model, [file, samples], sampling_rate=16_000, **SHORT) == [text, text]
+    assert package.load(trained / folder).transcribe(str(file), **SHORT) == text
+    assert model.transcribe([file, samples], sampling_rate=16_000, **SHORT) == [text, text]
 
 
 def test_an_array_is_brought_to_the_rate_of_the_model(model, speech):
     collator = Transcriber(model, decoding_options({})).decoder.collator
     assert collator.sampling_rate == 16_000
     high = soxr.resample(speech[1], 16_000, 48_000)
-    text = package.transcribe(model, soxr.resample(high, 48_000, 16_000), sampling_rate=16_000, **SHORT)
-    assert package.transcribe(model, high.astype("float64"), sampling_rate=48_000, **SHORT) == text
+    text = model.transcribe(soxr.resample(high, 48_000, 16_000), sampling_rate=16_000, **SHORT)
+    assert model.transcribe(high.astype("float64"), sampling_rate=48_000, **SHORT) == text
 
 
 def test_no_audio_is_no_text(model):
-    assert package.transcribe(model, []) == []
+    assert model.transcribe([]) == []
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_no_audio_is_no_text(model):
     ],
 )
 def test_an_array_that_is_no_audio_is_refused(model, array, rate, option, wrong):
-    assert refusal(package.transcribe, model, array, sampling_rate=rate)[:2] == (option, wrong)
+    assert refusal(model.transcribe, array, sampling_rate=rate)[:2] == (option, wrong)
 
 
 def test_a_file_that_cannot_be_read_is_refused(model, tmp_path):
     (tmp_path / "a.wav").write_bytes(b"this is no audio")
-    option, _, write = refusal(package.transcribe, model, [tmp_path / "a.wav"])
+    option, _, write = refusal(model.transcribe, [tmp_path / "a.wav"])
     assert (option, write) == ("audio", "write audio=FILE that can be read to its end")
 
 
@@ -105,8 +105,8 @@ def test_a_recording_that_was_piped_has_the_text_of_the_whole(model, speech, tmp
     ):
         kept = content[at] & 0xF0 if name == "a.flac" else 0
         (tmp_path / name).write_bytes(content[:at] + bytes([kept]) + bytes(size - 1) + content[at + size :])
-    expected = package.transcribe(model, samples, sampling_rate=16_000, **SHORT)
-    assert package.transcribe(model, [tmp_path / "a.flac", tmp_path / "b.wav"], **SHORT) == [expected] * 2
+    expected = model.transcribe(samples, sampling_rate=16_000, **SHORT)
+    assert model.transcribe([tmp_path / "a.flac", tmp_path / "b.wav"], **SHORT) == [expected] * 2
 
 
 def test_a_file_that_is_not_as_long_as_it_says_is_refused_with_the_reason(model, speech, tmp_path):
@@ -117,20 +117,20 @@ def test_a_file_that_is_not_as_long_as_it_says_is_refused_with_the_reason(model,
         ("cut", "truncated audio: 0.25 s are missing"),
         ("more", "more audio than its header says: 0.25 s more"),
     ):
-        assert refusal(package.transcribe, model, tmp_path / f"{name}.wav")[:2] == ("audio", wrong)
+        assert refusal(model.transcribe, tmp_path / f"{name}.wav")[:2] == ("audio", wrong)
 
 
 def test_a_file_that_does_not_exist_is_named(model, tmp_path):
-    refused = refusal(package.transcribe, model, tmp_path / "nowhere.wav")
+    refused = refusal(model.transcribe, tmp_path / "nowhere.wav")
     assert refused == ("audio", "there is no such audio file", "write audio=FILE")
 
 
 def test_options_that_cannot_be_are_refused(model, speech):
-    option, wrong, write = refusal(package.transcribe, model, speech[0], num_beam=5)
+    option, wrong, write = refusal(model.transcribe, speech[0], num_beam=5)
     assert (option, wrong) == ("num_beam", "decoding has no option 'num_beam'")
     assert "num_beams" in write
-    assert refusal(package.transcribe, model, speech[0], target="translate")[0] == "target"
-    option, wrong, _ = refusal(package.transcribe, model, speech[0], language="de")
+    assert refusal(model.transcribe, speech[0], target="translate")[0] == "target"
+    option, wrong, _ = refusal(model.transcribe, speech[0], language="de")
     assert option == "data.language"
     assert "trained without data.tags" in wrong
 
@@ -165,7 +165,7 @@ import json, sys, time
 start = time.perf_counter()
 import sedtrain
 seconds, before = time.perf_counter() - start, "torch" in sys.modules
-text = sedtrain.transcribe(sedtrain.load(sys.argv[1]), sys.argv[2], max_new_tokens=6, pauses="energy")
+text = sedtrain.load(sys.argv[1]).transcribe(sys.argv[2], max_new_tokens=6, pauses="energy")
 print(json.dumps([seconds, before, text, sorted({name.partition(".")[0] for name in sys.modules})]))
 """
 
@@ -175,7 +175,7 @@ def test_inference_imports_nothing_that_only_training_needs(trained, model, spee
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     seconds, had_torch, text, imported = json.loads(ended.stdout)
-    assert (seconds < 0.1, had_torch, text) == (True, False, package.transcribe(model, speech[0], **SHORT))
+    assert (seconds < 0.1, had_torch, text) == (True, False, model.transcribe(speech[0], **SHORT))
     assert "torch" in imported
     training = {"lightning", "hydra", "omegaconf", "datasets", "pandas", "pyarrow", "jiwer", "sacrebleu"}
     assert training & set(imported) == set()
@@ -199,13 +199,13 @@ def test_a_long_recording_is_decoded_by_windows_and_texts_that_are_cut_are_told(
     assert found.text == " ".join(each.text for each in found.segments)
     [told, *_] = warnings_of(caplog)
     assert told == (
-        f"audio=array, {times[0][0]:.2f} to {times[0][1]:.2f} s: the text is cut at max_new_tokens=2, or at the last position "
-        "of the decoder; write max_new_tokens=4 (1 more of its 2 segments too)"
+        f"audio=array, {times[0][0]:.2f} to {times[0][1]:.2f} s: the text is cut at the limit of tokens; write a larger "
+        "max_new_tokens where the decoder has positions for it (1 more of its 2 segments too)"
     )
     caplog.clear()
     end = model.model.generation_config.eos_token_id
     with model_that_writes(model, end):
-        assert package.transcribe(model, syllables(1), sampling_rate=16_000, max_new_tokens=2) == ""
+        assert model.transcribe(syllables(1), sampling_rate=16_000, max_new_tokens=2) == ""
     assert warnings_of(caplog) == []
 
 
@@ -213,7 +213,7 @@ def test_a_long_recording_is_decoded_by_windows_and_texts_that_are_cut_are_told(
 def test_silence_and_noise_of_any_length_have_no_text(model, level):
     for seconds in (1, 30):
         noise = np.random.default_rng(0).normal(0, level, 16_000 * seconds)
-        assert package.transcribe(model, noise, sampling_rate=16_000) == ""
+        assert model.transcribe(noise, sampling_rate=16_000) == ""
 
 
 @contextlib.contextmanager
@@ -272,6 +272,6 @@ def test_a_window_in_which_ctc_hears_nothing_is_left_out_where_it_hears_words_in
         found = iter(Hypotheses([[5]], texts=(str(each),), confidence=each) for each in sureness)
         monkeypatch.setattr(recordings, "decode_batch", lambda *_, **__: list(found))
         gap = np.zeros(80_000, "float32")
-        return package.transcribe(model, np.concatenate([syllables(1), gap, syllables(1)]), sampling_rate=16_000)
+        return model.transcribe(np.concatenate([syllables(1), gap, syllables(1)]), sampling_rate=16_000)
 
     assert [decoded((0.9, 0.0)), decoded((0.0, 0.0)), decoded((None, None))] == ["0.9", "0.0 0.0", "None None"]

@@ -1,0 +1,200 @@
+"""A transcription as text, JSON, SubRip (srt) and WebVTT (vtt), on a line of the terminal or in files of a folder."""
+
+import html
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+from unicodedata import east_asian_width
+
+from sedtrain.decoding.transcription import Segment, Transcription, Word
+from sedtrain.errors import UserError
+from sedtrain.run_dir import write_whole
+from sedtrain.text.spacing import UNSPACED
+
+LINE, LINES = 42, 2  # columns of a subtitle's line, lines of a subtitle
+MOST_SECONDS, PAUSE_SECONDS = 7.0, 1.0  # of a subtitle; between words, where another begins
+PIECE = re.compile(rf"{UNSPACED.pattern} ?|(?:(?!{UNSPACED.pattern})\S)+ ?")
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A subtitle from `start` to `end`, in milliseconds."""
+
+    start: int
+    end: int
+    lines: tuple[str, ...]
+
+
+def as_json(found: Transcription, language: str | None) -> str:
+    """One line; times in seconds."""
+    values = {
+        "audio": found.audio,
+        "seconds": round(found.seconds, 3),
+        "language": language,
+        "text": found.text,
+        "segments": [of_segment(segment) for segment in found.segments],
+    }
+    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def of_segment(segment: Segment) -> dict[str, Any]:
+    score = segment.score if segment.score is not None and isfinite(segment.score) else None
+    return {
+        "start": round(segment.start, 3),
+        "end": round(segment.end, 3),
+        "text": segment.text,
+        "score": score,
+        "words": None if segment.words is None else [of_word(word) for word in segment.words],
+        "others": list(segment.others),
+    }
+
+
+def of_word(word: Word) -> dict[str, Any]:
+    times = {"start": round(word.start, 3), "end": round(word.end, 3)}
+    return {"text": word.text, **times, "confidence": round(word.confidence, 4)}
+
+
+def as_srt(found: Transcription, language: str | None) -> str:
+    """SubRip has no way to write `-->` in a text."""
+    numbered = enumerate(cues(found), start=1)
+    blocks = [f"{number}\n{interval(cue, ',')}\n{text_of(cue).replace('-->', '->')}\n" for number, cue in numbered]
+    return "\n".join(blocks)
+
+
+def as_vtt(found: Transcription, language: str | None) -> str:
+    blocks = [f"{interval(cue, '.')}\n{html.escape(text_of(cue), quote=False)}\n" for cue in cues(found)]
+    return "\n".join(["WEBVTT\n", *blocks])
+
+
+FORMATS: dict[str, Callable[[Transcription, str | None], str]] = {
+    "text": lambda found, language: f"{found.text}\n",
+    "json": as_json,
+    "srt": as_srt,
+    "vtt": as_vtt,
+}
+
+
+# --- subtitles
+
+
+def text_of(cue: Cue) -> str:
+    return "\n".join(cue.lines)
+
+
+def interval(cue: Cue, point: str) -> str:
+    return f"{stamp(cue.start, point)} --> {stamp(cue.end, point)}"
+
+
+def stamp(milliseconds: int, point: str) -> str:
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}{rest:03}"
+
+
+def cues(found: Transcription) -> Iterator[Cue]:
+    """Subtitles of at most two lines where the times of words are known, else one a segment."""
+    for segment in found.segments:
+        pieces = timed_pieces(segment)
+        if pieces is None:
+            if lines := wrapped(PIECE.findall(" ".join(segment.text.split()))):
+                yield cue(segment.start, segment.end, lines)
+            continue
+        shown: list[tuple[str, Word]] = []
+        for piece, word in pieces:
+            if shown and not fits([*shown, (piece, word)]):
+                yield cue(shown[0][1].start, shown[-1][1].end, wrapped([text for text, _ in shown]))
+                shown = []
+            shown.append((piece, word))
+        if shown:
+            yield cue(shown[0][1].start, shown[-1][1].end, wrapped([text for text, _ in shown]))
+
+
+def timed_pieces(segment: Segment) -> list[tuple[str, Word]] | None:
+    """The text, cut where its words begin; None where it has none with times."""
+    text, places = " ".join(segment.text.split()), [0]
+    for word in segment.words or ():
+        place = text.find(word.text, places[-1])
+        if place < 0:
+            return None
+        places.append(place + len(word.text))
+    if not segment.words:
+        return None
+    starts = [end - len(word.text) for word, end in zip(segment.words, places[1:], strict=True)]
+    ends = [*starts[1:], len(text)]
+    return [(text[start:end], word) for start, end, word in zip(starts, ends, segment.words, strict=True)]
+
+
+def fits(pieces: Sequence[tuple[str, Word]]) -> bool:
+    """True if words may stand in one subtitle; each but the last has been let in before."""
+    (_, first), (_, last) = pieces[0], pieces[-1]
+    pause = last.start - pieces[-2][1].end
+    seconds = last.end - first.start
+    return len(wrapped([text for text, _ in pieces])) <= LINES and pause < PAUSE_SECONDS and seconds <= MOST_SECONDS
+
+
+def wrapped(pieces: Sequence[str]) -> list[str]:
+    """Lines of pieces, as wide as they may be; wide characters count twice."""
+    lines: list[str] = []
+    for piece in pieces:
+        if lines and width((lines[-1] + piece).rstrip()) <= LINE:
+            lines[-1] += piece
+        else:
+            lines.append(piece)
+    return [line.strip() for line in lines]
+
+
+def width(text: str) -> int:
+    return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def cue(start: float, end: float, lines: Sequence[str]) -> Cue:
+    first = round(1000 * start)
+    return Cue(first, max(round(1000 * end), first + 1), tuple(lines))
+
+
+# --- where they go
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Formats, and the folder of files; None: the terminal, for one format.
+
+    language: what the model was asked to write
+    """
+
+    formats: tuple[str, ...]
+    folder: Path | None
+    language: str | None
+
+    def names(self, paths: Sequence[str]) -> dict[str, str]:
+        """Names of files for recordings, laid out in the folder as the recordings are, without suffix.
+
+        Where two differ by their suffix alone, all keep it.
+        """
+        if self.folder is None:
+            return {}
+        whole = [os.path.abspath("stdin" if path == "-" else path) for path in paths]
+        root = os.path.commonpath([os.path.dirname(path) for path in whole])
+        names = [os.path.relpath(path, root) for path in whole]
+        stems = [os.path.splitext(name)[0] for name in names]
+        distinct = len({stem.casefold() for stem in stems}) == len(stems)
+        return dict(zip(paths, stems if distinct else names, strict=True))
+
+    def write(self, found: Transcription, name: str | None) -> None:
+        """Prints a transcription, or writes its files, each whole. Raises UserError where the folder cannot be written to."""
+        for each in self.formats:
+            content = FORMATS[each](found, self.language)
+            if self.folder is None or name is None:
+                print(f"{found.audio}\t{content}" if each == "text" else content, end="", flush=True)
+                continue
+            file = self.folder / f"{name}.{'txt' if each == 'text' else each}"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, content)
+            except OSError as error:
+                write = "write out=FOLDER that you may write to, on a disk with room"
+                raise UserError("out", str(self.folder), f"cannot be written to: {error}", write) from error

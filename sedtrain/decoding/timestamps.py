@@ -1,0 +1,178 @@
+"""The times of words: frames by CTC, seconds by the frame rate of the encoder, borders where the audio is quiet.
+
+B batch, T frames, U tokens, V vocabulary of the CTC head, S samples, L blocks of 10 ms.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sedtrain.decoding.alignment import AlignedToken, align
+from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice, frames_of
+from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
+from sedtrain.decoding.transcription import Word
+from sedtrain.decoding.words import words_in
+from sedtrain.models.encoder import EncodedSpeech, frame_spacing
+from sedtrain.models.saved import SavedModel
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+
+KALDI_HOP, KALDI_WINDOW = 0.010, 0.025  # seconds, of features whose extractor names no hop
+BLOCKS = 100  # in a second
+QUIET_DB, ABOVE_FLOOR_DB, MOST_DB = (
+    -35.0,
+    3.0,
+    -20.0,
+)  # below the loudest block; above the quietest tenth; the limit of that
+GAP = 10  # quiet blocks in a row that end a word; the stop before a "t" has fewer
+DB_PER_BLOCK = (
+    3.0  # by which a border should be quieter for each block that it is away from where CTC heard the next word
+)
+
+
+# --- frames
+
+
+def heard_words(
+    model: SpeechEncoderDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: EncodedSpeech,
+    found: Sequence[Hypotheses],
+) -> list[tuple[HeardWord, ...] | None]:
+    """The words of the best text of each utterance in its frames; None for a text that has no path through them."""
+    silent = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    texts = [[token for token in each.ids[0] if token not in silent] for each in found]
+    columns = [model.config.pad_token_id, *sorted({token for text in texts for token in text})]
+    lattice = lattice_of_tokens(model, encoded, columns)
+    numbers = [[columns.index(token, 1) for token in text] for text in texts]
+    rows = zip(found, texts, align(lattice, numbers), align(evened(lattice), numbers), strict=True)
+    return [
+        None if sure is None or wide is None else joined(tokenizer, text, each.texts[0], sure, wide)
+        for each, text, sure, wide in rows
+    ]
+
+
+def lattice_of_tokens(model: SpeechEncoderDecoder, encoded: EncodedSpeech, columns: list[int]) -> Lattice:
+    """The lattice of the blank, which is the first of `columns`, and of other tokens; the whole is made row by row."""
+    assert model.ctc_head is not None and encoded.encoder_frames is not None
+    num_frames, end = frames_of(encoded), model.config.eos_token_id
+    tokens = torch.tensor([columns], device=num_frames.device)
+    rows = [
+        Lattice.of(model.ctc_head(frames[None]), number[None], columns[0], end).of_tokens(tokens)
+        for frames, number in zip(encoded.encoder_frames, num_frames, strict=True)
+    ]
+    return Lattice(torch.cat(rows).mT.contiguous(), num_frames, 0)
+
+
+def evened(lattice: Lattice) -> Lattice:
+    """Each token's log-probabilities beside its mean over the real frames of the batch, and 0 for the blank.
+
+    CTC is sure of a token in one or two frames, often late ones; this finds where the token begins to be heard.
+    """
+    real = torch.arange(lattice.log_probs.shape[1], device=lattice.num_frames.device) < lattice.num_frames[:, None]
+    log_probs = lattice.log_probs - lattice.log_probs[real].mean(0)
+    log_probs[lattice.log_probs.isneginf()] = IMPOSSIBLE
+    log_probs[..., lattice.blank] = 0.0
+    return Lattice(log_probs, lattice.num_frames, lattice.blank)
+
+
+def joined(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    text: str,
+    sure: Sequence[AlignedToken],
+    wide: Sequence[AlignedToken],
+) -> tuple[HeardWord, ...]:
+    """Words of tokens: frames from the wide alignment, the mean of the confidences from the sure one."""
+    return tuple(
+        HeardWord(
+            word, wide[first].start, wide[last - 1].end, sum(t.confidence for t in sure[first:last]) / (last - first)
+        )
+        for word, first, last in words_in(tokenizer, ids, text)
+    )
+
+
+# --- seconds
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """Seconds between the encoder's frames, and the centre of the first."""
+
+    hop: float
+    first: float
+
+    @classmethod
+    def of(cls, saved: SavedModel) -> Self:
+        """From the frames' receptive field in inputs of the encoder, and from that of the inputs."""
+        inputs, first = frame_spacing(saved.model.encoder)
+        hop, first_input = input_times(saved.feature_extractor)
+        return cls(inputs * hop, first_input + (first - 0.5) * hop)
+
+    def border(self, frame: int) -> float:
+        """The second between a frame and the one before it."""
+        return self.first + (frame - 0.5) * self.hop
+
+
+def input_times(extractor: Any) -> tuple[float, float]:
+    """Seconds between the inputs of the encoder, and the centre of the first: samples, or frames of features.
+
+    An extractor with a hop_length centres its frames, the others of `transformers` compute as Kaldi does.
+    """
+    if extractor.model_input_names[0] == "input_values":
+        return 1 / extractor.sampling_rate, 0.5 / extractor.sampling_rate
+    if hop := getattr(extractor, "hop_length", None):
+        return hop / extractor.sampling_rate, 0.0
+    stacked = getattr(extractor, "stride", 1)
+    return stacked * KALDI_HOP, (KALDI_WINDOW + (stacked - 1) * KALDI_HOP) / 2
+
+
+def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: FrameTimes) -> tuple[Word, ...]:
+    """Words in seconds of their (S,) audio: from the first loud block to the last, up to the borders with their neighbours."""
+    if not words:
+        return ()
+    levels = decibels(audio, sampling_rate)
+    spans = [tuple(round(times.border(f) * BLOCKS) for f in (word.start, word.end)) for word in words]
+    middles = [max(0, min(sum(span) // 2, len(levels) - 1)) for span in spans]
+    heard = [start for start, _ in spans[1:]]
+    inner = [border(levels, *ends, start) for ends, start in zip(pairwise(middles), heard, strict=True)]
+    borders = [0, *inner, len(levels)]
+    limit = max(QUIET_DB, min(sorted(levels)[len(levels) // 10] + ABOVE_FLOOR_DB, MOST_DB))
+    timed_words = []
+    for word, (start, end), lowest, highest in zip(words, spans, borders[:-1], borders[1:], strict=True):
+        first = max(lowest, min(start, highest - 1))
+        loudest = max(range(first, max(first + 1, min(end, highest))), key=levels.__getitem__)
+        start = reached(levels, limit, loudest, range(loudest, lowest - 1, -1))
+        end = reached(levels, limit, loudest, range(loudest, highest)) + 1
+        timed_words.append(
+            Word(word.text, start / BLOCKS, min(end / BLOCKS, len(audio) / sampling_rate), word.confidence)
+        )
+    return tuple(timed_words)
+
+
+def decibels(audio: Tensor, sampling_rate: int) -> list[float]:
+    """(S,) audio -> (L,) levels below the loudest block, down to -60."""
+    size = sampling_rate // BLOCKS
+    padded = torch.nn.functional.pad(audio.float(), (0, -len(audio) % size))
+    power = padded.unflatten(0, (-1, size)).square().mean(1)
+    levels: list[float] = (10 * (power / power.max().clamp(min=1e-12)).clamp(min=1e-6).log10()).tolist()
+    return levels
+
+
+def border(levels: Sequence[float], first: int, last: int, heard: int) -> int:
+    """The quietest block from `first` to `last`, near the one where the second of two words is heard."""
+    return min(range(first, max(first, last) + 1), key=lambda block: levels[block] + DB_PER_BLOCK * abs(block - heard))
+
+
+def reached(levels: Sequence[float], limit: float, loudest: int, blocks: range) -> int:
+    """The last of some blocks that is louder than the limit, before so many in a row are not."""
+    last = loudest
+    for block in blocks:
+        if abs(block - last) > GAP:
+            break
+        last = block if levels[block] > limit else last
+    return last

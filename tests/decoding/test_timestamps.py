@@ -1,0 +1,103 @@
+"""Words have the seconds in which they are said."""
+
+import numpy as np
+import pytest
+import torch
+from families import TOKENIZER, tiny_decoder, tiny_encoder
+from tones import HOP, SAMPLES, batch_of, drawn_texts, joined, train
+
+from sedtrain.batch import Utterance
+from sedtrain.data.collate import Collator
+from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
+from sedtrain.decoding.timestamps import FrameTimes, heard_words, timed
+from sedtrain.decoding.transcription import Word
+from sedtrain.models.saved import join
+from sedtrain.text.tokenizers import train_tokenizer
+
+RATE = 400  # of the tones: a token of 0.4 s, a frame of 50 ms
+DIGITS = train_tokenizer(["一二三四五六七八九"], "char", 20)  # each token is a word
+CTC = DecodingOptions(search="ctc")
+
+
+@pytest.fixture(scope="module")
+def hearing():
+    return train(joined(tiny_decoder("bert", tokenizer=DIGITS)), steps=0)
+
+
+@pytest.mark.parametrize("name", ["hubert", "moonshine", "parakeet", "sew", "speech_to_text", "whisper"])
+def test_a_loud_moment_changes_most_the_frame_at_its_time(name):
+    saved = join(tiny_encoder(name), tiny_decoder("bert"), lambda *widths: None, TOKENIZER)
+    times, audio = FrameTimes.of(saved), torch.tensor(np.random.default_rng(0).normal(0, 0.01, 20_000)).float()
+    louder = audio.clone()
+    louder[8_000 - 80 : 8_000 + 80] *= 4
+    utterances = [Utterance("", samples, 16_000, "", None, None, 1.25) for samples in (audio, louder)]
+    batch = Collator(saved.feature_extractor, TOKENIZER, 1)(utterances)
+    with torch.inference_mode():
+        before, after = saved.model.eval().encode(batch.inputs, batch.attention_mask).encoder_frames
+    loudest = (after - before).norm(dim=1).argmax().item()
+    assert times.first + loudest * times.hop == pytest.approx(0.5, abs=times.hop / 2 + 1e-9)
+
+
+def test_frames_of_pairs_of_features_stand_between_the_two():
+    """Kaldi's first two windows have their centres at 12.5 and 22.5 ms."""
+    saved = join(tiny_encoder("w2v_bert"), tiny_decoder("bert"), lambda *widths: None, TOKENIZER)
+    assert FrameTimes.of(saved) == FrameTimes(0.02, 0.0175)
+
+
+def test_borders_of_words_are_within_two_frames_of_the_known_ones(hearing):
+    texts = drawn_texts(24, seed=2)
+    batch = batch_of(texts, seed=2)
+    said = [Hypotheses([text], texts=(DIGITS.decode(text),)) for text in texts]
+    heard = heard_words(hearing, DIGITS, hearing.encode(batch.inputs, batch.attention_mask), said)
+    times, errors = FrameTimes(HOP / RATE, 15 / RATE), []
+    for text, each, audio, mask in zip(texts, heard, batch.inputs, batch.attention_mask, strict=True):
+        words = timed(each, audio[: mask.sum()], RATE, times)
+        assert "".join(word.text for word in words) == DIGITS.decode(text)
+        assert all(0.5 < word.confidence <= 1 for word in words)
+        known = np.arange(len(text) + 1) * SAMPLES / RATE
+        errors += [
+            *(np.array([word.start for word in words]) - known[:-1]),
+            *([word.end for word in words] - known[1:]),
+        ]
+    assert len(errors) > 200
+    block = 0.01 + 1e-6  # in which times are counted
+    assert np.mean(np.abs(errors) <= 2 * HOP / RATE + block) >= 0.95
+    assert np.abs(np.median(errors)) <= block
+
+
+def test_a_word_ends_where_a_pause_begins_and_its_parts_may_be_apart():
+    audio = torch.zeros(16_000)
+    for start, end in ((0.10, 0.20), (0.25, 0.30), (0.60, 0.70)):  # the first two are one word, with a stop in it
+        audio[int(start * 16_000) : int(end * 16_000)] = 0.1
+    heard = [HeardWord("eight", 11, 13, 0.9), HeardWord("two", 61, 62, 0.8)]
+    words = timed(heard, audio, 16_000, FrameTimes(0.01, 0.005))
+    assert words == (Word("eight", 0.1, 0.3, 0.9), Word("two", 0.6, 0.7, 0.8))
+    assert timed([], audio, 16_000, FrameTimes(0.01, 0.005)) == ()
+
+
+@pytest.mark.parametrize("audio", [torch.zeros(800), torch.zeros(90), torch.ones(1)])
+def test_words_heard_in_nothing_stay_in_their_audio(audio):
+    heard = [HeardWord("a", 0, 1, 0.1), HeardWord("b", 1, 2, 0.1), HeardWord("c", 2, 9, 0.1)]
+    words = timed(heard, audio, 16_000, FrameTimes(0.01, 0.005))
+    assert [word.text for word in words] == ["a", "b", "c"]
+    assert all(0 <= word.start <= word.end <= len(audio) / 16_000 for word in words)
+
+
+def test_a_text_that_has_no_path_has_no_words_and_an_empty_one_has_none(hearing):
+    batch = batch_of([[5, 6, 7], [6]], seed=3)
+    encoded = hearing.encode(batch.inputs, batch.attention_mask)
+    found = [Hypotheses([[5] * 200], texts=("一" * 200,)), Hypotheses([[]], texts=("",))]
+    assert heard_words(hearing, DIGITS, encoded, found) == [None, ()]
+
+
+def test_words_are_looked_for_by_ctc_whatever_search_wrote_the_text(hearing):
+    batch = batch_of(drawn_texts(2, seed=4), seed=4)
+    found = decode_batch(hearing, DIGITS, batch, DecodingOptions(max_new_tokens=5), with_words=True)
+    assert all("".join(word.text for word in each.words) == each.texts[0] for each in found)
+    assert decode_batch(hearing, DIGITS, batch, CTC)[0].words is None
+    head, hearing.ctc_head = hearing.ctc_head, None
+    try:
+        assert decode_batch(hearing, DIGITS, batch, DecodingOptions(max_new_tokens=5), with_words=True)[0].words is None
+    finally:
+        hearing.ctc_head = head
