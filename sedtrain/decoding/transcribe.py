@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soxr
@@ -39,7 +39,7 @@ def transcribe(
     *,
     sampling_rate: int | None = None,
     language: str | None = None,
-    target: str = "transcription",
+    target: Literal["transcription", "translation"] = "transcription",
     **decoding: Any,
 ) -> str | list[str]:
     """The text of an audio file or array; of a list of them, a list of texts in the same order.
@@ -48,7 +48,7 @@ def transcribe(
     audio: the path of a file that libsndfile reads, or (S,) floats from -1 to 1; a file of several channels is mixed to one
     sampling_rate: of arrays, in hertz; files have their own. The model's own rate is resampled to.
     language: of the text, where the model learnt to write several
-    target: `transcription`, or `translation` where the model learnt both
+    target: `translation` where the model learnt both
     decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
 
     A warning is logged for audio longer than any that the model was trained on, and for a text that is cut at
@@ -78,9 +78,6 @@ class Transcriber:
 
     def __post_init__(self) -> None:
         self.options.refuse_without_ctc(self.saved.model)
-        if self.target not in TASK_OF:
-            write = f"write one of {', '.join(TASK_OF)}"
-            raise UserError("target", self.target, f"target has no option {self.target!r}", write)
         if self.saved.tags is not None:
             self.saved.tags.of(self.language, TASK_OF[self.target])
         elif self.language:
