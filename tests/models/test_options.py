@@ -125,6 +125,7 @@ def noise(feature_extractor):
     return Collator(feature_extractor, TOKENIZER, 1)(utterances)
 
 
+@pytest.mark.timeout(300 + EXAMPLES)
 @settings(max_examples=EXAMPLES or 25, phases=[Phase.generate])
 @given(st.data())
 def test_options_build_a_model_that_trains_or_are_refused_with_place_and_remedy(data):
