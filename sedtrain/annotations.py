@@ -224,9 +224,13 @@ def refuse_misfits(component: str, target: Callable[..., Any], given: Mapping[st
 
 @cache
 def hints_of(target: Callable[..., Any]) -> dict[str, str]:
+    """Annotations by parameter; none where they name what is imported for type checkers alone."""
     function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009 - mypy allows no other way
-    hints = get_type_hints(function, include_extras=True)
-    return {name: formatannotation(hint) for name, hint in hints.items()}
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError:
+        return {}
+    return {name: re.sub(r"\b(collections\.abc|typing)\.", "", formatannotation(hint)) for name, hint in hints.items()}
 
 
 def in_python(name: str, error: UserError) -> str:

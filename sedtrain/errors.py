@@ -74,7 +74,7 @@ def in_python(text: str) -> str:
     """Names of options, where they begin a word, as Python's callers know them, and words for values as Python writes them."""
     for option, argument in IN_PYTHON.items():
         text = re.sub(rf"(?<![^\s('\[]){option}", argument, text)
-    return re.sub(r"(?<=\w=)[a-z](?:[\w./-]*\w)?(?![\w(\[])", lambda word: repr(YAML.get(word[0], word[0])), text)
+    return re.sub(r"(?<=\w=)(?>[a-z](?:[\w./-]*\w)?)(?![(\[])", lambda word: repr(YAML.get(word[0], word[0])), text)
 
 
 def as_yaml(value: object) -> str:

@@ -2,12 +2,17 @@
 
 import types
 import typing
+from collections.abc import Sequence
+from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedtrain.annotations import fits, literals
+from sedtrain.annotations import checked, fits, literals
+from sedtrain.errors import UserError
+from sedtrain.ranges import Positive
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3))
 VALUES = st.recursive(
@@ -100,3 +105,27 @@ def test_no_plain_value_is_a_tensor():
     assert fits(0.1, "float | torch.Tensor")
     assert not fits("fast", "float | torch.Tensor")
     assert fits({"_target_": "torch.tensor"}, "float | torch.Tensor")
+
+
+def test_arguments_are_checked_as_options_are_and_unknown_types_pass():
+    @checked("mine.")
+    def function(rate: Positive, names: Sequence[Literal["a", "b"]] = (), *, model: object = None, on: bool = False):
+        return rate
+
+    assert function(1, ("a",), model=object(), on=True) == 1
+    assert function(np.float32(0.5)) == 0.5
+    with pytest.raises(UserError) as caught:
+        function(0, ["c"], on=1)
+    assert [(error.option, error.wrong) for error in caught.value.errors] == [
+        ("mine.rate", "expected a number above 0"),
+        ("mine.names", "expected Sequence[Literal['a', 'b']]"),
+        ("mine.on", "expected bool"),
+    ]
+
+
+def test_annotations_that_only_type_checkers_can_read_are_not_checked():
+    @checked("mine.")
+    def function(rate: "Elsewhere"):  # noqa: F821
+        return rate
+
+    assert function("x") == "x"

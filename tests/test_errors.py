@@ -72,6 +72,8 @@ def test_it_travels_between_processes():
          "encoder_attn_implementation = 3\n    write encoder_attn_implementation='sdpa', or attention='auto', the best"),
         ("adapter.stride", "write adapter.stride=2, and adapter.num_layers for a lower rate",
          "stride = 3\n    write stride=2, and num_layers for a lower rate"),
+        ("checkpoint", "write checkpoint=model.base() of a model, or checkpoint=runs/a.",
+         "checkpoint = 3\n    write checkpoint=model.base() of a model, or checkpoint='runs/a'."),
         ("data.path", "write data.path=FILE, data.streaming=false or data.target=translation, not '/tmp/data.csv'",
          "path = 3\n    write path=FILE, streaming=False or target='translation', not '/tmp/data.csv'"),
     ],

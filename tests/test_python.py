@@ -19,6 +19,7 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
 from sedtrain.decoding.transcribe import decoding_options
 from sedtrain.errors import UserError
+from sedtrain.evaluation.metrics import MetricSet
 from sedtrain.models.adapter import ConvAdapter, QFormerAdapter, TransformerAdapter, saved_adapter, stock_projection
 from sedtrain.models.decoder import load_decoder, new_decoder
 from sedtrain.models.encoder import encoder_from_config, load_encoder
@@ -166,6 +167,7 @@ ALONE = {
     "many_characters": lambda: train_tokenizer(["abcdef"], "char", 4),
     "kind": lambda: train_tokenizer(TEXTS, "word", 50),
     "normalizer": lambda: normalizer("lower"),
+    "metric": lambda: MetricSet(["wre"]),
     "rates": lambda: FineTuning(learning_rates={"tail": 1.0}),
     "frozen_type": lambda: FineTuning(frozen="encoder"),
     "decay": lambda: FineTuning(layer_decay=2),

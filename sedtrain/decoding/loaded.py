@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from sedtrain.annotations import checked
 from sedtrain.decoding.transcribe import Audio, Transcriber, decoding_options
 from sedtrain.decoding.transcription import Transcription
 from sedtrain.models import saved
@@ -22,13 +23,14 @@ class Model(SavedModel):
         found = self.transcription(audio, with_words=False, **options)
         return [each.text for each in found] if isinstance(found, list) else found.text
 
+    @checked("")
     def transcription(
         self,
         audio: Audio | Sequence[Audio],
         *,
         sampling_rate: int | None = None,
         language: str | None = None,
-        target: str = "transcription",
+        target: Literal["transcription", "translation"] = "transcription",
         with_words: bool = True,
         **decoding: Any,
     ) -> Transcription | list[Transcription]:
@@ -37,7 +39,7 @@ class Model(SavedModel):
         audio: the path of a file that libsndfile reads, or (S,) floats from -1 to 1; a file of several channels is mixed to one
         sampling_rate: of arrays, in hertz; files have their own. The model's own rate is resampled to.
         language: of the text, where the model learnt to write several
-        target: `transcription`, or `translation` where the model learnt both
+        target: `translation` where the model learnt both
         decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
 
         A warning is logged for a text that is cut at max_new_tokens. Raises UserError for audio that cannot be read or taken,

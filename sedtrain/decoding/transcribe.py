@@ -46,9 +46,6 @@ class Transcriber:
 
     def __post_init__(self) -> None:
         self.options.refuse_without_ctc(self.saved.model)
-        if self.target not in TASK_OF:
-            write = f"write one of {', '.join(TASK_OF)}"
-            raise UserError("target", self.target, f"target has no option {self.target!r}", write)
         if self.saved.tags is not None:
             self.saved.tags.of(self.language, TASK_OF[self.target])
         elif self.language:

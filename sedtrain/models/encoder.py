@@ -282,13 +282,12 @@ def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
 def encode_silence(encoder: PreTrainedModel) -> None:
     """A forward on half a second, as it is done in training."""
     extractor: Any = FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
-    no_limit = {"truncation": False} if isinstance(extractor, transformers.WhisperFeatureExtractor) else {}
     silence = np.zeros(extractor.sampling_rate // 2, dtype=np.float32)
-    options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "padding": "longest", **no_limit}
     with np.errstate(all="ignore"):
-        made = extractor(silence, **options)
+        made = extractor(silence, sampling_rate=extractor.sampling_rate, return_tensors="pt", padding="longest")
     inputs = made[extractor.model_input_names[0]]
-    mask = torch.ones(1, inputs.shape[2 if no_limit else 1], dtype=torch.long)
+    time = 2 if isinstance(extractor, transformers.WhisperFeatureExtractor) else 1
+    mask = torch.ones(1, inputs.shape[time], dtype=torch.long)
     frames = encoder(inputs, attention_mask=mask, return_dict=True).last_hidden_state
     frame_mask(encoder, frames.shape[1], mask)
 

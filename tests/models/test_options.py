@@ -33,13 +33,13 @@ VALUES = [0, -1, 1, 3, 7, 64, 10**10, 0.5, 1.5, -0.1, float("inf"), float("nan")
         ("hidden_size", 1.5, COUNT),
         ("intermediate_size", True, COUNT),
         ("conv_dim", [64, 0], f"a list, each {COUNT}"),
-        ("conv_kernel", 3, "a list"),
+        ("conv_kernel", 3, "a list, each a whole number of 1 or more"),
         ("mask_time_prob", 2, FRACTION),
         ("layerdrop", 1, "a fraction from 0 to below 1"),
         ("hidden_dropout", float("nan"), "a fraction from 0 to below 1"),
         ("layer_norm_eps", float("inf"), "a number of 0 or more"),
-        ("do_stable_layer_norm", 1, "true or false"),
-        ("hidden_act", 3, "a text"),
+        ("do_stable_layer_norm", 1, "bool"),
+        ("hidden_act", 3, "str"),
     ],
 )
 @pytest.mark.parametrize("option", ["options", "tiny"])
@@ -125,6 +125,7 @@ def noise(feature_extractor):
     return Collator(feature_extractor, TOKENIZER, 1)(utterances)
 
 
+@pytest.mark.timeout(300 + EXAMPLES)
 @settings(max_examples=EXAMPLES or 25, phases=[Phase.generate])
 @given(st.data())
 def test_options_build_a_model_that_trains_or_are_refused_with_place_and_remedy(data):

@@ -120,7 +120,7 @@ def test_an_average_of_16_bits_is_refused():
         EMA().setup(trainer, Validated().to(torch.bfloat16), "fit")
     assert str(caught.value) == (
         "1 problem:\n\n  trainer.precision = 'bf16-true'\n"
-        "    weights in torch.bfloat16 are too coarse for callbacks.ema, an average that moves by small steps\n"
+        "    weights in torch.bfloat16 are too coarse for an average that moves by small steps\n"
         "    write trainer.precision=bf16-mixed, or callbacks=default"
     )
 
