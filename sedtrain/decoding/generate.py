@@ -16,6 +16,7 @@ from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
 from sedtrain.decoding.speculative import Speculative
 from sedtrain.errors import UserError
+from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, Positive, PositiveFraction
@@ -94,7 +95,8 @@ def decode_batch(
     if prompts is None:
         prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
     encoded = model.encode(batch.inputs, batch.attention_mask)
-    options = replace(options, max_new_tokens=most_new_tokens(model, prompts.shape[1], options))
+    most = most_new_tokens(options.max_new_tokens, model.max_tokens, prompts.shape[1])
+    options = replace(options, max_new_tokens=most)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)
     if lattice is not None and options.search in ("ctc", "rescore"):
         found = by_ctc(model, encoded, prompts, options, lattice)
@@ -109,13 +111,6 @@ def decode_batch(
         replace(each, texts=texts_of(tokenizer, each.ids), is_cut=len(each.ids[0]) >= limit)
         for each, limit in zip(found, limits, strict=True)
     ]
-
-
-def most_new_tokens(model: SpeechEncoderDecoder, num_given: int, options: DecodingOptions) -> int:
-    """Tokens that a text may have behind a prompt of `num_given`: at most those that the decoder has positions for."""
-    if model.max_tokens is None:
-        return options.max_new_tokens
-    return max(1, min(options.max_new_tokens, model.max_tokens + 1 - num_given))
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[str, ...]:

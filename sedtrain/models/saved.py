@@ -17,12 +17,13 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
+from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import feature_extractor_of, frame_width
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.run_dir import model_of
-from sedtrain.text.tags import Tags, add_tags
+from sedtrain.text.tags import NUM_TAGS, Tags, add_tags
 from sedtrain.text.tokenizers import start_end_pad
 
 
@@ -71,9 +72,12 @@ class SavedModel:
 
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
-        for name, value in generation.items():
-            bound = self.model.max_tokens if name == "max_new_tokens" else None  # transformers does not stop there
-            setattr(self.model.generation_config, name, value if bound is None else min(value, bound))
+        given = dict(generation)
+        if "max_new_tokens" in given:  # transformers does not stop at the last position
+            num_given = 1 + (NUM_TAGS if self.tags else 0)
+            given["max_new_tokens"] = most_new_tokens(given["max_new_tokens"], self.model.max_tokens, num_given)
+        for name, value in given.items():
+            setattr(self.model.generation_config, name, value)
         if lora_layers(self.model):
             self.model.save_pretrained(folder, state_dict=base_weights(self.model))
             save_adapter(self.model, folder / FOLDER)
