@@ -184,6 +184,7 @@ def test_nothing_of_a_hostile_folder_is_imported_called_or_written(sedtrain, run
         assert "Traceback" not in ended.err
         assert "1 problem:" in ended.err
     assert contents(run) == before
+    assert not (tmp_path / "out/config.yaml").exists()
     if name in OF_MODEL:
         with pytest.raises(UserError):
             package.load(".")

@@ -17,12 +17,13 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
-from sedtrain.batch import Utterance
+from sedtrain.batch import Batch, Utterance
 from sedtrain.data.audio import RATES, UNREADABLE, one_channel, read_audio
 from sedtrain.data.collate import Collator
 from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
+from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.saved import SavedModel, load
 from sedtrain.ranges import Range
 from sedtrain.text.tags import TASK_OF
@@ -113,13 +114,22 @@ class Transcriber:
             wrong = "audio=%s: %.2f s, and the longest utterance in training had %.2f s: words may be missing; cut it at pauses"
             logger.warning(wrong, name, seconds, longest)
         if found.is_cut:
-            option, number = f"{self.of_decoding}max_new_tokens", self.options.max_new_tokens
-            wrong = "audio=%s: the text is cut at %s=%d, or at the last position of the decoder; write %s=%d, or cut the audio"
-            logger.warning(wrong, name, option, number, option, 2 * number)
+            logger.warning("audio=%s: the text is cut at %s", name, self.limit_of(len(found.ids[0]), batch))
         best, *others = found.texts
         score = found.scores[0] if found.scores else None
         segment = Segment(best, 0.0, seconds, score, others=tuple(others), is_cut=found.is_cut)
         return Transcription(name, seconds, (segment,))
+
+    def limit_of(self, num_tokens: int, batch: Batch) -> str:
+        """The limit at which a text was cut, and what to write instead."""
+        number, option = self.options.max_new_tokens, f"{self.of_decoding}max_new_tokens"
+        num_given = 1 if batch.prompts is None else batch.prompts.shape[1]
+        most = most_new_tokens(2 * number, self.saved.model.max_tokens, num_given)
+        if num_tokens >= number and most > number:
+            return f"{option}={number}; write {option}={most}, or cut the audio at pauses"
+        if num_tokens < most:
+            return f"{num_tokens} tokens, one a frame of the encoder: train with larger tokens, or a smaller stride"
+        return f"{num_tokens} tokens, the last position of the decoder; cut the audio at pauses"
 
 
 def too_long(audio: Audio, seconds: float, most: float, sampling_rate: int) -> UserError:

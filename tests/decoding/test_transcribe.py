@@ -197,14 +197,29 @@ def test_audio_longer_than_in_training_and_a_text_that_is_cut_are_told(model, ca
     assert warnings_of(caplog) == [
         f"audio=array: {2 * longest:.2f} s, and the longest utterance in training had {longest:.2f} s: words may be missing; "
         "cut it at pauses",
-        "audio=array: the text is cut at max_new_tokens=2, or at the last position of the decoder; write max_new_tokens=4, or "
-        "cut the audio",
+        "audio=array: the text is cut at max_new_tokens=2; write max_new_tokens=4, or cut the audio at pauses",
     ]
     caplog.clear()
     end = model.model.generation_config.eos_token_id
     with model_that_writes(model, end):
         assert package.transcribe(model, short, sampling_rate=16_000, max_new_tokens=2) == ""
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("positions", "number", "told"),
+    [
+        (3, 2, "max_new_tokens=2; write max_new_tokens=3, or cut the audio at pauses"),
+        (3, 3, "3 tokens, the last position of the decoder; cut the audio at pauses"),
+        (3, 9, "3 tokens, the last position of the decoder; cut the audio at pauses"),
+    ],
+)
+def test_a_text_that_is_cut_names_the_limit_that_cut_it(model, caplog, monkeypatch, positions, number, told):
+    monkeypatch.setattr(model.model, "max_tokens", positions)
+    short = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    with model_that_writes(model, 7):
+        package.transcribe(model, short, sampling_rate=16_000, max_new_tokens=number)
+    assert warnings_of(caplog) == [f"audio=array: the text is cut at {told}"]
 
 
 @contextlib.contextmanager
