@@ -66,9 +66,11 @@ def keep_configuration(run_dir: str, settings: dict[str, Any]) -> None:
 
 def evaluate(cfg: DictConfig) -> None:
     """Scores a saved model on a split."""
-    keep_configuration(cfg.run_dir, build.settings_of(cfg))
+    settings = build.settings_of(cfg)
     scoring, saved, data = build.evaluation(cfg)
-    terminal.show(*terminal.scored(*scoring.score(saved, data), scoring.folder))
+    results, evaluation = scoring.score(saved, data)
+    keep_configuration(cfg.run_dir, settings)  # what was refused or stopped leaves the folder free for another try
+    terminal.show(*terminal.scored(results, evaluation, scoring.folder))
 
 
 def transcribe(cfg: DictConfig) -> None:

@@ -49,7 +49,10 @@ def test_components_of_one_s_own_train_and_are_found_again_in_another_process(tr
     assert ended.returncode == 0, ended.stderr
     assert refused.returncode == 2
     assert "adapter._target_=mine.parts.Pool, and nothing that a folder alone names is imported" in refused.stderr
-    assert "write adapter=OPTION, with --config-dir FOLDER where it is your own, as for the training" in refused.stderr
+    assert (
+        "write adapter=OPTION or experiment=NAME, with --config-dir FOLDER where it is your own, as for the training"
+        in refused.stderr
+    )
     for number, run in enumerate(("encoder", "decoder")):
         metrics = [read_json(own_folder / each / "results.json")["metrics"] for each in (run, f"again/{number}")]
         assert metrics[0] == metrics[1]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pairs import part
 
 import sedtrain as package
 from sedtrain.errors import UserError
+from sedtrain.evaluation.results import commit
 from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -182,6 +184,7 @@ def test_nothing_of_a_hostile_folder_is_imported_called_or_written(sedtrain, run
         assert "Traceback" not in ended.err
         assert "1 problem:" in ended.err
     assert contents(run) == before
+    assert not (tmp_path / "out/config.yaml").exists()
     if name in OF_MODEL:
         with pytest.raises(UserError):
             package.load(".")
@@ -203,3 +206,40 @@ def test_a_checkpoint_of_pickled_calls_is_refused(sedtrain, run):
 
 def test_a_model_that_somebody_else_saved_needs_no_module_of_theirs(run):
     assert isinstance(package.load(".").transcribe("a.wav", max_new_tokens=3), str)
+
+
+def git(*arguments):
+    own = ("user.name=a", "user.email=a@b", "commit.gpgsign=false", "protocol.file.allow=always")
+    options = [word for each in own for word in ("-c", each)]
+    return subprocess.run(["git", *options, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_no_command_of_a_checkout_s_own_configuration_is_run_to_read_its_commit(tmp_path, monkeypatch):
+    for name in ("inner", "checkout"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        git("init", "-q")
+        Path("a.txt").write_text("one")
+        Path(".gitattributes").write_text("a.txt filter=evil diff=evil\n")
+        git("add", ".")
+        if name == "checkout":
+            git("submodule", "add", "-q", "../inner")
+        git("commit", "-q", "-m", "first")
+    strike = f"sh -c 'touch {tmp_path / CANARY}; cat'"
+    hook = Path("hooks/post-index-change")
+    hook.parent.mkdir()
+    hook.write_text(f"#!/bin/sh\n{strike}\n")
+    hook.chmod(0o755)
+    for folder in (".", "inner"):
+        names = ("filter.evil.clean", "filter.evil.smudge", "core.fsmonitor", "core.sshCommand", "core.pager")
+        for name in (*names, "diff.evil.textconv", "diff.evil.command", "diff.external"):
+            git("-C", folder, "config", name, strike)
+        git("-C", folder, "config", "core.hooksPath", str(hook.parent.absolute()))
+        Path(folder, "a.txt").touch()  # so that its content is compared
+    index = Path(".git/index").read_bytes()
+    assert commit() == {"id": git("rev-parse", "HEAD"), "dirty": False}
+    Path("inner/a.txt").write_text("two")
+    Path("a.txt").write_text("two")
+    assert commit()["dirty"]
+    assert not (tmp_path / CANARY).exists()
+    assert Path(".git/index").read_bytes() == index

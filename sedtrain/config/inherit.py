@@ -66,6 +66,7 @@ def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[st
     stored: groups of a run; chosen: names that the command line sets
     """
     errors = []
+    own_files = ", with --config-dir FOLDER where it is your own, as for the training"
     composed: Any = OmegaConf.to_container(config, resolve=False)
     for group, values in stored.items():
         own = list(directives(composed[group], group))
@@ -76,7 +77,7 @@ def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[st
                 wrong = (
                     f"its config.yaml has {name}={value}, and nothing that a folder alone names is imported or called"
                 )
-                write = f"write {group}=OPTION, with --config-dir FOLDER where it is your own, as for the training"
+                write = f"write {group}=OPTION or experiment=NAME{own_files}"
                 errors.append(UserError("checkpoint", config.checkpoint, wrong, write))
     if errors:
         raise UserError.all_of(errors)
@@ -97,8 +98,9 @@ def directives(value: object, path: str) -> Iterator[tuple[str, object]]:
 
 
 def directives_of_package(group: str) -> Iterator[tuple[str, object]]:
-    """Those of the options that the package brings for a group."""
-    for file in [conf_dir() / f"{group}_settings.yaml", *(conf_dir() / group).glob("*.yaml")]:
-        if file.is_file():
-            option = yaml.safe_load(file.read_text(encoding="utf-8"))
-            yield from directives(option.get(group, option), group)  # those of `@package _global_` name their group
+    """Those that the package brings for a group, in its options and in experiments."""
+    for folder, pattern in ((".", f"{group}_settings.yaml"), (group, "*.yaml"), ("experiment", "*.yaml")):
+        for file in (conf_dir() / folder).glob(pattern):
+            option = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            of_group = {} if folder == "experiment" else option  # options of `@package _global_` name their group too
+            yield from directives(option.get(group, of_group), group)

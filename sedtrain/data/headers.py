@@ -257,7 +257,8 @@ def ogg_claim(file: BinaryIO, size: int) -> Claim:
             return Claim(fault=("truncated audio", "the last page of OGG is cut off"))
         begins_stream = bool(page[5] & 2)
         if begins_stream and is_in_stream:
-            return Claim(fault=("more audio than its header says", f"OGG with another stream from byte {at:,} on"))
+            wrong = f"libsndfile reads nothing of OGG from byte {at:,} on; convert it to FLAC"
+            return Claim(fault=("several streams in one file", wrong))
         at, is_in_stream = end, is_in_stream or not begins_stream
     return Claim()
 

@@ -1,8 +1,11 @@
 """Rows of a Parquet file in bounded memory: compression and dictionaries let a few bytes stand for any number of them."""
 
+import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -44,6 +47,26 @@ def refuse_unfolding(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Tabl
         if total > max(MEMORY, OF_FILE * stored):
             raise unfolds(str(path), "its rows", total, stored)
         yield table
+
+
+def refuse_unpacking(path: str, place: str) -> None:
+    """Raises UserError for a packed file, such as .jsonl.gz, that unfolds beyond what data do."""
+    stored, total = os.path.getsize(path), 0
+    for size in unpacked_sizes(path, place):
+        total += size
+        if total > max(MEMORY, OF_COLUMN * stored):
+            raise unfolds(place, "all of it", total, stored)
+
+
+def unpacked_sizes(path: str, place: str) -> Iterator[int]:
+    """The bytes of a packed file, a block after the other; of a zip, those of its members, which are never exceeded."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as members:
+            yield from (member.file_size for member in members.infolist())
+        return
+    with fsspec.open(path, compression=fsspec.utils.infer_compression(place)) as content:
+        while block := content.read(2**20):
+            yield len(block)
 
 
 def unfolds(place: str, part: str, size: int, stored: int) -> UserError:

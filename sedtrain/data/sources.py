@@ -5,18 +5,21 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import datasets
 from datasets.utils.file_utils import cached_path
 
 from sedtrain.data.folders import has_audio, read_folder
+from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import files_in, files_of, is_here, local_path
 from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
 from sedtrain.data.tables import joined
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 SLICED = re.compile(r"([^\[+]+)(\[.*\])")
 SPLIT_LIKE = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
@@ -140,6 +143,9 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         )
         if files := text_files(builder, split):
             return cut(joined([read_rows(Path(cached_path(file)), name=file) for file in files]), split)
+        for file in map(str, chain.from_iterable((builder.config.data_files or {}).values())):
+            if file.lower().endswith(PACKED):
+                refuse_unpacking(cached_path(file), file)
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
     except RuntimeError as error:

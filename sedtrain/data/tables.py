@@ -145,18 +145,16 @@ def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.D
 
 
 def with_times(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
-    """Reads columns of seconds as numbers, also where text spells them; what is no time becomes null and a PROBLEM.
-
-    NaN is an empty cell.
-    """
+    """Reads columns of seconds as numbers, also where text spells them; what is no time, or NaN, becomes null and a PROBLEM."""
     for column in columns:
         cells = rows.with_format("arrow")[column][:]
         if not is_text(cells.type):
             lowest, highest = (bound.as_py() for bound in pc.min_max(cells).values())
-            if lowest is None or (lowest >= 0 and highest <= MOST_SECONDS):
+            has_nan = pa.types.is_floating(cells.type) and pc.any(pc.is_nan(cells)).as_py()
+            if not has_nan and (lowest is None or (lowest >= 0 and highest <= MOST_SECONDS)):
                 continue
         values = cells.to_pylist()
-        times = [None if value is None or value != value else time_of(value) for value in values]
+        times = [None if value is None else time_of(value) for value in values]
         problems = {
             index: f"impossible time: {column} = {values[index] if is_text(cells.type) else time:.12}"
             for index, time in enumerate(times)

@@ -29,6 +29,7 @@ from sedtrain.decoding.pauses import Pauses, activity_of
 from sedtrain.decoding.speculative import Speculative
 from sedtrain.decoding.timestamps import heard_words
 from sedtrain.errors import UserError
+from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.saved import MOST_TOKENS, most_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -179,9 +180,7 @@ def token_limits(
     if model.ctc_head is not None:
         by_frames = frames_of(encoded) + 1  # a token a frame, and the end
         limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
-    if model.max_tokens is not None:
-        limits = limits.clamp(max=model.max_tokens + 1 - num_given)
-    return limits.clamp(min=1)
+    return limits.clamp(max=most_new_tokens(int(limits.max()), model.max_tokens, num_given))
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ class RecordingDecoder:
             score=found.scores[0] if found.scores else None,
             words=words,
             others=tuple(others),
-            is_cut=found.is_cut,
+            cut_at=found.limit if found.is_cut else 0,
             doubt=doubt(best, found.confidence),
         )
 

@@ -20,8 +20,9 @@ from sedtrain.decoding.pauses import Samples
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
+from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.saved import SavedModel
-from sedtrain.text.tags import TASK_OF
+from sedtrain.text.tags import NUM_TAGS, TASK_OF
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,17 @@ class Transcriber:
         else:
             name, blocks = str(audio), blocks_of(audio, rate)
         found = self.decoder.transcription(name, blocks, self.language, TASK_OF[self.target])
-        option = f"{self.of_decoding}max_new_tokens"
-        cut = f"the text is cut at the limit of tokens; write a larger {option} where the decoder has positions for it"
-        warn(found, [each for each in found.segments if each.is_cut], lambda each: cut)
-        warn(
-            found, [each for each in found.segments if each.doubt], lambda each: f"the text may be wrong: {each.doubt}"
-        )
+        warn(found, [each for each in found.segments if each.cut_at], self.limit)
+        warn(found, [each for each in found.segments if each.doubt], doubted)
         return found
+
+    def limit(self, segment: Segment) -> str:
+        """The limit at which a text was cut, and what to write instead."""
+        number, option, most = segment.cut_at, f"{self.of_decoding}max_new_tokens", self.saved.model.max_tokens
+        text, num_given = f"the text is cut at {number} tokens", 1 + (NUM_TAGS if self.saved.tags else 0)
+        if (more := most_new_tokens(2 * number, most, num_given)) > number:
+            return f"{text}; write {option}={more}, or a smaller {self.of_decoding}window"
+        return f"{text}, the last position of the decoder; write a smaller {self.of_decoding}window"
 
 
 def warn(found: Transcription, faulty: Sequence[Segment], words: Callable[[Segment], str]) -> None:
@@ -85,6 +90,10 @@ def warn(found: Transcription, faulty: Sequence[Segment], words: Callable[[Segme
         place = f", {first.start:.2f} to {first.end:.2f} s" if len(found.segments) > 1 else ""
         others = f" ({len(faulty) - 1} more of its {len(found.segments)} segments too)" if len(faulty) > 1 else ""
         logger.warning("audio=%s%s: %s%s", found.audio, place, words(first), others)
+
+
+def doubted(segment: Segment) -> str:
+    return f"the text may be wrong: {segment.doubt}"
 
 
 def blocks_of(path: str | Path, sampling_rate: int) -> Iterator[Samples]:

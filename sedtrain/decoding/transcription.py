@@ -20,7 +20,7 @@ class Segment:
     score:   by which the search ranks texts; None if it computes none
     words:   None if the model cannot say where they are
     others:  the next best texts of n-best search
-    is_cut:  True if the text was cut at the limit of tokens
+    cut_at:  number of tokens at which the text was cut; 0 if it ends by itself
     doubt:   a reason to believe that nobody says this
     """
 
@@ -30,7 +30,7 @@ class Segment:
     score: float | None = None
     words: tuple[Word, ...] | None = None
     others: tuple[str, ...] = ()
-    is_cut: bool = False
+    cut_at: int = 0
     doubt: str | None = None
 
 

@@ -159,7 +159,7 @@ def evaluate(
         hypotheses.append(
             Hypothesis(each.id, each.text, recording.text, each.speaker, each.language, each.seconds, None)
         )
-        num_cut += any(segment.is_cut for segment in recording.segments)
+        num_cut += any(segment.cut_at for segment in recording.segments)
     if not hypotheses:
         raise UserError(
             "data",

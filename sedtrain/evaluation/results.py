@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import platform
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -216,11 +219,30 @@ def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit of the working directory, and whether its files differ; None where there is none."""
-    command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the working directory, and whether its files differ; None where there is none.
+
+    The configuration of a checkout may name commands that git would run to compare files (filters, fsmonitor, those of
+    submodules): they are compared by a copy of the index, in a repository without configuration.
+    """
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        asked = git("rev-parse", "HEAD", "--show-toplevel", "--git-path", "objects", "--git-path", "index")
+        if asked.returncode:
+            return None
+        head, *paths = asked.stdout.splitlines()
+        top, objects, index = map(os.path.abspath, paths)
+        with tempfile.TemporaryDirectory() as bare:
+            for name in ("objects", "refs"):
+                Path(bare, name).mkdir()
+            Path(bare, "HEAD").write_text(head)
+            shutil.copy2(index, bare)  # with its time, by which git knows entries of the same moment
+            places = {"GIT_DIR": bare, "GIT_INDEX_FILE": f"{bare}/index", "GIT_WORK_TREE": top}
+            options = "--quiet", "--ignore-submodules=dirty", "--no-ext-diff", "--no-textconv"
+            compared = git("diff", *options, "HEAD", GIT_OBJECT_DIRECTORY=objects, **places)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    name, _, dirty = ended.stdout.strip().partition("-")
-    return {"id": name, "dirty": bool(dirty)} if ended.returncode == 0 and name else None
+    return {"id": head, "dirty": compared.returncode == 1} if compared.returncode in (0, 1) else None
+
+
+def git(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command, environment = ["git", *arguments], {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)

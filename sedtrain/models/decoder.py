@@ -222,6 +222,11 @@ def max_tokens(decoder: PreTrainedModel) -> int | None:
     return min(tables) - skipped if tables else None
 
 
+def most_new_tokens(wanted: int, positions: int | None, num_given: int) -> int:
+    """Tokens that a text may have behind a prompt of `num_given`: the last is written, and needs no position."""
+    return wanted if positions is None else max(1, min(wanted, positions + 1 - num_given))
+
+
 def refuse_longer(tokens: Tensor | None, most: int | None) -> None:
     """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for."""
     if most is not None and tokens is not None and tokens.shape[1] > most:

@@ -17,6 +17,8 @@ SETTINGS = (
 )
 CODE = ("auto_map", "auto_mapping", "custom_pipelines")  # name Python files or modules
 KERNELS = re.compile("(attn|experts)_implementation")  # with a slash: code from the Hub
+ASKED: set[tuple[Any, ...]] = set()
+"""Hub ids with their options that this process has looked up on the Hub; from then on it looks in the cache."""
 
 
 def refuse_code(option: str, name: str, **hub_options: Any) -> None:
@@ -42,7 +44,10 @@ def settings_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
         inside = folder / hub_options.get("subfolder", "")
         return [inside / file for file in SETTINGS if (inside / file).is_file()]
     quietly = {f"_raise_exceptions_for_{key}": False for key in ("gated_repo", "missing_entries", "connection_errors")}
-    found = cached_files(name, list(SETTINGS), **quietly, **hub_options)
+    of_hub = (name, *sorted(hub_options.items()))
+    again = {"local_files_only": True} if of_hub in ASKED else {}
+    if found := cached_files(name, list(SETTINGS), **quietly, **{**hub_options, **again}):
+        ASKED.add(of_hub)
     return [Path(file) for file in found or []]
 
 

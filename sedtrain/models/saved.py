@@ -18,12 +18,13 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
+from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import feature_extractor_of, frame_width
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.run_dir import model_of
-from sedtrain.text.tags import Tags, add_tags
+from sedtrain.text.tags import NUM_TAGS, Tags, add_tags
 from sedtrain.text.tokenizers import start_end_pad
 
 MOST_TOKENS = 200  # of a text where nothing is known of its audio
@@ -83,9 +84,12 @@ class SavedModel:
 
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
-        most = generation.get("max_new_tokens") or most_tokens(self.model.config, self.max_training_seconds)
-        bound = self.model.max_tokens or most  # transformers does not stop there
-        for name, value in {**generation, "max_new_tokens": min(most, bound)}.items():
+        wanted = generation.get("max_new_tokens") or most_tokens(self.model.config, self.max_training_seconds)
+        num_given = 1 + (NUM_TAGS if self.tags else 0)
+        most = most_new_tokens(
+            wanted, self.model.max_tokens, num_given
+        )  # transformers does not stop at the last position
+        for name, value in {**generation, "max_new_tokens": most}.items():
             setattr(self.model.generation_config, name, value)
         if lora_layers(self.model):
             self.model.save_pretrained(folder, state_dict=base_weights(self.model))

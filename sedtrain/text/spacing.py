@@ -1,5 +1,6 @@
 """White space between words, marks and ideographs: learnt from texts where WordPiece forgets it; scripts that use none."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,11 @@ from tokenizers import Regex, Tokenizer, decoders
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NUM_TEXTS = 100_000  # that spacing is learnt from
+KEPT = (
+    *("model_max_length", "padding_side", "truncation_side", "chat_template"),
+    *("split_special_tokens", "extra_special_tokens"),
+)
+"""Settings of a tokenizer that stand beside its own file."""
 CONTINUED = "##"  # begins a token that continues a word
 IDEOGRAPHS = (
     "\u2e80-\u2fff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -45,7 +51,7 @@ def with_spacing(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Pr
     gets a space where most of the texts have one in this context. The rules are part of the tokenizer's own file.
     """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.decoder, decoders.WordPiece):
+    if backend is None or not is_wordpiece(backend):
         tokenizer.clean_up_tokenization_spaces = False  # else decoding rewrites " ," as ","
         return tokenizer
     spaced = Tokenizer.from_str(backend.to_str())
@@ -55,11 +61,18 @@ def with_spacing(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Pr
     # The class of the tokenizer would make its own decoder when it is loaded.
     return PreTrainedTokenizerFast(
         tokenizer_object=spaced,
-        model_max_length=tokenizer.model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        **{name: getattr(tokenizer, name) for name in KEPT},
         **tokenizer.special_tokens_map,
     )
+
+
+def is_wordpiece(backend: Tokenizer) -> bool:
+    """True for the decoder of WordPiece, alone or with the spaces that were learnt for it from other texts."""
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    kinds = [each["type"] for each in decoder.get("decoders", [decoder]) if each]
+    return kinds[:1] == ["WordPiece"] and kinds[1:] in ([], ["Fuse", "Replace"])
 
 
 def kind(character: str) -> str:

@@ -100,7 +100,10 @@ def test_what_a_run_s_folder_alone_names_is_refused_and_the_option_to_repeat_is_
 ):
     [(wrong, write)] = refused({group: values})
     assert wrong == f"its config.yaml has {name}={value}{UNNAMED}"
-    assert write == f"write {group}=OPTION, with --config-dir FOLDER where it is your own, as for the training"
+    assert (
+        write
+        == f"write {group}=OPTION or experiment=NAME, with --config-dir FOLDER where it is your own, as for the training"
+    )
 
 
 def test_every_class_that_a_folder_alone_names_is_reported(refused):
@@ -114,6 +117,19 @@ def test_a_class_of_the_package_s_options_or_of_the_command_line_is_taken(tmp_pa
     assert evaluated(tmp_path, {"adapter": pool}, "adapter=conv").adapter["_target_"].endswith("ConvAdapter")
     config = evaluated(tmp_path, {"adapter": pool}, "adapter._target_=mine.Pool")
     assert config.adapter["_target_"] == "mine.Pool"
+
+
+def test_a_class_that_an_experiment_of_the_package_names_is_taken(tmp_path, monkeypatch):
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    text = "# @package _global_\nseed: 1\nadapter: {_target_: sedtrain.models.adapter.Other}\n"
+    (tmp_path / "conf/experiment/one.yaml").write_text(text)
+    (tmp_path / "conf/experiment/none.yaml").write_text("# @package _global_\n")
+    pool = {"_target_": "sedtrain.models.adapter.Other"}
+    with pytest.raises(UserError):
+        evaluated(tmp_path, {"adapter": pool})
+    monkeypatch.setattr("sedtrain.config.inherit.conf_dir", lambda: tmp_path / "conf")
+    assert [*directives_of_package("adapter")] == [("adapter._target_", pool["_target_"])]
+    assert evaluated(tmp_path, {"adapter": pool}).adapter["_target_"] == pool["_target_"]
 
 
 def test_values_of_a_run_fit_their_options(tmp_path):

@@ -1,6 +1,10 @@
 """Small files that unfold to gigabytes, by compression, repetition or claims: refused in bounded memory."""
 
+import bz2
 import gc
+import gzip
+import json
+import lzma
 import tarfile
 import time
 from contextlib import contextmanager
@@ -10,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from corpora import wav
 
-from sedtrain.data import tables
+from sedtrain.data import parquet, tables
 from sedtrain.data.folders import read_folder
 from sedtrain.data.readers import read_rows
 from sedtrain.data.shards import Shard
@@ -77,6 +81,20 @@ def test_lists_and_shared_beginnings_unfold_too(tmp_path):
     path = bomb(tmp_path / "delta.parquet", texts, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
     assert path.stat().st_size < 100_000
     assert refusal(path, load_rows, str(path), "train").startswith(FIRST + "its rows, ")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_packed_manifest_that_unfolds_to_far_more_than_texts_do_is_refused(tmp_path, monkeypatch, compress):
+    suffix = {"gzip": "gz", "bz2": "bz2", "lzma": "xz"}[compress.__module__]
+    monkeypatch.setattr(parquet, "MEMORY", 2**20)
+    line = json.dumps({"audio": "a.wav", "text": "one"}) + "\n"
+    path = tmp_path / f"train.jsonl.{suffix}"
+    path.write_bytes(compress(line.encode() * 2000))
+    assert len(load_rows(str(tmp_path), "train")) == 2000
+    path.write_bytes(compress((line + " " * 5_000_000).encode()))
+    with pytest.raises(UserError) as caught:
+        load_rows(str(tmp_path), "train")
+    assert caught.value.wrong.startswith(FIRST + "all of it, ")
 
 
 def test_texts_of_a_stream_are_read_a_few_at_a_time(tmp_path):

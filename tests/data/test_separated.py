@@ -211,16 +211,14 @@ def test_two_values_of_one_name_in_json_are_a_problem_of_their_row(tmp_path):
     assert (first, second) == ("broken JSON: line 1, two values are called 'text'", None)
 
 
-@pytest.mark.parametrize(
-    ("cell", "seconds"), [("1.5", 1.5), ("1e1", 10.0), ("", None), ("NaN", None), ("2", 2.0), ("1e9", 1e9)]
-)
+@pytest.mark.parametrize(("cell", "seconds"), [("1.5", 1.5), ("1e1", 10.0), ("", None), ("2", 2.0), ("1e9", 1e9)])
 def test_seconds_of_a_csv_are_read_as_numbers(tmp_path, cell, seconds):
     (tmp_path / "x.csv").write_text(f"audio,text,n\na,one,{cell}\nb,two,1\n")
     columns = Columns("audio", "text", seconds="n")
     assert UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train").declared() == [seconds, 1.0]
 
 
-@pytest.mark.parametrize("cell", ["long", "1,5", "inf", "-1", "1e308", "1e999", "1_000"])
+@pytest.mark.parametrize("cell", ["long", "1,5", "inf", "NaN", "-1", "1e308", "1e999", "1_000"])
 def test_what_is_no_time_is_a_fault_of_its_row(tmp_path, cell):
     (tmp_path / "x.csv").write_text(f'audio,text,n\na,one,"{cell}"\nb,two,1\n')
     columns = Columns("audio", "text", seconds="n")

@@ -201,8 +201,8 @@ def test_a_long_recording_is_decoded_by_windows_and_texts_that_are_cut_are_told(
     assert found.text == " ".join(each.text for each in found.segments)
     [told, *_] = warnings_of(caplog)
     assert told == (
-        f"audio=array, {times[0][0]:.2f} to {times[0][1]:.2f} s: the text is cut at the limit of tokens; write a larger "
-        "max_new_tokens where the decoder has positions for it (1 more of its 2 segments too)"
+        f"audio=array, {times[0][0]:.2f} to {times[0][1]:.2f} s: the text is cut at 2 tokens; write "
+        "max_new_tokens=4, or a smaller window (1 more of its 2 segments too)"
     )
     caplog.clear()
     end = model.model.generation_config.eos_token_id
@@ -216,6 +216,21 @@ def test_silence_and_noise_of_any_length_have_no_text(model, level):
     for seconds in (1, 30):
         noise = np.random.default_rng(0).normal(0, level, 16_000 * seconds)
         assert model.transcribe(noise, sampling_rate=16_000) == ""
+
+
+@pytest.mark.parametrize(
+    ("positions", "number", "told"),
+    [
+        (3, 2, "2 tokens; write max_new_tokens=3, or a smaller window"),
+        (3, 3, "3 tokens, the last position of the decoder; write a smaller window"),
+        (3, 9, "3 tokens, the last position of the decoder; write a smaller window"),
+    ],
+)
+def test_a_text_that_is_cut_names_the_limit_that_cut_it(model, caplog, monkeypatch, positions, number, told):
+    monkeypatch.setattr(model.model, "max_tokens", positions)
+    with model_that_writes(model, 7):
+        model.transcribe(syllables(1), sampling_rate=16_000, max_new_tokens=number)
+    assert warnings_of(caplog)[0] == f"audio=array: the text is cut at {told}"
 
 
 @contextlib.contextmanager
@@ -236,7 +251,7 @@ def test_the_command_tells_the_same_of_each_file_with_its_own_options(sedtrain, 
     assert ended.status == 0 and len(ended.out.splitlines()) == 2
     for name in ("a", "b"):
         assert f"audio={tmp_path}/{name}.wav, 0.00 to " in ended.err
-    assert ended.err.count("s: the text is cut at the limit of tokens; write a larger decoding.max_new_tokens") == 2
+    assert ended.err.count("s: the text is cut at 2 tokens; write decoding.max_new_tokens=4") == 2
     assert "write decoding.max_new_tokens=4" in ended.err
 
 

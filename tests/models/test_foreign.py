@@ -10,6 +10,7 @@ from transformers import BertConfig, HubertConfig, SpeechEncoderDecoderConfig
 import sedtrain
 from sedtrain import SpeechEncoderDecoder
 from sedtrain.errors import UserError
+from sedtrain.models import foreign
 from sedtrain.models.decoder import load_decoder
 from sedtrain.models.encoder import load_encoder
 from sedtrain.models.foreign import refuse_code
@@ -111,3 +112,22 @@ def test_each_loading_of_the_package_says_that_remote_code_is_not_trusted():
     calls = list(loading_calls())
     assert len(calls) >= 10
     assert [call for call in calls if "trust_remote_code=False" not in call[1]] == []
+
+
+def test_the_hub_is_asked_once_for_an_id_and_its_cache_each_time(tmp_path, monkeypatch):
+    online = []
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+
+    def cached_files(name, files, local_files_only=False, **_):
+        online.append(not local_files_only)
+        return [str(config)]
+
+    monkeypatch.setattr(foreign, "ASKED", set())
+    monkeypatch.setattr(foreign, "cached_files", cached_files)
+    for revision in ("main", "main", "other"):
+        refuse_code("encoder.checkpoint", "some/model", revision=revision)
+    assert online == [True, False, True]
+    config.write_text(json.dumps({"auto_map": MAP}))
+    load = lambda: refuse_code("checkpoint", "some/model", revision="main")  # noqa: E731
+    assert refusal("checkpoint", "some/model", load)

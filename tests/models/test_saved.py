@@ -1,5 +1,6 @@
 """Folders that are no saved model, or a damaged one, are refused in words from Python and on the command line."""
 
+import copy
 import json
 import shutil
 
@@ -49,6 +50,20 @@ def good(tmp_path_factory):
 def folder(good, tmp_path):
     """A copy of it, to be damaged."""
     return shutil.copytree(good, tmp_path / "model")
+
+
+@pytest.mark.parametrize("pairs", [[], [("en", "transcribe")]])
+def test_stock_transformers_ends_texts_at_the_last_position_whatever_the_prompt(tmp_path, pairs):
+    decoder = tiny_decoder("bert", options={"max_position_embeddings": 12})
+    saved = join(tiny_encoder("wav2vec2"), decoder, lambda *widths: None, copy.deepcopy(TOKENIZER))
+    if pairs:
+        saved.learn_tags(pairs)
+    saved.save(tmp_path, {"max_new_tokens": 200})
+    stock = SpeechEncoderDecoderModel.from_pretrained(tmp_path)
+    prompt = [saved.model.config.decoder_start_token_id, *(saved.tags.of("en", "transcribe") if pairs else [])]
+    stock.generation_config.min_new_tokens = stock.generation_config.max_new_tokens
+    written = stock.generate(torch.randn(1, 4000), decoder_input_ids=torch.tensor([prompt]))
+    assert written.shape == (1, 12 + 1)
 
 
 def refusal(folder):

@@ -110,6 +110,33 @@ def test_a_saved_tokenizer_decodes_alike_in_stock_transformers_and_encodes_the_s
         assert encode_target(spaced, text, start) == encode_target(tokenizer, text, start)
 
 
+def test_spaces_are_learnt_anew_from_the_texts_of_the_next_training(tokenizer, tmp_path):
+    with_spacing(tokenizer, ENGLISH).save_pretrained(tmp_path)
+    again = with_spacing(AutoTokenizer.from_pretrained(tmp_path), FRENCH)
+    assert [back(again, text) for text in FRENCH] == FRENCH
+    plain = with_spacing(with_spacing(tokenizer, []), FRENCH)
+    assert [back(plain, text) for text in FRENCH] == FRENCH
+
+
+def test_what_was_set_for_a_tokenizer_stays_set(tokenizer, tmp_path):
+    settings = {
+        "padding_side": "left",
+        "truncation_side": "left",
+        "model_max_length": 77,
+        "chat_template": "{{messages}}",
+    }
+    tokenizer = BertTokenizer(
+        tokenizer.get_vocab(), extra_special_tokens=["<x>"], split_special_tokens=True, **settings
+    )
+    tokenizer.add_tokens(["abc"])
+    spaced = with_spacing(tokenizer, ENGLISH)
+    spaced.save_pretrained(tmp_path)
+    for each in (spaced, AutoTokenizer.from_pretrained(tmp_path)):
+        assert {name: getattr(each, name) for name in settings} == settings
+        assert each.all_special_tokens == tokenizer.all_special_tokens and each.split_special_tokens
+        assert each("a abc", padding="max_length")["input_ids"] == tokenizer("a abc", padding="max_length")["input_ids"]
+
+
 def test_a_word_that_is_unknown_joins_no_others(tokenizer):
     assert back(with_spacing(tokenizer, ["aßb", "aßb"]), "a b") == "a b"
 
