@@ -1,4 +1,4 @@
-"""The tasks of a command: train, evaluate, transcribe, inspect, fit_batches."""
+"""The tasks of a command: train, evaluate, transcribe, inspect, fit_batches; compare.py has compare, which needs no model."""
 
 import logging
 import shlex

@@ -17,6 +17,7 @@ from sedtrain.config.signatures import read_signature
 from sedtrain.data.augmentations import ColouredNoise, Gain, RecordedNoise, Reverb, Speed, TimeMask
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.loaded import Model
 from sedtrain.decoding.transcribe import decoding_options
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import MetricSet
@@ -46,7 +47,8 @@ TEXTS = ["one two", "three"]
 @pytest.fixture(scope="module")
 def model():
     encoder, decoder = tiny_encoder("hubert"), tiny_decoder("bert")
-    return join(encoder, decoder, lambda *widths: None, TOKENIZER)
+    saved = join(encoder, decoder, lambda *widths: None, TOKENIZER)
+    return Model(saved.model, saved.tokenizer, saved.feature_extractor)
 
 
 @pytest.fixture(scope="module")

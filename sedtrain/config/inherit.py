@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sedtrain.config.schema import check_root, check_value, conf_dir, first_line
+from sedtrain.config.schema import check_root, check_value, conf_dir, first_line, metric_problems
 from sedtrain.errors import UserError
 from sedtrain.plain import plain_value
 from sedtrain.run_dir import config_of
@@ -43,6 +43,9 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
     if not isinstance(of_run, dict):
         raise UserError("checkpoint", config.checkpoint, "its config.yaml holds no options", WRITE)
     of_run |= {OLD_NAMES[str(old)]: of_run[old] for old in of_run.keys() & OLD_NAMES.keys()}
+    match of_run.get("metrics"):
+        case {"bleu": {"tokenize": _, **others}, **metrics} if not others and not metrics:
+            del of_run["metrics"]  # of a run from before metrics could be chosen
     parsed = OverridesParser.create().parse_overrides(overrides)
     chosen = {override.key_or_group for override in parsed}
     taken = [key for key in INHERITED if key in of_run and key not in chosen and "experiment" not in chosen]
@@ -56,6 +59,7 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
         if override.key_or_group.split(".")[0] in INHERITED and "." in override.key_or_group:
             OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
     errors = [error for key in READ for error in (check_value(config, key, key) if key in taken else ())]
+    errors += metric_problems(config) if "metrics" in taken else []
     if errors := [*check_root(config), *errors]:
         raise UserError.all_of(errors)
 

@@ -257,8 +257,7 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if "format" in config:
         yield from format_rules(plain(config, "format"), config.get("out"))
     if "metrics" in config:
-        named = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml") if file.stem != "auto")
-        yield from metric_rules(plain(config, "metrics"), named, config.get("target"))
+        yield from metric_problems(config)
     mix = plain(config.data, "mix") if isinstance(config.get("data"), DictConfig) else None
     for name, dataset in mix.items() if isinstance(mix, dict) else ():
         if isinstance(dataset, dict):
@@ -278,6 +277,11 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     if attention == "flash_attention_2" and precision.startswith("32"):
         wrong = f"it computes in 16 bits, and trainer.precision is {precision}"
         yield UserError("attention", attention, wrong, "write trainer.precision=bf16-mixed")
+
+
+def metric_problems(config: DictConfig) -> Iterator[UserError]:
+    named = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml") if file.stem != "auto")
+    yield from metric_rules(plain(config, "metrics"), named, config.get("target"))
 
 
 def entry_rules(entries: Any, group: str) -> Iterator[UserError]:

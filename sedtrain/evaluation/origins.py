@@ -68,7 +68,7 @@ def origin(
         "language": [each.language for each in utterances],
     }
     groups = {
-        what: groups_of(metric_set, names, first, other, by_size=what != "length")
+        what: groups_of(metric_set, names, first, other, all_in_order=what == "length")
         for what, names in keys.items()
         if len({*names} - {None}) > 1
     }
@@ -93,21 +93,28 @@ def length_groups(words: Counts) -> list[str]:
 
 
 def groups_of(
-    metric_set: MetricSet, names: Sequence[str | None], first: Counts, other: Counts, by_size: bool
+    metric_set: MetricSet, names: Sequence[str | None], first: Counts, other: Counts, all_in_order: bool
 ) -> list[Group]:
-    """The groups whose utterances explain most of the difference: how it changes where only they come from the other run."""
+    """Groups of utterances by name: all by their shortest length, or those that explain most and the rest as one.
+
+    The points of a group are how the whole value changes where only its utterances come from the other run.
+    """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault("unknown" if name is None else name, []).append(row)
     ranking, total = metric_set.ranking(), first.sum(axis=0)
-    before, groups = float(metric_set.values(total)[ranking]), []
-    for name, of_group in rows.items():
+    before = float(metric_set.values(total)[ranking])
+
+    def group(name: str, of_group: list[int]) -> Group:
         sums = first[of_group].sum(axis=0), other[of_group].sum(axis=0)
         own, others, moved = (float(metric_set.values(each)[ranking]) for each in (*sums, total - sums[0] + sums[1]))
-        groups.append(Group(name, len(of_group), own, others, moved - before))
-    if not by_size:
-        return sorted(groups, key=lambda each: int(each.name.split("–")[0].split()[0]))
-    return sorted(groups, key=lambda each: -abs(each.points))[:NUM_GROUPS]
+        return Group(name, len(of_group), own, others, moved - before)
+
+    if all_in_order:
+        return [group(name, rows[name]) for name in sorted(rows, key=lambda name: int(first[rows[name], 0].min()))]
+    groups = sorted((group(*each) for each in rows.items()), key=lambda each: -abs(each.points))
+    rest = [row for each in groups[NUM_GROUPS:] for row in rows[each.name]]
+    return [*groups[:NUM_GROUPS], *([group(f"{len(groups) - NUM_GROUPS:,} others", rest)] if rest else [])]
 
 
 def changed_confusions(texts: Iterable[tuple[str, str, str]], normalize: Normalizer) -> list[tuple[str, str, int, int]]:

@@ -93,6 +93,9 @@ def evaluated(folder, stored, *overrides):
         ("data", {"_target_": "sedtrain.data.datamodule.SpeechTextDataModule", "mix": {"a": [{"_target_": "os.x"}]}},
          "data.mix.a[0]._target_", "os.x"),
         ("normalizer", "${oc.env:HOME}", "normalizer", "${oc.env:HOME}"),
+        ("metrics", {"wer": {}, "mine": {"_target_": "os.system"}}, "metrics.mine._target_", "os.system"),
+        ("metrics", {"wer": {}, "mine": {"evaluate": "folder"}}, "metrics.mine.evaluate", "folder"),
+        ("metrics", {"wer": {"trust_remote_code": True}}, "metrics.wer.trust_remote_code", True),
     ],
 )  # fmt: skip
 def test_what_a_run_s_folder_alone_names_is_refused_and_the_option_to_repeat_is_told(
@@ -136,6 +139,18 @@ def test_values_of_a_run_fit_their_options(tmp_path):
     with pytest.raises(UserError) as caught:
         evaluated(tmp_path, {"decoding": {**SCORED, "num_beams": "many", "beams": 1}, "target": "song"})
     assert [each.option for each in caught.value.errors] == ["target", "decoding.num_beams", "decoding.beams"]
+    with pytest.raises(UserError) as caught:
+        evaluated(tmp_path, {"metrics": {"wer": 3, "evil": [1]}})
+    assert [each.option for each in caught.value.errors] == ["metrics.wer", "metrics.evil"]
+
+
+def test_metrics_are_those_of_the_run_and_a_user_s_are_named_again(tmp_path):
+    mine = {"wer": {"target": None}, "mine": {"_target_": "os.path.commonprefix", "higher_is_better": True}}
+    config = evaluated(tmp_path, {"metrics": mine}, "+metrics.mine._target_=os.path.commonprefix")
+    assert list(config.metrics) == ["wer", "mine"] and config.metrics.mine.higher_is_better
+    assert list(evaluated(tmp_path, {"metrics": mine}, "metrics=[cer,ter]").metrics) == ["cer", "ter"]
+    before = {"metrics": {"bleu": {"tokenize": "zh"}}}  # of a run from before metrics could be chosen
+    assert list(evaluated(tmp_path, before).metrics) == ["wer", "cer", "bleu", "chrf"]
 
 
 @pytest.mark.parametrize(
