@@ -4,7 +4,6 @@ import hashlib
 import os
 import platform
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
