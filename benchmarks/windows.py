@@ -33,9 +33,10 @@ from sedtrain.models.saved import load
 
 RATE = 16_000
 PROCESS = """
-import resource, sys, sedtrain
+import sys, sedtrain
 print(len(sedtrain.transcribe(sys.argv[1], sys.argv[2], pauses="energy").split()))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+[peak] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(peak) // 1024)
 """
 
 

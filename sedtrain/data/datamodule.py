@@ -1,11 +1,9 @@
 """The splits of one dataset, or of a mix of several, as Lightning's loaders of Batch, and their worker processes."""
 
-import ctypes
 import hashlib
 import os
 import platform
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +27,7 @@ from sedtrain.data.buckets import Bounds, buckets_of
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus, learnt_pairs, refuse_unlearnt
 from sedtrain.data.dataset import Parts, SplitDataset
+from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
 from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches, Position
 from sedtrain.data.skipped import Limits, SkippedUtterances
@@ -39,16 +38,6 @@ from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive
 SIGNALS_OF_RUN = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Signals for the process that trains, which its workers ignore."""
 SECONDS_BETWEEN_LOOKS = 0.2  # at the parent of a worker
-
-
-def return_freed_memory() -> None:
-    """Hands memory that this process has freed back to Linux.
-
-    The C library would keep it, in gaps too small for larger tensors: training on batches of many shapes would take half
-    as much again.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
 
 
 class Loader(DataLoader[Batch | UserError]):

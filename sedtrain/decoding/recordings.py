@@ -10,6 +10,7 @@ import torch
 
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
+from sedtrain.data.memory import return_freed_memory
 from sedtrain.decoding.generate import DecodingOptions, decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.pauses import Samples, activity_of
@@ -19,7 +20,7 @@ from sedtrain.decoding.windows import Window, joined, windows_of
 from sedtrain.models.saved import SavedModel
 
 DEFAULT_SECONDS = 30.0
-BATCH_SECONDS = 60.0  # padded; a window that is longer is a batch of its own
+BATCH_SECONDS = 24.0  # padded; a window that is longer is a batch of its own
 SURE = 0.5  # confidence; with the demo's model, speech has 0.65 to 1, noise and music 0 to 0.6
 REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
 
@@ -68,6 +69,7 @@ class RecordingDecoder:
                     before, segment = joined(before, segment)
                     decoded.append((before, confidence))
                 decoded.append((segment, found.confidence))
+            return_freed_memory()
         hears = any(confidence for _, confidence in decoded)
         segments = [segment for segment, confidence in decoded if confidence != 0 or not hears]
         return Transcription(name, num_samples / rate, tuple(segments))

@@ -1,6 +1,6 @@
 """Windows of a recording: cut at pauses, of bounded length, without the silence between them; and their texts joined.
 
-A recording is read as a stream; a few minutes of it are held at a time. All positions in a plan are hops of `pauses`.
+A recording is read as a stream; about a minute of it is held at a time. All positions in a plan are hops of `pauses`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ MIN_PAUSE = 8  # hops, 0.25 s; shorter ones are inside words
 LONG_PAUSE = 16  # hops, 0.5 s; a longer one always ends a window, as between utterances in training
 MARGIN = 6  # hops, 0.2 s of a pause that stay with the speech: beginnings and ends of words are quiet
 OVERLAP = 4  # windows that are cut inside speech share this part of their length
-HELD_SECONDS = 60
+HELD_SECONDS = 30
 
 
 @dataclass(frozen=True)

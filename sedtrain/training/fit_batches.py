@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from sedtrain.batch import Batch
 from sedtrain.data.buckets import Bucket, Floats, Integers, bucket_edges
 from sedtrain.data.collate import Collator
-from sedtrain.data.datamodule import SpeechTextDataModule, return_freed_memory
+from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.sampler import SHORTEST_SECONDS
 from sedtrain.data.streaming import BlockStart
 from sedtrain.errors import UserError
