@@ -24,20 +24,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from sedtrain.cli import run_command_line
 
-    try:
-        run_command_line(sys.argv[1:])
-    except BrokenPipeError:
-        end_with_reader()
-
-
-def end_with_reader() -> None:
-    """Ends quietly where nobody reads the output any more, as behind `| head`; another broken pipe stays an error."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    raise
+    run_command_line(sys.argv[1:])
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:

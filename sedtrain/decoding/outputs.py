@@ -4,6 +4,8 @@ import html
 import json
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -159,6 +161,15 @@ def cue(start: float, end: float, lines: Sequence[str]) -> Cue:
 # --- where they go
 
 
+def show(content: str) -> None:
+    """Prints; where nobody reads it any more, as behind `| head`, ends the command as that signal does."""
+    try:
+        print(content, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Formats, and the folder of files; None: the terminal, for one format.
@@ -189,7 +200,7 @@ class Outputs:
         for each in self.formats:
             content = FORMATS[each](found, self.language)
             if self.folder is None or name is None:
-                print(f"{found.audio}\t{content}" if each == "text" else content, end="", flush=True)
+                show(f"{found.audio}\t{content}" if each == "text" else content)
                 continue
             file = self.folder / f"{name}.{'txt' if each == 'text' else each}"
             try:

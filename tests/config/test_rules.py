@@ -141,3 +141,15 @@ def test_a_logger_without_a_name_is_told_how_to_write_it():
 def test_a_reference_that_hydra_itself_would_read_is_reported_beside_the_partial_that_it_breaks():
     found = problems("tokenizer._partial_=${oc.decode:1}")
     assert [each.option for each in found] == ["tokenizer._partial_"]
+
+
+def test_formats_of_texts_are_known_and_several_need_a_folder():
+    transcribe = ["task=transcribe", "checkpoint=a", "audio=a.wav"]
+    available = "available: text, json, srt, vtt"
+    for given, unknown in (("vt", "vt"), ("[srt,xml]", "xml"), ("[]", "[]")):
+        [found] = problems(*transcribe, f"format={given}", "out=texts")
+        assert (found.option, found.wrong) == ("format", f"format has no option {unknown!r}".replace("'[]'", "[]"))
+        assert available in found.write
+    [found] = problems(*transcribe, "format=[srt,json]")
+    assert (found.option, found.write) == ("out", "write out=FOLDER")
+    check_command_line([*transcribe, "format=[srt,json]", "out=texts"])

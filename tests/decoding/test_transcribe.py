@@ -1,6 +1,7 @@
 """Text from audio by a saved model, in Python: `sedtrain.load` and its methods."""
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -16,8 +17,10 @@ from corpora import syllables
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 
 import sedtrain as package
+from sedtrain.data.paths import stored
 from sedtrain.decoding import recordings
 from sedtrain.decoding.hypotheses import Hypotheses
+from sedtrain.decoding.outputs import show
 from sedtrain.decoding.transcribe import Transcriber, decoding_options
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder
@@ -61,6 +64,54 @@ def test_files_and_arrays_give_the_text_that_the_command_prints(sedtrain, traine
     text = ended.out.removeprefix(f"{file}\t").removesuffix("\n")
     assert package.load(trained / folder).transcribe(str(file), **SHORT) == text
     assert model.transcribe([file, samples], sampling_rate=16_000, **SHORT) == [text, text]
+
+
+def test_the_command_writes_files_of_several_formats_and_reads_standard_input(
+    sedtrain, trained, model, speech, tmp_path, monkeypatch
+):
+    command = ["task=transcribe", f"checkpoint={trained}", "decoding.max_new_tokens=6"]
+    ended = sedtrain(*command, f"audio={speech[0]}", "format=[json,vtt]", f"out={tmp_path}/texts")
+    assert (ended.status, ended.out) == (0, "")
+    written = json.loads((tmp_path / "texts/a.json").read_text(encoding="utf-8"))
+    found = model.transcription(speech[0], **SHORT)
+    assert written["text"] == found.text and written["seconds"] == 0.5
+    words = [[word["text"] for word in segment["words"]] for segment in written["segments"]]
+    assert words == [[word.text for word in segment.words] for segment in found.segments]
+    assert (tmp_path / "texts/a.vtt").read_text(encoding="utf-8").startswith("WEBVTT\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(speech[0].read_bytes())))
+    assert sedtrain(*command, "audio=-").out == f"-\t{found.text}\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(100))))
+    ended = sedtrain(*command, "audio=-")
+    assert ended.status == 2 and "audio = '-'" in ended.err and "cat a.wav | sedtrain" in ended.err
+
+
+def test_more_standard_input_than_a_wav_file_holds_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(20))))
+    monkeypatch.setattr("sedtrain.data.paths.MOST_BYTES", 10)
+    with pytest.raises(UserError, match="standard input gives more than"), stored("-"):
+        pass
+
+
+def test_without_a_ctc_head_words_are_unknown_and_a_warning_says_so(model, speech, caplog):
+    head, model.model.ctc_head = model.model.ctc_head, None
+    try:
+        found = model.transcription(speech[0], **SHORT)
+    finally:
+        model.model.ctc_head = head
+    assert [segment.words for segment in found.segments] == [None] * len(found.segments)
+    assert [
+        each for each in warnings_of(caplog) if each.startswith("words have no times: the model was trained without")
+    ]
+
+
+def test_where_nobody_reads_the_command_ends_quietly(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            show("text\n")
+    assert ended.value.code == 141
 
 
 def test_an_array_is_brought_to_the_rate_of_the_model(model, speech):
