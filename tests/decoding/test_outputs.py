@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedtrain.config import schema
@@ -74,6 +74,7 @@ def test_json_is_one_line_with_all_that_is_known():
 
 
 @pytest.mark.parametrize("kind", ["srt", "vtt"])
+@settings(max_examples=40)
 @given(
     texts=st.lists(
         st.text("ab今天 &<>-\n", max_size=40).filter(lambda text: kind_is_plain(text)) | st.just("word " * 30),
