@@ -17,6 +17,7 @@ SETTINGS = (
 )
 CODE = ("auto_map", "auto_mapping", "custom_pipelines")  # name Python files or modules
 KERNELS = re.compile("(attn|experts)_implementation")  # with a slash: code from the Hub
+LAYERS, MOST_LAYERS = re.compile("layers?$"), 10_000
 ASKED: set[tuple[Any, ...]] = set()
 """Hub ids with their options that this process has looked up on the Hub; from then on it looks in the cache."""
 
@@ -32,9 +33,17 @@ def refuse_code(option: str, name: str, **hub_options: Any) -> None:
             wrong = f"{ADAPTER} makes it matrices of peft, for a base model that it names and that would be fetched"
             merge = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
             raise UserError(option, name, wrong, merge)
-        for key in code_keys(plain_value(file, option, name, write)):
-            wrong = f"{file.name} has {key}: it asks for Python code from elsewhere, and no code of a model's is run"
-            raise UserError(option, name, wrong, write)
+        for key, value in entries(plain_value(file, option, name, write)):
+            if (key in CODE and value) or (KERNELS.search(key) and "/" in str(value)):
+                wrong = (
+                    f"{file.name} has {key}: it asks for Python code from elsewhere, and no code of a model's is run"
+                )
+                raise UserError(option, name, wrong, write)
+            if LAYERS.search(key) and isinstance(value, int) and value > MOST_LAYERS:
+                wrong = (
+                    f"{file.name} has {key}={value}, which would not be built for hours; no model has {MOST_LAYERS:,}"
+                )
+                raise UserError(option, name, wrong, f"write {option}=FOLDER from a source that you trust")
 
 
 def settings_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
@@ -51,13 +60,12 @@ def settings_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
     return [Path(file) for file in found or []]
 
 
-def code_keys(value: Any) -> Iterator[str]:
-    """The keys, at any depth, by which transformers would import or fetch code."""
+def entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """The keys with their values, at any depth."""
     if isinstance(value, dict):
         for key, each in value.items():
-            if (key in CODE and each) or (KERNELS.search(str(key)) and "/" in str(each)):
-                yield key
-            yield from code_keys(each)
+            yield str(key), each
+            yield from entries(each)
     elif isinstance(value, list):
         for each in value:
-            yield from code_keys(each)
+            yield from entries(each)

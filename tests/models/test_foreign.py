@@ -57,6 +57,8 @@ def test_a_part_with_code_of_its_own_is_refused(tmp_path):
         ("tokenizer_config.json", {"auto_map": MAP}, f"tokenizer_config.json has auto_map: {CODE}"),
         ("preprocessor_config.json", {"auto_map": MAP}, f"preprocessor_config.json has auto_map: {CODE}"),
         ("processor_config.json", {"auto_map": MAP}, f"processor_config.json has auto_map: {CODE}"),
+        ("config.json", {"decoder": {"num_hidden_layers": 10**9}},
+         "config.json has num_hidden_layers=1000000000, which would not be built for hours; no model has 10,000"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/base"},
          "adapter_config.json makes it matrices of peft, for a base model that it names and that would be fetched"),
     ],
