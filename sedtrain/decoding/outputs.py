@@ -53,6 +53,7 @@ def of_segment(segment: Segment) -> dict[str, Any]:
         "score": score,
         "words": None if segment.words is None else [of_word(word) for word in segment.words],
         "others": list(segment.others),
+        "doubt": segment.doubt,
     }
 
 

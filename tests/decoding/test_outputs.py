@@ -62,13 +62,13 @@ def test_json_is_one_line_with_all_that_is_known():
         "audio": "a.wav", "seconds": 90.0, "language": "de", "text": "ein „Ei“",
         "segments": [
             {
-                "start": 0.0, "end": 0.613, "text": "ein „Ei“", "score": -1.5, "others": ["kein Ei"],
+                "start": 0.0, "end": 0.613, "text": "ein „Ei“", "score": -1.5, "others": ["kein Ei"], "doubt": None,
                 "words": [
                     {"text": "ein", "start": 0.1, "end": 0.25, "confidence": 0.9877},
                     {"text": "„Ei“", "start": 0.3, "end": 0.5, "confidence": 1.0},
                 ],
             },
-            {"start": 1.0, "end": 2.0, "text": "", "score": None, "others": [], "words": None},
+            {"start": 1.0, "end": 2.0, "text": "", "score": None, "others": [], "doubt": None, "words": None},
         ],
     }  # fmt: skip
 
