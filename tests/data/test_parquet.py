@@ -97,6 +97,13 @@ def test_a_packed_manifest_that_unfolds_to_far_more_than_texts_do_is_refused(tmp
     assert caught.value.wrong.startswith(FIRST + "all of it, ")
 
 
+def test_a_saved_dataset_of_endless_lists_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text("[" * 100_000)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="maximum recursion depth"):
+        load_rows(str(tmp_path), "train")
+
+
 def test_texts_of_a_stream_are_read_a_few_at_a_time(tmp_path):
     path = bomb(tmp_path / "train.parquet", repeated("x" * 3_000_000, 300))
     texts = Shard(str(path), "train", tmp_path / "copies").texts("text")
