@@ -16,7 +16,6 @@ from typing import Any, Literal, cast
 
 import datasets
 import lightning
-import numpy as np
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
@@ -215,7 +214,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         trainer = self.trainer if over_ranks else None
         bounds = self.bounds if shuffle else replace(self.bounds, buckets=None)
         batches = DurationBatches(
-            dataset.longest * np.array(dataset.seconds),
+            dataset.longest * dataset.kept.seconds,
             bounds,
             shuffle=shuffle,
             seed=self.seed,
@@ -223,7 +222,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             num_ranks=trainer.world_size if trainer else 1,
             tokens=dataset.all_num_tokens() if bounds.count_tokens else None,
         )
-        return BatchesWithEpoch(batches, dataset.references)
+        return BatchesWithEpoch(batches, dataset.kept.references)
 
     def stream(self, counts_tokens: bool) -> tuple[SplitDataset, StreamedBatches]:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
@@ -233,7 +232,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             dataset = self.split("train", self.augment)
         else:
             parts = Parts(self.corpus.shards(), 2 * num_rows)
-            dataset = SplitDataset(parts, {}, self.collator, 0, self.augment, self.limits)
+            dataset = SplitDataset(parts, None, self.collator, 0, self.augment, self.limits)
         stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=counts_tokens)
         rank, num_ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return dataset, StreamedBatches(stream, self.bounds, self.seed, rank, num_ranks)

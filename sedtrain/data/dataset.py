@@ -3,20 +3,19 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from math import inf
-from operator import itemgetter
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
+from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.collate import Collator
 from sedtrain.data.paths import local_path, split_files
 from sedtrain.data.readers import BrokenFile
@@ -24,13 +23,57 @@ from sedtrain.data.shards import Shard, shards_of
 from sedtrain.data.skipped import Limits, too_long
 from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM
-from sedtrain.data.utterances import Columns, UtteranceRows, as_text
+from sedtrain.data.utterances import CELLS_AT_ONCE, Columns, UtteranceRows, as_text
 from sedtrain.errors import UserError
 
 ROUNDED = 0.01  # seconds by which resampled audio may be longer than its header says
 
 Reference = tuple[int, int]
 """An utterance: the number of its part, and its row there."""
+References = NDArray[np.int32]
+"""(N, 2) several of these."""
+
+
+class Kept:
+    """The utterances of a split that are used, in order: (N, 2) `references`, (N,) `seconds`."""
+
+    def __init__(self, references: References, seconds: Floats) -> None:
+        self.references, self.seconds = references, seconds
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[int, ArrayLike, ArrayLike]]) -> "Kept":
+        """parts: the number of each, its rows, and the seconds of each row"""
+        references, seconds = [np.empty((0, 2), np.int32)], [np.empty(0)]
+        for part, rows, lengths in parts:
+            indices = np.asarray(rows, np.int32)
+            references.append(np.column_stack([np.full_like(indices, part), indices]))
+            seconds.append(np.asarray(lengths, np.float64))
+        return cls(np.concatenate(references), np.concatenate(seconds))
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def part(self, number: int) -> slice:
+        """The place of the utterances of a part."""
+        return slice(*np.searchsorted(self.references[:, 0], [number, number + 1]))
+
+    def chunks(self) -> Iterator[tuple[int, list[int]]]:
+        """Parts and rows, in order; as many at a time as may be Python values at once."""
+        for part in np.unique(self.references[:, 0]).tolist():
+            rows = self.references[self.part(part), 1]
+            for first in range(0, len(rows), CELLS_AT_ONCE):
+                yield part, rows[first : first + CELLS_AT_ONCE].tolist()
+
+    def among(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
+        """Those rows of a part that are used, and their seconds."""
+        place = self.part(part)
+        known, seconds = self.references[place, 1], self.seconds[place]
+        is_known = np.isin(rows, known)
+        return rows[is_known], seconds[np.searchsorted(known, rows[is_known])]
+
+    def leave_out(self, unwanted: Iterable[bool]) -> None:
+        wanted = ~np.fromiter(unwanted, bool, len(self))
+        self.references, self.seconds = self.references[wanted], self.seconds[wanted]
 
 
 @dataclass(frozen=True)
@@ -161,7 +204,7 @@ class Parts(Sequence[UtteranceRows]):
 class SplitDataset(Dataset[Batch | UserError]):
     """Item `(epoch, [reference, ...])` is a Batch; a UserError is handed on.
 
-    kept:               the seconds of each utterance that is used; empty for a stream, which is not known before
+    kept:               the utterances that are used; None for a stream, of which they are not known before
     keep_decoded_hours: a split that is not longer is decoded once and kept in memory
     limits:             audio that turns out longer is left out, although its header or column said otherwise
     is_scored:          audio without a sound is used, and audio that the encoder cannot take is left out
@@ -170,7 +213,7 @@ class SplitDataset(Dataset[Batch | UserError]):
     def __init__(
         self,
         parts: Parts,
-        kept: Mapping[Reference, float],
+        kept: Kept | None,
         collator: Collator,
         keep_decoded_hours: float,
         augment: Augment | None = None,
@@ -179,15 +222,15 @@ class SplitDataset(Dataset[Batch | UserError]):
     ) -> None:
         self.parts, self.collator, self.augment = parts, collator, augment
         self.limits, self.is_scored = limits or Limits(0.0, inf), is_scored
-        self.references, self.seconds = list(kept), list(kept.values())
-        self.keeps_decoded = bool(kept) and self.total_seconds() <= 3600 * keep_decoded_hours
+        self.kept = Kept.of([]) if kept is None else kept
+        self.keeps_decoded = kept is not None and self.total_seconds() <= 3600 * keep_decoded_hours
         self.decoded: dict[Reference, Utterance | Skipped] = {}
 
     def __len__(self) -> int:
-        return len(self.references)
+        return len(self.kept)
 
     def total_seconds(self) -> float:
-        return sum(self.seconds)
+        return float(self.kept.seconds.sum())
 
     @property
     def longest(self) -> float:
@@ -208,18 +251,16 @@ class SplitDataset(Dataset[Batch | UserError]):
         """Target tokens of some rows of a part."""
         return [self.collator.num_tokens(text) for text in self.parts[part].texts(indices)]
 
-    def all_num_tokens(self) -> list[int]:
-        """Target tokens of all utterances, in order."""
-        by_part = {
-            part: self.num_tokens(part, [index for _, index in references])
-            for part, references in groupby(self.references, itemgetter(0))
-        }
-        return [number for numbers in by_part.values() for number in numbers]
+    def all_num_tokens(self) -> Integers:
+        """(N,) target tokens of all utterances."""
+        numbers = (number for chunk in self.kept.chunks() for number in self.num_tokens(*chunk))
+        return np.fromiter(numbers, np.int64, len(self))
 
     def audio_of(self, id: str) -> tuple[NDArray[np.float32], int]:
         """The decoded samples (S,) of an utterance and their rate."""
-        rows = next(rows for rows in self.parts if id in rows.index_of)
-        utterance = rows.utterance(rows.index_of[id], self.collator.sampling_rate, True)
+        found = ((rows, rows.index_of(id)) for rows in self.parts)
+        rows, index = next((rows, index) for rows, index in found if index is not None)
+        utterance = rows.utterance(index, self.collator.sampling_rate, True)
         return utterance.audio.numpy(), utterance.sampling_rate
 
     def read(self, reference: Reference) -> Utterance | Skipped:
