@@ -102,7 +102,7 @@ class Corpus:
         if self.streaming and split == "train":
             for part in self.shards():
                 try:
-                    yield from part.texts(part.source.columns.text)
+                    yield from part.texts("text")
                 except BrokenFile as error:
                     self.skipped.broken_file(part.name, part.path, str(error), len(self.shards()))
         else:
@@ -130,20 +130,15 @@ class Corpus:
         errors = []
         for split in dict.fromkeys(splits):
             try:
-                if self.streaming and split == "train":
-                    self.refuse_broken_shards()
-                else:
+                if not self.streaming or split != "train":
                     self.kept(split)
+                elif next(self.open_all(Parts(self.shards(), num_rows=0)), None) is None:
+                    wrong = f"none of the {len(self.shards())} shards of 'train' can be read"
+                    raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
             except UserError as error:
                 errors.append(error)
         if errors:
             raise UserError.all_of(errors) from errors[0]
-
-    def refuse_broken_shards(self) -> None:
-        parts = Parts(self.shards(), num_rows=0)
-        if not any(True for _ in self.open_all(parts)):
-            wrong = f"none of the {len(parts)} shards of 'train' can be read"
-            raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
 
     def find_kept(self, split: str) -> Kept:
         """The utterances that are used: those of a split that is scored are all that can be.
@@ -186,14 +181,12 @@ class Corpus:
             return
         kept, parts = self.kept("train"), self.parts("train")
         left_out: list[Skipped] = []
-
-        def is_left_out() -> Iterator[bool]:
-            for part, indices in kept.chunks():
-                unlearnt = self.unlearnt(parts[part], indices)
-                left_out.extend(unlearnt.values())
-                yield from (index in unlearnt for index in indices)
-
-        kept.leave_out(is_left_out())
+        is_left_out = []
+        for part, indices in kept.chunks():
+            unlearnt = self.unlearnt(parts[part], indices)
+            left_out += unlearnt.values()
+            is_left_out.append(np.isin(indices, [*unlearnt]))
+        kept.leave_out(np.concatenate(is_left_out))
         self.skipped.planned("train", 0, left_out)  # 0 more: all of them have been counted as seen
         if not len(kept):
             raise self.none_left("train", left_out)
@@ -226,11 +219,8 @@ class Corpus:
             return [part.source.weight for part in self.shards()]
         parts = self.parts("train").parts
         sizes: Counter[str] = Counter()
-        for part, size in zip(
-            parts, np.bincount(self.kept("train").references[:, 0], minlength=len(parts)), strict=True
-        ):
-            sizes[part.source.label] += int(size)
-        sizes = +sizes  # datasets of which nothing is used have no share
+        for part, size in zip(*np.unique(self.kept("train").references[:, 0], return_counts=True), strict=True):
+            sizes[parts[part].source.label] += int(size)
         factors = dict(zip(sizes, temperature_weights(list(sizes.values()), self.temperature), strict=True))
         return [part.source.weight * factors.get(part.source.label, 1.0) for part in parts]
 
@@ -285,9 +275,8 @@ def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
 def pairs_of_shard(part: Part) -> Iterator[Pair]:
     """Reads the column of languages alone; a shard that cannot be read is reported when it is trained on."""
     source = part.source
-    column = source.columns.language
-    if column is None:
+    if source.columns.language is None:
         yield source.language, source.task
         return
     with suppress(BrokenFile):
-        yield from {(text or source.language, source.task) for text in part.texts(column)}
+        yield from {(text or source.language, source.task) for text in part.texts("language")}

@@ -24,7 +24,7 @@ from sedtrain.batch import Batch
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds, buckets_of
 from sedtrain.data.collate import Collator
-from sedtrain.data.corpus import Corpus, learnt_pairs, refuse_unlearnt
+from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Parts, SplitDataset
 from sedtrain.data.options import sources_of
 from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches, Position
@@ -309,15 +309,6 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = cast(Position, state_dict) if state_dict else None
-
-    def learnt_pairs(self) -> set[tuple[str, str]]:
-        """Languages and tasks of the training texts. Raises UserError where nothing says the language."""
-        return learnt_pairs(self.corpus)
-
-    def refuse_unlearnt(self, splits: Iterable[str]) -> None:
-        """Raises UserError where a split asks a model with tags for a language or a task that it never learnt to write."""
-        if self.collator is not None and self.collator.tags is not None:
-            refuse_unlearnt(self.corpus, splits, self.collator.tags)
 
     def texts(self, split: str) -> Iterator[str]:
         """All target texts of train, validation or test."""

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
@@ -22,7 +20,6 @@ from sedtrain.data.readers import BrokenFile
 from sedtrain.data.shards import Shard, shards_of
 from sedtrain.data.skipped import Limits, too_long
 from sedtrain.data.sources import load_rows
-from sedtrain.data.tables import PROBLEM
 from sedtrain.data.utterances import CELLS_AT_ONCE, Columns, UtteranceRows, as_text
 from sedtrain.errors import UserError
 
@@ -71,9 +68,8 @@ class Kept:
         is_known = np.isin(rows, known)
         return rows[is_known], seconds[np.searchsorted(known, rows[is_known])]
 
-    def leave_out(self, unwanted: Iterable[bool]) -> None:
-        wanted = ~np.fromiter(unwanted, bool, len(self))
-        self.references, self.seconds = self.references[wanted], self.seconds[wanted]
+    def leave_out(self, unwanted: NDArray[np.bool_]) -> None:
+        self.references, self.seconds = self.references[~unwanted], self.seconds[~unwanted]
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ class Part:
         source = self.source
         rows = load_rows(source.path, self.split, source.name) if self.shard is None else self.shard.rows()
         return UtteranceRows(
-            with_columns(rows, source.columns),
+            rows,
             source.columns,
             source.path,
             self.name,
@@ -141,18 +137,11 @@ class Part:
             self.path,
         )
 
-    def texts(self, column: str) -> Iterator[str]:
-        """A column as text; of a Parquet file, without reading the others. Raises as `open` does."""
-        return map(as_text, self.open().cells(column)) if self.shard is None else self.shard.texts(column)
-
-
-def with_columns(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
-    """The rows; those of a file without a readable line get the columns that other files have, all null."""
-    if set(rows.column_names) - {PROBLEM}:
-        return rows
-    used = dict.fromkeys(column for column in vars(columns).values() if column)
-    problems = {PROBLEM: rows[PROBLEM][:]} if len(rows) else {}
-    return datasets.Dataset(pa.table({**{column: pa.nulls(len(rows)) for column in used}, **problems}))
+    def texts(self, role: str) -> Iterator[str]:
+        """The column of a role as text; of a Parquet file, without reading the others. Raises as `open` does."""
+        if self.shard is None:
+            return map(as_text, self.open().cells(role))
+        return self.shard.texts(getattr(self.source.columns, role))
 
 
 def file_of(path: str, split: str) -> str | None:

@@ -232,7 +232,7 @@ class DurationBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         left = self.batches_left()
         own = steps_of(self.plan.batch_groups[left], self.num_ranks)[:, self.rank]
-        utterances, starts = self.plan.utterances(self.order_seed(1)), self.plan.starts
+        utterances, starts = self.plan.utterances(self.order_seed(1)).astype(np.int32), self.plan.starts
         batches = (slice(starts[left[i]], starts[left[i] + 1]) if i != EMPTY else slice(0) for i in own)
         return (utterances[batch].tolist() for batch in batches)
 

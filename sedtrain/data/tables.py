@@ -139,20 +139,22 @@ def by_role(rows: datasets.Dataset, columns: Mapping[str, str | None]) -> tuple[
     Texts that are not UTF-8, which any access would fail on, and impossible times are null, with a problem. Columns that
     are as they should be are not copied: they stay in their file.
     """
-    used = dict.fromkeys(column for column in columns.values() if column)
-    stored = rows.select_columns([*used, *({PROBLEM} & set(rows.column_names))]).with_format("arrow")[:]
+    used = {PROBLEM, *columns.values()}
+    stored = rows.select_columns([name for name in rows.column_names if name in used]).with_format("arrow")[:]
     problems = {}
     if PROBLEM in stored.column_names:
         rows_of_problems = pc.indices_nonzero(stored[PROBLEM].is_valid()).to_pylist()
         problems = dict(zip(rows_of_problems, stored[PROBLEM].drop_null().to_pylist(), strict=True))
     cells = {}
     for role, column in columns.items():
-        found, wrong = readable(stored[column], column) if column else (pa.chunked_array([pa.nulls(len(rows))]), {})
+        if column is None or column not in stored.column_names:
+            cells[role] = pa.chunked_array([pa.nulls(len(rows))])
+            continue
+        cells[role], wrong = readable(stored[column], column)
         problems = wrong | problems
-        if column and role in TIMES:
-            found, wrong = as_times(found, column)
+        if role in TIMES:
+            cells[role], wrong = as_times(cells[role], column)
             problems = wrong | problems
-        cells[role] = found
     if columns["start"] or columns["end"]:
         start, end, seconds = (cells[role].cast(pa.float64()) for role in ("start", "end", "seconds"))
         given = pc.if_else(end.is_valid(), pc.subtract(end, start.fill_null(0)), seconds)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -64,36 +65,27 @@ class Columns:
         return cls(audio=str(columns["audio"]), text=str(columns[target]), **others)
 
 
-def is_value(feature: Any, *kinds: str) -> bool:
-    """Tells whether a column holds single values of one of these kinds of Arrow types, or only nulls."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith((*kinds, "null"))
+NUMBERS = ("null", "int", "uint", "float", "decimal")
+TIMES = (*NUMBERS, "string", "large_string")
+TEXTS = (*TIMES, "bool")
 
 
-def is_number(feature: Any) -> bool:
-    return is_value(feature, "int", "uint", "float", "decimal")
-
-
-def is_time(feature: Any) -> bool:
-    return is_number(feature) or is_value(feature, "string", "large_string")
-
-
-def is_text(feature: Any) -> bool:
-    return is_time(feature) or is_value(feature, "bool")
+def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
+    """Tells whether a column holds single values of one of these kinds of Arrow types."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
 
 
 def is_audio(feature: Any) -> bool:
-    is_plain = is_value(feature, "binary", "large_binary", "string", "large_string")
     is_both = isinstance(feature, dict) and not feature.keys().isdisjoint({"bytes", "path"})
+    is_plain = holds(feature, ("null", "binary", "large_binary", "string", "large_string"))
     return is_plain or is_both or isinstance(feature, datasets.Audio)
 
 
 WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "audio": (is_audio, "bytes or the path of a file"),
-    "text": (is_text, "text"),
-    "id": (is_text, "text or numbers"),
-    "seconds": (is_time, "numbers"),
-    "start": (is_time, "numbers"),
-    "end": (is_time, "numbers"),
+    "text": (partial(holds, kinds=TEXTS), "text"),
+    "id": (partial(holds, kinds=TEXTS), "text or numbers"),
+    **dict.fromkeys(("seconds", "start", "end"), (partial(holds, kinds=TIMES), "numbers")),
 }
 """Types that the column of a role may have."""
 
@@ -114,8 +106,8 @@ def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any]
                 "write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, "
                 "language, seconds, start or end",
             )
-        fits, wanted = WANTED.get(role, (None, ""))
-        if fits is not None and not fits(features[column]):
+        fits, wanted = WANTED.get(role, (lambda feature: True, ""))
+        if not fits(features[column]):
             raise UserError(
                 "data.columns",
                 column,
@@ -152,15 +144,14 @@ class UtteranceRows:
         file: str | None = None,
     ) -> None:
         features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
-        check_columns(vars(columns), features, f"{path} ({split})")
+        if features:  # a file without a readable line has none
+            check_columns(vars(columns), features, f"{path} ({split})")
         self.split, self.prefix, self.language, self.task = split, prefix, language, task
         source = local_path(path)
         self.file = file or (str(source) if source.exists() else path)
         self.folder = folder or (source if source.is_dir() else source.parent)
         self.fingerprint = f"{rows._fingerprint} {columns}"
         self.table, self.problems = by_role(rows, vars(columns))
-        self.batches = self.table.to_batches()
-        self.starts = np.cumsum([0, *map(len, self.batches)])
         self.warn_of_control()
         self.refuse_twins(columns.id)
 
@@ -199,22 +190,14 @@ class UtteranceRows:
 
     def row(self, index: int) -> dict[str, Any]:
         """The cells of a row by role."""
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        [row] = self.batches[number].slice(index - self.starts[number], 1).to_pylist()
-        return dict(row)
+        return {role: self.table[role][index].as_py() for role in self.table.column_names}
 
     def cells(self, role: str, indices: Sequence[int] | None = None) -> list[Any]:
         """A column of all or of some rows."""
+        column = self.table[role]
         if indices is None or isinstance(indices, range):
-            column = self.table[role]
-            return list((column if indices is None else column.slice(indices.start, len(indices))).to_pylist())
-        wanted = np.asarray(indices, dtype=np.int64)
-        numbers = np.searchsorted(self.starts, wanted, side="right") - 1
-        found: list[Any] = []
-        for several in np.split(wanted, np.flatnonzero(np.diff(numbers)) + 1) if len(wanted) else ():
-            number = int(np.searchsorted(self.starts, several[0], side="right")) - 1
-            found += self.batches[number].column(role).take(pa.array(several - self.starts[number])).to_pylist()
-        return found
+            return list((column if indices is None else column[indices.start : indices.stop]).to_pylist())
+        return [column[index].as_py() for index in indices]
 
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """The texts of all or of some rows; reads no audio."""
