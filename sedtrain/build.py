@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.collate import Collator
+from sedtrain.data.corpus import learnt_pairs, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.skipped import WHOLE
@@ -120,7 +121,7 @@ def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) ->
     saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
     saved.model.config.max_training_seconds = round(data.corpus.max_training_seconds(), 2)
     if data.tags:
-        saved.learn_tags(data.learnt_pairs())
+        saved.learn_tags(learnt_pairs(data.corpus))
     connect(data, saved, ["validation", cfg.split])
     if saved.model.max_tokens is not None and data.collator is not None:
         data.corpus.leave_out(partial(data.collator.too_long, most=saved.model.max_tokens))
@@ -134,7 +135,8 @@ def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) ->
     rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
     start = saved.model.config.decoder_start_token_id
     data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags, saved.max_seconds)
-    data.refuse_unlearnt(splits)
+    if saved.tags is not None:
+        refuse_unlearnt(data.corpus, splits, saved.tags)
 
 
 def prepared(cfg: DictConfig, saved: SavedModel, weights: LossWeights, finetuning: FineTuning) -> LossWeights:

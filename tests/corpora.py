@@ -101,6 +101,11 @@ def mix_module(folder, mix, **options):
     return data_module(None, folder, mix=mix, batch_seconds=3, language="en", **options)
 
 
+def known(lengths):
+    """Lengths of utterances as a list, with None where they are not known."""
+    return [None if np.isnan(each) else each for each in lengths.tolist()]
+
+
 def listed(folder):
     """The utterances that a run left out."""
     return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]

@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
+
 from sedtrain.batch import Skipped
-from sedtrain.data.dataset import Part, Parts, Reference, Source
+from sedtrain.data.dataset import Kept, Part, Parts, Source
 from sedtrain.data.durations import durations
 from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
-from sedtrain.data.skipped import WHOLE, Limits, Reason, SkippedUtterances, in_words
-from sedtrain.data.utterances import UtteranceRows
+from sedtrain.data.skipped import WHOLE, Limits, SkippedUtterances, in_words
+from sedtrain.data.utterances import Reason, UtteranceRows
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
 from sedtrain.text.tags import Tags
@@ -102,12 +102,13 @@ class Corpus:
         if self.streaming and split == "train":
             for part in self.shards():
                 try:
-                    yield from part.texts(part.source.columns.text)
+                    yield from part.texts("text")
                 except BrokenFile as error:
                     self.skipped.broken_file(part.name, part.path, str(error), len(self.shards()))
         else:
             for _, rows in self.open_all(self.parts(split), split):
-                yield from rows.texts()
+                for chunk in rows.chunks():
+                    yield from rows.texts(chunk)
 
     def open(self, parts: Parts, number: int, split: str = "train") -> UtteranceRows | None:
         """The rows of one part; None for a part that cannot be read, which is noted."""
@@ -129,35 +130,24 @@ class Corpus:
         errors = []
         for split in dict.fromkeys(splits):
             try:
-                if self.streaming and split == "train":
-                    self.refuse_broken_shards()
-                else:
+                if not self.streaming or split != "train":
                     self.kept(split)
+                elif next(self.open_all(Parts(self.shards(), num_rows=0)), None) is None:
+                    wrong = f"none of the {len(self.shards())} shards of 'train' can be read"
+                    raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
             except UserError as error:
                 errors.append(error)
         if errors:
             raise UserError.all_of(errors) from errors[0]
 
-    def refuse_broken_shards(self) -> None:
-        parts = Parts(self.shards(), num_rows=0)
-        if not any(True for _ in self.open_all(parts)):
-            wrong = f"none of the {len(parts)} shards of 'train' can be read"
-            raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
-
-    def find_kept(self, split: str) -> dict[Reference, float]:
-        """The seconds of each utterance that is used: those of a split that is scored are all that can be.
+    def find_kept(self, split: str) -> Kept:
+        """The utterances that are used: those of a split that is scored are all that can be.
 
         Raises UserError where nothing is left of the split, or a split that is scored has no text at all.
         """
-        kept: dict[Reference, float] = {}
         skipped: list[Skipped] = []
-        for part, rows in self.open_all(self.parts(split), split):
-            seconds, others = self.limits_of(split).filter(
-                rows, range(len(rows)), durations(rows), self.rewriting(split)
-            )
-            kept.update({(part, index): length for index, length in seconds.items()})
-            skipped += others
-        if not kept:
+        kept = Kept.of(self.filtered(split, skipped))
+        if not len(kept):
             self.skipped.note(skipped, split)
             raise self.none_left(split, skipped)
         may_be_empty = split == "train" or self.limits.min_characters == 0  # training keeps no empty text unless asked
@@ -171,6 +161,16 @@ class Corpus:
         self.skipped.planned(split, len(kept) + len(skipped), skipped)
         return kept
 
+    def filtered(self, split: str, skipped: list[Skipped]) -> Iterator[tuple[int, list[int], list[float]]]:
+        """Parts, their rows that are used, and the seconds of these; the others are added to `skipped`."""
+        limits, rewrite = self.limits_of(split), self.rewriting(split)
+        for part, rows in self.open_all(self.parts(split), split):
+            lengths = durations(rows)
+            for chunk in rows.chunks():
+                kept, others = limits.filter(rows, chunk, lengths[chunk.start : chunk.stop], rewrite)
+                skipped += others.values()
+                yield part, list(kept), list(kept.values())
+
     def leave_out(self, refused: Callable[[str], Reason | None]) -> None:
         """Leaves out the training utterances with a text that `refused` gives a reason for; of a stream, as they come.
 
@@ -180,15 +180,16 @@ class Corpus:
         if self.streaming:
             return
         kept, parts = self.kept("train"), self.parts("train")
-        left_out: dict[Reference, Skipped] = {}
-        for part, group in groupby(list(kept), itemgetter(0)):
-            unlearnt = self.unlearnt(parts[part], [index for _, index in group])
-            left_out |= {(part, index): utterance for index, utterance in unlearnt.items()}
-        for reference in left_out:
-            del kept[reference]
-        self.skipped.planned("train", 0, list(left_out.values()))  # 0 more: all of them have been counted as seen
-        if not kept:
-            raise self.none_left("train", list(left_out.values()))
+        left_out: list[Skipped] = []
+        is_left_out = []
+        for part, indices in kept.chunks():
+            unlearnt = self.unlearnt(parts[part], indices)
+            left_out += unlearnt.values()
+            is_left_out.append(np.isin(indices, [*unlearnt]))
+        kept.leave_out(np.concatenate(is_left_out))
+        self.skipped.planned("train", 0, left_out)  # 0 more: all of them have been counted as seen
+        if not len(kept):
+            raise self.none_left("train", left_out)
 
     def unlearnt(self, rows: UtteranceRows, indices: Sequence[int]) -> dict[int, Skipped]:
         """Those of some rows of a part whose text is refused, by index."""
@@ -217,7 +218,9 @@ class Corpus:
         if self.streaming:
             return [part.source.weight for part in self.shards()]
         parts = self.parts("train").parts
-        sizes = Counter(parts[part].source.label for part, _ in self.kept("train"))
+        sizes: Counter[str] = Counter()
+        for part, size in zip(*np.unique(self.kept("train").references[:, 0], return_counts=True), strict=True):
+            sizes[parts[part].source.label] += int(size)
         factors = dict(zip(sizes, temperature_weights(list(sizes.values()), self.temperature), strict=True))
         return [part.source.weight * factors.get(part.source.label, 1.0) for part in parts]
 
@@ -227,14 +230,14 @@ class Corpus:
 
     def max_training_seconds(self) -> float:
         """Length of the longest training utterance; of a stream, the longest that is used."""
-        return self.limits.max_seconds if self.streaming else max(self.kept("train").values())
+        return self.limits.max_seconds if self.streaming else float(self.kept("train").seconds.max())
 
     def training_audio(self) -> str:
         """The amount of training audio as text."""
         if self.streaming:
             return f"streamed, {len(self.shards()):,} files"
-        seconds = self.kept("train").values()
-        return f"{sum(seconds) / 3600:.2f} hours, {len(seconds):,} utterances"
+        seconds = self.kept("train").seconds
+        return f"{seconds.sum() / 3600:.2f} hours, {len(seconds):,} utterances"
 
 
 def learnt_pairs(corpus: Corpus) -> set[tuple[str, str]]:
@@ -264,17 +267,16 @@ def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
     parts = corpus.parts(split)
     return {
         (language, parts.parts[part].source.task)
-        for part, references in groupby(corpus.kept(split), itemgetter(0))
-        for language in parts[part].languages([index for _, index in references])
+        for part, indices in corpus.kept(split).chunks()
+        for language in parts[part].languages(indices)
     }
 
 
 def pairs_of_shard(part: Part) -> Iterator[Pair]:
     """Reads the column of languages alone; a shard that cannot be read is reported when it is trained on."""
     source = part.source
-    column = source.columns.language
-    if column is None:
+    if source.columns.language is None:
         yield source.language, source.task
         return
     with suppress(BrokenFile):
-        yield from {(text or source.language, source.task) for text in part.texts(column)}
+        yield from {(text or source.language, source.task) for text in part.texts("language")}

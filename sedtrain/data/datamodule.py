@@ -25,7 +25,7 @@ from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds, buckets_of
 from sedtrain.data.collate import Collator
-from sedtrain.data.corpus import Corpus, learnt_pairs, refuse_unlearnt
+from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Parts, SplitDataset
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
@@ -207,19 +207,20 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
         Only training, which shuffles, is bounded by `data.batches`; most: longer utterances, in seconds, are in none.
         """
-        used = np.flatnonzero(np.round(dataset.seconds, 2) <= most)
+        kept = dataset.kept
+        used = slice(None) if most == inf else np.round(kept.seconds, 2) <= most
         trainer = self.trainer if over_ranks else None
         bounds = self.bounds if shuffle else replace(self.bounds, buckets=None)
         batches = DurationBatches(
-            dataset.longest * np.array(dataset.seconds)[used],
+            dataset.longest * kept.seconds[used],
             bounds,
             shuffle=shuffle,
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             num_ranks=trainer.world_size if trainer else 1,
-            tokens=np.array(dataset.all_num_tokens())[used] if bounds.count_tokens else None,
+            tokens=dataset.all_num_tokens()[used] if bounds.count_tokens else None,
         )
-        return BatchesWithEpoch(batches, [dataset.references[number] for number in used])
+        return BatchesWithEpoch(batches, kept.references[used])
 
     def stream(self, counts_tokens: bool) -> tuple[SplitDataset, StreamedBatches]:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
@@ -229,7 +230,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             dataset = self.split("train", self.augment)
         else:
             parts = Parts(self.corpus.shards(), 2 * num_rows)
-            dataset = SplitDataset(parts, {}, self.collator, 0, self.augment, self.limits)
+            dataset = SplitDataset(parts, None, self.collator, 0, self.augment, self.limits)
         stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=counts_tokens)
         rank, num_ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return dataset, StreamedBatches(stream, self.bounds, self.seed, rank, num_ranks)
@@ -266,8 +267,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def long_utterances(self, split: str, most: float) -> Iterator[Utterance]:
         """The utterances of a split that are longer than `most` seconds, one by one; notes those that cannot be read."""
         dataset = self.split(split)
-        for number in np.flatnonzero(np.round(dataset.seconds, 2) > most):
-            found = dataset.decode(dataset.references[number], of_any_length=True)
+        for part, row in dataset.kept.references[np.round(dataset.kept.seconds, 2) > most].tolist():
+            found = dataset.decode((part, row), of_any_length=True)
             self.skipped.decoded(split, 1, [found] if isinstance(found, Skipped) else [])
             if isinstance(found, Utterance):
                 yield found
@@ -318,15 +319,6 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = cast(Position, state_dict) if state_dict else None
-
-    def learnt_pairs(self) -> set[tuple[str, str]]:
-        """Languages and tasks of the training texts. Raises UserError where nothing says the language."""
-        return learnt_pairs(self.corpus)
-
-    def refuse_unlearnt(self, splits: Iterable[str]) -> None:
-        """Raises UserError where a split asks a model with tags for a language or a task that it never learnt to write."""
-        if self.collator is not None and self.collator.tags is not None:
-            refuse_unlearnt(self.corpus, splits, self.collator.tags)
 
     def texts(self, split: str) -> Iterator[str]:
         """All target texts of train, validation or test."""

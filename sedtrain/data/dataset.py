@@ -3,34 +3,73 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from math import inf
-from operator import itemgetter
 from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
+from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.collate import Collator
 from sedtrain.data.paths import local_path, split_files
 from sedtrain.data.readers import BrokenFile
 from sedtrain.data.shards import Shard, shards_of
 from sedtrain.data.skipped import Limits, too_long
 from sedtrain.data.sources import load_rows
-from sedtrain.data.tables import PROBLEM
-from sedtrain.data.utterances import Columns, UtteranceRows, as_text
+from sedtrain.data.utterances import CELLS_AT_ONCE, Columns, UtteranceRows, as_text
 from sedtrain.errors import UserError
 
 ROUNDED = 0.01  # seconds by which resampled audio may be longer than its header says
 
 Reference = tuple[int, int]
 """An utterance: the number of its part, and its row there."""
+References = NDArray[np.int32]
+"""(N, 2) several of these."""
+
+
+class Kept:
+    """The utterances of a split that are used, in order: (N, 2) `references`, (N,) `seconds`."""
+
+    def __init__(self, references: References, seconds: Floats) -> None:
+        self.references, self.seconds = references, seconds
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[int, ArrayLike, ArrayLike]]) -> "Kept":
+        """parts: the number of each, its rows, and the seconds of each row"""
+        references, seconds = [np.empty((0, 2), np.int32)], [np.empty(0)]
+        for part, rows, lengths in parts:
+            indices = np.asarray(rows, np.int32)
+            references.append(np.column_stack([np.full_like(indices, part), indices]))
+            seconds.append(np.asarray(lengths, np.float64))
+        return cls(np.concatenate(references), np.concatenate(seconds))
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def part(self, number: int) -> slice:
+        """The place of the utterances of a part."""
+        return slice(*np.searchsorted(self.references[:, 0], [number, number + 1]))
+
+    def chunks(self) -> Iterator[tuple[int, list[int]]]:
+        """Parts and rows, in order; as many at a time as may be Python values at once."""
+        for part in np.unique(self.references[:, 0]).tolist():
+            rows = self.references[self.part(part), 1]
+            for first in range(0, len(rows), CELLS_AT_ONCE):
+                yield part, rows[first : first + CELLS_AT_ONCE].tolist()
+
+    def among(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
+        """Those rows of a part that are used, and their seconds."""
+        place = self.part(part)
+        known, seconds = self.references[place, 1], self.seconds[place]
+        is_known = np.isin(rows, known)
+        return rows[is_known], seconds[np.searchsorted(known, rows[is_known])]
+
+    def leave_out(self, unwanted: NDArray[np.bool_]) -> None:
+        self.references, self.seconds = self.references[~unwanted], self.seconds[~unwanted]
 
 
 @dataclass(frozen=True)
@@ -87,7 +126,7 @@ class Part:
         source = self.source
         rows = load_rows(source.path, self.split, source.name) if self.shard is None else self.shard.rows()
         return UtteranceRows(
-            with_columns(rows, source.columns),
+            rows,
             source.columns,
             source.path,
             self.name,
@@ -98,18 +137,11 @@ class Part:
             self.path,
         )
 
-    def texts(self, column: str) -> Iterator[str]:
-        """A column as text; of a Parquet file, without reading the others. Raises as `open` does."""
-        return map(as_text, self.open().cells(column)) if self.shard is None else self.shard.texts(column)
-
-
-def with_columns(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
-    """The rows; those of a file without a readable line get the columns that other files have, all null."""
-    if set(rows.column_names) - {PROBLEM}:
-        return rows
-    used = dict.fromkeys(column for column in vars(columns).values() if column)
-    problems = {PROBLEM: rows[PROBLEM][:]} if len(rows) else {}
-    return datasets.Dataset(pa.table({**{column: pa.nulls(len(rows)) for column in used}, **problems}))
+    def texts(self, role: str) -> Iterator[str]:
+        """The column of a role as text; of a Parquet file, without reading the others. Raises as `open` does."""
+        if self.shard is None:
+            return map(as_text, self.open().cells(role))
+        return self.shard.texts(getattr(self.source.columns, role))
 
 
 def file_of(path: str, split: str) -> str | None:
@@ -164,7 +196,7 @@ NUM_COUNTED = 2000  # texts whose tokens are counted for a mean
 class SplitDataset(Dataset[Batch | UserError]):
     """Item `(epoch, [reference, ...])` is a Batch; a UserError is handed on.
 
-    kept:               the seconds of each utterance that is used; empty for a stream, which is not known before
+    kept:               the utterances that are used; None for a stream, of which they are not known before
     keep_decoded_hours: a split that is not longer is decoded once and kept in memory
     limits:             audio that turns out longer is left out, although its header or column said otherwise
     is_scored:          audio without a sound is used, and audio that the encoder cannot take is left out
@@ -173,7 +205,7 @@ class SplitDataset(Dataset[Batch | UserError]):
     def __init__(
         self,
         parts: Parts,
-        kept: Mapping[Reference, float],
+        kept: Kept | None,
         collator: Collator,
         keep_decoded_hours: float,
         augment: Augment | None = None,
@@ -182,15 +214,15 @@ class SplitDataset(Dataset[Batch | UserError]):
     ) -> None:
         self.parts, self.collator, self.augment = parts, collator, augment
         self.limits, self.is_scored = limits or Limits(0.0, inf), is_scored
-        self.references, self.seconds = list(kept), list(kept.values())
-        self.keeps_decoded = bool(kept) and self.total_seconds() <= 3600 * keep_decoded_hours
+        self.kept = Kept.of([]) if kept is None else kept
+        self.keeps_decoded = kept is not None and self.total_seconds() <= 3600 * keep_decoded_hours
         self.decoded: dict[Reference, Utterance | Skipped] = {}
 
     def __len__(self) -> int:
-        return len(self.references)
+        return len(self.kept)
 
     def total_seconds(self) -> float:
-        return sum(self.seconds)
+        return float(self.kept.seconds.sum())
 
     @property
     def longest(self) -> float:
@@ -211,27 +243,21 @@ class SplitDataset(Dataset[Batch | UserError]):
         """Target tokens of some rows of a part."""
         return [self.collator.num_tokens(text) for text in self.parts[part].texts(indices)]
 
-    def all_num_tokens(self) -> list[int]:
-        """Target tokens of all utterances, in order."""
-        by_part = {
-            part: self.num_tokens(part, [index for _, index in references])
-            for part, references in groupby(self.references, itemgetter(0))
-        }
-        return [number for numbers in by_part.values() for number in numbers]
+    def all_num_tokens(self) -> Integers:
+        """(N,) target tokens of all utterances."""
+        numbers = (number for chunk in self.kept.chunks() for number in self.num_tokens(*chunk))
+        return np.fromiter(numbers, np.int64, len(self))
 
     def tokens_per_second(self) -> float:
         """The mean of some thousand utterances."""
         step = len(self) // NUM_COUNTED + 1
-        tokens = [
-            number
-            for part, references in groupby(self.references[::step], itemgetter(0))
-            for number in self.num_tokens(part, [index for _, index in references])
-        ]
-        return sum(tokens) / sum(self.seconds[::step])
+        counted = Kept(self.kept.references[::step], self.kept.seconds[::step])
+        return sum(sum(self.num_tokens(*chunk)) for chunk in counted.chunks()) / float(counted.seconds.sum())
 
     def utterance_of(self, id: str) -> Utterance:
-        rows = next(rows for rows in self.parts if id in rows.index_of)
-        return rows.utterance(rows.index_of[id], self.collator.sampling_rate, True)
+        found = ((rows, rows.index_of(id)) for rows in self.parts)
+        rows, index = next((rows, index) for rows, index in found if index is not None)
+        return rows.utterance(index, self.collator.sampling_rate, True)
 
     def audio_of(self, id: str) -> tuple[NDArray[np.float32], int]:
         """The decoded samples (S,) of an utterance and their rate."""

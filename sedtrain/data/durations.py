@@ -17,6 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
+from sedtrain.data.buckets import Floats
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.run_dir import write_whole
 
@@ -30,34 +31,33 @@ FileFacts = tuple[str, int, int]
 """The path of a file, its size in bytes (-1 where there is none), and the time of its last change."""
 
 
-def durations(rows: UtteranceRows) -> list[float | None]:
-    """The seconds of each utterance; None where no column and no header gives them, which is tried again the next time."""
-    declared = rows.declared()
-    if None not in declared:
-        return declared
+def durations(rows: UtteranceRows) -> Floats:
+    """(N,) the seconds of each utterance; NaN where no column and no header gives them, which is tried again the next time."""
+    lengths = rows.declared()
+    if not np.isnan(lengths).any():
+        return lengths
     file = cache_file(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):  # one rank of a machine reads, the others wait for it
-        kept = np.load(file) if file.is_file() else np.full(len(rows), np.nan)
-        known = [length if given is None else given for given, length in zip(declared, kept.tolist(), strict=True)]
-        missing = [index for index, length in enumerate(known) if np.isnan(length)]
-        lengths = dict(zip(missing, with_progress(rows.by_header(missing), len(missing), rows.split), strict=True))
-        if any(length is not None for length in lengths.values()):
-            complete = np.array([lengths.get(index, length) for index, length in enumerate(known)], dtype=np.float64)
-            write_whole(file, lambda content: np.save(content, complete))
-    return [lengths.get(index, length) for index, length in enumerate(known)]
+        if file.is_file():
+            lengths = np.where(np.isnan(lengths), np.load(file), lengths)
+        missing = np.flatnonzero(np.isnan(lengths)).tolist()
+        lengths[missing] = list(with_progress(rows.by_header(missing), len(missing), rows.split))
+        if not np.isnan(lengths[missing]).all():
+            write_whole(file, lambda content: np.save(content, lengths))
+    return lengths
 
 
 def cache_file(rows: UtteranceRows) -> Path:
     """The file that keeps the lengths of these rows; its name changes when a row or a file of audio does."""
-    facts = (VERSION, rows.rows._fingerprint, str(rows.folder.absolute()), facts_of(rows))
+    facts = (VERSION, rows.fingerprint, str(rows.folder.absolute()), facts_of(rows))
     key = hashlib.sha256(repr(facts).encode("utf-8", "replace")).hexdigest()[:32]
     return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "durations" / f"{key}.npy"
 
 
 def facts_of(rows: UtteranceRows) -> list[FileFacts]:
     """Facts of every file that the audio column names; bytes in it change the fingerprint of the rows."""
-    names = [str(name) for name in names_in(rows.rows.data.column(rows.columns.audio)) if name]
+    names = [str(name) for name in names_in(rows.table["audio"]) if name]
     paths = [str(rows.folder / name) for name in names if "\0" not in name]
     chunks = [paths[first : first + FILES_AT_ONCE] for first in range(0, len(paths), FILES_AT_ONCE)]
     with ThreadPoolExecutor() as pool:
@@ -88,7 +88,7 @@ def facts_of_files(paths: Sequence[str]) -> list[FileFacts]:
     return facts
 
 
-def with_progress(lengths: Iterable[float | None], number: int, split: str) -> Iterator[float | None]:
+def with_progress(lengths: Iterable[float], number: int, split: str) -> Iterator[float]:
     """The same lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
     started, bar = time.perf_counter(), None
     text = f"{split}: reading how long each of {number:,} utterances is"

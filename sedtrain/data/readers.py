@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -40,7 +40,8 @@ from sedtrain.data.tables import (
 from sedtrain.errors import UserError
 
 Reader = Callable[[Path], Iterator[pa.Table]]
-VERSION = 3  # counted up when a reader changes, so that old copies are not used
+BYTES_AT_ONCE = 2**24  # of rows that are written together
+VERSION = 4  # counted up when a reader changes, so that old copies are not used
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot of the base name
 
@@ -90,11 +91,30 @@ def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
         unfinished, first = copy.with_suffix(".unfinished"), next(tables)
         try:
             with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
-                for table in chain([first], tables):
-                    writer.write_table(table, max_chunksize=1000)
+                for table in gathered(chain([first], tables)):
+                    writer.write_table(table, max_chunksize=ROWS_AT_ONCE)
             unfinished.replace(copy)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in larger tables: each chunk of a column costs a kilobyte of memory, however few rows it has."""
+    several: list[pa.Table] = []
+    filled = 0.0
+    for table in filter(len, tables):
+        size = len(table) / ROWS_AT_ONCE + table.nbytes / BYTES_AT_ONCE
+        if several and filled + size > 1:
+            yield one_table(several)
+            several, filled = [], 0.0
+        several.append(table)
+        filled += size
+    if several:
+        yield one_table(several)
+
+
+def one_table(several: list[pa.Table]) -> pa.Table:
+    return several[0] if len(several) == 1 else pa.concat_tables(several).combine_chunks()
 
 
 def reader_of(file: Path) -> Reader:

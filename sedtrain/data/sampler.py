@@ -64,14 +64,15 @@ class BatchPlan:
     ) -> None:
         self.seconds = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_SECONDS)
         counted = None if tokens is None else np.asarray(tokens, dtype=np.int64)
-        self.groups, sizes = bounds.groups(self.seconds, counted)
+        groups, sizes = bounds.groups(self.seconds, counted)
+        self.groups = groups.astype(np.int32)
         in_order = np.sort(self.groups)
         size = sizes[in_order]
         in_group = np.arange(len(in_order)) - np.searchsorted(in_order, in_order)
         [starts] = np.nonzero(in_group % size == 0)
         self.starts, self.batch_groups = np.append(starts, len(in_order)), in_order[starts]
         neighbours = np.clip(np.bincount(self.batch_groups) // 8, 1, MAX_NEIGHBOURS)[in_order]
-        self.neighbourhoods = np.cumsum(in_group % (neighbours * size) == 0)
+        self.neighbourhoods = np.cumsum(in_group % (neighbours * size) == 0, dtype=np.int32)
 
     def utterances(self, seed: Sequence[int] | None) -> Integers:
         """(N,) utterances, batch after batch, each longest first; without a seed, longest first in every group."""
@@ -99,7 +100,7 @@ def random_keys(seed: Sequence[int], number: int) -> NDArray[np.uint64]:
     return np.random.PCG64(seed).random_raw(number)
 
 
-def steps_of(groups: Integers, num_ranks: int) -> Integers:
+def steps_of(groups: NDArray[np.int32], num_ranks: int) -> Integers:
     """(M,) groups of the batches in their order -> (steps, R) the index of the batch that each rank takes, or EMPTY.
 
     A step takes the first batch that is left and the next ones of its group; where these are too few, those of the groups
@@ -231,7 +232,7 @@ class DurationBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         left = self.batches_left()
         own = steps_of(self.plan.batch_groups[left], self.num_ranks)[:, self.rank]
-        utterances, starts = self.plan.utterances(self.order_seed(1)), self.plan.starts
+        utterances, starts = self.plan.utterances(self.order_seed(1)).astype(np.int32), self.plan.starts
         batches = (slice(starts[left[i]], starts[left[i] + 1]) if i != EMPTY else slice(0) for i in own)
         return (utterances[batch].tolist() for batch in batches)
 
@@ -243,10 +244,10 @@ class DurationBatches(Sampler[list[int]]):
 class BatchesWithEpoch(Sampler[tuple[int, list[tuple[int, int]]]]):
     """Batches of references, each with its epoch: workers outlive an epoch, and learn of the next one in no other way.
 
-    references: the utterance of each number of a batch
+    references: (N, 2) the utterance of each number of a batch
     """
 
-    def __init__(self, batches: DurationBatches, references: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, batches: DurationBatches, references: NDArray[np.int32]) -> None:
         self.batches, self.references = batches, references
 
     @property
@@ -258,7 +259,7 @@ class BatchesWithEpoch(Sampler[tuple[int, list[tuple[int, int]]]]):
 
     def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         epoch = self.epoch
-        return ((epoch, [self.references[number] for number in numbers]) for numbers in self.batches)
+        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO, Literal
 
 from sedtrain.batch import Skipped
+from sedtrain.data.buckets import Floats
 from sedtrain.data.tables import NOT_TEXT
-from sedtrain.data.utterances import UtteranceRows
+from sedtrain.data.utterances import Reason, UtteranceRows
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ SCORED = 4
 BATCHES_BETWEEN_SUMS = 16
 """Interval at which ranks that decode different utterances add up their counts."""
 
-Reason = tuple[str, str]
-"""A few words to be counted by, and a detail."""
 Key = tuple[str, str, str | None]
 """Id, reason and path of an utterance."""
 
@@ -71,37 +70,32 @@ class Limits:
         self,
         rows: UtteranceRows,
         indices: Sequence[int],
-        seconds: Sequence[float | None] | None = None,
+        seconds: Floats | None = None,
         rewrite: Callable[[str], str] = str,
-    ) -> tuple[dict[int, float], list[Skipped]]:
+    ) -> tuple[dict[int, float], dict[int, Skipped]]:
         """The seconds of the rows that are used, by index, and the other rows with the reason.
 
-        seconds: of each row, where they are known already; None for a row whose length cannot be found
+        seconds: of each row, where they are known already; NaN for a row whose length cannot be found
         rewrite: what is done to texts before they are learnt; it must leave something of a text that is used
         """
         kept: dict[int, float] = {}
-        skipped: list[Skipped] = []
+        skipped: dict[int, Skipped] = {}
         known = rows.seconds(indices) if seconds is None else seconds
-        for index, length, text in zip(indices, known, rows.texts(indices), strict=True):
+        for index, length, text in zip(indices, known.tolist(), rows.texts(indices), strict=True):
             reason = rows.problem(index, length) or self.refused_length(length)
             if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
                 reason = rows.misdeclared(index) or reason
             reason = reason or self.refused_text(text, rewrite)
             if reason:
-                skipped.append(rows.skipped(index, *reason))
+                skipped[index] = rows.skipped(index, *reason)
             else:
-                assert length is not None
                 kept[index] = length
         return kept, skipped
 
-    def refused_length(self, seconds: float | None) -> Reason | None:
-        if seconds is None:
-            return "unreadable audio", ""
+    def refused_length(self, seconds: float) -> Reason | None:
         if seconds < self.min_seconds:
             return "too short", f"{seconds:.2f} s < data.min_seconds={self.min_seconds}"
-        if seconds > self.max_seconds:
-            return too_long(seconds, self.max_seconds, self.longest)
-        return None
+        return too_long(seconds, self.max_seconds, self.longest) if seconds > self.max_seconds else None
 
     def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
         number = len(text.strip())

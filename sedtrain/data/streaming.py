@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from sedtrain.data.buckets import Bounds
+from sedtrain.data.buckets import Bounds, Floats, Integers
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import Reference, SplitDataset
+from sedtrain.data.dataset import Kept, Reference, SplitDataset
 from sedtrain.data.sampler import (
     BatchesWithEpoch,
     DurationBatches,
@@ -40,8 +40,7 @@ class BlockStart(NamedTuple):
 class Block(NamedTuple):
     """Utterances that are shuffled and batched together, of several parts or of one; `end` is where the next one starts."""
 
-    references: list[Reference]
-    seconds: list[float]
+    kept: Kept
     tokens: list[int] | None
     end: BlockStart
 
@@ -60,7 +59,6 @@ class Stream:
         self.dataset, self.corpus, self.num_rows = dataset, corpus, num_rows
         self.seed, self.counts_tokens = seed, counts_tokens
         self.weights = corpus.weights()
-        self.known = dict(zip(dataset.references, dataset.seconds, strict=True))
         self.block = lru_cache(maxsize=2)(self.read_block)
 
     def order(self, epoch: int) -> list[tuple[int, int]]:
@@ -77,27 +75,25 @@ class Stream:
     def read_block(self, epoch: int, start: BlockStart) -> Block:
         """The block that begins at `start`; after the last visit, an empty one."""
         order = self.order(epoch)
-        references: list[Reference] = []
-        seconds: list[float] = []
+        parts: list[tuple[int, Integers, Floats]] = []
         tokens: list[int] = []
         end, room = start, self.num_rows
         while end.visit < len(order) and (room is None or room > 0):
             part, _ = order[end.visit]
             visited = self.rows_visited(*order[end.visit], epoch)
             rows = visited[end.row : None if room is None else end.row + room]
-            kept = self.filter(part, rows)
-            references += [(part, index) for index in kept]
-            seconds += kept.values()
+            kept, seconds = self.filter(part, rows)
+            parts.append((part, kept, seconds))
             if self.counts_tokens:
-                tokens += self.dataset.num_tokens(part, list(kept))
+                tokens += self.dataset.num_tokens(part, kept.tolist())
             room = None if room is None else room - len(rows)
             last = end.row + len(rows)
             end = BlockStart(end.visit + 1, 0) if last >= len(visited) else BlockStart(end.visit, last)
         for part, _ in order[end.visit : end.visit + NUM_AHEAD]:
             self.dataset.parts.fetch_ahead(part)
-        return Block(references, seconds, tokens if self.counts_tokens else None, end)
+        return Block(Kept.of(parts), tokens if self.counts_tokens else None, end)
 
-    def rows_visited(self, part: int, visit: int, epoch: int) -> list[int]:
+    def rows_visited(self, part: int, visit: int, epoch: int) -> Integers:
         """The rows that a visit reads, each once: the visits of all epochs go round and round through the part."""
         opened = self.corpus.open(self.dataset.parts, part)
         num_rows = 0 if opened is None else len(opened)
@@ -106,19 +102,20 @@ class Stream:
         rows = np.arange(first, min(first + num_rows, due)) % num_rows
         if self.weights[part] % 1:
             rows = np.argsort(random_keys((self.seed, part), num_rows), kind="stable")[rows]
-        return rows.tolist()
+        return rows
 
-    def filter(self, part: int, indices: list[int]) -> dict[int, float]:
-        """The seconds of those rows that are used, by index."""
-        if not indices:
-            return {}
-        if self.known:
-            return {index: self.known[part, index] for index in indices if (part, index) in self.known}
-        rows = self.dataset.parts[part]
+    def filter(self, part: int, visited: Integers) -> tuple[Integers, Floats]:
+        """Those rows that are used, and their seconds."""
+        if not len(visited):
+            return visited, np.empty(0)
+        if len(self.dataset):
+            return self.dataset.kept.among(part, visited)
+        rows, indices = self.dataset.parts[part], visited.tolist()
         kept, skipped = self.corpus.limits.filter(rows, indices, rewrite=self.corpus.rewrite)
         unlearnt = self.corpus.unlearnt(rows, list(kept))
-        self.corpus.skipped.planned("train", len(indices), [*skipped, *unlearnt.values()])
-        return {index: seconds for index, seconds in kept.items() if index not in unlearnt}
+        self.corpus.skipped.planned("train", len(indices), [*skipped.values(), *unlearnt.values()])
+        used = [index for index in kept if index not in unlearnt]
+        return np.array(used, np.int64), np.array([kept[index] for index in used])
 
     def remove_copies_between(self, epoch: int, first: int, last: int) -> None:
         """Removes the copies of parts that have a visit from `first` to before `last`, and none later in the epoch."""
@@ -190,7 +187,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
 
     def batches_of(self, block: Block, start: BlockStart) -> DurationBatches:
         batches = DurationBatches(
-            self.stream.dataset.longest * np.array(block.seconds),
+            self.stream.dataset.longest * block.kept.seconds,
             self.bounds,
             shuffle=True,
             seed=self.seed,
@@ -235,7 +232,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
                 resumed = None
             self.begun.append(BegunBlock(steps, start, batches))
             self.remove_copies(steps, start)
-            yield from BatchesWithEpoch(batches, block.references)
+            yield from BatchesWithEpoch(batches, block.kept.references)
             if block.end == start:
                 break
             steps, start = steps + len(batches), block.end

@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,7 @@ NOT_TEXT = "\0object\0"
 WIDEST = {re.compile("u?int"): "int64", re.compile("float"): "float64", re.compile("(large_)?string"): "string"}
 PLAIN = re.compile("u?int|float|(large_)?string|bool")
 MOST_SECONDS = 1e9  # 32 years; no recording is longer
+TIMES = ("seconds", "start", "end")
 
 
 class OtherFormat(ValueError):
@@ -131,55 +132,69 @@ def joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
     return datasets.concatenate_datasets(tables)
 
 
-def with_readable_text(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
-    """Replaces texts that are not UTF-8, which any access would fail on, by null and a PROBLEM. Reads no audio."""
-    for column in columns:
-        cells = rows.with_format("arrow")[column][:]
-        if is_readable(cells):
+def by_role(rows: datasets.Dataset, columns: Mapping[str, str | None]) -> tuple[pa.Table, dict[int, str]]:
+    """A table with a column for each role, null where the dataset has none, and the problems of rows by their number.
+
+    `seconds` is the length that columns give, also by start and end; `end` is also where they give start and length.
+    Texts that are not UTF-8, which any access would fail on, and impossible times are null, with a problem. Columns that
+    are as they should be are not copied: they stay in their file.
+    """
+    used = {PROBLEM, *columns.values()}
+    stored = rows.select_columns([name for name in rows.column_names if name in used]).with_format("arrow")[:]
+    problems = {}
+    if PROBLEM in stored.column_names:
+        rows_of_problems = pc.indices_nonzero(stored[PROBLEM].is_valid()).to_pylist()
+        problems = dict(zip(rows_of_problems, stored[PROBLEM].drop_null().to_pylist(), strict=True))
+    cells = {}
+    for role, column in columns.items():
+        if column is None or column not in stored.column_names:
+            cells[role] = pa.chunked_array([pa.nulls(len(rows))])
             continue
-        texts, is_there = readable_cells(cells), cells.is_valid().to_pylist()
-        broken = [index for index, text in enumerate(texts) if text is None and is_there[index]]
-        problems = dict.fromkeys(broken, f"text that is not UTF-8: column {column}")
-        rows = replaced(rows, column, pa.array(texts, pa.string()), problems)
-    return rows
+        cells[role], wrong = readable(stored[column], column)
+        problems = wrong | problems
+        if role in TIMES:
+            cells[role], wrong = as_times(cells[role], column)
+            problems = wrong | problems
+    if columns["start"] or columns["end"]:
+        start, end, seconds = (cells[role].cast(pa.float64()) for role in ("start", "end", "seconds"))
+        given = pc.if_else(end.is_valid(), pc.subtract(end, start.fill_null(0)), seconds)
+        cells["seconds"] = pc.if_else(pc.greater_equal(given, 0), given, None)
+        cells["end"] = pc.coalesce(end, pc.add(start, seconds))
+    return pa.table(cells), problems
 
 
-def with_times(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
-    """Reads columns of seconds as numbers, also where text spells them; what is no time, or NaN, becomes null and a PROBLEM."""
-    for column in columns:
-        cells = rows.with_format("arrow")[column][:]
-        if not is_text(cells.type):
-            lowest, highest = (bound.as_py() for bound in pc.min_max(cells).values())
-            has_nan = pa.types.is_floating(cells.type) and pc.any(pc.is_nan(cells)).as_py()
-            if not has_nan and (lowest is None or (lowest >= 0 and highest <= MOST_SECONDS)):
-                continue
-        values = cells.to_pylist()
-        times = [None if value is None else time_of(value) for value in values]
-        problems = {
-            index: f"impossible time: {column} = {values[index] if is_text(cells.type) else time:.12}"
-            for index, time in enumerate(times)
-            if time is not None and not 0 <= time <= MOST_SECONDS
-        }
-        times = [None if index in problems else time for index, time in enumerate(times)]
-        rows = replaced(rows, column, pa.array(times, pa.float64()), problems)
-    return rows
+def readable(cells: pa.ChunkedArray, column: str) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """Cells of which those that are not UTF-8 are null, and their problems by row."""
+    if is_readable(cells):
+        return cells, {}
+    texts = pa.chunked_array([pa.array(readable_cells(cells), pa.string())])
+    broken = pc.indices_nonzero(pc.and_(cells.is_valid(), texts.is_null())).to_pylist()
+    return texts, dict.fromkeys(broken, f"text that is not UTF-8: column {column}")
 
 
-def time_of(value: Any) -> float:
-    """A number, also one that is spelt; infinity for what is none."""
+def as_times(cells: pa.ChunkedArray, column: str) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """Seconds as numbers, also where text spells them, and the problems by row of what is no time, which becomes null.
+
+    NaN is an empty cell, as tables of pandas have it.
+    """
+    spelt = cells.to_pylist() if is_text(cells.type) else None
+    times = cells.cast(pa.float64()) if spelt is None else pa.chunked_array([[time_of(value) for value in spelt]])
+    wrong = pc.or_(pc.less(times, 0), pc.greater(times, MOST_SECONDS)).fill_null(False)
+    found = pc.indices_nonzero(wrong).to_pylist()
+    values = [spelt[index] for index in found] if spelt else [times[index].as_py() for index in found]
+    is_empty = pc.or_(wrong, pc.is_nan(times))
+    if pc.any(is_empty).as_py():
+        times = pc.if_else(is_empty, None, times)
+    problems = (f"impossible time: {column} = {value:.12}" for value in values)
+    return times, dict(zip(found, problems, strict=True))
+
+
+def time_of(value: str | None) -> float | None:
+    """A spelt number; infinity for what is none."""
     try:
-        return float(value) if "_" not in str(value) else inf
+        return value if value is None else float(value) if "_" not in value else inf
     except ValueError:
         return inf
-
-
-def replaced(rows: datasets.Dataset, column: str, cells: pa.Array, new: dict[int, str]) -> datasets.Dataset:
-    """Rows with another column, and a PROBLEM for some of them, by index."""
-    problems = rows[PROBLEM][:] if PROBLEM in rows.column_names else [None] * len(rows)
-    problems = [problem or new.get(index) for index, problem in enumerate(problems)]
-    rows = rows.remove_columns([name for name in (column, PROBLEM) if name in rows.column_names])
-    rows = rows.add_column(column, cells)
-    return rows.add_column(PROBLEM, pa.array(problems, pa.string())) if any(problems) else rows
 
 
 def readable_cells(cells: pa.Array | pa.ChunkedArray) -> list[Any]:

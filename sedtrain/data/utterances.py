@@ -2,29 +2,35 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from itertools import repeat
-from math import inf
+from functools import partial
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import get_worker_info
 
 from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE, read_audio, refuse_silence, seconds_between
+from sedtrain.data.buckets import Floats
 from sedtrain.data.paths import local_path
-from sedtrain.data.tables import NOT_TEXT, PROBLEM, in_words, with_readable_text, with_times
+from sedtrain.data.tables import NOT_TEXT, PROBLEM, by_role, in_words
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tab, line feed, carriage return
 ROWS_AT_ONCE = 64  # rows whose headers one thread reads at a time
+CELLS_AT_ONCE = 10_000  # rows of which cells are Python values, each many times larger than in a table
+
+Reason = tuple[str, str]
+"""A few words to be counted by, and a detail."""
 
 
 @dataclass(frozen=True)
@@ -59,36 +65,27 @@ class Columns:
         return cls(audio=str(columns["audio"]), text=str(columns[target]), **others)
 
 
-def is_value(feature: Any, *kinds: str) -> bool:
-    """Tells whether a column holds single values of one of these kinds of Arrow types, or only nulls."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith((*kinds, "null"))
+NUMBERS = ("null", "int", "uint", "float", "decimal")
+TIMES = (*NUMBERS, "string", "large_string")
+TEXTS = (*TIMES, "bool")
 
 
-def is_number(feature: Any) -> bool:
-    return is_value(feature, "int", "uint", "float", "decimal")
-
-
-def is_time(feature: Any) -> bool:
-    return is_number(feature) or is_value(feature, "string", "large_string")
-
-
-def is_text(feature: Any) -> bool:
-    return is_time(feature) or is_value(feature, "bool")
+def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
+    """Tells whether a column holds single values of one of these kinds of Arrow types."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
 
 
 def is_audio(feature: Any) -> bool:
-    is_plain = is_value(feature, "binary", "large_binary", "string", "large_string")
     is_both = isinstance(feature, dict) and not feature.keys().isdisjoint({"bytes", "path"})
+    is_plain = holds(feature, ("null", "binary", "large_binary", "string", "large_string"))
     return is_plain or is_both or isinstance(feature, datasets.Audio)
 
 
 WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "audio": (is_audio, "bytes or the path of a file"),
-    "text": (is_text, "text"),
-    "id": (is_text, "text or numbers"),
-    "seconds": (is_time, "numbers"),
-    "start": (is_time, "numbers"),
-    "end": (is_time, "numbers"),
+    "text": (partial(holds, kinds=TEXTS), "text"),
+    "id": (partial(holds, kinds=TEXTS), "text or numbers"),
+    **dict.fromkeys(("seconds", "start", "end"), (partial(holds, kinds=TIMES), "numbers")),
 }
 """Types that the column of a role may have."""
 
@@ -109,8 +106,8 @@ def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any]
                 "write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, "
                 "language, seconds, start or end",
             )
-        fits, wanted = WANTED.get(role, (None, ""))
-        if fits is not None and not fits(features[column]):
+        fits, wanted = WANTED.get(role, (lambda feature: True, ""))
+        if not fits(features[column]):
             raise UserError(
                 "data.columns",
                 column,
@@ -119,23 +116,11 @@ def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any]
             )
 
 
-def rows_by_id(ids: list[str], column: str | None, split: str) -> dict[str, int]:
-    """The row of every id. Raises UserError where two rows have the same."""
-    rows: dict[str, int] = {}
-    for index, id in enumerate(ids):
-        if (first := rows.setdefault(id, index)) != index:
-            raise UserError(
-                "data.columns.id",
-                column,
-                f"rows {first} and {index} of {split!r} have the same id, {id!r}",
-                "write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number",
-            )
-    return rows
-
-
 class UtteranceRows:
     """Rows as utterances, decoded one by one.
 
+    table:       a column for each role of `Columns`, as `by_role` makes it
+    problems:    why rows cannot be used, by their number
     path, split: where the rows are from; rows without an id are named after the split, or its shard
     folder:      where relative paths of audio files begin, which must not leave it; else the folder of `path`
     prefix:      what their ids begin with, where several datasets are mixed
@@ -159,75 +144,97 @@ class UtteranceRows:
         file: str | None = None,
     ) -> None:
         features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
-        check_columns(vars(columns), features, f"{path} ({split})")
-        if isinstance(rows.features[columns.audio], datasets.Audio):
-            rows = rows.cast_column(columns.audio, datasets.Audio(decode=False))
-        used = dict.fromkeys(column for column in vars(columns).values() if column)
-        rows = rows.select_columns([*used, *({PROBLEM} & set(rows.column_names))])
-        rows = with_readable_text(rows, [column for column in used if column != columns.audio])
-        rows = with_times(rows, [column for column in (columns.seconds, columns.start, columns.end) if column])
-        self.rows, self.columns, self.split = rows, columns, split
-        self.prefix, self.language, self.task = prefix, language, task
+        if features:  # a file without a readable line has none
+            check_columns(vars(columns), features, f"{path} ({split})")
+        self.split, self.prefix, self.language, self.task = split, prefix, language, task
         source = local_path(path)
         self.file = file or (str(source) if source.exists() else path)
         self.folder = folder or (source if source.is_dir() else source.parent)
-        problems = rows[PROBLEM] if PROBLEM in rows.column_names else []
-        self.problems = {index: text for index, text in enumerate(problems) if text is not None}
+        self.fingerprint = f"{rows._fingerprint} {columns}"
+        self.table, self.problems = by_role(rows, vars(columns))
         self.warn_of_control()
-        ids = [self.id_of(index, value) for index, value in enumerate(self.cells(columns.id))]
-        self.index_of = rows_by_id(ids, columns.id, split)
+        self.refuse_twins(columns.id)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
     def warn_of_control(self) -> None:
         """Warns of texts with control characters, which `as_text` takes out; workers leave it to their parent."""
         if get_worker_info() is not None:
             return
-        cells = pc.cast(self.rows.with_format("arrow")[self.columns.text][:], pa.large_string())
+        cells = pc.cast(self.table["text"], pa.large_string())
         has_control = pc.and_not(pc.match_substring_regex(cells, CONTROL.pattern), pc.starts_with(cells, NOT_TEXT))
-        found = pc.indices_nonzero(has_control).to_pylist()
-        if found:
-            first = self.id_of(found[0], self.rows[found[0]][self.columns.id] if self.columns.id else None)
+        found = pc.indices_nonzero(has_control)
+        if len(found):
             words = "%s: texts from which control characters are taken out: %d (first: %s)"
-            logger.warning(words, self.split, len(found), first)
+            logger.warning(words, self.split, len(found), self.id(found[0].as_py()))
+
+    def refuse_twins(self, column: str | None) -> None:
+        """Raises UserError where two rows have one id."""
+        given = self.table["id"]
+        if given.null_count == len(self) or pc.count_distinct(given, mode="only_valid").as_py() == len(self):
+            return
+        rows: dict[str, int] = {}
+        for index, id in enumerate(self.ids()):
+            if (first := rows.setdefault(id, index)) != index:
+                raise UserError(
+                    "data.columns.id",
+                    column,
+                    f"rows {first} and {index} of {self.split!r} have the same id, {id.removeprefix(self.prefix)!r}",
+                    "write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number",
+                )
+
+    def chunks(self) -> Iterator[range]:
+        """All rows, as many at a time as may be Python values at once."""
+        return (range(first, min(first + CELLS_AT_ONCE, len(self))) for first in range(0, len(self), CELLS_AT_ONCE))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The cells of a row by role."""
+        return {role: self.table[role][index].as_py() for role in self.table.column_names}
+
+    def cells(self, role: str, indices: Sequence[int] | None = None) -> list[Any]:
+        """A column of all or of some rows."""
+        column = self.table[role]
+        if indices is None or isinstance(indices, range):
+            return list((column if indices is None else column[indices.start : indices.stop]).to_pylist())
+        return [column[index].as_py() for index in indices]
 
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """The texts of all or of some rows; reads no audio."""
-        return [as_text(value) for value in self.cells(self.columns.text, indices)]
+        return [as_text(value) for value in self.cells("text", indices)]
 
     def languages(self, indices: Sequence[int] | None = None) -> set[str | None]:
         """The languages of all or of some rows."""
-        return {as_text(value) or self.language for value in self.cells(self.columns.language, indices)}
+        return {as_text(value) or self.language for value in self.cells("language", indices)}
 
-    def cells(self, column: str | None, indices: Sequence[int] | None = None) -> Iterable[Any]:
-        """A column of all or of some rows; None for each where there is no such column."""
-        if column is None:
-            return repeat(None, len(self) if indices is None else len(indices))
-        rows = self.rows if indices is None else self.rows.select(indices)
-        cells: list[Any] = rows[column][:]
-        return cells
+    def ids(self) -> Iterator[str]:
+        return (id for chunk in self.chunks() for id in map(self.id_of, chunk, self.cells("id", chunk)))
+
+    def index_of(self, id: str) -> int | None:
+        """The row of an id, None where there is none."""
+        return next((index for index, each in enumerate(self.ids()) if each == id), None)
 
     def id(self, index: int) -> str:
-        return self.id_of(index, self.rows[index][self.columns.id] if self.columns.id else None)
+        return self.id_of(index, self.row(index)["id"])
 
     def id_of(self, index: int, value: Any) -> str:
         return self.prefix + (f"{self.split}-{index}" if value is None else str(value))
 
-    def seconds(self, indices: Sequence[int] | None = None) -> Iterator[float | None]:
-        """The length of each utterance, from its columns, else from the header of its audio, else None."""
-        declared = self.declared(indices)
-        numbers = range(len(self)) if indices is None else indices
-        by_header = self.by_header([index for index, known in zip(numbers, declared, strict=True) if known is None])
-        return (next(by_header) if known is None else known for known in declared)
+    def seconds(self, indices: Sequence[int] | None = None) -> Floats:
+        """(N,) the length of each utterance, from its columns, else from the header of its audio, else NaN."""
+        lengths = self.declared(indices)
+        missing = np.flatnonzero(np.isnan(lengths)).tolist()
+        lengths[missing] = list(self.by_header(missing if indices is None else [indices[each] for each in missing]))
+        return lengths
 
-    def declared(self, indices: Sequence[int] | None = None) -> list[float | None]:
-        """The lengths by columns alone; None where they give none."""
-        columns = (self.columns.seconds, self.columns.start, self.columns.end)
-        return [seconds_of(*cells) for cells in zip(*(self.cells(column, indices) for column in columns), strict=True)]
+    def declared(self, indices: Sequence[int] | None = None) -> Floats:
+        """(N,) the lengths by columns alone; NaN where they give none."""
+        if indices is None:
+            return np.array(self.table["seconds"].cast(pa.float64()).fill_null(nan).to_numpy(), dtype=np.float64)
+        return np.array(self.cells("seconds", indices), dtype=np.float64)
 
-    def by_header(self, indices: Sequence[int]) -> Iterator[float | None]:
-        """The lengths by the headers of the audio, read in threads; None where a header cannot be read."""
+    def by_header(self, indices: Sequence[int]) -> Iterator[float]:
+        """The lengths by the headers of the audio, read in threads; NaN where a header cannot be read."""
         chunks = [indices[first : first + ROWS_AT_ONCE] for first in range(0, len(indices), ROWS_AT_ONCE)]
         if len(chunks) == 1:
             yield from self.headers(indices)
@@ -236,48 +243,36 @@ class UtteranceRows:
             for lengths in pool.map(self.headers, chunks):
                 yield from lengths
 
-    def headers(self, indices: Sequence[int]) -> list[float | None]:
-        columns = self.rows.select(indices)[:]
-        rows = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
-        return [self.length_or_reason(row)[0] for row in rows]
+    def headers(self, indices: Sequence[int]) -> list[float]:
+        return [self.length_or_reason(self.row(index))[0] for index in indices]
 
-    def length_or_reason(
-        self, row: Mapping[str, Any], declared: float | None = None
-    ) -> tuple[float | None, tuple[str, str]]:
-        """The length by the header of the audio and ("", ""), or None and the reason for that with a detail."""
+    def length_or_reason(self, row: Mapping[str, Any], declared: float | None = None) -> tuple[float, Reason]:
+        """The length by the header of the audio and ("", ""), or NaN and the reason for that with a detail."""
         try:
-            return seconds_between(row[self.columns.audio], self.folder, *self.segment(row), declared), ("", "")
+            return seconds_between(row["audio"], self.folder, row["start"], row["end"], declared), ("", "")
         except UNREADABLE as error:
-            return None, (getattr(error, "reason", "unreadable audio"), str(error))
+            return nan, (getattr(error, "reason", "unreadable audio"), str(error))
 
-    def segment(self, row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-        """Start and end of an utterance in its audio, in seconds; NeMo's manifests give the start and the duration."""
-        start, end, seconds = (
-            row[column] if column else None for column in (self.columns.start, self.columns.end, self.columns.seconds)
-        )
-        if end is None and start is not None and seconds is not None:
-            end = start + seconds
-        return start, end
-
-    def problem(self, index: int, seconds: float | None) -> tuple[str, str] | None:
-        """Reason and detail for a row that cannot be used, else None; seconds: its length, None where none was found."""
+    def problem(self, index: int, seconds: float) -> Reason | None:
+        """Reason and detail for a row that cannot be used, else None; seconds: its length, NaN where none was found."""
         if text := self.problems.get(index):
             reason, _, detail = text.partition(": ")
             return reason, detail
-        if seconds is None:
-            length, reason_and_detail = self.length_or_reason(self.rows[index])
-            return reason_and_detail if length is None else ("unreadable audio", "at first")
+        if isnan(seconds):
+            length, reason_and_detail = self.length_or_reason(self.row(index))
+            return reason_and_detail if isnan(length) else ("unreadable audio", "at first")
         return None
 
-    def misdeclared(self, index: int) -> tuple[str, str] | None:
+    def misdeclared(self, index: int) -> Reason | None:
         """Reason and detail for a row whose columns give another length than the header of its audio, if it has any."""
-        [declared] = self.declared([index])
-        length, reason = (0.0, None) if declared is None else self.length_or_reason(self.rows[index], declared)
-        return reason if length is None else None
+        row = self.row(index)
+        length, reason = (0.0, None) if row["seconds"] is None else self.length_or_reason(row, row["seconds"])
+        return reason if isnan(length) else None
 
     def skipped(self, index: int, reason: str, detail: str) -> Skipped:
         """The row as an utterance that is left out."""
-        return Skipped(self.id(index), reason, detail, self.location(self.rows[index][self.columns.audio]))
+        row = self.row(index)
+        return Skipped(self.id_of(index, row["id"]), reason, detail, self.location(row["audio"]))
 
     def location(self, cell: Any) -> str:
         """The file of a cell's audio, with the byte where it begins in a larger file; for bytes, the file of their row."""
@@ -292,27 +287,20 @@ class UtteranceRows:
 
         Raises one of UNREADABLE for audio that cannot be decoded, is not as long as the columns say, or is silent.
         """
-        row, columns = self.rows[index], self.columns
-        [declared] = self.declared([index])
-        audio = read_audio(row[columns.audio], sampling_rate, self.folder, *self.segment(row), declared)
+        row = self.row(index)
+        audio = read_audio(row["audio"], sampling_rate, self.folder, row["start"], row["end"], row["seconds"])
         if not may_be_silent:
             refuse_silence(audio)
         return Utterance(
-            id=self.id(index),
+            id=self.id_of(index, row["id"]),
             audio=audio,
             sampling_rate=sampling_rate,
-            text=as_text(row[columns.text]),
-            language=(as_text(row[columns.language]) if columns.language else "") or self.language,
-            speaker=name_or_none(row[columns.speaker]) if columns.speaker else None,
+            text=as_text(row["text"]),
+            language=as_text(row["language"]) or self.language,
+            speaker=name_or_none(row["speaker"]),
             seconds=len(audio) / sampling_rate,
             task=self.task,
         )
-
-
-def seconds_of(seconds: float | None, start: float | None, end: float | None) -> float | None:
-    """The length that the columns of a row give; None where they are empty, or hold no length."""
-    given = seconds if end is None else end - (start or 0)
-    return float(given) if given is not None and 0 <= given < inf else None
 
 
 def name_or_none(cell: object) -> str | None:

@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
+from math import isnan
 from typing import NamedTuple
 
 import numpy as np
@@ -68,19 +69,21 @@ class SplitEntries:
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Filters rows of a part as for training."""
         known = None if corpus.streaming else durations(rows)
-        kept, skipped = corpus.limits_of(self.split).filter(rows, indices, known, corpus.rewriting(self.split))
-        used, ids, columns = list(kept), list(rows.index_of), rows.columns
+        seconds = None if known is None else known[: len(indices)]
+        kept, skipped = corpus.limits_of(self.split).filter(rows, indices, seconds, corpus.rewriting(self.split))
+        used = list(kept)
         self.entries += map(
             Entry,
             [(part, index) for index in used],
-            [ids[index] for index in used],
+            map(rows.id_of, used, rows.cells("id", used)),
             kept.values(),
             map(str.strip, rows.texts(used)),
-            map(name_or_none, rows.cells(columns.speaker, used)),
-            map(name_or_none, rows.cells(columns.language, used) if columns.language else repeat(rows.language)),
+            map(name_or_none, rows.cells("speaker", used)),
+            (name_or_none(cell) or rows.language for cell in rows.cells("language", used)),
             repeat(self.parts.parts[part].source.label or None),
         )
-        self.skipped += zip(skipped, rows.seconds([rows.index_of[each.id] for each in skipped]), strict=True)
+        lengths = (None if isnan(length) else length for length in rows.seconds(list(skipped)).tolist())
+        self.skipped += zip(skipped.values(), lengths, strict=True)
         self.num_read += len(indices)
         self.is_whole = self.is_whole and len(indices) == len(rows)
 
@@ -139,7 +142,7 @@ def hear(parts: Parts, reference: Reference, may_be_silent: bool) -> Sound | Ski
     part, index = reference
     rows = parts[part]
     try:
-        with opened(rows.rows[index][rows.columns.audio], rows.folder) as file:
+        with opened(rows.row(index)["audio"], rows.folder) as file:
             rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
         samples = rows.utterance(index, rate, may_be_silent).audio.numpy()
     except UNREADABLE as error:

@@ -222,20 +222,21 @@ def lengths(data: SpeechTextDataModule, max_utterances: int | None) -> tuple[Flo
 
     Later utterances of a stream may last up to `data.max_seconds`: one of that length is added.
     """
-    seconds: list[float] = []
-    tokens: list[int] = []
     if data.corpus.streaming:
         dataset, batches = data.stream(counts_tokens=True)
+        listed: list[float] = []
+        tokens: list[int] = []
         start, end = None, BlockStart(0, 0)
-        while start != end and (max_utterances is None or len(seconds) < max_utterances):
+        while start != end and (max_utterances is None or len(tokens) < max_utterances):
             start = end
             block = batches.stream.read_block(0, start)
-            seconds, tokens, end = seconds + block.seconds, tokens + (block.tokens or []), block.end
-        seconds, tokens = [*seconds, data.limits.max_seconds / dataset.longest], [*tokens, max(tokens, default=1)]
+            listed, tokens, end = [*listed, *block.kept.seconds], tokens + (block.tokens or []), block.end
+        tokens.append(max(tokens, default=1))
+        seconds = np.array([*listed, data.limits.max_seconds / dataset.longest])
     else:
         dataset = data.split("train", data.augment)
-        seconds, tokens = dataset.seconds, dataset.all_num_tokens()
-    longest = np.maximum(dataset.longest * np.array(seconds), SHORTEST_SECONDS)
+        seconds, tokens = dataset.kept.seconds, dataset.all_num_tokens().tolist()
+    longest = np.maximum(dataset.longest * seconds, SHORTEST_SECONDS)
     return np.ceil(100 * longest) / 100, np.array(tokens)
 
 

@@ -1,10 +1,17 @@
 """Batches of a split: each utterance once, in the order of the epoch, the same whatever reads them."""
 
+import gc
 import pickle
+import tracemalloc
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from corpora import WORDS, data_module
+
+from sedtrain.data.readers import read_rows
 
 
 def test_an_epoch_holds_every_utterance_of_the_split_once(good):
@@ -63,7 +70,7 @@ def test_decoded_audio_is_kept_up_to_the_hours_allowed(good, monkeypatch):
         utterance = rows.utterance
         monkeypatch.setattr(rows, "utterance", lambda *a, f=utterance, seen=decoded: seen.append(a) or f(*a))
         for _ in range(2):
-            split[0, split.references]
+            split[0, [*map(tuple, split.kept.references.tolist())]]
         assert len(decoded) == num_decoded
 
 
@@ -77,3 +84,26 @@ def test_audio_is_found_by_the_id_of_its_utterance(good):
     split = data_module(good).split("test")
     samples, rate = split.audio_of("test-4")
     assert (len(samples), rate) == (round(0.7 * 16_000), 16_000)
+
+
+def test_a_row_of_a_plan_takes_40_bytes_and_its_cells_stay_in_their_file(tmp_path):
+    """Files with dictionaries, which are read a few rows at a time, are not kept in chunks of a few rows."""
+    number = 50_000
+    names, seconds = [f"{index:06}.wav" for index in range(number)], np.linspace(1, 20, number)
+    table = pa.table({"audio": names, "text": names, "name": names, "seconds": seconds})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    read_rows(tmp_path / "train.parquet")
+    columns = {"audio": "audio", "transcription": "text", "id": "name", "seconds": "seconds"}
+    data, in_arrow = data_module(tmp_path, columns=columns, batch_seconds=200.0), pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        loader = data.train_dataloader()
+        drawn = iter(loader.sampler)
+        _, references = next(drawn)
+        gc.collect()
+        in_python = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert in_python + pa.total_allocated_bytes() - in_arrow < 40 * number + 100_000
+    [rows] = loader.dataset.parts
+    assert rows.table["text"].num_chunks < 20 and rows.texts([index for _, index in references])[0] in names

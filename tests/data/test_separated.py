@@ -7,7 +7,7 @@ import json
 import pandas
 import pyarrow.parquet
 import pytest
-from corpora import COLUMNS, data_module, refused
+from corpora import COLUMNS, data_module, known, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -194,7 +194,7 @@ def test_text_and_ids_that_look_like_something_else_are_text(tmp_path, name):
         else:
             pandas.DataFrame(rows).to_csv(tmp_path / name, index=False, sep="\t" if "tsv" in name else ",")
         found = UtteranceRows(read_rows(tmp_path / name), Columns("audio", "text", id="id"), str(tmp_path), "train")
-        assert (found.texts(), list(found.index_of)) == (cells, cells)
+        assert (found.texts(), list(found.ids())) == (cells, cells)
 
 
 def test_numbers_and_truth_in_json_are_text_as_json_writes_them(tmp_path):
@@ -211,25 +211,30 @@ def test_two_values_of_one_name_in_json_are_a_problem_of_their_row(tmp_path):
     assert (first, second) == ("broken JSON: line 1, two values are called 'text'", None)
 
 
-@pytest.mark.parametrize(("cell", "seconds"), [("1.5", 1.5), ("1e1", 10.0), ("", None), ("2", 2.0), ("1e9", 1e9)])
+@pytest.mark.parametrize(
+    ("cell", "seconds"), [("1.5", 1.5), ("1e1", 10.0), ("", None), ("NaN", None), ("2", 2.0), ("1e9", 1e9)]
+)
 def test_seconds_of_a_csv_are_read_as_numbers(tmp_path, cell, seconds):
     (tmp_path / "x.csv").write_text(f"audio,text,n\na,one,{cell}\nb,two,1\n")
     columns = Columns("audio", "text", seconds="n")
-    assert UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train").declared() == [seconds, 1.0]
+    assert known(UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train").declared()) == [
+        seconds,
+        1.0,
+    ]
 
 
-@pytest.mark.parametrize("cell", ["long", "1,5", "inf", "NaN", "-1", "1e308", "1e999", "1_000"])
+@pytest.mark.parametrize("cell", ["long", "1,5", "inf", "-1", "1e308", "1e999", "1_000"])
 def test_what_is_no_time_is_a_fault_of_its_row(tmp_path, cell):
     (tmp_path / "x.csv").write_text(f'audio,text,n\na,one,"{cell}"\nb,two,1\n')
     columns = Columns("audio", "text", seconds="n")
     rows = UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train")
     assert rows.problem(0, None) == ("impossible time", f"n = {cell}")
-    assert rows.declared() == [None, 1.0]
+    assert known(rows.declared()) == [None, 1.0]
 
 
 @pytest.mark.parametrize("cells", ["\n", "1,\n2,\n", ",\n,\n"])
 def test_a_column_of_seconds_may_be_empty(tmp_path, cells):
     (tmp_path / "x.csv").write_text(f"text,n\n{cells}")
     rows = read_rows(tmp_path / "x.csv").add_column("audio", ["a.wav"] * cells.count(","))
-    found = UtteranceRows(rows, Columns("audio", "text", seconds="n"), str(tmp_path), "train").declared()
-    assert found == [None] * cells.count(",")
+    found = UtteranceRows(rows, Columns("audio", "text", seconds="n"), str(tmp_path), "train")
+    assert known(found.declared()) == [None] * cells.count(",")

@@ -83,9 +83,11 @@ def test_tars_are_streamed_and_never_copied(tmp_path):
 def test_what_has_no_files_of_its_own_is_one_shard(tmp_path):
     write(tmp_path / "train.parquet", [0.5] * 4)
     rows = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"))
-    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": rows.rename_column("text", "said")}).save_to_disk(tmp_path / "saved")
     assert names(tmp_path / "saved", "train", tmp_path) == []
-    assert seen(streamed(tmp_path / "saved", tmp_path)) == [f"train-{i}" for i in range(4)]
+    data = streamed(tmp_path / "saved", tmp_path, columns={**COLUMNS, "transcription": "said"})
+    assert seen(data) == [f"train-{i}" for i in range(4)]
+    assert list(data.texts("train")) == rows["text"][:]
 
 
 def test_splits_joined_by_plus_are_the_files_of_each(numbered, tmp_path):

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
+from corpora import known
 
 from sedtrain.data.audio import UNREADABLE, read_audio
 from sedtrain.data.paths import absolute_path, audio_paths
@@ -123,7 +124,7 @@ def test_the_embedded_corpus_needs_no_path():
     columns = Columns(audio="audio", text="text", id="id", speaker="speaker", seconds="seconds")
     rows = UtteranceRows(load_rows("spoken_digits", "validation"), columns, "spoken_digits", "validation")
     first = rows.utterance(0, 16_000)
-    assert first.seconds == pytest.approx(next(rows.seconds()), abs=0.01)
+    assert first.seconds == pytest.approx(rows.seconds()[0], abs=0.01)
     assert set(first.text.split()) <= {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 
 
@@ -151,9 +152,9 @@ def test_recordings_of_the_shared_data_can_be_read(shared):
     path = str(shared / "data/artikulate-st")
     rows = UtteranceRows(load_rows(path, "test"), columns, path, "test")
     first = rows.utterance(0, 16_000)
-    assert first.seconds == pytest.approx(next(rows.seconds()), abs=0.02)
+    assert first.seconds == pytest.approx(rows.seconds()[0], abs=0.02)
     assert first.text == rows.texts()[0] != ""
-    assert rows.index_of[first.id] == 0
+    assert rows.index_of(first.id) == 0
 
 
 # --- audio
@@ -213,8 +214,8 @@ def test_lengths_come_from_the_column_else_from_the_header(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=audio, text=["a", "b", "c"], length=[1.5, 2.5, None])
     rows = load_rows(path, "train")
     with_column = Columns(audio="audio", text="text", seconds="length")
-    assert list(UtteranceRows(rows, with_column, path, "train").seconds()) == [1.5, 2.5, 0.75]
-    assert list(UtteranceRows(rows, PLAIN, path, "train").seconds()) == [0.25, None, 0.75]
+    assert known(UtteranceRows(rows, with_column, path, "train").seconds()) == [1.5, 2.5, 0.75]
+    assert known(UtteranceRows(rows, PLAIN, path, "train").seconds()) == [0.25, None, 0.75]
 
 
 @pytest.mark.parametrize("impossible", [float("nan"), float("inf"), -1.0, 1e308])
@@ -222,9 +223,9 @@ def test_a_length_that_cannot_be_is_read_from_the_header(tmp_path, impossible):
     path = parquet(tmp_path / "x.parquet", audio=[encoded(tone(0.25))], text=["a"], length=[impossible])
     with_column = Columns(audio="audio", text="text", seconds="length")
     rows = UtteranceRows(load_rows(path, "train"), with_column, path, "train")
-    assert list(rows.seconds()) == [0.25]
+    assert known(rows.seconds()) == [0.25]
     wrong = ("impossible time", f"length = {impossible}")
-    assert rows.problem(0, 0.25) == wrong
+    assert rows.problem(0, 0.25) == (None if impossible != impossible else wrong)  # NaN is an empty cell
 
 
 WRONG_TYPES = {
@@ -273,9 +274,9 @@ def test_rows_without_an_id_are_named_after_split_and_row(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[encoded(tone())] * 2, text=["a", "b"], name=[7, 8])
     rows = UtteranceRows(load_rows(path, "test"), PLAIN, path, "test")
     assert [rows.id(0), rows.id(1)] == ["test-0", "test-1"]
-    assert rows.index_of == {"test-0": 0, "test-1": 1}
+    assert list(rows.ids()) == ["test-0", "test-1"]
     named = UtteranceRows(load_rows(path, "test"), Columns(audio="audio", text="text", id="name"), path, "test")
-    assert named.index_of == {"7": 0, "8": 1}
+    assert (list(named.ids()), named.index_of("8")) == (["7", "8"], 1)
 
 
 def test_text_that_a_manifest_wrote_as_numbers_is_text(tmp_path):

@@ -44,7 +44,7 @@ class Rows:
         return f"{self.part}-{index}"
 
     def seconds(self, indices):
-        return [SECONDS[(self.part + index) % len(SECONDS)] for index in indices]
+        return np.array([SECONDS[(self.part + index) % len(SECONDS)] for index in indices])
 
     def texts(self, indices):
         return ["word " * WORDS[(self.part + index) % len(WORDS)] for index in indices]
@@ -99,7 +99,7 @@ def sampler(
     corpus = Corpus([], Limits(0.05, max_seconds), Noted(), 1.0, True, None)
     weights = [float(each) for each in parts_weights or [1] * len(sizes)]
     corpus.weights = lambda: weights
-    dataset = SplitDataset(Opened(sizes), {}, SimpleNamespace(num_tokens=lambda text: len(text.split())), 0)
+    dataset = SplitDataset(Opened(sizes), None, SimpleNamespace(num_tokens=lambda text: len(text.split())), 0)
     stream = Stream(dataset, corpus, num_rows, seed, counts_tokens=bool(batch_tokens or buckets))
     bounds = Bounds(batch_seconds, batch_tokens, num_buckets, buckets)
     return StreamedBatches(stream, bounds, seed, rank, num_ranks)
@@ -157,7 +157,7 @@ def test_95_percent_of_the_audio_is_real_in_blocks_of_the_usual_size():
     seconds = np.random.default_rng(0).lognormal(log(5), 0.65, 20_000).clip(1, 20)
     batches = sampler([1000] * 20, num_rows=4096, batch_seconds=120.0, num_buckets=30)
     batches.stream.corpus.limits = SimpleNamespace(
-        filter=lambda rows, indices, **_: ({i: seconds[1000 * rows.part + i] for i in indices}, [])
+        filter=lambda rows, indices, **_: ({i: seconds[1000 * rows.part + i] for i in indices}, {})
     )
     padded = sum(len(refs) * max(seconds[1000 * part + index] for part, index in refs) for _, refs in batches)
     assert seconds.sum() / padded > 0.95
@@ -299,7 +299,9 @@ def test_a_position_between_two_blocks_is_not_taken_for_one_of_another_order(oth
 
 
 def test_a_position_in_a_corpus_that_is_not_streamed_is_refused_and_the_other_way_round():
-    whole = BatchesWithEpoch(DurationBatches([1.0] * 30, Bounds(5.0), shuffle=True), [(0, i) for i in range(30)])
+    whole = BatchesWithEpoch(
+        DurationBatches([1.0] * 30, Bounds(5.0), shuffle=True), np.array([(0, i) for i in range(30)])
+    )
     batches = sampler([30])
     list(batches)
     with pytest.raises(
