@@ -3,6 +3,7 @@
 B batch, P prompt, U generated tokens.
 """
 
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -14,13 +15,17 @@ from sedtrain.batch import Batch
 from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
+from sedtrain.decoding.loop import Task, beam_search, greedy
 from sedtrain.decoding.speculative import Speculative
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.steps import Steps, steps_of
 from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, Positive, PositiveFraction
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
+Found = tuple[list[list[int]], list[list[float] | None]]
+"""Rows of tokens, the hypotheses of an utterance together, and the scores of each utterance."""
 OURS = {"search", "ctc_weight", "num_return_sequences"}  # the options that `generate` does not get as they are
 
 
@@ -142,14 +147,82 @@ def generated(
     options: DecodingOptions,
     lattice: Lattice | None,
 ) -> list[Hypotheses]:
-    """Texts that `generate` writes; the scores of n-best beams are those of the beams."""
+    """Texts that the decoder writes."""
     model.settle_generation_config()
     ends, num_best = end_tokens(model.generation_config), options.num_return_sequences
+    if (steps := steps_of_search(model, options)) is not None:
+        rows, scores = by_loop(model, steps, encoded, prompts, options, lattice)
+    else:
+        rows, scores = by_generate(model, encoded, prompts, options, lattice)
+    pad = model.config.pad_token_id
+    return [
+        Hypotheses.of_rows(rows[n * num_best : (n + 1) * num_best], scores[n], ends, pad) for n in range(len(prompts))
+    ]
+
+
+def steps_of_search(model: SpeechEncoderDecoder, options: DecodingOptions) -> Steps | None:
+    """What the loop of this package searches with; None where the search is left to `generate`."""
+    generation = model.generation_config
+    is_plain = not (generation.early_stopping or generation.stop_strings or generation.max_time)
+    if (
+        options.do_sample
+        or options.search == "speculative"
+        or not is_plain
+        or (type(generation.use_cache) is bool and not generation.use_cache)
+    ):
+        return None
+    return steps_of(model, options.max_new_tokens)
+
+
+def loop_of(model: SpeechEncoderDecoder, options: DecodingOptions) -> str:
+    """Names what searches: sedtrain's own loop, or `generate` of transformers for what that loop does not drive."""
+    if options.search in ("ctc", "rescore"):
+        return "sedtrain"
+    return "generate" if steps_of_search(model, options) is None else "sedtrain"
+
+
+def by_loop(
+    model: SpeechEncoderDecoder,
+    steps: Steps,
+    encoded: EncodedSpeech,
+    prompts: Tensor,
+    options: DecodingOptions,
+    lattice: Lattice | None,
+) -> Found:
+    """The rows that `generate` would write."""
+    num_prompt, device = prompts.shape[1], prompts.device
+    generation = copy(model.generation_config)
+    vars(generation).update(options.generation_kwargs(), max_length=num_prompt + options.max_new_tokens)
+    model._prepare_special_tokens(generation, True, device=device)
+    limits = torch.full((len(prompts),), options.max_new_tokens, device=device)
+    if model.ctc_head is not None:
+        limits = limits.minimum(most_tokens(encoded))
+    ends = end_tokens(model.generation_config)
+    own = LogitsProcessorList() if lattice is None else with_ctc(options, lattice, limits, ends)["logits_processor"]
+    processors = model._get_logits_processor(generation, num_prompt, prompts, logits_processor=own, device=device)
+    task = Task(steps, encoded, prompts, limits, ends, processors, leaves=not own)
+    if options.num_beams == 1:
+        return greedy(task), [None] * len(prompts)
+    texts, scores = beam_search(task, options.num_beams, options.num_return_sequences, options.length_penalty)
+    return [row for each in texts for row in each], scores.tolist() if options.num_return_sequences > 1 else [
+        None
+    ] * len(prompts)
+
+
+def by_generate(
+    model: SpeechEncoderDecoder,
+    encoded: EncodedSpeech,
+    prompts: Tensor,
+    options: DecodingOptions,
+    lattice: Lattice | None,
+) -> Found:
+    """The rows that `generate` writes; the scores of n-best beams are those of the beams."""
+    num_best = options.num_return_sequences
     kwargs = {**options.generation_kwargs(), "num_return_sequences": num_best}
     if model.ctc_head is not None:
         kwargs["stopping_criteria"] = StoppingCriteriaList([InTime(prompts.shape[1] + most_tokens(encoded))])
     if lattice is not None:
-        kwargs |= with_ctc(options, lattice, most_tokens(encoded), ends)
+        kwargs |= with_ctc(options, lattice, most_tokens(encoded), end_tokens(model.generation_config))
     if is_scored := num_best > 1 and options.num_beams > 1:
         kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(
@@ -158,10 +231,9 @@ def generated(
         synced_gpus=False,  # where weights lie in pieces on several ranks, the validation has gathered them
         **kwargs,
     )
-    rows = (output.sequences if is_scored else output)[:, prompts.shape[1] :].unflatten(0, (len(prompts), num_best))
-    scores = output.sequences_scores.unflatten(0, rows.shape[:2]).tolist() if is_scored else [None] * len(prompts)
-    pad = model.config.pad_token_id
-    return [Hypotheses.of_rows(*each, ends, pad) for each in zip(rows.tolist(), scores, strict=True)]
+    rows = (output.sequences if is_scored else output)[:, prompts.shape[1] :]
+    scores = output.sequences_scores.unflatten(0, (-1, num_best)).tolist() if is_scored else [None] * len(prompts)
+    return rows.tolist(), scores
 
 
 def most_tokens(encoded: EncodedSpeech) -> Tensor:

@@ -1,5 +1,6 @@
 """Decodes a split, scores the hypotheses, and writes results.json and report.html."""
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sedtrain.batch import Batch
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import DecodingOptions, decode_batch, loop_of
 from sedtrain.errors import UserError
 from sedtrain.evaluation.bleu import bleu_tokenizer
 from sedtrain.evaluation.intervals import confidence_intervals
@@ -22,6 +23,7 @@ from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.text.normalizers import normalizer
 
+logger = logging.getLogger(__name__)
 METRICS_OF = {"transcription": TRANSCRIPTION, "translation": TRANSLATION}
 """The metrics of each target, the one that decides first."""
 
@@ -64,6 +66,8 @@ class Scoring:
         """
         saved.model.to(self.device)
         batches = data.batches(self.split)
+        loop = loop_of(saved.model, self.decoding)
+        logger.info("decoding: by the loop of %s", "transformers, generate" if loop == "generate" else loop)
         evaluation = evaluate(saved.model, saved.tokenizer, batches, self.metric_set, self.decoding)
         results = Results(
             task=self.target,
@@ -72,7 +76,7 @@ class Scoring:
             audio_seconds=evaluation.audio_seconds,
             metrics=evaluation.metrics,
             normalizer=self.metric_set.normalize.label(),
-            decoding=asdict(self.decoding),
+            decoding={**asdict(self.decoding), "loop": loop},
             rtfx=evaluation.rtfx,
             train=train,
             skipped=data.skipped.totals(),

@@ -23,6 +23,7 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.steps import forget
 from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients
 from sedtrain.training.optim import build_optimizer, parameter_groups
 from sedtrain.training.strategies import FullySharded
@@ -175,6 +176,7 @@ class SpeechSeq2SeqModule(LightningModule):
             self.sharding.unshard()
 
     def on_validation_epoch_start(self) -> None:
+        forget(self.model)
         self.metrics.reset()
         self.validation_sums.zero_()
         self.other_audio = OtherAudio()
