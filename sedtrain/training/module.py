@@ -176,7 +176,6 @@ class SpeechSeq2SeqModule(LightningModule):
             self.sharding.unshard()
 
     def on_validation_epoch_start(self) -> None:
-        forget(self.model)
         self.metrics.reset()
         self.validation_sums.zero_()
         self.other_audio = OtherAudio()
@@ -207,6 +206,7 @@ class SpeechSeq2SeqModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores; raises UserError where no utterance could be decoded."""
+        forget(self.model)
         if self.sharding:
             self.sharding.reshard()
         loss_sum, num_tokens, gain_sum, num_compared = self.over_ranks(self.validation_sums).tolist()
