@@ -9,14 +9,20 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from sedtrain.batch import Batch
 from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores, rescored
 from sedtrain.decoding.loop import Task, beam_search, greedy
-from sedtrain.decoding.speculative import Speculative
+from sedtrain.decoding.speculative import Speculative, speculate
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -163,15 +169,25 @@ def generated(
 def steps_of_search(model: SpeechEncoderDecoder, options: DecodingOptions) -> Steps | None:
     """What the loop of this package searches with; None where the search is left to `generate`."""
     generation = model.generation_config
-    is_plain = not (generation.early_stopping or generation.stop_strings or generation.max_time)
-    if (
-        options.do_sample
-        or options.search == "speculative"
-        or not is_plain
-        or (type(generation.use_cache) is bool and not generation.use_cache)
-    ):
+    is_special = generation.early_stopping or generation.stop_strings or generation.max_time
+    if options.do_sample or is_special or generation.use_cache is False:
+        return None
+    if options.search == "speculative" and processors_of(model, options, 1, model.device):
         return None
     return steps_of(model, options.max_new_tokens)
+
+
+def processors_of(
+    model: SpeechEncoderDecoder, options: DecodingOptions, num_prompt: int, device: torch.device, *own: LogitsProcessor
+) -> LogitsProcessorList:
+    """What changes scores: `own`, the options and the settings that were saved with the model, such as a forced end."""
+    generation = copy(model.generation_config)
+    vars(generation).update(options.generation_kwargs(), max_length=num_prompt + options.max_new_tokens)
+    model._prepare_special_tokens(generation, True, device=device)
+    processors: LogitsProcessorList = model._get_logits_processor(
+        generation, num_prompt, logits_processor=LogitsProcessorList(own), device=device
+    )
+    return processors
 
 
 def loop_of(model: SpeechEncoderDecoder, options: DecodingOptions) -> str:
@@ -190,16 +206,15 @@ def by_loop(
     lattice: Lattice | None,
 ) -> Found:
     """The rows that `generate` would write."""
-    num_prompt, device = prompts.shape[1], prompts.device
-    generation = copy(model.generation_config)
-    vars(generation).update(options.generation_kwargs(), max_length=num_prompt + options.max_new_tokens)
-    model._prepare_special_tokens(generation, True, device=device)
-    limits = torch.full((len(prompts),), options.max_new_tokens, device=device)
+    limits = torch.full((len(prompts),), options.max_new_tokens, device=prompts.device)
     if model.ctc_head is not None:
         limits = limits.minimum(most_tokens(encoded))
     ends = end_tokens(model.generation_config)
-    own = LogitsProcessorList() if lattice is None else with_ctc(options, lattice, limits, ends)["logits_processor"]
-    processors = model._get_logits_processor(generation, num_prompt, prompts, logits_processor=own, device=device)
+    if lattice is not None and options.search == "speculative":
+        task = Task(steps, encoded, prompts, limits, ends, LogitsProcessorList())
+        return speculate(task, drafts_of(lattice, options)), [None] * len(prompts)
+    own = [] if lattice is None or not options.ctc_weight else [JointScores(lattice, options.ctc_weight, ends)]
+    processors = processors_of(model, options, prompts.shape[1], prompts.device, *own)
     task = Task(steps, encoded, prompts, limits, ends, processors, leaves=not own)
     if options.num_beams == 1:
         return greedy(task), [None] * len(prompts)
@@ -244,10 +259,13 @@ def most_tokens(encoded: EncodedSpeech) -> Tensor:
 def with_ctc(options: DecodingOptions, lattice: Lattice, limits: Tensor, ends: list[int]) -> dict[str, Any]:
     """What CTC adds to `generate`: scores or a draft."""
     if options.search == "speculative":
-        drafts = [found.ids[0] for found in best_path(lattice, options.max_new_tokens)]
-        return {"custom_generate": Speculative(drafts, limits.tolist())}
+        return {"custom_generate": Speculative(drafts_of(lattice, options), limits.tolist())}
     scores = [JointScores(lattice, options.ctc_weight, ends)] if options.ctc_weight else []
     return {"logits_processor": LogitsProcessorList(scores)}
+
+
+def drafts_of(lattice: Lattice, options: DecodingOptions) -> list[list[int]]:
+    return [found.ids[0] for found in best_path(lattice, options.max_new_tokens)]
 
 
 class InTime(StoppingCriteria):
