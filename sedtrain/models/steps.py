@@ -308,14 +308,12 @@ class Steps:
 def steps_of(model: SpeechEncoderDecoder, num_positions: int = 1) -> Steps | None:
     """The decoder's steps with its present weights, if they compute what it does and have so many positions, else None."""
     decoder = model.decoder
-    steps = KEPT.get(decoder)
-    if steps is None or steps.state != Steps.state_of(decoder.parameters()):
-        if decoder in KEPT and steps is None:
-            return None
-        is_new = decoder not in KEPT
-        KEPT[decoder] = steps = attempt(decoder)
-        if is_new and steps is not None and not agree(model, steps):
-            KEPT[decoder] = steps = None
+    if decoder not in KEPT:
+        steps = attempt(decoder)
+        KEPT[decoder] = steps if steps is not None and agree(model, steps) else None
+    elif (steps := KEPT[decoder]) is not None and steps.state != Steps.state_of(decoder.parameters()):
+        KEPT[decoder] = attempt(decoder)
+    steps = KEPT[decoder]
     return steps if steps is not None and num_positions <= len(steps.positions) else None
 
 
@@ -338,7 +336,10 @@ def agree(model: SpeechEncoderDecoder, steps: Steps) -> bool:
     states = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0)).to(weight)
     tokens = torch.arange(6, device=weight.device).view(2, 3) % len(weight)
     encoded = EncodedSpeech(last_hidden_state=states, attention_mask=tokens.new_tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    was_training = model.training
+    model.eval()
     expected = model(encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False).logits
     memory = steps.listen(encoded)
     logits = torch.cat([steps.logits(steps.step(tokens[:, [n]], n, memory)) for n in range(3)], 1)
+    model.train(was_training)
     return bool((logits - expected).abs().max() <= 0.1 * torch.finfo(logits.dtype).eps ** 0.5 * expected.abs().max())

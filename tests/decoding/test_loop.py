@@ -5,7 +5,7 @@ import torch
 from families import DECODERS, TOKENIZER, tiny_decoder
 from tones import END, PAD, START, batch_of, joined
 
-from sedtrain.decoding.generate import DecodingOptions, by_generate, by_loop, decode_batch, steps_of_search
+from sedtrain.decoding.generate import DecodingOptions, by_generate, by_loop, decode_batch, loop_of, steps_of_search
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.models.steps import forget, steps_of
 
@@ -73,6 +73,13 @@ def test_settings_of_the_saved_model_that_the_loop_lacks_are_left_to_generate(be
         assert steps_of_search(bert, DecodingOptions(num_beams=2)) is None
         setattr(bert.generation_config, name, before)
     assert steps_of_search(bert, DecodingOptions(max_new_tokens=513)) is None  # it has 512 positions
+
+
+def test_a_model_in_training_is_driven_and_keeps_its_mode():
+    model = joined(tiny_decoder("bert", options={"hidden_dropout_prob": 0.5})).train()
+    assert loop_of(model, DecodingOptions()) == "sedtrain"
+    assert model.training and model.decoder.training
+    assert loop_of(model, DecodingOptions(do_sample=True)) == "generate"
 
 
 def texts_of(model):
