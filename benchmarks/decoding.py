@@ -189,6 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training with loss=joint on the embedded corpus")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--utterances", type=int, default=250, help="for speed; errors count all")
     parser.add_argument("--speed", action="store_true", help="no errors, speed alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -205,11 +206,13 @@ def main():
         errors(saved, batches)
         print(f"{len(longer)} of three utterances each")
         errors(saved, [batch_of(batches[0], longer[first : first + 8]) for first in range(0, len(longer), 8)])
+    singles, utterances = singles[: options.utterances], utterances[: options.utterances]
+    batches = batches[: max(1, len(batches) * options.utterances // 250)]
     for name, each in (("one at a time", singles), (f"in {len(batches)} batches", batches)):
         print(name)
         speed(saved, stock, each, options.rounds)
     print("order of an evaluation")
-    order(saved, utterances, batches, options.rounds)
+    order(saved, utterances_of(batches), batches, options.rounds)
 
 
 if __name__ == "__main__":
