@@ -7,19 +7,22 @@
                same where three utterances are joined, which is longer than any in training
     calls      of the decoder, on the whole split
     seconds    of one core's time (CPU time, one thread): the median of the rounds, in which the sides take turns
-    times      how many times as fast as greedy search by `generate`, as a whole and without the encoder and the CTC
+    times      how many times as fast as the same search by `stock`, as a whole and without the encoder and the CTC
                head, which all share
+    sorted     an evaluation in batches of utterances of one length, as it makes them, and of a random order
 
 `stock` is `generate` of the class that `transformers` itself loads the folder with. Speed is measured with one
 utterance at a time, and in the batches of an evaluation.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -30,12 +33,14 @@ from sedtrain.config.instantiate import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.decoding.ctc import best_path, lattice_of
 from sedtrain.decoding.generate import decode_batch
-from sedtrain.evaluation.evaluate import metric_set
-from sedtrain.evaluation.intervals import bootstrap_intervals, paired_test
+from sedtrain.evaluation.intervals import confidence_intervals, paired_test
+from sedtrain.evaluation.metrics import TRANSCRIPTION, MetricSet
 from sedtrain.models.saved import load
+from sedtrain.models.steps import Steps
+from sedtrain.text.normalizers import normalizer
 
 SEARCHES = ("greedy", "beam", "joint", "ctc", "rescore", "speculative")
-METRICS = metric_set("transcription", "lowercase")
+METRICS = MetricSet(TRANSCRIPTION, normalizer("lowercase"))
 
 
 def created(group, *overrides):
@@ -76,7 +81,7 @@ def errors(saved, batches):
         options = created("decoding", f"decoding={name}")
         found = [each for batch in batches for each in decode_batch(saved.model, saved.tokenizer, batch, options)]
         counts[name] = METRICS.count(references, [each.texts[0] for each in found])
-        wer = bootstrap_intervals(METRICS, counts[name])["wer"]
+        wer = confidence_intervals(METRICS, counts[name])["wer"]
         line = f"  {name:12} wer {wer.value:.2%} ({wer.low:.2%} to {wer.high:.2%})"
         if name != "greedy":
             test = paired_test(METRICS, counts["greedy"], counts[name])["wer"]
@@ -92,49 +97,91 @@ def sides_of(saved, stock):
         options = created("decoding", f"decoding={name}")
         return lambda batch: [each.ids[0] for each in decode_batch(model, saved.tokenizer, batch, options)]
 
-    def of_transformers(batch):
-        ids = stock.generate(batch.inputs, attention_mask=batch.attention_mask, max_new_tokens=200, do_sample=False)
-        special = {start, model.config.eos_token_id, model.config.pad_token_id}
-        return [[token for token in row if token not in special] for row in ids.tolist()]
+    def by_transformers(**options):
+        def search(batch):
+            ids = stock.generate(batch.inputs, attention_mask=batch.attention_mask, max_new_tokens=200, **options)
+            special = {start, model.config.eos_token_id, model.config.pad_token_id}
+            return [[token for token in row if token not in special] for row in ids.tolist()]
+
+        return search
 
     def encoder(batch):
         best_path(lattice_of(model, model.encode(batch.inputs, batch.attention_mask)), 200)
 
     return {
-        "stock": of_transformers,
+        "stock": by_transformers(do_sample=False),
         "greedy": searched("greedy"),
         "speculative": searched("speculative"),
+        "stock beam": by_transformers(do_sample=False, num_beams=5),
+        "beam": searched("beam"),
         "encoder": encoder,
     }
 
 
-def speed(saved, stock, batches, rounds):
-    """Prints the calls and times of the sides, which take turns."""
-    seconds, ids, calls = defaultdict(list), {}, defaultdict(int)
-    sides = sides_of(saved, stock)
-    for name, decoder in (
-        ("stock", stock.decoder),
-        *((name, saved.model.decoder) for name in ("greedy", "speculative")),
-    ):
-        hook = decoder.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-        ids[name] = [row for batch in batches for row in sides[name](batch)]
-        hook.remove()
+def called(search, model):
+    """What a search returns, and how often it computes a position of the decoder, or a draft."""
+    calls = []
+    hook = model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    with patch.object(Steps, "step", autospec=True, side_effect=Steps.step) as step:
+        found = search()
+    hook.remove()
+    return found, len(calls) + step.call_count
+
+
+def times(sides, batches, rounds):
+    """The median CPU seconds of each side, which take turns with every batch."""
+    seconds = defaultdict(list)
     for number in range(rounds):
-        for name in sides if number % 2 == 0 else reversed(sides):
-            began = time.process_time()
-            for batch in batches:
+        of_round = defaultdict(float)
+        for batch in batches:
+            for name in sides if number % 2 == 0 else reversed(sides):
+                began = time.process_time()
                 sides[name](batch)
-            seconds[name].append(time.process_time() - began)
-    middle = {name: statistics.median(each) for name, each in seconds.items()}
+                of_round[name] += time.process_time() - began
+        for name, each in of_round.items():
+            seconds[name].append(each)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def speed(saved, stock, batches, rounds):
+    """Prints the calls and times of the sides."""
+    sides, ids, calls = sides_of(saved, stock), {}, {}
+    for name in sides:
+        sides[name](batches[0])
+        if name != "encoder":
+            model = stock if name.startswith("stock") else saved.model
+            found = [called(lambda name=name, batch=batch: sides[name](batch), model) for batch in batches]
+            ids[name], calls[name] = [row for rows, _ in found for row in rows], sum(number for _, number in found)
+    middle = times(sides, batches, rounds)
     of_decoder = {name: each - middle["encoder"] for name, each in middle.items()}
     for name in sides:
         line = f"  {name:12} {middle[name]:.2f} s"
         if name != "encoder":
-            same = sum(a == b for a, b in zip(ids[name], ids["greedy"], strict=True))
-            line += f"  {calls[name]} calls  times {middle['greedy'] / middle[name]:.2f}"
-            line += f", decoder alone {of_decoder['greedy'] / of_decoder[name]:.2f}"
-            line += f"  ids of greedy: {same} of {len(ids[name])}"
+            peer = "stock beam" if "beam" in name else "stock"
+            same = sum(a == b for a, b in zip(ids[name], ids[peer], strict=True))
+            line += f"  {calls[name]} calls  times {middle[peer] / middle[name]:.2f} of {peer}"
+            line += f", decoder alone {of_decoder[peer] / of_decoder[name]:.2f}"
+            line += f"  ids of {peer}: {same} of {len(ids[name])}"
         print(line, flush=True)
+
+
+def order(saved, utterances, batches, rounds):
+    """Prints the time of an evaluation in batches of its own order, and in batches of as many utterances drawn at random."""
+    mixed = random.Random(0).sample(utterances, len(utterances))
+    size = -(-len(utterances) // len(batches))
+    drawn = [batch_of(batches[0], mixed[first : first + size]) for first in range(0, len(mixed), size)]
+    options = created("decoding", "decoding=greedy")
+
+    def evaluate(batches):
+        for batch in batches:
+            decode_batch(saved.model, saved.tokenizer, batch, options)
+
+    middle = times({"sorted": evaluate, "random": lambda _: evaluate(drawn)}, [batches], rounds)
+    seconds = [sum(batch.inputs.numel() for batch in each) / 16000 for each in (batches, drawn)]
+    print(
+        f"  sorted {middle['sorted']:.2f} s, random {middle['random']:.2f} s: {middle['random'] / middle['sorted']:.2f} times"
+    )
+    print(f"  padded audio {seconds[0]:.0f} s, {seconds[1]:.0f} s")
 
 
 @torch.inference_mode()
@@ -142,6 +189,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training with loss=joint on the embedded corpus")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--utterances", type=int, default=250, help="for speed; errors count all")
+    parser.add_argument("--speed", action="store_true", help="no errors, speed alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -152,13 +201,18 @@ def main():
     utterances = utterances_of(batches)
     singles = [batch_of(batches[0], [each]) for each in utterances]
     longer = list(joined(utterances, 3))
-    print(f"{len(utterances)} utterances")
-    errors(saved, batches)
-    print(f"{len(longer)} of three utterances each")
-    errors(saved, [batch_of(batches[0], longer[first : first + 8]) for first in range(0, len(longer), 8)])
+    if not options.speed:
+        print(f"{len(utterances)} utterances")
+        errors(saved, batches)
+        print(f"{len(longer)} of three utterances each")
+        errors(saved, [batch_of(batches[0], longer[first : first + 8]) for first in range(0, len(longer), 8)])
+    singles, utterances = singles[: options.utterances], utterances[: options.utterances]
+    batches = batches[: max(1, len(batches) * options.utterances // 250)]
     for name, each in (("one at a time", singles), (f"in {len(batches)} batches", batches)):
         print(name)
         speed(saved, stock, each, options.rounds)
+    print("order of an evaluation")
+    order(saved, utterances_of(batches), batches, options.rounds)
 
 
 if __name__ == "__main__":

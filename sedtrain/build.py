@@ -18,7 +18,7 @@ from sedtrain.data.corpus import learnt_pairs, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.skipped import WHOLE
-from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.outputs import Outputs
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError

@@ -37,7 +37,7 @@ MAP = {"AutoConfig": "beside.Evil", "AutoModel": "beside.Evil", "AutoModelForCau
        "AutoTokenizer": ["beside.Evil", "beside.Evil"], "AutoFeatureExtractor": "beside.Evil"}  # fmt: skip
 DATA = {"_target_": "sedtrain.data.datamodule.SpeechTextDataModule", "path": "data",
         "columns": {"audio": "audio", "transcription": "text"}}  # fmt: skip
-DECODING = {"_target_": "sedtrain.decoding.generate.DecodingOptions", "max_new_tokens": 3}
+DECODING = {"_target_": "sedtrain.decoding.options.DecodingOptions", "max_new_tokens": 3}
 LORA = {
     "peft_type": "LORA",
     "r": 2,

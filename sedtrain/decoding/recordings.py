@@ -11,8 +11,9 @@ import torch
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
 from sedtrain.data.memory import return_freed_memory
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples, activity_of
 from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription

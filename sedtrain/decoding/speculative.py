@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList
 
 from sedtrain.decoding.hypotheses import end_tokens
+from sedtrain.decoding.loop import Task
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -56,6 +57,38 @@ class Speculative:
         return padded([row.text for row in rows], generation_config.pad_token_id).to(input_ids.device)
 
 
+@torch.inference_mode()
+def speculate(task: Task, drafts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows of greedy search, computed behind what is in memory; a wrong draft's slots stay there, and nothing sees them.
+
+    drafts: of each utterance, without end token
+    """
+    steps, ends, num_prompt = task.steps, task.ends, task.prompts.shape[1]
+    found = zip(task.prompts.tolist(), drafts, task.limits.tolist(), strict=True)
+    rows = [Row(n, prompt, [*draft, ends[0]], num_prompt + limit) for n, (prompt, draft, limit) in enumerate(found)]
+    memory = steps.listen(task.encoded)
+    for position in range(num_prompt - 1):
+        steps.step(task.prompts[:, position : position + 1], position, memory)
+    unfinished, seen = rows, torch.zeros(len(rows), num_prompt - 1, device=task.prompts.device)
+    while unfinished:
+        begins = torch.tensor([len(row.text) - 1 for row in unfinished], device=seen.device)
+        tokens = padded([row.guess[len(row.text) - 1 :] for row in unfinished], ends[0]).to(seen.device)
+        order = torch.arange(tokens.shape[1], device=seen.device)
+        own = torch.where(order <= order[:, None], 0.0, -torch.inf).expand(len(tokens), -1, -1)
+        mask = torch.cat([seen[:, None].expand(-1, len(order), -1), own], 2)[:, None]
+        positions = (begins[:, None] + order).clamp(max=len(steps.positions) - 1)
+        choices = steps.logits(steps.step(tokens, positions, memory, mask.to(steps.words.dtype))).argmax(-1).tolist()
+        left = [n for n, row in enumerate(unfinished) if not row.accept(choices[n], ends, len(row.text) - 1)]
+        unfinished = [unfinished[n] for n in left]
+        if unfinished:
+            kept = torch.tensor(left, device=seen.device)
+            written = torch.tensor([len(row.text) - 1 for row in unfinished], device=seen.device) - begins[kept]
+            fresh = torch.where(order < written[:, None], 0.0, -torch.inf)
+            seen = torch.cat([seen[kept], fresh], 1)
+            memory.keep(kept)
+    return [row.text[num_prompt:] for row in rows]
+
+
 @dataclass
 class Row:
     """One utterance: the text that the decoder has written, prompt included, and the draft of what follows.
@@ -72,13 +105,16 @@ class Row:
     def guess(self) -> list[int]:
         return (self.text + self.draft)[: self.limit - 1]
 
-    def accept(self, choices: Sequence[int], ends: Sequence[int]) -> bool:
+    def accept(self, choices: Sequence[int], ends: Sequence[int], first: int = 0) -> bool:
         """Writes what the decoder chooses behind each token of the guess as far as the draft agrees; True if the text ends.
+
+        choices: behind the tokens from the place `first` on
+
 
         Where they differ, the draft goes on behind the decoder's token, or leaves one of its own out for it.
         """
         while True:
-            token = choices[len(self.text) - 1]
+            token = choices[len(self.text) - 1 - first]
             self.text.append(token)
             if token in ends or len(self.text) == self.limit:
                 return True

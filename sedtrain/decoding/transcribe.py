@@ -15,7 +15,7 @@ import soxr
 from numpy.typing import NDArray
 
 from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
-from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription

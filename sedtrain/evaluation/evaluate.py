@@ -13,8 +13,10 @@ import torch
 from sedtrain.batch import Batch, Utterance
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder
+from sedtrain.decoding.searches import loop_of
 from sedtrain.errors import UserError
 from sedtrain.evaluation.bleu import bleu_tokenizer
 from sedtrain.evaluation.intervals import Interval, confidence_intervals
@@ -83,6 +85,8 @@ class Scoring:
         decoder = RecordingDecoder(saved, self.decoding)
         batches = data.batches(self.split, decoder.window_seconds)
         long = data.long_utterances(self.split, decoder.window_seconds)
+        loop = loop_of(saved.model, self.decoding)
+        logger.info("decoding: by the loop of %s", "transformers, generate" if loop == "generate" else loop)
         evaluation = evaluate(decoder, batches, long, self.metric_set)
         results = Results(
             task=self.target,
@@ -91,7 +95,7 @@ class Scoring:
             audio_seconds=evaluation.audio_seconds,
             metrics=evaluation.metrics,
             normalizer=self.metric_set.normalize.label(),
-            decoding=asdict(self.decoding),
+            decoding={**asdict(self.decoding), "loop": loop},
             rtfx=evaluation.rtfx,
             train=train,
             skipped=data.skipped.totals(),

@@ -16,13 +16,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import IGNORE_INDEX, Batch
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import UNSET, UserError
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.steps import forget
 from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients
 from sedtrain.training.optim import build_optimizer, parameter_groups
 from sedtrain.training.strategies import FullySharded
@@ -207,6 +209,7 @@ class SpeechSeq2SeqModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores; raises UserError where no utterance could be decoded."""
+        forget(self.model)
         if self.sharding:
             self.sharding.reshard()
         loss_sum, num_tokens, gain_sum, num_compared = self.over_ranks(self.validation_sums).tolist()

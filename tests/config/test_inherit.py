@@ -51,7 +51,7 @@ def test_only_the_name_of_an_option_is_renamed(old, now):
 
 # --- a run that somebody else has written
 
-SCORED = {"_target_": "sedtrain.decoding.generate.DecodingOptions"}
+SCORED = {"_target_": "sedtrain.decoding.options.DecodingOptions"}
 UNNAMED = ", and nothing that a folder alone names is imported or called"
 
 
@@ -162,7 +162,7 @@ def test_metrics_are_those_of_the_run_and_a_user_s_are_named_again(tmp_path):
         ("a: " + "1" * 600_000, "config.yaml is no YAML of plain values: it is larger than 500,000 bytes"),
         ("- a", "its config.yaml holds no options"),
         ("data: text", "its config.yaml has data='text'"),
-        ("decoding: {2020-01-01: 3, _target_: sedtrain.decoding.generate.DecodingOptions}", "its config.yaml: "),
+        ("decoding: {2020-01-01: 3, _target_: sedtrain.decoding.options.DecodingOptions}", "its config.yaml: "),
     ],
 )  # fmt: skip
 def test_a_configuration_of_more_than_plain_values_is_refused(refused, text, wrong):

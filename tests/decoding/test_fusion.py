@@ -8,7 +8,8 @@ from tones import END, two_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sedtrain.decoding.fusion import Fusion, LanguageModel, language_model, word_beginnings
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import UserError
 from sedtrain.text.tokenizers import train_tokenizer
 

@@ -10,7 +10,8 @@ from tones import batch_of, drawn_texts, joined, train
 
 from sedtrain.decoding.alignment import align
 from sedtrain.decoding.ctc import lattice_of
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import UserError
 
 SEARCHES = [

@@ -9,7 +9,8 @@ from families import TOKENIZER, tiny_decoder
 from tones import AB, END, PAD, START, batch_of, joined, two_tokens
 
 from sedtrain.decoding.ctc import lattice_of
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.options import DecodingOptions
 
 SPOKEN = [token for token in range(len(AB)) if token not in (PAD, END)]
 

@@ -8,8 +8,9 @@ from tones import HOP, SAMPLES, batch_of, drawn_texts, joined, train
 
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
-from sedtrain.decoding.generate import DecodingOptions, decode_batch
+from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.timestamps import FrameTimes, heard_words, timed
 from sedtrain.decoding.transcription import Word
 from sedtrain.models.saved import join

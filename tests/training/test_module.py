@@ -13,7 +13,7 @@ from sedtrain import build
 from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.decoding.generate import DecodingOptions
+from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import evaluate

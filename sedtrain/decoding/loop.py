@@ -1,0 +1,192 @@
+"""Greedy and beam search over the steps of a decoder, with the ids that `generate` of `transformers` writes.
+
+B batch, N beams, S slots of a step (1, or N), K candidates, P prompt, U tokens behind it, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.steps import Memory, Steps
+
+NEVER = -1e9  # the score by which `generate` marks what is no hypothesis
+LOOK_EVERY = 8  # steps between looks for finished texts where a look waits for the device
+STAY = 0.75  # finished utterances leave the batch when at most this part of it is left
+
+
+@dataclass(frozen=True)
+class Task:
+    """Utterances and what bounds and changes their texts.
+
+    prompts: (B, P)
+    limits:  (B,) most tokens behind the prompt
+    ends:    tokens that end a text
+    processors: of scores
+    leaves:  False if processors count the rows of the batch, which finished utterances then do not leave
+    """
+
+    steps: Steps
+    encoded: EncodedSpeech
+    prompts: Tensor
+    limits: Tensor
+    ends: Sequence[int]
+    processors: LogitsProcessorList
+    leaves: bool = True
+
+    def read_prompts(self) -> tuple[Memory, Tensor]:
+        """The memory of the prompts, and the (B, 1, D) states of their last tokens."""
+        memory = self.steps.listen(self.encoded)
+        for position in range(self.prompts.shape[1]):
+            states = self.steps.step(self.prompts[:, position : position + 1], position, memory)
+        return memory, states
+
+    def empty_texts(self) -> Tensor:
+        """(B, P + U) prompts and room for the longest text, full of ends."""
+        room = self.prompts.new_full((len(self.prompts), int(self.limits.max())), self.ends[0])
+        return torch.cat([self.prompts, room], 1)
+
+    def is_end(self, tokens: Tensor) -> Tensor:
+        found = tokens == self.ends[0]
+        for end in self.ends[1:]:
+            found = found | (tokens == end)
+        return found
+
+    def scores(self, states: Tensor, texts: Tensor, *, log: bool) -> Tensor:
+        """(B, S, D) states of the last tokens of (B, S, P + U) texts -> (B, S, V) scores, log-probabilities with `log`."""
+        logits = self.steps.logits(states)
+        if log:
+            logits = logits.float().log_softmax(-1)
+        if not self.processors:
+            return logits
+        scores: Tensor = self.processors(texts.flatten(0, 1), logits.flatten(0, 1).float())
+        return scores.view(*texts.shape[:2], -1)
+
+    def leaving(self, done: Tensor, num_tokens: int) -> Tensor | None:
+        """The (B',) rows that stay, if it is time to look for them; None: all."""
+        if done.device.type != "cpu" and num_tokens % LOOK_EVERY and num_tokens < int(self.limits.max()):
+            return None
+        [left] = torch.nonzero(~done, as_tuple=True)
+        stays = len(left) > (len(done) * STAY if self.leaves else 0)
+        return None if stays else left
+
+
+@torch.inference_mode()
+def greedy(task: Task) -> list[list[int]]:
+    """The most probable tokens of each utterance, step by step, with the end and with what follows it."""
+    memory, states = task.read_prompts()
+    limits, num_prompt = task.limits, task.prompts.shape[1]
+    rows, ids = torch.arange(len(limits), device=limits.device), task.empty_texts()
+    texts, done = ids.clone(), torch.zeros_like(limits, dtype=torch.bool)
+    for position in range(num_prompt, ids.shape[1]):
+        tokens = task.scores(states, ids[:, None, :position], log=False).argmax(-1)
+        ids[:, position] = tokens[:, 0]
+        number = position + 1 - num_prompt
+        done |= task.is_end(tokens[:, 0]) | (number >= limits)
+        if (left := task.leaving(done, number)) is not None:
+            texts[rows] = ids
+            if not len(left):
+                break
+            rows, ids, done, limits, tokens = (each[left] for each in (rows, ids, done, limits, tokens))
+            memory.keep(left)
+        states = task.steps.step(tokens, position, memory)
+    found = zip(texts[:, num_prompt:].tolist(), task.limits.tolist(), strict=True)
+    return [text[:limit] for text, limit in found]
+
+
+@dataclass
+class Beams:
+    """The hypotheses of each utterance: those that go on and those that have ended.
+
+    ids, ended_ids:       (B, N, P + U)
+    scores, ended_scores: (B, N) sums of log-probabilities; divided by length ** length_penalty
+    has_ended:            (B, N) the place among the ended is taken
+    done:                 (B,) no running hypothesis can be better than the ended ones, by the rule of `generate`
+    """
+
+    ids: Tensor
+    scores: Tensor
+    ended_ids: Tensor
+    ended_scores: Tensor
+    has_ended: Tensor
+    done: Tensor
+
+    @classmethod
+    def empty(cls, texts: Tensor, num_beams: int) -> "Beams":
+        """One hypothesis of each utterance, its prompt; the other places are impossible."""
+        ids = texts[:, None].repeat(1, num_beams, 1)
+        scores = torch.full(ids.shape[:2], NEVER, device=ids.device)
+        first = scores.index_fill(1, ids.new_zeros(1), 0.0)
+        has_ended = torch.zeros_like(scores, dtype=torch.bool)
+        return cls(ids, first, ids.clone(), scores, has_ended, has_ended[:, 0].clone())
+
+    def grow(self, log_probs: Tensor, position: int, number: int, task: Task, limits: Tensor, penalty: float) -> Tensor:
+        """Adds a token, the `number`-th of the text, by (B, S, V) log-probabilities; returns (B, N) beams that go on."""
+        num_beams = self.ids.shape[1]
+        num_kept = max(2, 1 + len(task.ends)) * num_beams
+        best, tokens = log_probs.topk(min(num_kept, log_probs.shape[2]))
+        scores, chosen = (best + self.scores[:, :, None]).flatten(1).topk(num_kept)
+        parents, tokens = chosen // best.shape[2], tokens.expand(-1, num_beams, -1).flatten(1).gather(1, chosen)
+        ids = rows_of(self.ids, parents)
+        ids[:, :, position] = tokens
+        at_limit = number >= limits
+        hits = task.is_end(tokens) | at_limit[:, None]
+        if hits.device.type != "cpu" or bool(hits[:, :num_beams].any()):
+            self.end(ids, scores, hits, number**penalty)
+        self.scores, going_on = (scores + hits * NEVER).topk(num_beams)
+        self.ids = rows_of(ids, going_on)
+        worst = torch.where(self.has_ended, self.ended_scores.amin(1, keepdim=True), NEVER)
+        self.done |= (self.scores[:, :1] / number**penalty <= worst).all(1) | at_limit
+        return parents.gather(1, going_on)
+
+    def end(self, ids: Tensor, scores: Tensor, hits: Tensor, length: float) -> None:
+        """Takes those of (B, K) candidates that have ended, if they are among the N best of all and of those."""
+        num_beams = self.ids.shape[1]
+        ends = hits & (torch.arange(hits.shape[1], device=hits.device) < num_beams)
+        scores = scores / length + self.done[:, None] * NEVER + ~ends * NEVER
+        self.ended_scores, order = torch.cat([self.ended_scores, scores], 1).topk(num_beams)
+        self.ended_ids = rows_of(torch.cat([self.ended_ids, ids], 1), order)
+        self.has_ended = torch.cat([self.has_ended, ends], 1).gather(1, order)
+
+    def keep(self, rows: Tensor) -> None:
+        for name, each in vars(self).items():
+            setattr(self, name, each[rows])
+
+
+@torch.inference_mode()
+def beam_search(task: Task, num_beams: int, num_best: int, penalty: float) -> tuple[list[list[list[int]]], Tensor]:
+    """The `num_best` hypotheses of each utterance, with the end and with what follows it, and their (B, num_best) scores.
+
+    penalty: of length, by whose power sums of log-probabilities are divided
+    """
+    memory, states = task.read_prompts()
+    limits, num_prompt = task.limits, task.prompts.shape[1]
+    rows, beams = torch.arange(len(limits), device=limits.device), Beams.empty(task.empty_texts(), num_beams)
+    texts, scores = beams.ended_ids.clone(), beams.ended_scores.clone()
+    own = torch.full((num_beams, num_beams), -torch.inf, device=limits.device).fill_diagonal_(0.0)
+    seen = own.new_zeros(len(limits), num_beams, num_prompt + (texts.shape[2] - num_prompt) * num_beams)  # by each beam
+    for position in range(num_prompt, texts.shape[2]):
+        number = position + 1 - num_prompt
+        log_probs = task.scores(states, beams.ids[:, : states.shape[1], :position], log=True)
+        parents = beams.grow(log_probs, position, number, task, limits, penalty)
+        if (left := task.leaving(beams.done, number)) is not None:
+            texts[rows], scores[rows] = beams.ended_ids, beams.ended_scores
+            if not len(left):
+                break
+            rows, limits, seen, parents = rows[left], limits[left], seen[left], parents[left]
+            beams.keep(left)
+            memory.keep(left)
+        used = memory.length
+        seen[:, :, :used] = rows_of(seen[:, :, :used], parents)
+        seen[:, :, used : used + num_beams] = own
+        seen_now = seen[:, None, :, : used + num_beams].to(states.dtype)
+        states = task.steps.step(beams.ids[:, :, position], position, memory, seen_now)
+    return texts[:, :num_best, num_prompt:].tolist(), scores[:, :num_best]
+
+
+def rows_of(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows `order` (B, K) of (B, N, U)."""
+    return rows.gather(1, order[..., None].expand(-1, -1, rows.shape[2]))

@@ -1,0 +1,95 @@
+"""The options of a search."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sedtrain.annotations import refuse_misfits
+from sedtrain.decoding.pauses import Pauses, activity_of
+from sedtrain.errors import UserError
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction
+
+Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
+OURS = {
+    "search",
+    "ctc_weight",
+    "num_return_sequences",
+    "lm",
+    "lm_weight",
+    "hotwords",
+    "hotword_bonus",
+    "window",
+    "pauses",
+}  # the options that `generate` does not get as they are
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Settings of the search for hypotheses; most names are those of `transformers.GenerationConfig`.
+
+    search: attention: the decoder alone; ctc: CTC alone; joint: both in each step of a beam; rescore: the best texts of CTC by
+        their joint score; speculative: CTC drafts, the decoder verifies, with the ids of greedy search
+    ctc_weight: of CTC in a joint score, (1 - w) · decoder + w · CTC
+    num_return_sequences: texts of each utterance in `decode_batch`
+    max_new_tokens: null: four times the tokens that training texts have in that time, and 16; 200 where the model does not say.
+        With a CTC head, never more than an utterance has frames.
+    top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
+    lm: folder or Hub id of a causal language model, whose log-probabilities of words are added with `lm_weight`
+    hotwords: words and terms that get `hotword_bonus` for each of their tokens, in nats
+    window: seconds that are decoded at once; longer recordings are cut at pauses. None: the longest utterance in training,
+        30 s where that is not known. Never more than the encoder takes
+    pauses: found by `energy`, or by `silero`, silero-vad; auto: that where it is installed
+    """
+
+    search: Search = "attention"
+    num_beams: Count = 1
+    num_return_sequences: Count = 1
+    ctc_weight: Fraction = 0.5
+    do_sample: bool = False
+    max_new_tokens: Count | None = None
+    length_penalty: Exponent = 1.0
+    temperature: Positive = 1.0
+    top_k: CountOrZero = 50
+    top_p: PositiveFraction = 1.0
+    no_repeat_ngram_size: CountOrZero = 0
+    lm: str | None = None
+    lm_weight: NonNegative = 0.3
+    hotwords: Sequence[str] = ()
+    hotword_bonus: NonNegative = 2.0
+    window: Positive | None = None
+    pauses: Pauses = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values out of range, options that do not go together, and a missing silero-vad."""
+        refuse_misfits("decoding.", type(self), vars(self))
+        for option in filter(lambda option: getattr(self, option), ("lm", "hotwords")):
+            if self.search not in ("attention", "joint"):
+                write, python = "write decoding=beam or decoding=joint", "write search='joint', or no search"
+                wrong = f"search={self.search} does not take it"
+                raise UserError(f"decoding.{option}", getattr(self, option), wrong, write, python)
+        if self.do_sample and self.search != "attention":
+            write, python = "write decoding=sample, or decoding.do_sample=false", "write do_sample=False, or no search"
+            raise UserError("decoding.do_sample", True, f"search={self.search} does not sample", write, python)
+        if self.search == "speculative" and self.num_beams > 1:
+            write, python = "write decoding.num_beams=1, or decoding=joint for a beam", "write num_beams=1"
+            raise UserError("decoding.num_beams", self.num_beams, "search=speculative is greedy search", write, python)
+        if self.num_return_sequences > self.num_beams and not self.do_sample:
+            write = f"write decoding.num_beams={self.num_return_sequences} or more"
+            wrong = f"num_beams={self.num_beams} beams end in no more texts than that"
+            raise UserError("decoding.num_return_sequences", self.num_return_sequences, wrong, write)
+        activity_of(self.pauses)
+
+    def generation_kwargs(self) -> dict[str, Any]:
+        """The options that matter for this search: `generate` warns of the others."""
+        sampling = {"temperature", "top_k", "top_p"} if not self.do_sample else set()
+        beams = {"length_penalty"} if self.num_beams == 1 else set()
+        return {name: value for name, value in asdict(self).items() if name not in sampling | beams | OURS}
+
+    def refuse_without_ctc(self, model: SpeechEncoderDecoder) -> None:
+        """Raises UserError for a search that needs a CTC head which the model lacks."""
+        if self.search != "attention" and model.ctc_head is None:
+            wrong = "it needs the CTC head of the model, which was trained without one"
+            write = "write decoding=greedy or decoding=beam, or train with loss=joint loss.ctc_weight=0.3"
+            python = "write search='attention', or load a model that was trained with CTC"
+            raise UserError("decoding.search", self.search, wrong, write, python)
