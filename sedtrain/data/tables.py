@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 Row = dict[str, Any]
 PROBLEM = "_problem"
 """The column that says why a row cannot be used: `reason` or `reason: detail`."""
+MOST_COLUMNS = 1000
 MAX_TEXT_BYTES = 2**24  # of a line, and of a file that holds one text
 NOT_TEXT = "\0object\0"
 """Prefix of a list or an object that stands where others have text."""
@@ -77,12 +78,16 @@ def as_table(rows: Iterable[Row], names: Iterable[str] = ()) -> pa.Table:
     """A table of rows, in which a column whose values have no common type becomes text.
 
     names: columns that it has although no row may have them
+    Raises OtherFormat for more names than a table has: each would be a column as long as all rows.
     """
     columns: dict[str, list[Any]] = {name: [] for name in names}
     num_rows = 0
     for num_rows, row in enumerate(rows, start=1):
         for name, value in row.items():
             column = columns.setdefault(name, [])
+            if len(columns) > MOST_COLUMNS:
+                wrong = f"it has more than {MOST_COLUMNS:,} columns: names of values, perhaps, where names of columns belong"
+                raise OtherFormat(wrong, "write data.path=FILE in which all rows have the same few columns")
             column += [None] * (num_rows - 1 - len(column)) + [value]
     return pa.table({name: as_array(column + [None] * (num_rows - len(column))) for name, column in columns.items()})
 

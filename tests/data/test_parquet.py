@@ -104,6 +104,15 @@ def test_a_saved_dataset_of_endless_lists_is_refused(tmp_path):
         load_rows(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("lines", [["a"] * 3000, ["".join(map(chr, range(97, 123)))]], ids=["in many rows", "in one"])
+def test_a_manifest_of_thousands_of_columns_is_refused(tmp_path, lines):
+    names = iter(range(99_999))
+    rows = [{f"{letter}{next(names)}": 1 for letter in line * (1 if len(lines) > 1 else 100)} for line in lines]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="it has more than 1,000 columns"):
+        load_rows(str(tmp_path), "train")
+
+
 def test_texts_of_a_stream_are_read_a_few_at_a_time(tmp_path):
     path = bomb(tmp_path / "train.parquet", repeated("x" * 3_000_000, 300))
     texts = Shard(str(path), "train", tmp_path / "copies").texts("text")
