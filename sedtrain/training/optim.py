@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
-from sedtrain.ranges import Count, Fraction, FractionBelowOne, NonNegative, Positive, PositiveFraction
+from sedtrain.ranges import CountOrZero, Fraction, FractionBelowOne, NonNegative, Positive, PositiveFraction
 
 
 def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def adamw_8bit(
 @checked("scheduler.")
 def warmed_up(
     optimizer: Optimizer,
-    num_training_steps: Count,
+    num_training_steps: CountOrZero,
     decay: Literal["cosine", "linear", "constant_with_warmup", "inverse_sqrt"] = "cosine",
     warmup_fraction: Fraction = 0.1,
 ) -> LRScheduler:
@@ -81,7 +81,7 @@ def warmed_up(
 @checked("scheduler.")
 def tri_stage(
     optimizer: Optimizer,
-    num_training_steps: Count,
+    num_training_steps: CountOrZero,
     warmup_fraction: Fraction = 0.1,
     hold_fraction: Fraction = 0.4,
     initial_scale: Fraction = 0.01,

@@ -104,7 +104,7 @@ ROWS = [
     ("decoding.num_beams", 0, COUNT),
     ("decoding.num_return_sequences", 0, COUNT),
     ("decoding.ctc_weight", 1.5, FRACTION),
-    ("decoding.max_new_tokens", 0, COUNT),
+    ("decoding.max_new_tokens", 0, f"{COUNT}, or null"),
     ("decoding.no_repeat_ngram_size", -1, COUNT_FROM_0),
     ("decoding.top_k", -1, COUNT_FROM_0),
     ("decoding.temperature", -1, POSITIVE),

@@ -230,7 +230,18 @@ def test_inference_imports_nothing_that_only_training_needs(trained, model, spee
     seconds, had_torch, text, imported = json.loads(ended.stdout)
     assert (seconds < 0.1, had_torch, text) == (True, False, model.transcribe(speech[0], **SHORT))
     assert "torch" in imported
-    training = {"lightning", "hydra", "omegaconf", "datasets", "pandas", "pyarrow", "jiwer", "sacrebleu"}
+    training = {
+        "lightning",
+        "hydra",
+        "omegaconf",
+        "datasets",
+        "pandas",
+        "pyarrow",
+        "jiwer",
+        "sacrebleu",
+        "evaluate",
+        "wandb",
+    }
     assert training & set(imported) == set()
 
 

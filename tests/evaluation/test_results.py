@@ -176,7 +176,7 @@ def test_hypotheses_are_lines_of_json_with_the_counts_of_the_deciding_metric(tmp
             "reference": "A b\u2028c",
             "hypothesis": "a x",
         },
-        **{"score": -0.25, "errors": {"substitutions": 1, "deletions": 1, "insertions": 0, "hits": 1}},
+        **{"score": -0.25, "others": [], "errors": {"substitutions": 1, "deletions": 1, "insertions": 0, "hits": 1}},
     }
     assert json.loads(second)["score"] is None and '"ü' in first
 

@@ -292,7 +292,7 @@ def test_of_several_files_those_that_cannot_be_transcribed_stop_no_other(sedtrai
     ended = sedtrain("task=transcribe", f"checkpoint={trained}", f"audio={tmp_path}", "decoding.max_new_tokens=12")
     assert ended.status == 1
     assert [line.partition("\t")[0] for line in ended.out.splitlines()] == [str(good)]
-    told = ended.err.splitlines()
+    told = [line for line in ended.err.splitlines() if not line.startswith(f"audio={good}")]  # its text is doubtful
     assert [line.partition(": ")[0] for line in told[:-1]] == [f"audio={path}" for path in (bad, cut, empty)]
     assert told[-1] == "3 of 4 files could not be transcribed"
 
