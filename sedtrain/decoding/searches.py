@@ -17,7 +17,7 @@ from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores
 from sedtrain.decoding.loop import Task, beam_search, greedy
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.speculative import Speculative, speculate
+from sedtrain.decoding.speculative import speculate
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import Steps, steps_of
@@ -49,15 +49,9 @@ class Wanted:
 
     def processors(self, ends: list[int]) -> list[LogitsProcessor]:
         """Processors of scores: CTC's in a joint search, and those that were added."""
-        is_joint = self.options.search == "joint" and self.options.ctc_weight and self.lattice is not None
-        joint = [JointScores(self.lattice, self.options.ctc_weight, ends)] if is_joint and self.lattice else []
-        return [*joint, *self.added]
-
-    def drafts(self) -> list[list[int]] | None:
-        """Texts of CTC for a speculative search."""
-        if self.lattice is None or self.options.search != "speculative":
-            return None
-        return [found.ids[0] for found in best_path(self.lattice, self.most)]
+        if self.lattice is None or self.options.search != "joint" or not self.options.ctc_weight:
+            return [*self.added]
+        return [JointScores(self.lattice, self.options.ctc_weight, ends), *self.added]
 
 
 def generated(model: SpeechEncoderDecoder, wanted: Wanted) -> list[Hypotheses]:
@@ -120,7 +114,9 @@ def by_loop(model: SpeechEncoderDecoder, steps: Steps, wanted: Wanted) -> Found:
     """The rows that `generate` would write."""
     options, prompts, ends = wanted.options, wanted.prompts, end_tokens(model.generation_config)
     unknown: list[list[float] | None] = [None] * len(prompts)
-    if (drafts := wanted.drafts()) is not None:
+    if options.search == "speculative":
+        assert wanted.lattice is not None
+        drafts = [found.ids[0] for found in best_path(wanted.lattice, wanted.most)]
         task = Task(steps, wanted.encoded, prompts, wanted.limits, ends, LogitsProcessorList())
         return speculate(task, drafts), unknown
     own = wanted.processors(ends)
@@ -134,7 +130,7 @@ def by_loop(model: SpeechEncoderDecoder, steps: Steps, wanted: Wanted) -> Found:
 
 
 def by_generate(model: SpeechEncoderDecoder, wanted: Wanted) -> Found:
-    """The rows that `generate` writes."""
+    """The rows that `generate` writes; those of a speculative search are those of greedy search, in as many calls."""
     options, prompts, num_best = wanted.options, wanted.prompts, wanted.options.num_return_sequences
     kwargs: dict[str, Any] = {
         **options.generation_kwargs(),
@@ -143,8 +139,6 @@ def by_generate(model: SpeechEncoderDecoder, wanted: Wanted) -> Found:
         "stopping_criteria": StoppingCriteriaList([InTime(prompts.shape[1] + wanted.limits)]),
         "logits_processor": LogitsProcessorList(wanted.processors(end_tokens(model.generation_config))),
     }
-    if (drafts := wanted.drafts()) is not None:
-        kwargs["custom_generate"] = Speculative(drafts, wanted.limits.tolist())
     if is_scored := num_best > 1 and options.num_beams > 1:
         kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(
