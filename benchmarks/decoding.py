@@ -3,7 +3,7 @@
     python -m sedtrain encoder=hubert decoder=bert run_dir=RUN    # the model, about eight minutes
     python benchmarks/decoding.py RUN                             # three minutes
 
-    wer        of each search, and its paired bootstrap test against greedy search on the same utterances; then the
+    wer        of each search, and its paired test against greedy search on the same utterances; then the
                same where three utterances are joined, which is longer than any in training
     calls      of the decoder, on the whole split
     seconds    of one core's time (CPU time, one thread): the median of the rounds, in which the sides take turns
@@ -63,7 +63,8 @@ def batch_of(like, utterances):
     audio, texts = zip(*utterances, strict=True)
     masks = [torch.ones(len(each), dtype=torch.long) for each in audio]
     inputs, mask = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (audio, masks))
-    return replace(like, inputs=inputs, attention_mask=mask, ids=list(texts), texts=list(texts))
+    durations = [len(each) / 16_000 for each in audio]
+    return replace(like, inputs=inputs, attention_mask=mask, ids=list(texts), texts=list(texts), durations=durations)
 
 
 def joined(utterances, number):
