@@ -88,7 +88,10 @@ def length_groups(words: Counts) -> list[str]:
     longest = np.unique(np.quantile(words, np.linspace(0, 1, NUM_LENGTHS + 1)[1:], method="higher"))
     group = np.searchsorted(longest, words)
     ends = {int(each): (int(words[group == each].min()), int(words[group == each].max())) for each in np.unique(group)}
-    names = {each: "–".join(map(str, dict.fromkeys(pair))) + " words" for each, pair in ends.items()}
+    names = {
+        each: "–".join(map(str, dict.fromkeys(pair))) + (" word" if pair[1] == 1 else " words")
+        for each, pair in ends.items()
+    }
     return [names[int(each)] for each in group]
 
 

@@ -108,7 +108,9 @@ def facts(results: Results) -> str:
         "sedtrain": results.versions.get("sedtrain") or "not installed",
         "utterances": f"{results.headline}, {results.audio_seconds / 60:.1f} min of audio",
         "training": cost,
-        "decoding": ", ".join(f"{name} {value}" for name, value in results.decoding.items()),
+        "decoding": ", ".join(
+            f"{name} {value}" for name, value in results.decoding.items() if value not in (None, (), [])
+        ),
         "RTFx": f"{results.rtfx:.1f} s of audio decoded per second",
         "skipped": ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "none",
     }
