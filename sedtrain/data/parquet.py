@@ -4,37 +4,42 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 
+from sedtrain.data.pages import pages_of
 from sedtrain.errors import UserError
 
 ROWS_AT_ONCE = 10_000
 MEMORY = 2**27  # bytes of the rows at once, unless a single row takes more
 ROW_BYTES = 64  # that a row takes at least, whatever it holds
 OF_COLUMN, OF_FILE = 100, 1000  # times that a column, or the copy of a file, may be larger than what is stored of it
-ONCE_EACH = {"PLAIN", "RLE", "BIT_PACKED"}  # encodings that store each cell by itself
 
 
 def batches(
-    file: pa.parquet.ParquetFile, place: str, group: int, columns: Sequence[str] | None = None
+    file: pa.parquet.ParquetFile, content: IO[bytes], place: str, group: int, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a row group, a few at a time. Raises UserError for a column that unfolds beyond what data do.
+    """The rows of a row group, a few at a time. Raises UserError for columns that unfold beyond what data do.
 
+    content: the same file, of which the headers of pages are read
     Other encodings repeat cells, each of which is in the column at least once: no row takes more than the columns.
     """
     stored = file.metadata.row_group(group)
     chunks = [stored.column(number) for number in range(stored.num_columns)]
     chunks = [each for each in chunks if columns is None or each.path_in_schema.split(".")[0] in columns]
-    for each in chunks:
-        size = max(each.total_uncompressed_size, 4 * each.num_values if ".list." in each.path_in_schema else 0)
-        if size > max(MEMORY / 4, OF_COLUMN * each.total_compressed_size):
+    pages = [pages_of(content, each) for each in chunks]
+    for each, its in zip(chunks, pages, strict=True):
+        if its.size > max(MEMORY / 4, OF_COLUMN * each.total_compressed_size):
             part = f"row group {group}, column {each.path_in_schema}"
-            raise unfolds(place, part, size, each.total_compressed_size)
-    repeating = sum(each.total_uncompressed_size for each in chunks if set(each.encodings) - ONCE_EACH)
-    average = sum(each.total_uncompressed_size for each in chunks) // max(1, stored.num_rows)
+            raise unfolds(place, part, its.size, each.total_compressed_size)
+    size, total = sum(each.size for each in pages), sum(each.total_compressed_size for each in chunks)
+    if size > max(MEMORY, OF_COLUMN * total):  # a page of each column is in memory at once
+        raise unfolds(place, f"row group {group}", size, total)
+    repeating = sum(each.size for each in pages if each.is_repeating)
+    average = size // max(1, stored.num_rows)
     num_rows = min(ROWS_AT_ONCE, max(1, MEMORY // max(1, repeating, average)))
     yield from file.iter_batches(num_rows, row_groups=[group], columns=columns)
 

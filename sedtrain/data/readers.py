@@ -139,7 +139,7 @@ def suffix_of(name: str) -> str | None:
 
 def read_parquet(path: Path) -> Iterator[pa.Table]:
     """The rows; those that cannot be read, which is the rest of a row group, are null, with a PROBLEM."""
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with path.open("rb") as content, pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         refuse_twins(schema.names)
         nothing = (schema if PROBLEM in schema.names else schema.append(pa.field(PROBLEM, pa.string()))).empty_table()
@@ -147,7 +147,7 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
         for number in range(file.num_row_groups):
             missing = file.metadata.row_group(number).num_rows
             try:
-                for batch in batches(file, str(path), number):
+                for batch in batches(file, content, str(path), number):
                     yield pa.concat_tables([nothing, pa.Table.from_batches([batch])], promote_options="default")
                     missing -= len(batch)
             except (OSError, pa.ArrowInvalid) as error:

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -76,10 +76,11 @@ class Shard:
                 yield from map(as_text, rows[column])
             return
         try:
-            with fsspec.open(self.place) as file, self.parquet(file) as table:
+            with ExitStack() as opened:
+                content, table = self.parquet(opened)
                 schema, num_rows = table.schema_arrow, table.metadata.num_rows
                 for group in range(table.num_row_groups) if column in schema.names else ():
-                    for batch in batches(table, self.place, group, [column]):
+                    for batch in batches(table, content, self.place, group, [column]):
                         yield from map(as_text, readable_cells(batch.column(column)))
         except UserError:
             raise
@@ -88,12 +89,15 @@ class Shard:
         if num_rows:
             check_columns({"text": column}, datasets.Features.from_arrow_schema(schema), self.place)
 
-    def parquet(self, file: IO[bytes]) -> pa.parquet.ParquetFile:
+    def parquet(self, opened: ExitStack) -> tuple[IO[bytes], pa.parquet.ParquetFile]:
         """The opened file, or a copy of it if its server does not give parts of files."""
+        content = opened.enter_context(fsspec.open(self.place))
         try:
-            return pa.parquet.ParquetFile(file)
+            return content, opened.enter_context(pa.parquet.ParquetFile(content))
         except ValueError:
-            return pa.parquet.ParquetFile(self.fetched() if self.is_remote else self.place)
+            copy = self.fetched() if self.is_remote else Path(self.place)
+            content = opened.enter_context(copy.open("rb"))
+            return content, opened.enter_context(pa.parquet.ParquetFile(content))
 
     def fetch_ahead(self) -> None:
         """Begins to fetch a remote file; an error is reported when the file is needed."""

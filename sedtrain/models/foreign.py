@@ -11,8 +11,9 @@ from sedtrain.errors import UserError
 from sedtrain.plain import plain_value
 
 ADAPTER = "adapter_config.json"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of weights in several files
 SETTINGS = (
-    *("config.json", "generation_config.json"),
+    *("config.json", "generation_config.json", *INDICES),
     *("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", ADAPTER),
 )
 CODE = ("auto_map", "auto_mapping", "custom_pipelines")  # name Python files or modules
@@ -33,7 +34,10 @@ def refuse_code(option: str, name: str, **hub_options: Any) -> None:
             wrong = f"{ADAPTER} makes it matrices of peft, for a base model that it names and that would be fetched"
             merge = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
             raise UserError(option, name, wrong, merge)
-        for key, value in entries(plain_value(file, option, name, write)):
+        values = plain_value(file, option, name, write)
+        if file.name in INDICES and (wrong := fault_of_index(values)):
+            raise UserError(option, name, f"{file.name} {wrong}", f"write {option}=FOLDER saved by save_pretrained")
+        for key, value in entries(values):
             if (key in CODE and value) or (KERNELS.search(key) and "/" in str(value)):
                 wrong = (
                     f"{file.name} has {key}: it asks for Python code from elsewhere, and no code of a model's is run"
@@ -44,6 +48,15 @@ def refuse_code(option: str, name: str, **hub_options: Any) -> None:
                     f"{file.name} has {key}={value}, which would not be built for hours; no model has {MOST_LAYERS:,}"
                 )
                 raise UserError(option, name, wrong, f"write {option}=FOLDER from a source that you trust")
+
+
+def fault_of_index(values: Any) -> str:
+    """The reason why an index of weights is not believed: files of weights lie beside it; "" for none."""
+    weights = values.get("weight_map") if isinstance(values, dict) else None
+    if not (isinstance(weights, dict) and weights and isinstance(values.get("metadata"), dict)):
+        return "names no files of weights"
+    outside = [file for file in weights.values() if not isinstance(file, str) or Path(file).name != file]
+    return f"names {str(outside[0])[:200]!r}, which is no file of weights beside it" if outside else ""
 
 
 def settings_files(name: str, hub_options: dict[str, Any]) -> list[Path]:

@@ -83,6 +83,69 @@ def test_lists_and_shared_beginnings_unfold_too(tmp_path):
     assert refusal(path, load_rows, str(path), "train").startswith(FIRST + "its rows, ")
 
 
+def varint(number, num_bytes=0):
+    """The zigzag integer of Thrift, filled up with zeros to so many bytes."""
+    number, groups = 2 * number, []
+    while number or len(groups) < max(1, num_bytes):
+        groups.append(number & 127)
+        number >>= 7
+    return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
+
+
+def claim(path, facts):
+    """Changes the metadata of a file, which say {true number: claim}; its pages stay as they are."""
+    content = path.read_bytes()
+    begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    footer = content[begin:]
+    for fact, claimed in facts.items():
+        assert varint(fact) in footer
+        footer = footer.replace(varint(fact), varint(claimed, len(varint(fact))))
+    path.write_bytes(content[:begin] + footer)
+    pyarrow.parquet.read_metadata(path)
+
+
+def sizes(path):
+    group = pyarrow.parquet.read_metadata(path).row_group(0)
+    return {group.column(1).total_uncompressed_size: 1000, group.total_byte_size: 1000}
+
+
+def test_metadata_that_claim_less_than_the_pages_hold_are_not_believed(tmp_path):
+    path = bomb(tmp_path / "text.parquet", pa.array(["x" * 100_000_000]), use_dictionary=False)
+    claim(path, sizes(path))
+    assert pyarrow.parquet.read_metadata(path).row_group(0).column(1).total_uncompressed_size == 1000
+    assert refusal(path, load_rows, str(path), "train").startswith(FIRST + "row group 0, column text, ")
+    lists = pa.ListArray.from_arrays(pa.array([0, 50_000_000]), pa.nulls(50_000_000, pa.int8()))
+    path = bomb(tmp_path / "lists.parquet", lists)
+    claim(path, {50_000_000: 1})
+    assert refusal(path, load_rows, str(path), "train").startswith(FIRST + "row group 0, column text.list.")
+    path = bomb(tmp_path / "repeated.parquet", repeated("x" * 3_000_000, 200))
+    encodings, plain = (bytes([0, 6, last, 0x19, 0x18, 4]) + b"text" for last in (2 * 8, 0))
+    path.write_bytes(path.read_bytes().replace(encodings, plain))
+    assert set(pyarrow.parquet.read_metadata(path).row_group(0).column(1).encodings) <= {"PLAIN", "RLE"}
+    assert refusal(path, load_rows, str(path), "train").startswith(FIRST + "its rows, ")
+
+
+def test_many_columns_that_unfold_are_refused_together(tmp_path):
+    path = tmp_path / "train.parquet"
+    table = pa.table({"text": ["x" * 20_000_000]} | {f"c{n}": ["y" * 20_000_000] for n in range(8)})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    assert refusal(path, load_rows, str(path), "train").startswith(FIRST + "row group 0, ")
+
+
+HEADERS = [b"", b"\x15\x00", b"\x15\x00\x15\x00\x15\x01\x00", b"\x1c" * 100, b"\x19\x00", b"\xff" * 100]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+def test_a_page_with_a_header_that_no_writer_makes_breaks_its_row_group(tmp_path, header):
+    path = bomb(tmp_path / "train.parquet", pa.array([f"text {number}" for number in range(100)]))
+    chunk = pyarrow.parquet.read_metadata(path).row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    content[chunk.dictionary_page_offset : chunk.dictionary_page_offset + 100] = header.ljust(100, b"\x15")
+    path.write_bytes(content)
+    [wrong] = set(read_rows(path)[PROBLEM])
+    assert wrong.startswith("broken Parquet: row group 0, a page has ")
+
+
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
 def test_a_packed_manifest_that_unfolds_to_far_more_than_texts_do_is_refused(tmp_path, monkeypatch, compress):
     suffix = {"gzip": "gz", "bz2": "bz2", "lzma": "xz"}[compress.__module__]

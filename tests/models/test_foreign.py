@@ -19,6 +19,7 @@ from sedtrain.models.loading import load_tokenizer
 PACKAGE = Path(sedtrain.__file__).parent
 MAP = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
 CODE = "it asks for Python code from elsewhere, and no code of a model's is run"
+INDEX = "model.safetensors.index.json"
 WRITE = "FOLDER of a model that transformers knows without other code"
 
 
@@ -61,6 +62,11 @@ def test_a_part_with_code_of_its_own_is_refused(tmp_path):
          "config.json has num_hidden_layers=1000000000, which would not be built for hours; no model has 10,000"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/base"},
          "adapter_config.json makes it matrices of peft, for a base model that it names and that would be fetched"),
+        (INDEX, {"metadata": {}, "weight_map": {"a": "b.safetensors", "c": "../d.safetensors"}},
+         f"{INDEX} names '../d.safetensors', which is no file of weights beside it"),
+        (INDEX, {"metadata": {}, "weight_map": {"a": 3}}, f"{INDEX} names '3', which is no file of weights beside it"),
+        (INDEX, {"metadata": {}, "weight_map": {}}, f"{INDEX} names no files of weights"),
+        (INDEX, {"weight_map": {"a": "b.safetensors"}}, f"{INDEX} names no files of weights"),
     ],
 )  # fmt: skip
 def test_each_file_is_searched_in_a_folder_and_in_the_cache_of_the_hub(tmp_path, file, values, wrong):
