@@ -15,6 +15,7 @@ import soxr
 from numpy.typing import NDArray
 
 from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
+from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
 from sedtrain.decoding.recordings import RecordingDecoder
@@ -46,7 +47,7 @@ class Transcriber:
     with_words: bool = False
 
     def __post_init__(self) -> None:
-        self.options.refuse_without_ctc(self.saved.model)
+        refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
         if self.saved.tags is not None:
             self.saved.tags.of(self.language, TASK_OF[self.target])
         elif self.language:

@@ -176,6 +176,25 @@ def test_a_file_that_does_not_exist_is_named(model, tmp_path):
     assert refused == ("audio", "there is no such audio file", "write audio=FILE")
 
 
+@pytest.mark.parametrize(
+    ("asked", "wrong", "write"),
+    [
+        (
+            {"lm": "/no/folder"},
+            "there is no such folder",
+            "write decoding.lm=FOLDER saved by save_pretrained, or a Hub id",
+        ),
+        ({"hotwords": ["two", "Two"]}, "the decoder's tokenizer cannot write 'Two'", "write words of its characters"),
+    ],
+)
+def test_what_a_search_needs_beside_the_model_is_refused_before_any_audio_is_read(model, asked, wrong, write):
+    with pytest.raises(UserError) as refused:
+        Transcriber(model, decoding_options(asked))
+    [error] = refused.value.errors
+    assert (error.option, error.wrong) == (f"decoding.{next(iter(asked))}", wrong)
+    assert error.write.startswith(write) and "size=tiny" not in error.write
+
+
 def test_options_that_cannot_be_are_refused(model, speech):
     option, wrong, write = refusal(model.transcribe, speech[0], num_beam=5)
     assert (option, wrong) == ("num_beam", "decoding has no option 'num_beam'")
