@@ -63,7 +63,8 @@ def batch_of(like, utterances):
     audio, texts = zip(*utterances, strict=True)
     masks = [torch.ones(len(each), dtype=torch.long) for each in audio]
     inputs, mask = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (audio, masks))
-    return replace(like, inputs=inputs, attention_mask=mask, ids=list(texts), texts=list(texts))
+    durations = [len(each) / 16_000 for each in audio]
+    return replace(like, inputs=inputs, attention_mask=mask, ids=list(texts), texts=list(texts), durations=durations)
 
 
 def joined(utterances, number):
