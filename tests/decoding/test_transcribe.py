@@ -79,7 +79,8 @@ def test_the_command_writes_files_of_several_formats_and_reads_standard_input(
     assert words == [[word.text for word in segment.words] for segment in found.segments]
     assert (tmp_path / "texts/a.vtt").read_text(encoding="utf-8").startswith("WEBVTT\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(speech[0].read_bytes())))
-    assert sedtrain(*command, "audio=-").out == f"-\t{found.text}\n"
+    ended = sedtrain(*command, "audio=-")
+    assert ended.out == f"-\t{found.text}\n" and "audio=/" not in ended.err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(100))))
     ended = sedtrain(*command, "audio=-")
     assert ended.status == 2 and "audio = '-'" in ended.err and "cat a.wav | sedtrain" in ended.err
