@@ -127,17 +127,21 @@ def with_last(blocks: Iterable[Samples]) -> Iterator[tuple[Samples, bool]]:
 
 
 def joined(one: Segment, two: Segment) -> tuple[Segment, Segment]:
-    """Segments of overlapping windows with the words that both have only once; they meet in the middle of the overlap."""
+    """Segments of overlapping windows with the words that both have only once; they meet between those, in the overlap."""
     texts = one.text + two.text
     space, split = ("", list) if " " not in texts and UNSPACED.search(texts) else (" ", str.split)
     first, second = split(one.text), split(two.text)
     kept, dropped = seam(first, second)
     one_words = one.words and within(one.words, 0, len("".join(first[:kept])))
     two_words = two.words and within(two.words, len("".join(second[:dropped])), len(two.text))
-    middle = (one.end + two.start) / 2
+    border = (one.end + two.start) / 2
+    if one_words and two_words:
+        border = min(max((one_words[-1].end + two_words[0].start) / 2, two.start), one.end)
+        one_words = tuple(replace(each, start=min(each.start, border), end=min(each.end, border)) for each in one_words)
+        two_words = tuple(replace(each, start=max(each.start, border), end=max(each.end, border)) for each in two_words)
     return (
-        replace(one, text=space.join(first[:kept]), end=middle, words=one_words, others=()),
-        replace(two, text=space.join(second[dropped:]), start=middle, words=two_words, others=()),
+        replace(one, text=space.join(first[:kept]), end=border, words=one_words, others=()),
+        replace(two, text=space.join(second[dropped:]), start=border, words=two_words, others=()),
     )
 
 

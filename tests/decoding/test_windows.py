@@ -181,6 +181,15 @@ def test_words_of_overlapping_windows_are_those_of_their_texts(one, two, words, 
     assert Transcription("a.wav", 7.0, found).text == text
 
 
+def test_words_of_overlapping_windows_follow_each_other_and_stay_in_their_segments():
+    one = Segment("a b", 0.0, 4.0, words=(Word("a", 0.0, 1.0, 0.9), Word("b", 3.2, 3.9, 0.9)))
+    two = Segment("c d", 3.0, 7.0, words=(Word("c", 3.1, 3.6, 0.9), Word("d", 5.0, 6.0, 0.9)))
+    found = joined(one, two)
+    assert [(each.start, each.end) for each in found] == [(0.0, 3.5), (3.5, 7.0)]
+    times = [(word.start, word.end) for each in found for word in each.words]
+    assert times == [(0.0, 1.0), (3.2, 3.5), (3.5, 3.6), (5.0, 6.0)]
+
+
 @pytest.mark.parametrize(("rate", "suffix"), [(16_000, "flac"), (44_100, "wav"), (8_000, "wav"), (48_000, "mp3")])
 def test_blocks_of_a_file_are_its_samples(tmp_path, rate, suffix, monkeypatch):
     monkeypatch.setattr("sedtrain.data.audio.STREAMED", 10_000)
