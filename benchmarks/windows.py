@@ -34,7 +34,7 @@ from sedtrain.models.saved import load
 RATE = 16_000
 PROCESS = """
 import sys, sedtrain
-print(len(sedtrain.transcribe(sys.argv[1], sys.argv[2], pauses="energy").split()))
+print(len(sedtrain.load(sys.argv[1]).transcribe(sys.argv[2], pauses="energy").split()))
 [peak] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(int(peak) // 1024)
 """
@@ -92,7 +92,7 @@ def main():
     saved, data = load(options.run), created("data")
     connect(data, saved, ["test"])
     dataset = data.split("test")
-    utterances = [dataset.decode(reference) for reference in dataset.references]
+    utterances = [dataset.decode(reference) for reference in dataset.kept.references.tolist()]
     audio, texts = [each.audio.numpy() for each in utterances], [each.text for each in utterances]
     longest = saved.max_training_seconds
     joins, joined_texts = zip(*long_utterances(utterances, 3 * longest), strict=True)

@@ -18,6 +18,7 @@ from sedtrain.data.corpus import learnt_pairs, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.skipped import WHOLE
+from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.outputs import Outputs
 from sedtrain.decoding.transcribe import Transcriber
@@ -164,7 +165,7 @@ def training_module(
     scheduler: Callable[..., Any],
 ) -> SpeechSeq2SeqModule:
     """The training step; its optimizer has been made once, so that what it refuses is refused now."""
-    options.refuse_without_ctc(saved.model)
+    refuse_impossible(saved.model, saved.tokenizer, options)
     execution = Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile)
     module = SpeechSeq2SeqModule(
         saved.model, saved.tokenizer, weights, metrics, options, optimizer, scheduler, finetuning.grouped, execution
@@ -261,7 +262,7 @@ def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModu
     saved, data = attempt(saved_model, cfg), attempt(whole_data, cfg)
     attempt(connect, data, saved, [cfg.split])
     made = attempt(scoring, cfg, data)
-    attempt(lambda scoring, saved: scoring.decoding.refuse_without_ctc(saved.model), made, saved)
+    attempt(lambda scoring, saved: refuse_impossible(saved.model, saved.tokenizer, scoring.decoding), made, saved)
     attempt.report()
     return made, saved, data
 

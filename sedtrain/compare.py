@@ -12,7 +12,7 @@ from sedtrain.evaluation.comparison import Comparison, compare_runs
 from sedtrain.evaluation.comparison_page import group_rows, run_rows, write_comparison
 from sedtrain.evaluation.metrics import title_of
 from sedtrain.evaluation.results import without_nan
-from sedtrain.evaluation.scored_runs import ScoredRun
+from sedtrain.evaluation.scored_runs import ScoredRun, printable
 from sedtrain.run_dir import write_whole
 from sedtrain.terminal import saved_files, show, table
 
@@ -41,10 +41,6 @@ def short_names(places: Sequence[Path]) -> list[str]:
     """The last parts of paths that tell them apart, without what a terminal would act on."""
     number = next(n for n in range(1, 1000) if len({each.parts[-n:] for each in places}) == len(places))
     return [printable("/".join(each.parts[-number:])) for each in places]
-
-
-def printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def as_json(comparison: Comparison) -> object:

@@ -3,7 +3,6 @@
 import logging
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ def transcribe(cfg: DictConfig) -> None:
     for path in terminal.with_progress(paths, is_shown=bool(names) or not sys.stdout.isatty()):
         try:
             with stored(path) as file:
-                found = transcriber.transcription_of(file)
-            outputs.write(replace(found, audio=path), names.get(path))
+                found = transcriber.transcription_of(file, name=path)
+            outputs.write(found, names.get(path))
         except UserError as error:
             if len(paths) == 1 or error.option == "out":
                 raise

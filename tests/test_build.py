@@ -171,6 +171,12 @@ def test_a_search_by_ctc_is_refused_before_a_training_without_ctc(built):
     assert [(error.option, error.value) for error in raised.value.errors] == [("decoding.search", "joint")]
 
 
+def test_a_missing_language_model_is_refused_before_a_training(built):
+    with pytest.raises(UserError, match="there is no such folder") as raised:
+        built("+decoding.lm=/no/folder")
+    assert [error.option for error in raised.value.errors] == ["decoding.lm"]
+
+
 def test_heads_that_do_not_divide_the_width_are_a_problem(built):
     with pytest.raises(UserError, match="it does not divide the width, 145"):
         built("+encoder.options.hidden_size=145")

@@ -59,8 +59,8 @@ class LanguageModel:
 
 
 @lru_cache(maxsize=1)
-def language_model(name: str, device: torch.device) -> LanguageModel:
-    """The causal language model of a folder or Hub id. Raises UserError where it is none."""
+def language_model(name: str) -> LanguageModel:
+    """The causal language model of a folder or Hub id, on the CPU. Raises UserError where it is none."""
     with loading("decoding.lm", name):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
@@ -71,7 +71,7 @@ def language_model(name: str, device: torch.device) -> LanguageModel:
         raise UserError("decoding.lm", name, wrong, "write decoding.lm=FOLDER of a causal language model")
     tokenizer = load_tokenizer("decoding.lm", name)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return LanguageModel(model.eval().to(device), tokenizer, end if start is None else start, end)
+    return LanguageModel(model.eval(), tokenizer, end if start is None else start, end)
 
 
 class Fusion(LogitsProcessor):

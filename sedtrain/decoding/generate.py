@@ -40,7 +40,7 @@ def decode_batch(
     with_confidence, with_words: ask CTC how sure it is of the best ones, and where their words are, where there is a head
     The model keeps its mode. Raises UserError for a search that needs a CTC head which the model lacks.
     """
-    options.refuse_without_ctc(model)
+    refuse_impossible(model, tokenizer, options)
     was_training = model.training
     if was_training:  # each change of the mode visits all modules
         model.eval()
@@ -68,6 +68,17 @@ def decode_batch(
         heard = heard_words(model, tokenizer, encoded, found)
         found = [replace(each, words=words) for each, words in zip(found, heard, strict=True)]
     return found
+
+
+def refuse_impossible(
+    model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, options: DecodingOptions
+) -> None:
+    """Raises UserError for a search without its CTC head, no language model, and hot words that cannot be written."""
+    options.refuse_without_ctc(model)
+    if options.lm:
+        language_model(options.lm)
+    if options.hotwords:
+        tree_of(tokenizer, tuple(options.hotwords))
 
 
 def token_limits(
@@ -121,7 +132,9 @@ def added_scores(
     begins = word_beginnings(tokenizer, model.decoder.config.vocab_size, prompts.device)
     place, added = (begins, end_tokens(model.generation_config), prompts.shape[1]), list[LogitsProcessor]()
     if options.lm:
-        added.append(Fusion(language_model(options.lm, prompts.device), options.lm_weight, tokenizer, *place))
+        loaded = language_model(options.lm)
+        loaded.model.to(prompts.device)
+        added.append(Fusion(loaded, options.lm_weight, tokenizer, *place))
     if options.hotwords:
         added.append(HotWords(tree_of(tokenizer, tuple(options.hotwords)), options.hotword_bonus, *place))
     return added

@@ -15,6 +15,7 @@ import soxr
 from numpy.typing import NDArray
 
 from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
+from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
 from sedtrain.decoding.recordings import RecordingDecoder
@@ -46,7 +47,7 @@ class Transcriber:
     with_words: bool = False
 
     def __post_init__(self) -> None:
-        self.options.refuse_without_ctc(self.saved.model)
+        refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
         if self.saved.tags is not None:
             self.saved.tags.of(self.language, TASK_OF[self.target])
         elif self.language:
@@ -63,14 +64,16 @@ class Transcriber:
     def decoder(self) -> RecordingDecoder:
         return RecordingDecoder(self.saved, self.options, self.with_words)
 
-    def transcription_of(self, audio: Audio, sampling_rate: int | None = None) -> Transcription:
-        """The text of a file or of an array with its times. Raises UserError for audio that cannot be read."""
+    def transcription_of(
+        self, audio: Audio, sampling_rate: int | None = None, name: str | None = None
+    ) -> Transcription:
+        """The text of a file or of an array with its times; `name` is shown. Raises UserError for audio that cannot be read."""
         rate = self.decoder.collator.sampling_rate
         if isinstance(audio, np.ndarray):
-            name, blocks = "array", iter([resampled(audio, sampling_rate, rate)])
+            shown, blocks = "array", iter([resampled(audio, sampling_rate, rate)])
         else:
-            name, blocks = str(audio), blocks_of(audio, rate)
-        found = self.decoder.transcription(name, blocks, self.language, TASK_OF[self.target])
+            shown, blocks = str(audio), blocks_of(audio, rate)
+        found = self.decoder.transcription(name or shown, blocks, self.language, TASK_OF[self.target])
         warn(found, [each for each in found.segments if each.cut_at], self.limit)
         warn(found, [each for each in found.segments if each.doubt], doubted)
         return found

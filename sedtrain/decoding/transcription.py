@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sedtrain.text.spacing import UNSPACED
+
 
 @dataclass(frozen=True)
 class Word:
@@ -44,5 +46,9 @@ class Transcription:
 
     @property
     def text(self) -> str:
-        """The texts of all segments."""
-        return " ".join(segment.text for segment in self.segments if segment.text)
+        """The texts of all segments, with spaces between them where their script has some."""
+        text = ""
+        for segment in self.segments:
+            is_spaced = text and segment.text and not (UNSPACED.match(text[-1]) or UNSPACED.match(segment.text[0]))
+            text += f" {segment.text}" if is_spaced else segment.text
+        return text

@@ -6,13 +6,14 @@ A recording is read as a stream; about a minute of it is held at a time. All pos
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sedtrain.decoding.pauses import Activity, Samples, samples_per_hop
-from sedtrain.decoding.transcription import Segment
+from sedtrain.decoding.transcription import Segment, Word
+from sedtrain.text.spacing import UNSPACED
 
 MIN_SPEECH = 3  # hops; shorter sounds are clicks
 MIN_PAUSE = 8  # hops, 0.25 s; shorter ones are inside words
@@ -126,19 +127,29 @@ def with_last(blocks: Iterable[Samples]) -> Iterator[tuple[Samples, bool]]:
 
 
 def joined(one: Segment, two: Segment) -> tuple[Segment, Segment]:
-    """Segments of overlapping windows with the words that both have only once; they meet in the middle of the overlap."""
-    is_spaced = any(" " in each.text for each in (one, two))
-    space, split = (" ", str.split) if is_spaced else ("", list)
+    """Segments of overlapping windows with the words that both have only once; they meet between those, in the overlap."""
+    texts = one.text + two.text
+    space, split = ("", list) if " " not in texts and UNSPACED.search(texts) else (" ", str.split)
     first, second = split(one.text), split(two.text)
     kept, dropped = seam(first, second)
-    middle = (one.end + two.start) / 2
-    if is_spaced:
-        one = replace(one, words=one.words and one.words[:kept])
-        two = replace(two, words=two.words and two.words[dropped:])
+    one_words = one.words and within(one.words, 0, len("".join(first[:kept])))
+    two_words = two.words and within(two.words, len("".join(second[:dropped])), len(two.text))
+    border = (one.end + two.start) / 2
+    if one_words and two_words:
+        border = min(max((one_words[-1].end + two_words[0].start) / 2, two.start), one.end)
+        one_words = tuple(replace(each, start=min(each.start, border), end=min(each.end, border)) for each in one_words)
+        two_words = tuple(replace(each, start=max(each.start, border), end=max(each.end, border)) for each in two_words)
     return (
-        replace(one, text=space.join(first[:kept]), end=middle, others=()),
-        replace(two, text=space.join(second[dropped:]), start=middle, others=()),
+        replace(one, text=space.join(first[:kept]), end=border, words=one_words, others=()),
+        replace(two, text=space.join(second[dropped:]), start=border, words=two_words, others=()),
     )
+
+
+def within(words: Sequence[Word], first: int, last: int) -> tuple[Word, ...]:
+    """The words of the letters `first` to before `last` of a text; a word may hold several where no spaces part words."""
+    ends = [0, *accumulate(len(word.text) for word in words)]
+    pieces = [word.text[max(first - start, 0) : max(last - start, 0)] for word, start in zip(words, ends, strict=False)]
+    return tuple(replace(word, text=piece) for word, piece in zip(words, pieces, strict=True) if piece)
 
 
 def seam(first: Sequence[str], second: Sequence[str]) -> tuple[int, int]:

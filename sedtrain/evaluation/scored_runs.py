@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ MAX_BYTES = 1_000_000_000
 MAX_LINE = 1_000_000  # bytes of an utterance
 WRITE = "write folders of runs that have ended, or of task=evaluate"
 TEXTS, NUMBERS = ("id", "reference", "hypothesis"), ("seconds", "score")
+LARGEST = 1e300  # a number; JSON can spell larger ones, of which Python makes no float
+HALF = re.compile("[\ud800-\udfff]")
+"""Halves of characters, which JSON can spell and no file can hold."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ class ScoredRun:
         names = list(stored["metrics"])
         return cls(
             place,
-            stored["split"],
-            stored.get("data", ""),
+            printable(stored["split"]),
+            printable(stored.get("data", "")),
             [name for name in names if name in METRICS],
-            [name for name in names if name not in METRICS],
-            stored["normalizer"],
-            stored.get("signatures", {}),
+            [printable(name) for name in names if name not in METRICS],
+            printable_values(stored["normalizer"]),
+            printable_values(stored.get("signatures", {})),
             read_utterances(place / "hypotheses.jsonl", folder),
         )
 
@@ -124,10 +126,20 @@ def parsed(line: bytes) -> Utterance | None:
         return None
     known: dict[str, Any] = {each.name: stored.get(each.name) for each in fields(Utterance)}
     for name, value in known.items():
-        if name in NUMBERS:
-            fits = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value))
-        else:
-            fits = isinstance(value, str) or (value is None and name not in TEXTS)
-        if not fits:
+        fits = is_number(value) if name in NUMBERS else isinstance(value, str) and not HALF.search(value)
+        if not (fits or (value is None and name not in TEXTS)):
             return None
     return Utterance(**known)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would act on, and without halves of characters."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def printable_values(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: printable(text) for name, text in texts.items()}

@@ -221,7 +221,7 @@ def loading(option: str, name: str) -> Iterator[None]:
     """
     folder = Path(name).expanduser()
     write = f"write {option}=FOLDER saved by save_pretrained, or a Hub id if the Hub can be reached"
-    if option != "checkpoint":
+    if option.endswith(".checkpoint"):
         write += f", or without {option} size=tiny (random weights, needs no network)"
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not folder.is_dir():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import (
@@ -29,12 +29,18 @@ from sedtrain.text.tokenizers import start_end_pad
 
 MOST_TOKENS = 200  # of a text where nothing is known of its audio
 MORE_THAN_MEAN, SPARE_TOKENS = 4, 16
+MOST_RATE, MOST_SECONDS = 1e4, 1e6  # tokens a second, and seconds, that a model's files may name
+
+
+def is_within(value: object, most: float) -> TypeGuard[float]:
+    """True for a number from 0 to `most`; a stranger's file may hold anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def most_tokens(config: PreTrainedConfig, seconds: float) -> int:
     """Tokens that a text of so many seconds may have: a multiple of those that training texts have in that time."""
     rate = getattr(config, "tokens_per_second", None)
-    if not isinstance(rate, int | float) or not isfinite(rate * seconds):
+    if not is_within(rate, MOST_RATE) or not isfinite(seconds):
         return MOST_TOKENS
     return SPARE_TOKENS + ceil(MORE_THAN_MEAN * rate * seconds)
 
@@ -57,7 +63,7 @@ class SavedModel:
     def max_training_seconds(self) -> float:
         """Length of the longest utterance that it was trained on; infinite where its folder does not say."""
         seconds = getattr(self.model.config, "max_training_seconds", None)
-        return float(seconds) if isinstance(seconds, int | float) else inf
+        return float(seconds) if is_within(seconds, MOST_SECONDS) else inf
 
     @property
     def tags(self) -> Tags | None:

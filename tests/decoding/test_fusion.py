@@ -62,7 +62,7 @@ def test_a_wide_search_finds_the_best_of_all_texts_by_decoder_ctc_and_language_m
 def test_the_scores_of_a_text_add_up_to_its_log_probability(folder):
     text = "ab b aa"
     ids = torch.tensor([[1, *AB(text, add_special_tokens=False)["input_ids"], END]])
-    lm = language_model(str(folder), torch.device("cpu"))
+    lm = language_model(str(folder))
     fusion = Fusion(lm, 1.0, AB, word_beginnings(AB, len(AB), torch.device("cpu")), [END], 1)
     added = [
         fusion(ids[:, :place], torch.zeros(1, len(AB)))[0, ids[0, place]].item() for place in range(1, ids.shape[1])
@@ -91,7 +91,7 @@ def test_a_model_without_tokens_around_a_text_scores_no_first_token(folder):
 
 
 def test_a_text_longer_than_the_positions_is_scored_in_pieces_that_overlap_by_half(folder):
-    lm = language_model(str(folder), torch.device("cpu"))
+    lm = language_model(str(folder))
     ids = [1, *WORDS("ab " * 50, add_special_tokens=False)["input_ids"]]
     scores = 0.0
     for place in range(1, len(ids)):
@@ -112,7 +112,7 @@ def test_searches_that_take_no_other_scores_refuse_them(search, given):
 
 def test_a_folder_without_a_language_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"this folder is no model, it holds no config\.json"):
-        language_model(str(tmp_path), torch.device("cpu"))
+        language_model(str(tmp_path))
 
 
 def test_a_masked_language_model_is_refused(tmp_path):
@@ -122,4 +122,4 @@ def test_a_masked_language_model_is_refused(tmp_path):
     BertLMHeadModel(BertConfig(vocab_size=len(TOKENIZER), **sizes)).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="BertLMHeadModel does not write from left to right"):
-        language_model(str(tmp_path), torch.device("cpu"))
+        language_model(str(tmp_path))

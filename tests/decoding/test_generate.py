@@ -7,12 +7,14 @@ import pytest
 from corpora import wav
 from families import TOKENIZER, tiny_decoder
 from tones import batch_of, drawn_texts, joined, train
+from transformers import PreTrainedConfig
 
 from sedtrain.decoding.alignment import align
 from sedtrain.decoding.ctc import lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import UserError
+from sedtrain.models.saved import MOST_TOKENS, most_tokens
 
 SEARCHES = [
     {}, {"num_beams": 3}, {"search": "joint", "num_beams": 3}, {"search": "joint"}, {"search": "ctc"},
@@ -65,6 +67,11 @@ def test_a_text_has_no_more_tokens_than_frames_and_than_asked(model, search):
         assert [each.ids[0][:limit] for each, limit in zip(longer, most, strict=True)] == [
             each.ids[0] for each in longest
         ]
+
+
+@pytest.mark.parametrize("rate", [-5, float("nan"), float("inf"), 10**400, 1e300, True, "5", None])
+def test_a_rate_that_a_stranger_s_model_cannot_have_bounds_no_text(rate):
+    assert most_tokens(PreTrainedConfig(tokens_per_second=rate), 2.0) == MOST_TOKENS
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

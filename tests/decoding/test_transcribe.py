@@ -79,7 +79,8 @@ def test_the_command_writes_files_of_several_formats_and_reads_standard_input(
     assert words == [[word.text for word in segment.words] for segment in found.segments]
     assert (tmp_path / "texts/a.vtt").read_text(encoding="utf-8").startswith("WEBVTT\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(speech[0].read_bytes())))
-    assert sedtrain(*command, "audio=-").out == f"-\t{found.text}\n"
+    ended = sedtrain(*command, "audio=-")
+    assert ended.out == f"-\t{found.text}\n" and "audio=/" not in ended.err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(100))))
     ended = sedtrain(*command, "audio=-")
     assert ended.status == 2 and "audio = '-'" in ended.err and "cat a.wav | sedtrain" in ended.err
@@ -174,6 +175,25 @@ def test_a_file_that_is_not_as_long_as_it_says_is_refused_with_the_reason(model,
 def test_a_file_that_does_not_exist_is_named(model, tmp_path):
     refused = refusal(model.transcribe, tmp_path / "nowhere.wav")
     assert refused == ("audio", "there is no such audio file", "write audio=FILE")
+
+
+@pytest.mark.parametrize(
+    ("asked", "wrong", "write"),
+    [
+        (
+            {"lm": "/no/folder"},
+            "there is no such folder",
+            "write decoding.lm=FOLDER saved by save_pretrained, or a Hub id",
+        ),
+        ({"hotwords": ["two", "Two"]}, "the decoder's tokenizer cannot write 'Two'", "write words of its characters"),
+    ],
+)
+def test_what_a_search_needs_beside_the_model_is_refused_before_any_audio_is_read(model, asked, wrong, write):
+    with pytest.raises(UserError) as refused:
+        Transcriber(model, decoding_options(asked))
+    [error] = refused.value.errors
+    assert (error.option, error.wrong) == (f"decoding.{next(iter(asked))}", wrong)
+    assert error.write.startswith(write) and "size=tiny" not in error.write
 
 
 def test_options_that_cannot_be_are_refused(model, speech):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sedtrain.data.audio import audio_blocks, read_audio
 from sedtrain.decoding import windows as module
 from sedtrain.decoding.pauses import activity_of, by_energy, samples_per_hop
-from sedtrain.decoding.transcription import Segment
+from sedtrain.decoding.transcription import Segment, Transcription, Word
 from sedtrain.decoding.windows import LONG_PAUSE, MIN_SPEECH, joined, planned, windows_of
 from sedtrain.errors import UserError
 
@@ -151,12 +151,43 @@ def test_silero_hears_neither_noise_nor_silence(monkeypatch):
         ("", "a", ("", "a")),
         ("a", "a", ("a", "")),
         ("一二三四", "三四五六", ("一二三四", "五六")),
+        ("hello", "world", ("hello", "world")),
     ],
 )
 def test_texts_of_overlapping_windows_have_their_common_words_once(one, two, texts):
     found = joined(Segment(one, 0.0, 4.0), Segment(two, 3.0, 7.0))
     assert tuple(each.text for each in found) == texts
     assert [(each.start, each.end) for each in found] == [(0.0, 3.5), (3.5, 7.0)]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "words", "text"),
+    [
+        ("a b c x", "y c d e", (["a", "b", "c"], ["d", "e"]), "a b c d e"),
+        ("一 二 三 四", "三 四 五 六", (["一", "二", "三", "四"], ["五", "六"]), "一二三四五六"),
+        ("一二 三四", "三 四五 六", (["一二", "三四"], ["五", "六"]), "一二三四五六"),
+        ("", "三 四", ([], ["三", "四"]), "三四"),
+    ],
+)
+def test_words_of_overlapping_windows_are_those_of_their_texts(one, two, words, text):
+    spaced = " " if one.isascii() and one else ""
+
+    def segment(written, start):
+        times = [Word(word, start + n, start + n + 1, 0.9) for n, word in enumerate(written.split())]
+        return Segment(spaced.join(written.split()), start, start + 4.0, words=tuple(times))
+
+    found = joined(segment(one, 0.0), segment(two, 3.0))
+    assert tuple([word.text for word in each.words] for each in found) == words
+    assert Transcription("a.wav", 7.0, found).text == text
+
+
+def test_words_of_overlapping_windows_follow_each_other_and_stay_in_their_segments():
+    one = Segment("a b", 0.0, 4.0, words=(Word("a", 0.0, 1.0, 0.9), Word("b", 3.2, 3.9, 0.9)))
+    two = Segment("c d", 3.0, 7.0, words=(Word("c", 3.1, 3.6, 0.9), Word("d", 5.0, 6.0, 0.9)))
+    found = joined(one, two)
+    assert [(each.start, each.end) for each in found] == [(0.0, 3.5), (3.5, 7.0)]
+    times = [(word.start, word.end) for each in found for word in each.words]
+    assert times == [(0.0, 1.0), (3.2, 3.5), (3.5, 3.6), (5.0, 6.0)]
 
 
 @pytest.mark.parametrize(("rate", "suffix"), [(16_000, "flac"), (44_100, "wav"), (8_000, "wav"), (48_000, "mp3")])

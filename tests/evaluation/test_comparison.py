@@ -226,7 +226,8 @@ def test_files_of_a_stranger_are_data_that_is_checked(tmp_path):
     rewritten(tmp_path / "run", (2, {"id": "test-1"}))
     assert "line 3 of" in (message := refused(ScoredRun.read, folder))
     assert "has the id 'test-1' again: utterances cannot be told apart" in message
-    for value in ({"reference": 3}, {"seconds": float("nan")}, {"speaker": []}, {"id": None}):
+    other = [{"reference": 3}, {"seconds": float("nan")}, {"speaker": []}, {"id": None}]
+    for value in (*other, {"seconds": 10**400}, {"score": True}, {"hypothesis": "\ud800"}, {"speaker": "\udfff"}):
         rewritten(tmp_path / "run", (2, {"id": "test-2", "reference": "a", "seconds": 1, "speaker": None} | value))
         assert "line 3 of" in refused(ScoredRun.read, folder)
     for line in ("[" * 100_000, "3", "\udcff", '"' + "a" * 1_000_001):
@@ -240,6 +241,15 @@ def test_files_of_a_stranger_are_data_that_is_checked(tmp_path):
     (tmp_path / "run/results.json").unlink()
     message = refused(ScoredRun.read, folder)
     assert f"runs = '{folder}'\n    there is no file {folder}/results.json\n    write folders of runs" in message
+
+
+def test_names_of_a_stranger_are_shown_without_what_a_terminal_acts_on(tmp_path):
+    changed = {"data": "a\x1b[31mb\ud800", "signatures": {"bleu": "\x07"}, "metrics": {"wer": 1, "own\x1b": 1}}
+    folder = write_run(tmp_path / "run", 0.1, number=4)
+    results = tmp_path / "run/results.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | changed))
+    run = ScoredRun.read(folder)
+    assert (run.data, run.signatures, run.own) == ("a\ufffd[31mb\ufffd", {"bleu": "\ufffd"}, ["own\ufffd"])
 
 
 def test_a_run_is_not_compared_with_itself(runs, tmp_path):
