@@ -28,6 +28,7 @@ from sedtrain.models.loading import (
     attention_of,
     attention_wanted,
     configured,
+    default_config,
     load_config,
     load_tokenizer,
     load_weights,
@@ -80,6 +81,8 @@ def load_decoder(
     """
     name = published_name("decoder", size, checkpoint, {"base": base, "large": large})
     options = dict(options or {})
+    if name is None:
+        refuse_broken(default_config("decoder", model_type))
     config = load_config("decoder", name, model_type, tiny, **options)
     settle_config(config)
     config._attn_implementation = attention
@@ -127,6 +130,11 @@ def take_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
         setattr(config, name, family[name])
 
 
+def refuse_broken(config: PreTrainedConfig) -> None:
+    if config.model_type in BROKEN and type(config).__module__.startswith("transformers."):
+        raise UserError("decoder.model_type", config.model_type, BROKEN[config.model_type], *ALTERNATIVES)
+
+
 def settle_config(config: PreTrainedConfig) -> None:
     """Makes a configuration, in place, that of a decoder alone behind a speech encoder: causal, with cross-attention.
 
@@ -134,8 +142,7 @@ def settle_config(config: PreTrainedConfig) -> None:
     own encoder, which is absent here: they become those of the decoder, and so does the number of tokens.
     Raises UserError for a family that does not work, and if no language is chosen (X-MOD).
     """
-    if config.model_type in BROKEN and type(config).__module__.startswith("transformers."):
-        raise UserError("decoder.model_type", config.model_type, BROKEN[config.model_type], *ALTERNATIVES)
+    refuse_broken(config)
     config.is_decoder = config.add_cross_attention = True
     config.is_encoder_decoder = False
     for name, source in config.attribute_map.items():

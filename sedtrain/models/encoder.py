@@ -19,7 +19,6 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
     PreTrainedConfig,
@@ -37,6 +36,7 @@ from sedtrain.models.loading import (
     attention_of,
     attention_wanted,
     configured,
+    default_config,
     family_of,
     load_config,
     load_weights,
@@ -124,6 +124,8 @@ def load_encoder(
     options = dict(options or {})
     if "mask_time_prob" in options:
         options = with_spec_augment(model_type, options)
+    if name is None:
+        kind_of(encoder_config(default_config("encoder", model_type)))  # refuses what cannot be an encoder
     config = load_config("encoder", name, model_type, tiny, **options)
     config._attn_implementation = attention
     if name is None or not pretrained:
@@ -138,7 +140,7 @@ def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, 
 
     Raises UserError for a family without it; Whisper's is outside of its encoder.
     """
-    config = AutoConfig.for_model(model_type)
+    config = default_config("encoder", model_type)
     if model_type == "whisper" or not hasattr(config, "mask_time_prob"):
         wrong = f"{model_type} has no SpecAugment in its encoder"
         write = "write augment=[speed,gain,noise,time_mask], or an encoder such as wav2vec2, hubert, wavlm or w2v_bert"

@@ -75,9 +75,8 @@ def load_config(
     part: str, name: str | None, model_type: str, tiny: Mapping[str, Any], /, **options: Any
 ) -> PreTrainedConfig:
     """The configuration of checkpoint `name`, else of the family's tiny member; `options` overwrite its values."""
-    if name is None:
-        config = AutoConfig.for_model(model_type)
-    else:
+    config = default_config(part, model_type)
+    if name is not None:
         with loading(f"{part}.checkpoint", name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if model_type == "parakeet_encoder":
@@ -98,8 +97,12 @@ def load_config(
     if unknown:
         close = difflib.get_close_matches(unknown[0], vars(config), n=1)
         wrong = f"{kind} has no such option" + (f"; did you mean {close[0]!r}?" if close else "")
+        where = f"{part}.options" if unknown[0] in options else f"{part}.tiny"
         write = f"write {part}.options.NAME=VALUE with a NAME of {kind}"
-        raise UserError(f"{part}.options.{unknown[0]}", values[unknown[0]], wrong, write)
+        if unknown[0] not in options:
+            option = f"{part}={model_type.replace('-', '_')}"
+            write = f"write {option}, or if no option has that name '~{where}.{unknown[0]}' to leave it out"
+        raise UserError(f"{where}.{unknown[0]}", values[unknown[0]], wrong, write)
     given = {"tiny": {key: each for key, each in values.items() if key not in options}, "options": options}
     refuse_impossible(part, given, type(config)())
     try:
@@ -109,6 +112,18 @@ def load_config(
         raise UserError(f"{part}.options", options, one_line(error, 200), write) from error
     refuse_uneven(part, given, made)
     return made
+
+
+def default_config(part: str, model_type: str) -> PreTrainedConfig:
+    """The configuration of a family as it is. Raises UserError for one that transformers does not know."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        close = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1)
+        wrong = "transformers knows no such family" + (f"; did you mean {close[0]!r}?" if close else "")
+        raise UserError(
+            f"{part}.model_type", model_type, wrong, f"write {part}=OPTION, or a model_type of transformers"
+        )
+    config: PreTrainedConfig = AutoConfig.for_model(model_type)
+    return config
 
 
 def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -24,8 +24,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from sedtrain.errors import UserError
-from sedtrain.models.decoder import BROKEN, as_decoder, settle_config
-from sedtrain.models.encoder import encoder_from_config
+from sedtrain.models.decoder import BROKEN, as_decoder, load_decoder, settle_config
+from sedtrain.models.encoder import encoder_from_config, load_encoder
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -72,10 +72,15 @@ def test_the_decoders_are_found():
 
 @pytest.mark.parametrize("model_type", sorted(BROKEN))
 def test_a_decoder_that_does_not_work_in_transformers_is_refused_before_it_is_built(model_type):
-    with pytest.raises(UserError) as caught:
-        settle_config(AutoConfig.for_model(model_type))
-    assert (caught.value.option, caught.value.value) == ("decoder.model_type", model_type)
-    assert caught.value.wrong == BROKEN[model_type]
+    of_bert = option_file("decoder", "bert")["tiny"]
+    for build in (
+        lambda: settle_config(AutoConfig.for_model(model_type)),
+        lambda: load_decoder(None, model_type, of_bert),
+    ):
+        with pytest.raises(UserError) as caught:
+            build()
+        assert (caught.value.option, caught.value.value) == ("decoder.model_type", model_type)
+        assert caught.value.wrong == BROKEN[model_type]
     assert caught.value.write.startswith("write decoder=bert, roberta, gpt2, bart or mbart, or another decoder")
 
 
@@ -124,6 +129,7 @@ def test_an_encoder_that_takes_no_mask_is_refused_as_configuration_and_as_module
     module = AutoModel.from_config(config)
     for build in (
         lambda: encoder_from_config(config),
+        lambda: load_encoder(config.model_type, option_file("encoder", "hubert")["tiny"]),
         lambda: SpeechEncoderDecoder(encoder=module, decoder=part("bert")),
     ):
         with pytest.raises(UserError) as caught:

@@ -51,6 +51,24 @@ def test_an_option_that_the_family_has_not_is_refused(option, hint):
     assert caught.value.write == "write encoder.options.NAME=VALUE with a NAME of Wav2Vec2Config"
 
 
+def test_sizes_of_another_family_are_named_where_they_stand():
+    with pytest.raises(UserError) as caught:
+        load_config("encoder", None, "speech_to_text", {"conv_dim": [8]})
+    assert (caught.value.option, caught.value.value) == ("encoder.tiny.conv_dim", [8])
+    assert caught.value.write == (
+        "write encoder=speech_to_text, or if no option has that name '~encoder.tiny.conv_dim' to leave it out"
+    )
+
+
+@pytest.mark.parametrize("name", [None, "/nowhere"])
+def test_a_family_that_transformers_does_not_know_is_met_with_the_close_one(name):
+    with pytest.raises(UserError) as caught:
+        load_config("encoder", name, "wav2vec", {})
+    assert (caught.value.option, caught.value.value) == ("encoder.model_type", "wav2vec")
+    assert caught.value.wrong == "transformers knows no such family; did you mean 'wav2vec2'?"
+    assert caught.value.write == "write encoder=OPTION, or a model_type of transformers"
+
+
 # --- weights
 
 WAV2VEC2 = Wav2Vec2Config(
