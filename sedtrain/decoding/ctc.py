@@ -3,6 +3,7 @@
 B batch, T frames, V vocabulary of the CTC head, K prefixes of each utterance, U tokens. All scores are natural logarithms.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 IMPOSSIBLE = -torch.inf
+ELEMENTS_AT_ONCE = 2**24  # scores of all tokens, where those of a few are wanted
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,25 @@ def lattice_of(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Lattice:
     assert model.ctc_head is not None
     logits = model.ctc_head(encoded.encoder_frames)
     return Lattice.of(logits, frames_of(encoded), model.config.pad_token_id, model.config.eos_token_id)
+
+
+def lattice_of_tokens(model: SpeechEncoderDecoder, encoded: EncodedSpeech, columns: Sequence[int]) -> Lattice:
+    """The lattice of the blank, which is the first of `columns`, and of other tokens; never that of all tokens and frames."""
+    assert model.ctc_head is not None and encoded.encoder_frames is not None
+    num_frames, end = frames_of(encoded), model.config.eos_token_id
+    tokens = torch.tensor([columns], device=num_frames.device)
+    size = max(ELEMENTS_AT_ONCE // model.ctc_head.out_features, 1)
+    rows = [
+        torch.cat(
+            [
+                Lattice.of(model.ctc_head(chunk[None]), (number - n * size)[None], columns[0], end).of_tokens(tokens)
+                for n, chunk in enumerate(frames.split(size))
+            ],
+            2,
+        )
+        for frames, number in zip(encoded.encoder_frames, num_frames, strict=True)
+    ]
+    return Lattice(torch.cat(rows).mT.contiguous(), num_frames, 0)
 
 
 def best_path(lattice: Lattice, max_tokens: int) -> list[Hypotheses]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.decoding.alignment import AlignedToken, align
-from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice, frames_of
+from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice, lattice_of_tokens
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.transcription import Word
 from sedtrain.decoding.words import words_in
@@ -23,15 +23,9 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 KALDI_HOP, KALDI_WINDOW = 0.010, 0.025  # seconds, of features whose extractor names no hop
 BLOCKS = 100  # in a second
-QUIET_DB, ABOVE_FLOOR_DB, MOST_DB = (
-    -35.0,
-    3.0,
-    -20.0,
-)  # below the loudest block; above the quietest tenth; the limit of that
+QUIET_DB, ABOVE_FLOOR_DB, MOST_DB = -35.0, 3.0, -20.0  # below the loudest; above the quietest tenth; the limit of that
 GAP = 10  # quiet blocks in a row that end a word; the stop before a "t" has fewer
-DB_PER_BLOCK = (
-    3.0  # by which a border should be quieter for each block that it is away from where CTC heard the next word
-)
+DB_PER_BLOCK = 3.0  # a border should be so much quieter for each block away from where CTC heard the next word
 
 
 # --- frames
@@ -54,18 +48,6 @@ def heard_words(
         None if sure is None or wide is None else joined(tokenizer, text, each.texts[0], sure, wide)
         for each, text, sure, wide in rows
     ]
-
-
-def lattice_of_tokens(model: SpeechEncoderDecoder, encoded: EncodedSpeech, columns: list[int]) -> Lattice:
-    """The lattice of the blank, which is the first of `columns`, and of other tokens; the whole is made row by row."""
-    assert model.ctc_head is not None and encoded.encoder_frames is not None
-    num_frames, end = frames_of(encoded), model.config.eos_token_id
-    tokens = torch.tensor([columns], device=num_frames.device)
-    rows = [
-        Lattice.of(model.ctc_head(frames[None]), number[None], columns[0], end).of_tokens(tokens)
-        for frames, number in zip(encoded.encoder_frames, num_frames, strict=True)
-    ]
-    return Lattice(torch.cat(rows).mT.contiguous(), num_frames, 0)
 
 
 def evened(lattice: Lattice) -> Lattice:

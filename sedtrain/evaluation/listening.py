@@ -15,12 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
 from sedtrain.decoding.alignment import align
-from sedtrain.decoding.ctc import Lattice, frames_of
+from sedtrain.decoding.ctc import lattice_of_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 MOST_SECONDS, MOST_TOKENS = 30.0, 60  # of an utterance that is looked at, of its text
-CHUNK_ELEMENTS = 2**24  # scores of the CTC head that are in memory at once
 
 
 @dataclass(frozen=True)
@@ -86,20 +85,11 @@ def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels:
 def ctc_spans(
     model: SpeechEncoderDecoder, encoded: EncodedSpeech, text: Sequence[int], seconds: float
 ) -> list[tuple[float, float]] | None:
-    """Start and end of each token; only the columns of these tokens are kept of the CTC head's scores."""
+    """Start and end of each token by CTC."""
     if model.ctc_head is None or not text or max(text) >= model.ctc_head.out_features:
         return None
-    num_frames, blank = int(frames_of(encoded)[0]), model.config.pad_token_id
-    columns = sorted({blank, *text})
-    assert encoded.encoder_frames is not None
-    chunks = encoded.encoder_frames[0, :num_frames].split(max(CHUNK_ELEMENTS // model.ctc_head.out_features, 1))
-    of_chunks = (
-        Lattice.of(scores[None], torch.tensor([len(scores)], device=scores.device), blank, model.config.eos_token_id)
-        for scores in map(model.ctc_head, chunks)
-    )
-    log_probs = torch.cat([lattice.log_probs[..., columns].cpu() for lattice in of_chunks], 1)
-    numbers = {column: number for number, column in enumerate(columns)}
-    lattice = Lattice(log_probs, torch.tensor([num_frames]), numbers[blank])
-    [aligned] = align(lattice, [[numbers[token] for token in text]])
-    scale = seconds / num_frames
+    columns = [model.config.pad_token_id, *sorted({*text})]
+    lattice = lattice_of_tokens(model, encoded, columns)
+    [aligned] = align(lattice, [[columns.index(token, 1) for token in text]])
+    scale = seconds / int(lattice.num_frames[0])
     return None if aligned is None else [(token.start * scale, token.end * scale) for token in aligned]

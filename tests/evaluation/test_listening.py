@@ -6,6 +6,7 @@ from families import DECODERS, tiny_decoder
 from pairs import END, LABELS, ours_and_base, part, two_utterances
 from tones import START, batch_of, two_tokens
 
+from sedtrain.decoding import ctc
 from sedtrain.decoding.alignment import align
 from sedtrain.decoding.ctc import lattice_of
 from sedtrain.evaluation import listening
@@ -39,7 +40,7 @@ def test_every_family_gives_attention_weights(name):
 
 @pytest.mark.parametrize("chunk_elements", [1, 2**24])
 def test_times_are_those_of_the_whole_lattice(chunk_elements, monkeypatch):
-    monkeypatch.setattr(listening, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(ctc, "ELEMENTS_AT_ONCE", chunk_elements)
     model, text = two_tokens(), [5, 6, 6, 5]
     batch = batch_of([text])
     found = listen(model, Letters(), batch)
