@@ -75,8 +75,8 @@ def evaluate(cfg: DictConfig) -> None:
 def transcribe(cfg: DictConfig) -> None:
     """Prints or writes the text of every recording; of several, one that cannot be transcribed stops no other."""
     paths = audio_paths(cfg.audio)
-    transcriber, outputs = build.transcriber(cfg), build.outputs(cfg)
-    names, num_failed = outputs.names(paths), 0
+    outputs, num_failed = build.outputs(cfg), 0
+    names, transcriber = outputs.names(paths), build.transcriber(cfg)
     for path in terminal.with_progress(paths, is_shown=bool(names) or not sys.stdout.isatty()):
         try:
             with stored(path) as file:

@@ -19,7 +19,6 @@ READ = ("data", "target", "normalizer", "metrics", "decoding")
 INHERITED = ("encoder", "decoder", "adapter", *READ)
 FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # options of data, and their names in the root
 OLD_NAMES = {"normaliser": "normalizer", "training_normaliser": "training_normalizer"}
-MOVED = {"sedtrain.decoding.generate.DecodingOptions": "sedtrain.decoding.options.DecodingOptions"}
 CODE = ("evaluate", "trust_remote_code")  # of a metric: what of it is loaded and run
 WRITE = "write checkpoint=RUN of a whole run, or checkpoint=RUN/model with data=OPTION"
 
@@ -44,9 +43,6 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
     if not isinstance(of_run, dict):
         raise UserError("checkpoint", config.checkpoint, "its config.yaml holds no options", WRITE)
     of_run |= {OLD_NAMES[str(old)]: of_run[old] for old in of_run.keys() & OLD_NAMES.keys()}
-    match of_run.get("decoding"):
-        case {"_target_": str() as target} if target in MOVED:
-            of_run["decoding"]["_target_"] = MOVED[target]
     match of_run.get("metrics"):
         case {"bleu": {"tokenize": _, **others}, **metrics} if not others and not metrics:
             del of_run["metrics"]  # of a run from before metrics could be chosen

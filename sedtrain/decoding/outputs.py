@@ -185,9 +185,12 @@ class Outputs:
     def names(self, paths: Sequence[str]) -> dict[str, str]:
         """Names of files for recordings, laid out in the folder as the recordings are, without suffix.
 
-        Where two differ by their suffix alone, all keep it.
+        Where two differ by their suffix alone, all keep it. Raises UserError for subtitles of several recordings on a terminal.
         """
         if self.folder is None:
+            if len(paths) > 1 and {"srt", "vtt"} & {*self.formats}:
+                wrong = "subtitles of several recordings do not go to the terminal together"
+                raise UserError("out", None, wrong, "write out=FOLDER")
             return {}
         whole = [os.path.abspath("stdin" if path == "-" else path) for path in paths]
         root = os.path.commonpath([os.path.dirname(path) for path in whole])

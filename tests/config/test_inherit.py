@@ -153,12 +153,6 @@ def test_metrics_are_those_of_the_run_and_a_user_s_are_named_again(tmp_path):
     assert list(evaluated(tmp_path, before).metrics) == ["wer", "cer", "bleu", "chrf"]
 
 
-def test_a_run_from_before_the_options_of_decoding_moved_is_used(tmp_path):
-    before = {"_target_": "sedtrain.decoding.generate.DecodingOptions", "num_beams": 3, "max_new_tokens": 200}
-    config = evaluated(tmp_path, {"decoding": before})
-    assert dict(config.decoding) == {**before, "_target_": "sedtrain.decoding.options.DecodingOptions"}
-
-
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [

@@ -141,3 +141,10 @@ def test_each_format_is_a_file_and_a_folder_that_cannot_be_written_to_is_told(tm
 
 def test_the_formats_are_those_of_the_schema():
     assert tuple(FORMATS) == schema.FORMATS
+
+
+def test_subtitles_of_several_recordings_need_a_folder():
+    with pytest.raises(UserError) as refused:
+        Outputs(("srt",), None, None).names(["a.wav", "b.wav"])
+    assert (refused.value.option, refused.value.write) == ("out", "write out=FOLDER")
+    assert Outputs(("srt",), None, None).names(["a.wav"]) == Outputs(("json",), None, None).names(["a", "b"]) == {}
