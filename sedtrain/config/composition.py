@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from sedtrain.annotations import example, misfits, suggest
 from sedtrain.config.schema import ANNOTATIONS, first_line
-from sedtrain.errors import UserError
+from sedtrain.errors import UNSET, UserError
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
 
@@ -84,6 +84,8 @@ def typed_error(error: OmegaConfBaseException, option: str, value: object) -> Us
     """A key or value that the composed configuration refuses: an override's own, or one in a chosen file."""
     key = str(error.full_key)
     refused, set_by = (value, "") if key == option else (error.value, f" (set by {option}={value})")
+    if value == UNSET:
+        set_by = ""
     write = example(key, "")
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(error.parent_node, DictConfig):
         write = suggest(str(error.key), map(str, error.parent_node.keys()))

@@ -17,6 +17,7 @@ from sedtrain.config.signatures import read_signature
 from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive, Range
 
+MOST_OF_LINE = 200  # characters of another package's message
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", low=0, high=2**32 - 1)]
 FORMATS = ("text", "json", "srt", "vtt")
 DECIDED = {
@@ -337,4 +338,6 @@ def plain(node: DictConfig, key: Any) -> object:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of its message, or the beginning of one that holds whole groups."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= MOST_OF_LINE else f"{line[:MOST_OF_LINE]}..."
