@@ -273,9 +273,7 @@ class Watch(lightning.Callback):
 @pytest.mark.parametrize(
     ("overrides", "validations"),
     [
-        (["trainer.max_steps=4", "trainer.val_check_interval=2"], {2: 1, 4: 1}),
         (["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2"], {2: 1, 4: 1}),
-        (["trainer.max_steps=3", "trainer.accumulate_grad_batches=2"], {3: 1}),
         (["trainer.max_steps=-1", "++trainer.max_epochs=1"], {12: 1}),
         (
             ["trainer.max_steps=6", "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=5"],
