@@ -115,7 +115,8 @@ class Check:
     def searched(self, override: Override) -> list[str]:
         listed, write = override.value(), f"write '{SEARCH_PATH}=[\"file:///FOLDER\"]'"
         if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
-            self.report(SEARCH_PATH, override.get_value_string(), "this is no list of folders", write)
+            written = str(override.input_line).partition("=")[2]  # nothing where the key is deleted
+            self.report(SEARCH_PATH, written, "this is no list of folders", write)
             return []
         local = {
             each: Path(each.removeprefix("file://")) for each in listed if "://" not in each.removeprefix("file://")

@@ -112,6 +112,7 @@ def test_a_comparison_needs_two_runs():
         ("hydra.job.chdir=${encoder}", "hydra.job.chdir", "this reference fails: While dereferencing"),
         ("hydra.searchpath=a b", "hydra.searchpath", "this is no list of folders"),
         ("hydra.searchpath=[a b]", "hydra.searchpath", "no such folder"),
+        ("~hydra.searchpath", "hydra.searchpath", "this is no list of folders"),
         ("=x", "=x", "no option is named"),
         ("+=x", "+=x", "no option is named"),
         ("~", "~", "no option is named"),
