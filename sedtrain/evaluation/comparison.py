@@ -21,7 +21,8 @@ from sedtrain.evaluation.intervals import (
 )
 from sedtrain.evaluation.metrics import Counts, MetricSet, title_of
 from sedtrain.evaluation.origins import Origin, origin
-from sedtrain.evaluation.scored_runs import ScoredRun, Utterance
+from sedtrain.evaluation.results import BestHypothesis, scored_as
+from sedtrain.evaluation.scored_runs import ScoredRun
 from sedtrain.text.normalizers import normalizer
 
 WRITE = "compare runs of the same data, split and normalizer; task=evaluate scores a run again"
@@ -104,18 +105,14 @@ def compare_runs(runs: Sequence[ScoredRun], names: list[str]) -> Comparison:
     references, speakers = [each.reference for each in common], speakers_of(runs, common)
     counts = counts_of_runs(metric_set, references, texts)
     intervals = [confidence_intervals(metric_set, each, speakers) for each in counts]
-    signatures, first = metric_set.signatures(), counts[0]
-    normalized = [title_of(name) for name in metric_set.metrics if name not in signatures]
+    first = counts[0]
     return Comparison(
         names=names,
         split=runs[0].split,
         data=runs[0].data,
         num_utterances=len(common),
         units=str(Units.of(speakers)),
-        scored_as=[
-            *([f"{', '.join(normalized)}: normalizer {' '.join(runs[0].normalizer.values())}"] if normalized else []),
-            *(f"{title_of(name)}: {text}" for name, text in signatures.items()),
-        ],
+        scored_as=scored_as(metric_set.metrics, runs[0].normalizer, metric_set.signatures()),
         values={name: [each[name] for each in intervals] for name in metric_set.metrics},
         differences=differences_of(metric_set, first, counts[1:], speakers),
         ranking=metric_set.ranking(),
@@ -140,7 +137,7 @@ def counts_of_runs(metric_set: MetricSet, references: list[str], texts: list[lis
     return counts
 
 
-def speakers_of(runs: Sequence[ScoredRun], common: Sequence[Utterance]) -> list[str | None]:
+def speakers_of(runs: Sequence[ScoredRun], common: Sequence[BestHypothesis]) -> list[str | None]:
     """The speaker of each utterance, as the first run that knows one has it."""
     return [
         next((run.utterances[each.id].speaker for run in runs if run.utterances[each.id].speaker), None)
@@ -168,7 +165,7 @@ def refuse_different(runs: Sequence[ScoredRun]) -> None:
                 )
 
 
-def refuse_other_references(runs: Sequence[ScoredRun], names: list[str], common: Sequence[Utterance]) -> None:
+def refuse_other_references(runs: Sequence[ScoredRun], names: list[str], common: Sequence[BestHypothesis]) -> None:
     for run in runs[1:]:
         other = [each.id for each in common if run.utterances[each.id].reference != each.reference]
         if other:

@@ -10,10 +10,10 @@ Shapes: N utterances, K counts (the words of the reference, at least 1, then the
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -269,3 +269,11 @@ class CorpusMetrics:
     def compute(self) -> dict[str, float]:
         own = self.metric_set.own_values([text[0] for text in self.texts], [text[1] for text in self.texts])
         return {name: float(value) for name, value in self.metric_set.values(self._counts).items()} | own
+
+
+def word_pairs(reference: str, hypothesis: str, normalize: Normalizer) -> Iterator[tuple[str, str]]:
+    """The words in pairs, as the word error rate pairs them; "" for none."""
+    words = normalize(reference).split(), normalize(hypothesis).split()
+    for edit in Levenshtein.opcodes(*words):
+        sides = words[0][edit.src_start : edit.src_end], words[1][edit.dest_start : edit.dest_end]
+        yield from zip_longest(*sides, fillvalue="")

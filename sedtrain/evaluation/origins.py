@@ -4,18 +4,15 @@ Shapes: N utterances, K counts.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
-import numpy as np
-from rapidfuzz.distance import Levenshtein
-
-from sedtrain.evaluation.metrics import Counts, MetricSet
-from sedtrain.evaluation.scored_runs import Utterance
+from sedtrain.evaluation.groups import by_number
+from sedtrain.evaluation.metrics import Counts, MetricSet, word_pairs
+from sedtrain.evaluation.results import BestHypothesis
 from sedtrain.text.normalizers import Normalizer
 
-NUM_LENGTHS, NUM_GROUPS, NUM_CONFUSIONS, NUM_CHANGED = 6, 12, 12, 20
+NUM_GROUPS, NUM_CONFUSIONS, NUM_CHANGED = 12, 12, 20
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Group:
 class Change:
     """An utterance that two runs write differently; values of the metric that ranks utterances."""
 
-    utterance: Utterance
+    utterance: BestHypothesis
     hypothesis: str
     first: float
     other: float
@@ -55,7 +52,7 @@ class Origin:
 
 def origin(
     metric_set: MetricSet,
-    utterances: Sequence[Utterance],
+    utterances: Sequence[BestHypothesis],
     speakers: Sequence[str | None],
     hypotheses: Sequence[str],
     first: Counts,
@@ -84,15 +81,12 @@ def origin(
 
 
 def length_groups(words: Counts) -> list[str]:
-    """The group of each utterance, of about equal size, such as `4–6` words of the reference."""
-    longest = np.unique(np.quantile(words, np.linspace(0, 1, NUM_LENGTHS + 1)[1:], method="higher"))
-    group = np.searchsorted(longest, words)
-    ends = {int(each): (int(words[group == each].min()), int(words[group == each].max())) for each in np.unique(group)}
-    names = {
-        each: "–".join(map(str, dict.fromkeys(pair))) + (" word" if pair[1] == 1 else " words")
-        for each, pair in ends.items()
-    }
-    return [names[int(each)] for each in group]
+    """The group of each utterance, of about equal size, such as `4–6 words` of the reference."""
+    names = [""] * len(words)
+    for span, rows in by_number(words.tolist()):
+        for row in rows:
+            names[row] = f"{span} word{'' if span == '1' else 's'}"
+    return names
 
 
 def groups_of(
@@ -129,10 +123,3 @@ def changed_confusions(texts: Iterable[tuple[str, str, str]], normalize: Normali
     before, after = counts
     most = sorted({*before, *after}, key=lambda pair: (-abs(after[pair] - before[pair]), pair))[:NUM_CONFUSIONS]
     return [(*pair, before[pair], after[pair]) for pair in most if before[pair] != after[pair]]
-
-
-def word_pairs(reference: str, hypothesis: str, normalize: Normalizer) -> Iterator[tuple[str, str]]:
-    words = normalize(reference).split(), normalize(hypothesis).split()
-    for edit in Levenshtein.opcodes(*words):
-        sides = words[0][edit.src_start : edit.src_end], words[1][edit.dest_start : edit.dest_end]
-        yield from zip_longest(*sides, fillvalue="")

@@ -5,19 +5,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
 
 from sedtrain.evaluation import html
 from sedtrain.evaluation.groups import scores_by_group
 from sedtrain.evaluation.listening import MOST_SECONDS, Listening
-from sedtrain.evaluation.metrics import METRICS, MetricSet
+from sedtrain.evaluation.metrics import METRICS, MetricSet, word_pairs
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, percent
 from sedtrain.run_dir import write_whole
-from sedtrain.text.normalizers import Normalizer, normalizer
+from sedtrain.text.normalizers import normalizer
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ def write_report(
     if metrics_csv and metrics_csv.exists():
         sections.append(learning_curves(metrics_csv))
     if evaluation.hypotheses:
-        pairs = [align(utterance, normalize) for utterance in evaluation.hypotheses]
+        pairs = [list(word_pairs(each.reference, each.hypothesis, normalize)) for each in evaluation.hypotheses]
         values = metric_set.values(evaluation.counts)[ranking]
         badness = 1 - values if METRICS[ranking].higher_is_better else values
         order = sorted(range(len(pairs)), key=lambda index: (-badness[index], -len(pairs[index])))
@@ -66,18 +64,6 @@ def write_report(
             worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of, worst),
         ]
     write_whole(path, html.page(title, "\n".join(sections)))
-
-
-def align(utterance: Hypothesis, normalize: Normalizer) -> list[WordPair]:
-    """The words in pairs, as the word error rate pairs them."""
-    reference, hypothesis = normalize(utterance.reference).split(), normalize(utterance.hypothesis).split()
-    return [
-        pair
-        for edit in Levenshtein.opcodes(reference, hypothesis)
-        for pair in zip_longest(
-            reference[edit.src_start : edit.src_end], hypothesis[edit.dest_start : edit.dest_end], fillvalue=""
-        )
-    ]
 
 
 def kind(pair: WordPair) -> str:

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,11 +22,10 @@ PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapid
 
 
 @dataclass(frozen=True)
-class Hypothesis:
+class BestHypothesis:
     """An utterance's reference, and what the model wrote; speaker, language and seconds where they are known.
 
-    score:  by which the search ranks texts; None if it computes none
-    others: the next best texts of n-best search, with their scores
+    score: by which the search ranks texts; None if it computes none
     """
 
     id: str
@@ -36,6 +35,12 @@ class Hypothesis:
     language: str | None = None
     seconds: float | None = None
     score: float | None = None
+
+
+@dataclass(frozen=True)
+class Hypothesis(BestHypothesis):
+    """With `others`, the next best texts of n-best search and their scores."""
+
     others: tuple[tuple[str, float | None], ...] = ()
 
 
@@ -149,11 +154,8 @@ class Results:
         ]
 
     def scored_as(self) -> list[str]:
-        """How texts were compared, a line for the metrics of normalized texts and one for each of sacrebleu's."""
-        normalized = [title_of(name) for name in self.metrics if name not in self.signatures]
-        normalizer = f"{', '.join(normalized)}: normalizer {' '.join(self.normalizer.values())}"
-        signed = [f"{title_of(name)}: {text}" for name, text in self.signatures.items()]
-        return [*([normalizer] if normalized else []), *signed]
+        """How texts were compared, see `scored_as`."""
+        return scored_as(self.metrics, self.normalizer, self.signatures)
 
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
@@ -175,6 +177,14 @@ class Results:
         except (TypeError, KeyError, AttributeError):
             wrong = f"{path} holds no results: expected the keys {', '.join(each.name for each in fields(cls))}"
         raise UserError("run_dir", str(path.parent), wrong, "write the folder of a run that has ended")
+
+
+def scored_as(names: Iterable[str], normalizer: Mapping[str, str], signatures: Mapping[str, str]) -> list[str]:
+    """How texts are compared, a line for the metrics of normalized texts and one for each of sacrebleu's."""
+    normalized = [title_of(name) for name in names if name not in signatures]
+    line = f"{', '.join(normalized)}: normalizer {' '.join(normalizer.values())}"
+    signed = [f"{title_of(name)}: {text}" for name, text in signatures.items()]
+    return [*([line] if normalized else []), *signed]
 
 
 def percent(fraction: float) -> str:

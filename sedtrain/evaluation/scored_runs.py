@@ -9,6 +9,7 @@ from typing import Any
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS
+from sedtrain.evaluation.results import BestHypothesis
 from sedtrain.plain import plain_value
 from sedtrain.text.normalizers import NORMALIZERS
 
@@ -19,19 +20,6 @@ TEXTS, NUMBERS = ("id", "reference", "hypothesis"), ("seconds", "score")
 LARGEST = 1e300  # a number; JSON can spell larger ones, of which Python makes no float
 HALF = re.compile("[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and no file can hold."""
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A line of hypotheses.jsonl, without its counts."""
-
-    id: str
-    reference: str
-    hypothesis: str
-    speaker: str | None = None
-    language: str | None = None
-    seconds: float | None = None
-    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class ScoredRun:
     own: list[str]
     normalizer: Mapping[str, str]
     signatures: Mapping[str, str]
-    utterances: Mapping[str, Utterance]
+    utterances: Mapping[str, BestHypothesis]
 
     @property
     def tokenize(self) -> str:
@@ -95,10 +83,10 @@ def is_results(stored: Any) -> bool:
     return all(isinstance(each, str) for each in texts) and stored["normalizer"].get("name") in NORMALIZERS
 
 
-def read_utterances(file: Path, folder: str) -> dict[str, Utterance]:
+def read_utterances(file: Path, folder: str) -> dict[str, BestHypothesis]:
     if file.stat().st_size > MAX_BYTES:
         raise UserError("runs", folder, f"{file} is larger than {MAX_BYTES:,} bytes", WRITE)
-    utterances: dict[str, Utterance] = {}
+    utterances: dict[str, BestHypothesis] = {}
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_LINE + 1):
@@ -116,7 +104,7 @@ def read_utterances(file: Path, folder: str) -> dict[str, Utterance]:
     return utterances
 
 
-def parsed(line: bytes) -> Utterance | None:
+def parsed(line: bytes) -> BestHypothesis | None:
     """None for a line that is no utterance."""
     try:
         stored = json.loads(line) if len(line) <= MAX_LINE else None
@@ -124,12 +112,12 @@ def parsed(line: bytes) -> Utterance | None:
         return None
     if not isinstance(stored, dict):
         return None
-    known: dict[str, Any] = {each.name: stored.get(each.name) for each in fields(Utterance)}
+    known: dict[str, Any] = {each.name: stored.get(each.name) for each in fields(BestHypothesis)}
     for name, value in known.items():
         fits = is_number(value) if name in NUMBERS else isinstance(value, str) and not HALF.search(value)
         if not (fits or (value is None and name not in TEXTS)):
             return None
-    return Utterance(**known)
+    return BestHypothesis(**known)
 
 
 def is_number(value: Any) -> bool:
