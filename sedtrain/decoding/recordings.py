@@ -18,6 +18,7 @@ from sedtrain.decoding.pauses import Samples, activity_of
 from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.decoding.windows import Window, joined, windows_of
+from sedtrain.models.int8 import in_int8
 from sedtrain.models.saved import SavedModel
 
 DEFAULT_SECONDS = 30.0
@@ -33,6 +34,10 @@ class RecordingDecoder:
     saved: SavedModel
     options: DecodingOptions
     with_words: bool = False
+
+    def __post_init__(self) -> None:
+        if self.options.int8:
+            object.__setattr__(self, "saved", replace(self.saved, model=in_int8(self.saved.model)))
 
     @cached_property
     def collator(self) -> Collator:

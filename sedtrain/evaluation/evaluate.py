@@ -85,7 +85,7 @@ class Scoring:
         decoder = RecordingDecoder(saved, self.decoding)
         batches = data.batches(self.split, decoder.window_seconds)
         long = data.long_utterances(self.split, decoder.window_seconds)
-        loop = loop_of(saved.model, self.decoding)
+        loop = loop_of(decoder.saved.model, self.decoding)
         logger.info("decoding: by the loop of %s", "transformers, generate" if loop == "generate" else loop)
         evaluation = evaluate(decoder, batches, long, self.metric_set)
         results = Results(

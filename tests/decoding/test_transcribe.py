@@ -23,7 +23,7 @@ from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.outputs import show
 from sedtrain.decoding.transcribe import Transcriber, decoding_options
 from sedtrain.errors import UserError
-from sedtrain.models import SpeechEncoderDecoder
+from sedtrain.models import SpeechEncoderDecoder, int8
 from sedtrain.models.saved import join
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +194,14 @@ def test_what_a_search_needs_beside_the_model_is_refused_before_any_audio_is_rea
     [error] = refused.value.errors
     assert (error.option, error.wrong) == (f"decoding.{next(iter(asked))}", wrong)
     assert error.write.startswith(write) and "size=tiny" not in error.write
+
+
+def test_8_bits_decode_a_copy_of_the_model(model, speech, monkeypatch):
+    monkeypatch.setattr(int8, "FOR_FRAMES", 1)
+    asked = Transcriber(model, decoding_options({**SHORT, "int8": True}))
+    assert any(isinstance(each, int8.Int8Linear) for each in asked.decoder.saved.model.modules())
+    assert not any(isinstance(each, int8.Int8Linear) for each in model.model.modules())
+    assert asked.transcription_of(speech[0]).text == asked.transcription_of(speech[1], 16_000).text
 
 
 def test_options_that_cannot_be_are_refused(model, speech):
