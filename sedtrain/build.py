@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
+from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import learnt_pairs, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
@@ -278,11 +279,17 @@ def transcriber(cfg: DictConfig) -> Transcriber:
     """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
-    make = partial(Transcriber, with_words=outputs(cfg).formats != ("text",))
+    make = partial(Transcriber, with_words=outputs(cfg).formats != ("text",), bounds=attempt(bounds_of, cfg))
     made: Transcriber = attempt(make, saved, options, cfg.data.get("language"), cfg.target)
     attempt.report()
     saved.model.to(device(cfg))
     return made
+
+
+def bounds_of(cfg: DictConfig) -> Bounds:
+    """The bounds of a batch, as `data` has them."""
+    data, names = resolved(cfg.data), ("batch_seconds", "batch_tokens", "num_buckets", "batches")
+    return Bounds.of(**{name: data[name] for name in names if name in data})
 
 
 def outputs(cfg: DictConfig) -> Outputs:

@@ -6,7 +6,6 @@ import platform
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 from sedtrain.annotations import checked
 from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.augment import Augment
-from sedtrain.data.buckets import Bounds, buckets_of
+from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Parts, SplitDataset
@@ -120,7 +119,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     block_utterances: how many utterances of a stream are shuffled and batched together
     batch_seconds, batch_tokens: audio and, if given, target tokens per batch and rank, padding included
     num_buckets: how many ranges of lengths there are at most; a batch has utterances of one range
-    batches: bounds training batches instead of these three: a file of task=fit_batches, or a list of buckets, each with
+    batches: bounds batches instead of these three: a file of task=fit_batches, or a list of buckets, each with
         the `seconds` and target `tokens` that its utterances have at most, and how many `utterances` make a batch
     min_seconds, max_seconds: shorter and longer utterances are skipped in training. Validation during training takes
         utterances up to the longer of `batch_seconds` and 4 times `max_seconds`, which the memory has to hold. Scoring
@@ -175,8 +174,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             write = "write data.mix.NAME.weight of each dataset, or data.streaming=false"
             raise UserError("data.temperature", temperature, wrong, write)
         self.tags, self.block_utterances = tags, block_utterances
-        buckets = None if batches is None else buckets_of(batches)
-        self.bounds = Bounds(batch_seconds, batch_tokens, num_buckets, buckets)
+        self.bounds = Bounds.of(batch_seconds, batch_tokens, num_buckets, batches)
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
@@ -205,20 +203,19 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     ) -> BatchesWithEpoch:
         """Batches of a split, with `over_ranks` those of this rank; their bounds allow for audio that augmentation lengthens.
 
-        Only training, which shuffles, is bounded by `data.batches`; most: longer utterances, in seconds, are in none.
+        most: longer utterances, in seconds, are in none
         """
         kept = dataset.kept
         used = slice(None) if most == inf else np.round(kept.seconds, 2) <= most
         trainer = self.trainer if over_ranks else None
-        bounds = self.bounds if shuffle else replace(self.bounds, buckets=None)
         batches = DurationBatches(
             dataset.longest * kept.seconds[used],
-            bounds,
+            self.bounds,
             shuffle=shuffle,
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             num_ranks=trainer.world_size if trainer else 1,
-            tokens=dataset.all_num_tokens()[used] if bounds.count_tokens else None,
+            tokens=dataset.all_num_tokens()[used] if self.bounds.count_tokens else None,
         )
         return BatchesWithEpoch(batches, kept.references[used])
 

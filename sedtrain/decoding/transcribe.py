@@ -5,7 +5,7 @@ S samples.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import soxr
 from numpy.typing import NDArray
 
 from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
+from sedtrain.data.buckets import Bounds
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
@@ -36,6 +37,7 @@ class Transcriber:
 
     of_decoding: what names of DecodingOptions begin with where the user writes them, for messages
     with_words: look for words and their times, which takes a CTC head; a warning is logged where there is none
+    bounds: of a batch of windows
     Raises UserError where the model never learnt to write what `target` and `language` ask for, or to search so.
     """
 
@@ -45,6 +47,7 @@ class Transcriber:
     target: str = "transcription"
     of_decoding: str = "decoding."
     with_words: bool = False
+    bounds: Bounds = field(default_factory=Bounds)
 
     def __post_init__(self) -> None:
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
@@ -62,7 +65,7 @@ class Transcriber:
 
     @cached_property
     def decoder(self) -> RecordingDecoder:
-        return RecordingDecoder(self.saved, self.options, self.with_words)
+        return RecordingDecoder(self.saved, self.options, self.with_words, self.bounds)
 
     def transcription_of(
         self, audio: Audio, sampling_rate: int | None = None, name: str | None = None
@@ -129,7 +132,7 @@ def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> Sampl
 
 def decoding_options(options: Mapping[str, Any]) -> DecodingOptions:
     """Raises UserError for each option that is unknown, and each value that does not fit."""
-    known = [field.name for field in fields(DecodingOptions)]
+    known = [each.name for each in fields(DecodingOptions)]
     write = f"write one of {', '.join(known)}"
     unknown = [
         UserError(name, value, f"decoding has no option {name!r}", write)

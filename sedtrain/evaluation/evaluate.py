@@ -82,7 +82,7 @@ class Scoring:
         train: what the training cost, where there was one
         """
         saved.model.to(self.device)
-        decoder = RecordingDecoder(saved, self.decoding)
+        decoder = RecordingDecoder(saved, self.decoding, bounds=data.bounds)
         batches = data.batches(self.split, decoder.window_seconds)
         long = data.long_utterances(self.split, decoder.window_seconds)
         loop = loop_of(decoder.saved.model, self.decoding)

@@ -3,7 +3,6 @@
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from rich.bar import Bar
@@ -17,7 +16,6 @@ from sedtrain.evaluation import html
 from sedtrain.inspection import summary
 from sedtrain.inspection.splits import SplitEntries, playable
 from sedtrain.inspection.summary import Histogram, Inspection, Sounds, SplitSummary
-from sedtrain.run_dir import write_whole
 
 DRAWN = ("seconds", "characters", "characters per second")
 NUM_NAMES = 5  # shown of many speakers, languages, datasets or characters
@@ -60,20 +58,17 @@ def write_page(path: Path, inspection: Inspection, splits: Iterable[SplitEntries
     by_name = {split.split: split for split in splits}
     strangest = [(by_name[strange.split], strange.number) for strange in inspection.strangest]
     sounds = [playable(split.parts, split.entries[number]) for split, number in strangest]
-    title = f"Inspection: {inspection.name}"
-    body = "\n".join([f"<h1>{escape(title)}</h1>", *map(on_page, sections(inspection, sounds))])
-    write_whole(path, html.page(title, body))
+    html.write_page(path, f"Inspection: {inspection.name}", map(on_page, sections(inspection, sounds)))
 
 
 def on_page(section: Section) -> str:
     """Renders one section as HTML."""
-    content = f'<p class="quiet">{escape(section.note)}</p>' if section.note else ""
+    content = html.quiet(section.note) if section.note else ""
     if section.headings and section.rows:
         table = html.table(section.headings, section.texts(), section.num_texts, section.sounds)
-        content += f'<div class="wide">{table}</div>'
+        content += html.wide(table)
     elif section.rows:
-        items = "".join(f'<li dir="auto">{escape(text)}</li>' for [text] in section.texts())
-        content += f"<ul>{items}</ul>"
+        content += html.bullets(text for [text] in section.texts())
     elif not section.histograms:
         content += "<p>None</p>"
     figures = [
@@ -81,9 +76,7 @@ def on_page(section: Section) -> str:
         for title, counts in section.histograms.items()
     ]
     content += html.row(*figures) if figures else ""
-    if section.folded:
-        return f"<details><summary>{escape(section.title)}</summary>{content}</details>"
-    return f"<h2>{escape(section.title)}</h2>{content}"
+    return (html.folded if section.folded else html.headed)(section.title, content)
 
 
 def tables(inspection: Inspection) -> list[RenderableType]:

@@ -17,11 +17,13 @@ from corpora import syllables
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 
 import sedtrain as package
+from sedtrain.data.buckets import Bounds
 from sedtrain.data.paths import stored
 from sedtrain.decoding import recordings
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.outputs import show
 from sedtrain.decoding.transcribe import Transcriber, decoding_options
+from sedtrain.decoding.windows import Window
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder, int8
 from sedtrain.models.saved import join
@@ -274,6 +276,22 @@ def test_inference_imports_nothing_that_only_training_needs(trained, model, spee
 
 
 # --- audio that is too long
+
+
+def test_windows_are_decoded_by_length_within_the_bounds_of_training_batches(model, monkeypatch):
+    decoded, seconds = [], [0.5, 2.0, 0.6, 0.7, 1.9, 9.0]
+
+    def decode(model, tokenizer, batch, *_):
+        decoded.append(batch.durations)
+        return [Hypotheses([[5]], texts=(f"{each:g}",)) for each in batch.durations]
+
+    monkeypatch.setattr(recordings, "decode_batch", decode)
+    batches = [{"seconds": 1, "tokens": 9, "utterances": 2}, {"seconds": 3, "tokens": 9, "utterances": 4}]
+    decoder = recordings.RecordingDecoder(model, decoding_options({}), bounds=Bounds.of(batches=batches))
+    windows = [Window(0, np.zeros(round(each * 16_000), "float32")) for each in seconds]
+    found = [(window, each.texts[0]) for window, each in decoder.decoded(iter(windows), None, "transcribe")]
+    assert found == list(zip(windows, map("{:g}".format, seconds), strict=True))
+    assert decoded == [[9.0], [2.0, 1.9], [0.7, 0.6], [0.5]]
 
 
 def warnings_of(caplog):

@@ -15,7 +15,7 @@ from sharded import BF16, STARTS_LATE, arguments
 
 from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
 
-LOGGED = ["train/loss", "train/ctc_loss", "val/loss", "val/wer", "val/cer", "val/audio_gain"]
+LOGGED = ["train/loss", "train/ctc_loss", "val/loss", "val/wer", "val/cer", "val/mine", "val/audio_gain"]
 FIRST, THEN = range(3), range(3, 6)
 
 
