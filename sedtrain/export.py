@@ -80,14 +80,15 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     tags, task, prompt = saved.tags, TASK_OF[results.task], ""
     if tags:
         prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
-    stock = saved.model.adapter is None and loads_in_stock_transformers(saved.model.config.encoder)
+    config = saved.model.config
+    stock = saved.model.adapter is None and all(map(loads_in_stock_transformers, (config.encoder, config.decoder)))
     card = CARD.format(
         task=PIPELINE_TAGS[results.task],
         import_torch="import torch\n" if tags else "",
         import_model=STOCK if stock else OWN,
         prompt=prompt,
-        encoder=saved.model.config.encoder.model_type,
-        decoder=saved.model.config.decoder.model_type,
+        encoder=config.encoder.model_type,
+        decoder=config.decoder.model_type,
         data=data,
         split=results.split,
         rows="\n".join(rows),
