@@ -34,6 +34,7 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
+from sedtrain.models.prefix import behind_prefix, is_prefixed
 from sedtrain.models.stacks import decoder_config, out_of_whole
 from sedtrain.models.trial import tried
 from sedtrain.text.tokenizers import start_end_pad
@@ -46,15 +47,19 @@ ALTERNATIVES = (
 
 BROKEN = {
     "big_bird": "its cache of keys and values fails in generation",
+    **dict.fromkeys(
+        ["gemma3n_text", "gemma4_text"], "its layers read embeddings of their own for each token, which audio has not"
+    ),
     "gpt_bigcode": "its multi-query attention has no cross-attention",
     "megatron-bert": "its cross-attention mixes up frames and tokens",
+    "moshi": "it writes codes of speech beside its text",
     "prophetnet": "its cross-attention takes no mask of padded frames",
     **dict.fromkeys(
         ["musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"],
         "it writes codes of music, no text",
     ),
 }
-"""Families whose cross-attention does not work in transformers, with the reason."""
+"""Families that cannot be fed with audio, or whose cross-attention does not work in transformers, with the reason."""
 POSITIONS = re.compile(r"^(?!.*(rel|bias|bucket)).*(position|pos_?emb|wpe)", re.IGNORECASE)
 """Names of tables of absolute positions, not of distances."""
 
@@ -145,8 +150,10 @@ def settle_config(config: PreTrainedConfig) -> None:
     Raises UserError for a family that does not work, and if no language is chosen (X-MOD).
     """
     refuse_broken(config)
-    config.is_decoder = config.add_cross_attention = True
-    config.is_encoder_decoder = False
+    config.is_decoder, config.is_encoder_decoder, config.add_cross_attention = True, False, not is_prefixed(config)
+    if is_prefixed(config):
+        config.listens = "prefix"
+        return
     for name, source in config.attribute_map.items():
         if name in ("num_hidden_layers", "num_attention_heads") and source.startswith("encoder_"):
             setattr(config, name, getattr(config, source.replace("encoder_", "decoder_")))
@@ -168,6 +175,9 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
     Raises UserError for a decoder that would train to a finite loss without ever hearing the audio, or writes no text.
     """
     decoder = out_of_whole(decoder)
+    if is_prefixed(decoder.config) and type(decoder).__name__ in CAUSAL.values():
+        settle_config(decoder.config)
+        return behind_prefix(decoder)
     refuse_without_cross_attention(decoder)
     settle_config(decoder.config)
     fix_sinusoids(decoder)

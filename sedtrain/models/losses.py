@@ -24,6 +24,7 @@ from sedtrain.ranges import Fraction
 ENDS_WITH_OUTPUT_LAYER = {
     "bart", "bert", "bert-generation", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
     "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm-roberta", "xmod",
+    "gemma", "gpt_neo", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3",
 }  # fmt: skip
 
 

@@ -51,6 +51,7 @@ from sedtrain.models.loading import HUB_OPTIONS, configured, joint_config, refus
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
+from sedtrain.models.prefix import is_prefixed
 
 CTC_FILE = "ctc_head.safetensors"
 LOADERS = {"encoder": encoder_from_pretrained, "decoder": decoder_from_pretrained}
@@ -89,8 +90,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             settle_config(config.decoder)
             if config.encoder.model_type != encoder.config.model_type:
                 config.encoder = encoder.config  # it was that of a whole sequence-to-sequence model
-            if adapter is not None:
-                described = {"kind": adapter.kind, "settings": adapter.settings}
+            if adapter is not None or is_prefixed(config.decoder):
+                described = None if adapter is None else {"kind": adapter.kind, "settings": adapter.settings}
                 config = AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
         super().__init__(config, encoder, decoder)
         self.settle_widths(adapter)
