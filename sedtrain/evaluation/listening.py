@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
 from sedtrain.decoding.alignment import align
-from sedtrain.decoding.ctc import lattice_of_tokens
+from sedtrain.decoding.ctc import lattice_of
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -68,13 +68,8 @@ def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels:
     """(1, U) labels -> (U, T) weights of the frames from which each was written; None where the decoder gives none."""
     inputs = model.prepare_decoder_input_ids_from_labels(labels)
     with eager_attention(model.decoder):
-        output = model(
-            encoder_outputs=encoded,
-            decoder_input_ids=inputs,
-            output_attentions=True,
-            output_logits=False,
-            use_cache=False,
-        )
+        wanted = {"output_attentions": True, "output_logits": False, "use_cache": False}
+        output = model(encoder_outputs=encoded, decoder_input_ids=inputs, **wanted)
     layers = [layer for layer in output.cross_attentions or () if layer is not None]
     if not layers:
         return None
@@ -88,8 +83,7 @@ def ctc_spans(
     """Start and end of each token by CTC."""
     if model.ctc_head is None or not text or max(text) >= model.ctc_head.out_features:
         return None
-    columns = [model.config.pad_token_id, *sorted({*text})]
-    lattice = lattice_of_tokens(model, encoded, columns)
-    [aligned] = align(lattice, [[columns.index(token, 1) for token in text]])
+    lattice = lattice_of(model, encoded)
+    [aligned] = align(lattice, [text])
     scale = seconds / int(lattice.num_frames[0])
     return None if aligned is None else [(token.start * scale, token.end * scale) for token in aligned]

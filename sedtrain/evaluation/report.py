@@ -38,7 +38,6 @@ def write_report(
 
     metrics_csv: written by Lightning's CSVLogger; without this file the page has no curves
     audio_of:    audio by utterance id; called for the worst utterances only
-    model:       encoder and decoder, for the title
     labels:      names of the datasets of a mix, with which ids begin
     listen_to:   where the decoder listens while it writes a hypothesis; called for three utterances
     """
