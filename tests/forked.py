@@ -7,18 +7,20 @@ import sys
 import time
 import traceback
 import warnings
+from html import escape
 from multiprocessing.util import _exit_function as end_workers
 from pathlib import Path
 
 import torch
 
 import sedtrain.tasks  # noqa: F401 - what a copy need not import
+from sedtrain.evaluation import html
 
 TESTS = Path(__file__).parent
 
 
 class Forked:
-    """`python -m MODULE ARGUMENTS` in a session of its own; its words are in `out` and `err`.
+    """`python -m MODULE ARGUMENTS` in a session of its own, whose pages have no drawings; its words are in `out` and `err`.
 
     variables: of its environment, beside those of this process
     """
@@ -69,6 +71,11 @@ class Forked:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+def undrawn(caption, draw, percent, height=None):
+    """A figure of a page without its lines."""
+    return f"<figure><figcaption>{escape(caption)}</figcaption></figure>"
+
+
 def run(module, arguments):
     """Becomes `python -m MODULE ARGUMENTS`."""
     if torch.accelerator.is_available():  # its state is of no use in a copy
@@ -78,6 +85,7 @@ def run(module, arguments):
     sys.stdout, sys.stderr = (os.fdopen(each, "w", buffering=1) for each in (1, 2))
     sys.argv[:] = [module, *arguments]
     sys.modules.pop(f"{module}.__main__", None)
+    html.figure = undrawn
     warnings.resetwarnings()  # pytest's, which make errors of them
     for each in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", each)
