@@ -1,12 +1,10 @@
 """One optimizer step on eight utterances, split into micro-batches and ranks in many ways.
 
-`torchrun --nproc-per-node 2 tests/exactness.py OUT` measures the splits of two ranks.
+`two_ranks.py` launches the splits of two ranks.
 """
 
 import os
-import sys
 from functools import partial
-from pathlib import Path
 
 import lightning
 import torch
@@ -139,8 +137,5 @@ def after_a_bad_batch(folder):
     return parameters_to_vector(module.parameters()).detach()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    updates = over_two_ranks()
-    weights = after_a_bad_batch(Path(sys.argv[1]).parent)
-    torch.save((updates, weights), f"{sys.argv[1]}.{os.environ['RANK']}")
+def measure_ranks(folder):
+    torch.save((over_two_ranks(), after_a_bad_batch(folder)), folder / f"out.{os.environ['RANK']}")

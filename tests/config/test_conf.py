@@ -1,6 +1,7 @@
 """Every option file of conf/, found by walking the folder."""
 
 import re
+from itertools import cycle, zip_longest
 from typing import NamedTuple
 
 import datasets
@@ -53,6 +54,7 @@ PUBLISHED = {
     "bart": "facebook/bart-base",
     "mbart": "facebook/mbart-large-50",
 }
+PAIRS = list(zip(cycle(FAMILIES["encoder"]), FAMILIES["decoder"], strict=False))  # there are more decoders
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -76,19 +78,30 @@ def test_the_walk_finds_the_options():
     assert {group for group, _ in CHOICES} == {each.name for each in conf_dir().iterdir() if each.is_dir()} - {"hydra"}
 
 
-@pytest.mark.parametrize(("group", "name"), CHOICES, ids=map("/".join, CHOICES))
-def test_every_option_composes_without_a_problem(group, name):
-    problems = find_problems(composed(f"{group}={name}"))
-    expected = [INCOMPLETE[group, name]] if (group, name) in INCOMPLETE else []
-    assert [(each.option, each.wrong) for each in problems] == expected
+def together():
+    """Every option but those of encoders and decoders, one of each group at a time; an experiment alone."""
+    groups = {}
+    for each in CHOICES:
+        if each not in PARTS:
+            groups.setdefault(each[0], []).append(each)
+    alone = [[each] for each in groups.pop("experiment")]
+    return alone + [[each for each in row if each] for row in zip_longest(*groups.values())]
+
+
+@pytest.mark.parametrize("options", together(), ids=lambda options: " ".join(sorted(map("/".join, options))))
+def test_every_option_composes_without_a_problem(options):
+    problems = find_problems(composed(*map("=".join, options)))
+    expected = [INCOMPLETE[each] for each in options if each in INCOMPLETE]
+    assert sorted((each.option, each.wrong) for each in problems) == sorted(expected)
 
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])
-@pytest.mark.parametrize(("group", "name"), PARTS, ids=map("/".join, PARTS))
-def test_every_family_composes_at_every_size(group, name, size):
-    config = composed(f"{group}={name}", f"size={size}")
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS, ids=map("-".join, PAIRS))
+def test_every_family_composes_at_every_size(encoder, decoder, size):
+    config = composed(f"encoder={encoder}", f"decoder={decoder}")
+    config.size = size
     assert find_problems(config) == []
-    assert config[group].size == size
+    assert config.encoder.size == config.decoder.size == size
 
 
 def test_every_group_has_its_line_in_the_table_of_contents():
@@ -127,14 +140,16 @@ def test_every_family_is_there():
         assert [name for each, name in PARTS if each == group] == names
 
 
-@pytest.mark.parametrize(("group", "name"), PARTS, ids=map("/".join, PARTS))
-def test_every_family_has_a_tiny_member_and_names_published_ones(group, name):
-    family = OmegaConf.to_container(composed(f"{group}={name}")[group])
-    assert family["tiny"]
-    published = [family[size] for size in ("base", "large") if family[size] is not None]
-    assert bool(published) is (name not in ONLY_INSIDE_OTHERS)
-    assert all(HUB_ID.fullmatch(each) for each in published)
-    assert family["base"] == PUBLISHED.get(name, family["base"])
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS, ids=map("-".join, PAIRS))
+def test_every_family_has_a_tiny_member_and_names_published_ones(encoder, decoder):
+    config = composed(f"encoder={encoder}", f"decoder={decoder}")
+    for group, name in {"encoder": encoder, "decoder": decoder}.items():
+        family = OmegaConf.to_container(config[group])
+        assert family["tiny"]
+        published = [family[size] for size in ("base", "large") if family[size] is not None]
+        assert bool(published) is (name not in ONLY_INSIDE_OTHERS)
+        assert all(HUB_ID.fullmatch(each) for each in published)
+        assert family["base"] == PUBLISHED.get(name, family["base"])
 
 
 def test_tiny_is_the_default_and_a_part_follows_the_root():

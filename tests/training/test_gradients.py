@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,25 +17,6 @@ ROWS = [(name, is_padded) for name in CUTS for is_padded in (False, True)]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step` but have no `val_dataloader`", "ignore:.*treespec, LeafSpec"
 )
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The folder with the results of `exactness.py` in two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        Path(__file__).parents[1] / "exactness.py",
-    ]
-    run = subprocess.run(
-        [sys.executable, "-m", *command, folder / "out"], cwd=Path(__file__).parents[2], capture_output=True, text=True,
-        timeout=300, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
