@@ -156,6 +156,7 @@ class MaskedWhisperDecoder(WhisperDecoder):
 class GivenPositions(nn.Module):
     """A table of sinusoids that is read at `position_ids` where they are given, and grows up to `most` of them."""
 
+    weights: Tensor
     position_ids: Tensor | None = None
     most = 0
 
