@@ -14,8 +14,8 @@ from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import train_tokenizer
 
 ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
-DECODERS = sorted(path.stem for path in (conf_dir() / "decoder").glob("*.yaml"))
-STACKS = [name for name in DECODERS if name in OF_WHOLE]  # decoders of sequence-to-sequence models
+MEMBERS = {"byt5", "nllb"}  # published members of t5 and of m2m_100, with their code
+DECODERS = sorted({path.stem for path in (conf_dir() / "decoder").glob("*.yaml")} - MEMBERS)
 PREFIXED = [
     name for name in DECODERS if "fed by a prefix" in (conf_dir() / f"decoder/{name}.yaml").read_text(encoding="utf-8")
 ]
@@ -30,6 +30,9 @@ def option_file(group, name):
         option = compose("train", [f"{group}={name}"])
     values = OmegaConf.to_container(option[group], resolve=True)
     return {key: value for key, value in values.items() if key not in ("_target_", "_partial_")}
+
+
+STACKS = [name for name in DECODERS if option_file("decoder", name)["model_type"] in OF_WHOLE]  # of whole models
 
 
 def tiny_encoder(name, seed=0, **options):

@@ -157,6 +157,8 @@ def settle_config(config: PreTrainedConfig) -> None:
     for name, source in config.attribute_map.items():
         if name in ("num_hidden_layers", "num_attention_heads") and source.startswith("encoder_"):
             setattr(config, name, getattr(config, source.replace("encoder_", "decoder_")))
+    if getattr(config, "num_decoder_layers", None):
+        config.num_layers = config.num_decoder_layers
     if getattr(config, "decoder_vocab_size", None):
         config.vocab_size = config.decoder_vocab_size
     if getattr(config, "encoder_no_repeat_ngram_size", 0):
@@ -174,8 +176,10 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
 
     Raises UserError for a decoder that would train to a finite loss without ever hearing the audio, or writes no text.
     """
-    decoder = out_of_whole(decoder)
-    if is_prefixed(decoder.config) and type(decoder).__name__ in CAUSAL.values():
+    if (config := decoder_config(decoder.config)) is not decoder.config:
+        settle_config(config)
+        decoder = out_of_whole(decoder, config)
+    elif is_prefixed(decoder.config) and type(decoder).__name__ in CAUSAL.values():
         settle_config(decoder.config)
         return behind_prefix(decoder)
     refuse_without_cross_attention(decoder)
@@ -265,7 +269,7 @@ def decoder_positions(
     tokens: (B, U) ids or (B, U, D) embeddings of them, behind `past_length` tokens in the cache
     attention_mask: (B, past_length + U), 0 where a prompt is padded
     """
-    embeddings: Any = getattr(decoder.base_model, "embeddings", None)
+    embeddings: Any = getattr(decoder.base_model, "embeddings", getattr(decoder.base_model, "embed_positions", None))
     if tokens is None or not hasattr(embeddings, "create_position_ids_from_input_ids"):
         return {}
     batch_size, num_tokens = tokens.shape[:2]

@@ -18,6 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Decoder
+from transformers.models.moonshine.modeling_moonshine import MoonshineDecoder
+from transformers.models.mt5.modeling_mt5 import MT5Stack
+from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TDecoder
+from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2Decoder
+from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextDecoder
+from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
 from transformers.utils.generic import can_return_tuple
 
@@ -92,17 +99,16 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        states = decoded.last_hidden_state
+        if getattr(self.config, "scale_decoder_outputs", False):  # T5 as first published
+            states = states * self.config.d_model**-0.5
         return CausalLMOutputWithCrossAttentions(
-            logits=self.lm_head(self.scaled(decoded.last_hidden_state)),
+            logits=self.lm_head(states),
             past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
         )
-
-    def scaled(self, states: Tensor) -> Tensor:
-        """The inputs of the output layer."""
-        return states
 
 
 # --- Whisper: its decoder has no mask of frames
@@ -144,25 +150,95 @@ class MaskedWhisperDecoder(WhisperDecoder):
         )
 
 
+# --- M2M100 and its like: they give pad tokens no position, and forget that in the next cached step
+
+
+class GivenPositions(nn.Module):
+    """A table of sinusoids that is read at `position_ids` where they are given, and grows up to `most` of them."""
+
+    weights: Tensor
+    position_ids: Tensor | None = None
+    most = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        table: Any = super()
+        if self.position_ids is None:
+            positions: Tensor = table.forward(*args, **kwargs)
+            return positions
+        if self.most > len(self.weights):
+            table.make_weights(self.most, self.embedding_dim, self.padding_idx)
+        return self.weights[self.position_ids]
+
+
+class Counting(PreTrainedModel):
+    """Mixin for a decoder that takes `position_ids`, which count every token."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        table = self.embed_positions
+        table.__class__ = type("Given" + type(table).__name__, (GivenPositions, type(table)), {})
+
+    def forward(self, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        tokens = kwargs["input_ids"] if kwargs["inputs_embeds"] is None else kwargs["inputs_embeds"]
+        cache = kwargs["past_key_values"]
+        past_length = 0 if cache is None else cache.get_seq_length()
+        table = self.embed_positions
+        table.position_ids, table.most = position_ids, table.padding_idx + 1 + past_length + tokens.shape[1]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            table.position_ids = None
+
+
+class CountingM2M100Decoder(Counting, M2M100Decoder):
+    pass
+
+
+class CountingSpeech2TextDecoder(Counting, Speech2TextDecoder):
+    pass
+
+
+class CountingSeamlessM4TDecoder(Counting, SeamlessM4TDecoder):
+    pass
+
+
+class CountingSeamlessM4Tv2Decoder(Counting, SeamlessM4Tv2Decoder):
+    pass
+
+
 # --- the families
 
 
-def kind(whole: type[PreTrainedModel], stack: type[PreTrainedModel]) -> type[StackDecoder]:
-    """The class of a family's decoders, with a configuration class of its own, which AutoModelForCausalLM finds."""
+def kind(whole: type[PreTrainedModel], stack: type[PreTrainedModel], **values: Any) -> type[StackDecoder]:
+    """The class of a family's decoders, with a configuration class of its own, which AutoModelForCausalLM finds.
+
+    values: attributes of the class
+    """
     whole_config = whole.config_class
     fields = {"__module__": __name__, "model_type": f"{whole_config.model_type}-decoder"}
     config: Any = type(whole_config.__name__.replace("Config", "DecoderConfig"), (whole_config,), fields)
     family = next(each for each in stack.__mro__ if each.__name__.endswith("PreTrainedModel"))
-    name = whole.__name__.replace("ForConditionalGeneration", "StackDecoder")
-    made = type(
-        name, (StackDecoder, family), {"__module__": __name__, "whole": whole, "stack": stack, "config_class": config}
-    )
+    name = f"{whole.__name__.partition('For')[0]}StackDecoder"
+    values |= {"__module__": __name__, "whole": whole, "stack": stack, "config_class": config}
+    made = type(name, (StackDecoder, family), values)
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, made)
     return made
 
 
-KINDS = (kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),)
+NO_FLEX = {
+    "_supports_flex_attn": False
+}  # transformers reads one bias of distances for each utterance, and T5 has one for all
+KINDS = (
+    kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
+    kind(transformers.M2M100ForConditionalGeneration, CountingM2M100Decoder),
+    kind(transformers.Speech2TextForConditionalGeneration, CountingSpeech2TextDecoder),
+    kind(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
+    kind(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
+    kind(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
+    kind(transformers.SeamlessM4TForSpeechToText, CountingSeamlessM4TDecoder),
+    kind(transformers.SeamlessM4Tv2ForSpeechToText, CountingSeamlessM4Tv2Decoder),
+)
 # the model type of a whole sequence-to-sequence model -> the class of its decoder alone
 OF_WHOLE: Mapping[str, type[StackDecoder]] = {each.whole.config_class.model_type: each for each in KINDS}
 
@@ -178,14 +254,12 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def out_of_whole(model: PreTrainedModel) -> PreTrainedModel:
-    """A decoder with the weights of a whole model; any other unchanged."""
-    if model.config.model_type not in OF_WHOLE:
-        return model
+def out_of_whole(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A decoder of this configuration with the weights of a whole model; a model without an output layer unchanged."""
     weights = {here_named(name): weight for name, weight in model.state_dict().items()}
     if "lm_head.weight" not in weights:
         return model
-    decoder = OF_WHOLE[model.config.model_type](decoder_config(model.config)).to(model.device, model.dtype)
+    decoder = OF_WHOLE[model.config.model_type](config).to(model.device, model.dtype)
     decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()}, assign=True)
     if torch.equal(decoder.lm_head.weight, decoder.decoder.embed_tokens.weight):
         decoder.tie_weights()
