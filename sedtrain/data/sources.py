@@ -132,7 +132,7 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         builder = datasets.load_dataset_builder(
             repository, name, revision=revision, cache_dir=cache_of(local_path(path))
         )
-        parts = [(part, text_files(builder, part.partition("[")[0])) for part in split.split("+")]
+        parts = [(part, own_files(builder, part.partition("[")[0])) for part in split.split("+")]
         if all(files for _, files in parts):
             return joined([cut(joined(list(map(fetched_rows, files))), part) for part, files in parts])
         for file in map(str, chain.from_iterable((builder.config.data_files or {}).values())):
@@ -147,11 +147,11 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         raise UserError("data.path", path, one_line(error), write) from error
 
 
-def text_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
-    """The files of a split that are read here: those of text, of which `datasets` would guess the types."""
+def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
+    """The files of a split that are read here: text, of which `datasets` guesses the types, and Parquet, which it unfolds."""
     by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
     files = list(map(str, by_split.get(split, ())))
-    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None}
+    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None, ".parquet": None}
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
 
 

@@ -76,6 +76,14 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_refused(tmp_path, cell, times,
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] in ([".lock"], [])
 
 
+def test_a_folder_with_a_card_like_one_of_the_hub_is_within_the_same_limits(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: 0.parquet}\n---\n"
+    )
+    path = bomb(tmp_path / "0.parquet", repeated("x" * 3_000_000, 1000))
+    assert refusal(path, load_rows, str(tmp_path), "train", "en").startswith(FIRST + "its rows, ")
+
+
 def test_lists_and_shared_beginnings_unfold_too(tmp_path):
     lists = pa.ListArray.from_arrays(pa.array([0, 50_000_000]), pa.nulls(50_000_000, pa.int8()))
     path = bomb(tmp_path / "lists.parquet", lists)
