@@ -1,9 +1,14 @@
-"""Hydra's `compose`, which composes the option files of this repository once for each list of choices: no test changes them."""
+"""Hydra's `compose`, which composes the option files of this repository once for each list of choices: no test changes them.
+
+And OmegaConf parses each reference, such as `${size}`, once.
+"""
 
 import copy
+import functools
 from pathlib import Path
 
 import hydra
+import omegaconf.base
 from hydra.core.global_hydra import GlobalHydra
 
 OPTION_FILES = ["pkg://hydra.conf", str(Path(__file__).parents[1] / "conf"), "structured://"]
@@ -24,3 +29,4 @@ def compose_once(config_name=None, overrides=(), return_hydra_config=False, stri
 
 
 hydra.compose = compose_once
+omegaconf.base.parse = functools.cache(omegaconf.base.parse)
