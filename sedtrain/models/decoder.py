@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.canary.modeling_canary import CanaryPositionalEmbedding
 from transformers.models.xmod.modeling_xmod import XmodAdapter
 
 from sedtrain.annotations import checked
@@ -241,6 +242,7 @@ def max_tokens(decoder: PreTrainedModel) -> int | None:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
     ]
+    tables += [module.length for module in decoder.modules() if isinstance(module, CanaryPositionalEmbedding)]
     embeddings: Any = getattr(decoder.base_model, "embeddings", None)
     skipped = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
     return min(tables) - skipped if tables else None
