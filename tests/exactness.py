@@ -56,9 +56,9 @@ def batch(utterances, is_padded=False):
     return Batch(inputs, mask, labels, [f"utterance {each}" for each in utterances], [""] * len(utterances), 0.5)
 
 
-def new_module():
+def new_module(decoder="bert"):
     """A module with the same weights at every call; a step of its SGD moves them by the gradient itself."""
-    model = joined("hubert", "bert").train()
+    model = joined("hubert", decoder).train()
     model.add_ctc_head(VOCABULARY)
     constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
     return SpeechSeq2SeqModule(
@@ -96,9 +96,9 @@ def trainer_of(precision, **options):
     )  # fmt: skip
 
 
-def trained(cut, precision="32-true", is_padded=False, **options):
+def trained(cut, precision="32-true", is_padded=False, decoder="bert", **options):
     """The module after one step, and the update of its weights."""
-    module = new_module()
+    module = new_module(decoder)
     before = parameters_to_vector(module.parameters()).detach().double()
     mine = cut[int(os.environ.get("RANK", 0))]
     options = {"devices": len(cut), "accumulate_grad_batches": len(mine), **options}
@@ -143,4 +143,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     updates = over_two_ranks()
     weights = after_a_bad_batch(Path(sys.argv[1]).parent)
-    torch.save((updates, weights), f"{sys.argv[1]}.{os.environ['RANK']}")
+    prefixed = {name: trained(cut, decoder="llama", strategy="ddp")[1] for name, cut in CUTS.items() if len(cut) == 2}
+    torch.save((updates, weights, prefixed), f"{sys.argv[1]}.{os.environ['RANK']}")

@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     HubertConfig,
     HubertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     SpeechEncoderDecoderModel,
     Wav2Vec2Config,
     Wav2Vec2Model,
@@ -39,6 +41,10 @@ BART = {
     **DECODER, "is_encoder_decoder": False, "d_model": 24, "decoder_layers": 2, "decoder_attention_heads": 2,
     "decoder_ffn_dim": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
 }  # fmt: skip
+LLAMA = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 32, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
+}  # fmt: skip
 DROPOUTS = (
     "hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop", "dropout",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "encoder_layerdrop",
@@ -50,6 +56,7 @@ PARTS = {
     "bert": (BertLMHeadModel, BertConfig, BERT),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "bart": (BartForCausalLM, BartConfig, BART),
+    "llama": (LlamaForCausalLM, LlamaConfig, LLAMA),
 }
 
 

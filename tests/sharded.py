@@ -13,7 +13,7 @@ SHORT = [
     "trainer.max_time=null", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
     "scheduler=constant", "encoder.tiny.num_hidden_layers=2", "decoder.tiny.num_hidden_layers=1",
 ]  # fmt: skip
-BF16 = ["trainer.precision=bf16-mixed"]
+BF16 = ["trainer.precision=bf16-mixed", "decoder=llama"]  # behind a prefix
 RECOMPUTED = "activation_checkpointing=true"
 STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5", "callbacks=[default,ema]"]
 OVER_RANKS = {

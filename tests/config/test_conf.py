@@ -38,7 +38,8 @@ FAMILIES = {
     ],
     "decoder": [
         "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "camembert", "data2vec_text", "electra", "ernie",
-        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm_roberta", "xmod",
+        "gemma3", "gpt2", "gpt_neo", "llama", "marian", "mbart", "mistral", "opt", "pegasus", "plbart", "qwen3", "rembert",
+        "roberta", "smollm3", "trocr", "xglm", "xlm_roberta", "xmod",
     ],
 }  # fmt: skip
 ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder models

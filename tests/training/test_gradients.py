@@ -87,6 +87,15 @@ def test_the_update_is_that_of_eight_at_once(updates, name, is_padded, precision
     assert difference(update, by_hand(CUTS[name], precision, is_padded)) < 1e-5
 
 
+def test_the_update_of_a_decoder_behind_a_prefix_is_that_of_eight_at_once_too(two_ranks):
+    expected = trained(CUTS["8 × 1"], decoder="llama")[1]
+    updates = torch.load(two_ranks / "out.0", weights_only=False)[2]
+    updates |= {name: trained(cut, decoder="llama")[1] for name, cut in CUTS.items() if len(cut) == 1}
+    assert updates.keys() == CUTS.keys()
+    assert expected.norm() > 1
+    assert max(difference(each, expected) for each in updates.values()) < BOUND["32-true"]
+
+
 def measured(updates):
     for name, is_padded in ROWS:
         numbers = [
