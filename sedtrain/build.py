@@ -30,6 +30,7 @@ from sedtrain.evaluation.own_metrics import of_evaluate, of_function
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
+from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.saved import SavedModel, join, load
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
@@ -136,7 +137,10 @@ def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) ->
     """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write."""
     rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
     start = saved.model.config.decoder_start_token_id
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags, saved.max_seconds)
+    behind_prompt = is_prefixed(saved.model.config.decoder)
+    data.collator = Collator(
+        saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags, saved.max_seconds, behind_prompt
+    )
     if saved.tags is not None:
         refuse_unlearnt(data.corpus, splits, saved.tags)
 

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import Results
+from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig
 from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import write_whole
@@ -45,7 +46,7 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 PIPELINE_TAGS = {"transcription": "automatic-speech-recognition", "translation": "translation"}
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
-# transformers has no class for this family's encoder alone, or for this adapter
+# transformers has no class for this encoder alone, for this adapter, or for audio in front of a text
 from sedtrain import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 """.strip()
 PROMPT = """
@@ -81,7 +82,8 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     if tags:
         prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
     config = saved.model.config
-    stock = saved.model.adapter is None and all(map(loads_in_stock_transformers, (config.encoder, config.decoder)))
+    adapted = isinstance(config, AdaptedSpeechEncoderDecoderConfig)
+    stock = not adapted and all(map(loads_in_stock_transformers, (config.encoder, config.decoder)))
     card = CARD.format(
         task=PIPELINE_TAGS[results.task],
         import_torch="import torch\n" if tags else "",

@@ -33,7 +33,12 @@ CUTS = {
     "2 × 2 × 2 ranks": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
     "6, 1 and 1, none × 2 ranks": [[[0, 1, 2, 3, 4, 5], [6]], [[7], []]],
 }
-STACKS = ["whole whisper", "m2m_100", "t5"]  # decoders out of whole models, one of each kind of positions
+KINDS = [
+    "whole whisper",
+    "m2m_100",
+    "t5",
+    "llama",
+]  # decoders out of whole models, of each kind of positions; a language model
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -125,7 +130,7 @@ def over_two_ranks():
                 synchronised = Synchronised()
                 module, moved = trained(cut, precision, is_padded, strategy="ddp", callbacks=[synchronised])
                 results[name, precision, is_padded] = moved, synchronised.seen, module.update
-    for name, decoder in product(["2 × 2 × 2 ranks", "6, 1 and 1, none × 2 ranks"], STACKS):
+    for name, decoder in product(["2 × 2 × 2 ranks", "6, 1 and 1, none × 2 ranks"], KINDS):
         results[name, decoder] = trained(CUTS[name], is_padded=True, decoder=decoder, strategy="ddp")[1]
     return results
 

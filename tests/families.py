@@ -15,10 +15,9 @@ from sedtrain.text.tokenizers import train_tokenizer
 
 ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
 MEMBERS = {"byt5", "nllb"}  # published members of t5 and of m2m_100, with their code
-DECODERS = sorted({path.stem for path in (conf_dir() / "decoder").glob("*.yaml")} - MEMBERS)
-PREFIXED = [
-    name for name in DECODERS if "fed by a prefix" in (conf_dir() / f"decoder/{name}.yaml").read_text(encoding="utf-8")
-]
+DECODER_FILES = sorted((conf_dir() / "decoder").glob("*.yaml"))
+PREFIXED = [path.stem for path in DECODER_FILES if "adapter: stack_mlp" in path.read_text(encoding="utf-8")]
+DECODERS = [path.stem for path in DECODER_FILES if path.stem not in {*PREFIXED, *MEMBERS}]  # with cross-attention
 TOKENIZER = train_tokenizer([" ".join(string.printable)], "char", 200)
 
 

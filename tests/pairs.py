@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     HubertConfig,
     HubertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     M2M100Config,
     M2M100ForConditionalGeneration,
     SpeechEncoderDecoderModel,
@@ -45,6 +47,10 @@ BART = {
     "decoder_ffn_dim": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
 }  # fmt: skip
 T5 = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+LLAMA = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 32, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
+}  # fmt: skip
 DROPOUTS = (
     "hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop", "dropout",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "encoder_layerdrop",
@@ -60,6 +66,7 @@ PARTS = {
     "whole whisper": (WhisperForConditionalGeneration, WhisperConfig, WHISPER),
     "m2m_100": (M2M100ForConditionalGeneration, M2M100Config, {**BART, "pad_token_id": 0}),
     "t5": (T5ForConditionalGeneration, T5Config, T5),
+    "llama": (LlamaForCausalLM, LlamaConfig, LLAMA),
 }
 
 

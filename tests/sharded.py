@@ -10,7 +10,7 @@ SHORT = [
     "scheduler=constant", "encoder.tiny.num_hidden_layers=2", "decoder.tiny.num_hidden_layers=1",
     "+metrics.mine._target_=sharded.of_all_in_order",
 ]  # fmt: skip
-BF16 = ["trainer.precision=bf16-mixed"]
+BF16 = ["trainer.precision=bf16-mixed", "decoder=llama"]  # behind a prefix
 RECOMPUTED = "activation_checkpointing=true"
 STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5", "callbacks=[default,ema]"]
 OVER_RANKS = {

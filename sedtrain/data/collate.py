@@ -28,6 +28,7 @@ class Collator:
     rewrite: normalizes a text before it becomes labels; the batch keeps the text itself, to score against
     tags:    begin the labels and end the prompts
     max_seconds: longest audio that the encoder takes
+    behind_prompt: True if a text continues a prompt, and the tokenizer writes no token in front of it
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class Collator:
         rewrite: Callable[[str], str] = str,
         tags: Tags | None = None,
         max_seconds: float = inf,
+        behind_prompt: bool = False,
     ) -> None:
         self.feature_extractor: Any = feature_extractor
         self.tokenizer = tokenizer
         self.decoder_start_token_id, self.rewrite, self.tags = decoder_start_token_id, rewrite, tags
-        self.max_seconds = max_seconds
+        self.max_seconds, self.behind_prompt = max_seconds, behind_prompt
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
 
     @property
@@ -102,7 +104,8 @@ class Collator:
 
     def target(self, text: str) -> list[int]:
         """The label ids of a text, without tags."""
-        return encode_target(self.tokenizer, self.rewrite(text), self.decoder_start_token_id)
+        start = None if self.behind_prompt else self.decoder_start_token_id
+        return encode_target(self.tokenizer, self.rewrite(text), start)
 
     def features(self, audio: Tensor) -> Tensor:
         """(S,) audio -> (S,) normalized audio or (T, F) features, time first, unpadded and not cut to 30 s.

@@ -98,7 +98,7 @@ def token_limits(
     if model.ctc_head is not None:
         by_frames = frames_of(encoded) + 1  # a token a frame, and the end
         limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
-    return limits.clamp(max=most_new_tokens(int(limits.max()), model.max_tokens, num_given))
+    return limits.clamp(max=most_new_tokens(int(limits.max()), model.room(encoded), num_given))
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[str, ...]:

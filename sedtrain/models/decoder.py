@@ -1,4 +1,4 @@
-"""Text decoders: any causal decoder of `transformers` with cross-attention, by its model type or as a module.
+"""Text decoders: any causal decoder of `transformers`, by its model type or as a module; prefix.py is for language models.
 
 To add a family (of a whole sequence-to-sequence model: a row in stacks.py, too):
 1. `conf/decoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny one (like conf/decoder/gpt2.yaml).
@@ -13,7 +13,7 @@ B batch, U target tokens, D width.
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
-from sedtrain.models.prefix import behind_prefix, is_prefixed
+from sedtrain.models.prefix import behind_prefix, choose_listening, give_prompt, is_prefixed
 from sedtrain.models.stacks import decoder_config, out_of_whole
 from sedtrain.models.trial import tried
 from sedtrain.text.tokenizers import start_end_pad
@@ -53,6 +53,7 @@ BROKEN = {
     ),
     "gpt_bigcode": "its multi-query attention has no cross-attention",
     "megatron-bert": "its cross-attention mixes up frames and tokens",
+    "minimax": "it takes no cache but its own",
     "moshi": "it writes codes of speech beside its text",
     "prophetnet": "its cross-attention takes no mask of padded frames",
     **dict.fromkeys(
@@ -76,14 +77,18 @@ def load_decoder(
     pretrained: bool = True,
     checkpoint: str | None = None,
     attention: str | None = None,
+    listens: Literal["cross_attention", "prefix"] | None = None,
+    prompt: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A causal decoder with cross-attention of a family that `transformers` knows.
+    """A causal decoder of a family that `transformers` knows, which listens by cross-attention or to a prefix of audio.
 
     tokenizer: handed over by build; its vocabulary sizes a decoder with random weights
     tiny: the family's configuration for size=tiny; base, large: the Hub ids of the published members
     checkpoint: a Hub id or folder that takes the place of the size's own
     attention: None is sdpa if the family has it, else eager
+    listens: None is cross_attention if the family has it
+    prompt: text with one place for the audio, {audio}; None is a turn of the tokenizer's chat template, if it has one
     options: values of the family's configuration class, for any size
     """
     name = published_name("decoder", size, checkpoint, {"base": base, "large": large})
@@ -91,11 +96,13 @@ def load_decoder(
     if name is None:
         refuse_broken(default_config("decoder", model_type))
     config = load_config("decoder", name, model_type, tiny, **options)
+    choose_listening(config, listens)
     settle_config(config)
     config._attn_implementation = attention
     if name is None:
         assert tokenizer is not None, "build hands the tokenizer over"
         take_vocabulary(config, tokenizer)
+    give_prompt(config, tokenizer, prompt)
     if name is None or not pretrained:
         chosen = ("decoder.tiny", tiny) if name is None and not options else ("decoder.options", options)
         return tried(*chosen, config, new_decoder, decode_a_token)
@@ -253,11 +260,19 @@ def most_new_tokens(wanted: int, positions: int | None, num_given: int) -> int:
     return wanted if positions is None else max(1, min(wanted, positions + 1 - num_given))
 
 
-def refuse_longer(tokens: Tensor | None, most: int | None) -> None:
-    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for."""
-    if most is not None and tokens is not None and tokens.shape[1] > most:
-        wrong = f"a text of {tokens.shape[1]} tokens is too long for the decoder's {most} positions"
-        raise UserError("labels", tuple(tokens.shape), wrong, f"write labels of at most {most} tokens")
+def refuse_longer(tokens: Tensor | None, most: int | None, in_front: int = 0) -> None:
+    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for.
+
+    in_front: positions of the audio and its prompt
+    """
+    if most is None or tokens is None or tokens.shape[1] + in_front <= most:
+        return
+    wrong = f"a text of {tokens.shape[1]} tokens is too long for the decoder's {most} positions"
+    write = f"write labels of at most {most} tokens"
+    if in_front:
+        wrong += f" behind {in_front} of audio and prompt"
+        write = "write adapter=stack_mlp adapter.stride=NUMBER for fewer frames, or a smaller data.max_seconds"
+    raise UserError("labels", tuple(tokens.shape), wrong, write)
 
 
 def decoder_positions(

@@ -15,6 +15,7 @@ from transformers import (
     EncoderDecoderCache,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from sedtrain.errors import UserError
@@ -25,6 +26,7 @@ OTHER = {"encoder_hidden_states", "encoder_outputs", "pixel_values"}
 """Arguments of a model that reads more than text."""
 BOTH = {"gpt2"}
 """Families with cross-attention that can do without it."""
+PLACE = "{audio}"
 
 
 def class_of(config: PreTrainedConfig) -> Any:
@@ -49,8 +51,69 @@ def is_prefixed(config: PreTrainedConfig) -> bool:
     return can_continue(config) and (wanted == "prefix" or config.model_type not in BOTH)
 
 
+def choose_listening(config: PreTrainedConfig, wanted: str | None) -> None:
+    """Sets how a decoder listens, in place; None leaves it to the family. Raises UserError for what the family cannot."""
+    kind, fits = config.model_type, can_continue(config)
+    if wanted == "prefix" and not fits:
+        write = "write decoder.listens=cross_attention, or decoder=llama or another decoder-only language model"
+        raise UserError("decoder.listens", wanted, f"{kind} is no language model that can be fed by a prefix", write)
+    if wanted == "cross_attention" and fits and kind not in BOTH:
+        raise UserError(
+            "decoder.listens", wanted, f"{kind} has no cross-attention", "write decoder.listens=prefix, or none"
+        )
+    if wanted is not None and fits:
+        config.listens = wanted
+
+
+def give_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, prompt: str | None) -> None:
+    """Sets the tokens around the audio, in place: of `prompt`, or of a turn of the tokenizer's chat template.
+
+    The last of them is the token with which the text starts. Raises UserError where there is not one place for the audio.
+    """
+    if not is_prefixed(config):
+        if prompt is not None:
+            write = "write decoder.prompt=null, or decoder=llama or another decoder that is fed by a prefix"
+            raise UserError(
+                "decoder.prompt", prompt, "this decoder listens by cross-attention, and reads no prompt", write
+            )
+        return
+    if tokenizer is not None:
+        before, behind = prompt_ids(tokenizer, prompt)
+        config.decoder_start_token_id = behind.pop() if behind else None
+        config.audio_prompt = [before, behind]
+
+
+def prompt_ids(tokenizer: Any, prompt: str | None) -> list[list[int]]:
+    """Token ids in front of the audio and behind it."""
+    text, begin = PLACE if prompt is None else prompt, list[int]()
+    if text.count(PLACE) == 1 and getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    elif prompt is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]:
+        begin = [tokenizer.bos_token_id]
+    if text.count(PLACE) != 1:
+        wrong = f"it has {text.count(PLACE)} places for the audio, and needs one"
+        raise UserError("decoder.prompt", prompt, wrong, f"write decoder.prompt='TEXT {PLACE} TEXT'")
+    before, behind = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in text.split(PLACE)
+    )
+    return [begin + before, behind]
+
+
+def num_in_front(config: PreTrainedConfig, num_frames: int) -> int:
+    """Positions that frames and prompt take in front of a text."""
+    return num_frames + sum(map(len, prompt_of(config))) if is_prefixed(config) else 0
+
+
 def behind_prefix(decoder: PreTrainedModel) -> PreTrainedModel:
-    """The language model itself, which now takes encoder_hidden_states; its weights and their names stay."""
+    """The language model itself, which now takes encoder_hidden_states; its weights and their names stay.
+
+    Raises UserError where frames of the layers' width cannot stand among the tokens.
+    """
+    width = decoder.get_input_embeddings().weight.shape[1]
+    if width != decoder.config.hidden_size:
+        wrong = f"its embeddings are {width} wide and its layers {decoder.config.hidden_size}"
+        raise UserError("decoder", type(decoder).__name__, wrong, "write decoder.checkpoint=FOLDER of another member")
     if not isinstance(decoder, Prefixed):
         decoder.__class__ = prefixed(type(decoder))  # type: ignore[arg-type]
     return decoder

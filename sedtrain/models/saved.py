@@ -22,6 +22,7 @@ from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import feature_extractor_of, frame_width
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
+from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.run_dir import model_of
 from sedtrain.text.tags import NUM_TAGS, Tags, add_tags
@@ -158,7 +159,8 @@ def join(
             "write decoder.checkpoint=FOLDER whose tokenizer and weights belong together",
         )
     start, end, pad = start_end_pad(tokenizer)
-    if config._name_or_path and getattr(config, "decoder_start_token_id", None) is not None:
+    own_start = config._name_or_path or is_prefixed(config)
+    if own_start and getattr(config, "decoder_start_token_id", None) is not None:
         start = config.decoder_start_token_id
     between = adapter(frame_width(encoder.config), config.hidden_size)
     model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder, adapter=between)

@@ -38,10 +38,11 @@ FAMILIES = {
         "speecht5", "unispeech", "unispeech_sat", "w2v_bert", "wav2vec2", "wav2vec2_conformer", "wavlm", "whisper",
     ],
     "decoder": [
-        "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "byt5", "camembert", "canary", "cohere_asr",
-        "data2vec_text", "electra", "ernie", "gpt2", "m2m_100", "marian", "mbart", "moonshine", "mt5", "nllb", "pegasus",
-        "plbart", "rembert", "roberta", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5", "t5gemma", "trocr",
-        "whisper", "xglm", "xlm_roberta", "xmod",
+        "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "byt5", "camembert", "canary",
+        "cohere_asr", "data2vec_text", "electra", "ernie", "gemma3", "gpt2", "gpt_neo", "llama", "m2m_100", "marian",
+        "mbart", "mistral", "moonshine", "mt5", "nllb", "opt", "pegasus", "plbart", "qwen3", "rembert", "roberta",
+        "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text", "t5", "t5gemma", "trocr", "whisper", "xglm",
+        "xlm_roberta", "xmod",
     ],
 }  # fmt: skip
 ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder models

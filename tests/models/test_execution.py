@@ -98,7 +98,7 @@ def test_every_layer_of_an_encoder_computes_again_where_activations_are_not_kept
     assert_computes_again("encoder", encoder, part("bert"), silence.inputs, attention_mask=silence.attention_mask)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", [*DECODERS, "llama"])
 def test_every_layer_of_a_decoder_computes_again_where_activations_are_not_kept(family):
     assert_computes_again("decoder", part("hubert"), tiny_decoder(family), torch.randn(1, 4000))
 

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from families import tiny_decoder
 from pairs import END, IDS, LABELS, PAD, START, VOCABULARY, part, two_utterances
+from pairs import LLAMA as LLM
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -12,24 +15,32 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Qwen3Config,
+    SmolLM3Config,
     SpeechEncoderDecoderModel,
 )
 
 from sedtrain.errors import UserError
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.text.tokenizers import encode_target, train_tokenizer
 
-LLM = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "intermediate_size": 32, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
-}  # fmt: skip
 FAMILIES = {
     "llama": LlamaConfig(**LLM),
     "mistral": MistralConfig(**LLM, sliding_window=3),
     "gemma3_text": Gemma3TextConfig(**LLM, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
     "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY, listens="prefix"),
+    "gpt_neo": GPTNeoConfig(
+        hidden_size=16, num_layers=2, num_heads=2, window_size=4, vocab_size=VOCABULARY,
+        attention_types=[[["global", "local"], 1]],
+    ),
+    "opt": OPTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, vocab_size=VOCABULARY),
+    "qwen3": Qwen3Config(**LLM, head_dim=8),
+    "smollm3": SmolLM3Config(**LLM),
     "gemma2": Gemma2Config(**LLM, head_dim=8, final_logit_softcapping=2.0),
     "granite": GraniteConfig(**LLM, logits_scaling=3.0),
     "cohere": CohereConfig(**LLM, logit_scale=0.5),
@@ -109,3 +120,88 @@ def test_a_saved_model_keeps_its_prompt_and_stock_transformers_refuses_it(tmp_pa
 def test_a_cache_of_a_fixed_size_is_refused():
     with pytest.raises(UserError, match="has no room for the audio in front of the text"):
         joined("llama").generate(**two_utterances(), max_new_tokens=2, cache_implementation="static")
+
+
+# --- options
+
+
+def problem(name, **options):
+    with pytest.raises(UserError) as caught:
+        tiny_decoder(name, **options)
+    error = caught.value
+    return f"{error.option} = {error.value!r}: {error.wrong}; {error.write}"
+
+
+def test_a_family_listens_as_it_can_and_as_it_is_asked_to():
+    assert [tiny_decoder(name).config.add_cross_attention for name in ("gpt2", "llama")] == [True, False]
+    assert not tiny_decoder("gpt2", listens="prefix").config.add_cross_attention
+    assert problem("opt", listens="cross_attention") == (
+        "decoder.listens = 'cross_attention': opt has no cross-attention; write decoder.listens=prefix, or none"
+    )
+    assert problem("bert", listens="prefix") == (
+        "decoder.listens = 'prefix': bert is no language model that can be fed by a prefix; "
+        "write decoder.listens=cross_attention, or decoder=llama or another decoder-only language model"
+    )
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat_tokenizer():
+    tokenizer = train_tokenizer(["<s> user assistant Write: </> <>"], "char", 60)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def texts_of(prompt, tokenizer):
+    config = tiny_decoder("llama", tokenizer=tokenizer, prompt=prompt).config
+    before, behind = config.audio_prompt
+    return tokenizer.decode(before), tokenizer.decode(behind), config.decoder_start_token_id
+
+
+def test_the_prompt_stands_around_the_audio_and_its_last_token_starts_the_text():
+    plain, chat = train_tokenizer(["Write down this:"], "char", 60), chat_tokenizer()
+    assert texts_of(None, plain) == ("", "", None)
+    [write, colon] = (plain.convert_tokens_to_ids(token) for token in "e:")
+    assert texts_of("Write down {audio} this:", plain) == ("Write down", "this", colon)
+    assert texts_of("{audio} Write", plain) == ("", "Writ", write)
+    last = chat.convert_tokens_to_ids(">")
+    assert texts_of(None, chat) == ("<s><user>", "</><assistant", last)
+    assert texts_of("Write: {audio}", chat) == ("<s><user>Write:", "</><assistant", last)
+
+
+def test_a_prompt_without_one_place_for_the_audio_is_refused_and_so_is_one_that_is_not_read():
+    assert problem("llama", prompt="Transcribe:") == (
+        "decoder.prompt = 'Transcribe:': it has 0 places for the audio, and needs one; write decoder.prompt='TEXT {audio} TEXT'"
+    )
+    assert problem("bert", prompt="{audio}") == (
+        "decoder.prompt = '{audio}': this decoder listens by cross-attention, and reads no prompt; "
+        "write decoder.prompt=null, or decoder=llama or another decoder that is fed by a prefix"
+    )
+
+
+def test_a_text_behind_a_prompt_has_no_token_in_front():
+    tokenizer = train_tokenizer(["Write: one"], "char", 60)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    colon = tokenizer.convert_tokens_to_ids(":")
+    texts = [encode_target(tokenizer, text, None) for text in ("one", ": one")]
+    assert [tokenizer.decode(ids) for ids in texts] == ["one</s>", ": one</s>"]
+    assert encode_target(tokenizer, "one", colon)[0] == tokenizer.bos_token_id
+
+
+def test_audio_and_text_that_exceed_the_positions_are_refused_and_generation_ends_at_the_last():
+    model = joined("opt")
+    model.max_tokens = 60
+    num_frames = model.encode(**{"inputs": two_utterances()["input_values"]}).last_hidden_state.shape[1]
+    room = 60 - num_frames - 4
+    with pytest.raises(
+        UserError, match=f"too long for the decoder's 60 positions behind {num_frames + 4} of audio and prompt"
+    ):
+        model(**two_utterances(), decoder_input_ids=torch.full((2, room + 1), 7))
+    written = model.generate(**two_utterances(), max_new_tokens=100, suppress_tokens=[END])
+    assert written.shape[1] == room + 1

@@ -23,7 +23,7 @@ PAIRS = sorted(
         *product(ENCODERS, ["bert", "gpt2", "bart"]),
         *product(["hubert", "whisper"], DECODERS),
         *product(["sew"], STACKS),
-        *product(["w2v_bert"], PREFIXED),
+        *product(["hubert", "whisper", "w2v_bert"], PREFIXED),
     }
 )
 START, END, PAD = 1, 2, 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness import CUTS, PRECISIONS, STACKS, Loader, batch, new_module, trained, trainer_of
+from exactness import CUTS, KINDS, PRECISIONS, Loader, batch, new_module, trained, trainer_of
 from torch.nn.utils import parameters_to_vector
 
 DOCS = Path(__file__).parents[2] / "docs/exactness.md"
@@ -26,8 +26,8 @@ def two_rank_updates(two_ranks):
     return {key: each for key, each in results.items() if len(key) == 3}
 
 
-@pytest.mark.parametrize("decoder", STACKS)
-def test_the_update_of_a_decoder_out_of_a_whole_model_is_that_of_eight_at_once(two_ranks, decoder):
+@pytest.mark.parametrize("decoder", KINDS)
+def test_the_update_of_each_kind_of_decoder_is_that_of_eight_at_once(two_ranks, decoder):
     expected = trained(CUTS["8 × 1"], decoder=decoder)[1]
     of_two_ranks = torch.load(two_ranks / "out.0", weights_only=False)[0]
     updates = [moved for key, moved in of_two_ranks.items() if key[1] == decoder]
