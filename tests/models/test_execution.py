@@ -35,7 +35,8 @@ def gradients(model, num_utterances, num_samples):
 @pytest.mark.filterwarnings("default")  # torch's compiler raises warnings that it means to hide
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 def test_losses_and_gradients_are_those_of_plain_layers(execution):
-    plain = joined("hubert", "bert").train()
+    few = {"num_hidden_layers": 1} if execution.backend == "inductor" else {}  # it is slow
+    plain = joined("hubert", "bert", **few).train()
     prepared = copy.deepcopy(plain)
     execution.prepare(prepared)
     for size in ((2, 4000), (3, 5200)):
