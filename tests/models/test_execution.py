@@ -58,7 +58,7 @@ def test_a_run_compiles_for_its_training_and_nothing_for_validations_and_scores(
         compile_layers(name, part, backend)
 
     monkeypatch.setattr("sedtrain.models.parts.compile_layers", compiled)
-    train(tmp_path / "run", "compile=eager")
+    train(tmp_path / "run", "compile=eager", "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1")
     assert modes and all(modes)
 
 
