@@ -25,7 +25,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
 }
 
-import composed  # first: others take `compose` from Hydra where they are imported
+import composed
 import pyarrow.parquet
 import pytest
 import torch
@@ -85,31 +85,21 @@ def end_of_process(environment):
         torch.distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def without_what_takes_time(arguments):
-    """Leaves out drawings (tests/evaluation has them) and one of Hydra's compositions, which only looks for its mode.
-
-    They are a quarter of a short run.
-    """
-    from forked import undrawn
-    from hydra._internal.hydra import Hydra
-
-    from sedtrain.evaluation import html
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(html, "figure", undrawn)
-        if not any(str(each).startswith("hydra.mode=") for each in arguments):
-            patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
-        yield
-
-
 @pytest.fixture(scope="session")
 def sedtrain():
-    """The command `sedtrain ARGUMENTS` in this process; returns how it ended. Its problems raise, as in the shell."""
+    """The command `sedtrain ARGUMENTS` in this process; returns how it ended. Its problems raise, as in the shell.
+
+    Only with `draws` do its pages have drawings, which take a fifth of a short run.
+    """
+    from forked import undrawn
+
     from sedtrain.__main__ import main
+    from sedtrain.evaluation import html
 
     def command(*arguments, draws=False):
-        with contextlib.nullcontext() if draws else without_what_takes_time(arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            if not draws:
+                patch.setattr(html, "figure", undrawn)
             return ended(arguments)
 
     def ended(arguments):
