@@ -283,8 +283,9 @@ def transcriber(cfg: DictConfig) -> Transcriber:
     """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
-    make = partial(Transcriber, with_words=outputs(cfg).formats != ("text",), bounds=attempt(bounds_of, cfg))
-    made: Transcriber = attempt(make, saved, options, cfg.data.get("language"), cfg.target)
+    make = partial(Transcriber, language=cfg.data.get("language"), target=cfg.target)
+    with_words, bounds = outputs(cfg).formats != ("text",), attempt(bounds_of, cfg)
+    made: Transcriber = attempt(make, saved, options, with_words, bounds)
     attempt.report()
     saved.model.to(device(cfg))
     return made

@@ -5,8 +5,7 @@ S samples.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import soxr
 from numpy.typing import NDArray
 
 from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
-from sedtrain.data.buckets import Bounds
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
@@ -23,7 +21,6 @@ from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import most_new_tokens
-from sedtrain.models.saved import SavedModel
 from sedtrain.text.tags import NUM_TAGS, TASK_OF
 
 logger = logging.getLogger(__name__)
@@ -32,22 +29,16 @@ Audio = str | Path | NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Transcriber:
-    """A saved model with all that a text depends on besides the audio.
+class Transcriber(RecordingDecoder):
+    """A decoder of recordings with all else that a text depends on; a warning is logged where words cannot be looked for.
 
     of_decoding: what names of DecodingOptions begin with where the user writes them, for messages
-    with_words: look for words and their times, which takes a CTC head; a warning is logged where there is none
-    bounds: of a batch of windows
     Raises UserError where the model never learnt to write what `target` and `language` ask for, or to search so.
     """
 
-    saved: SavedModel
-    options: DecodingOptions
     language: str | None = None
     target: str = "transcription"
     of_decoding: str = "decoding."
-    with_words: bool = False
-    bounds: Bounds = field(default_factory=Bounds)
 
     def __post_init__(self) -> None:
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
@@ -63,20 +54,16 @@ class Transcriber:
                 "words have no times: the model was trained without a CTC head; train with loss=joint loss.ctc_weight=0.3"
             )
 
-    @cached_property
-    def decoder(self) -> RecordingDecoder:
-        return RecordingDecoder(self.saved, self.options, self.with_words, self.bounds)
-
     def transcription_of(
         self, audio: Audio, sampling_rate: int | None = None, name: str | None = None
     ) -> Transcription:
         """The text of a file or of an array with its times; `name` is shown. Raises UserError for audio that cannot be read."""
-        rate = self.decoder.collator.sampling_rate
+        rate = self.collator.sampling_rate
         if isinstance(audio, np.ndarray):
             shown, blocks = "array", iter([resampled(audio, sampling_rate, rate)])
         else:
             shown, blocks = str(audio), blocks_of(audio, rate)
-        found = self.decoder.transcription(name or shown, blocks, self.language, TASK_OF[self.target])
+        found = self.transcription(name or shown, blocks, self.language, TASK_OF[self.target])
         warn(found, [each for each in found.segments if each.cut_at], self.limit)
         warn(found, [each for each in found.segments if each.doubt], doubted)
         return found
@@ -134,11 +121,7 @@ def decoding_options(options: Mapping[str, Any]) -> DecodingOptions:
     """Raises UserError for each option that is unknown, and each value that does not fit."""
     known = [each.name for each in fields(DecodingOptions)]
     write = f"write one of {', '.join(known)}"
-    unknown = [
-        UserError(name, value, f"decoding has no option {name!r}", write)
-        for name, value in options.items()
-        if name not in known
-    ]
-    if unknown:
+    others = {name: value for name, value in options.items() if name not in known}
+    if unknown := [UserError(name, others[name], f"decoding has no option {name!r}", write) for name in others]:
         raise UserError.all_of(unknown)
     return DecodingOptions(**options)

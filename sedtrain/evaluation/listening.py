@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
 from sedtrain.decoding.alignment import align
-from sedtrain.decoding.ctc import lattice_of
+from sedtrain.decoding.ctc import lattice_of_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -83,7 +83,8 @@ def ctc_spans(
     """Start and end of each token by CTC."""
     if model.ctc_head is None or not text or max(text) >= model.ctc_head.out_features:
         return None
-    lattice = lattice_of(model, encoded)
-    [aligned] = align(lattice, [text])
+    columns = [model.config.pad_token_id, *sorted({*text})]
+    lattice = lattice_of_tokens(model, encoded, columns)
+    [aligned] = align(lattice, [[columns.index(token, 1) for token in text]])
     scale = seconds / int(lattice.num_frames[0])
     return None if aligned is None else [(token.start * scale, token.end * scale) for token in aligned]

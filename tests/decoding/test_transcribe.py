@@ -118,7 +118,7 @@ def test_where_nobody_reads_the_command_ends_quietly(monkeypatch):
 
 
 def test_an_array_is_brought_to_the_rate_of_the_model(model, speech):
-    collator = Transcriber(model, decoding_options({})).decoder.collator
+    collator = Transcriber(model, decoding_options({})).collator
     assert collator.sampling_rate == 16_000
     high = soxr.resample(speech[1], 16_000, 48_000)
     text = model.transcribe(soxr.resample(high, 48_000, 16_000), sampling_rate=16_000, **SHORT)
@@ -371,7 +371,7 @@ def test_whisper_takes_30_seconds_at_once_and_longer_recordings_by_windows(caplo
     assert saved.max_seconds == 30 and other.max_seconds == float("inf")
     for options, whole in (({}, 30), ({"window": 90.0}, 30), ({"window": 20.0}, 20)):
         transcriber = Transcriber(saved, decoding_options({"max_new_tokens": 2, **options}))
-        assert transcriber.decoder.window_seconds == whole
+        assert transcriber.window_seconds == whole
     segments = transcriber.transcription_of(syllables(45), 16_000).segments
     assert len(segments) == 3 and max(each.end - each.start for each in segments) <= 20
     assert (segments[0].start, segments[-1].end) == (0, 45)
