@@ -13,8 +13,8 @@ from sedtrain.models.encoder import load_encoder
 from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import train_tokenizer
 
-ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
-MEMBERS = {"byt5", "nllb"}  # published members of t5 and of m2m_100, with their code
+MEMBERS = {"byt5", "nllb", "xls_r"}  # published members of t5, m2m_100 and wav2vec2, with their code
+ENCODERS = sorted({path.stem for path in (conf_dir() / "encoder").glob("*.yaml")} - MEMBERS)
 DECODERS = sorted({path.stem for path in (conf_dir() / "decoder").glob("*.yaml")} - MEMBERS)
 TOKENIZER = train_tokenizer([" ".join(string.printable)], "char", 200)
 
