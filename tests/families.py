@@ -13,8 +13,8 @@ from sedtrain.models.encoder import load_encoder
 from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import train_tokenizer
 
-ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
-MEMBERS = {"byt5", "nllb"}  # published members of t5 and of m2m_100, with their code
+MEMBERS = {"byt5", "nllb", "xls_r"}  # published members of t5, m2m_100 and wav2vec2, with their code
+ENCODERS = sorted({path.stem for path in (conf_dir() / "encoder").glob("*.yaml")} - MEMBERS)
 DECODER_FILES = sorted((conf_dir() / "decoder").glob("*.yaml"))
 PREFIXED = [path.stem for path in DECODER_FILES if "adapter: stack_mlp" in path.read_text(encoding="utf-8")]
 DECODERS = [path.stem for path in DECODER_FILES if path.stem not in {*PREFIXED, *MEMBERS}]  # with cross-attention

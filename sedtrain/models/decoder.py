@@ -171,6 +171,8 @@ def settle_config(config: PreTrainedConfig) -> None:
         config.vocab_size = config.decoder_vocab_size
     if getattr(config, "encoder_no_repeat_ngram_size", 0):
         config.encoder_no_repeat_ngram_size = 0  # Blenderbot's encoder reads text
+    if getattr(config, "begin_suppress_tokens", None):
+        config.suppress_tokens = config.begin_suppress_tokens = None  # Whisper's, by which no text is empty
     if getattr(config, "default_language", "") is None:
         if len(config.languages) > 1:
             wrong = f"{config.model_type} has adapters of {len(config.languages)} languages, and none is chosen"

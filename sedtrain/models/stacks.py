@@ -205,6 +205,8 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     config.__class__ = kind.config_class
     config.model_type, config.is_encoder_decoder = kind.config_class.model_type, False
     config._name_or_path = whole._name_or_path
+    if num_layers := getattr(config, "num_decoder_layers", None):  # T5's; None stands for as many as `num_layers`
+        config.num_layers, config.num_decoder_layers = num_layers, None
     for name in () if kind.within else whole.sub_configs:
         setattr(config, name, None)
     for name in ("decoder_start_token_id", "tie_word_embeddings"):

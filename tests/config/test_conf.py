@@ -36,6 +36,7 @@ FAMILIES = {
     "encoder": [
         "data2vec", "hubert", "moonshine", "parakeet", "seamless_m4t", "seamless_m4t_v2", "sew", "sew_d", "speech_to_text",
         "speecht5", "unispeech", "unispeech_sat", "w2v_bert", "wav2vec2", "wav2vec2_conformer", "wavlm", "whisper",
+        "xls_r",
     ],
     "decoder": [
         "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "byt5", "camembert", "canary",
@@ -49,6 +50,7 @@ ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder mo
 PUBLISHED = {
     "hubert": "facebook/hubert-base-ls960",
     "wav2vec2": "facebook/wav2vec2-base",
+    "xls_r": "facebook/wav2vec2-xls-r-300m",
     "wavlm": "microsoft/wavlm-base-plus",
     "w2v_bert": "facebook/w2v-bert-2.0",
     "whisper": "openai/whisper-base",
