@@ -11,8 +11,9 @@ from sedtrain.data.collate import Collator
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.timestamps import FrameTimes, heard_words, timed
+from sedtrain.decoding.timestamps import FrameTimes, frames_per_second, heard_words, timed
 from sedtrain.decoding.transcription import Word
+from sedtrain.models.adapter import QFormerAdapter, StackMLPAdapter
 from sedtrain.models.saved import join
 from sedtrain.text.tokenizers import train_tokenizer
 
@@ -44,6 +45,12 @@ def test_frames_of_pairs_of_features_stand_between_the_two():
     """Kaldi's first two windows have their centres at 12.5 and 22.5 ms."""
     saved = join(tiny_encoder("w2v_bert"), tiny_decoder("bert"), lambda *widths: None, TOKENIZER)
     assert FrameTimes.of(saved) == FrameTimes(0.02, 0.0175)
+
+
+def test_the_decoder_s_frames_a_second_are_those_of_the_encoder_over_the_stride():
+    parts = tiny_encoder("whisper"), tiny_decoder("llama")
+    adapters = [StackMLPAdapter, QFormerAdapter, lambda *widths: StackMLPAdapter(*widths, stride=5)]
+    assert [frames_per_second(join(*parts, adapter, TOKENIZER)) for adapter in adapters] == [25, 25, 10]
 
 
 def test_borders_of_words_are_within_two_frames_of_the_known_ones(hearing):
