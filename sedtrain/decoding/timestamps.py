@@ -101,6 +101,16 @@ class FrameTimes:
         return self.first + (frame - 0.5) * self.hop
 
 
+@torch.no_grad()
+def frames_per_second(saved: SavedModel) -> float:
+    """Frames that the decoder gets of a second of audio: those of the encoder, joined or made anew by the adapter."""
+    encoder_frames = torch.zeros(1, 1000, saved.model.encoder_output_dim, dtype=saved.model.dtype)
+    with torch.random.fork_rng(devices=[]):  # dropout draws nothing from the run's own
+        frames = saved.model.adapt({"last_hidden_state": encoder_frames}, None).last_hidden_state
+    assert frames is not None
+    return frames.shape[1] / encoder_frames.shape[1] / FrameTimes.of(saved).hop
+
+
 def input_times(extractor: Any) -> tuple[float, float]:
     """Seconds between the inputs of the encoder, and the centre of the first: samples, or frames of features.
 

@@ -93,7 +93,8 @@ def prompt_ids(tokenizer: Any, prompt: str | None) -> list[list[int]]:
         begin = [tokenizer.bos_token_id]
     if text.count(PLACE) != 1:
         wrong = f"it has {text.count(PLACE)} places for the audio, and needs one"
-        raise UserError("decoder.prompt", prompt, wrong, f"write decoder.prompt='TEXT {PLACE} TEXT'")
+        write = f"write prompt='TEXT {PLACE} TEXT'"
+        raise UserError("decoder.prompt", prompt, wrong, f"write 'decoder.prompt=\"TEXT {PLACE} TEXT\"'", write)
     before, behind = (
         tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in text.split(PLACE)
     )

@@ -12,8 +12,9 @@ from sedtrain.decoding.ctc import lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.timestamps import FrameTimes, heard, timed
+from sedtrain.decoding.timestamps import FrameTimes, frames_per_second, heard, timed
 from sedtrain.decoding.transcription import Word
+from sedtrain.models.adapter import QFormerAdapter, StackMLPAdapter
 from sedtrain.models.saved import join
 from sedtrain.text.tokenizers import train_tokenizer
 
@@ -45,6 +46,12 @@ def test_frames_of_pairs_of_features_stand_between_the_two():
     """Kaldi's first two windows have their centres at 12.5 and 22.5 ms."""
     saved = join(tiny_encoder("w2v_bert"), tiny_decoder("bert"), lambda *widths: None, TOKENIZER)
     assert FrameTimes.of(saved) == FrameTimes(0.02, 0.0175)
+
+
+def test_the_decoder_s_frames_a_second_are_those_of_the_encoder_over_the_stride():
+    parts = tiny_encoder("whisper"), tiny_decoder("llama")
+    adapters = [StackMLPAdapter, QFormerAdapter, lambda *widths: StackMLPAdapter(*widths, stride=5)]
+    assert [frames_per_second(join(*parts, adapter, TOKENIZER)) for adapter in adapters] == [25, 25, 10]
 
 
 def test_borders_of_words_are_within_two_frames_of_the_known_ones(hearing):

@@ -175,7 +175,8 @@ def test_the_prompt_stands_around_the_audio_and_its_last_token_starts_the_text()
 
 def test_a_prompt_without_one_place_for_the_audio_is_refused_and_so_is_one_that_is_not_read():
     assert problem("llama", prompt="Transcribe:") == (
-        "decoder.prompt = 'Transcribe:': it has 0 places for the audio, and needs one; write decoder.prompt='TEXT {audio} TEXT'"
+        "decoder.prompt = 'Transcribe:': it has 0 places for the audio, and needs one; "
+        "write 'decoder.prompt=\"TEXT {audio} TEXT\"'"
     )
     assert problem("bert", prompt="{audio}") == (
         "decoder.prompt = '{audio}': this decoder listens by cross-attention, and reads no prompt; "
