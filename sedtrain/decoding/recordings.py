@@ -1,7 +1,7 @@
 """Texts of recordings of any length by a saved model: its windows, decoded in batches."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isinf
@@ -26,6 +26,14 @@ SURE = 0.5  # confidence; with the demo's model, speech has 0.65 to 1, noise and
 REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
 
 
+def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str) -> Collator:
+    """What makes batches for a saved model; rewrite: normalizes texts before they become labels."""
+    start = saved.model.config.decoder_start_token_id
+    return Collator(
+        saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags, saved.max_seconds, saved.is_whisper
+    )
+
+
 @dataclass(frozen=True)
 class RecordingDecoder:
     """A saved model with the options of its search, and whether words are looked for, which takes a CTC head."""
@@ -36,8 +44,7 @@ class RecordingDecoder:
 
     @cached_property
     def collator(self) -> Collator:
-        start = self.saved.model.config.decoder_start_token_id
-        return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
+        return collator_of(self.saved)
 
     @property
     def window_seconds(self) -> float:

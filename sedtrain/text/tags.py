@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.errors import UserError
 
 TASK_OF = {"transcription": "transcribe", "translation": "translate"}  # by target
-NUM_TAGS = 2  # before a text
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Tags:
     """The languages and tasks that a model learnt; `ids` holds their tokens, by task and language."""
 
     ids: Mapping[str, Mapping[str, Sequence[int]]]
+    number = 2  # before a text
 
     def of(self, language: str | None, task: str) -> list[int]:
         """Tokens of a language; None is the only language of the task. Raises UserError for what was never learnt."""
@@ -39,6 +40,49 @@ class Tags:
     def known(self) -> list[str]:
         """The tags of each language and task, such as `<|de|><|translate|>`."""
         return [tag(language) + tag(task) for task, languages in self.ids.items() for language in languages]
+
+
+@dataclass(frozen=True)
+class WhisperPrompt:
+    """Whisper's own tokens between `<|startoftranscript|>` and the text: a language, a task, `<|notimestamps|>`.
+
+    languages: ids by tag; empty for a checkpoint that is English alone, which has neither languages nor tasks
+    tasks:     ids by name
+    language, task: those where none is asked for
+    """
+
+    languages: Mapping[str, int]
+    tasks: Mapping[str, int]
+    last: Sequence[int]
+    language: str | None = None
+    task: str | None = None
+
+    @classmethod
+    def of_generation(cls, generation: Any) -> "WhisperPrompt":
+        """The prompt as the generation config of a checkpoint describes it, in which stock Whisper looks for it."""
+        last = getattr(generation, "no_timestamps_token_id", None)
+        languages, tasks = (getattr(generation, name, None) or {} for name in ("lang_to_id", "task_to_id"))
+        wanted = (getattr(generation, name, None) for name in ("language", "task"))
+        return cls(languages, tasks, [] if last is None else [last], *wanted)
+
+    @property
+    def number(self) -> int:
+        return (2 if self.languages else 0) + len(self.last)
+
+    def of(self, language: str | None, task: str) -> list[int]:
+        """Raises UserError where nothing names a language that the checkpoint has a token for."""
+        if not self.languages and language in (None, "en"):
+            return list(self.last)
+        language = language or self.language
+        if language is None or tag(language) not in self.languages:
+            known = ", ".join(sorted(each.strip("<|>") for each in self.languages)) or "en"
+            asked = f"no language {language!r}" if language else "several languages, and nothing names that of the text"
+            write, python = f"write data.language=ONE_OF {known}", f"write language=ONE_OF {known}"
+            raise UserError("data.language", language, f"the checkpoint has {asked}", write, python)
+        return [self.languages[tag(language)], self.tasks[task], *self.last]
+
+    def known(self) -> list[str]:
+        return list(self.languages)
 
 
 def tag(name: str) -> str:
