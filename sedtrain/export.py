@@ -84,12 +84,11 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         asked = f', language="LANGUAGE", task="{task}"' if tags.languages and not tags.language else ""
     elif tags:
         prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
-    encoder, decoder = saved.model.config.encoder, saved.model.config.decoder.model_type
-    loads, model_class = OWN, "SpeechEncoderDecoderModel"
-    title = f"{encoder.model_type} + {decoder}"
-    described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder}` text decoder"
-    if saved.model.adapter is None and loads_in_stock_transformers(encoder):
-        loads = STOCK
+    encoder, decoder = saved.model.config.encoder, saved.model.config.decoder
+    title = f"{encoder.model_type} + {decoder.model_type}"
+    described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
+    stock = saved.model.adapter is None and all(map(loads_in_stock_transformers, (encoder, decoder)))
+    loads, model_class = STOCK if stock else OWN, "SpeechEncoderDecoderModel"
     if isinstance(saved.model, WholeSpeechModel):
         loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
         described = f"A whole `{title}` model"

@@ -10,10 +10,12 @@ from omegaconf import OmegaConf
 from sedtrain.config.schema import conf_dir
 from sedtrain.models.decoder import load_decoder
 from sedtrain.models.encoder import load_encoder
+from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import train_tokenizer
 
 ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
 DECODERS = sorted(path.stem for path in (conf_dir() / "decoder").glob("*.yaml"))
+STACKS = [name for name in DECODERS if name in OF_WHOLE]  # decoders of sequence-to-sequence models
 TOKENIZER = train_tokenizer([" ".join(string.printable)], "char", 200)
 
 

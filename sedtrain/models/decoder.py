@@ -1,6 +1,6 @@
 """Text decoders: any causal decoder of `transformers` with cross-attention, by its model type or as a module.
 
-To add a family:
+To add a family (of a whole sequence-to-sequence model: a row in stacks.py, too):
 1. `conf/decoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny one (like conf/decoder/gpt2.yaml).
 2. Code, only if it differs from the others: `settle_config` below for its configuration, `decoder_positions` for its
    positions, `ENDS_WITH_OUTPUT_LAYER` in losses.py if its logits are exactly what its output layer returns.
@@ -34,6 +34,7 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
+from sedtrain.models.stacks import decoder_config, out_of_whole
 from sedtrain.models.trial import tried
 from sedtrain.text.tokenizers import start_end_pad
 
@@ -112,6 +113,7 @@ def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` with a configuration that makes the checkpoint a decoder."""
     if (config := options.pop("config", None)) is None:
         config, options = configured(name, options)
+    config = decoder_config(config)
     settle_config(config)
     with attention_wanted("decoder", config, options):
         decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -165,6 +167,7 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
 
     Raises UserError for a decoder that would train to a finite loss without ever hearing the audio, or writes no text.
     """
+    decoder = out_of_whole(decoder)
     refuse_without_cross_attention(decoder)
     settle_config(decoder.config)
     fix_sinusoids(decoder)

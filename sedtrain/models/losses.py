@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import IGNORE_INDEX
+from sedtrain.models.stacks import StackDecoder
 from sedtrain.ranges import Fraction
 
 # The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
@@ -68,7 +69,8 @@ class DeferrableLinear(nn.Linear):
 def make_deferrable(decoder: PreTrainedModel) -> None:
     """Swaps the class of the decoder's output layer if it is a plain linear one; parameters and names stay."""
     layer = decoder.get_output_embeddings()
-    if decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER and type(layer) is nn.Linear:
+    ends_with_it = decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER or isinstance(decoder, StackDecoder)
+    if ends_with_it and type(layer) is nn.Linear:
         layer.__class__ = DeferrableLinear
 
 

@@ -105,7 +105,10 @@ class SavedModel:
             for language, task in pairs:
                 prompt.of(language, task)
             if prompt.languages and len(pairs) == 1:
-                self.model.generation_config.language, self.model.generation_config.task = language or prompt.language, task
+                self.model.generation_config.language, self.model.generation_config.task = (
+                    language or prompt.language,
+                    task,
+                )
             return
         tags = add_tags(self.tokenizer, pairs)
         if len(self.tokenizer) > self.model.decoder.config.vocab_size:
@@ -146,7 +149,11 @@ def load(checkpoint: str | Path) -> SavedModel:
     """
     name = model_of(str(checkpoint))
     with loading("checkpoint", name):
-        kind = WholeSpeechModel if is_whole(AutoConfig.from_pretrained(name, trust_remote_code=False)) else SpeechEncoderDecoder
+        kind = (
+            WholeSpeechModel
+            if is_whole(AutoConfig.from_pretrained(name, trust_remote_code=False))
+            else SpeechEncoderDecoder
+        )
     return loaded_as(kind, name)
 
 

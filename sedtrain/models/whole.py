@@ -1,19 +1,19 @@
 """Whole speech models of `transformers`, such as Whisper: both parts with their cross-attention, saved as what they were."""
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from sedtrain.models.encoder import standalone
-from sedtrain.models.encoder_families import OF_WHOLE
+from sedtrain.models.encoder_families import OF_WHOLE, UPSTREAM
 from sedtrain.models.loading import HUB_OPTIONS, configured
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.stacks import OF_WHOLE as DECODERS
+from sedtrain.models.stacks import here_named
 
 FACTS = ("training_normalizer", "max_training_seconds", "tokens_per_second", "tags", "ctc_vocab_size")
 """What a configuration says of training, beside what `transformers` reads."""
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 def is_whole(config: PreTrainedConfig) -> bool:
     """True for a configuration of an encoder of speech and a decoder that attends to it."""
-    return config.model_type in OF_WHOLE and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    return config.model_type in OF_WHOLE.keys() & DECODERS.keys() and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
 
 
 class WholeSpeechModel(SpeechEncoderDecoder):
@@ -33,7 +33,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     def __init__(self, stock: PreTrainedModel) -> None:
         config = copy.deepcopy(stock.config)  # the parts change theirs
-        super().__init__(encoder=standalone(stock), decoder=decoder_within(stock))
+        super().__init__(encoder=standalone(stock), decoder=stock)
         self.stock_class, self.stock_config, self.generation_config = type(stock), config, stock.generation_config
         self.generation_config.eos_token_id = self.generation_config.eos_token_id or config.eos_token_id
         for name in SPECIAL_TOKENS:
@@ -55,16 +55,6 @@ class WholeSpeechModel(SpeechEncoderDecoder):
         self.stock_config.vocab_size = self.decoder.config.vocab_size
         return embeddings
 
-    def empty_stock(self) -> tuple[PreTrainedModel, dict[str, str]]:
-        """The model of `transformers` without its weights, and their names here by their names in it."""
-        with torch.device("meta"):
-            stock = self.stock_class(copy.deepcopy(self.stock_config))
-            stock.tie_weights()
-            parts = type(self)(stock)
-        names = {id(weight): name for name, weight in parts.state_dict(keep_vars=True).items()}
-        stock.config = self.stock_config
-        return stock, {name: names[id(weight)] for name, weight in stock.state_dict(keep_vars=True).items()}
-
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
@@ -73,9 +63,10 @@ class WholeSpeechModel(SpeechEncoderDecoder):
         for name in FACTS:
             if (fact := getattr(self.config, name, None)) is not None:
                 setattr(self.stock_config, name, fact)
-        stock, names = self.empty_stock()
+        with torch.device("meta"):
+            stock = self.stock_class(self.stock_config)
         stock.generation_config = self.generation_config
-        stock.load_state_dict({name: weights[own] for name, own in names.items()}, assign=True)
+        stock.load_state_dict({name: weights[own] for name, own in own_names(stock).items()}, assign=True)
         stock.tie_weights()
         stock.save_pretrained(save_directory, **kwargs)
         self.save_ctc_head(Path(save_directory), weights)
@@ -90,26 +81,19 @@ class WholeSpeechModel(SpeechEncoderDecoder):
             pretrained_model_name_or_path, *args, config=config, trust_remote_code=False, **kwargs
         )
         stock, report = loaded if isinstance(loaded, tuple) else (loaded, None)
-        weights = stock.state_dict(keep_vars=True)
+        names = own_names(stock)
         model = cls(stock).eval()
         model.load_ctc_head(pretrained_model_name_or_path, **hub_options)
-        return model if report is None else (model, under_own_names(report, weights, model))
+        if report is None:
+            return model
+        return model, {**report, "missing_keys": {names.get(name, name) for name in report["missing_keys"]}}
 
 
-def under_own_names(report: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    """What `transformers` says of a file, with the names that missing weights have in the model."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    missing = {names.get(id(weights.get(name)), name) for name in report["missing_keys"]}
-    return {**report, "missing_keys": missing}
-
-
-class WhisperText(transformers.WhisperForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, past_key_values=None, **kwargs):
-        return super().forward(input_ids, attention_mask, (encoder_hidden_states,), past_key_values=past_key_values, **kwargs)
-
-
-def decoder_within(stock):
-    with torch.device("meta"):
-        decoder = WhisperText(copy.deepcopy(stock.config))
-    decoder.model.decoder, decoder.proj_out = stock.model.decoder, stock.proj_out
-    return decoder
+def own_names(stock: nn.Module) -> dict[str, str]:
+    """The weights of a model of `transformers`, and their names in a joined one."""
+    kind = UPSTREAM[OF_WHOLE[stock.config.model_type]]
+    encoder = next(f"{name}." for name, module in stock.named_modules() if type(module) is kind)
+    return {
+        name: f"encoder.{name.removeprefix(encoder)}" if name.startswith(encoder) else f"decoder.{here_named(name)}"
+        for name in stock.state_dict()
+    }

@@ -38,7 +38,7 @@ FAMILIES = {
     ],
     "decoder": [
         "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "camembert", "data2vec_text", "electra", "ernie",
-        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm_roberta", "xmod",
+        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "whisper", "xglm", "xlm_roberta", "xmod",
     ],
 }  # fmt: skip
 ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder models

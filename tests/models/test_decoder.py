@@ -17,6 +17,7 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import CROSS_ATTENTION, tokenizer_of
+from sedtrain.models.stacks import whole_type
 from sedtrain.text.tokenizers import train_tokenizer
 
 TEXTS = ["one two three", "four five six", "seven eight nine"]
@@ -82,7 +83,8 @@ def test_every_weight_learns_and_cross_attention_does(decoder, ids, audio):
 
 def test_a_saved_decoder_loads_and_every_weight_learns(decoder, tokenizer, tmp_path, ids, audio):
     decoder.save_pretrained(tmp_path)
-    name = next(name for name in DECODERS if name.replace("_", "-") == decoder.config.model_type.replace("_", "-"))
+    kind = whole_type(decoder.config).replace("_", "-")
+    name = next(name for name in DECODERS if name.replace("_", "-") == kind)
     loaded = tiny_decoder(name, tokenizer=tokenizer, checkpoint=str(tmp_path))
     torch.testing.assert_close(logits(loaded, ids, audio), logits(decoder, ids, audio))
     assert learn(loaded, ids, audio) == []

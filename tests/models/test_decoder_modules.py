@@ -35,8 +35,6 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Model,
-    WhisperConfig,
-    WhisperForCausalLM,
     XmodConfig,
 )
 
@@ -165,9 +163,6 @@ def test_positions_that_are_computed_are_no_weights():
         GemmaForCausalLM(GemmaConfig(num_key_value_heads=2, head_dim=8, **LLM)),
         BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)),
         BioGptForCausalLM(BioGptConfig(**LLM)),
-        WhisperForCausalLM(
-            WhisperConfig(vocab_size=40, d_model=16, decoder_layers=1, decoder_attention_heads=2, pad_token_id=0)
-        ),
         T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
     ],
     ids=lambda decoder: type(decoder).__name__,

@@ -1,4 +1,4 @@
-"""Every encoder with three decoders, every decoder with two encoders: what the table in docs/support.md claims.
+"""Every encoder with three decoders, every decoder with two encoders or three: what the table in docs/support.md claims.
 
 `SEDTRAIN_WRITE_SUPPORT=1 python -m pytest tests/models/test_support.py` writes the table again.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import DECODERS, ENCODERS, TOKENIZER, tiny_decoder, tiny_encoder
+from families import DECODERS, ENCODERS, STACKS, TOKENIZER, tiny_decoder, tiny_encoder
 
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
@@ -18,7 +18,9 @@ from sedtrain.models.decoder import CROSS_ATTENTION
 from sedtrain.models.encoder import feature_extractor_of, loads_in_stock_transformers
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
-PAIRS = sorted({*product(ENCODERS, ["bert", "gpt2", "bart"]), *product(["hubert", "whisper"], DECODERS)})
+PAIRS = sorted(
+    {*product(ENCODERS, ["bert", "gpt2", "bart"]), *product(["hubert", "whisper"], DECODERS), *product(["sew"], STACKS)}
+)
 START, END, PAD = 1, 2, 0
 TABLE = Path(__file__).parents[2] / "docs/support.md"
 BACKENDS = {"eager": None, "sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
@@ -111,7 +113,7 @@ def test_it_is_saved_and_loaded(pair, tmp_path):
     model.save_pretrained(tmp_path)
     expected = logits(model, batch)
     assert (logits(SpeechEncoderDecoder.from_pretrained(tmp_path).eval(), batch) - expected).abs().max() < 1e-5
-    stock = loads_in_stock_transformers(model.config.encoder)
+    stock = all(map(loads_in_stock_transformers, (model.config.encoder, model.config.decoder)))
     if stock:
         base = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path).eval()
         alone = batch_of(model, 1.0)
