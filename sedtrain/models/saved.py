@@ -96,7 +96,7 @@ class SavedModel:
             2 * self.model.config.encoder.max_source_positions * extractor.hop_length / extractor.sampling_rate
         )
 
-    def learn_tags(self, pairs: Collection[tuple[str, str]]) -> None:
+    def learn_tags(self, pairs: Collection[tuple[str | None, str]]) -> None:
         """Gives tokenizer and model a token for each language and each task of `pairs`.
 
         Whisper has them: a single pair becomes what it writes where nothing else is asked for, also in `transformers`.

@@ -89,7 +89,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
         return model, {**report, "missing_keys": {names.get(name, name) for name in report["missing_keys"]}}
 
 
-def own_names(stock: nn.Module) -> dict[str, str]:
+def own_names(stock: PreTrainedModel) -> dict[str, str]:
     """The weights of a model of `transformers`, and their names in a joined one."""
     kind = UPSTREAM[OF_WHOLE[stock.config.model_type]]
     encoder = next(f"{name}." for name, module in stock.named_modules() if type(module) is kind)

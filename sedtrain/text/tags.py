@@ -89,9 +89,9 @@ def tag(name: str) -> str:
     return f"<|{name}|>"
 
 
-def add_tags(tokenizer: PreTrainedTokenizerBase, learnt: Iterable[tuple[str, str]]) -> Tags:
+def add_tags(tokenizer: PreTrainedTokenizerBase, learnt: Iterable[tuple[str | None, str]]) -> Tags:
     """Adds the tags of pairs of language and task to a tokenizer, as tokens that no text becomes."""
-    pairs = sorted(learnt)
+    pairs = sorted((language, task) for language, task in learnt if language is not None)
     tokens = dict.fromkeys(tag(name) for pair in pairs for name in pair)
     tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
     ids: dict[str, dict[str, list[int]]] = {}

@@ -18,7 +18,7 @@ from sedtrain.models.saved import to_finetune
 
 RATE = 16_000
 AUDIO = [
-    np.sin(np.arange(length, dtype=np.float32) ** 1.3 / 90) * (np.arange(length) // 4_000 % 2)
+    (np.sin(np.arange(length) ** 1.3 / 90) * (np.arange(length) // 4_000 % 2)).astype(np.float32)
     for length in (14_000, 30_000)
 ]
 
