@@ -6,6 +6,7 @@
 import os
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import lightning
@@ -34,6 +35,7 @@ CUTS = {
     "2 × 2 × 2 ranks": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
     "6, 1 and 1, none × 2 ranks": [[[0, 1, 2, 3, 4, 5], [6]], [[7], []]],
 }
+STACKS = ["whole whisper", "m2m_100", "t5"]  # decoders out of whole models, one of each kind of positions
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -56,9 +58,9 @@ def batch(utterances, is_padded=False):
     return Batch(inputs, mask, labels, [f"utterance {each}" for each in utterances], [""] * len(utterances), 0.5)
 
 
-def new_module():
+def new_module(decoder="bert"):
     """A module with the same weights at every call; a step of its SGD moves them by the gradient itself."""
-    model = joined("hubert", "bert").train()
+    model = joined("hubert", decoder).train()
     model.add_ctc_head(VOCABULARY)
     constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
     return SpeechSeq2SeqModule(
@@ -96,9 +98,9 @@ def trainer_of(precision, **options):
     )  # fmt: skip
 
 
-def trained(cut, precision="32-true", is_padded=False, **options):
+def trained(cut, precision="32-true", is_padded=False, decoder="bert", **options):
     """The module after one step, and the update of its weights."""
-    module = new_module()
+    module = new_module(decoder)
     before = parameters_to_vector(module.parameters()).detach().double()
     mine = cut[int(os.environ.get("RANK", 0))]
     options = {"devices": len(cut), "accumulate_grad_batches": len(mine), **options}
@@ -125,6 +127,8 @@ def over_two_ranks():
                 synchronised = Synchronised()
                 module, moved = trained(cut, precision, is_padded, strategy="ddp", callbacks=[synchronised])
                 results[name, precision, is_padded] = moved, synchronised.seen, module.update
+    for name, decoder in product(["2 × 2 × 2 ranks", "6, 1 and 1, none × 2 ranks"], STACKS):
+        results[name, decoder] = trained(CUTS[name], is_padded=True, decoder=decoder, strategy="ddp")[1]
     return results
 
 

@@ -13,9 +13,9 @@ from sedtrain.models.encoder import load_encoder
 from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import train_tokenizer
 
-ENCODERS = sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml"))
-DECODERS = sorted(path.stem for path in (conf_dir() / "decoder").glob("*.yaml"))
-STACKS = [name for name in DECODERS if name in OF_WHOLE]  # decoders of sequence-to-sequence models
+MEMBERS = {"byt5", "nllb", "xls_r"}  # published members of t5, m2m_100 and wav2vec2, with their code
+ENCODERS = sorted({path.stem for path in (conf_dir() / "encoder").glob("*.yaml")} - MEMBERS)
+DECODERS = sorted({path.stem for path in (conf_dir() / "decoder").glob("*.yaml")} - MEMBERS)
 TOKENIZER = train_tokenizer([" ".join(string.printable)], "char", 200)
 
 
@@ -27,6 +27,9 @@ def option_file(group, name):
     root = {"size": "tiny", "pretrained": True, "attention": {"implementation": None}}
     values = OmegaConf.to_container(OmegaConf.create({**root, group: option[group]})[group], resolve=True)
     return {key: value for key, value in values.items() if key not in ("_target_", "_partial_")}
+
+
+STACKS = [name for name in DECODERS if option_file("decoder", name)["model_type"] in OF_WHOLE]  # of whole models
 
 
 def tiny_encoder(name, seed=0, **options):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.canary.modeling_canary import CanaryPositionalEmbedding
 from transformers.models.xmod.modeling_xmod import XmodAdapter
 
 from sedtrain.annotations import checked
@@ -150,10 +151,14 @@ def settle_config(config: PreTrainedConfig) -> None:
     for name, source in config.attribute_map.items():
         if name in ("num_hidden_layers", "num_attention_heads") and source.startswith("encoder_"):
             setattr(config, name, getattr(config, source.replace("encoder_", "decoder_")))
+    if getattr(config, "num_decoder_layers", None):
+        config.num_layers = config.num_decoder_layers
     if getattr(config, "decoder_vocab_size", None):
         config.vocab_size = config.decoder_vocab_size
     if getattr(config, "encoder_no_repeat_ngram_size", 0):
         config.encoder_no_repeat_ngram_size = 0  # Blenderbot's encoder reads text
+    if getattr(config, "begin_suppress_tokens", None):
+        config.suppress_tokens = config.begin_suppress_tokens = None  # Whisper's, by which no text is empty
     if getattr(config, "default_language", "") is None:
         if len(config.languages) > 1:
             wrong = f"{config.model_type} has adapters of {len(config.languages)} languages, and none is chosen"
@@ -167,7 +172,9 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
 
     Raises UserError for a decoder that would train to a finite loss without ever hearing the audio, or writes no text.
     """
-    decoder = out_of_whole(decoder)
+    if (config := decoder_config(decoder.config)) is not decoder.config:
+        settle_config(config)
+        decoder = out_of_whole(decoder, config)
     refuse_without_cross_attention(decoder)
     settle_config(decoder.config)
     fix_sinusoids(decoder)
@@ -227,6 +234,7 @@ def max_tokens(decoder: PreTrainedModel) -> int | None:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
     ]
+    tables += [module.length for module in decoder.modules() if isinstance(module, CanaryPositionalEmbedding)]
     embeddings: Any = getattr(decoder.base_model, "embeddings", None)
     skipped = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
     return min(tables) - skipped if tables else None
@@ -255,7 +263,7 @@ def decoder_positions(
     tokens: (B, U) ids or (B, U, D) embeddings of them, behind `past_length` tokens in the cache
     attention_mask: (B, past_length + U), 0 where a prompt is padded
     """
-    embeddings: Any = getattr(decoder.base_model, "embeddings", None)
+    embeddings: Any = getattr(decoder.base_model, "embeddings", getattr(decoder.base_model, "embed_positions", None))
     if tokens is None or not hasattr(embeddings, "create_position_ids_from_input_ids"):
         return {}
     batch_size, num_tokens = tokens.shape[:2]

@@ -69,7 +69,8 @@ class DeferrableLinear(nn.Linear):
 def make_deferrable(decoder: PreTrainedModel) -> None:
     """Swaps the class of the decoder's output layer if it is a plain linear one; parameters and names stay."""
     layer = decoder.get_output_embeddings()
-    ends_with_it = decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER or isinstance(decoder, StackDecoder)
+    of_whole = isinstance(decoder, StackDecoder) and not decoder.softcapped
+    ends_with_it = of_whole or decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER
     if ends_with_it and type(layer) is nn.Linear:
         layer.__class__ = DeferrableLinear
 

@@ -35,16 +35,20 @@ FAMILIES = {
     "encoder": [
         "data2vec", "hubert", "moonshine", "parakeet", "seamless_m4t", "seamless_m4t_v2", "sew", "sew_d", "speech_to_text",
         "speecht5", "unispeech", "unispeech_sat", "w2v_bert", "wav2vec2", "wav2vec2_conformer", "wavlm", "whisper",
+        "xls_r",
     ],
     "decoder": [
-        "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "camembert", "data2vec_text", "electra", "ernie",
-        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "whisper", "xglm", "xlm_roberta", "xmod",
+        "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "byt5", "camembert", "canary", "cohere_asr",
+        "data2vec_text", "electra", "ernie", "gpt2", "m2m_100", "marian", "mbart", "moonshine", "mt5", "nllb", "pegasus",
+        "plbart", "rembert", "roberta", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5", "t5gemma", "trocr",
+        "whisper", "xglm", "xlm_roberta", "xmod",
     ],
 }  # fmt: skip
 ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder models
 PUBLISHED = {
     "hubert": "facebook/hubert-base-ls960",
     "wav2vec2": "facebook/wav2vec2-base",
+    "xls_r": "facebook/wav2vec2-xls-r-300m",
     "wavlm": "microsoft/wavlm-base-plus",
     "w2v_bert": "facebook/w2v-bert-2.0",
     "whisper": "openai/whisper-base",

@@ -7,6 +7,7 @@ import torch
 from pairs import part
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, WhisperForCausalLM
+from transformers.models.moonshine.modeling_moonshine import MoonshineEncoderModelOutput
 
 from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, load_decoder, tokenizer_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -18,7 +19,46 @@ BART = {
     "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "dropout": 0.0, **SPECIAL,
 }  # fmt: skip
-WHOLE = {"whisper": {**BART, "max_source_positions": 20}}
+T5 = {
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 16,
+    "num_layers": 1,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
+SEAMLESS = {
+    "hidden_size": 16, "speech_encoder_layers": 1, "speech_encoder_attention_heads": 2, "speech_encoder_intermediate_size": 16,
+    "num_adapter_layers": 1, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 16,
+    "feature_projection_input_dim": 8, "conv_depthwise_kernel_size": 3, "encoder_layers": 1, "dropout": 0.0, **SPECIAL,
+}  # fmt: skip
+CANARY = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 4, "max_position_embeddings": 20,
+}  # fmt: skip
+PARAKEET = {
+    "model_type": "parakeet_encoder", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "subsampling_conv_channels": 8, "num_mel_bins": 16,
+}  # fmt: skip
+WHOLE = {
+    "whisper": {**BART, "max_source_positions": 20},
+    "m2m_100": BART,
+    "speech_to_text": {**BART, "conv_channels": 8},
+    "moonshine": {
+        "hidden_size": 16, "intermediate_size": 16, "encoder_num_hidden_layers": 1, "encoder_num_attention_heads": 2,
+        "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4, **SPECIAL,
+    },
+    "t5": {**T5, **SPECIAL},
+    "mt5": {**T5, **SPECIAL, "initializer_factor": 0.3},
+    "seamless_m4t": SEAMLESS,
+    "seamless_m4t_v2": SEAMLESS,
+    "canary": {"encoder_config": PARAKEET, "decoder_config": {**CANARY, **SPECIAL}, **SPECIAL},
+    "cohere_asr": {"encoder_config": PARAKEET, **CANARY, **SPECIAL},
+    "t5gemma": {
+        "encoder": {**CANARY, **SPECIAL}, "decoder": {**CANARY, **SPECIAL, "query_pre_attn_scalar": 4}, "vocab_size": 40,
+    },
+}  # fmt: skip
 IDS = torch.tensor([[2, 5, 6, 7, 8], [2, 9, 8, 7, 6]])
 AUDIO = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
 
@@ -27,6 +67,8 @@ AUDIO = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
 def whole(request):
     torch.manual_seed(0)
     model = OF_WHOLE[request.param].whole(AutoConfig.for_model(request.param, **WHOLE[request.param]))
+    if request.param == "cohere_asr":
+        model.model.decoder.proj = nn.Identity()  # the joined model projects frames
     return model.eval()
 
 
@@ -37,7 +79,8 @@ def logits(decoder):
 
 @torch.inference_mode()
 def assert_same_logits(decoder, whole):
-    expected = whole(encoder_outputs=(AUDIO,), decoder_input_ids=IDS).logits
+    encoded = MoonshineEncoderModelOutput(last_hidden_state=AUDIO)
+    expected = whole(encoder_outputs=encoded, decoder_input_ids=IDS).logits
     torch.testing.assert_close(logits(decoder.eval()), expected, rtol=0, atol=1e-5)
 
 
@@ -71,7 +114,8 @@ def test_an_output_layer_that_is_not_tied_stays_so_in_every_folder(whole, tmp_pa
 def test_a_whole_module_gives_its_decoder(whole):
     decoder = as_decoder(whole)
     assert_same_logits(decoder, whole)
-    assert decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
+    is_tied = decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
+    assert is_tied is (whole.config.model_type != "cohere_asr")
 
 
 def test_whisper_s_causal_model_hears_by_its_whole_model_s_decoder():
