@@ -1,20 +1,35 @@
 """Whole speech models: what `transformers` computes before training, its folders after it, and its prompts."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from corpora import refused
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
+from families import option_file
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
 from whispers import LANGUAGES, SECONDS, whisper_folder
 
-import sedtrain
+from sedtrain import load
 from sedtrain.batch import Utterance
+from sedtrain.build import whole_checkpoint
+from sedtrain.config.schema import conf_dir, register
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import collator_of
 from sedtrain.models.saved import to_finetune
+from sedtrain.models.whole import WholeSpeechModel
+from sedtrain.training.finetune import LoRA
 
 RATE = 16_000
 AUDIO = [
@@ -40,7 +55,7 @@ def asked(saved):
 
 
 def test_inputs_and_logits_are_those_of_transformers(folder):
-    saved, stock = sedtrain.load(folder), WhisperForConditionalGeneration.from_pretrained(folder)
+    saved, stock = load(folder), WhisperForConditionalGeneration.from_pretrained(folder)
     batch, _ = asked(saved)
     features = saved.feature_extractor(AUDIO, sampling_rate=RATE, return_tensors="pt").input_features
     torch.testing.assert_close(batch.inputs, features, atol=1e-5, rtol=0)
@@ -50,7 +65,7 @@ def test_inputs_and_logits_are_those_of_transformers(folder):
 
 
 def test_texts_are_those_of_transformers(folder):
-    saved, stock = sedtrain.load(folder), WhisperForConditionalGeneration.from_pretrained(folder)
+    saved, stock = load(folder), WhisperForConditionalGeneration.from_pretrained(folder)
     batch, options = asked(saved)
     found = decode_batch(saved.model, saved.tokenizer, batch, DecodingOptions(max_new_tokens=12))
     written = stock.generate(batch.inputs, max_new_tokens=12, **options)
@@ -61,7 +76,7 @@ def test_texts_are_those_of_transformers(folder):
 
 
 def test_labels_begin_with_the_prompt_of_language_and_task_and_a_space(folder):
-    saved = sedtrain.load(folder)
+    saved = load(folder)
     batch, options = asked(saved)
     tags = "<|de|><|translate|>" if options else ""
     assert saved.tokenizer.decode(batch.labels[0]) == f"{tags}<|notimestamps|> eins zwei<|endoftext|>"
@@ -72,7 +87,7 @@ def test_labels_begin_with_the_prompt_of_language_and_task_and_a_space(folder):
 
 
 def test_languages_that_the_checkpoint_lacks_are_refused(folder):
-    saved = sedtrain.load(folder)
+    saved = load(folder)
     known, lack = ("de, en", "it") if saved.tags.languages else ("en", "de")
     assert refused(saved.transcription, AUDIO[0], sampling_rate=RATE, language=lack) == (
         f"1 problem:\n\n  data.language = '{lack}'\n    the checkpoint has no language '{lack}'\n"
@@ -98,7 +113,7 @@ def test_a_saved_model_is_a_stock_folder_with_its_generation_config_and_its_lear
     added = {"language": "de", "task": "translate"} if saved.tags.languages else {}
     assert {key: value for key, value in after.items() if key in before | added} == before | added
     assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "WhisperProcessor"
-    again = sedtrain.load(tmp_path)
+    again = load(tmp_path)
     assert again.training_normalizer == {"name": "lowercase", "version": "1"}
     assert torch.equal(
         again.model.decoder.get_input_embeddings().weight, saved.model.decoder.get_input_embeddings().weight
@@ -109,7 +124,7 @@ def test_a_saved_model_is_a_stock_folder_with_its_generation_config_and_its_lear
 
 
 def test_a_recording_is_cut_into_windows_of_what_the_encoder_hears(folder):
-    saved = sedtrain.load(folder)
+    saved = load(folder)
     audio = np.tile(AUDIO[1], 5)
     language = "de" if saved.tags.languages else None
     found = saved.transcription(audio, sampling_rate=RATE, language=language, max_new_tokens=3, window=20)
@@ -120,8 +135,109 @@ def test_a_ctc_head_lies_beside_the_stock_model(folder, tmp_path):
     saved = to_finetune(str(folder), {}, None)
     saved.model.add_ctc_head(len(saved.tokenizer))
     saved.save(tmp_path, {})
-    assert torch.equal(sedtrain.load(tmp_path).model.ctc_head.weight, saved.model.ctc_head.weight)
+    assert torch.equal(load(tmp_path).model.ctc_head.weight, saved.model.ctc_head.weight)
     assert not any(AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, output_loading_info=True)[1].values())
+
+
+@pytest.mark.parametrize("name", ["whisper", "speech_to_text", "moonshine", "seamless_m4t", "seamless_m4t_v2"])
+def test_every_family_has_the_logits_of_transformers_and_gives_back_its_weights(name, tmp_path):
+    encoder, decoder = (option_file(group, name) for group in ("encoder", "decoder"))
+    special = {"vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = CONFIG_MAPPING[encoder["model_type"]](**{**encoder["tiny"], **decoder["tiny"], **special})
+    stock = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)](config).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    model, report = WholeSpeechModel.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not any(report.values())
+    width = getattr(config, "input_feat_per_channel", getattr(config, "feature_projection_input_dim", 0))
+    shape = {"whisper": (1, 80, 3000), "moonshine": (1, 8000)}.get(name, (1, 64, width))
+    given = {stock.main_input_name: torch.randn(shape), "decoder_input_ids": torch.tensor([[1, 5, 6, 7]])}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).logits, stock(**given).logits, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    again, report = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(again) is type(stock) and not any(report.values())
+    assert all(torch.equal(weight, again.state_dict()[key]) for key, weight in stock.state_dict().items())
+
+
+def test_weights_that_a_file_lacks_are_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.decoder.layers.0.encoder_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "it lacks 1 of 4" in refused(load, tmp_path)
+
+
+def test_matrices_of_lora_lie_beside_the_old_weights(folder, tmp_path):
+    saved = to_finetune(str(folder), {}, None)
+    LoRA(targets=["encoder", "decoder"], merge=False).prepare(saved.model)
+    for name, weight in saved.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    saved.save(tmp_path, {})
+    batch, again = asked(saved)[0], load(tmp_path)
+    logits = [
+        each.model.eval()(batch.inputs, batch.attention_mask, labels=batch.labels).logits for each in (saved, again)
+    ]
+    torch.testing.assert_close(*logits)
+    stock = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    old = WhisperForConditionalGeneration.from_pretrained(folder).state_dict()
+    assert all(torch.equal(weight, old[key]) for key, weight in stock.state_dict().items())
+
+
+# --- commands
+
+
+@pytest.mark.parametrize(
+    ("overrides", "checkpoint"),
+    [
+        ("checkpoint=X", "X"),
+        ("encoder=whisper decoder=whisper size=base", "openai/whisper-base"),
+        ("encoder=whisper encoder.checkpoint=X decoder=whisper decoder.checkpoint=X", "X"),
+        ("encoder=whisper encoder.checkpoint=X decoder=whisper decoder.checkpoint=Y", None),
+        ("encoder=whisper decoder=whisper size=base adapter=conv", None),
+        ("encoder=whisper decoder=whisper size=base pretrained=false", None),
+        ("encoder=whisper decoder=whisper", None),
+        ("encoder=whisper decoder=bert size=base", None),
+    ],
+)
+def test_both_parts_of_one_checkpoint_are_one_model(overrides, checkpoint):
+    assert whole_checkpoint(composed(overrides)) == checkpoint
+
+
+def composed(overrides):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", overrides.split())
+
+
+@pytest.mark.parametrize("option", ["adapter=conv", "pretrained=false"])
+def test_what_a_whole_checkpoint_cannot_have_is_refused(option):
+    message = refused(whole_checkpoint, composed(f"checkpoint=X {option}"))
+    remedy = {"adapter=conv": "adapter=linear", "pretrained=false": "pretrained=true"}[option]
+    apart = "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X for its parts alone"
+    assert message.endswith(f"\n    write {remedy}, or {apart}")
+
+
+def test_a_joined_model_is_not_trained_further_as_a_whole_one(trained):
+    assert refused(to_finetune, str(trained), {}, None) == (
+        f"1 problem:\n\n  checkpoint = '{trained}'\n    this is a joined model of encoder and decoder\n"
+        "    write resume=RUN with the options of that run to train its model further"
+    )
+
+
+def test_a_run_with_averaged_weights_is_scored_alike_from_its_folder(train, sedtrain, tmp_path):
+    folder = whisper_folder(tmp_path / "stock")
+    run = train(tmp_path / "run", f"checkpoint={folder}", "data.language=en", "callbacks=[default,ema]", steps=2)
+    stock = WhisperForConditionalGeneration.from_pretrained(run / "model")
+    assert (stock.generation_config.language, stock.generation_config.task) == ("en", "transcribe")
+    assert "AutoModelForSpeechSeq2Seq.from_pretrained(folder)" in (run / "model/README.md").read_text()
+    ended = sedtrain(
+        "task=evaluate", f"checkpoint={run}", f"run_dir={tmp_path / 'again'}", "decoding.max_new_tokens=12"
+    )
+    assert ended.status == 0, ended.err
+    first, again = (json.loads((each / "results.json").read_text()) for each in (run, tmp_path / "again"))
+    assert first["metrics"] == again["metrics"]
+    assert json.loads((run / "model/config.json").read_text())["training_normalizer"]["name"] == "none"
 
 
 def test_ctranslate2_converts_the_folder_and_writes_the_same_text(tmp_path):
