@@ -28,7 +28,7 @@ from sedtrain.models.other_kinds import refuse_other_kind
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.whole import WholeSpeechModel, is_whole
 from sedtrain.run_dir import model_of
-from sedtrain.text.tags import Tags, WhisperPrompt, add_tags
+from sedtrain.text.tags import Tags, WhisperPrompt, add_tags, fault_of_prompt
 from sedtrain.text.tokenizers import start_end_pad
 
 MOST_TOKENS = 200  # of a text where nothing is known of its audio
@@ -117,12 +117,13 @@ class SavedModel:
 
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
-        wanted = generation.get("max_new_tokens")
-        if wanted is None and not isinstance(self.model, WholeSpeechModel):
-            wanted = most_tokens(self.model.config, self.max_training_seconds)
-        if wanted is not None:  # transformers does not stop at the last position
-            wanted = most_new_tokens(wanted, self.model.max_tokens, 1 + self.num_tags)
-        for name, value in {**generation, "max_new_tokens": wanted}.items():
+        values, wanted = dict(generation), generation.get("max_new_tokens")
+        if wanted is None and isinstance(self.model, WholeSpeechModel):
+            values.pop("max_new_tokens", None)  # the checkpoint has a limit of its own
+        else:  # transformers does not stop at the last position
+            wanted = wanted or most_tokens(self.model.config, self.max_training_seconds)
+            values["max_new_tokens"] = most_new_tokens(wanted, self.model.max_tokens, 1 + self.num_tags)
+        for name, value in values.items():
             setattr(self.model.generation_config, name, value)
         if lora_layers(self.model):
             self.model.save_pretrained(folder, state_dict=base_weights(self.model))
@@ -199,6 +200,9 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
     for each in ("tags", "training_normalizer"):
         if not isinstance(value := getattr(model.config, each, None), dict | None):
             raise UserError("checkpoint", name, f"its config.json has {each}={value!r}, which is no object", write)
+    if isinstance(model, WholeSpeechModel) and (fault := fault_of_prompt(generation, model.decoder.config.vocab_size)):
+        write = "write checkpoint=FOLDER with the generation_config.json of the published Whisper"
+        raise UserError("checkpoint", name, f"its generation_config.json has {fault}", write)
 
 
 def join(

@@ -85,6 +85,20 @@ class WhisperPrompt:
         return list(self.languages)
 
 
+def fault_of_prompt(generation: Any, vocab_size: int) -> str:
+    """The first setting of a generation config that describes no prompt of Whisper; "" for none."""
+    for name, needed in (("lang_to_id", set()), ("task_to_id", {*TASK_OF.values()}), ("no_timestamps_token_id", set())):
+        value = getattr(generation, name, None)
+        given = value if isinstance(value, dict) else {} if value is None else {"": value}
+        is_id = [type(id) is int and 0 <= id < vocab_size for id in given.values()]
+        is_kind = name.startswith("no_") != isinstance(value, dict)
+        if value is not None and not (is_kind and all(is_id) and needed <= given.keys()):
+            return f"{name}={str(value)[:100]}, which names no tokens of the model"
+    if getattr(generation, "lang_to_id", None) and not getattr(generation, "task_to_id", None):
+        return "lang_to_id without task_to_id"
+    return ""
+
+
 def tag(name: str) -> str:
     return f"<|{name}|>"
 

@@ -142,6 +142,7 @@ def test_a_ctc_head_lies_beside_the_stock_model(folder, tmp_path):
 @pytest.mark.parametrize("name", ["whisper", "speech_to_text", "moonshine", "seamless_m4t", "seamless_m4t_v2"])
 def test_every_family_has_the_logits_of_transformers_and_gives_back_its_weights(name, tmp_path):
     encoder, decoder = (option_file(group, name) for group in ("encoder", "decoder"))
+    assert [encoder[size] for size in ("base", "large")] == [decoder[size] for size in ("base", "large")]
     special = {"vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = CONFIG_MAPPING[encoder["model_type"]](**{**encoder["tiny"], **decoder["tiny"], **special})
     stock = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)](config).eval()
@@ -165,6 +166,21 @@ def test_weights_that_a_file_lacks_are_named(folder, tmp_path):
     del weights["model.decoder.layers.0.encoder_attn.q_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     assert "it lacks 1 of 4" in refused(load, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lang_to_id", ["<|en|>"]), ("lang_to_id", {"<|en|>": "258"}), ("task_to_id", {"transcribe": 261}),
+     ("task_to_id", None), ("no_timestamps_token_id", 9_999), ("no_timestamps_token_id", {"a": 1})],
+)  # fmt: skip
+def test_a_generation_config_that_describes_no_prompt_is_refused(name, value, tmp_path):
+    whisper_folder(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    message = refused(load, tmp_path)
+    wrong = f"{name}={value}, which names no tokens of the model" if value else "lang_to_id without task_to_id"
+    assert f"    its generation_config.json has {wrong}\n" in message
+    assert message.endswith("write checkpoint=FOLDER with the generation_config.json of the published Whisper")
 
 
 def test_matrices_of_lora_lie_beside_the_old_weights(folder, tmp_path):
