@@ -40,7 +40,6 @@ from sedtrain.training.run import TrainingRun, run_trainer
 
 RANDOM_CTC_WEIGHT = 0.3
 NUM_TEXTS_OF_LANGUAGE = 1000
-SIZES = {"base": "base", "large": "large"}  # that were published
 REFUSED = object()  # stands for a component that could not be made
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,8 @@ def whole_checkpoint(cfg: DictConfig) -> str | None:
     parts = [cfg[part] for part in ("encoder", "decoder")]
     is_plain, pretrained = cfg.adapter.get("_target_", "").endswith(".stock_projection"), cfg.pretrained
     if cfg.checkpoint is None:
-        sources = [(each.get("model_type"), each.get("checkpoint") or each.get(SIZES.get(cfg.size))) for each in parts]
+        published = "checkpoint" if cfg.size == "tiny" else cfg.size
+        sources = [(each.get("model_type"), each.get("checkpoint") or each.get(published)) for each in parts]
         is_whole = is_plain and pretrained and sources[0] == sources[1] and all(sources[0])
         return sources[0][1] if is_whole else None
     named = f"encoder.checkpoint={cfg.checkpoint} decoder.checkpoint={cfg.checkpoint}"

@@ -45,7 +45,8 @@ def most_tokens(config: PreTrainedConfig, seconds: float) -> int:
     """Tokens that a text of so many seconds may have: a multiple of those that training texts have in that time."""
     rate = getattr(config, "tokens_per_second", None)
     if not is_within(rate, MOST_RATE) or not isfinite(seconds):
-        return getattr(config, "max_text_tokens", None) or MOST_TOKENS
+        most = getattr(config, "max_text_tokens", None)  # of a whole speech model
+        return int(most) if most and is_within(most, MOST_RATE) else MOST_TOKENS
     return SPARE_TOKENS + ceil(MORE_THAN_MEAN * rate * seconds)
 
 
@@ -105,10 +106,8 @@ class SavedModel:
             for language, task in pairs:
                 prompt.of(language, task)
             if prompt.languages and len(pairs) == 1:
-                self.model.generation_config.language, self.model.generation_config.task = (
-                    language or prompt.language,
-                    task,
-                )
+                written = self.model.generation_config
+                written.language, written.task = language or prompt.language, task
             return
         tags = add_tags(self.tokenizer, pairs)
         if len(self.tokenizer) > self.model.decoder.config.vocab_size:
@@ -150,12 +149,8 @@ def load(checkpoint: str | Path) -> SavedModel:
     """
     name = model_of(str(checkpoint))
     with loading("checkpoint", name):
-        kind = (
-            WholeSpeechModel
-            if is_whole(AutoConfig.from_pretrained(name, trust_remote_code=False))
-            else SpeechEncoderDecoder
-        )
-    return loaded_as(kind, name)
+        whole = is_whole(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return loaded_as(WholeSpeechModel if whole else SpeechEncoderDecoder, name)
 
 
 def to_finetune(checkpoint: str, options: Mapping[str, Any], attention: str | None) -> SavedModel:

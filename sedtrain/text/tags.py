@@ -48,22 +48,20 @@ class WhisperPrompt:
 
     languages: ids by tag; empty for a checkpoint that is English alone, which has neither languages nor tasks
     tasks:     ids by name
-    language, task: those where none is asked for
+    language: where none is asked for
     """
 
     languages: Mapping[str, int]
     tasks: Mapping[str, int]
     last: Sequence[int]
     language: str | None = None
-    task: str | None = None
 
     @classmethod
     def of_generation(cls, generation: Any) -> "WhisperPrompt":
         """The prompt as the generation config of a checkpoint describes it, in which stock Whisper looks for it."""
         last = getattr(generation, "no_timestamps_token_id", None)
         languages, tasks = (getattr(generation, name, None) or {} for name in ("lang_to_id", "task_to_id"))
-        wanted = (getattr(generation, name, None) for name in ("language", "task"))
-        return cls(languages, tasks, [] if last is None else [last], *wanted)
+        return cls(languages, tasks, [] if last is None else [last], getattr(generation, "language", None))
 
     @property
     def number(self) -> int:
