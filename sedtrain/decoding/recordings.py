@@ -1,7 +1,7 @@
 """Texts of recordings of any length by a saved model: its windows, decoded in batches."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -22,12 +22,27 @@ from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.decoding.windows import Window, joined, windows_of
 from sedtrain.models.int8 import in_int8
+from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.saved import SavedModel
 
 DEFAULT_SECONDS = 30.0
 NUM_HELD = 32  # windows at once, from which batches of similar lengths are made
 SURE = 0.5  # confidence; with the demo's model, speech has 0.65 to 1, noise and music 0 to 0.6
 REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
+
+
+def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str) -> Collator:
+    """What makes batches for a saved model; rewrite: normalizes texts before they become labels."""
+    return Collator(
+        saved.feature_extractor,
+        saved.tokenizer,
+        saved.model.config.decoder_start_token_id,
+        rewrite,
+        saved.tags,
+        saved.max_seconds,
+        behind_prompt=is_prefixed(saved.model.config.decoder),
+        pads=saved.is_whisper,
+    )
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,7 @@ class RecordingDecoder:
 
     @cached_property
     def collator(self) -> Collator:
-        start = self.saved.model.config.decoder_start_token_id
-        return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
+        return collator_of(self.saved)
 
     @property
     def window_seconds(self) -> float:

@@ -21,7 +21,7 @@ from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import most_new_tokens
-from sedtrain.text.tags import NUM_TAGS, TASK_OF
+from sedtrain.text.tags import TASK_OF
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Transcriber(RecordingDecoder):
     def limit(self, segment: Segment) -> str:
         """The limit at which a text was cut, and what to write instead."""
         number, option, most = segment.cut_at, f"{self.of_decoding}max_new_tokens", self.saved.model.max_tokens
-        text, num_given = f"the text is cut at {number} tokens", 1 + (NUM_TAGS if self.saved.tags else 0)
+        text, num_given = f"the text is cut at {number} tokens", 1 + self.saved.num_tags
         if (more := most_new_tokens(2 * number, most, num_given)) > number:
             return f"{text}; write {option}={more}, or a smaller {self.of_decoding}window"
         return f"{text}, the last position of the decoder; write a smaller {self.of_decoding}window"

@@ -179,7 +179,8 @@ def positions(rows: Tensor) -> Tensor:
 class LossWeights:
     """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, each divided by the number of target tokens.
 
-    ctc_weight: None stands for 0.3 if the encoder's weights start random (CTC makes cross-attention align), else for 0
+    ctc_weight: None stands for 0.3 if the encoder's weights start random (CTC makes cross-attention align), else for 0; the
+        cross-attention of a whole speech model aligns already, and its format has no place for a CTC head
     """
 
     label_smoothing: Fraction = 0.1

@@ -344,11 +344,21 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         others = {name: weight for name, weight in weights.items() if not name.startswith("ctc_head.")}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
         super().save_pretrained(save_directory, state_dict=others, **kwargs)
-        if self.ctc_head is not None and kwargs.get("is_main_process", True):
-            head = {name: weights[f"ctc_head.{name}"].contiguous() for name in self.ctc_head.state_dict()}
-            save_file(head, Path(save_directory) / CTC_FILE)
+        if kwargs.get("is_main_process", True):
+            self.save_ctc_head(Path(save_directory), weights)
         if repo_id is not None:  # not before the CTC head is written
             self.push_to_hub(repo_id, token=kwargs.get("token"))
+
+    def save_ctc_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes the CTC head of these weights beside the model, if it has one."""
+        if self.ctc_head is not None:
+            head = {name: weights[f"ctc_head.{name}"].contiguous() for name in self.ctc_head.state_dict()}
+            save_file(head, folder / CTC_FILE)
+
+    def load_ctc_head(self, name: Any, **hub_options: Any) -> None:
+        """Reads the CTC head that lies beside the model, if it has one."""
+        if self.ctc_head is not None:
+            self.ctc_head.load_state_dict(load_file(cached_file(name, CTC_FILE, **hub_options)))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -366,9 +376,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         model.config._name_or_path = str(pretrained_model_name_or_path or "")
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses
-        if model.ctc_head is not None:
-            file = cached_file(pretrained_model_name_or_path, CTC_FILE, **hub_options)
-            model.ctc_head.load_state_dict(load_file(file))
+        model.load_ctc_head(pretrained_model_name_or_path, **hub_options)
         return loaded
 
     @classmethod

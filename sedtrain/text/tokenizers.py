@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count
+from sedtrain.text.spacing import UNSPACED
 
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3
 SPACE = "▁"
@@ -116,3 +117,9 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_t
     if end in ids[num_content:]:
         ids = ids[: ids.index(end, num_content)]
     return [*ids, end]
+
+
+def encode_whisper(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Label ids behind Whisper's prompt: as in its pretraining, a space begins a text of a script that has spaces."""
+    spaced = text if UNSPACED.match(text) else f" {text}"
+    return [*tokenizer(spaced, add_special_tokens=False)["input_ids"], start_end_pad(tokenizer)[1]]
