@@ -80,7 +80,8 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     tags, task, prompt = saved.tags, TASK_OF[results.task], ""
     if tags:
         prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
-    stock = saved.model.adapter is None and loads_in_stock_transformers(saved.model.config.encoder)
+    parts = saved.model.config.encoder, saved.model.config.decoder
+    stock = saved.model.adapter is None and all(map(loads_in_stock_transformers, parts))
     card = CARD.format(
         task=PIPELINE_TAGS[results.task],
         import_torch="import torch\n" if tags else "",

@@ -51,6 +51,7 @@ from sedtrain.models.loading import HUB_OPTIONS, configured, joint_config, refus
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
+from sedtrain.models.speech_to_text_2 import Speech2Text2ForCausalLM, settle_published
 
 CTC_FILE = "ctc_head.safetensors"
 LOADERS = {"encoder": encoder_from_pretrained, "decoder": decoder_from_pretrained}
@@ -353,6 +354,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"trust_remote_code": False})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model.decoder, Speech2Text2ForCausalLM):
+            settle_published(model)
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses
         if model.ctc_head is not None:

@@ -38,10 +38,11 @@ FAMILIES = {
     ],
     "decoder": [
         "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "camembert", "data2vec_text", "electra", "ernie",
-        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm_roberta", "xmod",
+        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "speech_to_text_2", "trocr", "xglm",
+        "xlm_roberta", "xmod",
     ],
 }  # fmt: skip
-ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder models
+ONLY_INSIDE_OTHERS = {"speech_to_text_2", "trocr"}  # published as halves of joined models
 PUBLISHED = {
     "hubert": "facebook/hubert-base-ls960",
     "wav2vec2": "facebook/wav2vec2-base",

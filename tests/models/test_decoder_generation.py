@@ -138,7 +138,7 @@ LAST = dict.fromkeys(COUNTING, 12 - PAD - 1)  # they skip the positions up to th
 def test_as_many_tokens_have_a_position_as_upstream_can_read(encoder, name):
     decoder = tiny_decoder(name, **POSITIONS)
     model = joined(encoder, decoder)
-    if name == "xglm":  # computes positions without end
+    if name in ("xglm", "speech_to_text_2"):  # computes positions without end
         assert model.max_tokens is None
         assert model.generate(torch.randn(2, 800), max_new_tokens=40, min_new_tokens=40).shape == (2, 41)
         return

@@ -111,7 +111,7 @@ def test_it_is_saved_and_loaded(pair, tmp_path):
     model.save_pretrained(tmp_path)
     expected = logits(model, batch)
     assert (logits(SpeechEncoderDecoder.from_pretrained(tmp_path).eval(), batch) - expected).abs().max() < 1e-5
-    stock = loads_in_stock_transformers(model.config.encoder)
+    stock = all(map(loads_in_stock_transformers, (model.config.encoder, model.config.decoder)))
     if stock:
         base = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path).eval()
         alone = batch_of(model, 1.0)
