@@ -49,6 +49,8 @@ ONLY_IN = {
     "datasets": "data",
     "rich": "compare data.durations inspection.tables terminal training.progress training.tables",
     "matplotlib": "evaluation",
+    "jax": "models.jax",
+    "torchax": "models.jax",
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (

@@ -47,6 +47,7 @@ from sedtrain.models.encoder import (
     standalone,
     states_to_return,
 )
+from sedtrain.models.flax_weights import flax_arguments
 from sedtrain.models.loading import HUB_OPTIONS, configured, joint_config, refuse_unsupported, share_config
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
@@ -345,15 +346,18 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The base class's, also for models with an adapter or a CTC head."""
+        """The base class's, also for models with an adapter or a CTC head; `from_flax=True` takes weights of Flax first."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             config, kwargs = configured(kwargs.pop("config", None) or pretrained_model_name_or_path, kwargs)
             kwargs["config"] = config
         refuse_other_kind(str(pretrained_model_name_or_path), kwargs["config"])
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"trust_remote_code": False})
+        flax = flax_arguments(pretrained_model_name_or_path, kwargs.pop("from_flax", False), hub_options)
+        source = None if flax else pretrained_model_name_or_path
+        loaded = super().from_pretrained(source, *args, **{**flax, **kwargs, "trust_remote_code": False})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config._name_or_path = str(pretrained_model_name_or_path or "")
         if isinstance(model.decoder, Speech2Text2ForCausalLM):
             settle_published(model)
         if isinstance(model.encoder, Masked):
