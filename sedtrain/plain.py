@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from sedtrain.errors import UserError
 
-MAX_BYTES = {".json": 10_000_000}
+MAX_BYTES = {".json": 10_000_000, ".txt": 10_000_000}
 MAX_YAML_BYTES = 500_000  # which take half a gigabyte of memory where every other byte is a value
 
 
@@ -39,12 +39,17 @@ def plain_value(file: Path, option: str, value: object, write: str) -> Any:
 
 
 def parsed(file: Path) -> Any:
+    text = content(file)
+    return json.loads(text) if file.suffix == ".json" else yaml.load(text, WithoutAliases)
+
+
+def content(file: Path) -> str:
+    """The text of a file. Raises ValueError where it is too large, no file or no UTF-8."""
     limit = MAX_BYTES.get(file.suffix, MAX_YAML_BYTES)
     if file.exists() and not file.is_file():
         raise ValueError("it is no file, but a folder, a pipe or a device")
     with file.open("rb") as opened:
-        content = opened.read(limit + 1)
-    if len(content) > limit:
+        data = opened.read(limit + 1)
+    if len(data) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")
-    text = content.decode("utf-8")
-    return json.loads(text) if file.suffix == ".json" else yaml.load(text, WithoutAliases)
+    return data.decode("utf-8")

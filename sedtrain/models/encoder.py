@@ -210,7 +210,7 @@ def standalone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def loads_in_stock_transformers(config: PreTrainedConfig) -> bool:
-    """True if a joined model with this encoder, or decoder, loads without sedtrain."""
+    """True if a joined model with this encoder or decoder loads without sedtrain."""
     return config.model_type in CONFIG_MAPPING_NAMES and not config.is_encoder_decoder
 
 

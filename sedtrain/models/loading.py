@@ -32,9 +32,11 @@ from sedtrain.errors import UserError, in_python
 from sedtrain.hub import go_offline_if_unreachable
 from sedtrain.models.foreign import refuse_code
 from sedtrain.models.options import refuse_impossible, refuse_uneven
+from sedtrain.models.speech_to_text_2 import register
 from sedtrain.models.stacks import decoder_config, whole_type
 
 logger = logging.getLogger(__name__)
+register()
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_att|enc_?dec|src_att", re.IGNORECASE)
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
@@ -86,7 +88,7 @@ def load_config(
             config = decoder_config(config)
         refuse_other_family(part, name, config, model_type)
     values = {**(tiny if name is None else {}), **options}
-    unknown = [key for key in values if key == "model_type" or not hasattr(config, key)]
+    unknown = [key for key in values if key == "model_type" or not hasattr(config, key) or is_computed(config, key)]
     kind = type(config).__name__
     if "add_adapter" in unknown:
         others = "encoder=wav2vec2, wavlm, wav2vec2_conformer, w2v_bert or data2vec"
@@ -115,6 +117,12 @@ def load_config(
         raise UserError(f"{part}.options", options, one_line(error, 200), write) from error
     refuse_uneven(part, given, made)
     return made
+
+
+def is_computed(config: PreTrainedConfig, name: str) -> bool:
+    """True for a value that the family's configuration class computes from others."""
+    value = getattr(type(config), name, None)
+    return isinstance(value, property) and value.fset is None
 
 
 def default_config(part: str, model_type: str) -> PreTrainedConfig:

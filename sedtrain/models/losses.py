@@ -23,8 +23,8 @@ from sedtrain.ranges import Fraction
 # The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
 ENDS_WITH_OUTPUT_LAYER = {
     "bart", "bert", "bert-generation", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
-    "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "trocr", "xglm", "xlm-roberta", "xmod",
-    "gemma", "gpt_neo", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3",
+    "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "speech_to_text_2", "trocr", "xglm", "xlm-roberta",
+    "xmod", "gemma", "gpt_neo", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3",
 }  # fmt: skip
 
 

@@ -53,6 +53,7 @@ from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
 from sedtrain.models.prefix import is_prefixed, num_in_front
+from sedtrain.models.speech_to_text_2 import Speech2Text2ForCausalLM, settle_published
 
 CTC_FILE = "ctc_head.safetensors"
 LOADERS = {"encoder": encoder_from_pretrained, "decoder": decoder_from_pretrained}
@@ -374,6 +375,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         loaded = super().from_pretrained(source, *args, **{**flax, **kwargs, "trust_remote_code": False})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config._name_or_path = str(pretrained_model_name_or_path or "")
+        if isinstance(model.decoder, Speech2Text2ForCausalLM):
+            settle_published(model)
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses
         model.load_ctc_head(pretrained_model_name_or_path, **hub_options)

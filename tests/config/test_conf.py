@@ -42,11 +42,12 @@ FAMILIES = {
         "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "byt5", "camembert", "canary",
         "cohere_asr", "data2vec_text", "electra", "ernie", "gemma3", "gpt2", "gpt_neo", "llama", "m2m_100", "marian",
         "mbart", "mistral", "moonshine", "mt5", "nllb", "opt", "pegasus", "plbart", "qwen3", "rembert", "roberta",
-        "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text", "t5", "t5gemma", "trocr", "whisper", "xglm",
+        "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text", "speech_to_text_2", "t5", "t5gemma", "trocr",
+        "whisper", "xglm",
         "xlm_roberta", "xmod",
     ],
 }  # fmt: skip
-ONLY_INSIDE_OTHERS = {"trocr"}  # published as half of vision-encoder-decoder models
+ONLY_INSIDE_OTHERS = {"speech_to_text_2", "trocr"}  # published as halves of joined models
 PUBLISHED = {
     "hubert": "facebook/hubert-base-ls960",
     "wav2vec2": "facebook/wav2vec2-base",

@@ -1,0 +1,209 @@
+"""Speech2Text2, arXiv 2104.06678: the decoder of facebook/s2t-wav2vec2-large-en-de, which transformers 5 no longer has.
+
+Its layers are Marian's: attention, cross-attention and feed-forward, each with a layer norm behind the residual sum. Its
+embeddings are scaled, its positions are sinusoids that begin behind that of padding.
+
+B batch, U target tokens, D width.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    MarianForCausalLM,
+    PreTrainedConfig,
+    Wav2Vec2Processor,
+)
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+from transformers.models.marian.modeling_marian import (
+    MarianDecoder,
+    MarianDecoderLayer,
+    MarianDecoderWrapper,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from sedtrain.text.fast_bpe import Speech2Text2Tokenizer
+
+MODEL_TYPE = "speech_to_text_2"
+TIMESCALE = 10_000.0
+
+
+class Speech2Text2Config(PreTrainedConfig):
+    """Values of `decoder` in published config.json files, which hold others that nothing reads."""
+
+    model_type: ClassVar[str] = MODEL_TYPE
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_attention_heads": "decoder_attention_heads",
+        "hidden_size": "d_model",
+        "max_position_embeddings": "max_target_positions",
+    }
+
+    vocab_size: int = 10_000
+    d_model: int = 256
+    decoder_layers: int = 6
+    decoder_attention_heads: int = 4
+    decoder_ffn_dim: int = 2048
+    decoder_layerdrop: float = 0.0
+    activation_function: str = "relu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    init_std: float = 0.02
+    scale_embedding: bool = True
+    max_target_positions: int = 1024
+    use_cache: bool = True
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
+    decoder_start_token_id: int | None = 2
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("num_hidden_layers", None)  # in published files that of another model's encoder
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.decoder_layers
+
+
+class Sinusoids(nn.Module):
+    """(B, U) positions -> (B, U, D): sines in the first half, cosines in the second; of any position."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, positions: Tensor) -> Tensor:
+        half = self.width // 2
+        steps = torch.arange(half, device=positions.device) / max(half - 1, 1)
+        angles = positions[..., None] * torch.exp(-math.log(TIMESCALE) * steps)
+        return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, self.width % 2))
+
+
+class Speech2Text2Decoder(MarianDecoder):
+    config: Speech2Text2Config
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"embed_positions\.weights$"]  # computed here
+
+    def __init__(self, config: Speech2Text2Config) -> None:
+        super(MarianDecoder, self).__init__(config)
+        self.dropout, self.layerdrop = config.dropout, config.decoder_layerdrop
+        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        self.first_position = (config.pad_token_id or 0) + 1
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        self.embed_positions = Sinusoids(config.d_model)
+        self.layers = nn.ModuleList(MarianDecoderLayer(config, layer_idx=i) for i in range(config.decoder_layers))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = embeds * self.embed_scale
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = self.embed_positions(self.positions(embeds, attention_mask, past_length))
+        hidden_states = F.dropout(embeds + positions.to(embeds.dtype), self.dropout, self.training)
+        shared = {"config": self.config, "inputs_embeds": embeds}
+        cached = getattr(past_key_values, "self_attention_cache", past_key_values)
+        mask = create_causal_mask(attention_mask=attention_mask, past_key_values=cached, **shared)
+        encoder_mask = create_bidirectional_mask(
+            attention_mask=encoder_attention_mask, encoder_hidden_states=encoder_hidden_states, **shared
+        )
+        for layer in self.layers:
+            if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
+                continue
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def positions(self, embeds: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
+        """(B, U) positions, which count every token that is not masked; pad tokens within a text are counted too."""
+        num_tokens = embeds.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            counted = attention_mask.long().cumsum(1)[:, -num_tokens:] - 1
+            return counted.clamp(min=0) + self.first_position
+        return torch.arange(num_tokens, device=embeds.device)[None] + past_length + self.first_position
+
+
+class Speech2Text2DecoderWrapper(MarianDecoderWrapper):
+    def __init__(self, config: Speech2Text2Config) -> None:
+        super(MarianDecoderWrapper, self).__init__(config)
+        self.decoder = Speech2Text2Decoder(config)
+        self.post_init()
+
+
+class Speech2Text2ForCausalLM(MarianForCausalLM):
+    """The decoder with its output layer; the names of weights are the published ones."""
+
+    config: Speech2Text2Config
+    _keys_to_ignore_on_load_unexpected = Speech2Text2Decoder._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: Speech2Text2Config) -> None:
+        config.is_decoder, config.is_encoder_decoder = True, False
+        super(MarianForCausalLM, self).__init__(config)
+        self.model = Speech2Text2DecoderWrapper(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class Speech2Text2Processor(Wav2Vec2Processor):
+    """Features of audio by a feature extractor, labels and text by the tokenizer."""
+
+
+def settle_published(model: Any) -> None:
+    """Gives a joined model, in place, what published files leave to its decoder: special tokens, embeddings of their own."""
+    decoder: Any = model.decoder
+    for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(model.config, name, None) is None:
+            setattr(model.config, name, getattr(decoder.config, name))
+    if decoder.lm_head.weight is not decoder.model.decoder.embed_tokens.weight:
+        decoder.config.tie_word_embeddings = False
+
+
+def register() -> None:
+    """Makes the Auto classes of transformers know the family, unless they do."""
+    if MODEL_TYPE in CONFIG_MAPPING:
+        return
+    AutoConfig.register(MODEL_TYPE, Speech2Text2Config)
+    AutoModelForCausalLM.register(Speech2Text2Config, Speech2Text2ForCausalLM)
+    AutoTokenizer.register(Speech2Text2Config, tokenizer_class=Speech2Text2Tokenizer)
+    AutoProcessor.register(Speech2Text2Config, Speech2Text2Processor)
+    REGISTERED_TOKENIZER_CLASSES[MODEL_TYPE] = Speech2Text2Tokenizer  # by which published config.json files name it
