@@ -76,7 +76,7 @@ def learn(decoder, ids, audio):
 def test_every_weight_learns_and_cross_attention_does(decoder, ids, audio):
     assert learn(decoder, ids, audio) == []
     cross = [weight.grad for name, weight in decoder.named_parameters() if CROSS_ATTENTION.search(name)]
-    assert len(cross) >= 2 * 6  # two layers of weights and biases, some of them joined
+    assert len(cross) >= 2 * 4  # two layers of weights, of most families with biases, some of them joined
     assert all(gradient.isfinite().all() for gradient in cross)
     assert sum(gradient.abs().max() == 0 for gradient in cross) <= 2  # softmax has no gradient for the keys' bias
 
