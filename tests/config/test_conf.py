@@ -25,6 +25,7 @@ INCOMPLETE = {
     ("attention", "flash_attention_2"): ("attention", "it computes in 16 bits, and trainer.precision is 32-true"),
     **{("data", name): ("data.path", UNSET) for name in LOCAL},
     ("experiment", "connected_digits"): ("data.path", UNSET),
+    ("experiment", "whisper_finetune"): ("data.path", UNSET),
     ("augment", "recorded_noise"): ("augment.recorded_noise.path", UNSET),
     ("augment", "reverb"): ("augment.reverb.folder", UNSET),
     **{

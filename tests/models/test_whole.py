@@ -165,7 +165,9 @@ def test_weights_that_a_file_lacks_are_named(folder, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.decoder.layers.0.encoder_attn.q_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    assert "it lacks 1 of 4" in refused(load, tmp_path)
+    message = refused(load, tmp_path)
+    assert "its weights are incomplete: it lacks 1 of " in message
+    assert "such as decoder.decoder.layers.0.encoder_attn.q_proj.weight" in message
 
 
 @pytest.mark.parametrize(
@@ -266,5 +268,5 @@ def test_ctranslate2_converts_the_folder_and_writes_the_same_text(tmp_path):
     ours = decode_batch(saved.model, saved.tokenizer, batch, DecodingOptions(max_new_tokens=9))
     whisper = ctranslate2.models.Whisper(str(tmp_path / "converted"), device="cpu", compute_type="float32")
     features = ctranslate2.StorageView.from_array(np.ascontiguousarray(batch.inputs))
-    theirs = whisper.generate(features, batch.prompts.tolist(), beam_size=1, max_length=batch.prompts.shape[1] + 9)
-    assert [each.ids[0] for each in ours] == [each.sequences_ids[0] for each in theirs]
+    theirs = whisper.generate(features, batch.prompts.tolist(), beam_size=1, max_length=40)
+    assert [each.ids[0] for each in ours] == [each.sequences_ids[0][:9] for each in theirs]
