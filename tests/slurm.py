@@ -52,16 +52,19 @@ def sbatch(folder, script):
 
 
 def srun(folder, *arguments):
-    """Runs the command in each task; ends them all where one ends otherwise than well."""
-    start = next(at for at, each in enumerate(arguments) if each == sys.executable)
+    """Runs the command in each task, which `forked` starts."""
+    from forked import Forked  # imports what the tasks need
+
+    module, *rest = arguments[arguments.index("-m") + 1 :]
     output = arguments[arguments.index("--output") + 1].replace("%j", JOB)
-    tasks = []
-    for rank in range(int(os.environ["SLURM_NTASKS"])):
-        task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
-        with open(output.replace("%t", str(rank)), "a") as out:
-            tasks.append(subprocess.Popen(arguments[start:], env=os.environ | task, stdout=out, stderr=out))
-    for task in tasks:
+    tasks = [
+        Forked(Path(folder), *rest, module=module, SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NODEID="0")
+        for rank in map(str, range(int(os.environ["SLURM_NTASKS"])))
+    ]
+    for rank, task in enumerate(tasks):
         task.wait()
+        with open(output.replace("%t", str(rank)), "a") as out:
+            out.write(task.out + task.err)
 
 
 def scontrol(folder, command, job):
