@@ -16,8 +16,8 @@ from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
-from sedtrain.data.skipped import WHOLE
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.outputs import Outputs

@@ -45,7 +45,7 @@ CONFIGURATION = {"filelock", "hydra", "omegaconf", "yaml"}
 ONLY_IN = {
     "hydra": "cli config search",
     "omegaconf": "build cli config search tasks",
-    "lightning": "build config data.datamodule training",
+    "lightning": "build config data.datamodule data.workers training",
     "datasets": "data",
     "rich": "compare data.durations inspection.tables terminal training.progress training.tables",
     "matplotlib": "evaluation",

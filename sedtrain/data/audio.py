@@ -6,7 +6,7 @@ S samples. soundfile decodes the bytes as they are stored; neither torchcodec no
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from math import inf
@@ -124,27 +124,31 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
     Raises RefusedAudio where there is no audio.
     """
     fields = fields_of(cell)
-    content, path = fields.get("bytes"), fields.get("path")
-    file: io.IOBase
-    if content is not None:
+    if (content := fields.get("bytes")) is not None:
         refuse_empty(len(content), "0 bytes")
         claim = claim_of(Content(content), len(content))
-        file = Content(claim.mended(content))
-    elif path:
-        where = str(path) if folder is None else path_in(folder, str(path))
-        facts = facts_of(where)
-        is_member = fields.get("offset") is not None
-        offset, size = (fields["offset"], fields["size"]) if is_member else (0, facts.st_size)
-        refuse_empty(size, f"{where}, at byte {offset}" if offset else where)
-        claim = claim_at(where, offset, size, facts.st_mtime_ns)
-        file = io.BufferedReader(ByteRange(where, offset, size, claim.at, claim.patch), 1 << 16)
-        if claim.prefix:
-            with file as whole:
-                file = Content(claim.mended(whole.read()))
+        file: io.IOBase = Content(claim.mended(content))
+    elif fields.get("path"):
+        file, claim = file_of(fields, folder)
     else:
         raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
     with file, sound_in(file, claim) as sound:
         yield sound
+
+
+def file_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, Claim]:
+    """The file of a cell with a `path`, or the part of it that the cell names, and the claim of its header."""
+    path = str(fields["path"]) if folder is None else path_in(folder, str(fields["path"]))
+    facts = facts_of(path)
+    is_part = fields.get("offset") is not None
+    offset, size = (fields["offset"], fields["size"]) if is_part else (0, facts.st_size)
+    refuse_empty(size, f"{path}, at byte {offset}" if offset else path)
+    claim = claim_at(path, offset, size, facts.st_mtime_ns)
+    file = io.BufferedReader(ByteRange(path, offset, size, claim.at, claim.patch), 1 << 16)
+    if not claim.prefix:
+        return file, claim
+    with file:
+        return Content(claim.mended(file.read())), claim
 
 
 @lru_cache(maxsize=4096)

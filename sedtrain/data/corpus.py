@@ -13,10 +13,11 @@ import numpy as np
 from sedtrain.batch import Skipped
 from sedtrain.data.dataset import Kept
 from sedtrain.data.durations import durations
+from sedtrain.data.limits import WHOLE, Limits
 from sedtrain.data.parts import Part, Parts, parts_of
 from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
-from sedtrain.data.skipped import WHOLE, Limits, SkippedUtterances, in_words
+from sedtrain.data.skipped import SkippedUtterances, in_words
 from sedtrain.data.source import Source
 from sedtrain.data.utterances import Reason, UtteranceRows
 from sedtrain.errors import UNSET, UserError

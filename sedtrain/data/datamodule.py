@@ -1,23 +1,17 @@
-"""The splits of one dataset, or of a mix of several, as Lightning's loaders of Batch, and their worker processes."""
+"""The splits of one dataset, or of a mix of several, as Lightning's loaders of Batch."""
 
 import hashlib
-import os
 import platform
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from math import inf
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal, cast
 
 import datasets
 import lightning
 import numpy as np
 import torch
-from lightning.fabric.utilities.seed import pl_worker_init_function
-from torch.utils.data import DataLoader
 
 from sedtrain.annotations import checked
 from sedtrain.batch import Batch, Skipped, Utterance
@@ -26,72 +20,16 @@ from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.limits import Limits
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
 from sedtrain.data.parts import Parts
 from sedtrain.data.sampler import BatchesWithEpoch, Position
-from sedtrain.data.skipped import Limits, SkippedUtterances
+from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
+from sedtrain.data.workers import Loader, start_worker
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive
-
-SIGNALS_OF_RUN = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals for the process that trains, which its workers ignore."""
-SECONDS_BETWEEN_LOOKS = 0.2  # at the parent of a worker
-
-
-class Loader(DataLoader[Batch | UserError]):
-    """A DataLoader whose workers, and the threads that libraries start in them, begin with SIGTERM blocked.
-
-    Raises the UserError that a sampler yields in place of a batch, where that batch was due.
-    """
-
-    def __iter__(self) -> Any:
-        with sigterm_blocked():
-            batches = super().__iter__()
-        return raise_errors(batches)
-
-
-def raise_errors(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-@contextmanager
-def sigterm_blocked() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_worker(worker_id: int) -> None:
-    """The first call in a worker of a DataLoader."""
-    pl_worker_init_function(worker_id)
-    for number in SIGNALS_OF_RUN:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in a thread that does not block it
-        Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def end_with(parent: int) -> None:
-    """Ends the process when its parent sends SIGTERM, as a DataLoader does to workers that are stuck, or has died.
-
-    A worker holds the connections of its parent open, so other ranks notice the death only after this.
-    """
-    while os.getppid() == parent:
-        received = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)
-        if received and received.si_pid == parent:
-            break
-    os._exit(0)
 
 
 def copies_of(folder: str) -> Path:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from math import inf
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,9 +12,9 @@ from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.collate import Collator
+from sedtrain.data.limits import WHOLE, Limits, too_long
 from sedtrain.data.parts import Parts
 from sedtrain.data.readers import BrokenFile
-from sedtrain.data.skipped import Limits, too_long
 from sedtrain.data.utterances import CELLS_AT_ONCE
 from sedtrain.errors import UserError
 
@@ -85,11 +84,11 @@ class SplitDataset(Dataset[Batch | UserError]):
         collator: Collator,
         keep_decoded_hours: float,
         augment: Augment | None = None,
-        limits: Limits | None = None,
+        limits: Limits = WHOLE,
         is_scored: bool = False,
     ) -> None:
         self.parts, self.collator, self.augment = parts, collator, augment
-        self.limits, self.is_scored = limits or Limits(0.0, inf), is_scored
+        self.limits, self.is_scored = limits, is_scored
         self.kept = Kept.of([]) if kept is None else kept
         self.keeps_decoded = kept is not None and self.total_seconds() <= 3600 * keep_decoded_hours
         self.decoded: dict[Reference, Utterance | Skipped] = {}

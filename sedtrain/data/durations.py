@@ -4,11 +4,11 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sedtrain.data.buckets import Floats
+from sedtrain.data.tables import is_text
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.run_dir import write_whole
 
@@ -58,35 +59,26 @@ def cache_file(rows: UtteranceRows) -> Path:
 
 def facts_of(rows: UtteranceRows) -> list[FileFacts]:
     """Facts of every file that the audio column names; bytes in it change the fingerprint of the rows."""
-    names = [str(name) for name in names_in(rows.table["audio"]) if name]
-    paths = [str(rows.folder / name) for name in names if "\0" not in name]
+    paths = [str(rows.folder / name) for name in names_in(rows.table["audio"]) if name and "\0" not in name]
     chunks = [paths[first : first + FILES_AT_ONCE] for first in range(0, len(paths), FILES_AT_ONCE)]
     with ThreadPoolExecutor() as pool:
-        return [facts for several in pool.map(facts_of_files, chunks) for facts in several]
+        return list(chain.from_iterable(pool.map(lambda some: list(map(facts_of_file, some)), chunks)))
 
 
-def names_in(column: pa.ChunkedArray) -> list[Any]:
+def names_in(column: pa.ChunkedArray) -> list[str | None]:
     """The distinct paths in an audio column, in the order of the rows."""
-    if pa.types.is_struct(column.type):
-        fields = [column.type.field(number).name for number in range(column.type.num_fields)]
-        if "path" not in fields or ("bytes" in fields and not pc.struct_field(column, "bytes").null_count):
-            return []
-        column = pc.struct_field(column, "path")
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        return []
-    names: list[Any] = pc.unique(column).to_pylist()
-    return names
+    if pa.types.is_struct(column.type) and "path" in column.type.names:
+        has_all_bytes = "bytes" in column.type.names and not pc.struct_field(column, "bytes").null_count
+        column = pa.nulls(0) if has_all_bytes else pc.struct_field(column, "path")
+    return list(pc.unique(column).to_pylist()) if is_text(column.type) else []
 
 
-def facts_of_files(paths: Sequence[str]) -> list[FileFacts]:
-    facts = []
-    for path in paths:
-        try:
-            found = os.stat(path)
-            facts.append((path, found.st_size, found.st_mtime_ns))
-        except OSError:
-            facts.append((path, -1, 0))
-    return facts
+def facts_of_file(path: str) -> FileFacts:
+    try:
+        found = os.stat(path)
+        return path, found.st_size, found.st_mtime_ns
+    except OSError:
+        return path, -1, 0
 
 
 def with_progress(lengths: Iterable[float], number: int, split: str) -> Iterator[float]:

@@ -1,9 +1,7 @@
 """Parts of a dataset that are opened one by one: the files of a split, here or on a server, or a whole split."""
 
 import hashlib
-import os
 import shutil
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -11,27 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import IO
-from urllib.parse import urlsplit
 
 import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet
-from aiohttp import ClientError
 from filelock import FileLock
 
 from sedtrain.data.parquet import batches
-from sedtrain.data.paths import expanded, files_of, local_path, split_files
-from sedtrain.data.readers import READERS, BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.paths import local_path, split_files
+from sedtrain.data.places import fetch, file_name, names_of, places_of
+from sedtrain.data.readers import BrokenFile, read_rows, suffix_of
 from sedtrain.data.source import Source, check_columns
-from sedtrain.data.sources import hub_or_folder, is_saved, load_rows, readable
+from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM, readable_cells
 from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows, as_text
 from sedtrain.errors import UserError
-
-NUM_ATTEMPTS = 5
-FIRST_PAUSE = 1.0  # seconds, doubled after every failure
-UNREACHABLE = (OSError, ClientError, TimeoutError)
 
 
 @dataclass(frozen=True)
@@ -202,74 +195,3 @@ def parts_of(source: Source, split: str, copies: Path | None = None) -> list[Par
     places = [place for each in name.split("+") for place in places_of(source, each)]
     names = zip(names_of(places), places, strict=True)
     return [Part(source, short, place, copies) for short, place in names] or [Part(source, name)]
-
-
-def places_of(source: Source, split: str) -> list[str]:
-    """The paths or URLs of the files of one split; none for a split that is not stored in files."""
-    if "://" in source.path:
-        return [place for url in expanded(source.path.replace("{split}", split)) for place in files_at(url)]
-    if files := files_of(source.path, split):
-        return list(map(str, files))
-    if is_saved(local_path(source.path)):
-        return []
-    with readable(source.path, split):
-        repository, revision = hub_or_folder(source.path)
-        builder = datasets.load_dataset_builder(repository, source.name, revision=revision)
-        places = list(map(str, (builder.config.data_files or {}).get(split, [])))
-        return places if all(map(suffix_of, places)) else []
-
-
-def files_at(url: str) -> list[str]:
-    """The URL, or those that a glob stands for. Raises UserError where none is found, or the URL names no file to read."""
-    if suffix_of(file_name(url)) is None:
-        wrong = "this URL names no file of a format that can be read"
-        raise UserError("data.path", url, wrong, f"write a URL of files of one of {', '.join(READERS)}")
-    if not {"*", "["} & set(url):
-        return [url]
-    try:
-        filesystem, pattern = fsspec.url_to_fs(url)
-        found = sorted(map(filesystem.unstrip_protocol, filesystem.glob(pattern)))
-    except UNREACHABLE as error:
-        raise unreachable(url, error) from error
-    if not found:
-        write = "write a glob of files that are there and that the server lists, or {0000..0127} for their numbers"
-        raise UserError("data.path", url, "there is no such file", write)
-    return found
-
-
-def names_of(places: list[str]) -> list[str]:
-    """The name of each file without its suffix; with its folders if names alone are not distinct."""
-    names = list(map(file_name, places))
-    if len(set(map(without_format, names))) < len(names):
-        common = os.path.commonpath([os.path.dirname(place) for place in places])
-        names = [os.path.relpath(place, common) for place in places]
-    return list(map(without_format, names))
-
-
-def file_name(place: str) -> str:
-    """The name of a file by its path or URL."""
-    return Path(urlsplit(place).path if "://" in place else place).name
-
-
-def without_format(name: str) -> str:
-    return name[: len(name) - len(suffix_of(name) or "")]
-
-
-def fetch(url: str, file: Path) -> None:
-    """Raises UserError when the last attempt fails; nothing incomplete is left under the name of `file`."""
-    incomplete = file.with_name(f"{file.name}.incomplete")
-    for attempt in range(NUM_ATTEMPTS):
-        try:
-            filesystem, name = fsspec.url_to_fs(url)
-            filesystem.get_file(name, str(incomplete))
-            incomplete.rename(file)
-            return
-        except UNREACHABLE as error:
-            if attempt == NUM_ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
-                raise unreachable(url, error) from error
-        time.sleep(FIRST_PAUSE * 2**attempt)
-
-
-def unreachable(url: str, error: Exception) -> UserError:
-    wrong = f"{url} cannot be fetched ({one_line(error)})"
-    return UserError("data.path", url, wrong, "write a URL that can be reached")

@@ -111,20 +111,12 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
     found: list[str] = []
     for name in [audio] if isinstance(audio, str) else audio:
         where = Path(name).expanduser()
-        if name == STANDARD_INPUT:
-            found.append(name)
-            continue
-        if where.is_dir():
-            matches = sorted(filter(is_media_file, files_in(where)))
-        else:
-            matches = [str(where)] if where.is_file() else sorted(glob.glob(str(where), recursive=True))
-        matches = list(filter(os.path.isfile, matches))
-        if not matches:
-            wrong = (
-                "this is a pipe or a device" if where.exists() and not where.is_dir() else "there is no such audio file"
-            )
+        files = [name] if name == STANDARD_INPUT else matching_files(where)
+        if not files:
+            is_device = where.exists() and not where.is_dir()
+            wrong = "this is a pipe or a device" if is_device else "there is no such audio file"
             raise UserError("audio", name, wrong, "write audio=FILE, a glob that matches or a folder")
-        found += matches
+        found += files
     found = list(dict.fromkeys(found))
     if len(found) == 1 and found != [STANDARD_INPUT]:
         try:
@@ -134,6 +126,15 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
             wrong = f"this is no audio that can be read ({error})"
             raise UserError("audio", found[0], wrong, "write audio=FILE that libsndfile can read") from error
     return found
+
+
+def matching_files(where: Path) -> list[str]:
+    """The audio in a folder, else the file, else the files that a glob matches."""
+    if where.is_dir():
+        found = list(filter(is_media_file, files_in(where)))
+    else:
+        found = [str(where)] if where.exists() else glob.glob(str(where), recursive=True)
+    return sorted(filter(os.path.isfile, found))
 
 
 @contextmanager

@@ -15,7 +15,8 @@ QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
 UNDECODED = re.compile("[\udc80-\udcff]")
 MOST_LINES = 200  # of one cell
 OPEN = "a quotation mark that is never closed"
-BEHIND = "text behind a closing quotation mark"
+FAULTS = {"unexpected end of data": OPEN, "expected after": "text behind a closing quotation mark"}
+"""What errors of `csv` mean."""
 csv.field_size_limit(MAX_TEXT_BYTES)
 
 Cells = tuple[list[str], str | None]
@@ -91,8 +92,8 @@ def cells_of(lines: Sequence[str], delimiter: str) -> tuple[Cells, int]:
     try:
         return (next(reader) or [""], None), reader.line_num
     except csv.Error as error:
-        is_open = reader.line_num > 1 or "unexpected end" in str(error)
-        return ([], OPEN if is_open else BEHIND), 1
+        text = "unexpected end of data" if reader.line_num > 1 else str(error)
+        return ([], next((words for part, words in FAULTS.items() if part in text), text)), 1
 
 
 def is_left_open(lines: Sequence[str], delimiter: str, num_columns: int) -> bool:

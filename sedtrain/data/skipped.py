@@ -1,122 +1,28 @@
-"""Utterances that are left out: by limits or faults, listed in a file and counted by reason; too many stop the run."""
+"""Utterances that are left out, listed in a file and counted by reason; too many faults stop the run."""
 
 import fcntl
 import json
 import logging
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import IO, Literal
 
 from sedtrain.batch import Skipped
-from sedtrain.data.buckets import Floats
-from sedtrain.data.tables import NOT_TEXT
-from sedtrain.data.utterances import Reason, UtteranceRows
+from sedtrain.data.limits import LIMITED
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 MIN_SEEN = 100
 """Fractions are of at least so many utterances, so that the first bad one of five stops nothing."""
-LIMITED = frozenset({"too short", "too long", "text too short", "text too long"})
-"""Reasons that are the user's own limits: they are no faults, and stop no run."""
-SCORED = 4
-"""A scored utterance may be longer by this factor than one that is trained on: no activations are kept for gradients."""
 BATCHES_BETWEEN_SUMS = 16
 """Interval at which ranks that decode different utterances add up their counts."""
 
 Key = tuple[str, str, str | None]
 """Id, reason and path of an utterance."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The lengths of audio and text that an utterance needs to be used. Raises UserError for limits that none can keep.
-
-    min_characters: 0 allows texts that are empty
-    longest: the option that `max_seconds` is from, for messages
-    """
-
-    min_seconds: float
-    max_seconds: float
-    min_characters: int = 1
-    max_characters: int = 10_000
-    longest: str = "data.max_seconds"
-
-    def __post_init__(self) -> None:
-        if self.max_seconds <= self.min_seconds:
-            above = f"above min_seconds, {self.min_seconds}"
-            write = f"write data.max_seconds=NUMBER {above}"
-            raise UserError("data.max_seconds", self.max_seconds, f"this has to be {above}", write)
-        if self.max_characters < self.min_characters:
-            or_more = f"min_characters, {self.min_characters}, or more"
-            write = f"write data.max_characters=NUMBER, {or_more}"
-            raise UserError("data.max_characters", self.max_characters, f"this has to be {or_more}", write)
-
-    def scored(self, batch_seconds: float) -> "Limits":
-        """Those of a split that is scored in batches alone: only audio too long for the memory is left out."""
-        by_length = (SCORED * self.max_seconds, f"{SCORED} * {self.longest}")
-        most, option = max(by_length, (batch_seconds, "data.batch_seconds"))
-        return Limits(0.0, most, 0, sys.maxsize, option)
-
-    def filter(
-        self,
-        rows: UtteranceRows,
-        indices: Sequence[int],
-        seconds: Floats | None = None,
-        rewrite: Callable[[str], str] = str,
-    ) -> tuple[dict[int, float], dict[int, Skipped]]:
-        """The seconds of the rows that are used, by index, and the other rows with the reason.
-
-        seconds: of each row, where they are known already; NaN for a row whose length cannot be found
-        rewrite: what is done to texts before they are learnt; it must leave something of a text that is used
-        """
-        kept: dict[int, float] = {}
-        skipped: dict[int, Skipped] = {}
-        known = rows.seconds(indices) if seconds is None else seconds
-        for index, length, text in zip(indices, known.tolist(), rows.texts(indices), strict=True):
-            reason = rows.problem(index, length) or self.refused_length(length)
-            if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
-                reason = rows.misdeclared(index) or reason
-            if reason := reason or self.refused_text(text, rewrite):
-                skipped[index] = rows.skipped(index, *reason)
-            else:
-                kept[index] = length
-        return kept, skipped
-
-    def refused_length(self, seconds: float) -> Reason | None:
-        if seconds < self.min_seconds:
-            return "too short", f"{seconds:.2f} s < data.min_seconds={self.min_seconds}"
-        return too_long(seconds, self.max_seconds, self.longest) if seconds > self.max_seconds else None
-
-    def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
-        number = len(text.strip())
-        if text.startswith(NOT_TEXT):
-            return "text that is not text", shortened(text.removeprefix(NOT_TEXT))
-        if not any(character.isprintable() and character != " " for character in text):
-            return ("empty text", shortened(text) if number else "") if self.min_characters else None
-        if number < self.min_characters:
-            return "text too short", f"{number} characters < data.min_characters={self.min_characters}"
-        if number > self.max_characters:
-            return "text too long", f"{number} characters > data.max_characters={self.max_characters}"
-        is_emptied = self.min_characters and not rewrite(text).strip()
-        return ("text empty once normalized", shortened(text)) if is_emptied else None
-
-
-WHOLE = Limits(0.0, inf, 0, sys.maxsize)
-"""Those of a split whose long utterances are cut to windows: all of it is scored."""
-
-
-def too_long(seconds: float, most: float, option: str) -> Reason:
-    return "too long", f"{seconds:.2f} s > {option}={most:g}"
-
-
-def shortened(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 @dataclass

@@ -142,12 +142,10 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
 
     def __init__(self, stream: Stream, bounds: Bounds, seed: int, rank: int, num_ranks: int) -> None:
         self.stream, self.bounds, self.seed, self.rank, self.num_ranks = stream, bounds, seed, rank, num_ranks
-        self.epoch = 0
-        self.begin()
+        self.begin(0)
 
-    def begin(self) -> None:
-        self.steps_before, self.start = 0, BlockStart(0, 0)
-        self.in_block: Position | None = None
+    def begin(self, epoch: int, resumed: Position | None = None) -> None:
+        self.epoch, self.resumed = epoch, resumed
         self.begun: list[BegunBlock] = []
         self.passed: deque[tuple[int, BlockStart]] = deque()
         self.num_removed = 0
@@ -155,8 +153,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of every epoch; a resumed epoch continues where it stopped."""
         if epoch != self.epoch:
-            self.epoch = epoch
-            self.begin()
+            self.begin(epoch)
 
     def state_dict(self, consumed_steps: int) -> Position:
         """The position after `consumed_steps` of this epoch, those before it was resumed included."""
@@ -174,15 +171,12 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
 
         Raises UserError for a position in the middle of an epoch of other files, or of the same in another order.
         """
-        self.epoch = state["epoch"]
-        self.begin()
-        if "block" in state:
-            if state["steps_before"] or state["segments"]:
-                refuse_other("files", (state["seed"], state["corpus"]), (self.seed, self.stream.digest()))
-            self.steps_before, self.start = state["steps_before"], BlockStart(*state["block"])
-            self.in_block = state
-        elif state["segments"]:
+        is_streamed = "block" in state
+        if not is_streamed and state["segments"]:
             raise other_reading("a corpus that is not streamed", self.stream.num_rows is not None)
+        if is_streamed and (state["steps_before"] or state["segments"]):
+            refuse_other("files", (state["seed"], state["corpus"]), (self.seed, self.stream.digest()))
+        self.begin(state["epoch"], state if is_streamed else None)
 
     def batches_of(self, block: Block, start: BlockStart) -> BatchesWithEpoch:
         batches = BatchesWithEpoch(
@@ -220,10 +214,10 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
 
     def draw(self) -> Iterator[tuple[int, list[Reference]]]:
         """Raises UserError at the end of an epoch without an utterance, and for a resumed block that has changed."""
-        steps, start, resumed = self.steps_before, self.start, self.in_block
-        self.begun = []
-        self.passed.clear()
-        self.num_removed = 0
+        steps, start, resumed = 0, BlockStart(0, 0), self.resumed
+        if resumed is not None:
+            steps, start = resumed["steps_before"], BlockStart(*resumed["block"])
+        self.begin(self.epoch, resumed)
         while True:
             block = self.stream.block(self.epoch, start)
             batches = self.batches_of(block, start)

@@ -142,19 +142,15 @@ def by_role(rows: datasets.Dataset, columns: Mapping[str, str | None]) -> tuple[
     """
     used = {PROBLEM, *columns.values()}
     stored = rows.select_columns([name for name in rows.column_names if name in used]).with_format("arrow")[:]
-    problems = {}
+    cells, problems = {}, {}
     if PROBLEM in stored.column_names:
         rows_of_problems = pc.indices_nonzero(stored[PROBLEM].is_valid()).to_pylist()
         problems = dict(zip(rows_of_problems, stored[PROBLEM].drop_null().to_pylist(), strict=True))
-    cells = {}
     for role, column in columns.items():
         if column is None or column not in stored.column_names:
             cells[role] = pa.chunked_array([pa.nulls(len(rows))])
-            continue
-        cells[role], wrong = readable(stored[column], column)
-        problems = wrong | problems
-        if role in TIMES:
-            cells[role], wrong = as_times(cells[role], column)
+        else:
+            cells[role], wrong = (as_times if role in TIMES else readable)(stored[column], column)
             problems = wrong | problems
     if columns["start"] or columns["end"]:
         start, end, seconds = (cells[role].cast(pa.float64()) for role in ("start", "end", "seconds"))
@@ -178,6 +174,7 @@ def as_times(cells: pa.ChunkedArray, column: str) -> tuple[pa.ChunkedArray, dict
 
     NaN is an empty cell, as tables of pandas have it.
     """
+    cells, broken = readable(cells, column)
     spelt = cells.to_pylist() if is_text(cells.type) else None
     times = cells.cast(pa.float64()) if spelt is None else pa.chunked_array([[time_of(value) for value in spelt]])
     wrong = pc.or_(pc.less(times, 0), pc.greater(times, MOST_SECONDS)).fill_null(False)
@@ -187,7 +184,7 @@ def as_times(cells: pa.ChunkedArray, column: str) -> tuple[pa.ChunkedArray, dict
     if pc.any(is_empty).as_py():
         times = pc.if_else(is_empty, None, times)
     problems = (f"impossible time: {column} = {value:.12}" for value in values)
-    return times, dict(zip(found, problems, strict=True))
+    return times, broken | dict(zip(found, problems, strict=True))
 
 
 def time_of(value: str | None) -> float | None:

@@ -17,7 +17,8 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from torch.multiprocessing import ProcessRaisedException
 
 from sedtrain.batch import Skipped
-from sedtrain.data.skipped import Limits, SkippedUtterances
+from sedtrain.data.limits import Limits
+from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.errors import UserError
 from sedtrain.text.normalizers import normalizer
 

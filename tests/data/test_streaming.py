@@ -17,9 +17,9 @@ from sedtrain.data import streaming
 from sedtrain.data.buckets import Bounds, Bucket
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.limits import Limits
 from sedtrain.data.parts import Parts
 from sedtrain.data.sampler import BatchesWithEpoch
-from sedtrain.data.skipped import Limits
 from sedtrain.data.streaming import BlockStart, Stream, StreamedBatches
 from sedtrain.errors import UserError
 

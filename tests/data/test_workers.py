@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from sedtrain.data.datamodule import sigterm_blocked, start_worker
+from sedtrain.data.workers import sigterm_blocked, start_worker
 
 FORK = multiprocessing.get_context("fork")
 
