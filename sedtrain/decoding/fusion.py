@@ -5,8 +5,8 @@ Words are scored, not tokens, so that the language model may have any tokenizer.
 Sources: shallow fusion, arXiv 1503.03535; scores of completed words, arXiv 2501.09258.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -74,6 +74,7 @@ def language_model(name: str) -> LanguageModel:
     return LanguageModel(model.eval(), tokenizer, end if start is None else start, end)
 
 
+@dataclass(eq=False)
 class Fusion(LogitsProcessor):
     """Adds `weight` · log p(word | words before it) to the tokens that complete a word: those that begin another, and the end.
 
@@ -81,20 +82,16 @@ class Fusion(LogitsProcessor):
     begins:    (V,) the token begins a word, see `word_beginnings`
     ends:      tokens that end a text
     num_given: tokens of the prompt
+    known:     scores of texts, each of which is computed once in a search
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        weight: float,
-        tokenizer: PreTrainedTokenizerBase,
-        begins: Tensor,
-        ends: Collection[int],
-        num_given: int,
-    ) -> None:
-        self.language_model, self.weight, self.tokenizer = language_model, weight, tokenizer
-        self.begins, self.ends, self.num_given = begins, list(ends), num_given
-        self.known: dict[tuple[str, bool], float] = {("", False): 0.0}
+    language_model: LanguageModel
+    weight: float
+    tokenizer: PreTrainedTokenizerBase
+    begins: Tensor
+    ends: list[int]
+    num_given: int
+    known: dict[tuple[str, bool], float] = field(default_factory=lambda: {("", False): 0.0})
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(R, U) tokens, (R, V) scores of the decoder -> (R, V) scores of both."""
@@ -112,7 +109,7 @@ class Fusion(LogitsProcessor):
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def log_probs(self, texts: Sequence[str], are_whole: bool) -> Tensor:
-        """(R,) scores of texts; each is computed once in a search."""
+        """(R,) scores of texts."""
         new = [text for text in dict.fromkeys(texts) if (text, are_whole) not in self.known]
         if new:
             found = self.language_model.log_probs(new, are_whole)

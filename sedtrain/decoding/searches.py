@@ -152,14 +152,14 @@ def by_generate(model: SpeechEncoderDecoder, wanted: Wanted) -> Found:
     return rows.tolist(), scores
 
 
+@dataclass(eq=False)
 class InTime(StoppingCriteria):
     """Ends each utterance at its own length, whatever the others of the batch are.
 
     limits: (B,) tokens, prompt included
     """
 
-    def __init__(self, limits: Tensor) -> None:
-        self.limits = limits
+    limits: Tensor
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """(B N, U) tokens of N beams -> (B N,)"""

@@ -241,34 +241,29 @@ class MetricSet:
 
 
 class CorpusMetrics:
-    """Metrics of a corpus in constant memory: K whole numbers, whatever its size; `texts` only for those that do not add up."""
+    """Metrics of a corpus in constant memory, whatever its size; `texts` only for those that do not add up.
+
+    counts: (K,) sums so far; those of all ranks, added, give all of them the same metrics
+    """
 
     def __init__(self, metric_set: MetricSet) -> None:
         self.metric_set = metric_set
         self.reset()
 
     def reset(self) -> None:
-        self._counts: Counts = np.zeros(self.metric_set.num_counts, dtype=np.int64)
+        self.counts: Counts = np.zeros(self.metric_set.num_counts, dtype=np.int64)
         self.texts: list[tuple[str, str]] = []
 
     def update(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
         """Adds utterances and returns their counts (N, K), which intervals need."""
         rows = self.metric_set.count(references, hypotheses)
-        self._counts += rows.sum(axis=0)
+        self.counts = self.counts + rows.sum(axis=0)
         self.texts += zip(references, hypotheses, strict=True) if self.metric_set.own else ()
         return rows
 
-    def counts(self) -> Counts:
-        """(K,) sums so far. Added over ranks and handed to `set_counts`, they give all ranks the same metrics."""
-        return self._counts.copy()
-
-    def set_counts(self, counts: npt.ArrayLike) -> None:
-        """Replaces the sums by an array or a CPU tensor (K,)."""
-        self._counts = np.asarray(counts).astype(np.int64).reshape(self.metric_set.num_counts)
-
     def compute(self) -> dict[str, float]:
         own = self.metric_set.own_values([text[0] for text in self.texts], [text[1] for text in self.texts])
-        return {name: float(value) for name, value in self.metric_set.values(self._counts).items()} | own
+        return {name: float(value) for name, value in self.metric_set.values(self.counts).items()} | own
 
 
 def word_pairs(reference: str, hypothesis: str, normalize: Normalizer) -> Iterator[tuple[str, str]]:

@@ -219,7 +219,7 @@ class SpeechSeq2SeqModule(LightningModule):
             wrong += "skipped.jsonl names the fault of each"
             write = "write data.validation_split and data.columns of audio that can be decoded"
             raise UserError("data.validation_split", ", ".join(sorted(splits)), wrong, write)
-        self.metrics.set_counts(self.over_ranks(torch.from_numpy(self.metrics.counts())).cpu())
+        self.metrics.counts = self.over_ranks(torch.from_numpy(self.metrics.counts)).cpu().numpy()
         if self.metrics.metric_set.own and self.trainer.world_size > 1:
             self.metrics.texts = texts_of_ranks(self.metrics.texts)
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
