@@ -24,6 +24,7 @@ from transformers.models.xmod.modeling_xmod import XmodAdapter
 
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
+from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.loading import (
     CROSS_ATTENTION,
     attention_of,
@@ -129,9 +130,7 @@ def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
     config = decoder_config(config)
     settle_config(config)
     with attention_wanted("decoder", config, options):
-        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, config=config, trust_remote_code=False, **options
-        )
+        decoder: PreTrainedModel = pretrained(AutoModelForCausalLM, name, config=config, **options)
     return decoder
 
 

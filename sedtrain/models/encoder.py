@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, UPSTREAM, encoder_config
+from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.loading import (
     attention_of,
     attention_wanted,
@@ -165,7 +166,7 @@ def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
         config, options = configured(name, options)
     factory, config = loader_of(config)
     with attention_wanted("encoder", config, options):
-        return standalone(factory.from_pretrained(name, config=config, trust_remote_code=False, **options))
+        return standalone(pretrained(factory, name, config=config, **options))
 
 
 def loader_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from sedtrain.errors import UserError
-from sedtrain.models.foreign import fault_of_index
+from sedtrain.models.foreign import HUB_OPTIONS, fault_of_index
 from sedtrain.plain import plain_value
 
 FILE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
@@ -32,7 +32,7 @@ KINDS = {  # first code of each kind of item whose size follows in 1, 2, 4 or 8 
     **{0xDC + width: ("list", 2 << width) for width in range(2)},
     **{0xDE + width: ("map", 2 << width) for width in range(2)},
 }
-WRITE = "write checkpoint=FOLDER saved by save_pretrained of a Flax or PyTorch model"
+WRITE = "write {}=FOLDER saved by save_pretrained of a Flax or PyTorch model"
 MOST_DEPTH, MOST_NAMES, MOST_DIMENSIONS = 32, 200_000, 8
 STACKED = re.compile(r"\.Flax\w+Layers\.")  # all layers in one array, as nn.scan saves them
 
@@ -162,35 +162,44 @@ def as_in_torch(name: str, array: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield (f"{name.removesuffix(last)}weight" if last in ("scale", "embedding") else name), array
 
 
-def flax_arguments(name: str | Path | None, from_flax: bool, hub_options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that stand for Flax weights in a folder or Hub id; {} for other weights.
+def pretrained(
+    factory: Any, name: Any, *args: Any, option: str = "checkpoint", from_flax: bool = False, **options: Any
+) -> Any:
+    """`factory.from_pretrained(name, ...)` without code of the model's; also of a folder or Hub id with weights of Flax.
 
-    from_flax: false takes them from a folder without weights of PyTorch alone
+    option: names it on the command line
+    from_flax: false takes weights of Flax only from a folder without others
     """
+    options.pop("trust_remote_code", None)
+    hub_options = {each: options[each] for each in HUB_OPTIONS & options.keys()}
     folder = Path(name or "", hub_options.get("subfolder", ""))
     flax, torch_ = (any((folder / file).is_file() for file in files) for files in ((FILE, INDEX), OF_TORCH))
     if name is None or not (from_flax or (flax and not torch_)):
-        return {}
-    return {
-        "state_dict": flax_weights(str(name), hub_options),
-        "generation_config": generation_config_of(str(name), hub_options),
-    }
+        return factory.from_pretrained(name, *args, trust_remote_code=False, **options)
+    options = {"generation_config": generation_config_of(str(name), hub_options), **options}
+    options["state_dict"] = flax_weights(option, str(name), hub_options)
+    factory = getattr(factory, "_model_mapping", {}).get(type(options["config"]), factory)  # AutoModel needs a name
+    loaded = factory.from_pretrained(None, *args, trust_remote_code=False, **options)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).config._name_or_path = str(name)
+    return loaded
 
 
-def flax_weights(name: str, hub_options: dict[str, Any]) -> dict[str, Tensor]:
+def flax_weights(option: str, name: str, hub_options: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in a folder or Hub id, named and laid out as in PyTorch. Raises UserError where there are none."""
     weights: dict[str, Tensor] = {}
-    for file in flax_files(name, hub_options):
+    for file in flax_files(option, name, hub_options):
         try:
             arrays = read_arrays(file)
         except ValueError as error:
-            raise no_weights(name, f"{file.name} is no file of Flax weights: {error}") from error
+            raise no_weights(option, name, f"{file.name} is no file of Flax weights: {error}") from error
         for each in list(arrays):
             weights.update(as_in_torch(each, arrays.pop(each)))  # held once
+    for each in [each for each in weights if each.endswith("shared.weight")]:  # of encoder and decoder, as in BART
+        weights.setdefault(f"{each.removesuffix('shared.weight')}decoder.embed_tokens.weight", weights[each])
     return weights
 
 
-def flax_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
+def flax_files(option: str, name: str, hub_options: dict[str, Any]) -> list[Path]:
     def stored(file: str) -> Path | None:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_options)
         return None if found is None else Path(found)
@@ -198,18 +207,18 @@ def flax_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
     if file := stored(FILE):
         return [file]
     if (index := stored(INDEX)) is None:
-        raise no_weights(name, f"it holds neither {FILE} nor {INDEX}")
-    values = plain_value(index, "checkpoint", name, WRITE)
+        raise no_weights(option, name, f"it holds neither {FILE} nor {INDEX}")
+    values = plain_value(index, option, name, WRITE.format(option))
     if wrong := fault_of_index(values):
-        raise no_weights(name, f"{INDEX} {wrong}")
+        raise no_weights(option, name, f"{INDEX} {wrong}")
     shards = {each: stored(each) for each in sorted(set(values["weight_map"].values()))}
     if absent := [each for each, path in shards.items() if path is None]:
-        raise no_weights(name, f"{INDEX} names {absent[0][:200]!r}, which is not there")
+        raise no_weights(option, name, f"{INDEX} names {absent[0][:200]!r}, which is not there")
     return [path for path in shards.values() if path is not None]
 
 
-def no_weights(name: str, wrong: str) -> UserError:
-    return UserError("checkpoint", name, wrong, WRITE)
+def no_weights(option: str, name: str, wrong: str) -> UserError:
+    return UserError(option, name, wrong, WRITE.format(option))
 
 
 def generation_config_of(name: str, hub_options: dict[str, Any]) -> GenerationConfig:

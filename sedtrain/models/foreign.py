@@ -16,6 +16,7 @@ SETTINGS = (
     *("config.json", "generation_config.json", *INDICES),
     *("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", ADAPTER),
 )
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
 CODE = ("auto_map", "auto_mapping", "custom_pipelines")  # name Python files or modules
 KERNELS = re.compile("(attn|experts)_implementation")  # with a slash: code from the Hub
 LAYERS, MOST_LAYERS = re.compile("layers?$"), 10_000

@@ -30,7 +30,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError, in_python
 from sedtrain.hub import go_offline_if_unreachable
-from sedtrain.models.foreign import refuse_code
+from sedtrain.models.flax_weights import pretrained
+from sedtrain.models.foreign import HUB_OPTIONS, refuse_code
 from sedtrain.models.options import refuse_impossible, refuse_uneven
 from sedtrain.models.speech_to_text_2 import register
 from sedtrain.models.stacks import decoder_config, whole_type
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 register()
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_att|enc_?dec|src_att", re.IGNORECASE)
-HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
 LOADING_OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
 OWN_WORDS = (OSError, ValueError, RuntimeError, SafetensorError)
 """Errors that say what is wrong, without the name of their class."""
@@ -163,12 +163,13 @@ def load_weights(
     Raises UserError if the weights are of another model; weights that are missing are logged.
     """
     with loading(f"{part}.checkpoint", name), attention_of(part, config, (ValueError, ImportError)):
-        model, loaded = factory.from_pretrained(
+        model, loaded = pretrained(
+            factory,
             name,
+            option=f"{part}.checkpoint",
             config=config,
             dtype=torch.float32,
             attn_implementation=attention,
-            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

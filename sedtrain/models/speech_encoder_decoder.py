@@ -47,8 +47,9 @@ from sedtrain.models.encoder import (
     standalone,
     states_to_return,
 )
-from sedtrain.models.flax_weights import flax_arguments
-from sedtrain.models.loading import HUB_OPTIONS, configured, joint_config, refuse_unsupported, share_config
+from sedtrain.models.flax_weights import pretrained
+from sedtrain.models.foreign import HUB_OPTIONS
+from sedtrain.models.loading import configured, joint_config, refuse_unsupported, share_config
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
@@ -370,11 +371,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             kwargs["config"] = config
         refuse_other_kind(str(pretrained_model_name_or_path), kwargs["config"])
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
-        flax = flax_arguments(pretrained_model_name_or_path, kwargs.pop("from_flax", False), hub_options)
-        source = None if flax else pretrained_model_name_or_path
-        loaded = super().from_pretrained(source, *args, **{**flax, **kwargs, "trust_remote_code": False})
+        loaded = pretrained(super(), pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.config._name_or_path = str(pretrained_model_name_or_path or "")
         if isinstance(model.decoder, Speech2Text2ForCausalLM):
             settle_published(model)
         if isinstance(model.encoder, Masked):

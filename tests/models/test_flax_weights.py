@@ -7,10 +7,12 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from pairs import IDS, joined, two_utterances
+from pairs import BART, IDS, joined, two_utterances
+from transformers import BartConfig, BartForConditionalGeneration
 
 from sedtrain import SpeechEncoderDecoder
 from sedtrain.errors import UserError
+from sedtrain.models.encoder import load_encoder
 
 FILE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 # Ends of PyTorch's names, what Flax calls them and how it lays them out, from the definitions of both.
@@ -19,7 +21,7 @@ LAYOUT = [
     (r"parametrizations\.weight\.original0", "weight_g", None),
     (r"parametrizations\.weight\.original1", "weight_v", None),
     (r"(layer_norm|[lL]ayer_?[nN]orm(_embedding)?|ln_(\d|f|cross_attn))\.weight", "scale", None),
-    (r"(embed_tokens|embed_positions|wte|wpe|\w+_embeddings)\.weight", "embedding", None),
+    (r"(shared|embed_tokens|embed_positions|wte|wpe|\w+_embeddings)\.weight", "embedding", None),
     (r"\.weight", "kernel", (1, 0)),
 ]
 
@@ -146,6 +148,20 @@ def test_what_an_old_folder_says_of_generation_is_kept(tmp_path, model):
     assert (generation.max_length, generation.decoder_start_token_id) == (33, 7)
 
 
+def test_parts_with_weights_of_flax_are_joined(tmp_path, model):
+    torch.manual_seed(0)
+    config = BartConfig(**{**BART, "is_encoder_decoder": True, "is_decoder": False})
+    whole = BartForConditionalGeneration._from_config(config)
+    for name, part in {"encoder": model.encoder, "decoder": whole}.items():
+        (tmp_path / name).mkdir()
+        saved(part, tmp_path / name, {FILE: flax_tree(part)})
+    joint = SpeechEncoderDecoder.from_encoder_decoder_pretrained(tmp_path / "encoder", tmp_path / "decoder")
+    assert joint.encoder.config._name_or_path == str(tmp_path / "encoder")
+    for part, source in ((joint.encoder, model.encoder), (joint.decoder, whole)):
+        for name, weight in part.state_dict().items():
+            assert torch.equal(weight, source.state_dict()[name])
+
+
 # --- files that are none
 
 
@@ -213,6 +229,15 @@ def refusal(folder, **options):
 def test_an_index_that_names_other_files_is_refused(tmp_path, model, index, wrong):
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert refusal(saved(model, tmp_path, {})) == wrong
+
+
+def test_a_damaged_part_is_named(tmp_path, model):
+    model.encoder.config.save_pretrained(tmp_path)
+    (tmp_path / FILE).write_bytes(b"\x80\x80")
+    with pytest.raises(UserError) as caught:
+        load_encoder("wav2vec2", {}, checkpoint=str(tmp_path))
+    assert (caught.value.option, caught.value.value) == ("encoder.checkpoint", str(tmp_path))
+    assert caught.value.write == "write encoder.checkpoint=FOLDER saved by save_pretrained of a Flax or PyTorch model"
 
 
 def test_a_folder_without_weights_of_flax_is_refused_where_they_are_asked_for(tmp_path, model):
