@@ -107,7 +107,7 @@ def frames_per_second(saved: SavedModel) -> float:
     with torch.random.fork_rng(devices=[]):  # dropout draws nothing from the run's own
         frames = saved.model.adapt({"last_hidden_state": encoder_frames}, None).last_hidden_state
     assert frames is not None
-    return frames.shape[1] / encoder_frames.shape[1] / FrameTimes.of(saved).hop
+    return float(frames.shape[1] / encoder_frames.shape[1] / FrameTimes.of(saved).hop)
 
 
 def input_times(extractor: Any) -> tuple[float, float]:
