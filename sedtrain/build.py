@@ -13,14 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
-from sedtrain.data.collate import Collator
-from sedtrain.data.corpus import learnt_pairs, refuse_unlearnt
+from sedtrain.data.buckets import Bounds
+from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.skipped import WHOLE
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.outputs import Outputs
+from sedtrain.decoding.recordings import collator_of
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Scoring, metric_set
@@ -29,7 +30,7 @@ from sedtrain.evaluation.own_metrics import of_evaluate, of_function
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
-from sedtrain.models.saved import SavedModel, join, load
+from sedtrain.models.saved import SavedModel, join, load, to_finetune
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.spacing import is_unspaced, with_spacing
@@ -105,7 +106,13 @@ def rewritten_data(cfg: DictConfig) -> SpeechTextDataModule:
 
 
 def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) -> SavedModel:
-    """Encoder, adapter and decoder joined, with the pretrained decoder's tokenizer, else one trained from the texts."""
+    """Encoder, adapter and decoder joined, with the pretrained decoder's tokenizer, else one trained from the texts.
+
+    Where both are of one checkpoint, it is that model as a whole.
+    """
+    if (whole := attempt(whole_checkpoint, cfg)) is not None:
+        options = attempt(lambda: {**cfg.encoder.options, **cfg.decoder.options})
+        return cast(SavedModel, attempt(to_finetune, whole, options, cfg.attention.implementation))
     published = {size: cfg.decoder.get(size) for size in ("base", "large")}
     tokenizer = attempt(tokenizer_of, cfg.size, cfg.decoder.get("checkpoint"), published)
     if tokenizer is not None and REFUSED not in (tokenizer, data):
@@ -117,12 +124,32 @@ def new_model(cfg: DictConfig, data: SpeechTextDataModule, attempt: Attempts) ->
     return cast(SavedModel, attempt(join, encoder, decoder, attempt(create, cfg, "adapter"), tokenizer))
 
 
+def whole_checkpoint(cfg: DictConfig) -> str | None:
+    """The checkpoint that both parts are of; None for parts that are joined anew. Raises UserError for what it cannot have."""
+    parts = [cfg[part] for part in ("encoder", "decoder")]
+    is_plain, pretrained = cfg.adapter.get("_target_", "").endswith(".stock_projection"), cfg.pretrained
+    if cfg.checkpoint is None:
+        published = "checkpoint" if cfg.size == "tiny" else cfg.size
+        sources = [(each.get("model_type"), each.get("checkpoint") or each.get(published)) for each in parts]
+        is_whole = is_plain and pretrained and sources[0] == sources[1] and all(sources[0])
+        return sources[0][1] if is_whole else None
+    named = f"encoder.checkpoint={cfg.checkpoint} decoder.checkpoint={cfg.checkpoint}"
+    apart = f"write encoder=OPTION decoder=OPTION {named} for its parts alone"
+    if not is_plain:
+        wrong = "nothing stands between the parts of a whole checkpoint, which is saved as what it was"
+        raise UserError("adapter", cfg.adapter.get("_target_"), wrong, f"write adapter=linear, or {apart[6:]}")
+    if not pretrained:
+        wrong = "a whole checkpoint is taken with its weights"
+        raise UserError("pretrained", False, wrong, f"write pretrained=true, or {apart[6:]}")
+    return str(cfg.checkpoint)
+
+
 def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) -> SavedModel:
     """A new model connected; it names the normalizer and rate of its texts and its longest audio, and has tokens of tags."""
     saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
     saved.model.config.max_training_seconds = round(data.corpus.max_training_seconds(), 2)
-    if data.tags:
-        saved.learn_tags(learnt_pairs(data.corpus))
+    if data.tags or saved.is_whisper:
+        saved.learn_tags(learnt_pairs(data.corpus) if data.tags else pairs_of(data.corpus, "train"))
     connect(data, saved, ["validation", cfg.split])
     if saved.model.max_tokens is not None and data.collator is not None:
         data.corpus.leave_out(partial(data.collator.too_long, most=saved.model.max_tokens))
@@ -134,8 +161,7 @@ def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) ->
 def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) -> None:
     """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write."""
     rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
-    start = saved.model.config.decoder_start_token_id
-    data.collator = Collator(saved.feature_extractor, saved.tokenizer, start, rewrite, saved.tags, saved.max_seconds)
+    data.collator = collator_of(saved, rewrite)
     if saved.tags is not None:
         refuse_unlearnt(data.corpus, splits, saved.tags)
 
@@ -278,11 +304,18 @@ def transcriber(cfg: DictConfig) -> Transcriber:
     """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
-    make = partial(Transcriber, with_words=outputs(cfg).formats != ("text",))
-    made: Transcriber = attempt(make, saved, options, cfg.data.get("language"), cfg.target)
+    make = partial(Transcriber, language=cfg.data.get("language"), target=cfg.target)
+    with_words, bounds = outputs(cfg).formats != ("text",), attempt(bounds_of, cfg)
+    made: Transcriber = attempt(make, saved, options, with_words, bounds)
     attempt.report()
     saved.model.to(device(cfg))
     return made
+
+
+def bounds_of(cfg: DictConfig) -> Bounds:
+    """The bounds of a batch, as `data` has them."""
+    data, names = resolved(cfg.data), ("batch_seconds", "batch_tokens", "num_buckets", "batches")
+    return Bounds.of(**{name: data[name] for name in names if name in data})
 
 
 def outputs(cfg: DictConfig) -> Outputs:

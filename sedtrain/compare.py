@@ -1,6 +1,5 @@
 """`task=compare`: which of several runs is better, and where; as tables, compare.json and compare.html. Needs no torch."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +10,8 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.comparison import Comparison, compare_runs
 from sedtrain.evaluation.comparison_page import group_rows, run_rows, write_comparison
 from sedtrain.evaluation.metrics import title_of
-from sedtrain.evaluation.results import without_nan
 from sedtrain.evaluation.scored_runs import ScoredRun, printable
-from sedtrain.run_dir import write_whole
+from sedtrain.run_dir import write_json
 from sedtrain.terminal import saved_files, show, table
 
 MAX_RUNS = 20
@@ -23,16 +21,10 @@ def compare(folders: Sequence[str], run_dir: Path) -> None:
     """Compares runs by their results.json and hypotheses.jsonl, each with the first. Raises UserError."""
     places = [Path(each).expanduser().resolve() for each in folders]
     if len({*places}) < len(places) or len(places) > MAX_RUNS:
-        raise UserError(
-            "runs",
-            list(folders),
-            "a run is named twice, or there are too many",
-            f"write 2 to {MAX_RUNS} different folders",
-        )
+        wrong, write = "a run is named twice, or there are too many", f"write 2 to {MAX_RUNS} different folders"
+        raise UserError("runs", list(folders), wrong, write)
     comparison = compare_runs([ScoredRun.read(each) for each in folders], short_names(places))
-    write_whole(
-        run_dir / "compare.json", json.dumps(as_json(comparison), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_json(run_dir / "compare.json", {**asdict(comparison), "verdicts": comparison.verdicts()})
     write_comparison(run_dir / "compare.html", comparison)
     show(*tables(comparison), saved_files(run_dir, ["compare.html", "compare.json", "sedtrain.log"]))
 
@@ -41,10 +33,6 @@ def short_names(places: Sequence[Path]) -> list[str]:
     """The last parts of paths that tell them apart, without what a terminal would act on."""
     number = next(n for n in range(1, 1000) if len({each.parts[-n:] for each in places}) == len(places))
     return [printable("/".join(each.parts[-number:])) for each in places]
-
-
-def as_json(comparison: Comparison) -> object:
-    return without_nan({**asdict(comparison), "verdicts": comparison.verdicts()})
 
 
 def tables(comparison: Comparison) -> list[RenderableType]:

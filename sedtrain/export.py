@@ -8,19 +8,21 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import Results
+from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig
 from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.saved import SavedModel
+from sedtrain.models.whole import WholeSpeechModel
 from sedtrain.run_dir import write_whole
-from sedtrain.text.tags import TASK_OF
+from sedtrain.text.tags import TASK_OF, WhisperPrompt
 
 CARD = """---
 library_name: transformers
 pipeline_tag: {task}
 tags: [speech-encoder-decoder, sedtrain]
 ---
-# {encoder} + {decoder} on {data}
+# {title} on {data}
 
-A `{encoder}` speech encoder joined to a `{decoder}` text decoder, trained with sedtrain on `{data}`.
+{described}, trained with sedtrain on `{data}`.
 
 | metric ({split}) | value | {interval_title} |
 |---|---|---|
@@ -36,18 +38,19 @@ Utterances: {headline}; {minutes:.1f} minutes of audio.
 {import_model}
 
 folder = "."  # where this card lies: its folder, or its name on the Hub
-model = SpeechEncoderDecoderModel.from_pretrained(folder)
+model = {model_class}.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float{prompt}
-print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+print(processor.decode(model.generate(**inputs{asked})[0], skip_special_tokens=True))
 ```
 """
 PIPELINE_TAGS = {"transcription": "automatic-speech-recognition", "translation": "translation"}
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
-# transformers has no class for this family's encoder alone, or for this adapter
+# transformers has no class for this encoder alone, for this adapter, or for audio in front of a text
 from sedtrain import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 """.strip()
+WHOLE = "from transformers import AutoModelForSpeechSeq2Seq"
 PROMPT = """
 tags = model.config.tags["{task}"]["{language}"]  # it writes {known}
 inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *tags]])"""
@@ -77,18 +80,30 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     data: the name of what it was trained on
     """
     rows = [f"| {' | '.join(row)} |" for row in results.rows()]
-    tags, task, prompt = saved.tags, TASK_OF[results.task], ""
-    if tags:
+    tags, task, prompt, asked = saved.tags, TASK_OF[results.task], "", ""
+    if isinstance(tags, WhisperPrompt):
+        asked = f', language="LANGUAGE", task="{task}"' if tags.languages and not tags.language else ""
+    elif tags:
         prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
-    parts = saved.model.config.encoder, saved.model.config.decoder
-    stock = saved.model.adapter is None and all(map(loads_in_stock_transformers, parts))
+    config = saved.model.config
+    encoder, decoder = config.encoder, config.decoder
+    title = f"{encoder.model_type} + {decoder.model_type}"
+    described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
+    adapted = isinstance(config, AdaptedSpeechEncoderDecoderConfig)
+    stock = not adapted and all(map(loads_in_stock_transformers, (encoder, decoder)))
+    loads, model_class = STOCK if stock else OWN, "SpeechEncoderDecoderModel"
+    if isinstance(saved.model, WholeSpeechModel):
+        loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
+        described = f"A whole `{title}` model"
     card = CARD.format(
         task=PIPELINE_TAGS[results.task],
-        import_torch="import torch\n" if tags else "",
-        import_model=STOCK if stock else OWN,
+        import_torch="import torch\n" if prompt else "",
+        import_model=loads,
         prompt=prompt,
-        encoder=saved.model.config.encoder.model_type,
-        decoder=saved.model.config.decoder.model_type,
+        asked=asked,
+        title=title,
+        described=described,
+        model_class=model_class,
         data=data,
         split=results.split,
         rows="\n".join(rows),

@@ -1,4 +1,4 @@
-"""Ranges of numbers, written as types of options: `rate: Positive`. The check of the configuration reads them."""
+"""Values that options may have: ranges of numbers, written as types (`rate: Positive`), and names of tokenizers."""
 
 from __future__ import annotations
 
@@ -32,3 +32,6 @@ InnerFraction = Annotated[float, Range("a fraction between 0 and 1", low=0, high
 Exponent = Annotated[float, Range("a number from -10 to 10", low=-10, high=10)]
 Count = Annotated[int, Range("a whole number of 1 or more", low=1)]
 CountOrZero = Annotated[int, Range("a whole number of 0 or more", low=0)]
+
+BLEU_TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
+"""Those of sacrebleu that download nothing."""

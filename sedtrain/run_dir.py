@@ -3,10 +3,11 @@
 import errno
 import json
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -14,8 +15,6 @@ from sedtrain.errors import UserError
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 """The newest checkpoint, the one before it, and that of the best validation; a run resumes from any of them."""
-
-
 SECONDS_FOR_ORPHANS = 5
 
 logger = logging.getLogger(__name__)
@@ -85,6 +84,19 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: P
         os.fsync(folder)  # the names
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
+    write_whole(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_until(step: int, file: Path) -> None:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from sedtrain.annotations import suggest
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import chosen
-from sedtrain.evaluation.results import Results
-from sedtrain.run_dir import is_finished, write_whole
+from sedtrain.evaluation.scored_runs import stored_results
+from sedtrain.run_dir import is_finished, write_json
 from sedtrain.terminal import show, table
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
@@ -44,7 +44,8 @@ class Objective(NamedTuple):
     def value(self, trial: Any, folder: Path) -> float | None:
         """None where the run never logged it."""
         if self.split != "val":
-            return Results.read(folder / "results.json").metrics[self.name].value
+            stored = stored_results(folder, "hydra.sweep.dir", str(folder), "write another hydra.sweep.dir")
+            return cast(float, stored["metrics"][self.name]["value"])
         values = [each for each in trial.intermediate_values.values() if not math.isnan(each)]
         return (min if self.direction == "minimize" else max)(values, default=None)
 
@@ -213,7 +214,7 @@ class Search:
             "command": best and shlex.join(["python", "-m", "sedtrain", *self.arguments(best.params)]),
             "trials": trials,
         }
-        write_whole(self.folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder / RESULT, result)
         return result
 
     def show(self) -> None:

@@ -1,6 +1,6 @@
 """What every test stands on: one thread, no network, a cache of its own, a small corpus and runs on it."""
 
-# ruff: noqa: E402 - the environment is set before torch and datasets read it
+# ruff: noqa: E402, F401 - the environment is set before torch and datasets read it; an import changes Hydra
 
 import contextlib
 import gc
@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -24,14 +25,17 @@ os.environ |= {
     "MPLBACKEND": "Agg",
 }
 
+import composed
 import pyarrow.parquet
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from sedtrain.errors import UserError
 
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # nobody cuts the power here
 sys.modules["silero_vad"] = None  # pauses are found by energy, whatever is installed
 UserError.on_command_line = True  # most tests read the messages of the command line
 settings.register_profile("sedtrain", deadline=None, derandomize=True)
@@ -83,10 +87,22 @@ def end_of_process(environment):
 
 @pytest.fixture(scope="session")
 def sedtrain():
-    """The command `sedtrain ARGUMENTS` in this process; returns how it ended. Its problems raise, as in the shell."""
-    from sedtrain.__main__ import main
+    """The command `sedtrain ARGUMENTS` in this process; returns how it ended. Its problems raise, as in the shell.
 
-    def command(*arguments):
+    Only with `draws` do its pages have drawings, which take a fifth of a short run.
+    """
+    from forked import undrawn
+
+    from sedtrain.__main__ import main
+    from sedtrain.evaluation import html
+
+    def command(*arguments, draws=False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not draws:
+                patch.setattr(html, "figure", undrawn)
+            return ended(arguments)
+
+    def ended(arguments):
         out, err, status = io.StringIO(), io.StringIO(), 0
         argv, path = sys.argv, list(sys.path)
         before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
@@ -116,9 +132,9 @@ def sedtrain():
 def train(sedtrain, corpus):
     """Trains for a few steps on the small corpus, with overrides; returns the run's folder."""
 
-    def run(folder, *overrides, steps=3):
+    def run(folder, *overrides, steps=3, draws=False):
         short = [f"trainer.max_steps={steps}", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=12"]
-        ended = sedtrain(*overrides, "data=parquet", f"data.path={corpus}", f"run_dir={folder}", *short)
+        ended = sedtrain(*overrides, "data=parquet", f"data.path={corpus}", f"run_dir={folder}", *short, draws=draws)
         assert ended.status == 0, ended.err
         return folder
 
@@ -128,7 +144,45 @@ def train(sedtrain, corpus):
 @pytest.fixture(scope="session")
 def trained(train, tmp_path_factory):
     """The folder of a run with the defaults, encoder=hubert decoder=bert."""
-    return train(tmp_path_factory.mktemp("runs") / "trained")
+    return train(tmp_path_factory.mktemp("runs") / "trained", draws=True)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(sedtrain, tmp_path_factory):
+    """The folder that two_ranks.py filled, once for all workers, and before it a run in one process that it resumes."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    shared_folder = tmp_path_factory.getbasetemp().parent if worker else tmp_path_factory.getbasetemp()
+    folder = shared_folder / "two ranks"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "ended").exists():
+            launch_two_ranks(sedtrain, folder)
+    assert (folder / "ended").read_text() == "0", (folder / "ended").read_text()
+    return folder
+
+
+def launch_two_ranks(sedtrain, folder):
+    """Runs two_ranks.py in two processes, as torchrun would launch them; test_launch.py has torchrun itself."""
+    from forked import Forked
+    from sharded import STARTS_LATE, arguments
+
+    folder.mkdir()
+    corpus = cut_corpus(EMBEDDED, folder / "corpus", train=21, validation=5, test=5)
+    in_one = ["trainer.devices=1", "trainer.accumulate_grad_batches=2"]
+    ended = sedtrain(*arguments(folder, corpus, "single_late", *STARTS_LATE), *in_one)
+    assert ended.status == 0, ended.err
+    ranks = [Forked(folder, folder, module="two_ranks", **each) for each in launched(2)]
+    statuses = [rank.wait(280) for rank in ranks]
+    (folder / "ended").write_text("0" if statuses == [0, 0] else "\n".join(rank.err for rank in ranks))
+
+
+def launched(number):
+    """The variables that torchrun sets, of each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": number}
+    of_all |= {"LOCAL_WORLD_SIZE": number, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "tests"}
+    for rank in range(number):
+        yield {name: str(value) for name, value in (of_all | {"RANK": rank, "LOCAL_RANK": rank}).items()}
 
 
 @pytest.fixture

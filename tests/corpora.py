@@ -15,6 +15,8 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from sedtrain.data.collate import Collator
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.source import Source
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 from sedtrain.text.tokenizers import train_tokenizer
 
@@ -99,6 +101,10 @@ def data_module(path, folder=None, columns=COLUMNS, **options):
 def mix_module(folder, mix, **options):
     """Several datasets as one, of texts in English where nothing else says their language."""
     return data_module(None, folder, mix=mix, batch_seconds=3, language="en", **options)
+
+
+def utterance_rows(rows, columns, path, name, folder=None):
+    return UtteranceRows(rows, Source(path, columns, {}, audio_folder=folder), name)
 
 
 def known(lengths):

@@ -1,12 +1,11 @@
 """One optimizer step on eight utterances, split into micro-batches and ranks in many ways.
 
-`torchrun --nproc-per-node 2 tests/exactness.py OUT` measures the splits of two ranks.
+`two_ranks.py` launches the splits of two ranks.
 """
 
 import os
-import sys
 from functools import partial
-from pathlib import Path
+from itertools import product
 
 import lightning
 import torch
@@ -34,6 +33,12 @@ CUTS = {
     "2 × 2 × 2 ranks": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
     "6, 1 and 1, none × 2 ranks": [[[0, 1, 2, 3, 4, 5], [6]], [[7], []]],
 }
+KINDS = [
+    "whole whisper",
+    "m2m_100",
+    "t5",
+    "llama",
+]  # decoders out of whole models, of each kind of positions; a language model
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -56,9 +61,9 @@ def batch(utterances, is_padded=False):
     return Batch(inputs, mask, labels, [f"utterance {each}" for each in utterances], [""] * len(utterances), 0.5)
 
 
-def new_module():
+def new_module(decoder="bert"):
     """A module with the same weights at every call; a step of its SGD moves them by the gradient itself."""
-    model = joined("hubert", "bert").train()
+    model = joined("hubert", decoder).train()
     model.add_ctc_head(VOCABULARY)
     constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
     return SpeechSeq2SeqModule(
@@ -96,9 +101,9 @@ def trainer_of(precision, **options):
     )  # fmt: skip
 
 
-def trained(cut, precision="32-true", is_padded=False, **options):
+def trained(cut, precision="32-true", is_padded=False, decoder="bert", **options):
     """The module after one step, and the update of its weights."""
-    module = new_module()
+    module = new_module(decoder)
     before = parameters_to_vector(module.parameters()).detach().double()
     mine = cut[int(os.environ.get("RANK", 0))]
     options = {"devices": len(cut), "accumulate_grad_batches": len(mine), **options}
@@ -125,6 +130,8 @@ def over_two_ranks():
                 synchronised = Synchronised()
                 module, moved = trained(cut, precision, is_padded, strategy="ddp", callbacks=[synchronised])
                 results[name, precision, is_padded] = moved, synchronised.seen, module.update
+    for name, decoder in product(["2 × 2 × 2 ranks", "6, 1 and 1, none × 2 ranks"], KINDS):
+        results[name, decoder] = trained(CUTS[name], is_padded=True, decoder=decoder, strategy="ddp")[1]
     return results
 
 
@@ -139,8 +146,5 @@ def after_a_bad_batch(folder):
     return parameters_to_vector(module.parameters()).detach()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    updates = over_two_ranks()
-    weights = after_a_bad_batch(Path(sys.argv[1]).parent)
-    torch.save((updates, weights), f"{sys.argv[1]}.{os.environ['RANK']}")
+def measure_ranks(folder):
+    torch.save((over_two_ranks(), after_a_bad_batch(folder)), folder / f"out.{os.environ['RANK']}")

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import lightning
 import torch
+from forked import Forked
 
 from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
 
@@ -61,33 +61,14 @@ class Tell(lightning.Callback):
 
 def start(run, overrides, file):
     """Starts a run in a session of its own, so that its workers can be killed with it."""
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "sedtrain", *SHORT, *overrides, f"run_dir={run}", "resume=auto"]
-    if file:
-        command += ["+callbacks.tell._target_=kill_and_resume.Tell", f"+callbacks.tell.file={file}"]
-    path = os.pathsep.join([str(tests.parent), str(tests)])
-    with run.with_suffix(".out").open("ab") as out:
-        return subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": path}, stdout=out, stderr=out, start_new_session=True
-        )
+    told = ["+callbacks.tell._target_=kill_and_resume.Tell", f"+callbacks.tell.file={file}"] if file else []
+    return Forked(run.parent, *SHORT, *overrides, f"run_dir={run}", "resume=auto", *told)
 
 
 def finish(run, overrides):
     """Runs to the end."""
     training = start(run, overrides, None)
-    try:
-        status = training.wait(TOO_LONG_SECONDS)
-    finally:
-        end_session(training)
-    assert status == 0, run.with_suffix(".out").read_text()
-
-
-def end_session(training):
-    try:
-        os.killpg(training.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    training.wait()
+    assert training.wait(TOO_LONG_SECONDS) == 0, training.err
 
 
 def told(run, file):
@@ -109,7 +90,7 @@ def kill_once(run, overrides, draw, moment):
     steps_later, delay, first = draw.randrange(5), draw.random() / 50, None
     deadline = time.monotonic() + TOO_LONG_SECONDS
     while training.poll() is None:
-        assert time.monotonic() < deadline, f"stuck: {run.with_suffix('.out').read_text()}"
+        assert time.monotonic() < deadline, f"stuck: {training.err}"
         step, now = told(run, file)
         first = step if first is None and step >= 0 else first
         if first is not None and ((step - first >= steps_later and now == moment) or step - first >= 12):
@@ -117,10 +98,10 @@ def kill_once(run, overrides, draw, moment):
             os.kill(training.pid, signal.SIGKILL)  # its workers find out by themselves
             training.wait()
             struck = told(run, file)
-            end_session(training)
+            training.kill()
             return struck if training.returncode == -signal.SIGKILL else None
         time.sleep(0.0005)
-    assert training.returncode == 0, run.with_suffix(".out").read_text()
+    assert training.returncode == 0, training.err
     return None
 
 

@@ -10,10 +10,17 @@ from transformers import (
     GPT2LMHeadModel,
     HubertConfig,
     HubertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     SpeechEncoderDecoderModel,
+    T5Config,
+    T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2Model,
     WhisperConfig,
+    WhisperForConditionalGeneration,
     WhisperModel,
 )
 
@@ -39,9 +46,15 @@ BART = {
     **DECODER, "is_encoder_decoder": False, "d_model": 24, "decoder_layers": 2, "decoder_attention_heads": 2,
     "decoder_ffn_dim": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
 }  # fmt: skip
+T5 = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+LLAMA = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 32, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
+}  # fmt: skip
 DROPOUTS = (
     "hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop", "dropout",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "encoder_layerdrop",
+    "decoder_layerdrop", "dropout_rate",
 )  # fmt: skip
 PARTS = {
     "hubert": (HubertModel, HubertConfig, WAVE_ENCODER),
@@ -50,6 +63,10 @@ PARTS = {
     "bert": (BertLMHeadModel, BertConfig, BERT),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "bart": (BartForCausalLM, BartConfig, BART),
+    "whole whisper": (WhisperForConditionalGeneration, WhisperConfig, WHISPER),
+    "m2m_100": (M2M100ForConditionalGeneration, M2M100Config, {**BART, "pad_token_id": 0}),
+    "t5": (T5ForConditionalGeneration, T5Config, T5),
+    "llama": (LlamaForCausalLM, LlamaConfig, LLAMA),
 }
 
 

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from sedtrain import build
 from sedtrain.config.schema import conf_dir, register
+from sedtrain.data.buckets import Bounds
 from sedtrain.errors import UserError
 from sedtrain.text.tokenizers import train_tokenizer
 from sedtrain.training.checkpoint_files import read_checkpoint
@@ -56,6 +57,13 @@ def composed(corpus, tmp_path):
 def built(composed):
     """A function of overrides: the connected components of a run on the small corpus."""
     return lambda *overrides: build.training_run(composed(*overrides))
+
+
+def test_transcription_has_the_bounds_of_training_batches(composed):
+    batches = "[{seconds:2.0,tokens:9,utterances:3}]"
+    assert build.bounds_of(composed("data.batch_seconds=7", f"data.batches={batches}")) == Bounds.of(
+        7, batches=[{"seconds": 2.0, "tokens": 9, "utterances": 3}]
+    )
 
 
 # --- precision

@@ -27,7 +27,7 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def test_components_of_one_s_own_train_and_are_found_again_in_another_process(train, own_folder):
+def test_components_of_one_s_own_train_and_are_found_again_in_another_process(train, sedtrain, own_folder):
     files = train_own(train, own_folder, "Your own encoder", "encoder", "encoder.width=40")
     assert files == ["mine/encoder/gru.yaml", "mine/gru.py"]
     config = read_json(own_folder / "encoder/model/config.json")
@@ -40,19 +40,18 @@ def test_components_of_one_s_own_train_and_are_found_again_in_another_process(tr
     assert config["adapter"] == {"kind": "pool", "settings": {"stride": 2}}
 
     again = ["-m", "task=evaluate", "checkpoint=encoder,decoder", "hydra.sweep.dir=again"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     own = ["--config-dir", "mine", "encoder=gru", "decoder=gru", "adapter=pool"]
-    ended, refused = (
-        subprocess.run([sys.executable, "-m", "sedtrain", *arguments], env=environment, capture_output=True, text=True)
-        for arguments in ([*again, *own], ["task=evaluate", "checkpoint=decoder"])
-    )
+    command = [sys.executable, "-m", "sedtrain", *again, *own]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert refused.returncode == 2
-    assert "adapter._target_=mine.parts.Pool, and nothing that a folder alone names is imported" in refused.stderr
-    assert (
+    refused = sedtrain("task=evaluate", "checkpoint=decoder")
+    assert refused.status == 2
+    assert "adapter._target_=mine.parts.Pool, and nothing that a folder alone names is imported" in refused.err
+    write = (
         "write adapter=OPTION or experiment=NAME, with --config-dir FOLDER where it is your own, as for the training"
-        in refused.stderr
     )
+    assert write in refused.err
     for number, run in enumerate(("encoder", "decoder")):
         metrics = [read_json(own_folder / each / "results.json")["metrics"] for each in (run, f"again/{number}")]
         assert metrics[0] == metrics[1]

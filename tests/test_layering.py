@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir terminal",
     "inspection": "batch data errors evaluation run_dir",
     "export": "evaluation models run_dir text",
-    "evaluation": "batch data decoding errors models plain run_dir text",
+    "evaluation": "batch data decoding errors models plain ranges run_dir text",
     "decoding": "annotations batch data errors models ranges run_dir text",
     "models": "annotations batch errors hub plain ranges run_dir text",
     "data": "annotations batch errors hub launch plain ranges run_dir text",

@@ -1,9 +1,20 @@
 """Real weights and real recordings, where they are kept beside the project."""
 
+import io
 import json
 
+import pyarrow.parquet
 import pytest
+import soundfile
+import torch
 from conftest import cut_corpus
+from transformers import WhisperForConditionalGeneration
+
+import sedtrain as package
+from sedtrain.batch import Utterance
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.options import DecodingOptions
+from sedtrain.decoding.recordings import collator_of
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +59,21 @@ def test_the_saved_model_loads_and_writes_english(run, sedtrain, shared):
     assert ended.status == 0, ended.err
     again, first = (json.loads((folder / "results.json").read_text()) for folder in (run.parent / "again", run))
     assert again["metrics"] == first["metrics"]
+
+
+@torch.no_grad()
+def test_a_whole_whisper_has_the_logits_and_texts_of_transformers(shared):
+    folder = shared / "models/whisper-tiny.en"
+    saved, stock = package.load(folder), WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    utterances = []
+    for row in pyarrow.parquet.read_table(shared / "data/fsdd-connected/validation.parquet").slice(0, 3).to_pylist():
+        audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+        utterances.append(Utterance("", torch.from_numpy(audio), rate, row["text"], None, None, len(audio) / rate))
+    batch = collator_of(saved)(utterances)
+    heard = stock.get_encoder()(batch.inputs)
+    logits = saved.model(batch.inputs, batch.attention_mask, labels=batch.labels).logits
+    torch.testing.assert_close(stock(encoder_outputs=heard, labels=batch.labels).logits, logits, atol=1e-5, rtol=0)
+    written = stock.generate(encoder_outputs=heard, max_new_tokens=30)
+    texts = saved.tokenizer.batch_decode(written, skip_special_tokens=True)
+    found = decode_batch(saved.model, saved.tokenizer, batch, DecodingOptions(max_new_tokens=30))
+    assert [each.texts[0] for each in found] == [text.strip() for text in texts]

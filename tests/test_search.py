@@ -14,12 +14,27 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.search import distribution, search
 from sedtrain.training.guards import Reporting
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unsafe_databases():
+    """Has SQLite wait for no disk, as nobody cuts the power here."""
+
+    def hurry(connection, _):
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", hurry)
+    yield
+    event.remove(Engine, "connect", hurry)
+
 
 # --- a real one
 

@@ -37,7 +37,7 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
     Raises UserError for a class that neither the package nor the command line names, and for values that do not fit.
     """
     file = config_of(str(config.checkpoint))
-    if config.task == "train" or not file.is_file():
+    if config.task in ("train", "fit_batches") or not file.is_file():
         return
     of_run = plain_value(file, "checkpoint", config.checkpoint, WRITE)
     if not isinstance(of_run, dict):

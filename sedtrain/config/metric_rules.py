@@ -8,8 +8,8 @@ from typing import Any
 
 from sedtrain.annotations import suggest
 from sedtrain.errors import UNSET, UserError
+from sedtrain.ranges import BLEU_TOKENIZERS
 
-BLEU_TOKENIZERS = ("auto", "13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
 TARGETS = ("transcription", "translation")
 OF_METRICS = ("higher_is_better", "evaluate", "trust_remote_code", "key")
 """Options of a user's metric beside those of its function."""
@@ -45,9 +45,10 @@ def package_rules(name: str, node: object) -> Iterator[UserError]:
         return
     for option in node.keys() - {*known}:
         yield UserError(f"{path}.{option}", node[option], f"{name} has no such option", suggest(str(option), known))
-    if node.get("tokenize", UNSET) not in (*BLEU_TOKENIZERS, UNSET):
+    tokenizers = ("auto", *BLEU_TOKENIZERS)
+    if node.get("tokenize", UNSET) not in (*tokenizers, UNSET):
         wrong = "sacrebleu has no such tokenizer, or downloads it"
-        yield UserError(f"{path}.tokenize", node["tokenize"], wrong, suggest(str(node["tokenize"]), BLEU_TOKENIZERS))
+        yield UserError(f"{path}.tokenize", node["tokenize"], wrong, suggest(str(node["tokenize"]), tokenizers))
     if target_of(node) not in (None, UNSET, *TARGETS):
         yield UserError(
             f"{path}.target", node["target"], "there is no such target", suggest(str(node["target"]), TARGETS)

@@ -232,16 +232,18 @@ class Check:
         # An empty mapping within a group, such as encoder.options, takes any key; nothing that is Hydra's does.
         takes_more = isinstance(node, DictConfig) and ("_target_" in node or (not node and "." in path))
         is_open = takes_more and not key.startswith("hydra.")
-        if override.type is OverrideType.CHANGE and is_open and (lacking or isinstance(value, dict)):
-            OmegaConf.update(config, key, value, force_add=True)
-            self.added.add(key)
-        elif lacking and override.type in (OverrideType.CHANGE, OverrideType.DEL):
+        adds = override.type is OverrideType.CHANGE and is_open and (lacking or isinstance(value, dict))
+        if lacking and not adds and override.type in (OverrideType.CHANGE, OverrideType.DEL):
             self.report(key, value, *self.unknown_key(config, node, path, lacking))
-        else:
-            try:
+            return
+        try:
+            if adds:
+                OmegaConf.update(config, key, value, force_add=True)
+                self.added.add(key)
+            else:
                 ConfigLoaderImpl._apply_overrides_to_config([override], config)
-            except COMPOSITION_ERRORS as error:
-                self.errors.append(composition_error(error, key, value))
+        except COMPOSITION_ERRORS as error:
+            self.errors.append(composition_error(error, key, value))
 
     def unknown_key(self, config: DictConfig, node: Any, path: str, lacking: str) -> tuple[str, str]:
         """The fault of a key that the configuration lacks, and what to write instead."""

@@ -118,7 +118,7 @@ def by_size(tiny: Any, base: Any, large: Any, *, _root_: DictConfig) -> Any:
 
     A model of size=tiny that starts from a checkpoint is not tiny: it gets the value of base.
     """
-    checkpoints = ("encoder.checkpoint", "decoder.checkpoint")
+    checkpoints = ("checkpoint", "encoder.checkpoint", "decoder.checkpoint")
     starts_random = all(OmegaConf.select(_root_, each, default=None) is None for each in checkpoints)
     return {"base": base, "large": large}.get(_root_.size, tiny if starts_random else base)
 

@@ -19,7 +19,7 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
-from sedtrain.data.headers import Claim, claim_of, read_at
+from sedtrain.data.headers import Claim, claim_of
 
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 """The errors of audio that cannot be read."""
@@ -111,6 +111,11 @@ class Sound(soundfile.SoundFile):
     missing = 0.0
 
 
+def fields_of(cell: Any) -> dict[str, Any]:
+    """The `bytes` or the `path` of a cell of audio, with the `offset` and `size` of what is in a larger file."""
+    return cell if isinstance(cell, dict) else {"bytes" if isinstance(cell, bytes) else "path": cell}
+
+
 @contextmanager
 def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
     """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
@@ -118,30 +123,28 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
     folder: relative paths begin here and must stay inside; None: the user gave the path, which may lead anywhere
     Raises RefusedAudio where there is no audio.
     """
-    values = cell if isinstance(cell, dict) else {"bytes" if isinstance(cell, bytes) else "path": cell}
-    content, path = values.get("bytes"), values.get("path")
-    if content is None and not path:
-        raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
+    fields = fields_of(cell)
+    content, path = fields.get("bytes"), fields.get("path")
+    file: io.IOBase
     if content is not None:
         refuse_empty(len(content), "0 bytes")
         claim = claim_of(Content(content), len(content))
-        if claim.patch or claim.prefix:
-            before = claim.prefix or content[: claim.at]
-            content = b"".join((before, claim.patch, content[claim.at + len(claim.patch) :]))
-        with sound_in(Content(content), claim) as sound:
-            yield sound
-        return
-    where = str(path) if folder is None else path_in(folder, str(path))
-    facts = facts_of(where)
-    size, offset = facts.st_size, 0
-    if values.get("offset") is not None:
-        size, offset = values["size"], values["offset"]
-    refuse_empty(size, f"{where}, at byte {offset}" if offset else where)
-    claim = claim_at(where, offset, size, facts.st_mtime_ns)
-    with io.BufferedReader(ByteRange(where, offset, size, claim.at, claim.patch), 1 << 16) as file:
-        whole = Content(claim.prefix + read_at(file, claim.at, size)) if claim.prefix else file
-        with sound_in(whole, claim) as sound:
-            yield sound
+        file = Content(claim.mended(content))
+    elif path:
+        where = str(path) if folder is None else path_in(folder, str(path))
+        facts = facts_of(where)
+        is_member = fields.get("offset") is not None
+        offset, size = (fields["offset"], fields["size"]) if is_member else (0, facts.st_size)
+        refuse_empty(size, f"{where}, at byte {offset}" if offset else where)
+        claim = claim_at(where, offset, size, facts.st_mtime_ns)
+        file = io.BufferedReader(ByteRange(where, offset, size, claim.at, claim.patch), 1 << 16)
+        if claim.prefix:
+            with file as whole:
+                file = Content(claim.mended(whole.read()))
+    else:
+        raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
+    with file, sound_in(file, claim) as sound:
+        yield sound
 
 
 @lru_cache(maxsize=4096)

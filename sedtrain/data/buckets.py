@@ -112,10 +112,21 @@ class Bounds:
     buckets:     bound the batches instead of these, where they are given
     """
 
-    batch_seconds: float
+    batch_seconds: float = 24.0
     batch_tokens: int | None = None
     num_buckets: int = 30
     buckets: Sequence[Bucket] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch_seconds: float = 24.0,
+        batch_tokens: int | None = None,
+        num_buckets: int = 30,
+        batches: str | Sequence[Mapping[str, Any]] | None = None,
+    ) -> "Bounds":
+        """From these options of `data`. Raises UserError for what is no list of buckets."""
+        return cls(batch_seconds, batch_tokens, num_buckets, None if batches is None else buckets_of(batches))
 
     @property
     def count_tokens(self) -> bool:

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, Whis
 
 from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
 from sedtrain.data.features import features_of
-from sedtrain.text.tags import NUM_TAGS, Tags
-from sedtrain.text.tokenizers import encode_target
+from sedtrain.text.tags import Tags, WhisperPrompt
+from sedtrain.text.tokenizers import encode_target, encode_whisper
 
 MOST_AROUND = 8
 """Label ids that stand around a text at most: the end token, tags, a language code, a first space."""
@@ -28,6 +28,8 @@ class Collator:
     rewrite: normalizes a text before it becomes labels; the batch keeps the text itself, to score against
     tags:    begin the labels and end the prompts
     max_seconds: longest audio that the encoder takes
+    behind_prompt: True if a text continues a prompt, and the tokenizer writes no token in front of it
+    pads:    lengthen all audio to `max_seconds` by silence, which the model hears
     """
 
     def __init__(
@@ -36,13 +38,15 @@ class Collator:
         tokenizer: PreTrainedTokenizerBase,
         decoder_start_token_id: int,
         rewrite: Callable[[str], str] = str,
-        tags: Tags | None = None,
+        tags: Tags | WhisperPrompt | None = None,
         max_seconds: float = inf,
+        behind_prompt: bool = False,
+        pads: bool = False,
     ) -> None:
         self.feature_extractor: Any = feature_extractor
         self.tokenizer = tokenizer
         self.decoder_start_token_id, self.rewrite, self.tags = decoder_start_token_id, rewrite, tags
-        self.max_seconds = max_seconds
+        self.max_seconds, self.behind_prompt, self.pads = max_seconds, behind_prompt, pads
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
 
     @property
@@ -87,7 +91,7 @@ class Collator:
 
     def num_tokens(self, text: str) -> int:
         """The number of label ids of a text, tags included."""
-        return len(self.target(text)) + (NUM_TAGS if self.tags else 0)
+        return len(self.target(text)) + (self.tags.number if self.tags else 0)
 
     def too_long(self, text: str, most: int) -> tuple[str, str] | None:
         """Reason and detail for a text of more than `most` label ids; one that cannot have as many is not tokenized.
@@ -102,12 +106,15 @@ class Collator:
 
     def target(self, text: str) -> list[int]:
         """The label ids of a text, without tags."""
-        return encode_target(self.tokenizer, self.rewrite(text), self.decoder_start_token_id)
+        if isinstance(self.tags, WhisperPrompt):
+            return encode_whisper(self.tokenizer, self.rewrite(text))
+        start = None if self.behind_prompt else self.decoder_start_token_id
+        return encode_target(self.tokenizer, self.rewrite(text), start)
 
     def features(self, audio: Tensor) -> Tensor:
         """(S,) audio -> (S,) normalized audio or (T, F) features, time first, unpadded and not cut to 30 s.
 
         Audio below 0.1 s is padded with silence, because the first frame of an encoder can span half as much.
         """
-        missing = self.sampling_rate // 10 - len(audio)
+        missing = round(self.sampling_rate * (self.max_seconds if self.pads else 0.1)) - len(audio)
         return features_of(self.feature_extractor, pad(audio, (0, missing)) if missing > 0 else audio)

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from sedtrain.batch import Skipped
-from sedtrain.data.dataset import Kept, Part, Parts, Source
+from sedtrain.data.dataset import Kept
 from sedtrain.data.durations import durations
+from sedtrain.data.parts import Part, Parts, parts_of
 from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import WHOLE, Limits, SkippedUtterances, in_words
+from sedtrain.data.source import Source
 from sedtrain.data.utterances import Reason, UtteranceRows
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
-from sedtrain.text.tags import Tags
+from sedtrain.text.tags import Tags, WhisperPrompt
 
 Pair = tuple[str | None, str]
 """Language and task of a text."""
@@ -90,7 +92,7 @@ class Corpus:
     def parts_of(self, split: str, copies: Path, by_file: bool) -> list[Part]:
         """The parts of all datasets, of URLs always by file. Raises UserError where no dataset of a mix has the split."""
         of_sources = [
-            source.parts(split, copies if by_file or "://" in source.path else None) for source in self.sources
+            parts_of(source, split, copies if by_file or "://" in source.path else None) for source in self.sources
         ]
         if not any(of_sources):
             wrong, write = f"no dataset of it has a {split} split", f"write data.mix.NAME.{split}_split=SPLIT of one"
@@ -152,12 +154,10 @@ class Corpus:
             raise self.none_left(split, skipped)
         may_be_empty = split == "train" or self.limits.min_characters == 0  # training keeps no empty text unless asked
         if not may_be_empty and not any(map(str.strip, self.texts(split))):
-            raise UserError(
-                "data.columns",
-                self.sources[0].columns.text,
-                f"all {len(kept)} texts of {self.sources[0].splits[split]!r} are empty: only insertions would be scored",
-                "write data.columns of the texts, or data.min_characters=0 where nobody speaks in any of this audio",
-            )
+            column, name = self.sources[0].columns.text, self.sources[0].splits[split]
+            wrong = f"all {len(kept)} texts of {name!r} are empty: only insertions would be scored"
+            write = "write data.columns of the texts, or data.min_characters=0 where nobody speaks in any of this audio"
+            raise UserError("data.columns", column, wrong, write)
         self.skipped.planned(split, len(kept) + len(skipped), skipped)
         return kept
 
@@ -199,12 +199,9 @@ class Corpus:
     def none_left(self, split: str, skipped: Sequence[Skipped]) -> UserError:
         reasons = in_words(Counter(utterance.reason for utterance in skipped))
         name = self.sources[0].splits[split]
-        return UserError(
-            "data.path",
-            self.path,
-            f"none of the {len(skipped)} utterances of {name!r} can be used ({reasons})",
-            "write data.min_seconds, data.max_seconds and data.columns that fit this dataset",
-        )
+        wrong = f"none of the {len(skipped)} utterances of {name!r} can be used ({reasons})"
+        write = "write data.min_seconds, data.max_seconds and data.columns that fit this dataset"
+        return UserError("data.path", self.path, wrong, write)
 
     def limits_of(self, split: str) -> Limits:
         return {"train": self.limits, "validation": self.scored_limits}.get(split, WHOLE)
@@ -244,16 +241,13 @@ def learnt_pairs(corpus: Corpus) -> set[tuple[str, str]]:
     """Languages and tasks of the training texts. Raises UserError where nothing says the language of a text."""
     pairs = pairs_of(corpus, "train")
     if unknown := [task for language, task in pairs if language is None]:
-        raise UserError(
-            "data.tags",
-            True,
-            f"nothing says the language of the texts to {unknown[0]}",
-            "write data.language=LANGUAGE, data.mix.NAME.language=LANGUAGE or data.columns.language=COLUMN",
-        )
+        wrong = f"nothing says the language of the texts to {unknown[0]}"
+        write = "write data.language=LANGUAGE, data.mix.NAME.language=LANGUAGE or data.columns.language=COLUMN"
+        raise UserError("data.tags", True, wrong, write)
     return {(language, task) for language, task in pairs if language is not None}
 
 
-def refuse_unlearnt(corpus: Corpus, splits: Iterable[str], tags: Tags) -> None:
+def refuse_unlearnt(corpus: Corpus, splits: Iterable[str], tags: Tags | WhisperPrompt) -> None:
     """Raises UserError where a split asks for a language or a task that a model never learnt to write."""
     for split in dict.fromkeys(splits):
         for pair in pairs_of(corpus, split):

@@ -6,7 +6,6 @@ import platform
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -23,13 +22,14 @@ from torch.utils.data import DataLoader
 from sedtrain.annotations import checked
 from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.augment import Augment
-from sedtrain.data.buckets import Bounds, buckets_of
+from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import Parts, SplitDataset
+from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
-from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches, Position
+from sedtrain.data.parts import Parts
+from sedtrain.data.sampler import BatchesWithEpoch, Position
 from sedtrain.data.skipped import Limits, SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
 from sedtrain.errors import UserError
@@ -105,33 +105,15 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     `build` sets `collator` (features, labels, padding) before the first loader is asked for.
 
-    path, name: `spoken_digits`, a file, a folder, a pattern of files, a URL or a Hub id; the Hub's name of a configuration
+    The options are those of conf/data_settings.yaml, which says what they mean and in which units.
+
     columns: which column holds audio, transcription, translation, and where they exist id, speaker, language, seconds,
         and for a segment of a long recording start and end, or start and seconds
-    audio_folder: where relative paths of audio files begin, which must not leave it; else the folder of `path`
-    target: which of the columns transcription and translation is the text to learn
-    language: of the texts that have no column of it
-    tags: whether targets begin with tokens of language and task, such as <|de|><|translate|>; a trained model knows it
-    mix: several datasets by name, each with the options that it does not share with the others: path, name, columns,
-        audio_folder, target, language, names of splits (null: it has none), and `weight`, how often an epoch sees its
-        training split
-    temperature: shares of the datasets in an epoch are as size ** (1 / temperature); at 1 each utterance is seen once
-    streaming: training reads shard after shard; nothing is read, fetched or converted before it is needed
-    block_utterances: how many utterances of a stream are shuffled and batched together
-    batch_seconds, batch_tokens: audio and, if given, target tokens per batch and rank, padding included
-    num_buckets: how many ranges of lengths there are at most; a batch has utterances of one range
-    batches: bounds training batches instead of these three: a file of task=fit_batches, or a list of buckets, each with
-        the `seconds` and target `tokens` that its utterances have at most, and how many `utterances` make a batch
-    min_seconds, max_seconds: shorter and longer utterances are skipped in training. Validation during training takes
-        utterances up to the longer of `batch_seconds` and 4 times `max_seconds`, which the memory has to hold. Scoring
-        takes all: those longer than `decoding.window` are decoded by windows
-    keep_decoded_hours: without workers, a split of at most so many hours is decoded once and kept in memory (230 MB an
-        hour); workers decode anew, or each would keep a copy
-    min_characters, max_characters: utterances with shorter and longer texts are skipped in training; at 0, it learns
-        empty texts too
-    on_bad_utterance: `skip` counts them, lists them in `skipped.jsonl` and continues; `error` stops at the first
-    max_bad_fraction: training stops where more of a split is skipped, of 100 utterances at least: a wrong column or folder
-        shows at once, while dirt is rarely so much; utterances outside the limits above do not count
+    mix: several datasets by name, each with the options that it does not share with the others, and `weight`
+    batches: bounds batches instead of batch_seconds, batch_tokens and num_buckets: a file of task=fit_batches, or
+        a list of buckets, each with the `seconds` and target `tokens` that its utterances have at most, and how many
+        `utterances` make a batch
+    folder: of the run, for `skipped.jsonl`
     """
 
     @checked("data.")
@@ -175,8 +157,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             write = "write data.mix.NAME.weight of each dataset, or data.streaming=false"
             raise UserError("data.temperature", temperature, wrong, write)
         self.tags, self.block_utterances = tags, block_utterances
-        buckets = None if batches is None else buckets_of(batches)
-        self.bounds = Bounds(batch_seconds, batch_tokens, num_buckets, buckets)
+        self.bounds = Bounds.of(batch_seconds, batch_tokens, num_buckets, batches)
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
@@ -205,22 +186,21 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     ) -> BatchesWithEpoch:
         """Batches of a split, with `over_ranks` those of this rank; their bounds allow for audio that augmentation lengthens.
 
-        Only training, which shuffles, is bounded by `data.batches`; most: longer utterances, in seconds, are in none.
+        most: longer utterances, in seconds, are in none
         """
         kept = dataset.kept
         used = slice(None) if most == inf else np.round(kept.seconds, 2) <= most
         trainer = self.trainer if over_ranks else None
-        bounds = self.bounds if shuffle else replace(self.bounds, buckets=None)
-        batches = DurationBatches(
+        return BatchesWithEpoch(
+            kept.references[used],
             dataset.longest * kept.seconds[used],
-            bounds,
+            self.bounds,
             shuffle=shuffle,
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             num_ranks=trainer.world_size if trainer else 1,
-            tokens=dataset.all_num_tokens()[used] if bounds.count_tokens else None,
+            tokens=dataset.all_num_tokens()[used] if self.bounds.count_tokens else None,
         )
-        return BatchesWithEpoch(batches, kept.references[used])
 
     def stream(self, counts_tokens: bool) -> tuple[SplitDataset, StreamedBatches]:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""

@@ -1,10 +1,8 @@
-"""Parts of datasets, opened when they are needed, and a split made of them, read and decoded in the workers."""
+"""A split, made of parts of datasets: the utterances of it that are used, read and decoded in the workers."""
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import inf
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,14 +13,13 @@ from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.collate import Collator
-from sedtrain.data.paths import local_path, split_files
+from sedtrain.data.parts import Parts
 from sedtrain.data.readers import BrokenFile
-from sedtrain.data.shards import Shard, shards_of
 from sedtrain.data.skipped import Limits, too_long
-from sedtrain.data.sources import load_rows
-from sedtrain.data.utterances import CELLS_AT_ONCE, Columns, UtteranceRows, as_text
+from sedtrain.data.utterances import CELLS_AT_ONCE
 from sedtrain.errors import UserError
 
+NUM_COUNTED = 2000  # texts whose tokens are counted for a mean
 ROUNDED = 0.01  # seconds by which resampled audio may be longer than its header says
 
 Reference = tuple[int, int]
@@ -70,127 +67,6 @@ class Kept:
 
     def leave_out(self, unwanted: NDArray[np.bool_]) -> None:
         self.references, self.seconds = self.references[~unwanted], self.seconds[~unwanted]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One dataset.
-
-    splits: its own names of train, validation and test; None for a split that it does not have
-    weight: how often its training split is seen in an epoch
-    label:  its name in a mix, which its ids begin with
-    """
-
-    path: str
-    columns: Columns
-    splits: Mapping[str, str | None]
-    name: str | None = None
-    audio_folder: str | None = None
-    weight: float = 1.0
-    label: str = ""
-    language: str | None = None
-    task: str = "transcribe"
-
-    def parts(self, split: str, copies: Path | None = None) -> list["Part"]:
-        """A split, which is train, validation or test, as one part, or as one for each of its files.
-
-        copies: where files are opened one by one, the folder of what is fetched or converted for that
-        """
-        name = self.splits[split]
-        if name is None:
-            return []
-        shards = shards_of(self.path, name, self.name, copies) if copies else []
-        return [Part(self, name, shard) for shard in shards] or [Part(self, name)]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows that are opened together: one shard of a split of a dataset, or the split where it has no shards."""
-
-    source: Source
-    split: str
-    shard: Shard | None = None
-
-    @property
-    def name(self) -> str:
-        """The name that rows without an id begin with."""
-        return self.split if self.shard is None else self.shard.name
-
-    @property
-    def path(self) -> str | None:
-        """The file or URL, where it is a single one."""
-        return file_of(self.source.path, self.split) if self.shard is None else self.shard.place
-
-    def open(self) -> UtteranceRows:
-        """Raises UserError where there are no rows of utterances, BrokenFile for a file that cannot be read."""
-        source = self.source
-        rows = load_rows(source.path, self.split, source.name) if self.shard is None else self.shard.rows()
-        return UtteranceRows(
-            rows,
-            source.columns,
-            source.path,
-            self.name,
-            None if source.audio_folder is None else Path(source.audio_folder).expanduser(),
-            f"{source.label}/" if source.label else "",
-            source.language,
-            source.task,
-            self.path,
-        )
-
-    def texts(self, role: str) -> Iterator[str]:
-        """The column of a role as text; of a Parquet file, without reading the others. Raises as `open` does."""
-        if self.shard is None:
-            return map(as_text, self.open().cells(role))
-        return self.shard.texts(getattr(self.source.columns, role))
-
-
-def file_of(path: str, split: str) -> str | None:
-    """The file of a folder that holds a split, where it is a single one."""
-    folder = local_path(path)
-    files = split_files(folder, split.partition("[")[0]) if folder.is_dir() else []
-    return str(files[0]) if len(files) == 1 else None
-
-
-class Parts(Sequence[UtteranceRows]):
-    """The rows of each part, opened when they are asked for.
-
-    num_rows: parts stay open that have at least so many rows together; None: all parts
-    """
-
-    def __init__(self, parts: Iterable[Part], num_rows: int | None = None) -> None:
-        self.parts, self.num_rows = list(parts), num_rows
-        self.opened: OrderedDict[int, UtteranceRows] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
-        if number not in self.opened:
-            self.opened[number] = self.parts[number].open()
-            self.close_oldest()
-        self.opened.move_to_end(number)
-        return self.opened[number]
-
-    def close_oldest(self) -> None:
-        num_open = sum(map(len, self.opened.values()))
-        for number, rows in list(self.opened.items())[:-1]:
-            num_open -= len(rows)
-            if self.num_rows is None or num_open < self.num_rows:
-                break
-            del self.opened[number]
-
-    def fetch_ahead(self, number: int) -> None:
-        if shard := self.parts[number].shard:
-            shard.fetch_ahead()
-
-    def remove_copy(self, number: int) -> None:
-        """Removes what was fetched or converted to open this part; it can be opened anew."""
-        self.opened.pop(number, None)
-        if shard := self.parts[number].shard:
-            shard.remove_copy()
-
-
-NUM_COUNTED = 2000  # texts whose tokens are counted for a mean
 
 
 class SplitDataset(Dataset[Batch | UserError]):

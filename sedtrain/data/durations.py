@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def durations(rows: UtteranceRows) -> Floats:
         if file.is_file():
             lengths = np.where(np.isnan(lengths), np.load(file), lengths)
         missing = np.flatnonzero(np.isnan(lengths)).tolist()
-        lengths[missing] = list(with_progress(rows.by_header(missing), len(missing), rows.split))
+        lengths[missing] = list(with_progress(rows.by_header(missing), len(missing), rows.name))
         if not np.isnan(lengths[missing]).all():
             write_whole(file, lambda content: np.save(content, lengths))
     return lengths
@@ -92,17 +93,13 @@ def with_progress(lengths: Iterable[float], number: int, split: str) -> Iterator
     """The same lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
     started, bar = time.perf_counter(), None
     text = f"{split}: reading how long each of {number:,} utterances is"
-    try:
-        for count, length in enumerate(lengths):
+    with ExitStack() as shown:
+        for count, length in enumerate(lengths, start=1):
             if bar is None and time.perf_counter() - started > SHOWN_AFTER_SECONDS:
                 console = Console(stderr=True)
                 bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-                task = bar.add_task(text, total=number)
-                bar.start()
+                task = shown.enter_context(bar).add_task(text, total=number)
                 logger.log(logging.DEBUG if console.is_terminal else logging.INFO, "%s, from the headers", text)
             if bar is not None:
-                bar.update(task, completed=count + 1)
+                bar.update(task, completed=count)
             yield length
-    finally:
-        if bar is not None:
-            bar.stop()

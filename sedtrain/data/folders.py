@@ -9,7 +9,17 @@ import datasets
 from sedtrain.data.audio import is_audio_file, is_media_file, leaves_folder
 from sedtrain.data.paths import files_in
 from sedtrain.data.readers import read_rows
-from sedtrain.data.tables import MAX_TEXT_BYTES, Row, as_dataset, decoded, in_words, joined, lines_of, problem
+from sedtrain.data.tables import (
+    MAX_TEXT_BYTES,
+    PROBLEM,
+    Row,
+    as_table,
+    in_words,
+    joined,
+    lines_of,
+    problem,
+    text_or_problem,
+)
 from sedtrain.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -37,14 +47,14 @@ def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
         raise UserError("data.path", str(folder), "there is no audio in this folder", write)
     stems = by_stem(audio)
     if listed := [file for file in files if file.lower().endswith(".trans.txt")]:
-        return as_dataset(row for file in listed for row in listed_rows(Path(file), stems))
+        return datasets.Dataset(as_table(row for file in listed for row in listed_rows(Path(file), stems)))
     texts = {os.path.splitext(file)[0]: file for file in files if file.lower().endswith(".txt")}
     if not texts.keys() & stems.keys():
         wrong = f"there is no transcript of its {len(audio)} audio files"
         write = "write metadata.csv or metadata.jsonl with file_name and text, a .txt beside each audio file, or *.trans.txt"
         raise UserError("data.path", str(folder), wrong, write)
     used = [*filter(is_audio_file, audio), *(file for stem, file in stems.items() if stem in texts)]
-    return as_dataset(beside_row(file, texts, folder) for file in dict.fromkeys(used))
+    return datasets.Dataset(as_table(beside_row(file, texts, folder) for file in dict.fromkeys(used)))
 
 
 def by_stem(audio: Iterable[str]) -> dict[str, str]:
@@ -89,10 +99,8 @@ def beside_row(audio: str, texts: Mapping[str, str], folder: Path) -> Row:
     file = Path(texts[stem])
     if not file.is_file():
         return row | problem("missing file", f"{file.name} is no file")
-    if file.stat().st_size > MAX_TEXT_BYTES:
-        return row | problem("text too large", file.name)
-    text = decoded(file.read_bytes())
-    return row | (problem("text that is not UTF-8", file.name) if text is None else {"text": text.strip()})
+    found = text_or_problem(None if file.stat().st_size > MAX_TEXT_BYTES else file.read_bytes(), file.name)
+    return row | (found if PROBLEM in found else {"text": found["text"].strip()})
 
 
 def listed_rows(path: Path, audio: Mapping[str, str]) -> Iterator[Row]:
@@ -103,14 +111,11 @@ def listed_rows(path: Path, audio: Mapping[str, str]) -> Iterator[Row]:
     with path.open("rb") as file:
         lines = [line for each in lines_of(file) for line in ([None] if each is None else each.splitlines())]
     for number, line in enumerate(lines, start=1):
-        if line is None:
-            yield problem("text too large", f"{path.name}, line {number}")
-            continue
-        if (words := decoded(line)) is None:
-            yield problem("text that is not UTF-8", f"{path.name}, line {number}")
-            continue
-        id, _, text = words.partition(" ")
-        if id:
+        row = text_or_problem(line, f"{path.name}, line {number}")
+        id, _, text = row.get("text", "").partition(" ")
+        if PROBLEM in row:
+            yield row
+        elif id:
             found = audio.get(str(path.parent / id))
-            row: Row = {"audio": found and os.path.abspath(found), "text": text.strip(), "id": id}
+            row = {"audio": found and os.path.abspath(found), "text": text.strip(), "id": id}
             yield row if found else row | problem("missing file", f"the audio of {id}")

@@ -41,6 +41,12 @@ class Claim:
     prefix: bytes = b""
     fault: tuple[str, str] | None = None
 
+    def mended(self, content: bytes) -> bytes:
+        """The bytes of the file with the length that its header left open."""
+        if not self.patch and not self.prefix:
+            return content
+        return (self.prefix or content[: self.at]) + self.patch + content[self.at + len(self.patch) :]
+
     def missing(self, seconds: float) -> float:
         """Seconds that are missing, below 0 those in excess; seconds: the length that libsndfile gives."""
         return (self.claimed - self.found) / self.counted * seconds

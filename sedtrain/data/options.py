@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sedtrain.data.buckets import buckets_of
-from sedtrain.data.dataset import Source
 from sedtrain.data.paths import absolute_path, is_pattern
-from sedtrain.data.utterances import Columns
+from sedtrain.data.source import Columns, Source
 from sedtrain.errors import UserError
 from sedtrain.text.tags import TASK_OF
 
@@ -85,37 +84,33 @@ def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str,
 def mixed_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> Source:
     """One dataset of a mix. Raises UserError for an option that no signature checks, since a mix holds any names."""
     where = f"data.mix.{name}"
+
+    def refuse(option: str, value: object, wrong: str, write: str) -> None:
+        raise UserError(f"{where}.{option}", value, wrong, f"write {where}.{write}")
+
     for option, value in options.items():
         if option not in OPTIONS:
-            write = f"write {where}.NAME, NAME one of {', '.join(OPTIONS)}"
-            raise UserError(f"{where}.{option}", value, "there is no such option", write)
-    path, target, language = (options.get(option, common[option]) for option in ("path", "target", "language"))
-    if path is None:
-        write = f"write {where}.path=FOLDER_OR_FILE_OR_HUB_ID"
-        raise UserError(f"{where}.path", None, "no dataset is named", write)
-    weight = options.get("weight", 1.0)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < inf:
-        wanted = "a number above 0"
-        raise UserError(f"{where}.weight", weight, f"this has to be {wanted}", f"write {where}.weight=NUMBER, {wanted}")
-    if target not in TASK_OF:
-        write = f"write {where}.target=ONE_OF {', '.join(TASK_OF)}"
-        raise UserError(f"{where}.target", target, "there is no such target", write)
-    if not isinstance(language, str | None):
-        write = f"write {where}.language in quotes, as YAML reads no and on as values"
-        raise UserError(f"{where}.language", language, "this is no text", write)
+            refuse(option, value, "there is no such option", f"NAME, NAME one of {', '.join(OPTIONS)}")
     columns = {**common["columns"], **options.get("columns", {})}
-    return source_of({**common, **options, "columns": columns, "label": name}, where)
+    chosen = {"weight": 1.0, **common, **options, "columns": columns, "label": name}
+    weight, target, language = chosen["weight"], chosen["target"], chosen["language"]
+    if chosen["path"] is None:
+        refuse("path", None, "no dataset is named", "path=FOLDER_OR_FILE_OR_HUB_ID")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < inf:
+        refuse("weight", weight, "this has to be a number above 0", "weight=NUMBER, a number above 0")
+    if target not in TASK_OF:
+        refuse("target", target, "there is no such target", f"target=ONE_OF {', '.join(TASK_OF)}")
+    if not isinstance(language, str | None):
+        refuse("language", language, "this is no text", "language in quotes, as YAML reads no and on as values")
+    return source_of(chosen, where)
 
 
 def source_of(options: Mapping[str, Any], where: str) -> Source:
     return Source(
-        path=options["path"],
         columns=Columns.of(options["columns"], options["target"], where),
         splits={split: options[option] for option, split in SPLITS.items()},
-        name=options["name"],
-        audio_folder=options["audio_folder"],
         weight=float(options.get("weight", 1.0)),
         label=options.get("label", ""),
-        language=options["language"],
         task=TASK_OF[options["target"]],
+        **{option: options[option] for option in ("path", "name", "audio_folder", "language")},
     )

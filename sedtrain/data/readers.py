@@ -31,11 +31,11 @@ from sedtrain.data.tables import (
     OtherFormat,
     Row,
     as_table,
-    decoded,
     lines_of,
     problem,
     refuse_twins,
     refuse_utf16,
+    text_or_problem,
 )
 from sedtrain.errors import UserError
 
@@ -179,17 +179,16 @@ def json_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:
         refuse_utf16(lines.peek(1000)[:1000])
         for number, line in enumerate(lines_of(lines), start=1):
-            if line is None:
-                yield problem("text too large", f"line {number}")
-            elif line.strip():
+            if line is None or line.strip():
                 yield json_row(line, f"line {number}")
 
 
-def json_row(content: bytes, position: str) -> Row:
+def json_row(content: bytes | None, position: str) -> Row:
+    found = text_or_problem(content, position)
+    if PROBLEM in found:
+        return found
     try:
-        row = json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_twins)
-    except UnicodeDecodeError:
-        return problem("text that is not UTF-8", position)
+        row = json.loads(found["text"], object_pairs_hook=without_twins)
     except (ValueError, RecursionError) as error:
         return problem("broken JSON", f"{position}, {str(error).partition(':')[0]}")
     return row if isinstance(row, dict) else problem("broken JSON", f"{position} is no object")
@@ -202,11 +201,6 @@ def without_twins(pairs: list[tuple[str, Any]]) -> Row:
         names = [name for name, _ in pairs]
         raise ValueError(f"two values are called {next(name for name in names if names.count(name) > 1)!r}")
     return row
-
-
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
-    """Separated values, all of them text."""
-    yield read_separated(path, delimiter)
 
 
 # --- tars
@@ -242,23 +236,21 @@ def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], t
     """The fields that one member adds to its sample."""
     if is_media_file(member.name):
         return {"audio": {"path": tar, "offset": member.offset_data, "size": member.size}}
-    if suffix in ("txt", "json") and member.size > MAX_TEXT_BYTES:
-        return problem("text too large", member.name)
-    if suffix == "txt":
-        text = decoded(content.read())
-        return problem("text that is not UTF-8", member.name) if text is None else {"text": text.strip()}
+    if suffix not in ("txt", "json"):
+        return {}
+    text = None if member.size > MAX_TEXT_BYTES else content.read()
     if suffix == "json":
-        fields = json_row(content.read(), member.name)
-        return {name: value for name, value in fields.items() if name not in ("audio", "id")}
-    return {}
+        return {name: value for name, value in json_row(text, member.name).items() if name not in ("audio", "id")}
+    found = text_or_problem(text, member.name)
+    return found if PROBLEM in found else {"text": found["text"].strip()}
 
 
 READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     ".jsonl": read_json,
     ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": partial(read_csv, delimiter="\t"),
+    ".csv": read_separated,
+    ".tsv": partial(read_separated, delimiter="\t"),
     ".tar": read_tar,
 }
 """By suffix; the first that a folder has for a split is read."""

@@ -8,8 +8,8 @@ import datasets
 
 from sedtrain.data.audio import UNREADABLE, is_audio_file, opened
 from sedtrain.data.paths import files_in
+from sedtrain.data.source import check_columns
 from sedtrain.data.sources import load_rows
-from sedtrain.data.utterances import check_columns
 from sedtrain.errors import UserError
 
 

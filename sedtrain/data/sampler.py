@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from math import ceil
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,28 +133,24 @@ def segments_after(segments: list[Segment], num_ranks: int, num_steps: int) -> l
 
 def other_reading(written_by: str, streaming: bool) -> UserError:
     """The error for a checkpoint from the middle of an epoch that was read in another way."""
-    return UserError(
-        "data.streaming",
-        streaming,
-        f"the checkpoint is from the middle of an epoch of {written_by}, and this run reads its corpus in another way",
-        "write data.streaming and data.mix as in the run that wrote it, or resume from the end of an epoch",
+    wrong = (
+        f"the checkpoint is from the middle of an epoch of {written_by}, and this run reads its corpus in another way"
     )
+    write = "write data.streaming and data.mix as in the run that wrote it, or resume from the end of an epoch"
+    return UserError("data.streaming", streaming, wrong, write)
 
 
 def refuse_other(digested: str, written: tuple[int, str], current: tuple[int, str]) -> None:
     """Raises UserError where seed and digest of a checkpoint from the middle of an epoch are not those of this run."""
     if written != current:
-        raise UserError(
-            "data",
-            "seed {}, digest {}".format(*current),
-            "the checkpoint was saved in the middle of an epoch of other {}: seed {}, digest {}".format(
-                digested, *written
-            ),
-            "write the seed and the data.* of the run that wrote it, or resume from the end of an epoch",
-        )
+        (old_seed, old_digest), (seed, digest) = written, current
+        saved = f"the checkpoint was saved in the middle of an epoch of other {digested}"
+        wrong = f"{saved}: seed {old_seed}, digest {old_digest}"
+        write = "write the seed and the data.* of the run that wrote it, or resume from the end of an epoch"
+        raise UserError("data", f"seed {seed}, digest {digest}", wrong, write)
 
 
-class DurationBatches(Sampler[list[int]]):
+class DurationBatches(Sampler[Any]):
     """The batches of one rank, as lists of utterance numbers; all ranks make equally many steps, in similar lengths.
 
     A batch keeps the bounds unless it is a single utterance that passes them. The batches of an epoch and their order
@@ -204,8 +200,10 @@ class DurationBatches(Sampler[list[int]]):
     def load_state_dict(self, state: Position) -> None:
         """Continues from a position, with any number of ranks.
 
-        Raises UserError for a position in the middle of an epoch of other batches.
+        Raises UserError for a position in the middle of an epoch of other batches, or of a stream where this is none.
         """
+        if "block" in state and not self.block and (state["steps_before"] or state["segments"]):
+            raise other_reading("a stream, or a weighted mix", streaming=False)
         if state["segments"]:
             refuse_other("batches", (state["seed"], state["plan"]), (self.seed, self.plan.digest()))
         self.epoch, self.segments = state["epoch"], [(ranks, steps) for ranks, steps in state["segments"]]
@@ -229,7 +227,7 @@ class DurationBatches(Sampler[list[int]]):
             left = np.delete(left, taken[taken != EMPTY])
         return left
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         left = self.batches_left()
         own = steps_of(self.plan.batch_groups[left], self.num_ranks)[:, self.rank]
         utterances, starts = self.plan.utterances(self.order_seed(1)).astype(np.int32), self.plan.starts
@@ -241,37 +239,16 @@ class DurationBatches(Sampler[list[int]]):
         return self.resumed_steps() + ceil(len(self.batches_left()) / self.num_ranks)
 
 
-class BatchesWithEpoch(Sampler[tuple[int, list[tuple[int, int]]]]):
+class BatchesWithEpoch(DurationBatches):
     """Batches of references, each with its epoch: workers outlive an epoch, and learn of the next one in no other way.
 
     references: (N, 2) the utterance of each number of a batch
     """
 
-    def __init__(self, batches: DurationBatches, references: NDArray[np.int32]) -> None:
-        self.batches, self.references = batches, references
-
-    @property
-    def epoch(self) -> int:
-        return self.batches.epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batches.set_epoch(epoch)
+    def __init__(self, references: NDArray[np.int32], seconds: Floats, bounds: Bounds, **options: Any) -> None:
+        super().__init__(seconds, bounds, **options)
+        self.references = references
 
     def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         epoch = self.epoch
-        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def num_steps(self, num_ranks: int) -> int:
-        return self.batches.num_steps(num_ranks)
-
-    def state_dict(self, consumed_steps: int) -> Position:
-        return self.batches.state_dict(consumed_steps)
-
-    def load_state_dict(self, state: Position) -> None:
-        """Raises UserError for a position in the middle of an epoch of other batches, or of a stream."""
-        if "block" in state and (state["steps_before"] or state["segments"]):
-            raise other_reading("a stream, or a weighted mix", streaming=False)
-        self.batches.load_state_dict(state)
+        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in super().__iter__())

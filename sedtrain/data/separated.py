@@ -1,40 +1,44 @@
 """Comma and tab separated values as rows, each cell as it is written; what is something else is named for what it is."""
 
+import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
-from sedtrain.data.tables import MAX_TEXT_BYTES, OtherFormat, Row, as_table, problem, refuse_twins, text_of_file
+from sedtrain.data.tables import MAX_TEXT_BYTES, OtherFormat, Row, as_table, problem, refuse_twins, refuse_utf16
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "|"}
-QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"(?!")')
+QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
 UNDECODED = re.compile("[\udc80-\udcff]")
 MOST_LINES = 200  # of one cell
 OPEN = "a quotation mark that is never closed"
 BEHIND = "text behind a closing quotation mark"
+csv.field_size_limit(MAX_TEXT_BYTES)
 
 Cells = tuple[list[str], str | None]
-"""The cells of a record and None, or those before a fault and what it is."""
+"""The cells of a record and None, or none and what is wrong."""
 
 
-def read_separated(path: Path, delimiter: str) -> pa.Table:
-    """Text in every column. Empty cells are null, broken lines a problem of their own.
+def read_separated(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
+    """One table, text in every column. Empty cells are null, broken lines a problem of their own.
 
     A cell in quotation marks, with marks inside doubled, is what stands between them. Tab separated values are also
     written without that, as in Common Voice: any other mark in them is text. Raises OtherFormat.
     """
-    text = text_of_file(path)
+    content = path.read_bytes()
+    refuse_utf16(content[:1000])
+    text = content.decode("utf-8-sig", "surrogateescape")  # so that the line of what is not UTF-8 can be told
     lines = io.StringIO(text, newline="\n" if "\n" in text else "\r").readlines()
     header = header_of(without_end(lines[0]), delimiter) if lines else []
-    return as_table(separated_rows(lines, header, delimiter), filter(None, header))
+    yield as_table(separated_rows(lines, header, delimiter), filter(None, header))
 
 
 def header_of(line: str, delimiter: str) -> list[str]:
     """The names of the columns. Raises OtherFormat for other separators, and for two columns of one name."""
-    cells, wrong = cells_of(line, delimiter)
+    (cells, wrong), _ = cells_of([line], delimiter)
     header = line.split(delimiter) if wrong else cells
     others = [other for other in SEPARATORS if other != delimiter and any(other in name for name in header)]
     if others and (delimiter == "," or len(header) == 1):
@@ -73,45 +77,29 @@ def record(lines: list[str], at: int, delimiter: str, num_columns: int) -> tuple
     line = without_end(lines[at])
     if '"' not in line:
         return (line.split(delimiter), None), 1
-    found, number = cells_of(line, delimiter), 1
-    if found[1] == OPEN:
-        found, number = joined(lines, at, delimiter, num_columns)
-    if found[1] and delimiter == "\t":
+    (cells, wrong), number = cells_of(lines[at : at + MOST_LINES], delimiter)
+    if number > 1 and (len(cells) != num_columns or is_left_open(lines[at : at + number], delimiter, num_columns)):
+        wrong, number = OPEN, 1
+    if wrong and delimiter == "\t":
         return ([unquoted(cell) for cell in line.split(delimiter)], None), 1
-    return found, number
+    return (cells, wrong), number
 
 
-def joined(lines: list[str], at: int, delimiter: str, num_columns: int) -> tuple[Cells, int]:
-    """The cells of a record that several lines may belong to. Where one of these is a row, a mark was left open instead."""
-    before, _ = cells_of(without_end(lines[at]), delimiter)
-    for end in range(at + 1, min(at + MOST_LINES, len(lines))):
-        if '"' not in lines[end]:
-            if lines[end].count(delimiter) == num_columns - 1:
-                break
-            continue
-        found = cells_of(without_end("".join(lines[at : end + 1])), delimiter)
-        if found[1] != OPEN:
-            is_row = before and lines[end].partition('"')[0].count(delimiter) == len(before)
-            if found[1] or is_row or len(found[0]) != num_columns:
-                break
-            return found, end + 1 - at
-    return (before, OPEN), 1
+def cells_of(lines: Sequence[str], delimiter: str) -> tuple[Cells, int]:
+    """The cells of the record that the lines begin with, and its number of lines."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        return (next(reader) or [""], None), reader.line_num
+    except csv.Error as error:
+        is_open = reader.line_num > 1 or "unexpected end" in str(error)
+        return ([], OPEN if is_open else BEHIND), 1
 
 
-def cells_of(text: str, delimiter: str) -> Cells:
-    cells: list[str] = []
-    at = 0
-    while at <= len(text):
-        end = text.find(delimiter, at) % (len(text) + 1)
-        if text.startswith('"', at):
-            if (match := QUOTED.match(text, at)) is None:
-                return cells, OPEN
-            end = match.end()
-        if text[end : end + 1] not in ("", delimiter):
-            return cells, BEHIND
-        cells.append(unquoted(text[at:end]))
-        at = end + 1
-    return cells, None
+def is_left_open(lines: Sequence[str], delimiter: str, num_columns: int) -> bool:
+    """True if one of the lines that a mark joins to a record is a row itself: the mark was never closed."""
+    before = next(csv.reader(lines[:1], delimiter=delimiter))[:-1]  # the cells before that mark
+    is_row = bool(before) and lines[-1].partition('"')[0].count(delimiter) == len(before)
+    return is_row or any('"' not in line and line.count(delimiter) == num_columns - 1 for line in lines[1:])
 
 
 def unquoted(cell: str) -> str:

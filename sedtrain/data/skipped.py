@@ -50,20 +50,17 @@ class Limits:
     def __post_init__(self) -> None:
         if self.max_seconds <= self.min_seconds:
             above = f"above min_seconds, {self.min_seconds}"
-            wrong, write = f"this has to be {above}", f"write data.max_seconds=NUMBER {above}"
-            raise UserError("data.max_seconds", self.max_seconds, wrong, write)
+            write = f"write data.max_seconds=NUMBER {above}"
+            raise UserError("data.max_seconds", self.max_seconds, f"this has to be {above}", write)
         if self.max_characters < self.min_characters:
             or_more = f"min_characters, {self.min_characters}, or more"
-            wrong, write = f"this has to be {or_more}", f"write data.max_characters=NUMBER, {or_more}"
-            raise UserError("data.max_characters", self.max_characters, wrong, write)
+            write = f"write data.max_characters=NUMBER, {or_more}"
+            raise UserError("data.max_characters", self.max_characters, f"this has to be {or_more}", write)
 
     def scored(self, batch_seconds: float) -> "Limits":
         """Those of a split that is scored in batches alone: only audio too long for the memory is left out."""
-        by_batch, by_length = (
-            (batch_seconds, "data.batch_seconds"),
-            (SCORED * self.max_seconds, f"{SCORED} * {self.longest}"),
-        )
-        most, option = max(by_batch, by_length)
+        by_length = (SCORED * self.max_seconds, f"{SCORED} * {self.longest}")
+        most, option = max(by_length, (batch_seconds, "data.batch_seconds"))
         return Limits(0.0, most, 0, sys.maxsize, option)
 
     def filter(
@@ -85,8 +82,7 @@ class Limits:
             reason = rows.problem(index, length) or self.refused_length(length)
             if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
                 reason = rows.misdeclared(index) or reason
-            reason = reason or self.refused_text(text, rewrite)
-            if reason:
+            if reason := reason or self.refused_text(text, rewrite):
                 skipped[index] = rows.skipped(index, *reason)
             else:
                 kept[index] = length
@@ -206,12 +202,12 @@ class SkippedUtterances:
             raise bad(utterance)
         self.broken_files.add(path)
         if len(self.broken_files) > self.max_bad_fraction * num_files:
-            raise UserError(
-                "data.max_bad_fraction",
-                self.max_bad_fraction,
-                f"{len(self.broken_files):,} of {num_files:,} files cannot be read, which is more (the last: {path}: {error})",
-                "write data.path of files that are whole, or a higher data.max_bad_fraction to continue with the others",
+            number = f"{len(self.broken_files):,} of {num_files:,} files cannot be read"
+            wrong = f"{number}, which is more (the last: {path}: {error})"
+            write = (
+                "write data.path of files that are whole, or a higher data.max_bad_fraction to continue with the others"
             )
+            raise UserError("data.max_bad_fraction", self.max_bad_fraction, wrong, write)
 
     def judge(self, split: str, decoded: FilterCounts) -> None:
         """Raises UserError where more of a split is bad than `max_bad_fraction`, as far as it has been seen."""
@@ -221,14 +217,11 @@ class SkippedUtterances:
         filters = {"could not be used": planned, "could not be decoded": decoded}
         texts = [f"{each.num_bad:,} of {each.num_seen:,} {what}" for what, each in filters.items() if each.num_bad]
         faults = {reason: count for reason, count in self.totals().items() if reason not in LIMITED}
-        raise UserError(
-            "data.max_bad_fraction",
-            self.max_bad_fraction,
-            f"utterances of {split}: {', '.join(texts)}, which is more "
-            f"(in all splits {in_words(faults)}; {self.file} lists them)",
-            "write data.path and data.columns of utterances that can be used, "
-            "or a higher data.max_bad_fraction to continue with the others",
-        )
+        in_all = f"(in all splits {in_words(faults)}; {self.file} lists them)"
+        wrong = f"utterances of {split}: {', '.join(texts)}, which is more {in_all}"
+        usable = "write data.path and data.columns of utterances that can be used"
+        write = f"{usable}, or a higher data.max_bad_fraction to continue with the others"
+        raise UserError("data.max_bad_fraction", self.max_bad_fraction, wrong, write)
 
     def of_split(self, split: str) -> dict[str, int]:
         """Utterances of a split that this process has left out, counted by reason, most frequent first."""
@@ -301,9 +294,5 @@ def in_words(counts: Mapping[str, int]) -> str:
 
 def bad(utterance: Skipped) -> UserError:
     path = f" ({utterance.path})" if utterance.path else ""
-    return UserError(
-        "data.on_bad_utterance",
-        "error",
-        f"utterance {utterance.id!r}{path}: {utterance.reason} {utterance.detail}".rstrip(),
-        "write data.on_bad_utterance=skip to continue without it",
-    )
+    wrong = f"utterance {utterance.id!r}{path}: {utterance.reason} {utterance.detail}".rstrip()
+    return UserError("data.on_bad_utterance", "error", wrong, "write data.on_bad_utterance=skip to continue without it")

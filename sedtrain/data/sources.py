@@ -74,28 +74,23 @@ def readable(path: str, split: str) -> Iterator[None]:
 
 def local_rows(path: str, split: str) -> datasets.Dataset | None:
     """The rows of a split at a local path, or None for what `datasets` has to read itself."""
-    whole = SLICED.fullmatch(split)
-    rows = whole_split(path, whole[1] if whole else split)
+    where, sliced = local_path(path), SLICED.fullmatch(split)
+    whole = sliced[1] if sliced else split
+    if files := files_of(path, whole):
+        with ThreadPoolExecutor() as pool:
+            return cut(joined(list(pool.map(read_rows, files))), split)
+    if not where.is_dir():
+        return None
+    rows = saved_rows(where, whole) if is_saved(where) else folder_rows(where, whole)
     return rows and cut(rows, split)
 
 
 def cut(rows: datasets.Dataset, split: str) -> datasets.Dataset:
     """The slice of a split that it is asked for, as in `train[:90%]`."""
-    sliced = SLICED.fullmatch(split)
-    if not sliced:
+    if not (sliced := SLICED.fullmatch(split)):
         return rows
     [wanted] = datasets.ReadInstruction.from_spec(f"rows{sliced[2]}").to_absolute({"rows": len(rows)})
     return rows.select(range(wanted.from_, wanted.to))
-
-
-def whole_split(path: str, split: str) -> datasets.Dataset | None:
-    where = local_path(path)
-    if files := files_of(path, split):
-        with ThreadPoolExecutor() as pool:
-            return joined(list(pool.map(read_rows, files)))
-    if not where.is_dir():
-        return None
-    return saved_rows(where, split) if is_saved(where) else folder_rows(where, split)
 
 
 def is_saved(folder: Path) -> bool:
@@ -126,13 +121,9 @@ def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
 
 
 def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
-    return UserError(
-        "data.path",
-        str(folder),
-        f"there is no split {split!r}, there are {', '.join(others)}",
-        "write data.train_split, data.validation_split, data.test_split that are there, or slices of one: 'train[:90%]', "
-        "'train[90%:]'",
-    )
+    wrong = f"there is no split {split!r}, there are {', '.join(others)}"
+    options, slices = "data.train_split, data.validation_split, data.test_split", "'train[:90%]', 'train[90%:]'"
+    return UserError("data.path", str(folder), wrong, f"write {options} that are there, or slices of one: {slices}")
 
 
 def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
@@ -141,8 +132,9 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         builder = datasets.load_dataset_builder(
             repository, name, revision=revision, cache_dir=cache_of(local_path(path))
         )
-        if files := text_files(builder, split):
-            return cut(joined([read_rows(Path(cached_path(file)), name=file) for file in files]), split)
+        parts = [(part, own_files(builder, part.partition("[")[0])) for part in split.split("+")]
+        if all(files for _, files in parts):
+            return joined([cut(joined(list(map(fetched_rows, files))), part) for part, files in parts])
         for file in map(str, chain.from_iterable((builder.config.data_files or {}).values())):
             if file.lower().endswith(PACKED):
                 refuse_unpacking(cached_path(file), file)
@@ -155,13 +147,16 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         raise UserError("data.path", path, one_line(error), write) from error
 
 
-def text_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
-    """The files of a split that are read here, if it is stored as text, of which `datasets` would guess the types."""
+def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
+    """The files of a split that are read here: text, of which `datasets` guesses the types, and Parquet, which it unfolds."""
     by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
-    names = split.partition("[")[0].split("+")
-    files = [str(file) for name in names for file in by_split.get(name, ())] if split.count("[") < 2 else []
-    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None}
+    files = list(map(str, by_split.get(split, ())))
+    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None, ".parquet": None}
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
+
+
+def fetched_rows(file: str) -> datasets.Dataset:
+    return read_rows(Path(cached_path(file)), name=file)
 
 
 def hub_or_folder(path: str) -> tuple[str, str | None]:

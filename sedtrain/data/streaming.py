@@ -18,7 +18,6 @@ from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Kept, Reference, SplitDataset
 from sedtrain.data.sampler import (
     BatchesWithEpoch,
-    DurationBatches,
     Position,
     other_reading,
     random_keys,
@@ -90,7 +89,7 @@ class Stream:
             last = end.row + len(rows)
             end = BlockStart(end.visit + 1, 0) if last >= len(visited) else BlockStart(end.visit, last)
         for part, _ in order[end.visit : end.visit + NUM_AHEAD]:
-            self.dataset.parts.fetch_ahead(part)
+            self.dataset.parts.parts[part].fetch_ahead()
         return Block(Kept.of(parts), tokens if self.counts_tokens else None, end)
 
     def rows_visited(self, part: int, visit: int, epoch: int) -> Integers:
@@ -132,7 +131,7 @@ class BegunBlock(NamedTuple):
 
     steps_before: int
     start: BlockStart
-    batches: DurationBatches
+    batches: BatchesWithEpoch
 
 
 class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
@@ -185,8 +184,9 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         elif state["segments"]:
             raise other_reading("a corpus that is not streamed", self.stream.num_rows is not None)
 
-    def batches_of(self, block: Block, start: BlockStart) -> DurationBatches:
-        batches = DurationBatches(
+    def batches_of(self, block: Block, start: BlockStart) -> BatchesWithEpoch:
+        batches = BatchesWithEpoch(
+            block.kept.references,
             self.stream.dataset.longest * block.kept.seconds,
             self.bounds,
             shuffle=True,
@@ -232,14 +232,11 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
                 resumed = None
             self.begun.append(BegunBlock(steps, start, batches))
             self.remove_copies(steps, start)
-            yield from BatchesWithEpoch(batches, block.kept.references)
+            yield from batches
             if block.end == start:
                 break
             steps, start = steps + len(batches), block.end
         if not steps:
-            raise UserError(
-                "data.path",
-                self.stream.corpus.path,
-                f"epoch {self.epoch} of the training corpus has no utterance that can be used",
-                "write data.path and data.columns of some, or a higher data.mix.NAME.weight",
-            )
+            wrong = f"epoch {self.epoch} of the training corpus has no utterance that can be used"
+            write = "write data.path and data.columns of some, or a higher data.mix.NAME.weight"
+            raise UserError("data.path", self.stream.corpus.path, wrong, write)

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
-from pathlib import Path
 from typing import IO, Any
 
 import datasets
@@ -46,15 +45,12 @@ def problem(reason: str, detail: str) -> Row:
     return {PROBLEM: f"{reason}: {detail}"}
 
 
-def as_dataset(rows: Iterable[Row]) -> datasets.Dataset:
-    return datasets.Dataset(as_table(rows))
-
-
-def text_of_file(path: Path) -> str:
-    """The text of a file; bytes that are not UTF-8 are escaped, so that their line can be told. Raises OtherFormat."""
-    content = path.read_bytes()
-    refuse_utf16(content[:1000])
-    return content.decode("utf-8-sig", "surrogateescape")
+def text_or_problem(content: bytes | None, place: str) -> Row:
+    """The content of a line or a file as `text`, or what is wrong with it; None stands for one that is too large."""
+    if content is None:
+        return problem("text too large", place)
+    text = decoded(content)
+    return problem("text that is not UTF-8", place) if text is None else {"text": text}
 
 
 def refuse_utf16(beginning: bytes) -> None:
@@ -219,9 +215,9 @@ def is_readable(cells: pa.Array | pa.ChunkedArray) -> bool:
         return True
     try:
         cells.validate(full=True)
+        return True
     except pa.ArrowInvalid:
         return False
-    return True
 
 
 def decoded(content: bytes) -> str | None:

@@ -1,13 +1,10 @@
-"""Rows of a `datasets` dataset as utterances: which column holds what, segments, lengths, decoded audio."""
+"""Rows of a dataset as utterances: ids, texts, lengths, decoded audio, and what is wrong with a row."""
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from functools import partial
 from math import isnan, nan
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,10 +14,11 @@ import pyarrow.compute as pc
 from torch.utils.data import get_worker_info
 
 from sedtrain.batch import Skipped, Utterance
-from sedtrain.data.audio import UNREADABLE, read_audio, refuse_silence, seconds_between
+from sedtrain.data.audio import UNREADABLE, fields_of, read_audio, refuse_silence, seconds_between
 from sedtrain.data.buckets import Floats
 from sedtrain.data.paths import local_path
-from sedtrain.data.tables import NOT_TEXT, PROBLEM, by_role, in_words
+from sedtrain.data.source import Source, check_columns
+from sedtrain.data.tables import NOT_TEXT, PROBLEM, by_role
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,127 +31,29 @@ Reason = tuple[str, str]
 """A few words to be counted by, and a detail."""
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of the dataset's columns by role; None if the dataset has no such column."""
-
-    audio: str
-    text: str
-    id: str | None = None
-    speaker: str | None = None
-    language: str | None = None
-    seconds: str | None = None
-    start: str | None = None
-    end: str | None = None
-
-    @classmethod
-    def of(cls, columns: Mapping[str, str | None], target: str, where: str = "data") -> "Columns":
-        """`columns` by role, where `target`, transcription or translation, names the role of the text.
-
-        where: the option that they belong to, for messages
-        """
-        roles = ["audio", "transcription", "translation", *(field.name for field in fields(cls)[2:])]
-        for role, column in columns.items():
-            if role not in roles:
-                instead = f"write {where}.columns.NAME, NAME one of {', '.join(roles)}"
-                raise UserError(f"{where}.columns.{role}", column, "there is no such role", instead)
-        for role in ("audio", target):
-            if columns.get(role) is None:
-                option = f"{where}.columns.{role}"
-                raise UserError(option, None, f"target={target} needs this column", f"write {option}=COLUMN")
-        others = {role: columns.get(role) for role in roles[3:]}
-        return cls(audio=str(columns["audio"]), text=str(columns[target]), **others)
-
-
-NUMBERS = ("null", "int", "uint", "float", "decimal")
-TIMES = (*NUMBERS, "string", "large_string")
-TEXTS = (*TIMES, "bool")
-
-
-def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """Tells whether a column holds single values of one of these kinds of Arrow types."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
-
-
-def is_audio(feature: Any) -> bool:
-    is_both = isinstance(feature, dict) and not feature.keys().isdisjoint({"bytes", "path"})
-    is_plain = holds(feature, ("null", "binary", "large_binary", "string", "large_string"))
-    return is_plain or is_both or isinstance(feature, datasets.Audio)
-
-
-WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "audio": (is_audio, "bytes or the path of a file"),
-    "text": (partial(holds, kinds=TEXTS), "text"),
-    "id": (partial(holds, kinds=TEXTS), "text or numbers"),
-    **dict.fromkeys(("seconds", "start", "end"), (partial(holds, kinds=TIMES), "numbers")),
-}
-"""Types that the column of a role may have."""
-
-
-def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any], source: str) -> None:
-    """Raises UserError for a column that is missing, naming those that are there, or that holds something else.
-
-    columns: the column of each role; features: what each column holds; source: where they are, for the message
-    """
-    for role, column in columns.items():
-        if column is None:
-            continue
-        if column not in features:
-            raise UserError(
-                "data.columns",
-                column,
-                f"{source} has no column {column!r} for the {role}, it has {in_words(features)}",
-                "write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, speaker, "
-                "language, seconds, start or end",
-            )
-        fits, wanted = WANTED.get(role, (lambda feature: True, ""))
-        if not fits(features[column]):
-            raise UserError(
-                "data.columns",
-                column,
-                f"{source} has {str(features[column])[:80]} in the column {column!r} for the {role}, expected {wanted}",
-                f"write data.columns.NAME=COLUMN that holds {wanted}",
-            )
-
-
 class UtteranceRows:
-    """Rows as utterances, decoded one by one.
+    """Rows of a dataset as utterances, decoded one by one.
 
-    table:       a column for each role of `Columns`, as `by_role` makes it
-    problems:    why rows cannot be used, by their number
-    path, split: where the rows are from; rows without an id are named after the split, or its shard
-    folder:      where relative paths of audio files begin, which must not leave it; else the folder of `path`
-    prefix:      what their ids begin with, where several datasets are mixed
-    language:    of the texts of rows that do not say it
-    task:        how the texts came from the speech, `transcribe` or `translate`
-    file:        the file that holds the rows, where there is one
+    name:     of the split or of its file; rows without an id are named after it
+    file:     the file that holds the rows, where there is one
+    table:    a column for each role of `Columns`, as `by_role` makes it
+    problems: why rows cannot be used, by their number
 
     Raises UserError for a column that is missing or holds something else than it should, and for two rows with one id.
     """
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        columns: Columns,
-        path: str,
-        split: str,
-        folder: Path | None = None,
-        prefix: str = "",
-        language: str | None = None,
-        task: str = "transcribe",
-        file: str | None = None,
-    ) -> None:
+    def __init__(self, rows: datasets.Dataset, source: Source, name: str, file: str | None = None) -> None:
         features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
         if features:  # a file without a readable line has none
-            check_columns(vars(columns), features, f"{path} ({split})")
-        self.split, self.prefix, self.language, self.task = split, prefix, language, task
-        source = local_path(path)
-        self.file = file or (str(source) if source.exists() else path)
-        self.folder = folder or (source if source.is_dir() else source.parent)
-        self.fingerprint = f"{rows._fingerprint} {columns}"
-        self.table, self.problems = by_role(rows, vars(columns))
+            check_columns(vars(source.columns), features, f"{source.path} ({name})")
+        self.source, self.name, self.folder = source, name, source.folder
+        self.prefix = f"{source.label}/" if source.label else ""
+        where = local_path(source.path)
+        self.file = file or (str(where) if where.exists() else source.path)
+        self.fingerprint = f"{rows._fingerprint} {source.columns}"
+        self.table, self.problems = by_role(rows, vars(source.columns))
         self.warn_of_control()
-        self.refuse_twins(columns.id)
+        self.refuse_twins()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -167,9 +67,9 @@ class UtteranceRows:
         found = pc.indices_nonzero(has_control)
         if len(found):
             words = "%s: texts from which control characters are taken out: %d (first: %s)"
-            logger.warning(words, self.split, len(found), self.id(found[0].as_py()))
+            logger.warning(words, self.name, len(found), self.id(found[0].as_py()))
 
-    def refuse_twins(self, column: str | None) -> None:
+    def refuse_twins(self) -> None:
         """Raises UserError where two rows have one id."""
         given = self.table["id"]
         if given.null_count == len(self) or pc.count_distinct(given, mode="only_valid").as_py() == len(self):
@@ -177,12 +77,10 @@ class UtteranceRows:
         rows: dict[str, int] = {}
         for index, id in enumerate(self.ids()):
             if (first := rows.setdefault(id, index)) != index:
-                raise UserError(
-                    "data.columns.id",
-                    column,
-                    f"rows {first} and {index} of {self.split!r} have the same id, {id.removeprefix(self.prefix)!r}",
-                    "write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number",
-                )
+                twins = f"rows {first} and {index} of {self.name!r}"
+                wrong = f"{twins} have the same id, {id.removeprefix(self.prefix)!r}"
+                write = "write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
+                raise UserError("data.columns.id", self.source.columns.id, wrong, write)
 
     def chunks(self) -> Iterator[range]:
         """All rows, as many at a time as may be Python values at once."""
@@ -205,7 +103,7 @@ class UtteranceRows:
 
     def languages(self, indices: Sequence[int] | None = None) -> set[str | None]:
         """The languages of all or of some rows."""
-        return {as_text(value) or self.language for value in self.cells("language", indices)}
+        return {as_text(value) or self.source.language for value in self.cells("language", indices)}
 
     def ids(self) -> Iterator[str]:
         return (id for chunk in self.chunks() for id in map(self.id_of, chunk, self.cells("id", chunk)))
@@ -218,7 +116,7 @@ class UtteranceRows:
         return self.id_of(index, self.row(index)["id"])
 
     def id_of(self, index: int, value: Any) -> str:
-        return self.prefix + (f"{self.split}-{index}" if value is None else str(value))
+        return self.prefix + (f"{self.name}-{index}" if value is None else str(value))
 
     def seconds(self, indices: Sequence[int] | None = None) -> Floats:
         """(N,) the length of each utterance, from its columns, else from the header of its audio, else NaN."""
@@ -236,9 +134,6 @@ class UtteranceRows:
     def by_header(self, indices: Sequence[int]) -> Iterator[float]:
         """The lengths by the headers of the audio, read in threads; NaN where a header cannot be read."""
         chunks = [indices[first : first + ROWS_AT_ONCE] for first in range(0, len(indices), ROWS_AT_ONCE)]
-        if len(chunks) == 1:
-            yield from self.headers(indices)
-            return
         with ThreadPoolExecutor() as pool:
             for lengths in pool.map(self.headers, chunks):
                 yield from lengths
@@ -276,7 +171,7 @@ class UtteranceRows:
 
     def location(self, cell: Any) -> str:
         """The file of a cell's audio, with the byte where it begins in a larger file; for bytes, the file of their row."""
-        values = cell if isinstance(cell, dict) else {"bytes" if isinstance(cell, bytes) else "path": cell}
+        values = fields_of(cell)
         if values.get("bytes") is not None or not values.get("path"):
             return self.file
         path = str(self.folder / str(values["path"]))
@@ -296,10 +191,10 @@ class UtteranceRows:
             audio=audio,
             sampling_rate=sampling_rate,
             text=as_text(row["text"]),
-            language=as_text(row["language"]) or self.language,
+            language=as_text(row["language"]) or self.source.language,
             speaker=name_or_none(row["speaker"]),
             seconds=len(audio) / sampling_rate,
-            task=self.task,
+            task=self.source.task,
         )
 
 

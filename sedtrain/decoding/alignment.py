@@ -5,7 +5,6 @@ B batch, T frames, V vocabulary of the CTC head, U tokens, S = 2 U + 1 states: b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -37,13 +36,6 @@ def align(lattice: Lattice, texts: Sequence[Sequence[int]]) -> list[list[Aligned
     probabilities = emissions.gather(1, path[:, None])[:, 0].exp()
     found = zip(texts, score.tolist(), path.tolist(), probabilities.tolist(), strict=True)
     return [None if score == IMPOSSIBLE else spans(text, *of_frames) for text, score, *of_frames in found]
-
-
-def confidences(lattice: Lattice, texts: Sequence[Sequence[int]]) -> list[float]:
-    """The mean confidence of the tokens of each text; 0 where it has none or no path, or CTC hears nothing but blanks."""
-    heard = (lattice.log_probs.argmax(-1) != lattice.blank).any(1).tolist()
-    found = zip(heard, align(lattice, texts), strict=True)
-    return [fmean(each.confidence for each in tokens) if hears and tokens else 0.0 for hears, tokens in found]
 
 
 def states_of(texts: Sequence[Sequence[int]], blank: int) -> Tensor:

@@ -118,14 +118,8 @@ class Prefixes:
     def empty(cls, lattice: Lattice) -> "Prefixes":
         """One prefix of each utterance, without a token."""
         in_blank = pad(lattice.log_probs[..., lattice.blank].cumsum(1), (1, 0))[:, None]
-        scores = torch.zeros_like(in_blank[..., 0])
-        return cls(
-            lattice,
-            torch.full_like(in_blank, IMPOSSIBLE),
-            in_blank,
-            torch.full_like(scores, -1, dtype=torch.long),
-            scores,
-        )
+        in_token, scores = torch.full_like(in_blank, IMPOSSIBLE), torch.zeros_like(in_blank[..., 0])
+        return cls(lattice, in_token, in_blank, torch.full_like(scores, -1, dtype=torch.long), scores)
 
     @property
     def whole(self) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
-from sedtrain.decoding.alignment import confidences
 from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.fusion import Fusion, language_model, word_beginnings
 from sedtrain.decoding.hotwords import HotWords, tree_of
@@ -19,7 +18,7 @@ from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import rescored
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.searches import Wanted, generated
-from sedtrain.decoding.timestamps import heard_words
+from sedtrain.decoding.timestamps import heard
 from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.saved import MOST_TOKENS, most_tokens
@@ -55,18 +54,14 @@ def decode_batch(
     else:
         added = added_scores(model, tokenizer, prompts, options)
         found = generated(model, Wanted(encoded, prompts, limits, options, lattice, added))
-    if with_confidence and model.ctc_head is not None:
-        sure = confidences(lattice or lattice_of(model, encoded), [each.ids[0] for each in found])
-        found = [replace(each, confidence=confidence) for each, confidence in zip(found, sure, strict=True)]
-    if was_training:
-        model.train()
     found = [
         replace(each, texts=texts_of(tokenizer, each.ids), limit=limit)
         for each, limit in zip(found, limits.tolist(), strict=True)
     ]
-    if with_words and model.ctc_head is not None:
-        heard = heard_words(model, tokenizer, encoded, found)
-        found = [replace(each, words=words) for each, words in zip(found, heard, strict=True)]
+    if (with_confidence or with_words) and model.ctc_head is not None:
+        found = heard(tokenizer, lattice or lattice_of(model, encoded), found, with_words)
+    if was_training:
+        model.train()
     return found
 
 
@@ -98,7 +93,7 @@ def token_limits(
     if model.ctc_head is not None:
         by_frames = frames_of(encoded) + 1  # a token a frame, and the end
         limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
-    return limits.clamp(max=most_new_tokens(int(limits.max()), model.max_tokens, num_given))
+    return limits.clamp(max=most_new_tokens(int(limits.max()), model.room(encoded), num_given))
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[str, ...]:

@@ -57,13 +57,7 @@ class Node:
 
 
 class HotWords(LogitsProcessor):
-    """Adds `bonus` to each token that begins or continues a hot word.
-
-    tree:      see `tree_of`
-    begins:    (V,) the token begins a word, see `word_beginnings`
-    ends:      tokens that end a text
-    num_given: tokens of the prompt
-    """
+    """Adds `bonus` to each token that begins or continues a hot word of the tree of `tree_of`; see `Fusion`."""
 
     def __init__(self, tree: Node, bonus: float, begins: Tensor, ends: Collection[int], num_given: int) -> None:
         self.tree, self.bonus, self.num_given = tree, bonus, num_given

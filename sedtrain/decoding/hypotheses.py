@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Self
 
 from transformers import GenerationConfig
@@ -49,12 +50,8 @@ class Hypotheses:
         cls, rows: Sequence[Sequence[int]], scores: list[float] | None, ends: Collection[int], pad: int
     ) -> Self:
         """From rows of tokens behind the prompt, each cut at the first of `ends`."""
-        return cls([[token for token in until(row, ends) if token != pad] for row in rows], scores)
-
-
-def until(row: Sequence[int], ends: Collection[int]) -> Sequence[int]:
-    """The tokens of a row before the first of `ends`."""
-    return row[: next((position for position, token in enumerate(row) if token in ends), len(row))]
+        texts = (takewhile(lambda token: token not in ends, row) for row in rows)
+        return cls([[token for token in text if token != pad] for text in texts], scores)
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:

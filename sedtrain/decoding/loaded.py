@@ -45,7 +45,8 @@ class Model(SavedModel):
         A warning is logged for a text that is cut at max_new_tokens. Raises UserError for audio that cannot be read or taken,
         a language that was not learnt, and options that cannot be.
         """
-        transcriber = Transcriber(self, decoding_options(decoding), language, target, "", with_words)
+        options = decoding_options(decoding)
+        transcriber = Transcriber(self, options, with_words, language=language, target=target, of_decoding="")
         if isinstance(audio, str | Path | np.ndarray):
             return transcriber.transcription_of(audio, sampling_rate)
         return [transcriber.transcription_of(each, sampling_rate) for each in audio]

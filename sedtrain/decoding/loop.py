@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from sedtrain.decoding.ctc import rows_of
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.steps import Memory, Steps
 
@@ -185,8 +186,3 @@ def beam_search(task: Task, num_beams: int, num_best: int, penalty: float) -> tu
         seen_now = seen[:, None, :, : used + num_beams].to(states.dtype)
         states = task.steps.step(beams.ids[:, :, position], position, memory, seen_now)
     return texts[:, :num_best, num_prompt:].tolist(), scores[:, :num_best]
-
-
-def rows_of(rows: Tensor, order: Tensor) -> Tensor:
-    """Rows `order` (B, K) of (B, N, U)."""
-    return rows.gather(1, order[..., None].expand(-1, -1, rows.shape[2]))

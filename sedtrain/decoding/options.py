@@ -21,6 +21,7 @@ OURS = {
     "hotword_bonus",
     "window",
     "pauses",
+    "int8",
 }  # the options that `generate` does not get as they are
 
 
@@ -39,6 +40,7 @@ class DecodingOptions:
     hotwords: words and terms that get `hotword_bonus` for each of their tokens, in nats
     window: seconds that are decoded at once; longer recordings are cut at pauses. None: the longest utterance in training,
         30 s where that is not known. Never more than the encoder takes
+    int8: evaluation and transcription multiply in 8 bits, on a CPU; validation in training does not
     pauses: found by `energy`, or by `silero`, silero-vad; auto: that where it is installed
     """
 
@@ -59,6 +61,7 @@ class DecodingOptions:
     hotword_bonus: NonNegative = 2.0
     window: Positive | None = None
     pauses: Pauses = "auto"
+    int8: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range, options that do not go together, and a missing silero-vad."""

@@ -21,6 +21,7 @@ from sedtrain.text.spacing import UNSPACED
 LINE, LINES = 42, 2  # columns of a subtitle's line, lines of a subtitle
 MOST_SECONDS, PAUSE_SECONDS = 7.0, 1.0  # of a subtitle; between words, where another begins
 PIECE = re.compile(rf"{UNSPACED.pattern} ?|(?:(?!{UNSPACED.pattern})\S)+ ?")
+TimedPiece = tuple[str, Word]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Cue:
 
     start: int
     end: int
-    lines: tuple[str, ...]
+    text: str
 
 
 def as_json(found: Transcription, language: str | None) -> str:
@@ -65,12 +66,12 @@ def of_word(word: Word) -> dict[str, Any]:
 def as_srt(found: Transcription, language: str | None) -> str:
     """SubRip has no way to write `-->` in a text."""
     numbered = enumerate(cues(found), start=1)
-    blocks = [f"{number}\n{interval(cue, ',')}\n{text_of(cue).replace('-->', '->')}\n" for number, cue in numbered]
+    blocks = [f"{number}\n{interval(cue, ',')}\n{cue.text.replace('-->', '->')}\n" for number, cue in numbered]
     return "\n".join(blocks)
 
 
 def as_vtt(found: Transcription, language: str | None) -> str:
-    blocks = [f"{interval(cue, '.')}\n{html.escape(text_of(cue), quote=False)}\n" for cue in cues(found)]
+    blocks = [f"{interval(cue, '.')}\n{html.escape(cue.text, quote=False)}\n" for cue in cues(found)]
     return "\n".join(["WEBVTT\n", *blocks])
 
 
@@ -85,10 +86,6 @@ FORMATS: dict[str, Callable[[Transcription, str | None], str]] = {
 # --- subtitles
 
 
-def text_of(cue: Cue) -> str:
-    return "\n".join(cue.lines)
-
-
 def interval(cue: Cue, point: str) -> str:
     return f"{stamp(cue.start, point)} --> {stamp(cue.end, point)}"
 
@@ -101,22 +98,29 @@ def stamp(milliseconds: int, point: str) -> str:
 def cues(found: Transcription) -> Iterator[Cue]:
     """Subtitles of at most two lines where the times of words are known, else one a segment."""
     for segment in found.segments:
-        pieces = timed_pieces(segment)
-        if pieces is None:
-            if lines := wrapped(PIECE.findall(" ".join(segment.text.split()))):
-                yield cue(segment.start, segment.end, lines)
-            continue
-        shown: list[tuple[str, Word]] = []
-        for piece, word in pieces:
-            if shown and not fits([*shown, (piece, word)]):
-                yield cue(shown[0][1].start, shown[-1][1].end, wrapped([text for text, _ in shown]))
-                shown = []
-            shown.append((piece, word))
-        if shown:
-            yield cue(shown[0][1].start, shown[-1][1].end, wrapped([text for text, _ in shown]))
+        for pieces in subtitles(segment):
+            start = round(1000 * pieces[0][1].start)
+            end = max(round(1000 * pieces[-1][1].end), start + 1)
+            yield Cue(start, end, "\n".join(wrapped([text for text, _ in pieces])))
 
 
-def timed_pieces(segment: Segment) -> list[tuple[str, Word]] | None:
+def subtitles(segment: Segment) -> list[list[TimedPiece]]:
+    """The pieces of the text, those of a subtitle together."""
+    pieces = timed_pieces(segment)
+    if pieces is None:
+        whole = Word(segment.text, segment.start, segment.end, 0.0)
+        only = [(piece, whole) for piece in PIECE.findall(" ".join(segment.text.split()))]
+        return [only] if only else []
+    found: list[list[TimedPiece]] = []
+    for piece in pieces:
+        if found and fits([*found[-1], piece]):
+            found[-1].append(piece)
+        else:
+            found.append([piece])
+    return found
+
+
+def timed_pieces(segment: Segment) -> list[TimedPiece] | None:
     """The text, cut where its words begin; None where it has none with times."""
     text, places = " ".join(segment.text.split()), [0]
     for word in segment.words or ():
@@ -131,7 +135,7 @@ def timed_pieces(segment: Segment) -> list[tuple[str, Word]] | None:
     return [(text[start:end], word) for start, end, word in zip(starts, ends, segment.words, strict=True)]
 
 
-def fits(pieces: Sequence[tuple[str, Word]]) -> bool:
+def fits(pieces: Sequence[TimedPiece]) -> bool:
     """True if words may stand in one subtitle; each but the last has been let in before."""
     (_, first), (_, last) = pieces[0], pieces[-1]
     pause = last.start - pieces[-2][1].end
@@ -152,11 +156,6 @@ def wrapped(pieces: Sequence[str]) -> list[str]:
 
 def width(text: str) -> int:
     return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def cue(start: float, end: float, lines: Sequence[str]) -> Cue:
-    first = round(1000 * start)
-    return Cue(first, max(round(1000 * end), first + 1), tuple(lines))
 
 
 # --- where they go

@@ -1,16 +1,19 @@
 """Texts of recordings of any length by a saved model: its windows, decoded in batches."""
 
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from math import isinf
 
 import torch
 
 from sedtrain.batch import Utterance
+from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.memory import return_freed_memory
+from sedtrain.data.sampler import DurationBatches
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
@@ -18,26 +21,46 @@ from sedtrain.decoding.pauses import Samples, activity_of
 from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.decoding.windows import Window, joined, windows_of
+from sedtrain.models.int8 import in_int8
+from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.saved import SavedModel
 
 DEFAULT_SECONDS = 30.0
-BATCH_SECONDS = 24.0  # padded; a window that is longer is a batch of its own
+NUM_HELD = 32  # windows at once, from which batches of similar lengths are made
 SURE = 0.5  # confidence; with the demo's model, speech has 0.65 to 1, noise and music 0 to 0.6
 REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
 
 
+def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str) -> Collator:
+    """What makes batches for a saved model; rewrite: normalizes texts before they become labels."""
+    return Collator(
+        saved.feature_extractor,
+        saved.tokenizer,
+        saved.model.config.decoder_start_token_id,
+        rewrite,
+        saved.tags,
+        saved.max_seconds,
+        behind_prompt=is_prefixed(saved.model.config.decoder),
+        pads=saved.is_whisper,
+    )
+
+
 @dataclass(frozen=True)
 class RecordingDecoder:
-    """A saved model with the options of its search, and whether words are looked for, which takes a CTC head."""
+    """A saved model with the options of its search and what bounds a batch of windows; words need a CTC head."""
 
     saved: SavedModel
     options: DecodingOptions
     with_words: bool = False
+    bounds: Bounds = field(default_factory=Bounds)
+
+    def __post_init__(self) -> None:
+        if self.options.int8:
+            object.__setattr__(self, "saved", replace(self.saved, model=in_int8(self.saved.model)))
 
     @cached_property
     def collator(self) -> Collator:
-        start = self.saved.model.config.decoder_start_token_id
-        return Collator(self.saved.feature_extractor, self.saved.tokenizer, start, tags=self.saved.tags)
+        return collator_of(self.saved)
 
     @property
     def window_seconds(self) -> float:
@@ -62,18 +85,28 @@ class RecordingDecoder:
 
         windows = windows_of(counted(), rate, self.window_seconds, activity_of(self.options.pauses))
         decoded: list[tuple[Segment, float | None]] = []
-        for batch in batches(windows, round(BATCH_SECONDS * rate)):
-            for window, found in zip(batch, self.decode(batch, language, task), strict=True):
-                segment = self.segment(window, found)
-                if window.overlaps and decoded:
-                    before, confidence = decoded.pop()
-                    before, segment = joined(before, segment)
-                    decoded.append((before, confidence))
-                decoded.append((segment, found.confidence))
-            return_freed_memory()
+        for window, found in self.decoded(windows, language, task):
+            segment = self.segment(window, found)
+            if window.overlaps and decoded:
+                before, confidence = decoded.pop()
+                before, segment = joined(before, segment)
+                decoded.append((before, confidence))
+            decoded.append((segment, found.confidence))
         hears = any(confidence for _, confidence in decoded)
         segments = [segment for segment, confidence in decoded if confidence != 0 or not hears]
         return Transcription(name, num_samples / rate, tuple(segments))
+
+    def decoded(
+        self, windows: Iterator[Window], language: str | None, task: str
+    ) -> Iterator[tuple[Window, Hypotheses]]:
+        """The windows with their texts, in order of time; those of similar length are decoded together."""
+        while held := list(islice(windows, NUM_HELD)):
+            seconds = [len(each.samples) / self.collator.sampling_rate for each in held]
+            found: dict[int, Hypotheses] = {}
+            for batch in DurationBatches(seconds, self.bounds, shuffle=False, tokens=[0] * len(held)):
+                found |= zip(batch, self.decode([held[number] for number in batch], language, task), strict=True)
+                return_freed_memory()
+            yield from ((window, found[number]) for number, window in enumerate(held))
 
     def decode(self, windows: list[Window], language: str | None, task: str) -> list[Hypotheses]:
         rate, saved = self.collator.sampling_rate, self.saved
@@ -100,19 +133,6 @@ class RecordingDecoder:
             cut_at=found.limit if found.is_cut else 0,
             doubt=doubt(best, found.confidence),
         )
-
-
-def batches(windows: Iterable[Window], num_samples: int) -> Iterator[list[Window]]:
-    """Neighbours of together at most so many samples, padding included."""
-    batch: list[Window] = []
-    for window in windows:
-        longest = max(len(each.samples) for each in [*batch, window])
-        if batch and longest * (len(batch) + 1) > num_samples:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
 
 
 def doubt(text: str, confidence: float | None) -> str | None:

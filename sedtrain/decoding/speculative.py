@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sedtrain.decoding.loop import Task
@@ -30,7 +29,8 @@ def speculate(task: Task, drafts: Sequence[Sequence[int]]) -> list[list[int]]:
     unfinished, seen = rows, torch.zeros(len(rows), num_prompt - 1, device=task.prompts.device)
     while unfinished:
         begins = torch.tensor([len(row.text) - 1 for row in unfinished], device=seen.device)
-        tokens = padded([row.guess[len(row.text) - 1 :] for row in unfinished], ends[0]).to(seen.device)
+        guesses = [torch.tensor(row.guess[len(row.text) - 1 :]) for row in unfinished]
+        tokens = pad_sequence(guesses, batch_first=True, padding_value=ends[0]).to(seen.device)
         order = torch.arange(tokens.shape[1], device=seen.device)
         own = torch.where(order <= order[:, None], 0.0, -torch.inf).expand(len(tokens), -1, -1)
         mask = torch.cat([seen[:, None].expand(-1, len(order), -1), own], 2)[:, None]
@@ -78,8 +78,3 @@ class Row:
             self.draft = self.draft[near.index(token) + 1 if token in near else 1 :] or [ends[0]]
             if not agreed:
                 return False
-
-
-def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """(B, U) of rows of unequal length."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

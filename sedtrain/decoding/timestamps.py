@@ -4,8 +4,9 @@ B batch, T frames, U tokens, V vocabulary of the CTC head, S samples, L blocks o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 from typing import Any, Self
 
 import torch
@@ -13,13 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.decoding.alignment import AlignedToken, align
-from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice, lattice_of_tokens
+from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.transcription import Word
 from sedtrain.decoding.words import words_in
-from sedtrain.models.encoder import EncodedSpeech, frame_spacing
+from sedtrain.models.encoder import frame_spacing
 from sedtrain.models.saved import SavedModel
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 KALDI_HOP, KALDI_WINDOW = 0.010, 0.025  # seconds, of features whose extractor names no hop
 BLOCKS = 100  # in a second
@@ -31,49 +31,50 @@ DB_PER_BLOCK = 3.0  # a border should be so much quieter for each block away fro
 # --- frames
 
 
-def heard_words(
-    model: SpeechEncoderDecoder,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: EncodedSpeech,
-    found: Sequence[Hypotheses],
-) -> list[tuple[HeardWord, ...] | None]:
-    """The words of the best text of each utterance in its frames; None for a text that has no path through them."""
+def heard(
+    tokenizer: PreTrainedTokenizerBase, lattice: Lattice, found: Sequence[Hypotheses], with_words: bool
+) -> list[Hypotheses]:
+    """The same with what CTC hears of the best texts: how sure it is of their tokens, and with words where these are."""
     silent = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     texts = [[token for token in each.ids[0] if token not in silent] for each in found]
-    columns = [model.config.pad_token_id, *sorted({token for text in texts for token in text})]
-    lattice = lattice_of_tokens(model, encoded, columns)
-    numbers = [[columns.index(token, 1) for token in text] for text in texts]
-    rows = zip(found, texts, align(lattice, numbers), align(evened(lattice), numbers), strict=True)
-    return [
-        None if sure is None or wide is None else joined(tokenizer, text, each.texts[0], sure, wide)
-        for each, text, sure, wide in rows
+    speaks, sure = (lattice.log_probs.argmax(-1) != lattice.blank).any(1).tolist(), align(lattice, texts)
+    found = [
+        replace(each, confidence=fmean(token.confidence for token in tokens) if any_speech and tokens else 0.0)
+        for each, any_speech, tokens in zip(found, speaks, sure, strict=True)
     ]
+    if not with_words:
+        return found
+    known = sorted({token for text in texts for token in text})
+    wide = align(evened(lattice, known), [[1 + known.index(token) for token in text] for text in texts])
+    rows = zip(found, texts, sure, wide, strict=True)
+    return [replace(each, words=joined(tokenizer, text, each.texts[0], *ways)) for each, text, *ways in rows]
 
 
-def evened(lattice: Lattice) -> Lattice:
-    """Each token's log-probabilities beside its mean over the real frames of the batch, and 0 for the blank.
+def evened(lattice: Lattice, tokens: Sequence[int]) -> Lattice:
+    """The blank, whose log-probability is 0, and `tokens`, with theirs beside its mean over the real frames of the batch.
 
     CTC is sure of a token in one or two frames, often late ones; this finds where the token begins to be heard.
     """
-    real = torch.arange(lattice.log_probs.shape[1], device=lattice.num_frames.device) < lattice.num_frames[:, None]
-    log_probs = lattice.log_probs - lattice.log_probs[real].mean(0)
-    log_probs[lattice.log_probs.isneginf()] = IMPOSSIBLE
-    log_probs[..., lattice.blank] = 0.0
-    return Lattice(log_probs, lattice.num_frames, lattice.blank)
+    columns = torch.tensor([[lattice.blank, *tokens]], device=lattice.num_frames.device)
+    heard = lattice.of_tokens(columns.expand(len(lattice.num_frames), -1)).mT
+    real = torch.arange(heard.shape[1], device=heard.device) < lattice.num_frames[:, None]
+    log_probs = (heard - heard[real].mean(0)).masked_fill(heard.isneginf(), IMPOSSIBLE)
+    log_probs[..., 0] = 0.0
+    return Lattice(log_probs, lattice.num_frames, 0)
 
 
 def joined(
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
     text: str,
-    sure: Sequence[AlignedToken],
-    wide: Sequence[AlignedToken],
-) -> tuple[HeardWord, ...]:
+    sure: Sequence[AlignedToken] | None,
+    wide: Sequence[AlignedToken] | None,
+) -> tuple[HeardWord, ...] | None:
     """Words of tokens: frames from the wide alignment, the mean of the confidences from the sure one."""
+    if sure is None or wide is None:
+        return None
     return tuple(
-        HeardWord(
-            word, wide[first].start, wide[last - 1].end, sum(t.confidence for t in sure[first:last]) / (last - first)
-        )
+        HeardWord(word, wide[first].start, wide[last - 1].end, fmean(token.confidence for token in sure[first:last]))
         for word, first, last in words_in(tokenizer, ids, text)
     )
 
@@ -98,6 +99,16 @@ class FrameTimes:
     def border(self, frame: int) -> float:
         """The second between a frame and the one before it."""
         return self.first + (frame - 0.5) * self.hop
+
+
+@torch.no_grad()
+def frames_per_second(saved: SavedModel) -> float:
+    """Frames that the decoder gets of a second of audio: those of the encoder, joined or made anew by the adapter."""
+    encoder_frames = torch.zeros(1, 1000, saved.model.encoder_output_dim, dtype=saved.model.dtype)
+    with torch.random.fork_rng(devices=[]):  # dropout draws nothing from the run's own
+        frames = saved.model.adapt({"last_hidden_state": encoder_frames}, None).last_hidden_state
+    assert frames is not None
+    return float(frames.shape[1] / encoder_frames.shape[1] / FrameTimes.of(saved).hop)
 
 
 def input_times(extractor: Any) -> tuple[float, float]:

@@ -6,7 +6,6 @@ S samples.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import most_new_tokens
-from sedtrain.models.saved import SavedModel
-from sedtrain.text.tags import NUM_TAGS, TASK_OF
+from sedtrain.text.tags import TASK_OF
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +29,16 @@ Audio = str | Path | NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Transcriber:
-    """A saved model with all that a text depends on besides the audio.
+class Transcriber(RecordingDecoder):
+    """A decoder of recordings with all else that a text depends on; a warning is logged where words cannot be looked for.
 
     of_decoding: what names of DecodingOptions begin with where the user writes them, for messages
-    with_words: look for words and their times, which takes a CTC head; a warning is logged where there is none
     Raises UserError where the model never learnt to write what `target` and `language` ask for, or to search so.
     """
 
-    saved: SavedModel
-    options: DecodingOptions
     language: str | None = None
     target: str = "transcription"
     of_decoding: str = "decoding."
-    with_words: bool = False
 
     def __post_init__(self) -> None:
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
@@ -60,20 +54,16 @@ class Transcriber:
                 "words have no times: the model was trained without a CTC head; train with loss=joint loss.ctc_weight=0.3"
             )
 
-    @cached_property
-    def decoder(self) -> RecordingDecoder:
-        return RecordingDecoder(self.saved, self.options, self.with_words)
-
     def transcription_of(
         self, audio: Audio, sampling_rate: int | None = None, name: str | None = None
     ) -> Transcription:
         """The text of a file or of an array with its times; `name` is shown. Raises UserError for audio that cannot be read."""
-        rate = self.decoder.collator.sampling_rate
+        rate = self.collator.sampling_rate
         if isinstance(audio, np.ndarray):
             shown, blocks = "array", iter([resampled(audio, sampling_rate, rate)])
         else:
             shown, blocks = str(audio), blocks_of(audio, rate)
-        found = self.decoder.transcription(name or shown, blocks, self.language, TASK_OF[self.target])
+        found = self.transcription(name or shown, blocks, self.language, TASK_OF[self.target])
         warn(found, [each for each in found.segments if each.cut_at], self.limit)
         warn(found, [each for each in found.segments if each.doubt], doubted)
         return found
@@ -81,7 +71,7 @@ class Transcriber:
     def limit(self, segment: Segment) -> str:
         """The limit at which a text was cut, and what to write instead."""
         number, option, most = segment.cut_at, f"{self.of_decoding}max_new_tokens", self.saved.model.max_tokens
-        text, num_given = f"the text is cut at {number} tokens", 1 + (NUM_TAGS if self.saved.tags else 0)
+        text, num_given = f"the text is cut at {number} tokens", 1 + self.saved.num_tags
         if (more := most_new_tokens(2 * number, most, num_given)) > number:
             return f"{text}; write {option}={more}, or a smaller {self.of_decoding}window"
         return f"{text}, the last position of the decoder; write a smaller {self.of_decoding}window"
@@ -129,13 +119,9 @@ def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> Sampl
 
 def decoding_options(options: Mapping[str, Any]) -> DecodingOptions:
     """Raises UserError for each option that is unknown, and each value that does not fit."""
-    known = [field.name for field in fields(DecodingOptions)]
+    known = [each.name for each in fields(DecodingOptions)]
     write = f"write one of {', '.join(known)}"
-    unknown = [
-        UserError(name, value, f"decoding has no option {name!r}", write)
-        for name, value in options.items()
-        if name not in known
-    ]
-    if unknown:
+    others = {name: value for name, value in options.items() if name not in known}
+    if unknown := [UserError(name, others[name], f"decoding has no option {name!r}", write) for name in others]:
         raise UserError.all_of(unknown)
     return DecodingOptions(**options)

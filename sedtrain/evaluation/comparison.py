@@ -62,7 +62,6 @@ class Comparison:
     differences: by metric, a difference of each run but the first
     origins:     of each run but the first, in points of the metric `ranking`
     left_out:    utterances of each run that another lacks
-    notes:       what else to know
     """
 
     names: list[str]

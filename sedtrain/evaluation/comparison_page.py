@@ -1,7 +1,6 @@
 """Writes compare.html: verdicts, values with intervals and tests, and where the difference comes from."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from sedtrain.evaluation import html
@@ -9,7 +8,6 @@ from sedtrain.evaluation.comparison import Comparison
 from sedtrain.evaluation.metrics import title_of
 from sedtrain.evaluation.origins import Change, Group, Origin
 from sedtrain.evaluation.results import percent
-from sedtrain.run_dir import write_whole
 
 HEADINGS = ("run", "value", "95 % interval", "difference", "its 95 % interval", "p, t-test", "p, swaps", "p, corrected")
 HOW = """
@@ -23,7 +21,6 @@ Metrics are not corrected for each other: the first decides.
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Writes one HTML file without links to anything outside it."""
     title = f"{' and '.join([', '.join(comparison.names[:-1]), comparison.names[-1]])}: comparison"
-    verdicts = "".join(f"<li>{escape(each)}</li>" for each in comparison.verdicts())
     facts = {
         "data": comparison.data,
         "utterances": comparison.headline(),
@@ -31,14 +28,14 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         "scored as": "; ".join(comparison.scored_as),
         **{f"note {number}": note for number, note in enumerate(comparison.notes, 1)},
     }
-    sections = [f"<h1>{escape(title)}</h1>", f"<ul>{verdicts}</ul>", html.definitions(facts)]
+    sections = [html.bullets(comparison.verdicts()), html.definitions(facts)]
     for metric in comparison.values:
         rows = html.table(HEADINGS, run_rows(comparison, metric))
-        sections.append(f'<h2>{escape(title_of(metric))}</h2><div class="wide">{rows}</div>')
-    sections.append(f'<p class="quiet">{escape(HOW)}</p>')
+        sections.append(html.headed(title_of(metric), html.wide(rows)))
+    sections.append(html.quiet(HOW))
     for name, origin in zip(comparison.names[1:], comparison.origins, strict=True):
         sections.append(origin_sections(comparison.names[0], name, title_of(comparison.ranking), origin))
-    write_whole(path, html.page(title, "\n".join(sections)))
+    html.write_page(path, title, sections)
 
 
 def run_rows(comparison: Comparison, metric: str) -> list[tuple[str, ...]]:
@@ -75,26 +72,24 @@ def origin_sections(first: str, other: str, title: str, origin: Origin) -> str:
     tables = []
     for what, groups in origin.groups.items():
         rows = html.table((what, "utterances", first, other, "points"), group_rows(groups))
-        tables.append(f'<h2>{escape(title)} by {what}</h2><div class="wide">{rows}</div>')
+        tables.append(html.headed(f"{title} by {what}", html.wide(rows)))
     if origin.confusions:
         cells = [
             (said or "–", wrote or "–", f"{before:,}", f"{after:,}") for said, wrote, before, after in origin.confusions
         ]
         rows = html.table(("reference", "hypothesis", first, other), cells, num_texts=2)
-        tables.append(f'<h2>Confusions that changed most</h2><div class="wide">{rows}</div>')
+        tables.append(html.headed("Confusions that changed most", html.wide(rows)))
     moved = f"Points: how far {other} moves the {title} of {first} by these utterances alone."
-    intro = f'<p class="quiet">{escape(moved)}</p>'
-    where = f"<h2>Where {escape(other)} differs from {escape(first)}</h2>{intro if origin.groups else ''}"
+    where = html.headed(f"Where {other} differs from {first}", html.quiet(moved) if origin.groups else "")
     return where + html.row(*tables) + changed_utterances(first, other, title, origin.changes)
 
 
 def changed_utterances(first: str, other: str, title: str, changes: Sequence[Change]) -> str:
     articles = []
     for each in changes:
-        score = f'<span class="quiet">{escape(title)} {percent(each.first)} → {percent(each.other)}</span>'
-        texts = html.definitions(
-            {"reference": each.utterance.reference, first: each.utterance.hypothesis, other: each.hypothesis}
-        )
-        articles.append(f"<article><header><b>{escape(each.utterance.id)}</b>{score}</header>{texts}</article>")
-    heading = f"<h2>The {len(articles)} utterances that changed most</h2>"
-    return f"<section>{heading}{''.join(articles)}</section>" if articles else ""
+        written = {first: each.utterance.hypothesis, other: each.hypothesis}
+        texts = html.definitions({"reference": each.utterance.reference, **written})
+        score = f"{title} {percent(each.first)} → {percent(each.other)}"
+        articles.append(html.article(each.utterance.id, score, texts))
+    heading = f"The {len(articles)} utterances that changed most"
+    return f"<section>{html.headed(heading, *articles)}</section>" if articles else ""

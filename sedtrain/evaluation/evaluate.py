@@ -46,12 +46,7 @@ def metric_set(
     splits: Iterable[str],
     own: Sequence[OwnMetric] = (),
 ) -> MetricSet:
-    """Metrics of these splits of a corpus.
-
-    normalizer_name: rewrites the texts of metrics that are not sacrebleu's
-    tokenize:        the tokenizer of BLEU, see `bleu_tokenizer`
-    Raises UserError where there is no such normalizer or tokenizer.
-    """
+    """Metrics of these splits of a corpus. Raises UserError where there is no such normalizer, or tokenizer of BLEU."""
     rewrites = any(METRICS[name].signature is None for name in names)
     tokenizer = bleu_tokenizer(tokenize, corpus, splits) if "bleu" in names else "13a"
     return MetricSet(names, normalizer(normalizer_name if rewrites else "none"), tokenizer, own)
@@ -61,7 +56,6 @@ def metric_set(
 class Scoring:
     """Settings and components of scoring.
 
-    target, split: what the texts are, and which of them are scored
     folder: where results.json, hypotheses.jsonl and report.html go; metrics.csv is read from it
     checkpoint: the model that is scored; None for one that was trained in this folder
     """
@@ -77,15 +71,12 @@ class Scoring:
     def score(
         self, saved: SavedModel, data: SpeechTextDataModule, train: TrainingTotals | None = None
     ) -> tuple[Results, Evaluation]:
-        """Scores a model on the data and writes the files. Raises UserError where no utterance could be read.
-
-        train: what the training cost, where there was one
-        """
+        """Scores a model on the data and writes the files. Raises UserError where no utterance could be read."""
         saved.model.to(self.device)
-        decoder = RecordingDecoder(saved, self.decoding)
+        decoder = RecordingDecoder(saved, self.decoding, bounds=data.bounds)
         batches = data.batches(self.split, decoder.window_seconds)
         long = data.long_utterances(self.split, decoder.window_seconds)
-        loop = loop_of(saved.model, self.decoding)
+        loop = loop_of(decoder.saved.model, self.decoding)
         logger.info("decoding: by the loop of %s", "transformers, generate" if loop == "generate" else loop)
         evaluation = evaluate(decoder, batches, long, self.metric_set)
         results = Results(
@@ -129,10 +120,7 @@ class Scoring:
 def evaluate(
     decoder: RecordingDecoder, batches: Iterable[Batch], long: Iterable[Utterance], metric_set: MetricSet
 ) -> Evaluation:
-    """Scores every batch, and long utterances by windows, with 95 % intervals.
-
-    Raises UserError where no utterance could be decoded.
-    """
+    """Scores every batch, and long utterances by windows. Raises UserError where no utterance could be decoded."""
     model, tokenizer, options = decoder.saved.model, decoder.saved.tokenizer, decoder.options
     num_skipped = num_cut = 0
     hypotheses: list[Hypothesis] = []
@@ -160,17 +148,13 @@ def evaluate(
         recording = decoder.transcription(each.id, [each.audio.numpy()], each.language, each.task)
         decoding_seconds += time.perf_counter() - start
         audio_seconds += each.seconds
-        hypotheses.append(
-            Hypothesis(each.id, each.text, recording.text, each.speaker, each.language, each.seconds, None)
-        )
+        described = each.id, each.text, recording.text, each.speaker, each.language, each.seconds
+        hypotheses.append(Hypothesis(*described))
         num_cut += any(segment.cut_at for segment in recording.segments)
     if not hypotheses:
-        raise UserError(
-            "data",
-            f"{num_skipped} utterances",
-            "none of the utterances could be decoded: there is nothing to score",
-            "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this",
-        )
+        wrong = "none of the utterances could be decoded: there is nothing to score"
+        write = "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
+        raise UserError("data", f"{num_skipped} utterances", wrong, write)
     texts = [h.reference for h in hypotheses], [h.hypothesis for h in hypotheses]
     counts = metric_set.count(*texts)
     metrics = confidence_intervals(metric_set, counts, [each.speaker for each in hypotheses])

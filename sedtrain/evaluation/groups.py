@@ -76,7 +76,7 @@ def scores_by_group(
         return html.table((what, "utterances", title, "95 % interval"), cells)
 
     return [
-        f"<h2>{title} by {what}</h2>{draw(what, groups)}"
+        html.headed(f"{title} by {what}", draw(what, groups))
         for draw, groupings in ((figure, numbers), (table, names))
         for what, groups in groupings.items()
         if len(groups) > 1

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sedtrain.evaluation.intervals import Interval
+from sedtrain.run_dir import write_whole
 
 Audio = tuple[np.ndarray, int]  # (S,) samples in -1..1, sampling rate in hertz
 Curve = tuple[list[int], list[float]]  # optimizer steps, values
@@ -41,45 +42,7 @@ LOOK: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sedtrain",
 }
-STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --quiet: #59636e; --line: #d5dae0;
-  --sub: #7a4d00; --sub-ground: #fff1c2; --del: #a40e26; --del-ground: #ffe3e0; --ins: #0a4a9e; --ins-ground: #dcebff }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14171b; --ink: #e3e7eb; --quiet: #9aa4af; --line: #343a42;
-  --sub: #f2cc60; --sub-ground: #3b2e05; --del: #ffaaa3; --del-ground: #4a1619; --ins: #8cc5ff; --ins-ground: #10304f }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-.quiet, dt, th, figcaption, summary { color: var(--quiet); font-size: .875rem; font-weight: 400 }
-table { border-collapse: collapse }
-th, td { padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td.number, th.number { text-align: right } td.number { white-space: nowrap } tr :last-child { padding-right: 0 }
-@media (max-width: 30rem) { th, td { padding-right: .6rem } td.number:last-child { white-space: normal } }
-td { max-width: min(14rem, 32vw) } .row td { max-width: min(9rem, 32vw) } .row td.number, td.number { max-width: none }
-.row section, dd, .words { min-width: 0 }
-.row section { overflow-x: auto }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: .5rem 0 } dd { margin: 0 }
-dt { line-height: 1.5rem } .row { display: grid; gap: 0 2.5rem }
-@media (min-width: 46rem) { .row { grid-template-columns: 1fr 1fr } }
-.wide { overflow-x: auto } .wide td { min-width: 6rem; max-width: 34rem } .wide td.number { min-width: 0 }
-ul { margin: .5rem 0; padding-left: 1.25rem }
-summary { padding: .25rem 0; cursor: pointer }
-figure { margin: .5rem 0; max-width: 30rem } svg { width: 100%; height: auto }
-svg text { font-family: inherit !important }
-article { border-top: 1px solid var(--line); padding: .75rem 0 } p { margin: .25rem 0 .75rem }
-article header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem }
-audio { display: block; width: 100%; max-width: 24rem; height: 2.25rem; margin: .4rem 0 } td audio { min-width: 15rem }
-.sides { display: grid; grid-template-columns: max-content 1fr; gap: 0 .9rem }
-.words { display: flex; flex-wrap: wrap; gap: .3rem .1rem }
-.pair span, .sides .quiet span { display: block; min-height: 1.5rem; line-height: 1.5rem }
-article b, dd, .pair { max-width: 100%; overflow-wrap: anywhere } .pair span { padding: 0 .25rem }
-.pair, .key { border-radius: .2rem } .key { padding: .1rem .3rem }
-.substitution { color: var(--sub); background: var(--sub-ground) }
-.deletion { color: var(--del); background: var(--del-ground); text-decoration: line-through }
-.insertion { color: var(--ins); background: var(--ins-ground); text-decoration: underline }
-"""
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def read_curves(metrics_csv: Path) -> dict[str, Curve]:
@@ -188,12 +151,43 @@ def figure(caption: str, draw: Callable[[Axes], None], percent: bool, height: fl
     return f"<figure><figcaption>{escape(caption)}</figcaption>{tag}{drawing}</figure>"
 
 
-def page(title: str, body: str) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+def write_page(path: Path, title: str, sections: Iterable[str]) -> None:
+    """Writes one HTML file, which links to nothing outside it."""
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{STYLE}</style>"
     )
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *sections])
+    write_whole(path, f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n')
+
+
+def headed(heading: str, *contents: str) -> str:
+    return f"<h2>{escape(heading)}</h2>{''.join(contents)}"
+
+
+def quiet(text: str) -> str:
+    return f'<p class="quiet">{escape(text)}</p>'
+
+
+def bullets(texts: Iterable[str]) -> str:
+    items = "".join(f'<li dir="auto">{escape(text)}</li>' for text in texts)
+    return f"<ul>{items}</ul>"
+
+
+def wide(content: str) -> str:
+    """Scrolls sideways where the page is narrower."""
+    return f'<div class="wide">{content}</div>'
+
+
+def folded(summary: str, content: str) -> str:
+    """Closed until it is clicked."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def article(id: str, score: str, *contents: str) -> str:
+    """An utterance."""
+    header = f'<header><b>{escape(id)}</b><span class="quiet">{escape(score)}</span></header>'
+    return f"<article>{header}{''.join(contents)}</article>"
 
 
 def row(*sections: str) -> str:

@@ -68,13 +68,8 @@ def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels:
     """(1, U) labels -> (U, T) weights of the frames from which each was written; None where the decoder gives none."""
     inputs = model.prepare_decoder_input_ids_from_labels(labels)
     with eager_attention(model.decoder):
-        output = model(
-            encoder_outputs=encoded,
-            decoder_input_ids=inputs,
-            output_attentions=True,
-            output_logits=False,
-            use_cache=False,
-        )
+        wanted = {"output_attentions": True, "output_logits": False, "use_cache": False}
+        output = model(encoder_outputs=encoded, decoder_input_ids=inputs, **wanted)
     layers = [layer for layer in output.cross_attentions or () if layer is not None]
     if not layers:
         return None

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sedtrain.evaluation.groups import by_number
+from sedtrain.evaluation.groups import by_name, by_number
 from sedtrain.evaluation.metrics import Counts, MetricSet, word_pairs
 from sedtrain.evaluation.results import BestHypothesis
 from sedtrain.text.normalizers import Normalizer
@@ -96,9 +96,7 @@ def groups_of(
 
     The points of a group are how the whole value changes where only its utterances come from the other run.
     """
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault("unknown" if name is None else name, []).append(row)
+    rows = dict(by_name(names))
     ranking, total = metric_set.ranking(), first.sum(axis=0)
     before = float(metric_set.values(total)[ranking])
 

@@ -12,15 +12,11 @@ from sedtrain.evaluation.metrics import OwnMetric
 TRIAL = ["two words"]
 
 
-def tried(metric: OwnMetric) -> OwnMetric:
-    """The metric, once it has given a value for one pair of texts. Raises UserError."""
+def of_function(name: str, function: Callable[..., Any], signature: str, higher_is_better: bool | None) -> OwnMetric:
+    """A metric by a function of references and hypotheses. Raises UserError where it fails on a pair of texts."""
+    metric = OwnMetric(name, function, signature, higher_is_better)
     metric.value(TRIAL, TRIAL)
     return metric
-
-
-def of_function(name: str, function: Callable[..., Any], target: str, higher_is_better: bool | None) -> OwnMetric:
-    """A metric by a function of references and hypotheses; `target` is its dotted name. Raises UserError where it fails."""
-    return tried(OwnMetric(name, function, target, higher_is_better))
 
 
 def of_evaluate(name: str, evaluate: str, higher_is_better: bool | None, key: str | None, **options: Any) -> OwnMetric:
@@ -49,4 +45,4 @@ def of_evaluate(name: str, evaluate: str, higher_is_better: bool | None, key: st
             raise ValueError(f"it returns {sorted(found)}: write +metrics.{name}.key=NAME of a number among them")
         return float(numbers[chosen])
 
-    return tried(OwnMetric(name, value, f"evaluate {version('evaluate')}: {evaluate}", higher_is_better))
+    return of_function(name, value, f"evaluate {version('evaluate')}: {evaluate}", higher_is_better)

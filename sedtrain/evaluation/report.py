@@ -14,7 +14,6 @@ from sedtrain.evaluation.groups import scores_by_group
 from sedtrain.evaluation.listening import MOST_SECONDS, Listening
 from sedtrain.evaluation.metrics import METRICS, MetricSet, word_pairs
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, percent
-from sedtrain.run_dir import write_whole
 from sedtrain.text.normalizers import normalizer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ def write_report(
 
     metrics_csv: written by Lightning's CSVLogger; without this file the page has no curves
     audio_of:    audio by utterance id; called for the worst utterances only
-    model:       encoder and decoder, for the title
     labels:      names of the datasets of a mix, with which ids begin
     listen_to:   where the decoder listens while it writes a hypothesis; called for three utterances
     """
@@ -47,7 +45,7 @@ def write_report(
     metric_set = MetricSet([name for name in evaluation.metrics if name in METRICS], normalize)
     ranking = metric_set.ranking()
     title = f"{model or 'Speech encoder-decoder'}: {results.task}"
-    sections = [f"<h1>{escape(title)}</h1>", html.row(scores(results), facts(results))]
+    sections = [html.row(scores(results), facts(results))]
     if metrics_csv and metrics_csv.exists():
         sections.append(learning_curves(metrics_csv))
     if evaluation.hypotheses:
@@ -63,7 +61,7 @@ def write_report(
             pictures([evaluation.hypotheses[index] for index in order], listen_to) if listen_to else "",
             worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of, worst),
         ]
-    write_whole(path, html.page(title, "\n".join(sections)))
+    html.write_page(path, title, sections)
 
 
 def kind(pair: WordPair) -> str:
@@ -75,7 +73,7 @@ def kind(pair: WordPair) -> str:
 
 def scores(results: Results) -> str:
     scored_as = f'<p class="quiet">{"<br>".join(map(escape, results.scored_as()))}</p>'
-    return "<h2>Scores</h2>" + html.table(("metric", "value", results.interval_title), results.rows()) + scored_as
+    return html.headed("Scores", html.table(("metric", "value", results.interval_title), results.rows()), scored_as)
 
 
 def facts(results: Results) -> str:
@@ -101,8 +99,7 @@ def facts(results: Results) -> str:
         "skipped": ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "none",
     }
     versions = {name: version or "not installed" for name, version in results.versions.items()}
-    folded = f"<details><summary>versions</summary>{html.definitions(versions)}</details>"
-    return f"<h2>Facts</h2>{html.definitions(facts)}{folded}"
+    return html.headed("Facts", html.definitions(facts), html.folded("versions", html.definitions(versions)))
 
 
 def learning_curves(metrics_csv: Path) -> str:
@@ -121,7 +118,7 @@ def learning_curves(metrics_csv: Path) -> str:
         for caption, names in figures.items()
         if (found := {name: curves[name] for name in names if name in curves})
     ]
-    return f"<h2>Learning curves</h2>{html.row(*drawn)}" if drawn else ""
+    return html.headed("Learning curves", html.row(*drawn)) if drawn else ""
 
 
 def pictures(ranked: Sequence[Hypothesis], listen_to: Callable[[Hypothesis], Listening]) -> str:
@@ -145,15 +142,14 @@ def pictures(ranked: Sequence[Hypothesis], listen_to: Callable[[Hypothesis], Lis
         for id, each in found
         if each.tokens
     ]
-    legend = f'<p class="quiet">{"; ".join(notes)}</p>'
-    return f"<h2>Where the decoder listens</h2>{legend}{html.row(*figures)}"
+    return html.headed("Where the decoder listens", html.quiet("; ".join(notes)), html.row(*figures))
 
 
 def errors_by_kind(pairs: Iterable[list[WordPair]]) -> str:
     counts = Counter(kind(pair) for words in pairs for pair in words)
     num_words = max(counts["hit"] + counts["substitution"] + counts["deletion"], 1)
     rows = [(f"{name}s", f"{counts[name]:,}", percent(counts[name] / num_words)) for name in KINDS]
-    return "<h2>Errors by kind</h2>" + html.table(("kind", "words", "of the reference"), rows)
+    return html.headed("Errors by kind", html.table(("kind", "words", "of the reference"), rows))
 
 
 def frequent_errors(pairs: Iterable[list[WordPair]]) -> str:
@@ -164,7 +160,7 @@ def frequent_errors(pairs: Iterable[list[WordPair]]) -> str:
         for pair, count in [each for each in counts.most_common() if kind(each[0]) == name][:NUM_CONFUSIONS]
     ]
     listed = html.table(("kind", "reference", "hypothesis", "times"), rows, num_texts=3)
-    return f"<h2>Most frequent errors</h2>{listed}" if rows else ""
+    return html.headed("Most frequent errors", listed) if rows else ""
 
 
 def worst_utterances(
@@ -185,13 +181,12 @@ def worst_utterances(
     articles = []
     for index in worst:
         utterance = hypotheses[index]
-        score = f'<span class="quiet">{title} {percent(values[index])}</span>'
         sound = html.player(*audio_of(utterance.id)) if audio_of else ""
         texts = {"reference": utterance.reference, "hypothesis": utterance.hypothesis}
         words = aligned_words(pairs[index]) if name == "wer" else html.definitions(texts)
-        header = f"<header><b>{escape(utterance.id)}</b>{score}</header>"
-        articles.append(f"<article>{header}{sound}{words}{other_texts(utterance)}</article>")
-    return f"<section><h2>The {len(worst)} worst utterances, by {title}</h2>{legend}{''.join(articles)}</section>"
+        score = f"{title} {percent(values[index])}"
+        articles.append(html.article(utterance.id, score, sound, words, other_texts(utterance)))
+    return f"<section>{html.headed(f'The {len(worst)} worst utterances, by {title}', legend, *articles)}</section>"
 
 
 def other_texts(utterance: Hypothesis) -> str:
@@ -201,7 +196,7 @@ def other_texts(utterance: Hypothesis) -> str:
     texts = [(utterance.hypothesis, utterance.score), *utterance.others]
     rows = [(text or "–", "none" if score is None else f"{score:.3f}") for text, score in texts]
     listed = html.table(("text", "score"), rows)
-    return f'<details><summary>{len(texts)}-best texts</summary><div class="wide">{listed}</div></details>'
+    return html.folded(f"{len(texts)}-best texts", html.wide(listed))
 
 
 def aligned_words(words: Iterable[WordPair]) -> str:

@@ -1,22 +1,20 @@
 """Scores and hypotheses of a split; results.json adds how it was decoded and the versions of what decides a number."""
 
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval, Units
 from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet, title_of
-from sedtrain.run_dir import write_whole
+from sedtrain.run_dir import without_nan, write_json, write_whole
 
 PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapidfuzz", "sacrebleu")
 
@@ -46,10 +44,7 @@ class Hypothesis(BestHypothesis):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split: `counts` (N, K) are of the N hypotheses, `rtfx` is audio per second of decoding.
-
-    num_cut: hypotheses that were cut at the limit of tokens
-    """
+    """Scores of a split: `counts` (N, K) are of the N hypotheses, of which `num_cut` were cut at the limit of tokens."""
 
     metrics: dict[str, Interval]
     hypotheses: list[Hypothesis]
@@ -60,7 +55,6 @@ class Evaluation:
 
     @property
     def speakers(self) -> list[str | None]:
-        """The speaker of each hypothesis."""
         return [each.speaker for each in self.hypotheses]
 
     @property
@@ -89,13 +83,11 @@ class Results:
     """One evaluation of one split.
 
     metrics:             fractions, not percent
-    normalizer:          of references and hypotheses
     rtfx:                seconds of audio decoded per second of wall clock
     train:               None where nothing was trained
     skipped:             number of utterances by reason, of all splits of the run
     not_scored:          number of utterances of this split by reason
     num_empty:           utterances whose reference is empty: what is written for them counts as insertions
-    num_cut:             hypotheses that were cut at the limit of tokens
     training_normalizer: of the texts that the model learnt; None where the model does not say
     signatures:          sacrebleu's description of each of its metrics, and what the user named for others
     resampled, num_speakers, num_without_speaker: units of the intervals, see `Units`
@@ -132,10 +124,7 @@ class Results:
     def headline(self) -> str:
         """Number of utterances that were scored, and of the others by reason, such as `155 scored, 4 too long`."""
         counts = {"scored": self.num_utterances, **self.not_scored}
-        of_scored = {
-            "with an empty reference": self.num_empty,
-            "cut at the limit of tokens": self.num_cut,
-        }
+        of_scored = {"with an empty reference": self.num_empty, "cut at the limit of tokens": self.num_cut}
         text = ", ".join(f"{count:,} {what}" for what, count in counts.items())
         special = ", ".join(f"{count:,} {what}" for what, count in of_scored.items() if count)
         return f"{text} (of the scored {special})" if special else text
@@ -158,25 +147,7 @@ class Results:
         return scored_as(self.metrics, self.normalizer, self.signatures)
 
     def write(self, path: Path) -> None:
-        """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
-        text = json.dumps(without_nan(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
-        write_whole(path, text + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> "Results":
-        """Reads the file of `write`. Raises UserError where it is missing or holds something else."""
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            metrics = {name: Interval(**with_nan(interval)) for name, interval in stored["metrics"].items()}
-            train = stored["train"] and TrainingTotals(**stored["train"])
-            return cls(**{**stored, "metrics": metrics, "train": train, **with_nan({"rtfx": stored["rtfx"]})})
-        except FileNotFoundError:
-            wrong = f"there is no file {path}"
-        except ValueError as error:
-            wrong = f"{path} is not JSON: {error}"
-        except (TypeError, KeyError, AttributeError):
-            wrong = f"{path} holds no results: expected the keys {', '.join(each.name for each in fields(cls))}"
-        raise UserError("run_dir", str(path.parent), wrong, "write the folder of a run that has ended")
+        write_json(path, asdict(self))
 
 
 def scored_as(names: Iterable[str], normalizer: Mapping[str, str], signatures: Mapping[str, str]) -> list[str]:
@@ -194,14 +165,9 @@ def percent(fraction: float) -> str:
 def write_hypotheses(path: Path, evaluation: Evaluation, metric_set: MetricSet) -> None:
     """Writes a line of JSON for each utterance, with its counts of the first metric that has any."""
     deciding = next(iter(metric_set.metrics))
-    lines = [
-        json.dumps(
-            without_nan({**asdict(each), "errors": metric_set.named(counts, deciding)}),
-            ensure_ascii=False,
-            allow_nan=False,
-        )
-        for each, counts in zip(evaluation.hypotheses, evaluation.counts.tolist(), strict=True)
-    ]
+    rows = zip(evaluation.hypotheses, evaluation.counts.tolist(), strict=True)
+    values = ({**asdict(each), "errors": metric_set.named(counts, deciding)} for each, counts in rows)
+    lines = (json.dumps(without_nan(each), ensure_ascii=False, allow_nan=False) for each in values)
     write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -214,18 +180,6 @@ def installed_versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-def without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
-    return {key: math.nan if number is None else number for key, number in numbers.items()}
 
 
 def commit() -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import BestHypothesis
 from sedtrain.plain import plain_value
+from sedtrain.ranges import BLEU_TOKENIZERS
 from sedtrain.text.normalizers import NORMALIZERS
 
 MAX_BYTES = 1_000_000_000
 MAX_LINE = 1_000_000  # bytes of an utterance
 WRITE = "write folders of runs that have ended, or of task=evaluate"
-TEXTS, NUMBERS = ("id", "reference", "hypothesis"), ("seconds", "score")
+TEXTS, OPTIONAL, NUMBERS = ("id", "reference", "hypothesis"), ("speaker", "language"), ("seconds", "score")
 LARGEST = 1e300  # a number; JSON can spell larger ones, of which Python makes no float
 HALF = re.compile("[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and no file can hold."""
@@ -40,23 +41,17 @@ class ScoredRun:
 
     @property
     def tokenize(self) -> str:
-        """The tokenizer of BLEU."""
+        """The tokenizer of BLEU; none that sacrebleu would download."""
         found = re.search(r"\|tok:([\w-]+)\|", self.signatures.get("bleu", ""))
-        return (
-            found[1] if found and found[1] in ("13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none") else "13a"
-        )
+        return found[1] if found and found[1] in BLEU_TOKENIZERS else "13a"
 
     @classmethod
     def read(cls, folder: str) -> "ScoredRun":
         """Raises UserError where a file is missing, too large, or holds something else."""
         place = Path(folder).expanduser()
-        for name in ("results.json", "hypotheses.jsonl"):
-            if not (place / name).is_file():
-                raise UserError("runs", folder, f"there is no file {place / name}", WRITE)
-        stored = plain_value(place / "results.json", "runs", folder, WRITE)
-        if not is_results(stored):
-            wrong = f"{place / 'results.json'} holds no results: split, data, metrics, normalizer, signatures"
-            raise UserError("runs", folder, wrong, WRITE)
+        stored = stored_results(place, "runs", folder, WRITE)
+        if not (place / "hypotheses.jsonl").is_file():
+            raise UserError("runs", folder, f"there is no file {place / 'hypotheses.jsonl'}", WRITE)
         names = list(stored["metrics"])
         return cls(
             place,
@@ -70,16 +65,25 @@ class ScoredRun:
         )
 
 
+def stored_results(folder: Path, option: str, value: str, write: str) -> dict[str, Any]:
+    """What results.json holds. Raises the UserError of these where it is missing, too large, or holds something else."""
+    file = folder / "results.json"
+    if not file.is_file():
+        raise UserError(option, value, f"there is no file {file}", write)
+    stored: dict[str, Any] = plain_value(file, option, value, write)
+    if not is_results(stored):
+        raise UserError(option, value, f"{file} holds no results: split, data, metrics, normalizer, signatures", write)
+    return stored
+
+
 def is_results(stored: Any) -> bool:
     """True if the parts of results.json that are used have the types that they should have."""
     if not isinstance(stored, dict) or not isinstance(stored.get("metrics"), dict):
         return False
-    tables = stored.get("normalizer"), stored.get("signatures", {})
-    texts = [stored.get("split"), stored.get("data", "")]
-    for table in tables:
-        if not isinstance(table, dict):
-            return False
-        texts += table.values()
+    tables: tuple[Any, Any] = stored.get("normalizer"), stored.get("signatures", {})
+    if not all(isinstance(table, dict) for table in tables):
+        return False
+    texts = [stored.get("split"), stored.get("data", ""), *(text for table in tables for text in table.values())]
     return all(isinstance(each, str) for each in texts) and stored["normalizer"].get("name") in NORMALIZERS
 
 
@@ -112,7 +116,7 @@ def parsed(line: bytes) -> BestHypothesis | None:
         return None
     if not isinstance(stored, dict):
         return None
-    known: dict[str, Any] = {each.name: stored.get(each.name) for each in fields(BestHypothesis)}
+    known: dict[str, Any] = {name: stored.get(name) for name in (*TEXTS, *OPTIONAL, *NUMBERS)}
     for name, value in known.items():
         fits = is_number(value) if name in NUMBERS else isinstance(value, str) and not HALF.search(value)
         if not (fits or (value is None and name not in TEXTS)):

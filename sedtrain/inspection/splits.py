@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, opened
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import Parts, Reference
+from sedtrain.data.dataset import Reference
 from sedtrain.data.durations import durations
+from sedtrain.data.parts import Parts
 from sedtrain.data.paths import local_path
 from sedtrain.data.utterances import UtteranceRows, name_or_none
 from sedtrain.errors import UserError
@@ -79,7 +80,7 @@ class SplitEntries:
             kept.values(),
             map(str.strip, rows.texts(used)),
             map(name_or_none, rows.cells("speaker", used)),
-            (name_or_none(cell) or rows.language for cell in rows.cells("language", used)),
+            (name_or_none(cell) or rows.source.language for cell in rows.cells("language", used)),
             repeat(self.parts.parts[part].source.label or None),
         )
         lengths = (None if isnan(length) else length for length in rows.seconds(list(skipped)).tolist())

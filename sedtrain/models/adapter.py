@@ -46,12 +46,12 @@ class Adapter(nn.Module):
 
 
 class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
-    """The configuration of a joined model with an adapter that `transformers` does not have.
+    """The configuration of a joined model that `transformers` does not have: with an adapter, or a prefix of audio.
 
     adapter: its `kind` and its `settings`
 
-    The base class would load such a folder without its adapter, and only warn of an unknown model type. Therefore the saved
-    model type of the encoder is one that the base class cannot resolve: it then refuses.
+    The base class would load such a folder without its adapter or its audio, and only warn of an unknown model type. Therefore
+    the saved model type of the encoder or the decoder is one that the base class cannot resolve: it then refuses.
     """
 
     model_type = "adapted-speech-encoder-decoder"
@@ -59,20 +59,28 @@ class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()
-        if isinstance(self.adapter, dict) and "encoder" in values:
-            values["encoder"]["model_type"] += needs_sedtrain(self.adapter)
+        if "encoder" in values:
+            for part, suffix in needs_sedtrain(values).items():
+                values[part]["model_type"] += suffix
         return values
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
-        encoder = dict(config_dict["encoder"])
-        encoder["model_type"] = encoder["model_type"].removesuffix(needs_sedtrain(config_dict["adapter"]))
-        config: Self = super().from_dict({**config_dict, "encoder": encoder}, **kwargs)
+        values = {**config_dict, "encoder": {**config_dict["encoder"]}, "decoder": {**config_dict["decoder"]}}
+        for part, suffix in needs_sedtrain(values).items():
+            values[part]["model_type"] = values[part]["model_type"].removesuffix(suffix)
+        config: Self = super().from_dict(values, **kwargs)
         return config
 
 
-def needs_sedtrain(adapter: dict[str, Any]) -> str:
-    return f" with the {adapter['kind']} adapter of sedtrain"
+def needs_sedtrain(values: dict[str, Any]) -> dict[str, str]:
+    """What the model types of encoder and decoder end with in a saved configuration."""
+    ends = {}
+    if isinstance(adapter := values.get("adapter"), dict):
+        ends["encoder"] = f" with the {adapter['kind']} adapter of sedtrain"
+    if values["decoder"].get("listens") == "prefix":
+        ends["decoder"] = " behind a prefix of sedtrain"
+    return ends
 
 
 def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[str, Any]) -> Adapter:

@@ -1,6 +1,6 @@
-"""Text decoders: any causal decoder of `transformers` with cross-attention, by its model type or as a module.
+"""Text decoders: any causal decoder of `transformers`, by its model type or as a module; prefix.py is for language models.
 
-To add a family:
+To add a family (of a whole sequence-to-sequence model: a row in stacks.py, too):
 1. `conf/decoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny one (like conf/decoder/gpt2.yaml).
 2. Code, only if it differs from the others: `settle_config` below for its configuration, `decoder_positions` for its
    positions, `ENDS_WITH_OUTPUT_LAYER` in losses.py if its logits are exactly what its output layer returns.
@@ -13,12 +13,13 @@ B batch, U target tokens, D width.
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.canary.modeling_canary import CanaryPositionalEmbedding
 from transformers.models.xmod.modeling_xmod import XmodAdapter
 
 from sedtrain.annotations import checked
@@ -34,6 +35,8 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
+from sedtrain.models.prefix import behind_prefix, choose_listening, give_prompt, is_prefixed
+from sedtrain.models.stacks import decoder_config, out_of_whole
 from sedtrain.models.trial import tried
 from sedtrain.text.tokenizers import start_end_pad
 
@@ -45,15 +48,20 @@ ALTERNATIVES = (
 
 BROKEN = {
     "big_bird": "its cache of keys and values fails in generation",
+    **dict.fromkeys(
+        ["gemma3n_text", "gemma4_text"], "its layers read embeddings of their own for each token, which audio has not"
+    ),
     "gpt_bigcode": "its multi-query attention has no cross-attention",
     "megatron-bert": "its cross-attention mixes up frames and tokens",
+    "minimax": "it takes no cache but its own",
+    "moshi": "it writes codes of speech beside its text",
     "prophetnet": "its cross-attention takes no mask of padded frames",
     **dict.fromkeys(
         ["musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"],
         "it writes codes of music, no text",
     ),
 }
-"""Families whose cross-attention does not work in transformers, with the reason."""
+"""Families that cannot be fed with audio, or whose cross-attention does not work in transformers, with the reason."""
 POSITIONS = re.compile(r"^(?!.*(rel|bias|bucket)).*(position|pos_?emb|wpe)", re.IGNORECASE)
 """Names of tables of absolute positions, not of distances."""
 
@@ -69,14 +77,18 @@ def load_decoder(
     pretrained: bool = True,
     checkpoint: str | None = None,
     attention: str | None = None,
+    listens: Literal["cross_attention", "prefix"] | None = None,
+    prompt: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A causal decoder with cross-attention of a family that `transformers` knows.
+    """A causal decoder of a family that `transformers` knows, which listens by cross-attention or to a prefix of audio.
 
     tokenizer: handed over by build; its vocabulary sizes a decoder with random weights
     tiny: the family's configuration for size=tiny; base, large: the Hub ids of the published members
     checkpoint: a Hub id or folder that takes the place of the size's own
     attention: None is sdpa if the family has it, else eager
+    listens: None is cross_attention if the family has it
+    prompt: text with one place for the audio, {audio}; None is a turn of the tokenizer's chat template, if it has one
     options: values of the family's configuration class, for any size
     """
     name = published_name("decoder", size, checkpoint, {"base": base, "large": large})
@@ -84,11 +96,13 @@ def load_decoder(
     if name is None:
         refuse_broken(default_config("decoder", model_type))
     config = load_config("decoder", name, model_type, tiny, **options)
+    choose_listening(config, listens)
     settle_config(config)
     config._attn_implementation = attention
     if name is None:
         assert tokenizer is not None, "build hands the tokenizer over"
         take_vocabulary(config, tokenizer)
+    give_prompt(config, tokenizer, prompt)
     if name is None or not pretrained:
         chosen = ("decoder.tiny", tiny) if name is None and not options else ("decoder.options", options)
         return tried(*chosen, config, new_decoder, decode_a_token)
@@ -112,6 +126,7 @@ def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` with a configuration that makes the checkpoint a decoder."""
     if (config := options.pop("config", None)) is None:
         config, options = configured(name, options)
+    config = decoder_config(config)
     settle_config(config)
     with attention_wanted("decoder", config, options):
         decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -143,15 +158,21 @@ def settle_config(config: PreTrainedConfig) -> None:
     Raises UserError for a family that does not work, and if no language is chosen (X-MOD).
     """
     refuse_broken(config)
-    config.is_decoder = config.add_cross_attention = True
-    config.is_encoder_decoder = False
+    config.is_decoder, config.is_encoder_decoder, config.add_cross_attention = True, False, not is_prefixed(config)
+    if is_prefixed(config):
+        config.listens = "prefix"
+        return
     for name, source in config.attribute_map.items():
         if name in ("num_hidden_layers", "num_attention_heads") and source.startswith("encoder_"):
             setattr(config, name, getattr(config, source.replace("encoder_", "decoder_")))
+    if getattr(config, "num_decoder_layers", None):
+        config.num_layers = config.num_decoder_layers
     if getattr(config, "decoder_vocab_size", None):
         config.vocab_size = config.decoder_vocab_size
     if getattr(config, "encoder_no_repeat_ngram_size", 0):
         config.encoder_no_repeat_ngram_size = 0  # Blenderbot's encoder reads text
+    if getattr(config, "begin_suppress_tokens", None):
+        config.suppress_tokens = config.begin_suppress_tokens = None  # Whisper's, by which no text is empty
     if getattr(config, "default_language", "") is None:
         if len(config.languages) > 1:
             wrong = f"{config.model_type} has adapters of {len(config.languages)} languages, and none is chosen"
@@ -165,6 +186,12 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
 
     Raises UserError for a decoder that would train to a finite loss without ever hearing the audio, or writes no text.
     """
+    if (config := decoder_config(decoder.config)) is not decoder.config:
+        settle_config(config)
+        decoder = out_of_whole(decoder, config)
+    elif is_prefixed(decoder.config) and type(decoder).__name__ in CAUSAL.values():
+        settle_config(decoder.config)
+        return behind_prefix(decoder)
     refuse_without_cross_attention(decoder)
     settle_config(decoder.config)
     fix_sinusoids(decoder)
@@ -224,6 +251,7 @@ def max_tokens(decoder: PreTrainedModel) -> int | None:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
     ]
+    tables += [module.length for module in decoder.modules() if isinstance(module, CanaryPositionalEmbedding)]
     embeddings: Any = getattr(decoder.base_model, "embeddings", None)
     skipped = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
     return min(tables) - skipped if tables else None
@@ -234,11 +262,19 @@ def most_new_tokens(wanted: int, positions: int | None, num_given: int) -> int:
     return wanted if positions is None else max(1, min(wanted, positions + 1 - num_given))
 
 
-def refuse_longer(tokens: Tensor | None, most: int | None) -> None:
-    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for."""
-    if most is not None and tokens is not None and tokens.shape[1] > most:
-        wrong = f"a text of {tokens.shape[1]} tokens is too long for the decoder's {most} positions"
-        raise UserError("labels", tuple(tokens.shape), wrong, f"write labels of at most {most} tokens")
+def refuse_longer(tokens: Tensor | None, most: int | None, in_front: int = 0) -> None:
+    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for.
+
+    in_front: positions of the audio and its prompt
+    """
+    if most is None or tokens is None or tokens.shape[1] + in_front <= most:
+        return
+    wrong = f"a text of {tokens.shape[1]} tokens is too long for the decoder's {most} positions"
+    write = f"write labels of at most {most} tokens"
+    if in_front:
+        wrong += f" behind {in_front} of audio and prompt"
+        write = "write adapter=stack_mlp adapter.stride=NUMBER for fewer frames, or a smaller data.max_seconds"
+    raise UserError("labels", tuple(tokens.shape), wrong, write)
 
 
 def decoder_positions(
@@ -252,7 +288,7 @@ def decoder_positions(
     tokens: (B, U) ids or (B, U, D) embeddings of them, behind `past_length` tokens in the cache
     attention_mask: (B, past_length + U), 0 where a prompt is padded
     """
-    embeddings: Any = getattr(decoder.base_model, "embeddings", None)
+    embeddings: Any = getattr(decoder.base_model, "embeddings", getattr(decoder.base_model, "embed_positions", None))
     if tokens is None or not hasattr(embeddings, "create_position_ids_from_input_ids"):
         return {}
     batch_size, num_tokens = tokens.shape[:2]

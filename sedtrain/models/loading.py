@@ -33,6 +33,7 @@ from sedtrain.hub import go_offline_if_unreachable
 from sedtrain.models.foreign import refuse_code
 from sedtrain.models.options import refuse_impossible, refuse_uneven
 from sedtrain.models.speech_to_text_2 import register
+from sedtrain.models.stacks import decoder_config, whole_type
 
 logger = logging.getLogger(__name__)
 register()
@@ -83,6 +84,8 @@ def load_config(
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if model_type == "parakeet_encoder":
             config = encoder_within(config)
+        if part == "decoder":
+            config = decoder_config(config)
         refuse_other_family(part, name, config, model_type)
     values = {**(tiny if name is None else {}), **options}
     unknown = [key for key in values if key == "model_type" or not hasattr(config, key) or is_computed(config, key)]
@@ -131,7 +134,7 @@ def default_config(part: str, model_type: str) -> PreTrainedConfig:
             f"{part}.model_type", model_type, wrong, f"write {part}=OPTION, or a model_type of transformers"
         )
     config: PreTrainedConfig = AutoConfig.for_model(model_type)
-    return config
+    return decoder_config(config) if part == "decoder" else config
 
 
 def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -208,8 +211,8 @@ def refuse_other_family(part: str, name: str, config: PreTrainedConfig, model_ty
     """Raises UserError for a checkpoint of a joined model, or of another family than `model_type`."""
     if config.model_type.endswith("speech-encoder-decoder"):
         raise joined_model(f"{part}.checkpoint", name)
-    if not isinstance(config, transformers.CONFIG_MAPPING[model_type]):
-        other = config.model_type
+    if not isinstance(config, type(default_config(part, model_type))):
+        other = whole_type(config)
         wrong = f"this is a {other} model, no {model_type}"
         write = f"write {part}={other.replace('-', '_')}, or if no option has that name {part}.model_type={other}"
         raise UserError(f"{part}.checkpoint", name, wrong, write, f"write model_type={other!r}")

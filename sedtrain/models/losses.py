@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import IGNORE_INDEX
+from sedtrain.models.stacks import StackDecoder
 from sedtrain.ranges import Fraction
 
 # The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
 ENDS_WITH_OUTPUT_LAYER = {
     "bart", "bert", "bert-generation", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
     "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "speech_to_text_2", "trocr", "xglm", "xlm-roberta",
-    "xmod",
+    "xmod", "gemma", "gpt_neo", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3",
 }  # fmt: skip
 
 
@@ -69,7 +70,9 @@ class DeferrableLinear(nn.Linear):
 def make_deferrable(decoder: PreTrainedModel) -> None:
     """Swaps the class of the decoder's output layer if it is a plain linear one; parameters and names stay."""
     layer = decoder.get_output_embeddings()
-    if decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER and type(layer) is nn.Linear:
+    of_whole = isinstance(decoder, StackDecoder) and not decoder.softcapped
+    ends_with_it = of_whole or decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER
+    if ends_with_it and type(layer) is nn.Linear:
         layer.__class__ = DeferrableLinear
 
 
@@ -176,7 +179,8 @@ def positions(rows: Tensor) -> Tensor:
 class LossWeights:
     """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, each divided by the number of target tokens.
 
-    ctc_weight: None stands for 0.3 if the encoder's weights start random (CTC makes cross-attention align), else for 0
+    ctc_weight: None stands for 0.3 if the encoder's weights start random (CTC makes cross-attention align), else for 0; the
+        cross-attention of a whole speech model aligns already, and its format has no place for a CTC head
     """
 
     label_smoothing: Fraction = 0.1

@@ -62,7 +62,7 @@ class MaskedGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self.lengths is None:
             return super().forward(input)
-        frames = input.to(torch.promote_types(input.dtype, torch.float32))
+        frames = input.float() if input.dtype.itemsize < 4 else input
         frames = frames.unflatten(1, (self.num_groups, -1))  # (B, G, C / G, T)
         padding = ~length_mask(self.lengths, input.shape[-1])[:, None, None]
         count = (self.lengths.clamp(min=1) * frames.shape[2])[:, None, None, None]
@@ -73,7 +73,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
     def over_frames(self, frames: Tensor) -> Tensor:
         """(B, T, C), every channel a group -> (B, T, C), zeros where padded; on CPUs faster than `forward`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(frames) is not Tensor:  # lengths are not known where JAX traces
             return self.forward(frames.transpose(1, 2)).transpose(1, 2)
         num_frames, dim = frames.shape[1:]
         lengths = [num_frames] * len(frames) if self.lengths is None else self.lengths.clamp(min=1).tolist()

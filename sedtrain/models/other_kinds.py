@@ -5,6 +5,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, SpeechEn
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import BROKEN, can_attend
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, encoder_config
+from sedtrain.models.prefix import can_continue
+from sedtrain.models.stacks import decoder_config
 
 
 def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
@@ -15,11 +17,11 @@ def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
     if isinstance(config, SpeechEncoderDecoderConfig):
         return
     kind, encoder = config.model_type, encoder_config(config).model_type
-    decoder = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    decoder = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder_config(config)), None)
     instead = ("write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote", "")
     if encoder in OF_TYPE:
         instead = training_with("encoder", kind if kind in OF_WHOLE else encoder, name, f"{name!r}, DECODER")
-    elif decoder is not None and can_attend(decoder) and kind not in BROKEN:
+    elif decoder is not None and (can_attend(decoder) or can_continue(config)) and kind not in BROKEN:
         instead = training_with("decoder", kind, name, f"ENCODER, {name!r}")
     raise UserError("checkpoint", name, f"this is a {kind} model, no speech encoder-decoder", *instead)
 

@@ -6,7 +6,7 @@ A set of parameters is a set of their names in `model.named_parameters()`: shard
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -90,12 +90,15 @@ KINDS: dict[str, Callable[[Any], set[str]]] = {
 
 
 def layers_of(part: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The Transformer layers of an encoder or decoder, with their name: its longest list of modules with attention in them."""
-    stacks = [
-        (name, module)
-        for name, module in part.named_modules()
-        if isinstance(module, nn.ModuleList) and any("Attention" in type(inner).__name__ for inner in module.modules())
-    ]
+    """The Transformer layers of an encoder or decoder, with their name: its longest list of modules with attention in them.
+
+    A list within a layer, such as T5's of self-attention, cross-attention and feed-forward, is none of layers.
+    """
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for name, module in part.named_modules():
+        attends = isinstance(module, nn.ModuleList) and any("Attention" in type(x).__name__ for x in module.modules())
+        if attends and not any(name.startswith(f"{outer}.") for outer, _ in stacks):
+            stacks.append((name, cast(nn.ModuleList, module)))
     return max(stacks, key=lambda stack: len(stack[1]), default=None)
 
 

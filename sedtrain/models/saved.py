@@ -1,6 +1,6 @@
 """A model with its processor: joined, loaded and saved as a Hugging Face folder."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
 from pathlib import Path
@@ -8,6 +8,8 @@ from typing import Any, TypeGuard
 
 import torch
 from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
     AutoFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,12 +21,15 @@ from transformers import (
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
 from sedtrain.models.decoder import most_new_tokens
-from sedtrain.models.encoder import feature_extractor_of, frame_width
-from sedtrain.models.loading import check_loaded, load_tokenizer, loading
+from sedtrain.models.encoder import feature_extractor_of, frame_width, with_spec_augment
+from sedtrain.models.loading import attention_wanted, check_loaded, load_config, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
+from sedtrain.models.other_kinds import refuse_other_kind
+from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.whole import WholeSpeechModel, is_whole
 from sedtrain.run_dir import model_of
-from sedtrain.text.tags import NUM_TAGS, Tags, add_tags
+from sedtrain.text.tags import Tags, WhisperPrompt, add_tags, fault_of_prompt
 from sedtrain.text.tokenizers import start_end_pad
 
 MOST_TOKENS = 200  # of a text where nothing is known of its audio
@@ -41,7 +46,8 @@ def most_tokens(config: PreTrainedConfig, seconds: float) -> int:
     """Tokens that a text of so many seconds may have: a multiple of those that training texts have in that time."""
     rate = getattr(config, "tokens_per_second", None)
     if not is_within(rate, MOST_RATE) or not isfinite(seconds):
-        return MOST_TOKENS
+        most = getattr(config, "max_text_tokens", None)  # of a whole speech model
+        return int(most) if most and is_within(most, MOST_RATE) else MOST_TOKENS
     return SPARE_TOKENS + ceil(MORE_THAN_MEAN * rate * seconds)
 
 
@@ -66,10 +72,21 @@ class SavedModel:
         return float(seconds) if is_within(seconds, MOST_SECONDS) else inf
 
     @property
-    def tags(self) -> Tags | None:
+    def is_whisper(self) -> bool:
+        """True for a whole Whisper model, which hears 30 s whatever the length of the audio."""
+        return isinstance(self.model, WholeSpeechModel) and self.model.is_whisper
+
+    @property
+    def tags(self) -> Tags | WhisperPrompt | None:
         """The tokens that ask for a language and a task; None where it did not learn several."""
+        if self.is_whisper:
+            return WhisperPrompt.of_generation(self.model.generation_config)
         ids: Mapping[str, Mapping[str, Sequence[int]]] | None = getattr(self.model.config, "tags", None)
         return Tags(ids) if ids else None
+
+    @property
+    def num_tags(self) -> int:
+        return 0 if self.tags is None else self.tags.number
 
     @property
     def max_seconds(self) -> float:
@@ -81,8 +98,18 @@ class SavedModel:
             2 * self.model.config.encoder.max_source_positions * extractor.hop_length / extractor.sampling_rate
         )
 
-    def learn_tags(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Gives tokenizer and model a token for each language and each task of `pairs`."""
+    def learn_tags(self, pairs: Collection[tuple[str | None, str]]) -> None:
+        """Gives tokenizer and model a token for each language and each task of `pairs`.
+
+        Whisper has them: a single pair becomes what it writes where nothing else is asked for, also in `transformers`.
+        """
+        if isinstance(prompt := self.tags, WhisperPrompt):
+            for language, task in pairs:
+                prompt.of(language, task)
+            if prompt.languages and len(pairs) == 1:
+                written = self.model.generation_config
+                written.language, written.task = language or prompt.language, task
+            return
         tags = add_tags(self.tokenizer, pairs)
         if len(self.tokenizer) > self.model.decoder.config.vocab_size:
             self.model.resize_token_embeddings(len(self.tokenizer))
@@ -90,12 +117,13 @@ class SavedModel:
 
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
         """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
-        wanted = generation.get("max_new_tokens") or most_tokens(self.model.config, self.max_training_seconds)
-        num_given = 1 + (NUM_TAGS if self.tags else 0)
-        most = most_new_tokens(
-            wanted, self.model.max_tokens, num_given
-        )  # transformers does not stop at the last position
-        for name, value in {**generation, "max_new_tokens": most}.items():
+        values, wanted = dict(generation), generation.get("max_new_tokens")
+        if wanted is None and isinstance(self.model, WholeSpeechModel):
+            values.pop("max_new_tokens", None)  # the checkpoint has a limit of its own
+        else:  # transformers does not stop at the last position
+            wanted = wanted or most_tokens(self.model.config, self.max_training_seconds)
+            values["max_new_tokens"] = most_new_tokens(wanted, self.model.max_tokens, 1 + self.num_tags)
+        for name, value in values.items():
             setattr(self.model.generation_config, name, value)
         if lora_layers(self.model):
             self.model.save_pretrained(folder, state_dict=base_weights(self.model))
@@ -104,8 +132,14 @@ class SavedModel:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.feature_extractor.save_pretrained(folder)
-        # the name of one family, but it joins any feature extractor with any tokenizer; AutoProcessor loads it
-        Wav2Vec2Processor(self.feature_extractor, self.tokenizer).save_pretrained(folder)
+        processor_class(self.model)(self.feature_extractor, self.tokenizer).save_pretrained(folder)
+
+
+def processor_class(model: SpeechEncoderDecoder) -> Any:
+    """The class by which AutoProcessor loads feature extractor and tokenizer; the one of wav2vec 2.0 joins any two."""
+    if isinstance(model, WholeSpeechModel):
+        return PROCESSOR_MAPPING.get(type(model.stock_config), None) or Wav2Vec2Processor
+    return Wav2Vec2Processor
 
 
 def load(checkpoint: str | Path) -> SavedModel:
@@ -116,8 +150,34 @@ def load(checkpoint: str | Path) -> SavedModel:
     """
     name = model_of(str(checkpoint))
     with loading("checkpoint", name):
-        model, loaded = SpeechEncoderDecoder.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        whole = is_whole(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return loaded_as(WholeSpeechModel if whole else SpeechEncoderDecoder, name)
+
+
+def to_finetune(checkpoint: str, options: Mapping[str, Any], attention: str | None) -> SavedModel:
+    """A whole speech model in training mode; options: values of its configuration. Raises UserError for any other."""
+    name = model_of(checkpoint)
+    with loading("checkpoint", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if not is_whole(config):
+        refuse_other_kind(name, config)
+        write = "write resume=RUN with the options of that run to train its model further"
+        raise UserError("checkpoint", checkpoint, "this is a joined model of encoder and decoder", write)
+    if "mask_time_prob" in options:
+        with_spec_augment(config.model_type, options)  # refuses what the encoder alone lacks
+    config = load_config("encoder", name, config.model_type, {}, **options)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with attention_wanted("encoder", config, chosen):
+        saved = loaded_as(WholeSpeechModel, name, **options, **chosen)
+    saved.model.train()
+    return saved
+
+
+def loaded_as(kind: type[SpeechEncoderDecoder], name: str, **options: Any) -> SavedModel:
+    """The model of this class, with tokenizer and feature extractor."""
+    with loading("checkpoint", name):
+        model, loaded = kind.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     check_loaded("checkpoint", name, model, loaded, used=model, is_trained=True)
@@ -136,6 +196,9 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
     for each in ("tags", "training_normalizer"):
         if not isinstance(value := getattr(model.config, each, None), dict | None):
             raise UserError("checkpoint", name, f"its config.json has {each}={value!r}, which is no object", write)
+    if isinstance(model, WholeSpeechModel) and (fault := fault_of_prompt(generation, model.decoder.config.vocab_size)):
+        write = "write checkpoint=FOLDER with the generation_config.json of the published Whisper"
+        raise UserError("checkpoint", name, f"its generation_config.json has {fault}", write)
 
 
 def join(
@@ -158,7 +221,8 @@ def join(
             "write decoder.checkpoint=FOLDER whose tokenizer and weights belong together",
         )
     start, end, pad = start_end_pad(tokenizer)
-    if config._name_or_path and getattr(config, "decoder_start_token_id", None) is not None:
+    own_start = config._name_or_path or is_prefixed(config)
+    if own_start and getattr(config, "decoder_start_token_id", None) is not None:
         start = config.decoder_start_token_id
     between = adapter(frame_width(encoder.config), config.hidden_size)
     model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder, adapter=between)

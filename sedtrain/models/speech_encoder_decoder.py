@@ -52,6 +52,7 @@ from sedtrain.models.loading import HUB_OPTIONS, configured, joint_config, refus
 from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
+from sedtrain.models.prefix import is_prefixed, num_in_front
 from sedtrain.models.speech_to_text_2 import settle_published
 
 CTC_FILE = "ctc_head.safetensors"
@@ -61,7 +62,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     """A speech encoder joined to a text decoder; everything written against the base class works.
 
     adapter: stands between them; if it is None, a linear projection does where their widths differ
-    max_tokens: as many target tokens have a position in the decoder; None: any number
+    max_tokens: as many tokens have a position in the decoder, those of a prefix included; None: any number
     ctc_head: (E -> V) scores of the encoder's frames, if `config.ctc_vocab_size` is set; saved in a file of its own,
         which `transformers` does not look at
     """
@@ -90,15 +91,15 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             settle_config(config.decoder)
             if config.encoder.model_type != encoder.config.model_type:
                 config.encoder = encoder.config  # it was that of a whole sequence-to-sequence model
-            if adapter is not None:
-                described = {"kind": adapter.kind, "settings": adapter.settings}
+            if adapter is not None or is_prefixed(config.decoder):
+                described = None if adapter is None else {"kind": adapter.kind, "settings": adapter.settings}
                 config = AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
         super().__init__(config, encoder, decoder)
         self.settle_widths(adapter)
         share_config(self.encoder, self.config.encoder)
         share_config(self.decoder, self.config.decoder)
         make_deferrable(self.decoder)
-        self.max_tokens = max_tokens(self.decoder)
+        self.max_tokens = self.room_for_text = max_tokens(self.decoder)
         self.drops_layers = any(getattr(module, "layerdrop", 0) for module in self.decoder.modules())
         self.ctc_head: nn.Linear | None = None
         if vocab_size := getattr(self.config, "ctc_vocab_size", None):
@@ -220,10 +221,15 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         output = seq2seq_output(losses, decoded, encoded, output_layer is None, self.adapter is not None)
         return output if return_dict else output.to_tuple()
 
+    def room(self, encoded: EncodedSpeech) -> int | None:
+        """Positions that the decoder has for a text; None: any number."""
+        frames = encoded.last_hidden_state.shape[1]
+        return None if self.max_tokens is None else self.max_tokens - num_in_front(self.config.decoder, frames)
+
     def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:
         """The decoder's output for encoded speech; `inputs` are arguments of the decoder."""
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-        refuse_longer(tokens, self.max_tokens)
+        refuse_longer(tokens, self.max_tokens, num_in_front(self.config.decoder, encoded.last_hidden_state.shape[1]))
         past_length = 0 if (cache := inputs["past_key_values"]) is None else cache.get_seq_length()
         positions = decoder_positions(self.decoder, tokens, past_length, inputs["attention_mask"])
         return self.decoder(
@@ -255,6 +261,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             encoded = self.encode(source, kwargs.get("attention_mask"), **states)
         else:
             encoded = self.as_encoded(encoder_outputs, kwargs.get("attention_mask"))
+        self.room_for_text = self.room(encoded)
         # without the encoder's own frames, which beams would copy
         kwargs["encoder_outputs"] = replace(encoded, encoder_frames=None, encoder_mask=None)
         self.settle_generation_config()
@@ -276,8 +283,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> GenerationConfig:
         """The base class's, which ends no text at the last position of the decoder."""
         generation: GenerationConfig = super()._prepare_generated_length(*args, **kwargs)
-        if self.max_tokens is not None:  # the last token is written, not read
-            generation.max_length = min(generation.max_length, self.max_tokens + 1)
+        if self.room_for_text is not None:  # the last token is written, not read
+            generation.max_length = min(generation.max_length, self.room_for_text + 1)
         return generation
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor | None) -> Tensor:
@@ -336,11 +343,21 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         others = {name: weight for name, weight in weights.items() if not name.startswith("ctc_head.")}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
         super().save_pretrained(save_directory, state_dict=others, **kwargs)
-        if self.ctc_head is not None and kwargs.get("is_main_process", True):
-            head = {name: weights[f"ctc_head.{name}"].contiguous() for name in self.ctc_head.state_dict()}
-            save_file(head, Path(save_directory) / CTC_FILE)
+        if kwargs.get("is_main_process", True):
+            self.save_ctc_head(Path(save_directory), weights)
         if repo_id is not None:  # not before the CTC head is written
             self.push_to_hub(repo_id, token=kwargs.get("token"))
+
+    def save_ctc_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes the CTC head of these weights beside the model, if it has one."""
+        if self.ctc_head is not None:
+            head = {name: weights[f"ctc_head.{name}"].contiguous() for name in self.ctc_head.state_dict()}
+            save_file(head, folder / CTC_FILE)
+
+    def load_ctc_head(self, name: Any, **hub_options: Any) -> None:
+        """Reads the CTC head that lies beside the model, if it has one."""
+        if self.ctc_head is not None:
+            self.ctc_head.load_state_dict(load_file(cached_file(name, CTC_FILE, **hub_options)))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -359,9 +376,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         settle_published(model)
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses
-        if model.ctc_head is not None:
-            file = cached_file(pretrained_model_name_or_path, CTC_FILE, **hub_options)
-            model.ctc_head.load_state_dict(load_file(file))
+        model.load_ctc_head(pretrained_model_name_or_path, **hub_options)
         return loaded
 
     @classmethod

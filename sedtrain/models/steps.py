@@ -213,11 +213,9 @@ class Steps:
         stack = decoder.get_submodule(found[0].rpartition(".")[0])
         self.scale, self.first, first_norm, into, self.last = 1.0, None, None, None, None
         if hasattr(stack, "embed_tokens"):
-            words, positions, offset = (
-                stack.embed_tokens,
-                stack.embed_positions,
-                getattr(stack.embed_positions, "offset", 0),
-            )
+            words, positions = stack.embed_tokens, stack.embed_positions
+            counts = hasattr(positions, "create_position_ids_from_input_ids")  # the real tokens
+            offset = positions.padding_idx + 1 if counts else getattr(positions, "offset", 0)
             self.scale = getattr(stack if type(words) is nn.Embedding else words, "embed_scale", 1.0)
             first_norm, last = getattr(stack, "layernorm_embedding", None), getattr(stack, "layer_norm", None)
             self.layers = [Layer.like_bart(each, before=last is not None) for each in found[1]]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count
+from sedtrain.text.spacing import UNSPACED
 
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3
 SPACE = "▁"
@@ -96,13 +97,16 @@ def first_id(*ids: int | None) -> int | None:
     return next((id for id in ids if id is not None), None)
 
 
-def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_token_id: int) -> list[int]:
+def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_token_id: int | None) -> list[int]:
     """Label ids of a text as the tokenizer writes targets: without the start token, with one end token, which is last.
 
     Shifting the labels prepends the start token. What a tokenizer writes after the end token, such as mBART's language
     code, is dropped.
+
+    decoder_start_token_id: None where the text goes on behind a prompt: the tokenizer then writes no token in front
     """
-    ids: list[int] = tokenizer(text_target=text)["input_ids"]
+    begins = decoder_start_token_id is not None
+    ids: list[int] = tokenizer(text_target=text, add_special_tokens=begins)["input_ids"]
     if ids[:1] == [decoder_start_token_id]:
         ids = ids[1:]
     _, end, _ = start_end_pad(tokenizer)
@@ -113,3 +117,9 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_t
     if end in ids[num_content:]:
         ids = ids[: ids.index(end, num_content)]
     return [*ids, end]
+
+
+def encode_whisper(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Label ids behind Whisper's prompt: as in its pretraining, a space begins a text of a script that has spaces."""
+    spaced = text if UNSPACED.match(text) else f" {text}"
+    return [*tokenizer(spaced, add_special_tokens=False)["input_ids"], start_end_pad(tokenizer)[1]]

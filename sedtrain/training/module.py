@@ -200,7 +200,7 @@ class SpeechSeq2SeqModule(LightningModule):
 
         Of a text longer than the decoder's positions, the first tokens count.
         """
-        labels = labels[:, : self.model.max_tokens]
+        labels = labels[:, : self.model.room(encoded)]
         other = self.other_audio.instead_of(encoded)
         loss, _ = self.cross_entropy(encoded, labels)
         other_loss, _ = self.cross_entropy(encoded if other is None else other, labels)

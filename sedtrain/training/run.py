@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import Timer
 
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sampler import BatchesWithEpoch
+from sedtrain.decoding.timestamps import frames_per_second
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import TrainingTotals
+from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
 from sedtrain.training.averaging import AverageBest, mean_weights
@@ -106,6 +108,8 @@ class TrainingRun:
             "ctc weight": f"{self.module.weights.ctc_weight:g}",
             "run folder": str(self.folder),
         }
+        if is_prefixed(self.saved.model.config.decoder):
+            facts["prefix"] = f"{frames_per_second(self.saved):.3g} frames a second"
         return parts, facts
 
     def planned_steps(self) -> str:

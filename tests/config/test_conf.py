@@ -1,6 +1,7 @@
 """Every option file of conf/, found by walking the folder."""
 
 import re
+from itertools import cycle, zip_longest
 from typing import NamedTuple
 
 import datasets
@@ -35,10 +36,14 @@ FAMILIES = {
     "encoder": [
         "data2vec", "hubert", "moonshine", "parakeet", "seamless_m4t", "seamless_m4t_v2", "sew", "sew_d", "speech_to_text",
         "speecht5", "unispeech", "unispeech_sat", "w2v_bert", "wav2vec2", "wav2vec2_conformer", "wavlm", "whisper",
+        "xls_r",
     ],
     "decoder": [
-        "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "camembert", "data2vec_text", "electra", "ernie",
-        "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "speech_to_text_2", "trocr", "xglm",
+        "bart", "bert", "bert_generation", "blenderbot", "blenderbot_small", "byt5", "camembert", "canary",
+        "cohere_asr", "data2vec_text", "electra", "ernie", "gemma3", "gpt2", "gpt_neo", "llama", "m2m_100", "marian",
+        "mbart", "mistral", "moonshine", "mt5", "nllb", "opt", "pegasus", "plbart", "qwen3", "rembert", "roberta",
+        "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text", "speech_to_text_2", "t5", "t5gemma", "trocr",
+        "whisper", "xglm",
         "xlm_roberta", "xmod",
     ],
 }  # fmt: skip
@@ -46,6 +51,7 @@ ONLY_INSIDE_OTHERS = {"speech_to_text_2", "trocr"}  # published as halves of joi
 PUBLISHED = {
     "hubert": "facebook/hubert-base-ls960",
     "wav2vec2": "facebook/wav2vec2-base",
+    "xls_r": "facebook/wav2vec2-xls-r-300m",
     "wavlm": "microsoft/wavlm-base-plus",
     "w2v_bert": "facebook/w2v-bert-2.0",
     "whisper": "openai/whisper-base",
@@ -54,6 +60,7 @@ PUBLISHED = {
     "bart": "facebook/bart-base",
     "mbart": "facebook/mbart-large-50",
 }
+PAIRS = list(zip(cycle(FAMILIES["encoder"]), FAMILIES["decoder"], strict=False))  # there are more decoders
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -77,19 +84,30 @@ def test_the_walk_finds_the_options():
     assert {group for group, _ in CHOICES} == {each.name for each in conf_dir().iterdir() if each.is_dir()} - {"hydra"}
 
 
-@pytest.mark.parametrize(("group", "name"), CHOICES, ids=map("/".join, CHOICES))
-def test_every_option_composes_without_a_problem(group, name):
-    problems = find_problems(composed(f"{group}={name}"))
-    expected = [INCOMPLETE[group, name]] if (group, name) in INCOMPLETE else []
-    assert [(each.option, each.wrong) for each in problems] == expected
+def together():
+    """Every option but those of encoders and decoders, one of each group at a time; an experiment alone."""
+    groups = {}
+    for each in CHOICES:
+        if each not in PARTS:
+            groups.setdefault(each[0], []).append(each)
+    alone = [[each] for each in groups.pop("experiment")]
+    return alone + [[each for each in row if each] for row in zip_longest(*groups.values())]
+
+
+@pytest.mark.parametrize("options", together(), ids=lambda options: " ".join(sorted(map("/".join, options))))
+def test_every_option_composes_without_a_problem(options):
+    problems = find_problems(composed(*map("=".join, options)))
+    expected = [INCOMPLETE[each] for each in options if each in INCOMPLETE]
+    assert sorted((each.option, each.wrong) for each in problems) == sorted(expected)
 
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])
-@pytest.mark.parametrize(("group", "name"), PARTS, ids=map("/".join, PARTS))
-def test_every_family_composes_at_every_size(group, name, size):
-    config = composed(f"{group}={name}", f"size={size}")
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS, ids=map("-".join, PAIRS))
+def test_every_family_composes_at_every_size(encoder, decoder, size):
+    config = composed(f"encoder={encoder}", f"decoder={decoder}")
+    config.size = size
     assert find_problems(config) == []
-    assert config[group].size == size
+    assert config.encoder.size == config.decoder.size == size
 
 
 def test_every_group_has_its_line_in_the_table_of_contents():
@@ -128,14 +146,16 @@ def test_every_family_is_there():
         assert [name for each, name in PARTS if each == group] == names
 
 
-@pytest.mark.parametrize(("group", "name"), PARTS, ids=map("/".join, PARTS))
-def test_every_family_has_a_tiny_member_and_names_published_ones(group, name):
-    family = OmegaConf.to_container(composed(f"{group}={name}")[group])
-    assert family["tiny"]
-    published = [family[size] for size in ("base", "large") if family[size] is not None]
-    assert bool(published) is (name not in ONLY_INSIDE_OTHERS)
-    assert all(HUB_ID.fullmatch(each) for each in published)
-    assert family["base"] == PUBLISHED.get(name, family["base"])
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS, ids=map("-".join, PAIRS))
+def test_every_family_has_a_tiny_member_and_names_published_ones(encoder, decoder):
+    config = composed(f"encoder={encoder}", f"decoder={decoder}")
+    for group, name in {"encoder": encoder, "decoder": decoder}.items():
+        family = OmegaConf.to_container(config[group])
+        assert family["tiny"]
+        published = [family[size] for size in ("base", "large") if family[size] is not None]
+        assert bool(published) is (name not in ONLY_INSIDE_OTHERS)
+        assert all(HUB_ID.fullmatch(each) for each in published)
+        assert family["base"] == PUBLISHED.get(name, family["base"])
 
 
 def test_tiny_is_the_default_and_a_part_follows_the_root():

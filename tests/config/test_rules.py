@@ -110,6 +110,7 @@ def test_a_comparison_needs_two_runs():
         ("+encoder={1: x}", "encoder.1", "load_encoder has no option '1'"),
         ("hydra.job=${oc.env:NOPE}", "hydra.job", "KeyError raised while resolving"),
         ("hydra.job.chdir=${encoder}", "hydra.job.chdir", "this reference fails: While dereferencing"),
+        ("optimizer.x=${.}", "optimizer.x", "extraneous input '}'"),
         ("hydra.searchpath=a b", "hydra.searchpath", "this is no list of folders"),
         ("hydra.searchpath=[a b]", "hydra.searchpath", "no such folder"),
         ("~hydra.searchpath", "hydra.searchpath", "this is no list of folders"),

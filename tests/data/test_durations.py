@@ -12,10 +12,11 @@ import soundfile
 from corpora import known
 
 from sedtrain.data import durations as durations_module
-from sedtrain.data.dataset import Part, Source
 from sedtrain.data.durations import cache_file, durations
+from sedtrain.data.parts import Part
 from sedtrain.data.readers import read_rows
-from sedtrain.data.utterances import ROWS_AT_ONCE, Columns, UtteranceRows
+from sedtrain.data.source import Columns, Source
+from sedtrain.data.utterances import ROWS_AT_ONCE, UtteranceRows
 
 RATE = 8000
 PLAIN = Columns("audio", "text")

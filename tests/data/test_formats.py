@@ -14,18 +14,18 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import soundfile
-from corpora import known
+from corpora import known, utterance_rows
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, ByteRange, path_in, read_audio
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.parts import parts_of
 from sedtrain.data.paths import audio_paths
 from sedtrain.data.readers import READERS
-from sedtrain.data.shards import shards_of
+from sedtrain.data.source import Columns, Source
 from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import NOT_TEXT, PROBLEM
-from sedtrain.data.utterances import Columns, UtteranceRows
 from sedtrain.errors import UserError
 
 PLAIN = Columns(audio="audio", text="text")
@@ -56,7 +56,7 @@ def wav(samples):
 
 
 def rows_of(path, columns=PLAIN, split="train", folder=None):
-    return UtteranceRows(load_rows(str(path), split), columns, str(path), split, folder)
+    return utterance_rows(load_rows(str(path), split), columns, str(path), split, folder)
 
 
 def read(path, columns=PLAIN, split="train"):
@@ -306,7 +306,10 @@ def test_a_format_that_is_listed_is_read_wherever_a_file_is(tmp_path, monkeypatc
         (tmp_path / f"train-{number}.lines").write_text(f"{number}a {number}b")
     for path in (tmp_path, tmp_path / "train-*.lines", tmp_path / "train-{0..1}.lines"):
         assert rows_of(path).texts() == ["0a", "0b", "1a", "1b"]
-    assert [shard.name for shard in shards_of(str(tmp_path), "train", None, tmp_path)] == ["train-0", "train-1"]
+    assert [part.name for part in parts_of(Source(str(tmp_path), PLAIN, {"train": "train"}), "train", tmp_path)] == [
+        "train-0",
+        "train-1",
+    ]
 
 
 # --- manifests
@@ -632,7 +635,7 @@ def test_a_row_group_of_a_parquet_that_is_destroyed_costs_its_rows_alone(tmp_pat
     rows = rows_of(path)
     assert rows.texts() == ["a", "b", "", "", "e", "f"]
     assert PROBLEM not in message(
-        UtteranceRows, load_rows(str(path), "train"), Columns("sound", "text"), str(path), "train"
+        utterance_rows, load_rows(str(path), "train"), Columns("sound", "text"), str(path), "train"
     )
     assert np.array_equal(rows.utterance(5, RATE).audio, speech(5))
 
@@ -644,7 +647,7 @@ def test_whole_numbers_in_one_manifest_and_fractions_in_the_next_stay_as_written
     rows = load_rows(str(tmp_path), "train")
     assert rows["n"][:] == ([None, 2.5] if first is None else ["1", "2.5"])
     columns = Columns(audio="audio", text="text", seconds="n")
-    assert known(UtteranceRows(rows, columns, str(tmp_path), "train").declared()) == [first and 1.0, 2.5]
+    assert known(utterance_rows(rows, columns, str(tmp_path), "train").declared()) == [first and 1.0, 2.5]
 
 
 def test_lists_and_objects_may_differ_from_tar_to_tar(tmp_path):
@@ -741,6 +744,11 @@ def test_where_datasets_finds_the_files_their_texts_stay_as_they_are_written(tmp
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         (tmp_path / name.replace("train", split)).write_text(content)
-    for split, texts in (("train", ["007", "NA"]), ("train[:50%]", ["007"]), ("train+test", ["007", "NA"] * 2)):
+    for split, texts in (
+        ("train", ["007", "NA"]),
+        ("train[:50%]", ["007"]),
+        ("train+test", ["007", "NA"] * 2),
+        ("train+test[1:]", ["007", "NA", "NA"]),
+    ):
         rows = load_rows(str(tmp_path), split)
         assert (rows["text"][:], rows["id"][0]) == (texts, "1")

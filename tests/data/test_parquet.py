@@ -16,11 +16,14 @@ from corpora import wav
 
 from sedtrain.data import parquet, tables
 from sedtrain.data.folders import read_folder
+from sedtrain.data.parts import Part
 from sedtrain.data.readers import read_rows
-from sedtrain.data.shards import Shard
+from sedtrain.data.source import Columns, Source
 from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM
 from sedtrain.errors import UserError
+
+SOURCE = Source("data", Columns("audio", "text"), {})
 
 FIRST = "this file would fill memory and disk: of "
 
@@ -71,6 +74,14 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_refused(tmp_path, cell, times,
     assert refusal(path, load_rows, str(path), "train").startswith(FIRST + of)
     refusal(path, read_rows, path, tmp_path / "cache")
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] in ([".lock"], [])
+
+
+def test_a_folder_with_a_card_like_one_of_the_hub_is_within_the_same_limits(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: 0.parquet}\n---\n"
+    )
+    path = bomb(tmp_path / "0.parquet", repeated("x" * 3_000_000, 1000))
+    assert refusal(path, load_rows, str(tmp_path), "train", "en").startswith(FIRST + "its rows, ")
 
 
 def test_lists_and_shared_beginnings_unfold_too(tmp_path):
@@ -178,11 +189,11 @@ def test_a_manifest_of_thousands_of_columns_is_refused(tmp_path, lines):
 
 def test_texts_of_a_stream_are_read_a_few_at_a_time(tmp_path):
     path = bomb(tmp_path / "train.parquet", repeated("x" * 3_000_000, 300))
-    texts = Shard(str(path), "train", tmp_path / "copies").texts("text")
+    texts = Part(SOURCE, "train", str(path), tmp_path / "copies").texts("text")
     with within(400_000_000):
         assert sum(map(len, texts)) == 900_000_000
     giant = bomb(tmp_path / "giant.parquet", pa.array(["x" * 100_000_000]), use_dictionary=False)
-    stream = Shard(str(giant), "giant", tmp_path / "copies").texts("text")
+    stream = Part(SOURCE, "giant", str(giant), tmp_path / "copies").texts("text")
     assert refusal(giant, list, stream).startswith(FIRST + "row group 0, column text, ")
 
 

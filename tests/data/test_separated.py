@@ -7,15 +7,15 @@ import json
 import pandas
 import pyarrow.parquet
 import pytest
-from corpora import COLUMNS, data_module, known, refused
+from corpora import COLUMNS, data_module, known, refused, utterance_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedtrain.data.readers import BrokenFile, read_rows
 from sedtrain.data.separated import read_separated
+from sedtrain.data.source import Columns
 from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM
-from sedtrain.data.utterances import Columns, UtteranceRows
 
 NAMES = ["audio", "text", "id"]
 CHARACTERS = st.sampled_from([*"ab0 .,;|'\"-é€", "\t", "\n", "\u2028", "\x85", "\x0b", "\ufeff", "字"])
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 def test_a_csv_is_read_as_it_was_written_or_refused(folder, rows, write, quoting, end):
     file = folder / "x.csv"
     file.write_bytes(write(rows, ",", quoting, end).encode())
-    found = read_separated(file, ",").to_pylist()
+    found = next(read_separated(file, ",")).to_pylist()
     assert [tuple(row.values()) for row in found] == rows or any(row.get(PROBLEM) for row in found)
     if not any("\n" in cell for row in rows for cell in row):
         assert [tuple(row.values()) for row in found] == rows
@@ -70,7 +70,7 @@ def test_a_tsv_with_quotes_is_read_as_it_was_written(folder, rows, write, quotin
     rows = [tuple(cell.replace("\n", " ") for cell in row) for row in rows]
     file = folder / "x.tsv"
     file.write_bytes(write(rows, "\t", quoting, end).encode())
-    assert [tuple(row.values()) for row in read_separated(file, "\t").to_pylist()] == rows
+    assert [tuple(row.values()) for row in next(read_separated(file, "\t")).to_pylist()] == rows
 
 
 @settings(max_examples=200)
@@ -79,7 +79,7 @@ def test_a_tsv_without_quotes_is_read_as_it_was_written(folder, rows):
     rows = [tuple(cell.encode("utf-8", "replace").decode() for cell in row) for row in rows]
     file = folder / "plain.tsv"
     file.write_bytes("\n".join(map("\t".join, [NAMES, *rows])).encode())
-    assert [tuple(row.values()) for row in read_separated(file, "\t").to_pylist()] == rows
+    assert [tuple(row.values()) for row in next(read_separated(file, "\t")).to_pylist()] == rows
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_a_tsv_without_quotes_is_read_as_it_was_written(folder, rows):
 )
 def test_both_ways_of_writing_tsv_are_told_apart_by_cell(tmp_path, written, text):
     (tmp_path / "x.tsv").write_text(f"audio\ttext\na\t{written}\nb\tplain words\n")
-    rows = read_separated(tmp_path / "x.tsv", "\t").to_pylist()
+    rows = next(read_separated(tmp_path / "x.tsv", "\t")).to_pylist()
     assert [row["text"] for row in rows] == [text, "plain words"]
 
 
 def test_lines_that_break_a_cell_are_rows_where_they_look_like_rows(tmp_path):
     (tmp_path / "x.csv").write_text('audio,text,n\na,"one\ntwo",1\nb,"open,2\nc,three,3\nd,"four",4\n')
-    *rows, last = read_separated(tmp_path / "x.csv", ",").to_pylist()
+    *rows, last = next(read_separated(tmp_path / "x.csv", ",")).to_pylist()
     assert [(row["text"], row[PROBLEM]) for row in rows] == [
         ("one\ntwo", None),
         (None, "broken CSV: line 4, a quotation mark that is never closed"),
@@ -114,7 +114,7 @@ def test_lines_that_break_a_cell_are_rows_where_they_look_like_rows(tmp_path):
 
 def test_what_is_wrong_with_a_line_is_told_with_its_number(tmp_path):
     (tmp_path / "x.csv").write_text('a,b\n1,"x" y\n\n1,2,3\n"1\n')
-    rows = read_separated(tmp_path / "x.csv", ",").to_pylist()
+    rows = next(read_separated(tmp_path / "x.csv", ",")).to_pylist()
     assert [row[PROBLEM].removeprefix("broken CSV: ") for row in rows] == [
         "line 2, text behind a closing quotation mark",
         "line 4 has 3 cells, the header 2",
@@ -160,7 +160,7 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
 
 def test_a_space_in_the_name_of_a_column_is_shown(tmp_path):
     (tmp_path / "x.csv").write_text("audio, text\na.wav, one\n")
-    told = refused(UtteranceRows, read_rows(tmp_path / "x.csv"), Columns("audio", "text"), "x.csv", "train")
+    told = refused(utterance_rows, read_rows(tmp_path / "x.csv"), Columns("audio", "text"), "x.csv", "train")
     assert "x.csv (train) has no column 'text' for the text, it has audio, ' text'\n" in told
 
 
@@ -193,7 +193,7 @@ def test_text_and_ids_that_look_like_something_else_are_text(tmp_path, name):
             (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
         else:
             pandas.DataFrame(rows).to_csv(tmp_path / name, index=False, sep="\t" if "tsv" in name else ",")
-        found = UtteranceRows(read_rows(tmp_path / name), Columns("audio", "text", id="id"), str(tmp_path), "train")
+        found = utterance_rows(read_rows(tmp_path / name), Columns("audio", "text", id="id"), str(tmp_path), "train")
         assert (found.texts(), list(found.ids())) == (cells, cells)
 
 
@@ -201,7 +201,7 @@ def test_numbers_and_truth_in_json_are_text_as_json_writes_them(tmp_path):
     cells = [7, 2.5, True, False, -3, 12345678901234567890, None]
     for several in (cells, cells[:2], cells[:1], cells[2:4]):
         (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"audio": "a", "text": cell}) for cell in several))
-        found = UtteranceRows(read_rows(tmp_path / "x.jsonl"), Columns("audio", "text"), str(tmp_path), "train")
+        found = utterance_rows(read_rows(tmp_path / "x.jsonl"), Columns("audio", "text"), str(tmp_path), "train")
         assert found.texts() == ["" if cell is None else json.dumps(cell) for cell in several]
 
 
@@ -217,7 +217,7 @@ def test_two_values_of_one_name_in_json_are_a_problem_of_their_row(tmp_path):
 def test_seconds_of_a_csv_are_read_as_numbers(tmp_path, cell, seconds):
     (tmp_path / "x.csv").write_text(f"audio,text,n\na,one,{cell}\nb,two,1\n")
     columns = Columns("audio", "text", seconds="n")
-    assert known(UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train").declared()) == [
+    assert known(utterance_rows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train").declared()) == [
         seconds,
         1.0,
     ]
@@ -227,7 +227,7 @@ def test_seconds_of_a_csv_are_read_as_numbers(tmp_path, cell, seconds):
 def test_what_is_no_time_is_a_fault_of_its_row(tmp_path, cell):
     (tmp_path / "x.csv").write_text(f'audio,text,n\na,one,"{cell}"\nb,two,1\n')
     columns = Columns("audio", "text", seconds="n")
-    rows = UtteranceRows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train")
+    rows = utterance_rows(read_rows(tmp_path / "x.csv"), columns, str(tmp_path), "train")
     assert rows.problem(0, None) == ("impossible time", f"n = {cell}")
     assert known(rows.declared()) == [None, 1.0]
 
@@ -236,5 +236,5 @@ def test_what_is_no_time_is_a_fault_of_its_row(tmp_path, cell):
 def test_a_column_of_seconds_may_be_empty(tmp_path, cells):
     (tmp_path / "x.csv").write_text(f"text,n\n{cells}")
     rows = read_rows(tmp_path / "x.csv").add_column("audio", ["a.wav"] * cells.count(","))
-    found = UtteranceRows(rows, Columns("audio", "text", seconds="n"), str(tmp_path), "train")
+    found = utterance_rows(rows, Columns("audio", "text", seconds="n"), str(tmp_path), "train")
     assert known(found.declared()) == [None] * cells.count(",")

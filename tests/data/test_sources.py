@@ -10,12 +10,12 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from corpora import known
+from corpora import known, utterance_rows
 
 from sedtrain.data.audio import UNREADABLE, read_audio
 from sedtrain.data.paths import absolute_path, audio_paths
+from sedtrain.data.source import Columns
 from sedtrain.data.sources import load_rows
-from sedtrain.data.utterances import Columns, UtteranceRows
 from sedtrain.errors import UserError
 
 PLAIN = Columns(audio="audio", text="text")
@@ -38,7 +38,7 @@ def parquet(path, **columns):
 
 
 def utterances(path, columns=PLAIN, split="train", rate=16_000):
-    rows = UtteranceRows(load_rows(str(path), split), columns, str(path), split)
+    rows = utterance_rows(load_rows(str(path), split), columns, str(path), split)
     return [rows.utterance(index, rate) for index in range(len(rows))]
 
 
@@ -122,7 +122,7 @@ def test_a_folder_with_a_card_is_read_as_it_is_now_and_not_as_one_of_its_name(tm
 
 def test_the_embedded_corpus_needs_no_path():
     columns = Columns(audio="audio", text="text", id="id", speaker="speaker", seconds="seconds")
-    rows = UtteranceRows(load_rows("spoken_digits", "validation"), columns, "spoken_digits", "validation")
+    rows = utterance_rows(load_rows("spoken_digits", "validation"), columns, "spoken_digits", "validation")
     first = rows.utterance(0, 16_000)
     assert first.seconds == pytest.approx(rows.seconds()[0], abs=0.01)
     assert set(first.text.split()) <= {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
@@ -150,7 +150,7 @@ def test_a_manifest_names_audio_files_relative_to_its_own_folder(tmp_path, name,
 def test_recordings_of_the_shared_data_can_be_read(shared):
     columns = Columns(audio="audio", text="translation", id="utt_id", seconds="duration")
     path = str(shared / "data/artikulate-st")
-    rows = UtteranceRows(load_rows(path, "test"), columns, path, "test")
+    rows = utterance_rows(load_rows(path, "test"), columns, path, "test")
     first = rows.utterance(0, 16_000)
     assert first.seconds == pytest.approx(rows.seconds()[0], abs=0.02)
     assert first.text == rows.texts()[0] != ""
@@ -214,15 +214,15 @@ def test_lengths_come_from_the_column_else_from_the_header(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=audio, text=["a", "b", "c"], length=[1.5, 2.5, None])
     rows = load_rows(path, "train")
     with_column = Columns(audio="audio", text="text", seconds="length")
-    assert known(UtteranceRows(rows, with_column, path, "train").seconds()) == [1.5, 2.5, 0.75]
-    assert known(UtteranceRows(rows, PLAIN, path, "train").seconds()) == [0.25, None, 0.75]
+    assert known(utterance_rows(rows, with_column, path, "train").seconds()) == [1.5, 2.5, 0.75]
+    assert known(utterance_rows(rows, PLAIN, path, "train").seconds()) == [0.25, None, 0.75]
 
 
 @pytest.mark.parametrize("impossible", [float("nan"), float("inf"), -1.0, 1e308])
 def test_a_length_that_cannot_be_is_read_from_the_header(tmp_path, impossible):
     path = parquet(tmp_path / "x.parquet", audio=[encoded(tone(0.25))], text=["a"], length=[impossible])
     with_column = Columns(audio="audio", text="text", seconds="length")
-    rows = UtteranceRows(load_rows(path, "train"), with_column, path, "train")
+    rows = utterance_rows(load_rows(path, "train"), with_column, path, "train")
     assert known(rows.seconds()) == [0.25]
     wrong = ("impossible time", f"length = {impossible}")
     assert rows.problem(0, 0.25) == (None if impossible != impossible else wrong)  # NaN is an empty cell
@@ -249,7 +249,7 @@ def test_a_column_that_holds_something_else_is_told(tmp_path, role):
     cells, wrong, wanted = WRONG_TYPES[role]
     path = parquet(tmp_path / "x.parquet", audio=[b""], text=["a"], x=cells)
     columns = Columns(**{"audio": "audio", "text": "text", role: "x"})
-    assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
+    assert message(utterance_rows, load_rows(path, "train"), columns, path, "train") == (
         f"1 problem:\n\n  data.columns = 'x'\n    {path} (train) has {wrong}\n"
         f"    write data.columns.NAME=COLUMN that holds {wanted}"
     )
@@ -258,13 +258,13 @@ def test_a_column_that_holds_something_else_is_told(tmp_path, role):
 def test_names_of_classes_are_no_text(tmp_path):
     classes = datasets.Features({"audio": datasets.Value("binary"), "text": datasets.ClassLabel(names=["no", "yes"])})
     rows = datasets.Dataset.from_dict({"audio": [b""], "text": [1]}, classes)
-    assert "ClassLabel(names=['no', 'yes']) in the column 'text'" in message(UtteranceRows, rows, PLAIN, "x", "train")
+    assert "ClassLabel(names=['no', 'yes']) in the column 'text'" in message(utterance_rows, rows, PLAIN, "x", "train")
 
 
 def test_an_id_of_two_rows_is_told(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[b""] * 3, text=["a"] * 3, name=["p", "q", "p"])
     columns = Columns(audio="audio", text="text", id="name")
-    assert message(UtteranceRows, load_rows(path, "train"), columns, path, "train") == (
+    assert message(utterance_rows, load_rows(path, "train"), columns, path, "train") == (
         "1 problem:\n\n  data.columns.id = 'name'\n    rows 0 and 2 of 'train' have the same id, 'p'\n"
         "    write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
     )
@@ -272,22 +272,22 @@ def test_an_id_of_two_rows_is_told(tmp_path):
 
 def test_rows_without_an_id_are_named_after_split_and_row(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[encoded(tone())] * 2, text=["a", "b"], name=[7, 8])
-    rows = UtteranceRows(load_rows(path, "test"), PLAIN, path, "test")
+    rows = utterance_rows(load_rows(path, "test"), PLAIN, path, "test")
     assert [rows.id(0), rows.id(1)] == ["test-0", "test-1"]
     assert list(rows.ids()) == ["test-0", "test-1"]
-    named = UtteranceRows(load_rows(path, "test"), Columns(audio="audio", text="text", id="name"), path, "test")
+    named = utterance_rows(load_rows(path, "test"), Columns(audio="audio", text="text", id="name"), path, "test")
     assert (list(named.ids()), named.index_of("8")) == (["7", "8"], 1)
 
 
 def test_text_that_a_manifest_wrote_as_numbers_is_text(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"audio": "a.wav", "text": 65}\n{"audio": "a.wav", "text": null}\n')
     path = str(tmp_path / "x.jsonl")
-    assert UtteranceRows(load_rows(path, "train"), PLAIN, path, "train").texts() == ["65", ""]
+    assert utterance_rows(load_rows(path, "train"), PLAIN, path, "train").texts() == ["65", ""]
 
 
 def test_a_missing_column_is_told_with_those_that_are_there(tmp_path):
     path = parquet(tmp_path / "x.parquet", speech=[encoded(tone())], text=["a"])
-    assert message(UtteranceRows, load_rows(path, "train"), PLAIN, path, "train") == (
+    assert message(utterance_rows, load_rows(path, "train"), PLAIN, path, "train") == (
         f"1 problem:\n\n  data.columns = 'audio'\n    {path} (train) has no column 'audio' for the audio, it has speech, text\n"
         "    write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
         "speaker, language, seconds, start or end"

@@ -16,8 +16,9 @@ from sedtrain.batch import Skipped
 from sedtrain.data import streaming
 from sedtrain.data.buckets import Bounds, Bucket
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import Parts, SplitDataset
-from sedtrain.data.sampler import BatchesWithEpoch, DurationBatches
+from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.parts import Parts
+from sedtrain.data.sampler import BatchesWithEpoch
 from sedtrain.data.skipped import Limits
 from sedtrain.data.streaming import BlockStart, Stream, StreamedBatches
 from sedtrain.errors import UserError
@@ -63,15 +64,12 @@ class Opened(Parts):
     """Parts that are made up; remembers what was opened."""
 
     def __init__(self, sizes):
-        super().__init__([SimpleNamespace(shard=None, name=str(size)) for size in sizes])
+        super().__init__([SimpleNamespace(fetch_ahead=lambda: None, name=str(size)) for size in sizes])
         self.sizes, self.asked, self.removed = sizes, [], []
 
     def __getitem__(self, number):
         self.asked.append(number)
         return Rows(self.sizes[number], number)
-
-    def fetch_ahead(self, number):
-        pass
 
     def remove_copy(self, number):
         self.removed.append(number)
@@ -299,9 +297,7 @@ def test_a_position_between_two_blocks_is_not_taken_for_one_of_another_order(oth
 
 
 def test_a_position_in_a_corpus_that_is_not_streamed_is_refused_and_the_other_way_round():
-    whole = BatchesWithEpoch(
-        DurationBatches([1.0] * 30, Bounds(5.0), shuffle=True), np.array([(0, i) for i in range(30)])
-    )
+    whole = BatchesWithEpoch(np.array([(0, i) for i in range(30)]), [1.0] * 30, Bounds(5.0), shuffle=True)
     batches = sampler([30])
     list(batches)
     with pytest.raises(

@@ -8,11 +8,13 @@ from tones import HOP, SAMPLES, batch_of, drawn_texts, joined, train
 
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
+from sedtrain.decoding.ctc import lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.timestamps import FrameTimes, heard_words, timed
+from sedtrain.decoding.timestamps import FrameTimes, frames_per_second, heard, timed
 from sedtrain.decoding.transcription import Word
+from sedtrain.models.adapter import QFormerAdapter, StackMLPAdapter
 from sedtrain.models.saved import join
 from sedtrain.text.tokenizers import train_tokenizer
 
@@ -46,14 +48,20 @@ def test_frames_of_pairs_of_features_stand_between_the_two():
     assert FrameTimes.of(saved) == FrameTimes(0.02, 0.0175)
 
 
+def test_the_decoder_s_frames_a_second_are_those_of_the_encoder_over_the_stride():
+    parts = tiny_encoder("whisper"), tiny_decoder("llama")
+    adapters = [StackMLPAdapter, QFormerAdapter, lambda *widths: StackMLPAdapter(*widths, stride=5)]
+    assert [frames_per_second(join(*parts, adapter, TOKENIZER)) for adapter in adapters] == [25, 25, 10]
+
+
 def test_borders_of_words_are_within_two_frames_of_the_known_ones(hearing):
     texts = drawn_texts(24, seed=2)
     batch = batch_of(texts, seed=2)
     said = [Hypotheses([text], texts=(DIGITS.decode(text),)) for text in texts]
-    heard = heard_words(hearing, DIGITS, hearing.encode(batch.inputs, batch.attention_mask), said)
+    found = heard(DIGITS, lattice_of(hearing, hearing.encode(batch.inputs, batch.attention_mask)), said, True)
     times, errors = FrameTimes(HOP / RATE, 15 / RATE), []
-    for text, each, audio, mask in zip(texts, heard, batch.inputs, batch.attention_mask, strict=True):
-        words = timed(each, audio[: mask.sum()], RATE, times)
+    for text, each, audio, mask in zip(texts, found, batch.inputs, batch.attention_mask, strict=True):
+        words = timed(each.words, audio[: mask.sum()], RATE, times)
         assert "".join(word.text for word in words) == DIGITS.decode(text)
         assert all(0.5 < word.confidence <= 1 for word in words)
         known = np.arange(len(text) + 1) * SAMPLES / RATE
@@ -71,16 +79,16 @@ def test_a_word_ends_where_a_pause_begins_and_its_parts_may_be_apart():
     audio = torch.zeros(16_000)
     for start, end in ((0.10, 0.20), (0.25, 0.30), (0.60, 0.70)):  # the first two are one word, with a stop in it
         audio[int(start * 16_000) : int(end * 16_000)] = 0.1
-    heard = [HeardWord("eight", 11, 13, 0.9), HeardWord("two", 61, 62, 0.8)]
-    words = timed(heard, audio, 16_000, FrameTimes(0.01, 0.005))
+    found = [HeardWord("eight", 11, 13, 0.9), HeardWord("two", 61, 62, 0.8)]
+    words = timed(found, audio, 16_000, FrameTimes(0.01, 0.005))
     assert words == (Word("eight", 0.1, 0.3, 0.9), Word("two", 0.6, 0.7, 0.8))
     assert timed([], audio, 16_000, FrameTimes(0.01, 0.005)) == ()
 
 
 @pytest.mark.parametrize("audio", [torch.zeros(800), torch.zeros(90), torch.ones(1)])
 def test_words_heard_in_nothing_stay_in_their_audio(audio):
-    heard = [HeardWord("a", 0, 1, 0.1), HeardWord("b", 1, 2, 0.1), HeardWord("c", 2, 9, 0.1)]
-    words = timed(heard, audio, 16_000, FrameTimes(0.01, 0.005))
+    found = [HeardWord("a", 0, 1, 0.1), HeardWord("b", 1, 2, 0.1), HeardWord("c", 2, 9, 0.1)]
+    words = timed(found, audio, 16_000, FrameTimes(0.01, 0.005))
     assert [word.text for word in words] == ["a", "b", "c"]
     assert all(0 <= word.start <= word.end <= len(audio) / 16_000 for word in words)
 
@@ -89,7 +97,7 @@ def test_a_text_that_has_no_path_has_no_words_and_an_empty_one_has_none(hearing)
     batch = batch_of([[5, 6, 7], [6]], seed=3)
     encoded = hearing.encode(batch.inputs, batch.attention_mask)
     found = [Hypotheses([[5] * 200], texts=("一" * 200,)), Hypotheses([[]], texts=("",))]
-    assert heard_words(hearing, DIGITS, encoded, found) == [None, ()]
+    assert [each.words for each in heard(DIGITS, lattice_of(hearing, encoded), found, True)] == [None, ()]
 
 
 def test_words_are_looked_for_by_ctc_whatever_search_wrote_the_text(hearing):

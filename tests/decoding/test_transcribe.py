@@ -17,13 +17,15 @@ from corpora import syllables
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 
 import sedtrain as package
+from sedtrain.data.buckets import Bounds
 from sedtrain.data.paths import stored
 from sedtrain.decoding import recordings
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.outputs import show
 from sedtrain.decoding.transcribe import Transcriber, decoding_options
+from sedtrain.decoding.windows import Window
 from sedtrain.errors import UserError
-from sedtrain.models import SpeechEncoderDecoder
+from sedtrain.models import SpeechEncoderDecoder, int8
 from sedtrain.models.saved import join
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +118,7 @@ def test_where_nobody_reads_the_command_ends_quietly(monkeypatch):
 
 
 def test_an_array_is_brought_to_the_rate_of_the_model(model, speech):
-    collator = Transcriber(model, decoding_options({})).decoder.collator
+    collator = Transcriber(model, decoding_options({})).collator
     assert collator.sampling_rate == 16_000
     high = soxr.resample(speech[1], 16_000, 48_000)
     text = model.transcribe(soxr.resample(high, 48_000, 16_000), sampling_rate=16_000, **SHORT)
@@ -196,6 +198,14 @@ def test_what_a_search_needs_beside_the_model_is_refused_before_any_audio_is_rea
     assert error.write.startswith(write) and "size=tiny" not in error.write
 
 
+def test_8_bits_decode_a_copy_of_the_model(model, speech, monkeypatch):
+    monkeypatch.setattr(int8, "FOR_FRAMES", 1)
+    asked = Transcriber(model, decoding_options({**SHORT, "int8": True}))
+    assert any(isinstance(each, int8.Int8Linear) for each in asked.decoder.saved.model.modules())
+    assert not any(isinstance(each, int8.Int8Linear) for each in model.model.modules())
+    assert asked.transcription_of(speech[0]).text == asked.transcription_of(speech[1], 16_000).text
+
+
 def test_options_that_cannot_be_are_refused(model, speech):
     option, wrong, write = refusal(model.transcribe, speech[0], num_beam=5)
     assert (option, wrong) == ("num_beam", "decoding has no option 'num_beam'")
@@ -266,6 +276,22 @@ def test_inference_imports_nothing_that_only_training_needs(trained, model, spee
 
 
 # --- audio that is too long
+
+
+def test_windows_are_decoded_by_length_within_the_bounds_of_training_batches(model, monkeypatch):
+    decoded, seconds = [], [0.5, 2.0, 0.6, 0.7, 1.9, 9.0]
+
+    def decode(model, tokenizer, batch, *_):
+        decoded.append(batch.durations)
+        return [Hypotheses([[5]], texts=(f"{each:g}",)) for each in batch.durations]
+
+    monkeypatch.setattr(recordings, "decode_batch", decode)
+    batches = [{"seconds": 1, "tokens": 9, "utterances": 2}, {"seconds": 3, "tokens": 9, "utterances": 4}]
+    decoder = recordings.RecordingDecoder(model, decoding_options({}), bounds=Bounds.of(batches=batches))
+    windows = [Window(0, np.zeros(round(each * 16_000), "float32")) for each in seconds]
+    found = [(window, each.texts[0]) for window, each in decoder.decoded(iter(windows), None, "transcribe")]
+    assert found == list(zip(windows, map("{:g}".format, seconds), strict=True))
+    assert decoded == [[9.0], [2.0, 1.9], [0.7, 0.6], [0.5]]
 
 
 def warnings_of(caplog):
@@ -345,7 +371,7 @@ def test_whisper_takes_30_seconds_at_once_and_longer_recordings_by_windows(caplo
     assert saved.max_seconds == 30 and other.max_seconds == float("inf")
     for options, whole in (({}, 30), ({"window": 90.0}, 30), ({"window": 20.0}, 20)):
         transcriber = Transcriber(saved, decoding_options({"max_new_tokens": 2, **options}))
-        assert transcriber.decoder.window_seconds == whole
+        assert transcriber.window_seconds == whole
     segments = transcriber.transcription_of(syllables(45), 16_000).segments
     assert len(segments) == 3 and max(each.end - each.start for each in segments) <= 20
     assert (segments[0].start, segments[-1].end) == (0, 45)

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedtrain.data.buckets import Bounds
+from sedtrain.inspection.outliers import robust_scores
+from sedtrain.inspection.sections import in_words, named
 from sedtrain.inspection.splits import QUIETEST, Entry, is_clipped, level, read_corpus, silence
 from sedtrain.inspection.summary import (
     Batching,
@@ -18,10 +20,8 @@ from sedtrain.inspection.summary import (
     batchings,
     groups_of,
     inspected,
-    robust_scores,
     round_step,
 )
-from sedtrain.inspection.tables import in_words, named
 
 SECONDS = st.lists(st.floats(0.05, 60), min_size=1, max_size=60)
 

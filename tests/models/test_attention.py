@@ -18,7 +18,7 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 pytestmark = pytest.mark.filterwarnings(  # of FlexAttention, and of what it imports
     "ignore:_compile flag", "ignore:flex_attention called without", "ignore:.*torch.jit.script_method"
 )
-EAGER_ONLY = {"sew_d", "speech_to_text", "speecht5", "wavlm"} | {"rembert", "trocr", "xglm"}
+EAGER_ONLY = {"sew_d", "speech_to_text", "speecht5", "wavlm"} | {"rembert", "t5gemma", "trocr", "xglm"}
 AUTO = "or attention=auto, the best that encoder and decoder each can"
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 0, 0]])
 REAL_IDS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

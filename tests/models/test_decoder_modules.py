@@ -35,8 +35,6 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Model,
-    WhisperConfig,
-    WhisperForCausalLM,
     XmodConfig,
 )
 
@@ -152,6 +150,25 @@ def test_positions_that_are_computed_are_no_weights():
     assert positions not in dict(decoder.named_parameters())
 
 
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **LLM)),
+        Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **LLM)),
+        GemmaForCausalLM(GemmaConfig(num_key_value_heads=2, head_dim=8, **LLM)),
+        BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)),
+        BioGptForCausalLM(BioGptConfig(**LLM)),
+    ],
+    ids=lambda decoder: type(decoder).__name__,
+)
+def test_a_language_model_without_cross_attention_hears_and_keeps_its_weights(decoder):
+    weights = {name: weight.clone() for name, weight in decoder.state_dict().items()}
+    assert as_decoder(decoder.eval()) is decoder
+    assert decoder.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in decoder.state_dict().items())
+    assert_hears_and_is_causal(decoder)
+
+
 # --- refused
 
 
@@ -159,15 +176,7 @@ def test_positions_that_are_computed_are_no_weights():
     "decoder",
     [
         BartForConditionalGeneration(BartConfig(**BART)),
-        LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **LLM)),
         LlamaModel(LlamaConfig(num_key_value_heads=2, **LLM)),
-        Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **LLM)),
-        GemmaForCausalLM(GemmaConfig(num_key_value_heads=2, head_dim=8, **LLM)),
-        BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)),
-        BioGptForCausalLM(BioGptConfig(**LLM)),
-        WhisperForCausalLM(
-            WhisperConfig(vocab_size=40, d_model=16, decoder_layers=1, decoder_attention_heads=2, pad_token_id=0)
-        ),
         T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
     ],
     ids=lambda decoder: type(decoder).__name__,

@@ -67,7 +67,8 @@ def small_decoder(model_type):
 
 def test_the_decoders_are_found():
     assert {"big_bird", "mvp", "roformer"} <= set(CAN_ATTEND)
-    assert set(BROKEN) - {"musicgen_decoder", "musicgen_melody_decoder"} <= set(CAN_ATTEND)
+    alone = {"musicgen_decoder", "musicgen_melody_decoder", "gemma3n_text", "gemma4_text", "minimax", "moshi"}
+    assert set(BROKEN) - alone <= set(CAN_ATTEND)
 
 
 @pytest.mark.parametrize("model_type", sorted(BROKEN))

@@ -28,8 +28,9 @@ def quick():
 
 @pytest.fixture(scope="module")
 def model():
-    """Hears more than random weights do, so that the two texts differ."""
-    model = joined("wav2vec2", "bart", num_hidden_layers=1, decoder_layers=1, seed=5)
+    """Has the group norm of base sizes, and hears more than random weights do, so that the two texts differ."""
+    base = {"feat_extract_norm": "group", "do_stable_layer_norm": False}
+    model = joined("wav2vec2", "bart", num_hidden_layers=1, decoder_layers=1, seed=49, **base)
     for name, weight in model.named_parameters():
         if any(part in name for part in ("embed_positions", "encoder_attn.out", "encoder_attn.v")):
             weight.data *= 40

@@ -27,7 +27,7 @@ def joined(decoder):
     return model.train()
 
 
-@pytest.fixture(scope="module", params=DECODERS)
+@pytest.fixture(scope="module", params=[*DECODERS, "llama"])
 def model(request):
     torch.manual_seed(0)
     return joined(tiny_decoder(request.param))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 from hydra import compose, initialize_config_dir
-from pairs import WHISPER
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -21,8 +20,6 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
 from sedtrain import load
@@ -87,7 +84,6 @@ def test_the_folder_loads(good):
 # --- models of another kind
 
 OTHERS = {
-    "whisper": WhisperForConditionalGeneration(WhisperConfig(**WHISPER)),
     "wav2vec2": Wav2Vec2ForCTC(Wav2Vec2Config(**SMALL, vocab_size=30)),
     "bert": BertModel(BertConfig(**SMALL)),
     "llama": LlamaForCausalLM(LlamaConfig(**SMALL)),
@@ -104,7 +100,7 @@ def test_a_model_of_another_kind_is_named_and_what_can_be_made_of_it(kind, tmp_p
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     wrong, write = problem(tmp_path)
     assert wrong == f"this is a {kind} model, no speech encoder-decoder"
-    part = {"whisper": "encoder", "wav2vec2": "encoder", "bert": "decoder"}.get(kind)
+    part = {"wav2vec2": "encoder", "bert": "decoder"}.get(kind)
     if part is None:
         assert write == "write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote"
         return

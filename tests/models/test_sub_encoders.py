@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from pairs import part
 from test_masking import SAMPLES, VARIANTS, built, noise, padded
 from transformers import (
     AutoConfig,
@@ -35,6 +36,7 @@ from sedtrain.models.encoder import (
 )
 from sedtrain.models.encoder_families import OF_WHOLE
 from sedtrain.models.masking import Masked
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 NAMES = ["whisper", "speech_to_text", "moonshine", "seamless", "seamless v2", "speecht5 layer"]
 
@@ -136,23 +138,27 @@ import sys
 from transformers import AutoModel, SpeechEncoderDecoderModel
 assert "sedtrain" not in sys.modules
 for kind in (AutoModel, SpeechEncoderDecoderModel):
-    try:
-        kind.from_pretrained(sys.argv[1])
-    except (ValueError, KeyError) as error:
-        print(type(error).__name__, error)
+    for folder in sys.argv[1:]:
+        try:
+            kind.from_pretrained(folder)
+        except (ValueError, KeyError) as error:
+            print(type(error).__name__, error)
 """
 
 
 def test_stock_transformers_refuses_a_folder_and_names_the_model_type(tmp_path):
     decoder = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     decoder |= {"intermediate_size": 16, "is_decoder": True, "add_cross_attention": True}
-    SpeechEncoderDecoderModel(encoder=built("whisper"), decoder=BertLMHeadModel(BertConfig(**decoder))).save_pretrained(
-        tmp_path
-    )
+    bert, folders = BertLMHeadModel(BertConfig(**decoder)), [str(tmp_path / "encoder"), str(tmp_path / "decoder")]
+    SpeechEncoderDecoderModel(encoder=built("whisper"), decoder=bert).save_pretrained(folders[0])
+    SpeechEncoderDecoder(
+        encoder=part("hubert"), decoder=whole("whisper", WhisperForConditionalGeneration)
+    ).save_pretrained(folders[1])
     refusals = subprocess.run(
-        [sys.executable, "-c", REFUSED, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", REFUSED, *folders], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert sum("whisper-encoder" in line for line in refusals) == 2
+    assert sum("whisper-decoder" in line for line in refusals) == 2
 
 
 def test_a_configuration_of_the_whole_model_becomes_that_of_its_encoder_and_stays_as_it_was():

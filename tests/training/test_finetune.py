@@ -132,6 +132,18 @@ def test_a_frozen_decoder_learns_its_cross_attention():
     assert parts_of(moving(model)) == {"encoder", "cross_attention"}
 
 
+def test_of_a_frozen_language_model_encoder_and_adapter_learn_and_it_thaws_later():
+    model = joined("hubert", "llama", ConvAdapter)
+    finetuning("decoder_frozen").prepare(model)
+    assert parts_of(moving(model)) == {"encoder", "adapter"}
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    model(torch.randn(1, 8000), labels=torch.tensor([[5, 2]])).loss.backward()
+    assert all(weight.grad.any() for weight in model.adapter.parameters())
+    model = joined("hubert", "llama", ConvAdapter)
+    finetuning("gradual").prepare(model)
+    assert parts_of(moving(model)) == {"adapter"}
+
+
 def test_the_adapter_alone_moves_where_there_is_one():
     model = joined(adapter=ConvAdapter)
     model.add_ctc_head(7)

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from exactness import CUTS, PRECISIONS, Loader, batch, new_module, trained, trainer_of
+from exactness import CUTS, KINDS, PRECISIONS, Loader, batch, new_module, trained, trainer_of
 from torch.nn.utils import parameters_to_vector
 
 DOCS = Path(__file__).parents[2] / "docs/exactness.md"
@@ -22,28 +20,21 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The folder with the results of `exactness.py` in two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        Path(__file__).parents[1] / "exactness.py",
-    ]
-    run = subprocess.run(
-        [sys.executable, "-m", *command, folder / "out"], cwd=Path(__file__).parents[2], capture_output=True, text=True,
-        timeout=300, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
 def two_rank_updates(two_ranks):
     """(cut, precision, padded) -> the update, the micro-batches that synchronised, and `Update`, over two ranks."""
-    return torch.load(two_ranks / "out.0", weights_only=False)[0]
+    results = torch.load(two_ranks / "out.0", weights_only=False)[0]
+    return {key: each for key, each in results.items() if len(key) == 3}
+
+
+@pytest.mark.parametrize("decoder", KINDS)
+def test_the_update_of_each_kind_of_decoder_is_that_of_eight_at_once(two_ranks, decoder):
+    expected = trained(CUTS["8 × 1"], decoder=decoder)[1]
+    of_two_ranks = torch.load(two_ranks / "out.0", weights_only=False)[0]
+    updates = [moved for key, moved in of_two_ranks.items() if key[1] == decoder]
+    for name in ("1 × 8", "5, 1 and 2, × 3"):
+        updates.append(trained(CUTS[name], is_padded=True, decoder=decoder)[1])
+    assert len(updates) == 4
+    assert max(difference(update, expected) for update in updates) < BOUND["32-true"]
 
 
 @pytest.fixture(scope="module")

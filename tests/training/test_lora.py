@@ -46,8 +46,10 @@ def logits(model, inputs):
         return model(inputs, decoder_input_ids=torch.tensor([[1, 5, 6], [1, 7, 8]])).logits
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [pair for pair in PAIRS if pair[0] != "wavlm"], ids=map("-".join, [
-    pair for pair in PAIRS if pair[0] != "wavlm"]))  # fmt: skip
+TESTED = [*(pair for pair in PAIRS if pair[0] != "wavlm"), ("hubert", "llama")]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), TESTED, ids=map("-".join, TESTED))
 def test_every_matrix_has_a_gradient_and_merges_without_a_change_of_the_logits(encoder, decoder):
     model, callback = adapted(encoder, decoder)
     trained = moving(model)
@@ -126,6 +128,17 @@ def test_kept_apart_it_is_an_adapter_that_stock_transformers_and_peft_load(decod
     torch.testing.assert_close(logits(by_peft.base_model.model, inputs), said, rtol=1e-4, atol=1e-4)
     own = load(str(tmp_path))
     torch.testing.assert_close(logits(own.model, inputs), said, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_and_its_matrices_are_saved_apart(tmp_path, own_tokenizer):
+    model, callback = adapted("hubert", "llama", "finetune.merge=false", "finetune.targets=[decoder_self_attention]")
+    callback.finish(stirred(model))
+    inputs = inputs_of(model)
+    SavedModel(model, *own_tokenizer).save(tmp_path, {})
+    loaded = load(str(tmp_path)).model
+    assert lora_layers(loaded).keys() == lora_layers(model).keys()
+    assert all(name.startswith("decoder.model.layers.") for name in lora_layers(model))
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
 
 
 HOSTILE = {

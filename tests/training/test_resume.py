@@ -180,7 +180,7 @@ def test_the_lists_of_a_run_hold_what_was_before_its_checkpoint_once(tmp_path):
 
 
 def test_skipped_utterances_are_listed_once_over_restarts(command, stopped, tmp_path):
-    corpus = cut_corpus(Path(OmegaConf.load(stopped / "config.yaml").data.path), tmp_path / "data", train=24)
+    corpus = cut_corpus(Path(OmegaConf.load(stopped / "config.yaml").data.path), tmp_path / "data", train=8)
     for split in ("validation", "test"):
         shutil.copy(corpus.parent / "data/train.parquet", corpus / f"{split}.parquet")
     folder, given = tmp_path / "run", ["data.max_seconds=1.85", f"data.path={corpus}", "resume=auto"]
@@ -340,9 +340,9 @@ def test_the_strategy_decides_nothing_and_may_change():
 
 @pytest.fixture(scope="module")
 def averaged(sedtrain, corpus, tmp_path_factory):
-    """The folder of a run whose weights are a moving average."""
+    """The folder of a run like `trained`, whose weights are a moving average."""
     folder = tmp_path_factory.mktemp("runs") / "averaged"
-    given = ["data=parquet", f"data.path={corpus}", "trainer.max_steps=2", *SHORT, AVERAGED, f"run_dir={folder}"]
+    given = ["data=parquet", f"data.path={corpus}", "trainer.max_steps=3", *SHORT, AVERAGED, f"run_dir={folder}"]
     assert sedtrain(*given).status == 0
     return folder
 
@@ -351,15 +351,16 @@ def test_a_run_killed_after_training_with_an_average_is_scored(command, averaged
     folder = tmp_path / "killed"
     shutil.copytree(averaged, folder)
     shutil.rmtree(folder / "model")
-    ended = command(folder, "resume=auto", AVERAGED, steps=2)
+    ended = command(folder, "resume=auto", AVERAGED)
     assert ended.status == 0, ended.err
     weights, expected = (load_file(each / "model/model.safetensors") for each in (folder, averaged))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_without_the_average_another_run_goes_on_from_the_weights_of_training_themselves(command, averaged, tmp_path):
-    assert command(tmp_path / "plain", steps=2).status == 0
-    for name, start in {"a": averaged, "b": tmp_path / "plain"}.items():
+def test_without_the_average_another_run_goes_on_from_the_weights_of_training_themselves(
+    command, averaged, trained, tmp_path
+):
+    for name, start in {"a": averaged, "b": trained}.items():
         ended = command(tmp_path / name, f"resume={start}/checkpoints/last.ckpt", steps=4)
         assert ended.status == 0, ended.err
     a, b = (read_checkpoint(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in "ab")

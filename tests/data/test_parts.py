@@ -18,15 +18,16 @@ import pytest
 from corpora import COLUMNS, data_module, listed, refused, wav, write
 from test_formats import shard
 
-from sedtrain.data import shards
-from sedtrain.data.shards import Shard, shards_of
+from sedtrain.data import parts
+from sedtrain.data.parts import Part, parts_of
+from sedtrain.data.source import Columns, Source
 from sedtrain.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(shards, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(parts, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def numbered(tmp_path):
     return folder
 
 
+PLAIN = Columns("audio", "text")
 EVERYTHING = {f"train-0000{number}-of-00003-{row}" for number, size in ((0, 4), (1, 4), (2, 3)) for row in range(size)}
 
 
@@ -53,7 +55,8 @@ def seen(data):
 
 
 def names(path, split, tmp_path, name=None):
-    return [each.name for each in shards_of(str(path), split, name, tmp_path)]
+    found = parts_of(Source(str(path), PLAIN, {"train": split}, name), "train", tmp_path)
+    return [part.name for part in found if part.place]
 
 
 # --- which files
@@ -97,7 +100,7 @@ def test_splits_joined_by_plus_are_the_files_of_each(numbered, tmp_path):
 
 def test_a_part_of_a_split_cannot_be_streamed(numbered, tmp_path):
     with pytest.raises(UserError) as raised:
-        shards_of(str(numbered), "train[:90%]", None, tmp_path)
+        names(numbered, "train[:90%]", tmp_path)
     assert (raised.value.option, raised.value.value) == ("data.path", str(numbered))
     assert raised.value.wrong == "'train[:90%]' is a slice of a split, which neither a stream nor a URL has"
     assert raised.value.write == "write data.streaming=false for what is not on a server, or a split of its own"
@@ -105,7 +108,7 @@ def test_a_part_of_a_split_cannot_be_streamed(numbered, tmp_path):
 
 def test_a_missing_folder_is_told(tmp_path):
     with pytest.raises(UserError, match="there is no such file or folder"):
-        shards_of(str(tmp_path / "none"), "train", None, tmp_path)
+        names(tmp_path / "none", "train", tmp_path)
 
 
 # --- copies
@@ -327,7 +330,7 @@ def test_a_server_that_fails_now_and_then_is_asked_again(server, tmp_path):
 def test_a_file_that_is_not_there_is_told_by_its_url(server, tmp_path):
     url = f"{server}/none.parquet"
     with pytest.raises(UserError) as raised:
-        Shard(url, "none", tmp_path / "copies").rows()
+        Part(Source(url, PLAIN, {}), "none", url, tmp_path / "copies").rows()
     assert (raised.value.option, raised.value.value) == ("data.path", url)
     assert raised.value.wrong.startswith(f"{url} cannot be fetched (FileNotFoundError: ")
     assert list((tmp_path / "copies").rglob("*.parquet*")) == []

@@ -1,0 +1,275 @@
+"""Parts of a dataset that are opened one by one: the files of a split, here or on a server, or a whole split."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import IO
+from urllib.parse import urlsplit
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+from aiohttp import ClientError
+from filelock import FileLock
+
+from sedtrain.data.parquet import batches
+from sedtrain.data.paths import expanded, files_of, local_path, split_files
+from sedtrain.data.readers import READERS, BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.source import Source, check_columns
+from sedtrain.data.sources import hub_or_folder, is_saved, load_rows, readable
+from sedtrain.data.tables import PROBLEM, readable_cells
+from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows, as_text
+from sedtrain.errors import UserError
+
+NUM_ATTEMPTS = 5
+FIRST_PAUSE = 1.0  # seconds, doubled after every failure
+UNREACHABLE = (OSError, ClientError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are opened together: one file of a split of a dataset, or the split where it has no files of its own.
+
+    name:   of the split, or of the file among those of the split; ids of rows that have none begin with it
+    place:  the path or URL of the file; None for a split
+    copies: the folder of all that is fetched or converted, in which each file has a folder
+    """
+
+    source: Source
+    name: str
+    place: str | None = None
+    copies: Path = Path()
+
+    @property
+    def path(self) -> str | None:
+        """The file or URL, where it is a single one."""
+        folder = local_path(self.source.path)
+        if self.place is not None or not folder.is_dir():
+            return self.place
+        files = split_files(folder, self.name.partition("[")[0])
+        return str(files[0]) if len(files) == 1 else None
+
+    @property
+    def copy(self) -> Path:
+        return self.copies / hashlib.sha256(str(self.place).encode()).hexdigest()[:32]
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in str(self.place)
+
+    def open(self) -> UtteranceRows:
+        """Raises UserError where there are no rows of utterances, BrokenFile for a file that cannot be read."""
+        return UtteranceRows(self.rows(), self.source, self.name, self.path)
+
+    def rows(self) -> datasets.Dataset:
+        """Raises BrokenFile, and UserError for what is not found, cannot be fetched or is of no known format."""
+        if self.place is None:
+            return load_rows(self.source.path, self.name, self.source.name)
+        if not self.is_remote and suffix_of(self.place) == ".tar":
+            return read_rows(Path(self.place))  # makes no copy but an index, which other runs can use
+        with self.lock():  # no process removes a copy that another has half made
+            return read_rows(self.fetched(), self.copy)
+
+    def texts(self, role: str) -> Iterator[str]:
+        """The column of a role as text; of a Parquet file no other column is read or fetched. Raises as `open` does."""
+        column = getattr(self.source.columns, role)
+        if self.place is not None and suffix_of(file_name(self.place)) == ".parquet":
+            found = self.parquet_cells(role, column)
+        else:
+            rows = self.rows()
+            if not set(rows.column_names) - {PROBLEM}:  # a file without a readable line
+                return
+            check_columns({role: column}, rows.features, self.place or f"{self.source.path} ({self.name})")
+            tables = rows.select_columns([column]).with_format("arrow").iter(CELLS_AT_ONCE)
+            found = (table[column] for table in tables)
+        yield from (as_text(cell) for cells in found for cell in readable_cells(cells))
+
+    def parquet_cells(self, role: str, column: str) -> Iterator[pa.Array]:
+        assert self.place is not None
+        try:
+            with ExitStack() as opened:
+                content, table = self.parquet(opened)
+                if not table.metadata.num_rows:
+                    return
+                check_columns({role: column}, datasets.Features.from_arrow_schema(table.schema_arrow), self.place)
+                for group in range(table.num_row_groups):
+                    for batch in batches(table, content, self.place, group, [column]):
+                        yield batch.column(column)
+        except UserError:
+            raise
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise BrokenFile(self.place, error) from error
+
+    def parquet(self, opened: ExitStack) -> tuple[IO[bytes], pa.parquet.ParquetFile]:
+        """The opened file, or a copy of it if its server does not give parts of files."""
+        content = opened.enter_context(fsspec.open(self.place))
+        try:
+            return content, opened.enter_context(pa.parquet.ParquetFile(content))
+        except ValueError:
+            content = opened.enter_context(self.fetched().open("rb"))
+            return content, opened.enter_context(pa.parquet.ParquetFile(content))
+
+    def lock(self) -> FileLock:
+        """A lock among the processes of a run on this machine; a process may take it twice."""
+        self.copies.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.copy}.lock", is_singleton=True)
+
+    def fetched(self) -> Path:
+        """The file; a remote one as a copy, fetched once by all processes of a machine."""
+        assert self.place is not None
+        if not self.is_remote:
+            return Path(self.place)
+        file = self.copy / file_name(self.place)
+        with self.lock():
+            self.copy.mkdir(exist_ok=True)
+            if not file.exists():
+                fetch(self.place, file)
+        return file
+
+    def fetch_ahead(self) -> None:
+        """Begins to fetch a remote file; an error is reported when the file is needed."""
+
+        def fetch_quietly() -> None:
+            with suppress(UserError):
+                self.fetched()
+
+        if self.is_remote and not self.copy.exists():
+            Thread(target=fetch_quietly, daemon=True).start()
+
+    def remove_copy(self) -> None:
+        """Removes what was fetched or converted; the part can be opened anew."""
+        if self.place is not None and self.copy.exists():
+            with self.lock():
+                shutil.rmtree(self.copy, ignore_errors=True)  # another process may have done it by now
+
+
+class Parts(Sequence[UtteranceRows]):
+    """The rows of each part, opened when they are asked for.
+
+    num_rows: parts stay open that have at least so many rows together; None: all parts
+    """
+
+    def __init__(self, parts: Iterable[Part], num_rows: int | None = None) -> None:
+        self.parts, self.num_rows = list(parts), num_rows
+        self.opened: OrderedDict[int, UtteranceRows] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
+        if number not in self.opened:
+            self.opened[number] = self.parts[number].open()
+            self.close_oldest()
+        self.opened.move_to_end(number)
+        return self.opened[number]
+
+    def close_oldest(self) -> None:
+        num_open = sum(map(len, self.opened.values()))
+        for number, rows in list(self.opened.items())[:-1]:
+            num_open -= len(rows)
+            if self.num_rows is None or num_open < self.num_rows:
+                break
+            del self.opened[number]
+
+    def remove_copy(self, number: int) -> None:
+        self.opened.pop(number, None)
+        self.parts[number].remove_copy()
+
+
+def parts_of(source: Source, split: str, copies: Path | None = None) -> list[Part]:
+    """A split, which is train, validation or test, as one part, or as one for each of its files; none if there is no such.
+
+    copies: where files are opened one by one, the folder of what is fetched or converted for that
+    Raises UserError where the split is missing, or a slice of it is asked for file by file.
+    """
+    name = source.splits[split]
+    if name is None:
+        return []
+    if copies is None:
+        return [Part(source, name)]
+    if "[" in name:
+        wrong = f"{name!r} is a slice of a split, which neither a stream nor a URL has"
+        write = "write data.streaming=false for what is not on a server, or a split of its own"
+        raise UserError("data.path", source.path, wrong, write)
+    places = [place for each in name.split("+") for place in places_of(source, each)]
+    names = zip(names_of(places), places, strict=True)
+    return [Part(source, short, place, copies) for short, place in names] or [Part(source, name)]
+
+
+def places_of(source: Source, split: str) -> list[str]:
+    """The paths or URLs of the files of one split; none for a split that is not stored in files."""
+    if "://" in source.path:
+        return [place for url in expanded(source.path.replace("{split}", split)) for place in files_at(url)]
+    if files := files_of(source.path, split):
+        return list(map(str, files))
+    if is_saved(local_path(source.path)):
+        return []
+    with readable(source.path, split):
+        repository, revision = hub_or_folder(source.path)
+        builder = datasets.load_dataset_builder(repository, source.name, revision=revision)
+        places = list(map(str, (builder.config.data_files or {}).get(split, [])))
+        return places if all(map(suffix_of, places)) else []
+
+
+def files_at(url: str) -> list[str]:
+    """The URL, or those that a glob stands for. Raises UserError where none is found, or the URL names no file to read."""
+    if suffix_of(file_name(url)) is None:
+        wrong = "this URL names no file of a format that can be read"
+        raise UserError("data.path", url, wrong, f"write a URL of files of one of {', '.join(READERS)}")
+    if not {"*", "["} & set(url):
+        return [url]
+    try:
+        filesystem, pattern = fsspec.url_to_fs(url)
+        found = sorted(map(filesystem.unstrip_protocol, filesystem.glob(pattern)))
+    except UNREACHABLE as error:
+        raise unreachable(url, error) from error
+    if not found:
+        write = "write a glob of files that are there and that the server lists, or {0000..0127} for their numbers"
+        raise UserError("data.path", url, "there is no such file", write)
+    return found
+
+
+def names_of(places: list[str]) -> list[str]:
+    """The name of each file without its suffix; with its folders if names alone are not distinct."""
+    names = list(map(file_name, places))
+    if len(set(map(without_format, names))) < len(names):
+        common = os.path.commonpath([os.path.dirname(place) for place in places])
+        names = [os.path.relpath(place, common) for place in places]
+    return list(map(without_format, names))
+
+
+def file_name(place: str) -> str:
+    """The name of a file by its path or URL."""
+    return Path(urlsplit(place).path if "://" in place else place).name
+
+
+def without_format(name: str) -> str:
+    return name[: len(name) - len(suffix_of(name) or "")]
+
+
+def fetch(url: str, file: Path) -> None:
+    """Raises UserError when the last attempt fails; nothing incomplete is left under the name of `file`."""
+    incomplete = file.with_name(f"{file.name}.incomplete")
+    for attempt in range(NUM_ATTEMPTS):
+        try:
+            filesystem, name = fsspec.url_to_fs(url)
+            filesystem.get_file(name, str(incomplete))
+            incomplete.rename(file)
+            return
+        except UNREACHABLE as error:
+            if attempt == NUM_ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
+                raise unreachable(url, error) from error
+        time.sleep(FIRST_PAUSE * 2**attempt)
+
+
+def unreachable(url: str, error: Exception) -> UserError:
+    wrong = f"{url} cannot be fetched ({one_line(error)})"
+    return UserError("data.path", url, wrong, "write a URL that can be reached")

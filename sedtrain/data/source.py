@@ -1,0 +1,123 @@
+"""One dataset: where it is, the names of its splits, and which of its columns hold what."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from sedtrain.data.paths import local_path
+from sedtrain.data.tables import in_words
+from sedtrain.errors import UserError
+
+NUMBERS = ("null", "int", "uint", "float", "decimal")
+TIMES = (*NUMBERS, "string", "large_string")
+TEXTS = (*TIMES, "bool")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the dataset's columns by role; None if the dataset has no such column."""
+
+    audio: str
+    text: str
+    id: str | None = None
+    speaker: str | None = None
+    language: str | None = None
+    seconds: str | None = None
+    start: str | None = None
+    end: str | None = None
+
+    @classmethod
+    def of(cls, columns: Mapping[str, str | None], target: str, where: str = "data") -> "Columns":
+        """`columns` by role, where `target`, transcription or translation, names the role of the text.
+
+        where: the option that they belong to, for messages
+        """
+        others = [field.name for field in fields(cls)[2:]]
+        roles = ["audio", "transcription", "translation", *others]
+        for role, column in columns.items():
+            if role not in roles:
+                write = f"write {where}.columns.NAME, NAME one of {', '.join(roles)}"
+                raise UserError(f"{where}.columns.{role}", column, "there is no such role", write)
+        for role in ("audio", target):
+            if columns.get(role) is None:
+                option = f"{where}.columns.{role}"
+                raise UserError(option, None, f"target={target} needs this column", f"write {option}=COLUMN")
+        return cls(str(columns["audio"]), str(columns[target]), **{role: columns.get(role) for role in others})
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset.
+
+    path:   a file, a folder, a pattern of files, a URL or a Hub id
+    splits: its own names of train, validation and test; None for a split that it does not have
+    name:   the Hub's name of a configuration
+    audio_folder: where relative paths of audio files begin, which must not leave it; else the folder of `path`
+    weight: how often its training split is seen in an epoch
+    label:  its name in a mix, which its ids begin with
+    language, task: of its texts where no column says it; how they came from the speech, `transcribe` or `translate`
+    """
+
+    path: str
+    columns: Columns
+    splits: Mapping[str, str | None]
+    name: str | None = None
+    audio_folder: str | None = None
+    weight: float = 1.0
+    label: str = ""
+    language: str | None = None
+    task: str = "transcribe"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that paths of audio are relative to."""
+        if self.audio_folder is not None:
+            return Path(self.audio_folder).expanduser()
+        where = local_path(self.path)
+        return where if where.is_dir() else where.parent
+
+
+def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
+    """Tells whether a column holds single values of one of these kinds of Arrow types."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
+
+
+def is_audio(feature: Any) -> bool:
+    is_both = isinstance(feature, dict) and not feature.keys().isdisjoint({"bytes", "path"})
+    is_plain = holds(feature, ("null", "binary", "large_binary", "string", "large_string"))
+    return is_plain or is_both or isinstance(feature, datasets.Audio)
+
+
+WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "audio": (is_audio, "bytes or the path of a file"),
+    "text": (partial(holds, kinds=TEXTS), "text"),
+    "id": (partial(holds, kinds=TEXTS), "text or numbers"),
+    **dict.fromkeys(("seconds", "start", "end"), (partial(holds, kinds=TIMES), "numbers")),
+}
+"""Types that the column of a role may have."""
+
+
+def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any], place: str) -> None:
+    """Raises UserError for a column that is missing, naming those that are there, or that holds something else.
+
+    columns: the column of each role; features: what each column holds; place: where they are, for the message
+    """
+    for role, column in columns.items():
+        if column is None:
+            continue
+        fits, wanted = WANTED.get(role, (lambda feature: True, ""))
+        if column not in features:
+            wrong = f"{place} has no column {column!r} for the {role}, it has {in_words(features)}"
+            names = "audio, transcription, translation, id, speaker, language, seconds, start or end"
+            write = f"write data.columns.NAME=ONE_OF_THESE, where NAME is {names}"
+        elif not fits(features[column]):
+            kind = str(features[column])[:80]
+            wrong = f"{place} has {kind} in the column {column!r} for the {role}, expected {wanted}"
+            write = f"write data.columns.NAME=COLUMN that holds {wanted}"
+        else:
+            continue
+        raise UserError("data.columns", column, wrong, write)

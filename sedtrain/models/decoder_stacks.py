@@ -1,0 +1,143 @@
+"""Decoder stacks of `transformers`, mended: the mask of frames reaches every one, and every token has a position.
+
+B batch, U target tokens, T frames, D width.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.cohere_asr.modeling_cohere_asr import CohereAsrDecoder
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Decoder
+from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TDecoder
+from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2Decoder
+from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextDecoder
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaDecoder
+from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
+
+# --- Whisper: its decoder has no mask of frames
+
+
+class MaskedWhisperLayer(WhisperDecoderLayer):
+    """Takes the mask of frames as `frame_mask`: upstream's decoder gives None for `encoder_attention_mask`."""
+
+    def forward(self, *args: Any, frame_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **{**kwargs, "encoder_attention_mask": frame_mask})
+
+
+class MaskedWhisperDecoder(WhisperDecoder):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            layer.__class__ = MaskedWhisperLayer
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        frame_mask = None
+        if encoder_hidden_states is not None and encoder_attention_mask is not None:
+            inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            frame_mask = create_bidirectional_mask(
+                self.config, inputs_embeds, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+            )
+        return super().forward(
+            input_ids=input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            frame_mask=frame_mask,
+            **kwargs,
+        )
+
+
+# --- M2M100 and its like: they give pad tokens no position, and forget that in the next cached step
+
+
+class GivenPositions(nn.Module):
+    """A table of sinusoids that is read at `position_ids` where they are given, and grows up to `most` of them."""
+
+    weights: Tensor
+    position_ids: Tensor | None = None
+    most = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        table: Any = super()
+        if self.position_ids is None:
+            positions: Tensor = table.forward(*args, **kwargs)
+            return positions
+        if self.most > len(self.weights):
+            table.make_weights(self.most, self.embedding_dim, self.padding_idx)
+        return self.weights[self.position_ids]
+
+
+class Counting(PreTrainedModel):
+    """Mixin for a decoder that takes `position_ids`, which count every token."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        table = self.embed_positions
+        table.__class__ = type("Given" + type(table).__name__, (GivenPositions, type(table)), {})
+
+    def forward(self, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        tokens = kwargs["input_ids"] if kwargs["inputs_embeds"] is None else kwargs["inputs_embeds"]
+        cache = kwargs["past_key_values"]
+        past_length = 0 if cache is None else cache.get_seq_length()
+        table = self.embed_positions
+        table.position_ids, table.most = position_ids, table.padding_idx + 1 + past_length + tokens.shape[1]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            table.position_ids = None
+
+
+class CountingM2M100Decoder(Counting, M2M100Decoder):
+    pass
+
+
+class CountingSpeech2TextDecoder(Counting, Speech2TextDecoder):
+    pass
+
+
+class CountingSeamlessM4TDecoder(Counting, SeamlessM4TDecoder):
+    pass
+
+
+class CountingSeamlessM4Tv2Decoder(Counting, SeamlessM4Tv2Decoder):
+    pass
+
+
+# --- Cohere, Canary, T5Gemma
+
+
+class UnprojectedCohereDecoder(CohereAsrDecoder):
+    """Takes frames of its own width: the joined model projects them, as for every decoder."""
+
+    def __init__(self, config: Any) -> None:
+        config.encoder_config = transformers.ParakeetEncoderConfig()
+        super().__init__(config)
+        config.encoder_config, self.proj = None, nn.Identity()
+
+
+class WholeT5GemmaDecoder(T5GemmaDecoder):
+    """Takes frames of its own width, sees pad tokens as it does with a cache, and attends to all frames, however many."""
+
+    def __init__(self, config: Any) -> None:
+        config.cross_attention_hidden_size = config.hidden_size
+        super().__init__(config)
+        config.cross_attention_hidden_size = None  # of which the joined model of transformers asks another thing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache, tokens = kwargs["past_key_values"], kwargs["input_ids"]
+        if cache is not None and not cache.is_updated:
+            cache.cross_attention_cache = DynamicCache()
+        if cache is None and kwargs["attention_mask"] is None and tokens is not None:
+            kwargs["attention_mask"] = torch.ones_like(tokens)
+        return super().forward(*args, **kwargs)

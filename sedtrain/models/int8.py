@@ -1,0 +1,92 @@
+"""A copy of a model for decoding on a CPU: large linear layers multiply in 8 bits.
+
+Each row of an input is scaled by its own largest value, and each row of weights by its own: the output of a row depends on
+nothing else in its batch. The products are oneDNN's, which `torch.compile` uses for quantized models too.
+
+N rows of inputs, I inputs, O outputs.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+from transformers.pytorch_utils import Conv1D
+
+from sedtrain.errors import UserError
+from sedtrain.models.losses import DeferrableLinear
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.steps import KEPT, attempt, steps_of
+
+FOR_FRAMES, FOR_TOKENS = 2**16, 2**19
+"""Weights of a layer from which 8 bits are faster: for many rows at once, and for one token of a decoder."""
+STEPS, ZERO = 127, 128  # of a positive input; the unsigned value of 0
+READ_AS_WEIGHTS = (
+    WavLMAttention,
+    nn.MultiheadAttention,
+)  # modules that multiply with the weights of their layers themselves
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of (N, I) -> (N, O), with an error of about 1 % of a standard deviation of its output."""
+
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: (O, I)"""
+        super().__init__()
+        weight = weight.detach().float()
+        largest = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        self.register_buffer("scales", largest / STEPS, persistent=False)
+        self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.long), persistent=False)
+        rounded = (weight / self.scales[:, None]).round().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.bias = bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        largest = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        rounded = (rows * (STEPS / largest)).add_(ZERO + 0.5).to(torch.uint8)
+        of_input, of_weight = (1 / STEPS, ZERO), (self.weight, self.scales, self.zeros)
+        output = torch.ops.onednn.qlinear_pointwise(
+            rounded, *of_input, *of_weight, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        output = output * largest if self.bias is None else torch.addcmul(self.bias, output, largest)
+        return output.view(*input.shape[:-1], -1)
+
+
+def in_int8(model: SpeechEncoderDecoder) -> SpeechEncoderDecoder:
+    """A copy in evaluation mode; the weights of its large layers are not copied.
+
+    Raises UserError for a model that is not in float32 on a CPU.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        wrong = (
+            f"8 bits are for models in float32 on a CPU; this one is in {str(model.dtype)[6:]} on {model.device.type}"
+        )
+        raise UserError(
+            "decoding.int8", True, wrong, "write decoding.int8=false, or trainer.accelerator=cpu", "write int8=False"
+        )
+    replaced: dict[int, Any] = {}
+    for name, owner in model.named_modules():
+        smallest = FOR_TOKENS if name.partition(".")[0] == "decoder" else FOR_FRAMES
+        if not isinstance(owner, READ_AS_WEIGHTS):
+            large = [layer for layer in owner.children() if is_large(layer, smallest)]
+            replaced |= {id(layer): Int8Linear(rows_of(layer), layer.bias) for layer in large}
+    small: SpeechEncoderDecoder = copy.deepcopy(model, replaced).eval()
+    if steps_of(model) is not None:  # rounding would hide that they compute the same
+        KEPT[small.decoder] = attempt(small.decoder)
+    return small
+
+
+def is_large(layer: nn.Module, smallest: int) -> bool:
+    is_linear = type(layer) in (nn.Linear, Conv1D, DeferrableLinear)
+    return is_linear and not layer._forward_hooks and layer.weight.numel() >= smallest  # type: ignore[operator]
+
+
+def rows_of(layer: Any) -> Tensor:
+    """(O, I)"""
+    weight: Tensor = layer.weight
+    return weight.T.contiguous() if type(layer) is Conv1D else weight

@@ -1,0 +1,208 @@
+"""Decoder-only language models behind a prefix: prompt, audio, prompt, then the text (arXiv 2310.09424, 2402.08846).
+
+B batch, T frames, U text tokens, L everything the decoder has read, D width.
+"""
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    EncoderDecoderCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sedtrain.errors import UserError
+
+NEEDED = {"attention_mask", "inputs_embeds", "past_key_values"}
+"""Arguments of a language model that can continue embeddings."""
+OTHER = {"encoder_hidden_states", "encoder_outputs", "pixel_values"}
+"""Arguments of a model that reads more than text."""
+BOTH = {"gpt2"}
+"""Families with cross-attention that can do without it."""
+PLACE = "{audio}"
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """The causal language model of transformers with this configuration; None for a class of the user's own."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def arguments_of(kind: type[PreTrainedModel]) -> set[str]:
+    return set(inspect.signature(kind.forward).parameters)
+
+
+def can_continue(config: PreTrainedConfig) -> bool:
+    """True for a family of language models that can be fed by a prefix."""
+    kind = class_of(config)
+    names = arguments_of(kind) if kind is not None and hasattr(config, "hidden_size") else set()
+    return names >= NEEDED and (not names & OTHER or config.model_type in BOTH)
+
+
+def is_prefixed(config: PreTrainedConfig) -> bool:
+    """True for the configuration of a decoder that reads the audio as a prefix, not by cross-attention."""
+    wanted = getattr(config, "listens", None)
+    return can_continue(config) and (wanted == "prefix" or config.model_type not in BOTH)
+
+
+def choose_listening(config: PreTrainedConfig, wanted: str | None) -> None:
+    """Sets how a decoder listens, in place; None leaves it to the family. Raises UserError for what the family cannot."""
+    kind, fits = config.model_type, can_continue(config)
+    if wanted == "prefix" and not fits:
+        write = "write decoder.listens=cross_attention, or decoder=llama or another decoder-only language model"
+        raise UserError("decoder.listens", wanted, f"{kind} is no language model that can be fed by a prefix", write)
+    if wanted == "cross_attention" and fits and kind not in BOTH:
+        raise UserError(
+            "decoder.listens", wanted, f"{kind} has no cross-attention", "write decoder.listens=prefix, or none"
+        )
+    if wanted is not None and fits:
+        config.listens = wanted
+
+
+def give_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, prompt: str | None) -> None:
+    """Sets the tokens around the audio, in place: of `prompt`, or of a turn of the tokenizer's chat template.
+
+    The last of them is the token with which the text starts. Raises UserError where there is not one place for the audio.
+    """
+    if not is_prefixed(config):
+        if prompt is not None:
+            write = "write decoder.prompt=null, or decoder=llama or another decoder that is fed by a prefix"
+            raise UserError(
+                "decoder.prompt", prompt, "this decoder listens by cross-attention, and reads no prompt", write
+            )
+        return
+    if tokenizer is not None:
+        before, behind = prompt_ids(tokenizer, prompt)
+        config.decoder_start_token_id = behind.pop() if behind else None
+        config.audio_prompt = [before, behind]
+
+
+def prompt_ids(tokenizer: Any, prompt: str | None) -> list[list[int]]:
+    """Token ids in front of the audio and behind it."""
+    text, begin = PLACE if prompt is None else prompt, list[int]()
+    if text.count(PLACE) == 1 and getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    elif prompt is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]:
+        begin = [tokenizer.bos_token_id]
+    if text.count(PLACE) != 1:
+        wrong = f"it has {text.count(PLACE)} places for the audio, and needs one"
+        write = f"write prompt='TEXT {PLACE} TEXT'"
+        raise UserError("decoder.prompt", prompt, wrong, f"write 'decoder.prompt=\"TEXT {PLACE} TEXT\"'", write)
+    before, behind = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in text.split(PLACE)
+    )
+    return [begin + before, behind]
+
+
+def num_in_front(config: PreTrainedConfig, num_frames: int) -> int:
+    """Positions that frames and prompt take in front of a text."""
+    return num_frames + sum(map(len, prompt_of(config))) if is_prefixed(config) else 0
+
+
+def behind_prefix(decoder: PreTrainedModel) -> PreTrainedModel:
+    """The language model itself, which now takes encoder_hidden_states; its weights and their names stay.
+
+    Raises UserError where frames of the layers' width cannot stand among the tokens.
+    """
+    width = decoder.get_input_embeddings().weight.shape[1]
+    if width != decoder.config.hidden_size:
+        wrong = f"its embeddings are {width} wide and its layers {decoder.config.hidden_size}"
+        raise UserError("decoder", type(decoder).__name__, wrong, "write decoder.checkpoint=FOLDER of another member")
+    if not isinstance(decoder, Prefixed):
+        decoder.__class__ = prefixed(type(decoder))  # type: ignore[arg-type]
+    return decoder
+
+
+@cache
+def prefixed(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of a language model with a prefix; it keeps the name, by which transformers and FSDP know its layers."""
+    members = {"__module__": kind.__module__, "family_arguments": arguments_of(kind)}
+    return type(kind.__name__, (Prefixed, kind), members)
+
+
+class Prefixed:
+    """Mixed into a family's causal language model: reads the frames of the audio in front of the tokens.
+
+    config.audio_prompt: token ids in front of the frames, and those behind them; saved with the model
+    """
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The family's output for U tokens (B, U) or their embeddings (B, U, D); its logits are those of the tokens alone.
+
+        attention_mask: (B, U) of all tokens so far, 0 where a text is padded, in front or behind
+        encoder_hidden_states, encoder_attention_mask: (B, T, D) frames and (B, T)
+
+        Whatever is masked moves to the front, where no window of attention and no position counts it.
+        """
+        assert encoder_hidden_states is not None
+        cache = (
+            past_key_values.self_attention_cache
+            if isinstance(past_key_values, EncoderDecoderCache)
+            else past_key_values
+        )
+        refuse_fixed(cache)
+        embed = self.get_input_embeddings()
+        tokens = embed(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, num_tokens = tokens.shape[:2]
+        frames, num_read = encoder_hidden_states.to(tokens.dtype), 0 if cache is None else cache.get_seq_length()
+        before, behind = prompt_of(self.config)
+        num_text = num_tokens + max(0, num_read - len(before) - len(behind) - frames.shape[1])
+        real = torch.ones(batch_size, frames.shape[1]) if encoder_attention_mask is None else encoder_attention_mask
+        text = torch.ones(batch_size, num_text) if attention_mask is None else attention_mask
+        real, text = real.to(tokens.device, torch.long), text.to(tokens.device, torch.long)
+        ends = [real.new_ones(batch_size, len(ids)) for ids in (before, behind)]
+        mask, order = torch.cat([ends[0], real, ends[1], text], 1).sort(dim=1, stable=True)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if not num_read:
+            given = [embed(real.new_tensor(ids).expand(batch_size, -1)) for ids in (before, behind)]
+            frames = frames.masked_fill(real[..., None] == 0, 0.0)
+            tokens = torch.cat([given[0], frames, given[1], tokens], 1)
+            tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+        extra = {"position_ids": positions[:, -tokens.shape[1] :], "logits_to_keep": num_tokens}
+        options |= {name: value for name, value in extra.items() if name in self.family_arguments}
+        output = super().forward(inputs_embeds=tokens, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
+        output.logits = in_place(
+            output.logits[:, -num_tokens:], None if attention_mask is None else text[:, -num_tokens:]
+        )
+        if isinstance(past_key_values, EncoderDecoderCache):
+            output.past_key_values = past_key_values
+        return output
+
+
+def in_place(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, U, V) logits of texts whose padding has moved to the front -> those of the tokens as they were given.
+
+    A padded token behind a text has the logits of its last real one: `generate` goes on from there.
+    """
+    if mask is None:
+        return logits
+    places = (mask.shape[1] - mask.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0)
+    return logits.gather(1, places[..., None].expand_as(logits))
+
+
+def refuse_fixed(cache: Any) -> None:
+    """Raises UserError for a cache of a fixed size: `generate` makes it as large as the text."""
+    if cache is not None and cache.is_compileable:
+        wrong = "a cache of a fixed size has no room for the audio in front of the text"
+        raise UserError("cache_implementation", "static", wrong, "write cache_implementation='dynamic', or none")
+
+
+def prompt_of(config: PreTrainedConfig) -> Sequence[list[int]]:
+    prompt: Sequence[list[int]] = getattr(config, "audio_prompt", None) or ([], [])
+    return prompt

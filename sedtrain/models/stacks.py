@@ -1,0 +1,239 @@
+"""Decoders of sequence-to-sequence models: decoder stack and output layer, taken out of the whole model.
+
+To add a family: a row in `KINDS`. A class of its own is needed only where upstream's decoder leaves out the mask of frames
+or gives pad tokens no position.
+
+B batch, U target tokens, T frames, D width.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.canary.configuration_canary import CanaryDecoderConfig
+from transformers.models.canary.modeling_canary import CanaryDecoder
+from transformers.models.moonshine.modeling_moonshine import MoonshineDecoder
+from transformers.models.mt5.modeling_mt5 import MT5Stack
+from transformers.models.t5.modeling_t5 import T5Stack
+from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+from transformers.utils.generic import can_return_tuple
+
+from sedtrain.models.decoder_stacks import (
+    CountingM2M100Decoder,
+    CountingSeamlessM4TDecoder,
+    CountingSeamlessM4Tv2Decoder,
+    CountingSpeech2TextDecoder,
+    MaskedWhisperDecoder,
+    UnprojectedCohereDecoder,
+    WholeT5GemmaDecoder,
+)
+
+NAMES = {
+    r"^(model\.decoder|text_decoder)\.": "decoder.",
+    r"^(proj_out|lm_head\.out_proj)\.": "lm_head.",
+    r"^(model\.)?shared\.": "decoder.embed_tokens.",
+}
+"""Beginnings of parameters' names in whole models, and what they are here."""
+
+
+class StackDecoder(PreTrainedModel, GenerationMixin):
+    """A causal language model out of the decoder stack of a sequence-to-sequence model and its output layer.
+
+    whole: the class of that model
+    stack: the class of its decoder, or a subclass of it
+    within: name, in the configuration of the whole model, of that of the decoder; None: it has one for all
+    output_bias: True if the output layer has a bias
+    softcapped: True if logits are bounded behind the output layer
+    """
+
+    whole: ClassVar[type[PreTrainedModel]]
+    stack: ClassVar[type[PreTrainedModel]]
+    within: ClassVar[str | None] = None
+    output_bias: ClassVar[bool] = False
+    softcapped: ClassVar[bool] = False
+    base_model_prefix = "decoder"
+    main_input_name = "input_ids"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^(model\.)?(encoder|speech_encoder|text_encoder|t2u_model|vocoder)\.",
+        r"decoder\.proj\.",
+    ]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.decoder = self.stack(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.output_bias)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, also from the folder of a whole model."""
+        of_family = get_checkpoint_conversion_mapping(cls.whole.config_class.model_type) or []
+        renamed = {pattern: each.target_patterns[0] for each in of_family for pattern in each.source_patterns}
+        loaded = super().from_pretrained(*args, **{"key_mapping": {**renamed, **NAMES}, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = []  # by which save_pretrained would write the names of the whole model
+        return loaded
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.decoder.embed_tokens
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embed_tokens = value
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """(B, U) tokens, or (B, U, D) embeddings, and (B, T, D) frames with their mask -> (B, U, V) logits."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        decoded = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        states = decoded.last_hidden_state
+        if getattr(self.config, "scale_decoder_outputs", False):  # T5 as first published
+            states = states * self.config.d_model**-0.5
+        logits = self.lm_head(states)
+        if self.softcapped and (cap := self.config.final_logit_softcapping):
+            logits = cap * torch.tanh(logits / cap)
+        return CausalLMOutputWithCrossAttentions(
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+        )
+
+
+# --- the families
+
+
+def kind(
+    whole: type[PreTrainedModel],
+    stack: type[PreTrainedModel],
+    of_config: type[PreTrainedConfig] | None = None,
+    config_fields: dict[str, Any] | None = None,
+    **values: Any,
+) -> type[StackDecoder]:
+    """The class of a family's decoders, with a configuration class of its own, which AutoModelForCausalLM finds.
+
+    of_config: the configuration class of the stack, if it is not that of the whole model
+    config_fields: values that the whole model would give it
+    values: attributes of the class
+    """
+    fields: dict[str, Any] = {
+        "__module__": __name__,
+        "model_type": f"{whole.config_class.model_type}-decoder",
+        "sub_configs_defaults": {},
+    }
+    name = whole.config_class.__name__.replace("Config", "DecoderConfig")
+    config: Any = type(name, (of_config or whole.config_class,), fields | (config_fields or {}))
+    family = next(each for each in stack.__mro__ if each.__name__.endswith("PreTrainedModel"))
+    name = f"{whole.__name__.partition('For')[0]}StackDecoder"
+    values |= {"__module__": __name__, "whole": whole, "stack": stack, "config_class": config}
+    made = type(name, (StackDecoder, family), values)
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, made)
+    return made
+
+
+NO_FLEX: dict[str, Any] = {
+    "_supports_flex_attn": False
+}  # transformers reads one bias of distances for each utterance, and T5 has one for all
+KINDS = (
+    kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
+    kind(transformers.M2M100ForConditionalGeneration, CountingM2M100Decoder),
+    kind(transformers.Speech2TextForConditionalGeneration, CountingSpeech2TextDecoder),
+    kind(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
+    kind(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
+    kind(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
+    kind(transformers.SeamlessM4TForSpeechToText, CountingSeamlessM4TDecoder),
+    kind(transformers.SeamlessM4Tv2ForSpeechToText, CountingSeamlessM4Tv2Decoder),
+    kind(
+        transformers.CanaryForConditionalGeneration,
+        CanaryDecoder,
+        CanaryDecoderConfig,
+        within="decoder_config",
+        output_bias=True,
+    ),
+    kind(transformers.CohereAsrForConditionalGeneration, UnprojectedCohereDecoder, output_bias=True),
+    kind(
+        transformers.T5GemmaForConditionalGeneration,
+        WholeT5GemmaDecoder,
+        T5GemmaModuleConfig,
+        {"dropout_rate": 0.0},
+        within="decoder",
+        softcapped=True,
+    ),
+)
+# the model type of a whole sequence-to-sequence model -> the class of its decoder alone
+OF_WHOLE: Mapping[str, type[StackDecoder]] = {each.whole.config_class.model_type: each for each in KINDS}
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the decoder alone of a whole model; any other unchanged."""
+    if config.model_type not in OF_WHOLE:
+        return config
+    kind, whole = OF_WHOLE[config.model_type], config
+    config = copy.deepcopy(getattr(whole, kind.within) if kind.within else whole)
+    config.__class__ = kind.config_class
+    config.model_type, config.is_encoder_decoder = kind.config_class.model_type, False
+    config._name_or_path = whole._name_or_path
+    if num_layers := getattr(config, "num_decoder_layers", None):  # T5's; None stands for as many as `num_layers`
+        config.num_layers, config.num_decoder_layers = num_layers, None
+    for name in () if kind.within else whole.sub_configs:
+        setattr(config, name, None)
+    for name in ("decoder_start_token_id", "tie_word_embeddings"):
+        if hasattr(whole, name):
+            setattr(config, name, getattr(whole, name))
+    return config
+
+
+def out_of_whole(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A decoder of this configuration with the weights of a whole model; a model without an output layer unchanged."""
+    weights = {here_named(name): weight for name, weight in model.state_dict().items()}
+    if "lm_head.weight" not in weights:
+        return model
+    decoder = OF_WHOLE[model.config.model_type](config).to(model.device, model.dtype)
+    decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()}, assign=True)
+    if torch.equal(decoder.lm_head.weight, decoder.decoder.embed_tokens.weight):
+        decoder.tie_weights()
+    return decoder.train(model.training)
+
+
+def here_named(name: str) -> str:
+    """The name here of a whole model's parameter."""
+    for pattern, replacement in NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def whole_type(config: PreTrainedConfig) -> str:
+    """The model type by which users know the family: that of the whole model."""
+    return next((name for name, kind in OF_WHOLE.items() if isinstance(config, kind.config_class)), config.model_type)

@@ -1,0 +1,270 @@
+"""Whole speech models: what `transformers` computes before training, its folders after it, and its prompts."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from corpora import refused
+from families import option_file
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
+from whispers import LANGUAGES, SECONDS, whisper_folder
+
+from sedtrain import load
+from sedtrain.batch import Utterance
+from sedtrain.build import whole_checkpoint
+from sedtrain.config.schema import conf_dir, register
+from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.options import DecodingOptions
+from sedtrain.decoding.recordings import collator_of
+from sedtrain.models.saved import to_finetune
+from sedtrain.models.whole import WholeSpeechModel
+from sedtrain.training.finetune import LoRA
+
+RATE = 16_000
+AUDIO = [
+    (np.sin(np.arange(length) ** 1.3 / 90) * (np.arange(length) // 4_000 % 2)).astype(np.float32)
+    for length in (14_000, 30_000)
+]
+
+
+@pytest.fixture(scope="module", params=[LANGUAGES, ()], ids=["multilingual", "english"])
+def folder(request, tmp_path_factory):
+    return whisper_folder(tmp_path_factory.mktemp("whisper"), request.param)
+
+
+def utterances(language="de", task="translate", text="eins zwei"):
+    return [Utterance("", torch.from_numpy(each), RATE, text, language, None, len(each) / RATE, task) for each in AUDIO]
+
+
+def asked(saved):
+    """A batch, and how stock `generate` is asked for the same texts."""
+    if not saved.tags.languages:
+        return collator_of(saved)(utterances(None)), {}
+    return collator_of(saved)(utterances()), {"language": "de", "task": "translate"}
+
+
+def test_inputs_and_logits_are_those_of_transformers(folder):
+    saved, stock = load(folder), WhisperForConditionalGeneration.from_pretrained(folder)
+    batch, _ = asked(saved)
+    features = saved.feature_extractor(AUDIO, sampling_rate=RATE, return_tensors="pt").input_features
+    torch.testing.assert_close(batch.inputs, features, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        logits = saved.model(features, attention_mask=batch.attention_mask, labels=batch.labels).logits
+        torch.testing.assert_close(logits, stock(features, labels=batch.labels.clone()).logits, atol=1e-5, rtol=0)
+
+
+def test_texts_are_those_of_transformers(folder):
+    saved, stock = load(folder), WhisperForConditionalGeneration.from_pretrained(folder)
+    batch, options = asked(saved)
+    found = decode_batch(saved.model, saved.tokenizer, batch, DecodingOptions(max_new_tokens=12))
+    written = stock.generate(batch.inputs, max_new_tokens=12, **options)
+    assert [list(each.texts) for each in found] == [
+        [text.strip()] for text in saved.tokenizer.batch_decode(written, skip_special_tokens=True)
+    ]
+    assert any(each.ids[0] for each in found)
+
+
+def test_labels_begin_with_the_prompt_of_language_and_task_and_a_space(folder):
+    saved = load(folder)
+    batch, options = asked(saved)
+    tags = "<|de|><|translate|>" if options else ""
+    assert saved.tokenizer.decode(batch.labels[0]) == f"{tags}<|notimestamps|> eins zwei<|endoftext|>"
+    assert saved.tokenizer.decode(batch.prompts[0]) == f"<|startoftranscript|>{tags}<|notimestamps|>"
+    assert batch.text_labels[0].tolist() == [*saved.tokenizer(" eins zwei", add_special_tokens=False).input_ids, 256]
+    japanese = collator_of(saved)(utterances("en", "transcribe", "一"))
+    assert saved.tokenizer.decode(japanese.text_labels[0], skip_special_tokens=True) == "一"
+
+
+def test_languages_that_the_checkpoint_lacks_are_refused(folder):
+    saved = load(folder)
+    known, lack = ("de, en", "it") if saved.tags.languages else ("en", "de")
+    assert refused(saved.transcription, AUDIO[0], sampling_rate=RATE, language=lack) == (
+        f"1 problem:\n\n  data.language = '{lack}'\n    the checkpoint has no language '{lack}'\n"
+        f"    write data.language=ONE_OF {known}"
+    )
+    if saved.tags.languages:
+        message = refused(saved.transcription, AUDIO[0], sampling_rate=RATE)
+        assert "the checkpoint has several languages, and nothing names that of the text" in message
+
+
+def test_a_saved_model_is_a_stock_folder_with_its_generation_config_and_its_learnt_language(folder, tmp_path):
+    saved = to_finetune(str(folder), {"dropout": 0.1}, None)
+    assert saved.model.training and saved.model.encoder.config.dropout == saved.model.decoder.config.dropout == 0.1
+    if saved.tags.languages:
+        saved.learn_tags({("de", "translate")})
+    with torch.no_grad():
+        saved.model.decoder.get_input_embeddings().weight[5] += 1.0
+    saved.model.config.training_normalizer = {"name": "lowercase", "version": "1"}
+    saved.save(tmp_path, {"num_beams": 1})
+    stock, report = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(stock) is WhisperForConditionalGeneration and not any(report.values())
+    before, after = (json.loads((each / "generation_config.json").read_text()) for each in (folder, tmp_path))
+    added = {"language": "de", "task": "translate"} if saved.tags.languages else {}
+    assert {key: value for key, value in after.items() if key in before | added} == before | added
+    assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "WhisperProcessor"
+    again = load(tmp_path)
+    assert again.training_normalizer == {"name": "lowercase", "version": "1"}
+    assert torch.equal(
+        again.model.decoder.get_input_embeddings().weight, saved.model.decoder.get_input_embeddings().weight
+    )
+    recognize = pipeline("automatic-speech-recognition", str(tmp_path), device="cpu")
+    text = recognize(AUDIO[0], generate_kwargs={"max_new_tokens": 12})["text"]
+    assert text.strip() == again.transcribe(AUDIO[0], sampling_rate=RATE, max_new_tokens=12)
+
+
+def test_a_recording_is_cut_into_windows_of_what_the_encoder_hears(folder):
+    saved = load(folder)
+    audio = np.tile(AUDIO[1], 5)
+    language = "de" if saved.tags.languages else None
+    found = saved.transcription(audio, sampling_rate=RATE, language=language, max_new_tokens=3, window=20)
+    assert len(found.segments) > 1 and max(each.end - each.start for each in found.segments) <= SECONDS
+
+
+def test_a_ctc_head_lies_beside_the_stock_model(folder, tmp_path):
+    saved = to_finetune(str(folder), {}, None)
+    saved.model.add_ctc_head(len(saved.tokenizer))
+    saved.save(tmp_path, {})
+    assert torch.equal(load(tmp_path).model.ctc_head.weight, saved.model.ctc_head.weight)
+    assert not any(AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, output_loading_info=True)[1].values())
+
+
+@pytest.mark.parametrize("name", ["whisper", "speech_to_text", "moonshine", "seamless_m4t", "seamless_m4t_v2"])
+def test_every_family_has_the_logits_of_transformers_and_gives_back_its_weights(name, tmp_path):
+    encoder, decoder = (option_file(group, name) for group in ("encoder", "decoder"))
+    assert [encoder[size] for size in ("base", "large")] == [decoder[size] for size in ("base", "large")]
+    special = {"vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = CONFIG_MAPPING[encoder["model_type"]](**{**encoder["tiny"], **decoder["tiny"], **special})
+    stock = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)](config).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    model, report = WholeSpeechModel.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not any(report.values())
+    width = getattr(config, "input_feat_per_channel", getattr(config, "feature_projection_input_dim", 0))
+    shape = {"whisper": (1, 80, 3000), "moonshine": (1, 8000)}.get(name, (1, 64, width))
+    given = {stock.main_input_name: torch.randn(shape), "decoder_input_ids": torch.tensor([[1, 5, 6, 7]])}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).logits, stock(**given).logits, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    again, report = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(again) is type(stock) and not any(report.values())
+    assert all(torch.equal(weight, again.state_dict()[key]) for key, weight in stock.state_dict().items())
+
+
+def test_weights_that_a_file_lacks_are_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.decoder.layers.0.encoder_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "it lacks 1 of 4" in refused(load, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lang_to_id", ["<|en|>"]), ("lang_to_id", {"<|en|>": "258"}), ("task_to_id", {"transcribe": 261}),
+     ("task_to_id", None), ("no_timestamps_token_id", 9_999), ("no_timestamps_token_id", {"a": 1})],
+)  # fmt: skip
+def test_a_generation_config_that_describes_no_prompt_is_refused(name, value, tmp_path):
+    whisper_folder(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    message = refused(load, tmp_path)
+    wrong = f"{name}={value}, which names no tokens of the model" if value else "lang_to_id without task_to_id"
+    assert f"    its generation_config.json has {wrong}\n" in message
+    assert message.endswith("write checkpoint=FOLDER with the generation_config.json of the published Whisper")
+
+
+def test_matrices_of_lora_lie_beside_the_old_weights(folder, tmp_path):
+    saved = to_finetune(str(folder), {}, None)
+    LoRA(targets=["encoder", "decoder"], merge=False).prepare(saved.model)
+    for name, weight in saved.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    saved.save(tmp_path, {})
+    batch, again = asked(saved)[0], load(tmp_path)
+    logits = [
+        each.model.eval()(batch.inputs, batch.attention_mask, labels=batch.labels).logits for each in (saved, again)
+    ]
+    torch.testing.assert_close(*logits)
+    stock = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    old = WhisperForConditionalGeneration.from_pretrained(folder).state_dict()
+    assert all(torch.equal(weight, old[key]) for key, weight in stock.state_dict().items())
+
+
+# --- commands
+
+
+@pytest.mark.parametrize(
+    ("overrides", "checkpoint"),
+    [
+        ("checkpoint=X", "X"),
+        ("encoder=whisper decoder=whisper size=base", "openai/whisper-base"),
+        ("encoder=whisper encoder.checkpoint=X decoder=whisper decoder.checkpoint=X", "X"),
+        ("encoder=whisper encoder.checkpoint=X decoder=whisper decoder.checkpoint=Y", None),
+        ("encoder=whisper decoder=whisper size=base adapter=conv", None),
+        ("encoder=whisper decoder=whisper size=base pretrained=false", None),
+        ("encoder=whisper decoder=whisper", None),
+        ("encoder=whisper decoder=bert size=base", None),
+    ],
+)
+def test_both_parts_of_one_checkpoint_are_one_model(overrides, checkpoint):
+    assert whole_checkpoint(composed(overrides)) == checkpoint
+
+
+def composed(overrides):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", overrides.split())
+
+
+@pytest.mark.parametrize("option", ["adapter=conv", "pretrained=false"])
+def test_what_a_whole_checkpoint_cannot_have_is_refused(option):
+    message = refused(whole_checkpoint, composed(f"checkpoint=X {option}"))
+    remedy = {"adapter=conv": "adapter=linear", "pretrained=false": "pretrained=true"}[option]
+    apart = "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X for its parts alone"
+    assert message.endswith(f"\n    write {remedy}, or {apart}")
+
+
+def test_a_joined_model_is_not_trained_further_as_a_whole_one(trained):
+    assert refused(to_finetune, str(trained), {}, None) == (
+        f"1 problem:\n\n  checkpoint = '{trained}'\n    this is a joined model of encoder and decoder\n"
+        "    write resume=RUN with the options of that run to train its model further"
+    )
+
+
+def test_a_run_with_averaged_weights_is_scored_alike_from_its_folder(train, sedtrain, tmp_path):
+    folder = whisper_folder(tmp_path / "stock")
+    run = train(tmp_path / "run", f"checkpoint={folder}", "data.language=en", "callbacks=[default,ema]", steps=2)
+    stock = WhisperForConditionalGeneration.from_pretrained(run / "model")
+    assert (stock.generation_config.language, stock.generation_config.task) == ("en", "transcribe")
+    assert "AutoModelForSpeechSeq2Seq.from_pretrained(folder)" in (run / "model/README.md").read_text()
+    ended = sedtrain(
+        "task=evaluate", f"checkpoint={run}", f"run_dir={tmp_path / 'again'}", "decoding.max_new_tokens=12"
+    )
+    assert ended.status == 0, ended.err
+    first, again = (json.loads((each / "results.json").read_text()) for each in (run, tmp_path / "again"))
+    assert first["metrics"] == again["metrics"]
+    assert json.loads((run / "model/config.json").read_text())["training_normalizer"]["name"] == "none"
+
+
+def test_ctranslate2_converts_the_folder_and_writes_the_same_text(tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    saved = to_finetune(str(whisper_folder(tmp_path / "stock", num_mel_bins=80)), {}, None)
+    saved.save(tmp_path / "model", {})
+    ctranslate2.converters.TransformersConverter(str(tmp_path / "model")).convert(str(tmp_path / "converted"))
+    saved.model.eval()
+    batch = collator_of(saved)(utterances())
+    ours = decode_batch(saved.model, saved.tokenizer, batch, DecodingOptions(max_new_tokens=9))
+    whisper = ctranslate2.models.Whisper(str(tmp_path / "converted"), device="cpu", compute_type="float32")
+    features = ctranslate2.StorageView.from_array(np.ascontiguousarray(batch.inputs))
+    theirs = whisper.generate(features, batch.prompts.tolist(), beam_size=1, max_length=batch.prompts.shape[1] + 9)
+    assert [each.ids[0] for each in ours] == [each.sequences_ids[0] for each in theirs]
