@@ -54,10 +54,9 @@ from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
 from sedtrain.models.prefix import is_prefixed, num_in_front
-from sedtrain.models.speech_to_text_2 import Speech2Text2ForCausalLM, settle_published
+from sedtrain.models.speech_to_text_2 import settle_published
 
 CTC_FILE = "ctc_head.safetensors"
-LOADERS = {"encoder": encoder_from_pretrained, "decoder": decoder_from_pretrained}
 
 
 class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
@@ -121,8 +120,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         if widths[0] != widths[1] and adapter is None:
             fits = projection is not None and projection.in_features == widths[0]
             linear = projection if projection is not None and fits else nn.Linear(*widths)
-            alike = self.encoder.dtype == self.decoder.dtype
-            self.enc_to_dec_proj = linear.to(self.decoder.dtype) if alike else linear
+            self.enc_to_dec_proj = linear.to(self.decoder.dtype) if self.encoder.dtype == self.decoder.dtype else linear
 
     def add_ctc_head(self, vocab_size: int) -> nn.Linear:
         """Gives the encoder's frames a linear layer to `vocab_size` scores, which is saved with the model."""
@@ -373,8 +371,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         refuse_unsupported(kwargs["config"], kwargs.get("attn_implementation"))
         loaded = pretrained(super(), pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if isinstance(model.decoder, Speech2Text2ForCausalLM):
-            settle_published(model)
+        settle_published(model)
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses
         model.load_ctc_head(pretrained_model_name_or_path, **hub_options)
@@ -394,7 +391,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             kwargs = {f"encoder_{name}": kwargs[name], f"decoder_{name}": kwargs[name], **kwargs}
         kwargs.pop("dtype", None)  # the joined configuration reads that of its parts
         sources = {"encoder": encoder_pretrained_model_name_or_path, "decoder": decoder_pretrained_model_name_or_path}
-        for part, load in LOADERS.items():
+        for part, load in (("encoder", encoder_from_pretrained), ("decoder", decoder_from_pretrained)):
             if f"{part}_model" not in kwargs and (source := sources[part]) is not None:
                 names = [name.removeprefix(f"{part}_") for name in kwargs if name.startswith(f"{part}_")]
                 kwargs[f"{part}_model"] = load(source, **{name: kwargs.pop(f"{part}_{name}") for name in names})

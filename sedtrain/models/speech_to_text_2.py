@@ -22,6 +22,7 @@ from transformers import (
     EncoderDecoderCache,
     MarianForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     Wav2Vec2Processor,
 )
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -188,9 +189,11 @@ class Speech2Text2Processor(Wav2Vec2Processor):
     """Features of audio by a feature extractor, labels and text by the tokenizer."""
 
 
-def settle_published(model: Any) -> None:
+def settle_published(model: PreTrainedModel) -> None:
     """Gives a joined model, in place, what published files leave to its decoder: special tokens, embeddings of their own."""
     decoder: Any = model.decoder
+    if not isinstance(decoder, Speech2Text2ForCausalLM):
+        return
     for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
         if getattr(model.config, name, None) is None:
             setattr(model.config, name, getattr(decoder.config, name))

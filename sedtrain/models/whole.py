@@ -10,7 +10,8 @@ from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, PreTrainedConfig, P
 
 from sedtrain.models.encoder import standalone
 from sedtrain.models.encoder_families import OF_WHOLE, UPSTREAM
-from sedtrain.models.loading import HUB_OPTIONS, configured
+from sedtrain.models.foreign import HUB_OPTIONS
+from sedtrain.models.loading import configured
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.stacks import OF_WHOLE as DECODERS
 from sedtrain.models.stacks import here_named

@@ -1,18 +1,24 @@
 """The examples of the base class's documents as they stand: `SpeechEncoderDecoderModel` is ours, a Hub name a folder."""
 
+import ast
+import doctest
+import re
+import sys
+from functools import partial
+from importlib.machinery import ModuleSpec
 from io import BytesIO
+from itertools import chain
+from types import ModuleType
 
 import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from conftest import EMBEDDED
+import transformers
+from conftest import EMBEDDED, SHARED
 from families import tiny_encoder
 from transformers import (
-    AutoFeatureExtractor,
     AutoModelForSpeechSeq2Seq,
-    AutoProcessor,
-    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -29,6 +35,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from sedtrain.errors import UserError
 from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 
@@ -100,6 +107,90 @@ def in_hub(hub, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+# --- the documents
+
+
+def blocks():
+    """The code of the pages' blocks, and the places of each; without the output that is shown."""
+    places = {}
+    for page in sorted((SHARED / "reference").glob("*")):
+        for number, text in enumerate(re.findall(r"```\w*\s(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+            lines = (
+                text if "\n" in text.strip() else re.sub(r" (?=>>> |\.\.\. )", "\n", text)
+            )  # a page lost its line ends
+            lines = re.sub(r"^(>>> print\(\w+\)) .*", r"\1", lines, flags=re.MULTILINE)
+            examples = doctest.DocTestParser().get_examples(lines)
+            code = ast.unparse(ast.parse("".join(each.source for each in examples) if examples else text))
+            places.setdefault(code, []).append(f"{page.stem.removeprefix('speech_encoder_decoder_')}-{number}")
+    return places
+
+
+BLOCKS = blocks()
+
+
+@pytest.fixture
+def as_documented(monkeypatch):
+    """What the documents import: our model by its name, the corpus, and small configurations as the default ones."""
+    datasets = ModuleType("datasets")
+    datasets.__spec__, datasets.load_dataset = ModuleSpec("datasets", None), load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    small = {
+        "SpeechEncoderDecoderModel": SpeechEncoderDecoderModel,
+        "Wav2Vec2Config": partial(Wav2Vec2Config, **ENCODER),
+        "BertConfig": partial(BertConfig, **DECODER),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(f"transformers.{name}", value)
+
+
+@pytest.mark.usefixtures("as_documented")
+@pytest.mark.parametrize("code", BLOCKS, ids=map("+".join, BLOCKS.values()))
+def test_every_code_block_of_the_documents_runs_as_it_stands(code, shared):
+    names = {}
+    exec(code, names)
+    model = names["model"]
+    assert type(model) is SpeechEncoderDecoderModel
+    assert not model.training or "from_pretrained" not in code
+    assert any("crossattention" in name for name in model.state_dict())
+    if "loss" in names:
+        assert learns(model, names["loss"])
+    if (written := names.get("generated_ids", names.get("generated"))) is not None:
+        assert written[0, 0] == names["processor"].tokenizer.cls_token_id
+        assert isinstance(names.get("generated_text", names.get("decoded")), str)
+
+
+def test_the_documents_are_found(shared):
+    expected = ["short-0", *(f"v4.56-{number}" for number in range(7))]
+    expected += [f"{page}-{number}" for page in ("with_flax", "zh") for number in range(4)]
+    assert sorted(chain(*BLOCKS.values())) == expected
+
+
+@pytest.mark.parametrize("page", ["2021.rst", "short.md", "with_flax.md", "zh.md"])
+def test_what_a_page_lists_of_a_class_is_there(page, shared):
+    text = (shared / f"reference/speech_encoder_decoder_{page}").read_text(encoding="utf-8")
+    listed = re.findall(r"\[\[autodoc\]\] (\w+)((?:\s+- \w+)*)", text)
+    listed += re.findall(r"autoclass:: transformers\.(\w+)\s+:members:([\w, ]*)", text)
+    assert {"SpeechEncoderDecoderConfig", "SpeechEncoderDecoderModel"} <= {name for name, _ in listed}
+    for name, members in listed:
+        kind = {"SpeechEncoderDecoderModel": SpeechEncoderDecoderModel}.get(name) or getattr(transformers, name, None)
+        if kind is None:
+            pytest.importorskip("jax")
+            under = pytest.importorskip(
+                "sedtrain.models.jax", exc_type=UserError
+            )  # torchax is absent, or older than torch
+            kind = getattr(under, name)
+        assert all(callable(getattr(kind, member)) for member in re.findall(r"\w+", members))
+
+
+def learns(model, loss):
+    grads = [model.encoder.get_parameter("feature_projection.projection.weight").grad]
+    grads.append(model.decoder.get_parameter("bert.encoder.layer.0.crossattention.self.key.weight").grad)
+    return loss.isfinite() and loss > 1 and all(grad is not None and grad.any() for grad in grads)
+
+
+# --- more of what they describe
+
+
 def test_two_default_configurations():
     config_encoder = Wav2Vec2Config()
     config_decoder = BertConfig()
@@ -158,20 +249,6 @@ def test_two_checkpoints(decoder):
     assert not model.training
 
 
-def test_two_checkpoints_saved_and_loaded():
-    # initialize a wav2vec2bert from a pretrained Wav2Vec2 and a pretrained BERT model.
-    model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(
-        "facebook/wav2vec2-base-960h", "google-bert/bert-base-uncased"
-    )
-    # saving model after fine-tuning
-    model.save_pretrained("./wav2vec2bert")
-    # load fine-tuned model
-    loaded = SpeechEncoderDecoderModel.from_pretrained("./wav2vec2bert")
-
-    for name, weight in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weight)
-
-
 def test_keywords_with_a_prefix_change_the_parts():
     model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(
         "facebook/wav2vec2-base-960h",
@@ -201,59 +278,6 @@ def test_inference(dtype, kind):
     assert generated_ids.shape[0] == 1
     assert generated_ids[0, 0] == processor.tokenizer.cls_token_id
     assert isinstance(generated_text, str)
-
-
-def test_inference_and_training_with_one_processor():
-    processor = AutoProcessor.from_pretrained("facebook/wav2vec2-xls-r-300m-en-to-15")
-    model = SpeechEncoderDecoderModel.from_pretrained("facebook/wav2vec2-xls-r-300m-en-to-15")
-
-    ds = load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
-
-    input_values = processor(ds[0]["audio"]["array"], return_tensors="pt").input_values
-    # Inference: Translate English speech to German
-    generated = model.generate(input_values)
-    decoded = processor.batch_decode(generated, skip_special_tokens=True)[0]
-    assert isinstance(decoded, str)
-
-    # Training: Train model on English transcription
-    labels = processor(text=ds[0]["text"], return_tensors="pt").input_ids
-
-    loss = model(input_values, labels=labels).loss
-    loss.backward()
-    assert learns(model, loss)
-
-
-def learns(model, loss):
-    grads = [model.encoder.get_parameter("feature_projection.projection.weight").grad]
-    grads.append(model.decoder.get_parameter("bert.encoder.layer.0.crossattention.self.key.weight").grad)
-    return loss.isfinite() and loss > 1 and all(grad is not None and grad.any() for grad in grads)
-
-
-@pytest.mark.parametrize("decoder_id", ["google-bert/bert-base-uncased", "bert-base-uncased"])
-def test_training(decoder_id):
-    encoder_id = "facebook/wav2vec2-base-960h"  # acoustic model encoder
-
-    feature_extractor = AutoFeatureExtractor.from_pretrained(encoder_id)
-    tokenizer = AutoTokenizer.from_pretrained(decoder_id)
-    # Combine pre-trained encoder and pre-trained decoder to form a Seq2Seq model
-    model = SpeechEncoderDecoderModel.from_encoder_decoder_pretrained(encoder_id, decoder_id)
-
-    model.config.decoder_start_token_id = tokenizer.cls_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-    # load an audio input and pre-process (normalize mean/std to 0/1)
-    ds = load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
-    input_values = feature_extractor(ds[0]["audio"]["array"], return_tensors="pt").input_values
-
-    # load its corresponding transcription and tokenize to generate labels
-    labels = tokenizer(ds[0]["text"], return_tensors="pt").input_ids
-
-    # the forward function automatically creates the correct decoder_input_ids
-    loss = model(input_values=input_values, labels=labels).loss
-    loss.backward()
-
-    assert learns(model, loss)
-    assert model.generate(input_values, max_new_tokens=3)[0, 0] == tokenizer.cls_token_id
 
 
 def test_features_in_the_place_of_audio():

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     Wav2Vec2Config,
     Wav2Vec2Model,
+    pipeline,
 )
 
 from sedtrain import load
@@ -31,6 +32,7 @@ ENCODER = {
     "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer", "do_stable_layer_norm": True,
 }  # fmt: skip
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+NAME = "facebook/s2t-wav2vec2-large-en-de"
 TOKENS = [*SPECIAL.values(), "f@@", "ür", "zür@@", "i@@", "ch", "wir"]
 WIDTH, HEADS = 18, 2  # of odd half: 9 sines, 9 cosines
 DECODER = {
@@ -73,8 +75,8 @@ def weights_of(encoder):
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder with the files and names of the published ones; and its weights."""
-    folder = tmp_path_factory.mktemp("facebook") / "s2t-wav2vec2-large-en-de"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("hub") / NAME
+    folder.mkdir(parents=True)
     torch.manual_seed(0)
     encoder = Wav2Vec2Config(**ENCODER)
     files = {
@@ -214,6 +216,18 @@ def test_the_folder_translates_a_recording(saved, tmp_path):
     text = saved.transcribe(tmp_path / "a.wav", max_new_tokens=3)
     assert text == saved.transcribe(syllables(0.5), sampling_rate=16_000, max_new_tokens=3)
     assert set(text) <= set("fürzichw <unk>")
+
+
+def test_the_example_of_its_page_runs_step_by_step_and_in_a_pipeline(published, monkeypatch):
+    monkeypatch.chdir(published[0].parents[1])
+    model = SpeechEncoderDecoder.from_pretrained(NAME)
+    processor = Speech2Text2Processor.from_pretrained(NAME)
+    inputs = processor(syllables(0.5), sampling_rate=16_000, return_tensors="pt")
+    ids = model.generate(inputs=inputs["input_values"], attention_mask=inputs["attention_mask"])
+    [written] = processor.batch_decode(ids)
+    assert written.startswith("</s>")
+    asr = pipeline("automatic-speech-recognition", model=NAME, feature_extractor=NAME)
+    assert asr(syllables(0.5))["text"] == processor.batch_decode(ids, skip_special_tokens=True)[0]
 
 
 def test_embeddings_of_two_values_stay_two_where_config_json_ties_them(published, tmp_path):
