@@ -19,7 +19,7 @@ from filelock import FileLock
 from sedtrain.data.parquet import batches
 from sedtrain.data.paths import local_path, split_files
 from sedtrain.data.places import fetch, file_name, names_of, places_of
-from sedtrain.data.readers import BrokenFile, read_rows, suffix_of
+from sedtrain.data.readers import read_rows, reading, suffix_of
 from sedtrain.data.source import Source, check_columns
 from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM, readable_cells
@@ -87,19 +87,14 @@ class Part:
 
     def parquet_cells(self, role: str, column: str) -> Iterator[pa.Array]:
         assert self.place is not None
-        try:
-            with ExitStack() as opened:
-                content, table = self.parquet(opened)
-                if not table.metadata.num_rows:
-                    return
-                check_columns({role: column}, datasets.Features.from_arrow_schema(table.schema_arrow), self.place)
-                for group in range(table.num_row_groups):
-                    for batch in batches(table, content, self.place, group, [column]):
-                        yield batch.column(column)
-        except UserError:
-            raise
-        except (ValueError, OSError, pa.ArrowException) as error:
-            raise BrokenFile(self.place, error) from error
+        with reading(self.place), ExitStack() as opened:
+            content, table = self.parquet(opened)
+            if not table.metadata.num_rows:
+                return
+            check_columns({role: column}, datasets.Features.from_arrow_schema(table.schema_arrow), self.place)
+            for group in range(table.num_row_groups):
+                for batch in batches(table, content, self.place, group, [column]):
+                    yield batch.column(column)
 
     def parquet(self, opened: ExitStack) -> tuple[IO[bytes], pa.parquet.ParquetFile]:
         """The opened file, or a copy of it if its server does not give parts of files."""

@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -54,6 +55,17 @@ class BrokenFile(ValueError):
         self.file, self.write = file, getattr(error, "write", None)
 
 
+@contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Raises BrokenFile for errors that come from what a file holds; UserError stays."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
+        raise BrokenFile(file, error) from error
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
@@ -65,7 +77,7 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
     name:  the name that tells the format, if not that of the file
     Raises UserError for a format that is not in READERS, and BrokenFile.
     """
-    try:
+    with reading(file):
         facts = file.stat()
         if not facts.st_size:
             return datasets.Dataset.from_dict({})
@@ -74,10 +86,6 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
         copy = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
             write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
-    except UserError:
-        raise
-    except (ValueError, OSError, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
-        raise BrokenFile(file, error) from error
     rows = datasets.Dataset.from_file(str(copy))
     is_whole = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
     return rows.remove_columns(PROBLEM) if is_whole else rows
