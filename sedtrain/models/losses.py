@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import IGNORE_INDEX
-from sedtrain.models.stacks import StackDecoder
 from sedtrain.ranges import Fraction
 
 # The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
@@ -54,24 +53,27 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
 
 
 class DeferrableLinear(nn.Linear):
-    """A linear layer that hands its input through while `deferred`."""
+    """A linear layer that hands its input through while `deferred`.
+
+    cap: bound of its outputs' size, which they approach smoothly; None: none
+    """
 
     deferred: bool = False
+    cap: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if self.deferred else super().forward(input)
+        return input if self.deferred else self.outputs(input)
 
     def outputs(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., V), deferred or not."""
-        return super().forward(input)
+        outputs = super().forward(input)
+        return outputs if self.cap is None else self.cap * torch.tanh(outputs / self.cap)
 
 
 def make_deferrable(decoder: PreTrainedModel) -> None:
     """Swaps the class of the decoder's output layer if it is a plain linear one; parameters and names stay."""
     layer = decoder.get_output_embeddings()
-    of_whole = isinstance(decoder, StackDecoder) and not decoder.softcapped
-    ends_with_it = of_whole or decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER
-    if ends_with_it and type(layer) is nn.Linear:
+    if decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER and type(layer) is nn.Linear:
         layer.__class__ = DeferrableLinear
 
 

@@ -9,7 +9,7 @@ B batch, U target tokens, T frames, D width.
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
@@ -35,6 +35,7 @@ from sedtrain.models.decoder_stacks import (
     UnprojectedCohereDecoder,
     WholeT5GemmaDecoder,
 )
+from sedtrain.models.losses import DeferrableLinear
 
 NAMES = {
     r"^(model\.decoder|text_decoder)\.": "decoder.",
@@ -51,14 +52,12 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
     stack: the class of its decoder, or a subclass of it
     within: name, in the configuration of the whole model, of that of the decoder; None: it has one for all
     output_bias: True if the output layer has a bias
-    softcapped: True if logits are bounded behind the output layer
     """
 
     whole: ClassVar[type[PreTrainedModel]]
     stack: ClassVar[type[PreTrainedModel]]
     within: ClassVar[str | None] = None
     output_bias: ClassVar[bool] = False
-    softcapped: ClassVar[bool] = False
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
@@ -70,7 +69,7 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.decoder = self.stack(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.output_bias)
+        self.set_output_embeddings(nn.Linear(config.hidden_size, config.vocab_size, bias=self.output_bias))
         self.post_init()
 
     @classmethod
@@ -86,6 +85,12 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.decoder.embed_tokens
         return embeddings
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Makes a linear layer the output layer, whose logits T5Gemma bounds."""
+        new_embeddings.__class__ = DeferrableLinear
+        self.lm_head = cast(DeferrableLinear, new_embeddings)
+        self.lm_head.cap = getattr(self.config, "final_logit_softcapping", None)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.embed_tokens = value
@@ -119,11 +124,8 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
         states = decoded.last_hidden_state
         if getattr(self.config, "scale_decoder_outputs", False):  # T5 as first published
             states = states * self.config.d_model**-0.5
-        logits = self.lm_head(states)
-        if self.softcapped and (cap := self.config.final_logit_softcapping):
-            logits = cap * torch.tanh(logits / cap)
         return CausalLMOutputWithCrossAttentions(
-            logits=logits,
+            logits=self.lm_head(states),
             past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
@@ -189,7 +191,6 @@ KINDS = (
         T5GemmaModuleConfig,
         {"dropout_rate": 0.0},
         within="decoder",
-        softcapped=True,
     ),
 )
 # the model type of a whole sequence-to-sequence model -> the class of its decoder alone

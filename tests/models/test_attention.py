@@ -5,7 +5,7 @@ test_support.py shows, for every family, that they are equal to each other.
 
 import pytest
 import torch
-from families import DECODERS, ENCODERS, tiny_decoder, tiny_encoder
+from families import ENCODERS, OPTIONS, tiny_decoder, tiny_encoder
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def heard():
     return torch.randn(2, 12800, generator=torch.Generator().manual_seed(0)), mask
 
 
-@pytest.mark.parametrize(("group", "name"), [*(("encoder", n) for n in ENCODERS), *(("decoder", n) for n in DECODERS)])
+@pytest.mark.parametrize(("group", "name"), [*(("encoder", n) for n in ENCODERS), *(("decoder", n) for n in OPTIONS)])
 def test_auto_is_sdpa_where_the_family_has_it_and_eager_elsewhere(group, name):
     model = {"encoder": tiny_encoder, "decoder": tiny_decoder}[group](name, attention=None)
     implementation = "eager" if name in EAGER_ONLY else "sdpa"

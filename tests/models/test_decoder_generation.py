@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import DECODERS, STACKS, option_file, tiny_decoder
+from families import OPTIONS, STACKS, option_file, tiny_decoder
 from transformers import HubertConfig, HubertModel
 
 from sedtrain.errors import UserError
@@ -15,7 +15,7 @@ TABLES = ["camembert", "data2vec_text", "roberta", "xlm_roberta", "xmod"]
 COUNTING = [*TABLES, "m2m_100", "seamless_m4t", "seamless_m4t_v2", "speech_to_text"]
 
 
-@pytest.fixture(scope="module", params=DECODERS)
+@pytest.fixture(scope="module", params=OPTIONS)
 def decoder(request):
     return tiny_decoder(request.param)
 
@@ -52,7 +52,7 @@ def test_without_a_pad_token_within_the_positions_are_the_family_s_own(decoder, 
     torch.testing.assert_close(step(decoder, ids, audio[:1]).logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_positions_are_given_to_the_families_that_skip_pad_tokens(name):
     decoder = tiny_decoder(name)
     ids = torch.tensor([[START, 5, 6], [PAD, PAD, 7]])
@@ -137,7 +137,7 @@ LAST = dict.fromkeys(TABLES, 12 - PAD - 1)  # they skip the positions up to that
 ENDLESS = {"xglm", *STACKS} - {"canary", "cohere_asr", "whisper"}  # compute positions or distances without end
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_as_many_tokens_have_a_position_as_upstream_can_read(encoder, name):
     kind = type(default_config("decoder", option_file("decoder", name)["model_type"]))
     options = [each for each in ("max_position_embeddings", "max_target_positions") if hasattr(kind, each)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import DECODERS, option_file
+from families import OPTIONS, option_file
 from pairs import END, LABELS, PAD, START, part, two_utterances
 from transformers import (
     CONFIG_MAPPING,
@@ -45,7 +45,7 @@ def source(model_type):
 
 def can_attend():
     """Model types of causal decoders without an option file that attend to an encoder; their sources mention one."""
-    known = {option_file("decoder", name)["model_type"] for name in DECODERS}
+    known = {option_file("decoder", name)["model_type"] for name in OPTIONS}
     types = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - known
     mention = sorted(model_type for model_type in types if "encoder_hidden_states" in source(model_type))
     kinds = [MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]] for model_type in mention]

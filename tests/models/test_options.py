@@ -16,6 +16,7 @@ from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import max_tokens
 from sedtrain.models.encoder import feature_extractor_of, frame_mask, load_encoder
+from sedtrain.models.loading import default_config
 from sedtrain.models.options import misfit, range_of, refuse_impossible
 
 EXAMPLES = int(os.environ.get("SEDTRAIN_EXAMPLES", 0))
@@ -67,12 +68,12 @@ def test_every_value_of_the_tiny_members_is_possible(part):
     for file in files:
         option = yaml.safe_load(file.read_text(encoding="utf-8"))
         if "tiny" in option and "model_type" in option:
-            refuse_impossible(part, {"tiny": option["tiny"]}, AutoConfig.for_model(option["model_type"]))
+            refuse_impossible(part, {"tiny": option["tiny"]}, default_config(part, option["model_type"]))
 
 
 def test_defaults_of_every_family_lie_in_their_own_ranges():
     for file in [*(conf_dir() / "encoder").glob("*.yaml"), *(conf_dir() / "decoder").glob("*.yaml")]:
-        defaults = AutoConfig.for_model(yaml.safe_load(file.read_text(encoding="utf-8"))["model_type"])
+        defaults = default_config(file.parent.name, yaml.safe_load(file.read_text(encoding="utf-8"))["model_type"])
         own = {name: value for name, value in vars(defaults).items() if range_of(name, value)}
         assert own
         refuse_impossible("encoder", {"options": own}, defaults)
@@ -93,7 +94,7 @@ def values_near(default):
 def options_of(draw, part, name):
     """One to three options of a family; most of their values lie in the range of each."""
     option = option_file(part, name)
-    defaults = AutoConfig.for_model(option["model_type"])
+    defaults = default_config(part, option["model_type"])
     names = [*option["tiny"], *(key for key in defaults.to_dict() if not key.startswith("_"))]
     options = {}
     for key in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):

@@ -118,11 +118,25 @@ def test_a_whole_module_gives_its_decoder(whole):
     assert is_tied is (whole.config.model_type != "cohere_asr")
 
 
+@pytest.mark.parametrize("option", ["num_layers", "num_decoder_layers"])
+def test_t5_s_number_of_layers_is_that_of_its_decoder_by_either_name(tmp_path, option):
+    AutoConfig.for_model("t5", **WHOLE["t5"]).save_pretrained(tmp_path)
+    for options, expected in (({}, 2), ({option: 3}, 3)):
+        decoder = load_decoder(None, "t5", {}, checkpoint=str(tmp_path), pretrained=False, options=options)
+        assert len(decoder.decoder.block) == decoder.config.num_hidden_layers == expected
+
+
 def test_whisper_s_causal_model_hears_by_its_whole_model_s_decoder():
     config = AutoConfig.for_model("whisper", **WHOLE["whisper"])
     module = WhisperForCausalLM(config).eval()
     expected = module(IDS, encoder_outputs=(AUDIO,)).logits
     torch.testing.assert_close(logits(as_decoder(module).eval()), expected, rtol=0, atol=1e-5)
+
+
+def test_a_whisper_decoder_suppresses_no_token():
+    decoder = as_decoder(OF_WHOLE["whisper"].whole(AutoConfig.for_model("whisper", **WHOLE["whisper"])))
+    generation = SpeechEncoderDecoder(encoder=part("hubert"), decoder=decoder).generation_config
+    assert (generation.suppress_tokens, generation.begin_suppress_tokens) == (None, None)
 
 
 def test_whisper_s_published_decoder_has_the_logits_of_the_whole_model(shared):

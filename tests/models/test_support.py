@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import DECODERS, ENCODERS, STACKS, TOKENIZER, tiny_decoder, tiny_encoder
+from families import ENCODERS, OPTIONS, STACKS, TOKENIZER, tiny_decoder, tiny_encoder
 
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
@@ -19,7 +19,7 @@ from sedtrain.models.encoder import feature_extractor_of, loads_in_stock_transfo
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 PAIRS = sorted(
-    {*product(ENCODERS, ["bert", "gpt2", "bart"]), *product(["hubert", "whisper"], DECODERS), *product(["sew"], STACKS)}
+    {*product(ENCODERS, ["bert", "gpt2", "bart"]), *product(["hubert", "whisper"], OPTIONS), *product(["sew"], STACKS)}
 )
 START, END, PAD = 1, 2, 0
 TABLE = Path(__file__).parents[2] / "docs/support.md"
@@ -27,8 +27,8 @@ BACKENDS = {"eager": None, "sdpa": "_supports_sdpa", "flex_attention": "_support
 ROWS: dict[tuple[str, str], list[str]] = {}
 
 
-def joined(encoder, decoder, **options):
-    model = SpeechEncoderDecoder(encoder=tiny_encoder(encoder, **options), decoder=tiny_decoder(decoder, **options))
+def joined(encoder, decoder):
+    model = SpeechEncoderDecoder(encoder=tiny_encoder(encoder), decoder=tiny_decoder(decoder))
     model.set_special_tokens(START, END, PAD)
     return model.eval()
 
@@ -62,7 +62,7 @@ def logits(model, batch, rows=slice(None), inputs=None):
 def generated(model, batch, **options):
     transformers.set_seed(0)
     return model.generate(
-        batch.inputs, attention_mask=batch.attention_mask, max_new_tokens=5, min_new_tokens=5, **options
+        batch.inputs, attention_mask=batch.attention_mask, max_new_tokens=3, min_new_tokens=3, **options
     )
 
 
@@ -98,7 +98,7 @@ def test_it_generates_and_cached_is_uncached_is_teacher_forcing(pair):
     _, model, batch = pair
     for options in ({}, {"num_beams": 3}, {"do_sample": True}):
         tokens = generated(model, batch, **options)
-        assert tokens.shape == (2, 6)
+        assert tokens.shape == (2, 4)
         assert tokens.tolist() == generated(model, batch, use_cache=False, **options).tolist()
     output = generated(model, batch, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
@@ -136,13 +136,11 @@ def ours_and_base_write_the_same(model, base, batch):
 def test_attention_backends_agree(pair):
     names, model, batch = pair
     expected, works = logits(model, batch), []
-    other = joined(*names, attention="eager")
-    other.load_state_dict(model.state_dict())
     for attention, flag in BACKENDS.items():
         if all(flag is None or getattr(type(part), flag) for part in (model.encoder, model.decoder)):
-            other.set_attn_implementation(attention)
+            model.set_attn_implementation(attention)
             with torch.compiler.set_stance("force_eager"):  # FlexAttention as written: compiling it takes long
-                assert (logits(other, batch) - expected).abs().max() < 1e-5
+                assert (logits(model, batch) - expected).abs().max() < 1e-5
             works.append(attention)
     ROWS[names].append(", ".join(works))
 

@@ -61,7 +61,7 @@ def test_lna_moves_layer_norms_the_encoders_attention_and_the_decoders_to_it(enc
     for part, (path, layers) in {"encoder": encoder_layers, "decoder": decoder_layers}.items():
         for number in range(len(layers)):
             own = {name for name in before if name.startswith(f"{part}.{path}.{number}.")}
-            attention = {name for name in own if any(word in name for word in ("attention", "attn"))}
+            attention = {name for name in own if any(word in name.lower() for word in ("attention", "attn"))}
             matrices = {name for name in own if model.get_parameter(name).ndim > 1}
             to_itself = {name for name in attention & matrices if part_of(name) == part}
             to_the_encoder = {name for name in own if part_of(name) == "cross_attention"}
