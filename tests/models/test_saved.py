@@ -27,7 +27,7 @@ from sedtrain.build import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import ConvAdapter
-from sedtrain.models.saved import join
+from sedtrain.models.saved import join, to_finetune
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -79,6 +79,15 @@ def problem(folder):
 
 def test_the_folder_loads(good):
     assert load(good).model.adapter.settings == {"stride": 2, "num_layers": 2}
+
+
+def test_a_joined_model_is_not_trained_further_as_a_whole_one(good):
+    with pytest.raises(UserError) as caught:
+        to_finetune(str(good), {}, None)
+    assert str(caught.value) == (
+        f"1 problem:\n\n  checkpoint = '{good}'\n    this is a joined model of encoder and decoder\n"
+        "    write resume=RUN with the options of that run to train its model further"
+    )
 
 
 # --- models of another kind

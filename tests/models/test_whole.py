@@ -236,13 +236,6 @@ def test_what_a_whole_checkpoint_cannot_have_is_refused(option):
     assert message.endswith(f"\n    write {remedy}, or {apart}")
 
 
-def test_a_joined_model_is_not_trained_further_as_a_whole_one(trained):
-    assert refused(to_finetune, str(trained), {}, None) == (
-        f"1 problem:\n\n  checkpoint = '{trained}'\n    this is a joined model of encoder and decoder\n"
-        "    write resume=RUN with the options of that run to train its model further"
-    )
-
-
 def test_a_run_with_averaged_weights_is_scored_alike_from_its_folder(train, sedtrain, tmp_path):
     folder = whisper_folder(tmp_path / "stock")
     run = train(tmp_path / "run", f"checkpoint={folder}", "data.language=en", "callbacks=[default,ema]", steps=2)
