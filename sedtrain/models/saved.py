@@ -22,7 +22,7 @@ from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import feature_extractor_of, frame_width
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
-from sedtrain.models.prefix import is_prefixed
+from sedtrain.models.prefix import is_prefixed, is_prompt, prompt_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.run_dir import model_of
 from sedtrain.text.tags import NUM_TAGS, Tags, add_tags
@@ -137,6 +137,9 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
     for each in ("tags", "training_normalizer"):
         if not isinstance(value := getattr(model.config, each, None), dict | None):
             raise UserError("checkpoint", name, f"its config.json has {each}={value!r}, which is no object", write)
+    if not is_prompt(prompt := prompt_of(model.config.decoder), model.decoder.config.vocab_size):
+        wrong = f"its config.json has audio_prompt={str(prompt)[:80]}, which is no two lists of its token ids"
+        raise UserError("checkpoint", name, wrong, write)
 
 
 def join(
