@@ -203,6 +203,14 @@ def refuse_fixed(cache: Any) -> None:
         raise UserError("cache_implementation", "static", wrong, "write cache_implementation='dynamic', or none")
 
 
+def is_prompt(value: Any, vocab_size: int) -> bool:
+    """True for token ids in front of the audio and behind it; a stranger's file may hold anything."""
+    parts = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
+    return all(
+        isinstance(ids, list) and all(type(each) is int and 0 <= each < vocab_size for each in ids) for ids in parts
+    )
+
+
 def prompt_of(config: PreTrainedConfig) -> Sequence[list[int]]:
     prompt: Sequence[list[int]] = getattr(config, "audio_prompt", None) or ([], [])
     return prompt

@@ -25,7 +25,7 @@ from sedtrain.models.encoder import feature_extractor_of, frame_width, with_spec
 from sedtrain.models.loading import attention_wanted, check_loaded, load_config, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.other_kinds import refuse_other_kind
-from sedtrain.models.prefix import is_prefixed
+from sedtrain.models.prefix import is_prefixed, is_prompt, prompt_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.whole import WholeSpeechModel, is_whole
 from sedtrain.run_dir import model_of
@@ -199,6 +199,9 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
     if isinstance(model, WholeSpeechModel) and (fault := fault_of_prompt(generation, model.decoder.config.vocab_size)):
         write = "write checkpoint=FOLDER with the generation_config.json of the published Whisper"
         raise UserError("checkpoint", name, f"its generation_config.json has {fault}", write)
+    if not is_prompt(prompt := prompt_of(model.config.decoder), model.decoder.config.vocab_size):
+        wrong = f"its config.json has audio_prompt={str(prompt)[:80]}, which is no two lists of its token ids"
+        raise UserError("checkpoint", name, wrong, write)
 
 
 def join(

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sedtrain.errors import UserError
+from sedtrain.models.saved import refuse_misdescribed
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.text.tokenizers import encode_target, train_tokenizer
 
@@ -115,6 +116,20 @@ def test_a_saved_model_keeps_its_prompt_and_stock_transformers_refuses_it(tmp_pa
     torch.testing.assert_close(ours, theirs)
     with pytest.raises(ValueError, match="llama behind a prefix of sedtrain"):
         SpeechEncoderDecoderModel.from_pretrained(tmp_path)
+
+
+def test_a_saved_prompt_that_is_none_is_refused():
+    model = joined("llama")
+    refuse_misdescribed("FOLDER", model)
+    for prompt in ("text", [[1]], [[1], [VOCABULARY]], [[1], ["a"]], [[True], []]):
+        model.config.decoder.audio_prompt = prompt
+        with pytest.raises(UserError, match="which is no two lists of its token ids"):
+            refuse_misdescribed("FOLDER", model)
+
+
+def test_a_language_model_whose_embeddings_have_another_width_than_its_layers_is_refused():
+    with pytest.raises(UserError, match="its embeddings are 8 wide and its layers 16"):
+        tiny_decoder("opt", options={"hidden_size": 16, "word_embed_proj_dim": 8})
 
 
 def test_a_cache_of_a_fixed_size_is_refused():

@@ -109,7 +109,7 @@ def test_a_model_of_another_kind_is_named_and_what_can_be_made_of_it(kind, tmp_p
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     wrong, write = problem(tmp_path)
     assert wrong == f"this is a {kind} model, no speech encoder-decoder"
-    part = {"wav2vec2": "encoder", "bert": "decoder"}.get(kind)
+    part = {"wav2vec2": "encoder", "bert": "decoder", "llama": "decoder"}.get(kind)
     if part is None:
         assert write == "write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote"
         return
