@@ -20,6 +20,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.loading import one_line
 from sedtrain.models.losses import deferred_output_layer
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -28,11 +29,14 @@ try:
     import jax.numpy as jnp
     import torchax
     from torchax.interop import call_torch
+    from torchax.tensor import OperatorNotFound
 except (ImportError, AttributeError) as failure:  # a torchax that does not know this torch lacks an attribute
     missing = f"it needs jax and a torchax that knows torch {torch.__version__}: {failure}"
     raise UserError("import", __name__, missing, "pip install 'sedtrain[jax]'") from failure
 
 Params = Mapping[str, Any]
+UNTRACEABLE = (OperatorNotFound, jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+"""Raised for operations that torchax lacks, and for those whose shapes or branches hang on values."""
 DEFAULT_LENGTH = 21  # the start token and 20 tokens, as in transformers
 GREEDY = {"num_beams": 1, "do_sample": False, "num_return_sequences": 1, "penalty_alpha": None, "dola_layers": None}
 UNCHANGED = {
@@ -217,7 +221,12 @@ class FlaxSpeechEncoderDecoderModel:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Explicitly requested dtype")  # int64 of torch is int32 in JAX
-            return call_torch(traced, {**params, **self.buffers}, {**arguments})
+            try:
+                return call_torch(traced, {**params, **self.buffers}, {**arguments})
+            except UNTRACEABLE as error:
+                parts = f"{self.config.encoder.model_type} and {self.config.decoder.model_type}"
+                wrong = f"JAX cannot trace it: {one_line(error, 160)}"
+                raise UserError("model", parts, wrong, "write other families, or run it with PyTorch") from error
 
 
 def as_jax(weights: Mapping[str, Tensor]) -> dict[str, Any]:

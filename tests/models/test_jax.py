@@ -140,6 +140,17 @@ def test_a_call_without_decoder_inputs_says_how_labels_become_them(under_jax):
         under_jax(AUDIO)
 
 
+def test_a_model_that_branches_on_values_is_refused(under_jax):
+    branching = jax.jit(
+        lambda params: under_jax.applied(params, lambda model: bool(model.decoder.lm_head.weight.any()), {})
+    )
+    with pytest.raises(UserError) as caught:
+        branching(under_jax.params)
+    assert (caught.value.option, caught.value.value) == ("model", "wav2vec2 and bart")
+    assert caught.value.wrong.startswith("JAX cannot trace it: ")
+    assert caught.value.write == "write other families, or run it with PyTorch"
+
+
 def test_an_absent_package_is_told_with_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "sedtrain.models.jax")
     monkeypatch.setitem(sys.modules, "torchax", None)
