@@ -85,16 +85,24 @@ class Speech2Text2Config(PreTrainedConfig):
 
 
 class Sinusoids(nn.Module):
-    """(B, U) positions -> (B, U, D): sines in the first half, cosines in the second; of any position."""
+    """(B, U) positions from 0 -> (B, U, D): sines of `offset` + position in the first half, cosines in the second.
 
-    def __init__(self, width: int) -> None:
+    Of any position; `weights` is the table of the first, for readers of tables.
+    """
+
+    def __init__(self, width: int, num_positions: int, offset: int) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.num_positions, self.offset = width, num_positions, offset
+
+    @property
+    def weights(self) -> Tensor:
+        """(offset + num_positions, D)"""
+        return self.forward(torch.arange(-self.offset, self.num_positions))
 
     def forward(self, positions: Tensor) -> Tensor:
         half = self.width // 2
         steps = torch.arange(half, device=positions.device) / max(half - 1, 1)
-        angles = positions[..., None] * torch.exp(-math.log(TIMESCALE) * steps)
+        angles = (positions[..., None] + self.offset) * torch.exp(-math.log(TIMESCALE) * steps)
         return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, self.width % 2))
 
 
@@ -106,9 +114,8 @@ class Speech2Text2Decoder(MarianDecoder):
         super(MarianDecoder, self).__init__(config)
         self.dropout, self.layerdrop = config.dropout, config.decoder_layerdrop
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        self.first_position = (config.pad_token_id or 0) + 1
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        self.embed_positions = Sinusoids(config.d_model)
+        self.embed_positions = Sinusoids(config.d_model, config.max_target_positions, (config.pad_token_id or 0) + 1)
         self.layers = nn.ModuleList(MarianDecoderLayer(config, layer_idx=i) for i in range(config.decoder_layers))
         self.gradient_checkpointing = False
         self.post_init()
@@ -160,8 +167,8 @@ class Speech2Text2Decoder(MarianDecoder):
         num_tokens = embeds.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
             counted = attention_mask.long().cumsum(1)[:, -num_tokens:] - 1
-            return counted.clamp(min=0) + self.first_position
-        return torch.arange(num_tokens, device=embeds.device)[None] + past_length + self.first_position
+            return counted.clamp(min=0)
+        return torch.arange(num_tokens, device=embeds.device)[None] + past_length
 
 
 class Speech2Text2DecoderWrapper(MarianDecoderWrapper):

@@ -239,7 +239,8 @@ class Steps:
             )
             self.layers = [Layer.like_bert(each) for each in found[1]]
         self.words = words.weight
-        self.positions = (positions.weight if hasattr(positions, "weight") else positions.weights)[offset:]
+        table = positions.weight if hasattr(positions, "weight") else positions.weights
+        self.positions = table[offset:].to(self.words)
         self.before = [normed(first_norm)] if first_norm is not None else []
         self.before += [side_by_side(into)] if into is not None else []
         self.behind = [normed(last)] if last is not None else []
