@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -162,6 +163,7 @@ def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) ->
     """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write."""
     rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
     data.collator = collator_of(saved, rewrite)
+    data.bounds = replace(data.bounds, shortest_seconds=data.collator.shortest_seconds)
     if saved.tags is not None:
         refuse_unlearnt(data.corpus, splits, saved.tags)
 

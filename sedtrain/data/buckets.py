@@ -110,12 +110,14 @@ class Bounds:
     batch_seconds, batch_tokens: seconds of audio and, if given, target tokens, padding included
     num_buckets: of similar durations, each with batches of its own, at most
     buckets:     bound the batches instead of these, where they are given
+    shortest_seconds: shorter utterances are padded to that by silence, and count so
     """
 
     batch_seconds: float = 24.0
     batch_tokens: int | None = None
     num_buckets: int = 30
     buckets: Sequence[Bucket] | None = None
+    shortest_seconds: float = 0.0
 
     @classmethod
     def of(
@@ -138,6 +140,7 @@ class Bounds:
         if self.buckets is not None:
             assert tokens is not None, "buckets bound tokens too"
             return groups_by_buckets(seconds, tokens, self.buckets)
+        seconds = np.maximum(seconds, self.shortest_seconds)
         edges = bucket_edges(seconds, self.batch_seconds, self.num_buckets)
         bucket = np.searchsorted(edges, seconds)
         most = max(len(seconds), 1)

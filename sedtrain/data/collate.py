@@ -50,6 +50,11 @@ class Collator:
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
 
     @property
+    def shortest_seconds(self) -> float:
+        """Shorter audio is padded to that by silence: the first frame of an encoder can span 0.05 s."""
+        return self.max_seconds if self.pads else 0.1
+
+    @property
     def sampling_rate(self) -> int:
         return int(self.feature_extractor.sampling_rate)
 
@@ -112,9 +117,9 @@ class Collator:
         return encode_target(self.tokenizer, self.rewrite(text), start)
 
     def features(self, audio: Tensor) -> Tensor:
-        """(S,) audio -> (S,) normalized audio or (T, F) features, time first, unpadded and not cut to 30 s.
+        """(S,) audio -> (S,) normalized audio or (T, F) features, time first, not cut to 30 s.
 
-        Audio below 0.1 s is padded with silence, because the first frame of an encoder can span half as much.
+        Only audio below `shortest_seconds` is padded.
         """
-        missing = round(self.sampling_rate * (self.max_seconds if self.pads else 0.1)) - len(audio)
+        missing = round(self.sampling_rate * self.shortest_seconds) - len(audio)
         return features_of(self.feature_extractor, pad(audio, (0, missing)) if missing > 0 else audio)

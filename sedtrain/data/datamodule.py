@@ -156,7 +156,10 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def batch_sizes(self) -> str:
         """The size of training batches as text."""
         if self.bounds.buckets is None:
-            return f"{self.bounds.batch_seconds:g} s of audio"
+            each = (
+                f", {self.collator.max_seconds:g} s for each utterance" if self.collator and self.collator.pads else ""
+            )
+            return f"{self.bounds.batch_seconds:g} s of audio{each}"
         sizes = [bucket.utterances for bucket in self.bounds.buckets]
         return f"{min(sizes):,} to {max(sizes):,} utterances, by {len(sizes)} buckets of data.batches"
 

@@ -100,10 +100,11 @@ class RecordingDecoder:
         self, windows: Iterator[Window], language: str | None, task: str
     ) -> Iterator[tuple[Window, Hypotheses]]:
         """The windows with their texts, in order of time; those of similar length are decoded together."""
+        bounds = replace(self.bounds, shortest_seconds=self.collator.shortest_seconds)
         while held := list(islice(windows, NUM_HELD)):
             seconds = [len(each.samples) / self.collator.sampling_rate for each in held]
             found: dict[int, Hypotheses] = {}
-            for batch in DurationBatches(seconds, self.bounds, shuffle=False, tokens=[0] * len(held)):
+            for batch in DurationBatches(seconds, bounds, shuffle=False, tokens=[0] * len(held)):
                 found |= zip(batch, self.decode([held[number] for number in batch], language, task), strict=True)
                 return_freed_memory()
             yield from ((window, found[number]) for number, window in enumerate(held))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +23,14 @@ from whispers import LANGUAGES, SECONDS, whisper_folder
 
 from sedtrain import load
 from sedtrain.batch import Utterance
-from sedtrain.build import whole_checkpoint
+from sedtrain.build import connect, whole_checkpoint
 from sedtrain.config.schema import conf_dir, register
+from sedtrain.data.buckets import Bounds
+from sedtrain.data.sampler import DurationBatches
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.recordings import collator_of
+from sedtrain.decoding.recordings import RecordingDecoder, collator_of
+from sedtrain.decoding.windows import Window
 from sedtrain.models.saved import to_finetune
 from sedtrain.models.whole import WholeSpeechModel
 from sedtrain.training.finetune import LoRA
@@ -129,6 +133,17 @@ def test_a_recording_is_cut_into_windows_of_what_the_encoder_hears(folder):
     language = "de" if saved.tags.languages else None
     found = saved.transcription(audio, sampling_rate=RATE, language=language, max_new_tokens=3, window=20)
     assert len(found.segments) > 1 and max(each.end - each.start for each in found.segments) <= SECONDS
+
+
+def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder, monkeypatch):
+    saved, data = load(folder), SimpleNamespace(bounds=Bounds(3 * SECONDS), corpus=None)
+    connect(data, saved, [])
+    assert len(DurationBatches([0.5] * 7, data.bounds, shuffle=False)) == 3
+    sizes = []
+    decoder = RecordingDecoder(saved, DecodingOptions(), bounds=Bounds(3 * SECONDS))
+    monkeypatch.setattr(RecordingDecoder, "decode", lambda self, windows, *_: sizes.append(len(windows)) or windows)
+    list(decoder.decoded(iter([Window(0, AUDIO[0])] * 7), None, "transcribe"))
+    assert sorted(sizes) == [1, 3, 3]
 
 
 def test_a_ctc_head_lies_beside_the_stock_model(folder, tmp_path):
