@@ -93,7 +93,9 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             if config.encoder.model_type != encoder.config.model_type:
                 config.encoder = encoder.config  # it was that of a whole sequence-to-sequence model
             if adapter is not None or is_prefixed(config.decoder):
-                described = None if adapter is None else {"kind": adapter.kind, "settings": adapter.settings}
+                described = getattr(config, "adapter", None)
+                if adapter is not None:
+                    described = {"kind": adapter.kind, "settings": adapter.settings}
                 config = AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
         super().__init__(config, encoder, decoder)
         self.settle_widths(adapter)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sedtrain.errors import UserError
+from sedtrain.models.adapter import ADAPTERS
 from sedtrain.models.saved import refuse_misdescribed
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.text.tokenizers import encode_target, train_tokenizer
@@ -59,8 +60,8 @@ def language_model(name):
     return model
 
 
-def joined(name, prompt=PROMPT):
-    model = SpeechEncoderDecoder(encoder=part("hubert"), decoder=language_model(name)).eval()
+def joined(name, prompt=PROMPT, adapter=None):
+    model = SpeechEncoderDecoder(encoder=part("hubert"), decoder=language_model(name), adapter=adapter).eval()
     model.set_special_tokens(START, END, PAD)
     model.config.decoder.audio_prompt = prompt
     return model
@@ -107,14 +108,16 @@ def test_a_text_padded_in_front_or_behind_goes_on_as_it_does_alone(pair):
             assert written[1, 3:].tolist() == alone.tolist()
 
 
-def test_a_saved_model_keeps_its_prompt_and_stock_transformers_refuses_it(tmp_path):
-    model = joined("llama")
+@pytest.mark.parametrize("adapter", [None, "stack_mlp"])
+def test_a_saved_model_keeps_prompt_and_adapter_and_stock_transformers_refuses_it(adapter, tmp_path):
+    widths = part("hubert").config.hidden_size, LLM["hidden_size"]
+    model = joined("llama", adapter=adapter and ADAPTERS[adapter](*widths, stride=2))
     model.save_pretrained(tmp_path)
     loaded = SpeechEncoderDecoder.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         ours, theirs = (each(**two_utterances(), decoder_input_ids=IDS).logits for each in (model, loaded))
     torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="llama behind a prefix of sedtrain"):
+    with pytest.raises(ValueError, match="of sedtrain"):
         SpeechEncoderDecoderModel.from_pretrained(tmp_path)
 
 
