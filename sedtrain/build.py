@@ -22,7 +22,7 @@ from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.outputs import Outputs
-from sedtrain.decoding.recordings import collator_of
+from sedtrain.decoding.recordings import collator_of, positions_of_audio
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Scoring, metric_set
@@ -153,7 +153,8 @@ def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) ->
         saved.learn_tags(learnt_pairs(data.corpus) if data.tags else pairs_of(data.corpus, "train"))
     connect(data, saved, ["validation", cfg.split])
     if saved.model.max_tokens is not None and data.collator is not None:
-        data.corpus.leave_out(partial(data.collator.too_long, most=saved.model.max_tokens))
+        too_long = partial(data.collator.too_long, most=saved.model.max_tokens, in_front=positions_of_audio(saved))
+        data.corpus.leave_out(too_long)
     counted = data.load_split("validation" if data.corpus.streaming else "train")
     saved.model.config.tokens_per_second = round(counted.tokens_per_second(), 2)
     return saved

@@ -27,7 +27,7 @@ class Collator:
 
     rewrite: normalizes a text before it becomes labels; the batch keeps the text itself, to score against
     tags:    begin the labels and end the prompts
-    max_seconds: longest audio that the encoder takes
+    max_seconds: longest audio that the model takes
     behind_prompt: True if a text continues a prompt, and the tokenizer writes no token in front of it
     pads:    lengthen all audio to `max_seconds` by silence, which the model hears
     """
@@ -98,16 +98,22 @@ class Collator:
         """The number of label ids of a text, tags included."""
         return len(self.target(text)) + (self.tags.number if self.tags else 0)
 
-    def too_long(self, text: str, most: int) -> tuple[str, str] | None:
+    def too_long(
+        self, text: str, seconds: float, most: int, in_front: Callable[[float], int] | None = None
+    ) -> tuple[str, str] | None:
         """Reason and detail for a text of more than `most` label ids; one that cannot have as many is not tokenized.
+
+        in_front: of those `most`, how many the audio of so many seconds takes
 
         An ASCII character becomes one token at most. Others may become 33: the bytes of the longest ligature, written out.
         """
-        rewritten = self.rewrite(text)
-        if len(rewritten) * (1 if rewritten.isascii() else 33) + MOST_AROUND <= most:
+        rewritten, audio = self.rewrite(text), 0 if in_front is None else in_front(seconds)
+        if audio + len(rewritten) * (1 if rewritten.isascii() else 33) + MOST_AROUND <= most:
             return None
         number = self.num_tokens(text)
-        return (f"text too long for the decoder's {most} positions", f"{number} tokens") if number > most else None
+        what, behind = ("audio and text", f" behind {audio} of {seconds:.2f} s") if audio else ("text", "")
+        reason = f"{what} too long for the decoder's {most} positions", f"{number} tokens{behind}"
+        return reason if audio + number > most else None
 
     def target(self, text: str) -> list[int]:
         """The label ids of a text, without tags."""

@@ -45,7 +45,7 @@ class Corpus:
     batch_seconds: the longest utterance that is scored lasts so long, or a multiple of what `limits` allow in training
     copies:      a folder for what is fetched or converted, removed when the process ends
     rewrite:     what is done to training texts before they are learnt
-    refused:     the reason for which a training text cannot be learnt, known once there is a model
+    refused:     the reason for which a training text of so many seconds cannot be learnt, known once there is a model
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Corpus:
         self.scored_limits = limits.scored(batch_seconds)
         self.temperature, self.streaming, self.copies = temperature, streaming, copies
         self.rewrite: Callable[[str], str] = str
-        self.refused: Callable[[str], Reason | None] = lambda text: None
+        self.refused: Callable[[str, float], Reason | None] = lambda text, seconds: None
         if is_first_of_machine():  # the rank that outlives the others of its machine
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
         self.parts, self.shards, self.kept = cache(self.load_parts), cache(self.find_shards), cache(self.find_kept)
@@ -172,8 +172,8 @@ class Corpus:
                 skipped += others.values()
                 yield part, list(kept), list(kept.values())
 
-    def leave_out(self, refused: Callable[[str], Reason | None]) -> None:
-        """Leaves out the training utterances with a text that `refused` gives a reason for; of a stream, as they come.
+    def leave_out(self, refused: Callable[[str, float], Reason | None]) -> None:
+        """Leaves out the training utterances for whose text and seconds `refused` gives a reason; of a stream, as they come.
 
         Raises UserError as `kept` does.
         """
@@ -184,7 +184,7 @@ class Corpus:
         left_out: list[Skipped] = []
         is_left_out = []
         for part, indices in kept.chunks():
-            unlearnt = self.unlearnt(parts[part], indices)
+            unlearnt = self.unlearnt(parts[part], indices, kept.among(part, np.array(indices))[1].tolist())
             left_out += unlearnt.values()
             is_left_out.append(np.isin(indices, [*unlearnt]))
         kept.leave_out(np.concatenate(is_left_out))
@@ -192,9 +192,9 @@ class Corpus:
         if not len(kept):
             raise self.none_left("train", left_out)
 
-    def unlearnt(self, rows: UtteranceRows, indices: Sequence[int]) -> dict[int, Skipped]:
-        """Those of some rows of a part whose text is refused, by index."""
-        reasons = zip(indices, map(self.refused, rows.texts(indices)), strict=True)
+    def unlearnt(self, rows: UtteranceRows, indices: Sequence[int], seconds: Sequence[float]) -> dict[int, Skipped]:
+        """Those of some rows of a part that are refused, by index."""
+        reasons = zip(indices, map(self.refused, rows.texts(indices), seconds), strict=True)
         return {index: rows.skipped(index, *reason) for index, reason in reasons if reason}
 
     def none_left(self, split: str, skipped: Sequence[Skipped]) -> UserError:

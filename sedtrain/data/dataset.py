@@ -167,5 +167,5 @@ class SplitDataset(Dataset[Batch | UserError]):
         if utterance.seconds > self.limits.max_seconds + ROUNDED:
             return rows.skipped(index, *too_long(utterance.seconds, self.limits.max_seconds, self.limits.longest))
         if self.is_scored and round(utterance.seconds, 2) > (longest := self.collator.max_seconds):
-            return rows.skipped(index, *too_long(utterance.seconds, longest, "the limit of the encoder"))
+            return rows.skipped(index, *too_long(utterance.seconds, longest, "the limit of the model"))
         return utterance

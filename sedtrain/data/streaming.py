@@ -111,7 +111,7 @@ class Stream:
             return self.dataset.kept.among(part, visited)
         rows, indices = self.dataset.parts[part], visited.tolist()
         kept, skipped = self.corpus.limits.filter(rows, indices, rewrite=self.corpus.rewrite)
-        unlearnt = self.corpus.unlearnt(rows, list(kept))
+        unlearnt = self.corpus.unlearnt(rows, list(kept), list(kept.values()))
         self.corpus.skipped.planned("train", len(indices), [*skipped.values(), *unlearnt.values()])
         used = [index for index in kept if index not in unlearnt]
         return np.array(used, np.int64), np.array([kept[index] for index in used])

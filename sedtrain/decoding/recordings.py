@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from math import isinf
+from math import ceil, isinf
 
 import torch
 
@@ -18,17 +18,34 @@ from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples, activity_of
-from sedtrain.decoding.timestamps import FrameTimes, timed
+from sedtrain.decoding.timestamps import FrameTimes, adapted_frames, frames_per_second, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.decoding.windows import Window, joined, windows_of
 from sedtrain.models.int8 import in_int8
-from sedtrain.models.prefix import is_prefixed
-from sedtrain.models.saved import SavedModel
+from sedtrain.models.prefix import is_prefixed, num_in_front
+from sedtrain.models.saved import SPARE_TOKENS, SavedModel
 
 DEFAULT_SECONDS = 30.0
 NUM_HELD = 32  # windows at once, from which batches of similar lengths are made
 SURE = 0.5  # confidence; with the demo's model, speech has 0.65 to 1, noise and music 0 to 0.6
 REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
+
+
+def positions_of_audio(saved: SavedModel) -> Callable[[float], int] | None:
+    """Positions at most that prompt and audio of so many seconds take in front of a text; None: it takes none."""
+    config = saved.model.config.decoder
+    if not is_prefixed(config):
+        return None
+    rate, of_one_frame = frames_per_second(saved), adapted_frames(saved, 1)
+    return lambda seconds: num_in_front(config, ceil(rate * seconds) + of_one_frame)
+
+
+def longest_audio(saved: SavedModel) -> float:
+    """Seconds that the encoder takes, and that leave a text some of the decoder's positions."""
+    in_front, most = positions_of_audio(saved), saved.model.max_tokens
+    if in_front is None or most is None:
+        return saved.max_seconds
+    return min(saved.max_seconds, max(0.1, (most - SPARE_TOKENS - in_front(0.0)) / frames_per_second(saved)))
 
 
 def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str) -> Collator:
@@ -39,7 +56,7 @@ def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str) -> Colla
         saved.model.config.decoder_start_token_id,
         rewrite,
         saved.tags,
-        saved.max_seconds,
+        longest_audio(saved),
         behind_prompt=is_prefixed(saved.model.config.decoder),
         pads=saved.is_whisper,
     )
@@ -66,7 +83,7 @@ class RecordingDecoder:
     def window_seconds(self) -> float:
         """Length up to which audio is decoded at once."""
         learnt = self.saved.max_training_seconds
-        return min(self.options.window or (DEFAULT_SECONDS if isinf(learnt) else learnt), self.saved.max_seconds)
+        return min(self.options.window or (DEFAULT_SECONDS if isinf(learnt) else learnt), self.collator.max_seconds)
 
     def transcription(
         self, name: str, blocks: Iterable[Samples], language: str | None = None, task: str = "transcribe"

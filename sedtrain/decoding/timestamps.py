@@ -101,14 +101,20 @@ class FrameTimes:
         return self.first + (frame - 0.5) * self.hop
 
 
-@torch.no_grad()
 def frames_per_second(saved: SavedModel) -> float:
     """Frames that the decoder gets of a second of audio: those of the encoder, joined or made anew by the adapter."""
-    encoder_frames = torch.zeros(1, 1000, saved.model.encoder_output_dim, dtype=saved.model.dtype)
+    return adapted_frames(saved, 1000) / 1000 / FrameTimes.of(saved).hop
+
+
+@torch.no_grad()
+def adapted_frames(saved: SavedModel, number: int) -> int:
+    """Frames that the decoder gets of so many of the encoder."""
+    model = saved.model
+    frames = torch.zeros(1, number, model.encoder_output_dim, dtype=model.dtype, device=model.device)
     with torch.random.fork_rng(devices=[]):  # dropout draws nothing from the run's own
-        frames = saved.model.adapt({"last_hidden_state": encoder_frames}, None).last_hidden_state
-    assert frames is not None
-    return float(frames.shape[1] / encoder_frames.shape[1] / FrameTimes.of(saved).hop)
+        adapted = model.adapt({"last_hidden_state": frames}, None).last_hidden_state
+    assert adapted is not None
+    return int(adapted.shape[1])
 
 
 def input_times(extractor: Any) -> tuple[float, float]:

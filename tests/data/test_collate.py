@@ -181,10 +181,19 @@ def test_a_text_is_too_long_where_it_has_more_labels_than_positions(text, most, 
     collator = Collator(EXTRACTORS["hubert"], tokenizer, tokenizer.bos_token_id, str.lower, **tags)
     number = collator.num_tokens(text)
     reason = (f"text too long for the decoder's {most} positions", f"{number} tokens")
-    assert collator.too_long(text, most) == (reason if number > most else None)
+    assert collator.too_long(text, 1.0, most) == (reason if number > most else None)
+
+
+def test_audio_in_front_of_a_text_takes_positions():
+    collator = Collator(EXTRACTORS["hubert"], TOKENIZER, START)
+    number, in_front = collator.num_tokens("one two"), lambda seconds: round(50 * seconds)
+    assert collator.too_long("one two", 0.5, number + 25, in_front) is None
+    reason = f"audio and text too long for the decoder's {number + 24} positions"
+    detail = f"{number} tokens behind 25 of 0.50 s"
+    assert collator.too_long("one two", 0.5, number + 24, in_front) == (reason, detail)
 
 
 def test_a_short_text_is_not_tokenized(monkeypatch):
     collator = Collator(EXTRACTORS["hubert"], TOKENIZER, START)
     monkeypatch.setattr(collator, "num_tokens", None)
-    assert collator.too_long("one two", 15) is None
+    assert collator.too_long("one two", 1.0, 15) is None

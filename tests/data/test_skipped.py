@@ -151,7 +151,7 @@ def test_audio_of_validation_that_memory_or_the_encoder_cannot_take_is_named(tmp
     assert sorted(id for batch in data.batches("validation") for id in batch.ids) == names
     assert [each["detail"] for each in listed(tmp_path / "b")] == [
         "9.00 s > data.batch_seconds=8.5",
-        "4.10 s > the limit of the encoder=3.9",
+        "4.10 s > the limit of the model=3.9",
     ]
 
 

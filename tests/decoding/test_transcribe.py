@@ -22,10 +22,12 @@ from sedtrain.data.paths import stored
 from sedtrain.decoding import recordings
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.outputs import show
+from sedtrain.decoding.recordings import collator_of, positions_of_audio
 from sedtrain.decoding.transcribe import Transcriber, decoding_options
 from sedtrain.decoding.windows import Window
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder, int8
+from sedtrain.models.adapter import QFormerAdapter
 from sedtrain.models.saved import join
 
 ROOT = Path(__file__).parents[2]
@@ -361,6 +363,18 @@ def test_the_command_tells_the_same_of_each_file_with_its_own_options(sedtrain, 
         assert f"audio={tmp_path}/{name}.wav, 0.00 to " in ended.err
     assert ended.err.count("s: the text is cut at 2 tokens; write decoding.max_new_tokens=4") == 2
     assert "write decoding.max_new_tokens=4" in ended.err
+
+
+def test_audio_behind_which_no_position_is_left_for_a_text_is_cut_into_windows():
+    decoder = tiny_decoder("gpt2", listens="prefix")
+    saved = join(tiny_encoder("hubert"), decoder, lambda *widths: QFormerAdapter(*widths), TOKENIZER)
+    most, in_front = collator_of(saved).max_seconds, positions_of_audio(saved)
+    positions, rate = saved.model.max_tokens, saved.feature_extractor.sampling_rate
+    for seconds in (most, 0.7, 3.21):
+        frames = saved.model.encode(torch.zeros(1, round(seconds * rate))).last_hidden_state.shape[1]
+        assert frames <= in_front(seconds) <= frames + 2 * in_front(0)
+    assert in_front(most) + 15 <= positions < in_front(most) + 40
+    assert Transcriber(saved, decoding_options({})).window_seconds == min(most, 30)
 
 
 def test_whisper_takes_30_seconds_at_once_and_longer_recordings_by_windows(caplog):
