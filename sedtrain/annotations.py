@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ForwardRef, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sedtrain.errors import UNSET, UserError
+from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Range
 
 MAX_NAMES = 12  # listed after a close one
@@ -43,6 +43,7 @@ EXAMPLES_IN_PYTHON = {
     "write a list": "write a list, e.g. {0}=['first', 'second']",
     "write named values": "write named values, e.g. {0}={{'first': 1}}",
     "write it in quotes": "write it in quotes: {0}='{1}'",
+    "write its texts in quotes": "write a list of texts, e.g. {0}=['first', 'second']",
 }
 Checked = TypeVar("Checked", bound=Callable[..., Any])
 
@@ -160,9 +161,12 @@ def in_words(kind: Any) -> str:
 
 def example(option: str, annotation: str, value: object = None) -> str:
     """Example of an override of `option` that fits an annotation."""
+    if isinstance(value, list) and fits([""], annotation) and all(type(each) in (int, float) for each in value):
+        texts = ",".join(f'"{each}"' for each in value)
+        return f"write its texts in quotes: '{option}=[{texts}]'"
     if fits("", annotation):  # also where there is no annotation
         is_number = isinstance(value, int | float)
-        return f"write it in quotes: '{option}=\"{value}\"'" if is_number else f"write {option}=VALUE"
+        return f"write it in quotes: '{option}=\"{as_yaml(value)}\"'" if is_number else f"write {option}=VALUE"
     sample = next((each for each in samples(annotation, value) if fits(each, annotation)), None)
     return EXAMPLES[type(sample)].format(option, sample)
 

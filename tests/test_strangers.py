@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,15 +15,22 @@ import pytest
 import torch
 import yaml
 from corpora import wav
-from families import TOKENIZER
+from families import TOKENIZER, option_file
 from pairs import part
+from test_comparison import write_run
+from whispers import whisper_folder
 
 import sedtrain as package
+from sedtrain.compare import compare
+from sedtrain.decoding.fusion import language_model
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import commit
+from sedtrain.models.decoder import load_decoder
 from sedtrain.models.encoder import feature_extractor_of
-from sedtrain.models.saved import SavedModel
+from sedtrain.models.loading import load_tokenizer
+from sedtrain.models.saved import SavedModel, to_finetune
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.speech_to_text_2 import Speech2Text2Config, Speech2Text2ForCausalLM
 from sedtrain.training.checkpoint_files import MARK
 
 CANARY = Path("canary")
@@ -206,6 +214,124 @@ def test_a_checkpoint_of_pickled_calls_is_refused(sedtrain, run):
 
 def test_a_model_that_somebody_else_saved_needs_no_module_of_theirs(run):
     assert isinstance(package.load(".").transcribe("a.wav", max_new_tokens=3), str)
+
+
+# --- models of other kinds: whole, behind a prefix, with a tokenizer of their own, beside the decoder
+
+
+def speech_to_text_2(folder):
+    config = Speech2Text2Config(vocab_size=8, d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8)
+    Speech2Text2ForCausalLM(config).save_pretrained(folder)
+    (folder / "vocab.json").write_text(
+        json.dumps({token: id for id, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b"])})
+    )
+    (folder / "merges.txt").write_text("a b</w>\n")
+
+
+def joined_with_a_prefix(folder):
+    model = SpeechEncoderDecoder(encoder=part("hubert"), decoder=part("llama", vocab_size=len(TOKENIZER)))
+    model.set_special_tokens(1, 2, 0)
+    SavedModel(model, TOKENIZER, feature_extractor_of(model.encoder)).save(folder, {"max_new_tokens": 3})
+
+
+def causal(folder):
+    part("llama", vocab_size=len(TOKENIZER)).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+
+
+def decoder_of(folder):
+    option = "llama" if "llama" in (folder / "config.json").read_text() else "speech_to_text_2"
+    values = {**option_file("decoder", option), "size": "base", "checkpoint": str(folder)}
+    return load_decoder(load_tokenizer("decoder.checkpoint", str(folder)), **values)
+
+
+KINDS = {
+    "whole": (whisper_folder, [package.load, lambda folder: to_finetune(str(folder), {}, None)]),
+    "prefix": (joined_with_a_prefix, [package.load]),
+    "language model": (causal, [lambda folder: language_model(str(folder)), decoder_of]),
+    "speech_to_text_2": (speech_to_text_2, [decoder_of]),
+}
+
+
+def without_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def pickled(model):
+    without_weights(model)
+    torch.save({"encoder": Pickled()}, model / "pytorch_model.bin")
+
+
+def pickled_as_flax(model):
+    without_weights(model)
+    (model / "flax_model.msgpack").write_bytes(pickle.dumps(Pickled()))
+
+
+def flax_elsewhere(model):
+    without_weights(model)
+    merge(model / "flax_model.msgpack.index.json", metadata={}, weight_map={"a": "../beside.py"})
+
+
+def own_generation(model):
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate/generate.py").write_text(BESIDE)
+    merge(model / "generation_config.json", custom_generate="beside")
+
+
+def in_file(name, **values):
+    return lambda model: merge(model / name, **values)
+
+
+REFUSED = {
+    "code of the model": in_file("config.json", auto_map=MAP),
+    "code of the tokenizer": in_file("tokenizer_config.json", auto_map=MAP, tokenizer_class="Evil"),
+    "code of the processor": in_file("processor_config.json", auto_map=MAP, processor_class="Evil"),
+    "kernels": in_file("config.json", attn_implementation="evil/kernel"),
+    "another base": in_file("adapter_config.json", base_model_name_or_path="evil/base", peft_type="LORA"),
+    "pickled weights": pickled,
+    "pickled weights of Flax": pickled_as_flax,
+    "weights of Flax elsewhere": flax_elsewhere,
+}
+UNUSED = {
+    "generation of its own": own_generation,
+    "a class of the tokenizer": in_file("tokenizer_config.json", tokenizer_class="beside.Evil", backend="custom"),
+    "architectures": in_file("config.json", architectures=["beside.Evil"]),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder of each kind; beside its files a module that touches the canary when it is imported."""
+    folders = {kind: tmp_path_factory.mktemp("model") for kind in KINDS}
+    for kind, folder in folders.items():
+        KINDS[kind][0](folder)
+        (folder / "beside.py").write_text(BESIDE)
+    return folders
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *UNUSED])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_a_hostile_model_of_another_kind_is_imported_called_or_written(models, kind, name, run):
+    for number, use in enumerate(KINDS[kind][1]):
+        model = Path(shutil.copytree(models[kind], run / f"model {number}"))
+        {**REFUSED, **UNUSED}[name](model)
+        before = contents(model)
+        language_model.cache_clear()
+        with pytest.raises(UserError) if name in REFUSED else suppress(UserError):
+            use(model)
+        assert contents(model) == before
+
+
+def test_nothing_of_hostile_runs_is_imported_called_or_written_to_compare_them(run, tmp_path):
+    folders = [write_run(run / name, rate, number=6) for name, rate in (("a", 0.1), ("b", 0.5))]
+    for folder in map(Path, folders):
+        (folder / "beside.py").write_text(BESIDE)
+        merge(folder / "config.yaml", metrics={"own": {"_target_": "beside.strike"}})
+        metrics = json.loads((folder / "results.json").read_text())["metrics"]
+        merge(folder / "results.json", metrics={**metrics, "beside.strike": {"_target_": "beside.strike"}})
+    before = contents(run)
+    compare(folders, tmp_path)
+    assert contents(run) == before
 
 
 def git(*arguments):

@@ -76,8 +76,8 @@ class Config:
     run_dir: str = MISSING
     resume: str = "none"
     checkpoint: str | None = None
-    audio: Any = None
-    runs: Any = None
+    audio: Any = field(default=None, metadata={"takes": "str | Sequence[str] | None"})
+    runs: Any = field(default=None, metadata={"takes": "Sequence[str] | None"})
     format: Any = "text"
     out: str | None = None
     split: str = one_of("test", "validation", "train")
@@ -167,7 +167,7 @@ def check_root(config: DictConfig) -> Iterator[UserError]:
             wrong = f"{each.name} has no option {value!r}"
             yield UserError(each.name, value, wrong, suggest(str(value), choices))
         else:
-            yield from misfits(each.name, value, ANNOTATIONS[each.name])
+            yield from misfits(each.name, value, each.metadata.get("takes", ANNOTATIONS[each.name]))
 
 
 def check_value(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[UserError]:
@@ -251,9 +251,7 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
     runs = plain(config, "runs") if "runs" in config else None
-    if task == "compare" and not (
-        isinstance(runs, list) and len(runs) > 1 and all(isinstance(each, str) for each in runs)
-    ):
+    if task == "compare" and (runs is None or (isinstance(runs, list) and len(runs) < 2)):
         yield UserError("runs", runs, "task=compare needs two runs or more", "write 'runs=[FOLDER,FOLDER]'")
     if "format" in config:
         yield from format_rules(plain(config, "format"), config.get("out"))

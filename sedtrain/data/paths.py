@@ -113,8 +113,9 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
         where = Path(name).expanduser()
         files = [name] if name == STANDARD_INPUT else matching_files(where)
         if not files:
-            is_device = where.exists() and not where.is_dir()
-            wrong = "this is a pipe or a device" if is_device else "there is no such audio file"
+            wrong = "this is a pipe or a device" if where.exists() else "there is no such audio file"
+            if where.is_dir():
+                wrong = "this folder holds no audio"
             raise UserError("audio", name, wrong, "write audio=FILE, a glob that matches or a folder")
         found += files
     found = list(dict.fromkeys(found))

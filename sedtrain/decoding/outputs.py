@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -184,13 +185,16 @@ class Outputs:
     def names(self, paths: Sequence[str]) -> dict[str, str]:
         """Names of files for recordings, laid out in the folder as the recordings are, without suffix.
 
-        Where two differ by their suffix alone, all keep it. Raises UserError for subtitles of several recordings on a terminal.
+        Where two differ by their suffix alone, all keep it. Raises UserError for subtitles of several recordings on a terminal,
+        and for a folder that cannot be made.
         """
         if self.folder is None:
             if len(paths) > 1 and {"srt", "vtt"} & {*self.formats}:
                 wrong = "subtitles of several recordings do not go to the terminal together"
                 raise UserError("out", None, wrong, "write out=FOLDER")
             return {}
+        with self.writable():
+            self.folder.mkdir(parents=True, exist_ok=True)
         whole = [os.path.abspath("stdin" if path == "-" else path) for path in paths]
         root = os.path.commonpath([os.path.dirname(path) for path in whole])
         names = [os.path.relpath(path, root) for path in whole]
@@ -206,9 +210,14 @@ class Outputs:
                 show(f"{found.audio}\t{content}" if each == "text" else content)
                 continue
             file = self.folder / f"{name}.{'txt' if each == 'text' else each}"
-            try:
+            with self.writable():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, content)
-            except OSError as error:
-                write = "write out=FOLDER that you may write to, on a disk with room"
-                raise UserError("out", str(self.folder), f"cannot be written to: {error}", write) from error
+
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            write = "write out=FOLDER that you may write to, on a disk with room"
+            raise UserError("out", str(self.folder), f"cannot be written to: {error}", write) from error

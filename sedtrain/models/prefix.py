@@ -86,19 +86,34 @@ def give_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
 def prompt_ids(tokenizer: Any, prompt: str | None) -> list[list[int]]:
     """Token ids in front of the audio and behind it."""
     text, begin = PLACE if prompt is None else prompt, list[int]()
-    if text.count(PLACE) == 1 and getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    elif prompt is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]:
-        begin = [tokenizer.bos_token_id]
     if text.count(PLACE) != 1:
         wrong = f"it has {text.count(PLACE)} places for the audio, and needs one"
         write = f"write prompt='TEXT {PLACE} TEXT'"
         raise UserError("decoder.prompt", prompt, wrong, f"write 'decoder.prompt=\"TEXT {PLACE} TEXT\"'", write)
+    if getattr(tokenizer, "chat_template", None):
+        text = turn_of_user(tokenizer, text)
+    elif prompt is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]:
+        begin = [tokenizer.bos_token_id]
     before, behind = (
         tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in text.split(PLACE)
     )
     return [begin + before, behind]
+
+
+def turn_of_user(tokenizer: Any, text: str) -> str:
+    """A turn by the chat template, a program of the tokenizer's folder. Raises UserError where it fails or loses the audio."""
+    turn = [{"role": "user", "content": text}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        fault = "" if text.count(PLACE) == 1 else f"writes what the user says {text.count(PLACE)} times"
+    except Exception as error:  # of whatever kind
+        fault = f"fails: {type(error).__name__} {' '.join(str(error).split())[:160]}"
+    if fault:
+        write = "write decoder.checkpoint=FOLDER whose tokenizer has another chat template, or none"
+        raise UserError(
+            "decoder.checkpoint", tokenizer.name_or_path, f"the chat template of its tokenizer {fault}", write
+        )
+    return text
 
 
 def num_in_front(config: PreTrainedConfig, num_frames: int) -> int:

@@ -16,6 +16,7 @@ from sedtrain.errors import UserError
 POSITIVE, FROM_0 = "a number above 0", "a number of 0 or more"
 FINITE = "a finite number"
 COUNT, COUNT_FROM_0 = "a whole number of 1 or more", "a whole number of 0 or more"
+BEAMS = "a whole number from 1 to 1,000"
 FRACTION, BELOW_1, INNER = "a fraction from 0 to 1", "a fraction from 0 to below 1", "a fraction between 0 and 1"
 ABOVE_0 = "a fraction above 0, at most 1"
 
@@ -101,8 +102,9 @@ ROWS = [
     ("trainer.gradient_clip_val", -1, FROM_0),
     ("trainer.log_every_n_steps", -1, COUNT_FROM_0),
     ("optimizer.lr", nan, FINITE),
-    ("decoding.num_beams", 0, COUNT),
-    ("decoding.num_return_sequences", 0, COUNT),
+    ("decoding.num_beams", 0, BEAMS),
+    ("decoding.num_beams", 100_000, BEAMS),
+    ("decoding.num_return_sequences", 0, BEAMS),
     ("decoding.ctc_weight", 1.5, FRACTION),
     ("decoding.max_new_tokens", 0, f"{COUNT}, or null"),
     ("decoding.no_repeat_ngram_size", -1, COUNT_FROM_0),
@@ -154,7 +156,7 @@ def test_what_is_told_to_be_written_is_taken(option, words):
     }
     values |= {FROM_0: [0], COUNT: [1], COUNT_FROM_0: [0], INNER: [0.999], ABOVE_0: [1e-3, 1]}
     values |= {FINITE: [1.5], f"a list, each {FINITE}": [[-10, 6]], f"a list, each {POSITIVE}": [[1.1]]}
-    values |= {"a number from -10 to 10": [-10, 10]}
+    values |= {"a number from -10 to 10": [-10, 10], BEAMS: [1, 1_000]}
     ends = values.get(words.removesuffix(", or null"), [0, 2**32 - 1])
     for value in [*ends, *(["null"] if words.endswith("null") else [])]:
         assert check_command_line([*chosen, f"{option}={value}"])

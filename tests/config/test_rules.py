@@ -101,6 +101,23 @@ def test_a_comparison_needs_two_runs():
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "write"),
+    [
+        ("audio", "3", "write it in quotes: 'audio=\"3\"'"),
+        ("audio", "true", "write it in quotes: 'audio=\"true\"'"),
+        ("audio", "[3,7]", 'write its texts in quotes: \'audio=["3","7"]\''),
+        ("audio", "{a: b}", "write audio=VALUE"),
+        ("runs", "[3,7]", 'write its texts in quotes: \'runs=["3","7"]\''),
+        ("runs", "a", "write a list, e.g. 'runs=[first,second]'"),
+    ],
+)
+def test_names_of_files_are_texts(option, value, write):
+    [found] = problems("task=transcribe" if option == "audio" else "task=compare", "checkpoint=a", f"{option}={value}")
+    assert (found.option, found.write) == (option, write)
+    assert found.wrong.startswith("expected ") and found.wrong.endswith("Sequence[str] | None")
+
+
+@pytest.mark.parametrize(
     ("override", "option", "wrong"),
     [
         ("encoder._args_=1.5", "encoder._args_", "expected list"),

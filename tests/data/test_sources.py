@@ -416,7 +416,8 @@ def test_audio_that_is_not_there_is_told(clips, missing):
     (clips / "empty").mkdir()
     name = f"{clips}/{missing}"
     write = "write audio=FILE, a glob that matches or a folder"
-    assert refused(audio_paths, [f"{clips}/b.wav", name]) == ("audio", name, "there is no such audio file", write)
+    wrong = "this folder holds no audio" if missing == "empty" else "there is no such audio file"
+    assert refused(audio_paths, [f"{clips}/b.wav", name]) == ("audio", name, wrong, write)
 
 
 def test_a_pipe_is_not_waited_for(clips):

@@ -139,6 +139,12 @@ def test_each_format_is_a_file_and_a_folder_that_cannot_be_written_to_is_told(tm
         Outputs(("srt",), tmp_path / "file", None).write(recording(), "x")
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_transcribed(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written to: .*\n    write out=FOLDER that you may write to"):
+        Outputs(("srt",), tmp_path / "file", None).names(["a.wav"])
+
+
 def test_the_formats_are_those_of_the_schema():
     assert tuple(FORMATS) == schema.FORMATS
 

@@ -221,8 +221,8 @@ def test_options_that_cannot_be_are_refused(model, speech):
 @pytest.mark.parametrize(
     ("option", "value", "wanted"),
     [
-        ("num_beams", 0, "a whole number of 1 or more"),
-        ("num_beams", 1.5, "a whole number of 1 or more"),
+        ("num_beams", 0, "a whole number from 1 to 1,000"),
+        ("num_beams", 1.5, "a whole number from 1 to 1,000"),
         ("do_sample", "no", "bool"),
         ("top_k", -1, "a whole number of 0 or more"),
         ("no_repeat_ngram_size", -1, "a whole number of 0 or more"),

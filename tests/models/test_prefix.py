@@ -202,6 +202,30 @@ def test_a_prompt_without_one_place_for_the_audio_is_refused_and_so_is_one_that_
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "wrong"),
+    [
+        ("{% if", "fails: TemplateSyntaxError unexpected 'end of template'"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError division by zero"),
+        ("{{ raise_exception('no') }}", "fails: TemplateError no"),
+        (
+            "{{ ''.__class__.__mro__ }}",
+            "fails: SecurityError access to attribute '__class__' of 'str' object is unsafe.",
+        ),
+        ("{{ lipsum.__globals__ }}", "writes what the user says 0 times"),
+        ("{{ messages[0].content * 2 }}", "writes what the user says 2 times"),
+    ],
+)
+def test_a_chat_template_that_fails_or_loses_the_audio_is_refused(template, wrong):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = template, "folder"
+    for prompt in (None, "Write: {audio}"):
+        assert problem("llama", tokenizer=tokenizer, prompt=prompt) == (
+            f"decoder.checkpoint = 'folder': the chat template of its tokenizer {wrong}; "
+            "write decoder.checkpoint=FOLDER whose tokenizer has another chat template, or none"
+        )
+
+
 def test_a_text_behind_a_prompt_has_no_token_in_front():
     tokenizer = train_tokenizer(["Write: one"], "char", 60)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
