@@ -35,7 +35,6 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from sedtrain.errors import UserError
 from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 
@@ -173,12 +172,8 @@ def test_what_a_page_lists_of_a_class_is_there(page, shared):
     assert {"SpeechEncoderDecoderConfig", "SpeechEncoderDecoderModel"} <= {name for name, _ in listed}
     for name, members in listed:
         kind = {"SpeechEncoderDecoderModel": SpeechEncoderDecoderModel}.get(name) or getattr(transformers, name, None)
-        if kind is None:
-            pytest.importorskip("jax")
-            under = pytest.importorskip(
-                "sedtrain.models.jax", exc_type=UserError
-            )  # torchax is absent, or older than torch
-            kind = getattr(under, name)
+        if name.startswith("Flax"):
+            continue  # in jax_cases.py
         assert all(callable(getattr(kind, member)) for member in re.findall(r"\w+", members))
 
 
