@@ -176,8 +176,9 @@ def to_finetune(checkpoint: str, options: Mapping[str, Any], attention: str | No
 def loaded_as(kind: type[SpeechEncoderDecoder], name: str, **options: Any) -> SavedModel:
     """The model of this class, with tokenizer and feature extractor."""
     with loading("checkpoint", name):
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, loaded = kind.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name, dtype=torch.float32, trust_remote_code=False, **told, **options
         )
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     check_loaded("checkpoint", name, model, loaded, used=model, is_trained=True)
