@@ -244,6 +244,8 @@ class Check:
                 ConfigLoaderImpl._apply_overrides_to_config([override], config)
         except COMPOSITION_ERRORS as error:
             self.errors.append(composition_error(error, key, value))
+        except AttributeError:  # OmegaConf's own, of a mapping whose old value is null
+            self.report(key, value, "this cannot be merged into the value that is there", f"correct or leave out {key}")
 
     def unknown_key(self, config: DictConfig, node: Any, path: str, lacking: str) -> tuple[str, str]:
         """The fault of a key that the configuration lacks, and what to write instead."""

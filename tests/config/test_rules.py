@@ -127,6 +127,7 @@ def test_names_of_files_are_texts(option, value, write):
         ("+encoder={1: x}", "encoder.1", "load_encoder has no option '1'"),
         ("hydra.job=${oc.env:NOPE}", "hydra.job", "KeyError raised while resolving"),
         ("hydra.job.chdir=${encoder}", "hydra.job.chdir", "this reference fails: While dereferencing"),
+        ("+hydra.sweeper.params={a: {b: null}}", "hydra.sweeper.params", "this cannot be merged"),
         ("optimizer.x=${.}", "optimizer.x", "extraneous input '}'"),
         ("hydra.searchpath=a b", "hydra.searchpath", "this is no list of folders"),
         ("hydra.searchpath=[a b]", "hydra.searchpath", "no such folder"),
