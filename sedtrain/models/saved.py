@@ -194,9 +194,9 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
     starts = start, generation.decoder_start_token_id, generation.bos_token_id
     if all(each is None for each in starts):
         raise UserError("checkpoint", name, "its config.json names no decoder_start_token_id", write)
-    if wrong := [each for each in starts if each is not None and type(each) is not int]:
+    if others := [each for each in starts if each is not None and type(each) is not int]:
         raise UserError(
-            "checkpoint", name, f"its files name {str(wrong[0])[:80]!r} as the token that starts a text", write
+            "checkpoint", name, f"its files name {str(others[0])[:80]!r} as the token that starts a text", write
         )
     for each in ("tags", "training_normalizer"):
         if not isinstance(value := getattr(model.config, each, None), dict | None):

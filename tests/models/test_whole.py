@@ -200,6 +200,16 @@ def test_a_generation_config_that_describes_no_prompt_is_refused(name, value, tm
     assert message.endswith("write checkpoint=FOLDER with the generation_config.json of the published Whisper")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("suppress_tokens", "x"), ("begin_suppress_tokens", 5), ("bad_words_ids", 1)]
+)
+def test_saved_settings_that_are_none_are_refused_when_a_text_is_searched(folder, name, value):
+    saved = load(folder)
+    setattr(saved.model.generation_config, name, value)
+    message = refused(decode_batch, saved.model, saved.tokenizer, asked(saved)[0], DecodingOptions(max_new_tokens=2))
+    assert "    the settings of its generation_config.json gave: " in message
+
+
 def test_a_start_of_texts_that_is_no_token_is_refused(folder):
     saved = load(folder)
     for start in ([[1]], {"a": 1}, "x"):
