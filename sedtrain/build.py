@@ -136,6 +136,10 @@ def whole_checkpoint(cfg: DictConfig) -> str | None:
         return sources[0][1] if is_whole else None
     named = f"encoder.checkpoint={cfg.checkpoint} decoder.checkpoint={cfg.checkpoint}"
     apart = f"write encoder=OPTION decoder=OPTION {named} for its parts alone"
+    for name in ("encoder.checkpoint", "decoder.checkpoint", "decoder.prompt", "decoder.listens"):
+        if (given := OmegaConf.select(cfg, name)) is not None:
+            wrong = f"checkpoint={cfg.checkpoint} is one model of encoder, decoder and prompt"
+            raise UserError(name, given, wrong, f"write {name}=null, or {apart[6:]}, without checkpoint")
     if not is_plain:
         wrong = "nothing stands between the parts of a whole checkpoint, which is saved as what it was"
         raise UserError("adapter", cfg.adapter.get("_target_"), wrong, f"write adapter=linear, or {apart[6:]}")

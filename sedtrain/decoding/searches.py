@@ -6,7 +6,7 @@ B batch, N beams, P prompt, U generated tokens.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from sedtrain.decoding.joint import JointScores
 from sedtrain.decoding.loop import Task, beam_search, greedy
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.speculative import speculate
+from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import Steps, steps_of
@@ -92,15 +93,20 @@ def processors_of(
     """What changes scores: `own`, the options and the settings that were saved with the model.
 
     No end is forced at the limit of a text, as BART's is: a text that is cut has to be told from one that ends.
+    Raises UserError for saved settings that are none.
     """
     generation = copy(model.generation_config)
     values = options.generation_kwargs() | {"forced_eos_token_id": None, "max_length": num_prompt + most}
     vars(generation).update(values)
-    model._prepare_special_tokens(generation, True, device=device)
-    processors: LogitsProcessorList = model._get_logits_processor(
-        generation, num_prompt, logits_processor=LogitsProcessorList(own), device=device
-    )
-    return processors
+    given = LogitsProcessorList(own)
+    try:
+        model._prepare_special_tokens(generation, True, device=device)
+        processors = model._get_logits_processor(generation, num_prompt, logits_processor=given, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        wrong = f"the settings of its generation_config.json gave: {type(error).__name__} {str(error)[:160]}"
+        write = "write checkpoint=FOLDER with the generation_config.json that was saved with the model"
+        raise UserError("checkpoint", model.name_or_path, wrong, write) from error
+    return cast(LogitsProcessorList, processors)
 
 
 def loop_of(model: SpeechEncoderDecoder, options: DecodingOptions) -> str:

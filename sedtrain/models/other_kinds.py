@@ -1,11 +1,17 @@
 """Refuses a checkpoint that is no joined model of encoder and decoder, and says what it could be a part of."""
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, SpeechEncoderDecoderConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    PreTrainedConfig,
+    SpeechEncoderDecoderConfig,
+)
 
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import BROKEN, can_attend
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, encoder_config
 from sedtrain.models.prefix import can_continue
+from sedtrain.models.stacks import OF_WHOLE as DECODERS
 from sedtrain.models.stacks import decoder_config
 
 
@@ -23,7 +29,11 @@ def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
         instead = training_with("encoder", kind if kind in OF_WHOLE else encoder, name, f"{name!r}, DECODER")
     elif decoder is not None and (can_attend(decoder) or can_continue(config)) and kind not in BROKEN:
         instead = training_with("decoder", kind, name, f"ENCODER, {name!r}")
-    raise UserError("checkpoint", name, f"this is a {kind} model, no speech encoder-decoder", *instead)
+    wrong = f"this is a {kind} model, no speech encoder-decoder"
+    if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+        taken = {each.model_type for each in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING} & OF_WHOLE.keys() & DECODERS.keys()
+        wrong = f"this is a whole {kind} model, and as a whole {', '.join(sorted(taken))} are used alone"
+    raise UserError("checkpoint", name, wrong, *instead)
 
 
 def training_with(part: str, kind: str, name: str, arguments: str) -> tuple[str, str]:

@@ -27,6 +27,8 @@ OTHER = {"encoder_hidden_states", "encoder_outputs", "pixel_values"}
 BOTH = {"gpt2"}
 """Families with cross-attention that can do without it."""
 PLACE = "{audio}"
+LONGEST = 10_000
+"""Tokens that a saved prompt has at most."""
 
 
 def class_of(config: PreTrainedConfig) -> Any:
@@ -222,7 +224,10 @@ def is_prompt(value: Any, vocab_size: int) -> bool:
     """True for token ids in front of the audio and behind it; a stranger's file may hold anything."""
     parts = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
     return all(
-        isinstance(ids, list) and all(type(each) is int and 0 <= each < vocab_size for each in ids) for ids in parts
+        isinstance(ids, list)
+        and len(ids) < LONGEST
+        and all(type(each) is int and 0 <= each < vocab_size for each in ids)
+        for ids in parts
     )
 
 

@@ -192,8 +192,13 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
     """Raises UserError where a model's files do not say how texts begin, or describe what it learnt in other types."""
     write = "write checkpoint=FOLDER of a run, or of a model after model.set_special_tokens(start, end, pad)"
     start, generation = getattr(model.config, "decoder_start_token_id", None), model.generation_config
-    if {start, generation.decoder_start_token_id, generation.bos_token_id} == {None}:
+    starts = start, generation.decoder_start_token_id, generation.bos_token_id
+    if all(each is None for each in starts):
         raise UserError("checkpoint", name, "its config.json names no decoder_start_token_id", write)
+    if others := [each for each in starts if each is not None and type(each) is not int]:
+        raise UserError(
+            "checkpoint", name, f"its files name {str(others[0])[:80]!r} as the token that starts a text", write
+        )
     for each in ("tags", "training_normalizer"):
         if not isinstance(value := getattr(model.config, each, None), dict | None):
             raise UserError("checkpoint", name, f"its config.json has {each}={value!r}, which is no object", write)

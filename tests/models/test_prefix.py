@@ -124,7 +124,7 @@ def test_a_saved_model_keeps_prompt_and_adapter_and_stock_transformers_refuses_i
 def test_a_saved_prompt_that_is_none_is_refused():
     model = joined("llama")
     refuse_misdescribed("FOLDER", model)
-    for prompt in ("text", [[1]], [[1], [VOCABULARY]], [[1], ["a"]], [[True], []]):
+    for prompt in ("text", [[1]], [[1], [VOCABULARY]], [[1], ["a"]], [[True], []], [[1] * 10_000, []]):
         model.config.decoder.audio_prompt = prompt
         with pytest.raises(UserError, match="which is no two lists of its token ids"):
             refuse_misdescribed("FOLDER", model)

@@ -185,11 +185,14 @@ def changed(folder, change):
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        (lambda config: config.pop("adapter"), "the folder gave: no 'adapter' in its files"),
+        (
+            lambda config: config.pop("adapter"),
+            "the folder gave: Unrecognized model type for subconfig: wav2vec2 with the",
+        ),
         (lambda config: config.pop("encoder"), "the folder gave: no 'encoder' in its files"),
         (
             lambda config: config.update(adapter="x"),
-            "the folder gave: TypeError string indices must be integers, not 'str'",
+            "the folder gave: Unrecognized model type for subconfig: wav2vec2 with the conv adapter",
         ),
         (
             lambda config: config["decoder"].update(num_attention_heads=0),

@@ -31,7 +31,7 @@ from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder, collator_of
 from sedtrain.decoding.windows import Window
-from sedtrain.models.saved import to_finetune
+from sedtrain.models.saved import refuse_misdescribed, to_finetune
 from sedtrain.models.whole import WholeSpeechModel
 from sedtrain.training.finetune import LoRA
 
@@ -200,6 +200,24 @@ def test_a_generation_config_that_describes_no_prompt_is_refused(name, value, tm
     assert message.endswith("write checkpoint=FOLDER with the generation_config.json of the published Whisper")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("suppress_tokens", "x"), ("begin_suppress_tokens", 5), ("bad_words_ids", 1)]
+)
+def test_saved_settings_that_are_none_are_refused_when_a_text_is_searched(folder, name, value):
+    saved = load(folder)
+    setattr(saved.model.generation_config, name, value)
+    message = refused(decode_batch, saved.model, saved.tokenizer, asked(saved)[0], DecodingOptions(max_new_tokens=2))
+    assert "    the settings of its generation_config.json gave: " in message
+
+
+def test_a_start_of_texts_that_is_no_token_is_refused(folder):
+    saved = load(folder)
+    for start in ([[1]], {"a": 1}, "x"):
+        saved.model.generation_config.decoder_start_token_id = start
+        message = refused(refuse_misdescribed, "FOLDER", saved.model)
+        assert f"    its files name {str(start)!r} as the token that starts a text\n" in message
+
+
 def test_matrices_of_lora_lie_beside_the_old_weights(folder, tmp_path):
     saved = to_finetune(str(folder), {}, None)
     LoRA(targets=["encoder", "decoder"], merge=False).prepare(saved.model)
@@ -249,6 +267,16 @@ def test_what_a_whole_checkpoint_cannot_have_is_refused(option):
     remedy = {"adapter=conv": "adapter=linear", "pretrained=false": "pretrained=true"}[option]
     apart = "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X for its parts alone"
     assert message.endswith(f"\n    write {remedy}, or {apart}")
+
+
+@pytest.mark.parametrize("option", ["encoder.checkpoint=Y", "decoder.checkpoint=Y", "decoder.prompt=Y"])
+def test_what_a_whole_checkpoint_would_not_read_is_refused(option):
+    name = option.partition("=")[0]
+    message = refused(whole_checkpoint, composed(f"checkpoint=X {option}"))
+    apart = "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X for its parts alone, without checkpoint"
+    assert message.endswith(
+        f"{name} = 'Y'\n    checkpoint=X is one model of encoder, decoder and prompt\n    write {name}=null, or {apart}"
+    )
 
 
 def test_a_run_with_averaged_weights_is_scored_alike_from_its_folder(train, sedtrain, tmp_path):
