@@ -31,7 +31,9 @@ FractionBelowOne = Annotated[float, Range("a fraction from 0 to below 1", low=0,
 InnerFraction = Annotated[float, Range("a fraction between 0 and 1", low=0, high=1, open="both")]
 Exponent = Annotated[float, Range("a number from -10 to 10", low=-10, high=10)]
 Count = Annotated[int, Range("a whole number of 1 or more", low=1)]
-Beams = Annotated[int, Range("a whole number from 1 to 1,000", low=1, high=1_000)]
+UpTo1000 = Annotated[int, Range("a whole number from 1 to 1,000", low=1, high=1_000)]
+UpTo1000OrZero = Annotated[int, Range("a whole number from 0 to 1,000", low=0, high=1_000)]
+UpToMillion = Annotated[int, Range("a whole number from 1 to 1,000,000", low=1, high=1_000_000)]
 CountOrZero = Annotated[int, Range("a whole number of 0 or more", low=0)]
 
 BLEU_TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")

@@ -178,6 +178,19 @@ class Check:
         except OmegaConfBaseException as error:  # Hydra's own settings
             self.errors.append(composition_error(error, "hydra", UNSET))
         self.refuse_lost(config)
+        self.refuse_beside_whole(config, known)
+
+    def refuse_beside_whole(self, config: DictConfig, known: dict[str, str]) -> None:
+        """Reports an encoder or decoder that was chosen beside a whole checkpoint, and that none can have."""
+        checkpoint = plain(config, "checkpoint")
+        if checkpoint in (None, UNSET) or config.get("task") not in ("train", "fit_batches"):
+            return
+        for part in ("encoder", "decoder"):
+            option = known.get(part, "").partition("=")[2]
+            if option and not all(option in self.options(each) for each in ("encoder", "decoder")):
+                apart = f"{part}={option} {part}.checkpoint=FOLDER without checkpoint="
+                write = f"write checkpoint={checkpoint} without {part}=, or {apart}"
+                self.report(part, option, "a whole checkpoint has its own encoder and decoder", write)
 
     def refuse_lost(self, config: DictConfig) -> None:
         """Reports options of the root that were deleted, and groups that something else took the place of."""

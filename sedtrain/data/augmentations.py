@@ -19,7 +19,7 @@ from sedtrain.data.paths import local_path
 from sedtrain.data.readers import one_line
 from sedtrain.data.recordings import audio_cells, audio_files
 from sedtrain.errors import UserError
-from sedtrain.ranges import Count, Finite, Fraction, Positive, PositiveFraction
+from sedtrain.ranges import Finite, Fraction, Positive, PositiveFraction, UpTo1000
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class TimeMask(Augmentation):
 
     def __init__(
         self,
-        num_masks: Count = 2,
+        num_masks: UpTo1000 = 2,
         max_seconds: Positive = 0.1,
         max_fraction: PositiveFraction = 0.05,
         probability: Fraction = 1.0,

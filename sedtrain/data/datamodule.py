@@ -29,7 +29,7 @@ from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
 from sedtrain.data.workers import Loader, start_worker
 from sedtrain.errors import UserError
-from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive
+from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, UpTo1000, UpTo1000OrZero
 
 
 def copies_of(folder: str) -> Path:
@@ -73,7 +73,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         block_utterances: Count = 4096,
         batch_seconds: Positive = 24.0,
         batch_tokens: Count | None = None,
-        num_buckets: Count = 30,
+        num_buckets: UpTo1000 = 30,
         batches: str | Sequence[Mapping[str, float]] | None = None,
         min_seconds: NonNegative = 0.05,
         max_seconds: Positive = 30.0,
@@ -82,7 +82,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         keep_decoded_hours: NonNegative = 2.0,
         on_bad_utterance: Literal["skip", "error"] = "skip",
         max_bad_fraction: Fraction = 0.1,
-        num_workers: CountOrZero = 0,
+        num_workers: UpTo1000OrZero = 0,
         seed: int = 0,
         folder: str = ".",
     ) -> None:

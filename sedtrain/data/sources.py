@@ -53,6 +53,8 @@ def readable(path: str, split: str) -> Iterator[None]:
     if looks_local and not is_here(path):
         write = "write data.path=FOLDER_OR_FILE_OR_HUB_ID"
         raise UserError("data.path", path, "there is no such file or folder", write)
+    if where.exists() and not (where.is_file() or where.is_dir()):
+        raise UserError("data.path", path, "this is a pipe or a device", "write data.path=FOLDER_OR_FILE_OR_HUB_ID")
     if not where.exists():
         go_offline_if_unreachable()
     try:

@@ -8,7 +8,7 @@ from sedtrain.annotations import refuse_misfits
 from sedtrain.decoding.pauses import Pauses, activity_of
 from sedtrain.errors import UserError
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.ranges import Beams, Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction
+from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction, UpTo1000
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
 OURS = {
@@ -45,8 +45,8 @@ class DecodingOptions:
     """
 
     search: Search = "attention"
-    num_beams: Beams = 1
-    num_return_sequences: Beams = 1
+    num_beams: UpTo1000 = 1
+    num_return_sequences: UpTo1000 = 1
     ctc_weight: Fraction = 0.5
     do_sample: bool = False
     max_new_tokens: Count | None = None

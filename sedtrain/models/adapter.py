@@ -16,7 +16,7 @@ from transformers import SpeechEncoderDecoderConfig
 
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
-from sedtrain.ranges import Count, Fraction
+from sedtrain.ranges import Count, Fraction, UpTo1000, UpToMillion
 
 ADAPTERS: dict[str, "type[Adapter]"] = {}  # by kind
 
@@ -112,7 +112,7 @@ def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:
 class ConvAdapter(Adapter, kind="conv"):
     """Convolutions over 3 frames with gated linear units; each makes one frame of `stride` (arXiv 1911.08460)."""
 
-    def __init__(self, input_dim: int, output_dim: int, stride: Count = 2, num_layers: Count = 2) -> None:
+    def __init__(self, input_dim: int, output_dim: int, stride: Count = 2, num_layers: UpTo1000 = 2) -> None:
         super().__init__(input_dim, output_dim, stride=stride, num_layers=num_layers)
         if stride > 2:
             write = "write adapter.stride=2, and adapter.num_layers for a lower rate, or adapter=stack_mlp"
@@ -148,7 +148,7 @@ class TransformerAdapter(Adapter, kind="transformer"):
     """A projection to the decoder's width and pre-norm Transformer layers over the whole utterance."""
 
     def __init__(
-        self, input_dim: int, output_dim: int, num_layers: Count = 2, num_heads: Count = 4, dropout: Fraction = 0.1
+        self, input_dim: int, output_dim: int, num_layers: UpTo1000 = 2, num_heads: Count = 4, dropout: Fraction = 0.1
     ) -> None:
         super().__init__(input_dim, output_dim, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
         self.projection = nn.Linear(input_dim, output_dim)
@@ -174,9 +174,9 @@ class QFormerAdapter(Adapter, kind="qformer"):
         self,
         input_dim: int,
         output_dim: int,
-        window: Count = 8,
-        num_queries: Count = 4,
-        num_layers: Count = 2,
+        window: UpToMillion = 8,
+        num_queries: UpTo1000 = 4,
+        num_layers: UpTo1000 = 2,
         num_heads: Count = 4,
         dropout: Fraction = 0.1,
     ) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
-from sedtrain.ranges import Count
+from sedtrain.ranges import Count, UpToMillion
 from sedtrain.text.spacing import UNSPACED
 
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3
@@ -18,7 +18,7 @@ SPACE = "▁"
 
 @checked("tokenizer.")
 def train_tokenizer(
-    texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: Count, max_texts: Count | None = None
+    texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: UpToMillion, max_texts: Count | None = None
 ) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocab_size` tokens that decodes what it encoded, up to white space and NFC.
 

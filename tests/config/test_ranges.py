@@ -16,7 +16,8 @@ from sedtrain.errors import UserError
 POSITIVE, FROM_0 = "a number above 0", "a number of 0 or more"
 FINITE = "a finite number"
 COUNT, COUNT_FROM_0 = "a whole number of 1 or more", "a whole number of 0 or more"
-BEAMS = "a whole number from 1 to 1,000"
+UP_TO_1000, UP_TO_MILLION = "a whole number from 1 to 1,000", "a whole number from 1 to 1,000,000"
+UP_TO_1000_FROM_0 = "a whole number from 0 to 1,000"
 FRACTION, BELOW_1, INNER = "a fraction from 0 to 1", "a fraction from 0 to below 1", "a fraction between 0 and 1"
 ABOVE_0 = "a fraction above 0, at most 1"
 
@@ -66,14 +67,14 @@ ROWS = [
     ("data.batch_seconds", -3, POSITIVE),
     ("data.batch_seconds", nan, POSITIVE),
     ("data.batch_tokens", 0, f"{COUNT}, or null"),
-    ("data.num_buckets", 0, COUNT),
+    ("data.num_buckets", 0, UP_TO_1000),
     ("data.block_utterances", 0, COUNT),
     ("data.temperature", 0, POSITIVE),
     ("data.min_seconds", -1, FROM_0),
     ("data.min_characters", -1, COUNT_FROM_0),
     ("data.max_bad_fraction", 1.5, FRACTION),
     ("data.keep_decoded_hours", -1, FROM_0),
-    ("data.num_workers", -1, COUNT_FROM_0),
+    ("data.num_workers", -1, UP_TO_1000_FROM_0),
     ("data.mix.german.weight", 0, POSITIVE),
     ("data.mix.german.weight", inf, POSITIVE),
     ("augment.speed.probability", 2, FRACTION),
@@ -82,14 +83,14 @@ ROWS = [
     ("augment.recorded_noise.probability", 2, FRACTION),
     ("augment.reverb.probability", 2, FRACTION),
     ("augment.time_mask.probability", 2, FRACTION),
-    ("augment.time_mask.num_masks", 0, COUNT),
+    ("augment.time_mask.num_masks", 0, UP_TO_1000),
     ("augment.time_mask.max_seconds", 0, POSITIVE),
     ("augment.time_mask.max_fraction", 0, ABOVE_0),
     ("adapter.num_heads", 0, COUNT),
-    ("adapter.num_layers", 0, COUNT),
-    ("adapter.num_queries", 0, COUNT),
+    ("adapter.num_layers", 0, UP_TO_1000),
+    ("adapter.num_queries", 0, UP_TO_1000),
     ("adapter.stride", 0, COUNT),
-    ("adapter.window", 0, COUNT),
+    ("adapter.window", 0, UP_TO_MILLION),
     ("tokenizer.max_texts", 0, f"{COUNT}, or null"),
     ("loss.label_smoothing", 7, FRACTION),
     ("loss.ctc_weight", 5, f"{FRACTION}, or null"),
@@ -102,9 +103,9 @@ ROWS = [
     ("trainer.gradient_clip_val", -1, FROM_0),
     ("trainer.log_every_n_steps", -1, COUNT_FROM_0),
     ("optimizer.lr", nan, FINITE),
-    ("decoding.num_beams", 0, BEAMS),
-    ("decoding.num_beams", 100_000, BEAMS),
-    ("decoding.num_return_sequences", 0, BEAMS),
+    ("decoding.num_beams", 0, UP_TO_1000),
+    *((name, 100_000, UP_TO_1000) for name in ("decoding.num_beams", "data.num_buckets", "adapter.num_queries")),
+    ("decoding.num_return_sequences", 0, UP_TO_1000),
     ("decoding.ctc_weight", 1.5, FRACTION),
     ("decoding.max_new_tokens", 0, f"{COUNT}, or null"),
     ("decoding.no_repeat_ngram_size", -1, COUNT_FROM_0),
@@ -120,7 +121,7 @@ ROWS = [
     ("finetune.learning_rates.encoder", 0, POSITIVE),
     ("finetune.layer_decay", 0, ABOVE_0),
     ("finetune.layer_decay", 1.5, ABOVE_0),
-    ("finetune.rank", 0, COUNT),
+    ("finetune.rank", 0, UP_TO_MILLION),
     ("finetune.alpha", 0, POSITIVE),
     ("finetune.dropout", 1, BELOW_1),
     ("callbacks.ema.decay", 1, INNER),
@@ -156,7 +157,7 @@ def test_what_is_told_to_be_written_is_taken(option, words):
     }
     values |= {FROM_0: [0], COUNT: [1], COUNT_FROM_0: [0], INNER: [0.999], ABOVE_0: [1e-3, 1]}
     values |= {FINITE: [1.5], f"a list, each {FINITE}": [[-10, 6]], f"a list, each {POSITIVE}": [[1.1]]}
-    values |= {"a number from -10 to 10": [-10, 10], BEAMS: [1, 1_000]}
+    values |= {"a number from -10 to 10": [-10, 10], UP_TO_1000: [1, 1_000], UP_TO_1000_FROM_0: [0], UP_TO_MILLION: [1]}
     ends = values.get(words.removesuffix(", or null"), [0, 2**32 - 1])
     for value in [*ends, *(["null"] if words.endswith("null") else [])]:
         assert check_command_line([*chosen, f"{option}={value}"])

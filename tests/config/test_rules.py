@@ -173,3 +173,11 @@ def test_formats_of_texts_are_known_and_several_need_a_folder():
     [found] = problems(*transcribe, "format=[srt,json]")
     assert (found.option, found.write) == ("out", "write out=FOLDER")
     check_command_line([*transcribe, "format=[srt,json]", "out=texts"])
+
+
+def test_an_encoder_beside_a_whole_checkpoint_is_refused_and_one_that_it_may_have_is_not():
+    [found] = problems("checkpoint=X", "encoder=hubert", "decoder=whisper")
+    write = "write checkpoint=X without encoder=, or encoder=hubert encoder.checkpoint=FOLDER without checkpoint="
+    assert found == Problem("encoder", "hubert", "a whole checkpoint has its own encoder and decoder", write)
+    assert check_command_line(["checkpoint=X", "encoder=whisper", "decoder=whisper"])
+    assert check_command_line(["task=evaluate", "checkpoint=X", "encoder=hubert"])

@@ -425,6 +425,8 @@ def test_a_pipe_is_not_waited_for(clips):
     write = "write audio=FILE, a glob that matches or a folder"
     for pipe in (f"{clips}/pipe.wav", "/dev/null"):
         assert refused(audio_paths, pipe) == ("audio", pipe, "this is a pipe or a device", write)
+        of_data = "write data.path=FOLDER_OR_FILE_OR_HUB_ID"
+        assert refused(load_rows, pipe, "train") == ("data.path", pipe, "this is a pipe or a device", of_data)
     assert names(clips, f"{clips}/*.wav") == ["b.wav"]
 
 
