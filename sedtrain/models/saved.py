@@ -177,9 +177,7 @@ def loaded_as(kind: type[SpeechEncoderDecoder], name: str, **options: Any) -> Sa
     """The model of this class, with tokenizer and feature extractor."""
     with loading("checkpoint", name):
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, loaded = kind.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, **told, **options
-        )
+        model, loaded = kind.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **told, **options)
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     check_loaded("checkpoint", name, model, loaded, used=model, is_trained=True)
     with loading("checkpoint", name):
