@@ -333,7 +333,7 @@ def test_the_plan_tells_the_steps_of_a_limited_epoch(built, limit):
 def test_the_plan_tells_the_steps_of_ranks_that_share_the_batches(built):
     options = ["trainer.max_steps=-1", "++trainer.max_epochs=1", "data.batch_seconds=4", "data.num_buckets=3"]
     run = built(*options, "trainer.devices=2", "trainer.accelerator=cpu", "strategy=ddp")
-    plan = run.data.train_dataloader().sampler.batches.plan
+    plan = run.data.train_dataloader().sampler.plan
     assert run.num_steps() == ceil(len(plan.batch_groups) / 2) == 6
     assert run.num_batches == len(plan.batch_groups)
 
