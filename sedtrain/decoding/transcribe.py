@@ -41,6 +41,7 @@ class Transcriber(RecordingDecoder):
     of_decoding: str = "decoding."
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
         if self.saved.tags is not None:
             self.saved.tags.of(self.language, TASK_OF[self.target])

@@ -203,7 +203,7 @@ def test_what_a_search_needs_beside_the_model_is_refused_before_any_audio_is_rea
 def test_8_bits_decode_a_copy_of_the_model(model, speech, monkeypatch):
     monkeypatch.setattr(int8, "FOR_FRAMES", 1)
     asked = Transcriber(model, decoding_options({**SHORT, "int8": True}))
-    assert any(isinstance(each, int8.Int8Linear) for each in asked.decoder.saved.model.modules())
+    assert any(isinstance(each, int8.Int8Linear) for each in asked.saved.model.modules())
     assert not any(isinstance(each, int8.Int8Linear) for each in model.model.modules())
     assert asked.transcription_of(speech[0]).text == asked.transcription_of(speech[1], 16_000).text
 
