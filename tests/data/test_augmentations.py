@@ -24,7 +24,7 @@ from sedtrain.errors import UserError
 
 RATE = 16_000
 SPEC_AUGMENT = ["data2vec", "hubert", "sew", "sew_d", "speecht5", "unispeech", "unispeech_sat", "w2v_bert", "wav2vec2",
-                "wav2vec2_conformer", "wavlm"]  # fmt: skip
+                "wav2vec2_conformer", "wavlm", "xls_r"]  # fmt: skip
 OWN_KINDS = [Speed(), Gain(), ColouredNoise(), TimeMask(num_masks=5, max_fraction=1.0)]
 
 samples = arrays.arrays(np.float32, st.integers(1, 3000), elements=st.floats(-1, 1, width=32))
