@@ -13,7 +13,7 @@ from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.models.lora import adapt, merge
 from sedtrain.models.parts import PARTS, depths, part_of, selected
-from sedtrain.ranges import CountOrZero, FractionBelowOne, Positive, PositiveFraction, UpToMillion
+from sedtrain.ranges import CountOrZero, FractionBelowOne, Positive, PositiveFraction, UpTo1000
 from sedtrain.training.optim import parameter_groups
 
 
@@ -171,7 +171,7 @@ class LoRA(FineTuning):
     def __init__(
         self,
         targets: Sequence[str],
-        rank: UpToMillion = 8,
+        rank: UpTo1000 = 8,
         alpha: Positive = 16.0,
         dropout: FractionBelowOne = 0.0,
         merge: bool = True,

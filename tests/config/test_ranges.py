@@ -121,7 +121,7 @@ ROWS = [
     ("finetune.learning_rates.encoder", 0, POSITIVE),
     ("finetune.layer_decay", 0, ABOVE_0),
     ("finetune.layer_decay", 1.5, ABOVE_0),
-    ("finetune.rank", 0, UP_TO_MILLION),
+    ("finetune.rank", 0, UP_TO_1000),
     ("finetune.alpha", 0, POSITIVE),
     ("finetune.dropout", 1, BELOW_1),
     ("callbacks.ema.decay", 1, INNER),
