@@ -24,6 +24,7 @@ def runs(sedtrain, two_ranks):
         assert ended.status == 0, ended.err
 
     alone("single_bf16", *BF16)
+    alone("single_llama", *BF16[1:])
     alone("single_late_on", *STARTS_LATE, "resume=single_late")
     alone("fsdp_single", *STARTS_LATE, "resume=fsdp_late")
     return two_ranks
@@ -62,7 +63,7 @@ def test_two_ranks_in_bf16_log_what_one_process_logs_within_its_rounding(runs, c
 
 def test_a_run_in_bf16_is_no_run_in_float32(runs):
     """In the first step, before anything has moved."""
-    [in_bf16], [in_float32] = (logged(runs / name, "train/loss", [0]) for name in ("single_bf16", "single_late"))
+    [in_bf16], [in_float32] = (logged(runs / name, "train/loss", [0]) for name in ("single_bf16", "single_llama"))
     assert in_bf16 != in_float32
     assert in_bf16 == pytest.approx(in_float32, rel=0.01)
 
