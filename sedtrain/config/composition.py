@@ -11,7 +11,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ConfigTypeError, OmegaConfBaseException
 
 from sedtrain.annotations import example, misfits, suggest
 from sedtrain.config.schema import ANNOTATIONS, first_line
@@ -46,6 +46,9 @@ def compose_choices(
 def hydra_known(config: DictConfig) -> Iterator[None]:
     """While it lasts, references such as ${hydra:runtime.output_dir} can be resolved."""
     for key, value in {"runtime.output_dir": ".", "job.num": 0, "job.id": "0"}.items():
+        parent = f"hydra.{key.partition('.')[0]}"
+        if not isinstance(OmegaConf.select(config, parent), DictConfig):
+            raise ConfigTypeError(f"{parent} holds named values, and this is none")
         OmegaConf.update(config, f"hydra.{key}", value)
     instance = HydraConfig.instance()
     before = instance.cfg

@@ -126,6 +126,7 @@ def test_names_of_files_are_texts(option, value, write):
         ("+trainer.log_every_n_steps={1: x}", "trainer.log_every_n_steps", "expected Optional[int]"),
         ("+encoder={1: x}", "encoder.1", "load_encoder has no option '1'"),
         ("hydra.job=${oc.env:NOPE}", "hydra.job", "KeyError raised while resolving"),
+        ("hydra.job=${size}", "hydra", "hydra.job holds named values, and this is none"),
         ("hydra.job.chdir=${encoder}", "hydra.job.chdir", "this reference fails: While dereferencing"),
         ("+hydra.sweeper.params={a: {b: null}}", "hydra.sweeper.params", "this cannot be merged"),
         ("optimizer.x=${.}", "optimizer.x", "extraneous input '}'"),
