@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 import torch
 from transformers import (
     PROCESSOR_MAPPING,
-    AutoConfig,
     AutoFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,7 +21,7 @@ from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
 from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import feature_extractor_of, frame_width, with_spec_augment
-from sedtrain.models.loading import attention_wanted, check_loaded, load_config, load_tokenizer, loading
+from sedtrain.models.loading import attention_wanted, check_loaded, configured, load_config, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.other_kinds import refuse_other_kind
 from sedtrain.models.prefix import is_prefixed, is_prompt, prompt_of
@@ -150,15 +149,15 @@ def load(checkpoint: str | Path) -> SavedModel:
     """
     name = model_of(str(checkpoint))
     with loading("checkpoint", name):
-        whole = is_whole(AutoConfig.from_pretrained(name, trust_remote_code=False))
-    return loaded_as(WholeSpeechModel if whole else SpeechEncoderDecoder, name)
+        config, _ = configured(name, {})
+    return loaded_as(WholeSpeechModel if is_whole(config) else SpeechEncoderDecoder, name)
 
 
 def to_finetune(checkpoint: str, options: Mapping[str, Any], attention: str | None) -> SavedModel:
     """A whole speech model in training mode; options: values of its configuration. Raises UserError for any other."""
     name = model_of(checkpoint)
     with loading("checkpoint", name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config, _ = configured(name, {})
     if not is_whole(config):
         refuse_other_kind(name, config)
         write = "write resume=RUN with the options of that run to train its model further"
