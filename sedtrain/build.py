@@ -135,17 +135,17 @@ def whole_checkpoint(cfg: DictConfig) -> str | None:
         is_whole = is_plain and pretrained and sources[0] == sources[1] and all(sources[0])
         return sources[0][1] if is_whole else None
     named = f"encoder.checkpoint={cfg.checkpoint} decoder.checkpoint={cfg.checkpoint}"
-    apart = f"write encoder=OPTION decoder=OPTION {named} for its parts alone"
+    apart = f"encoder=OPTION decoder=OPTION {named} for its parts alone"
     for name in ("encoder.checkpoint", "decoder.checkpoint", "decoder.prompt", "decoder.listens"):
         if (given := OmegaConf.select(cfg, name)) is not None:
             wrong = f"checkpoint={cfg.checkpoint} is one model of encoder, decoder and prompt"
-            raise UserError(name, given, wrong, f"write {name}=null, or {apart[6:]}, without checkpoint")
+            raise UserError(name, given, wrong, f"write {name}=null, or {apart}, without checkpoint")
     if not is_plain:
         wrong = "nothing stands between the parts of a whole checkpoint, which is saved as what it was"
-        raise UserError("adapter", cfg.adapter.get("_target_"), wrong, f"write adapter=linear, or {apart[6:]}")
+        raise UserError("adapter", cfg.adapter.get("_target_"), wrong, f"write adapter=linear, or {apart}")
     if not pretrained:
         wrong = "a whole checkpoint is taken with its weights"
-        raise UserError("pretrained", False, wrong, f"write pretrained=true, or {apart[6:]}")
+        raise UserError("pretrained", False, wrong, f"write pretrained=true, or {apart}")
     return str(cfg.checkpoint)
 
 
