@@ -7,9 +7,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir, register
+from sedtrain.data.collate import Collator
 from sedtrain.models.decoder import load_decoder
-from sedtrain.models.encoder import load_encoder
+from sedtrain.models.encoder import feature_extractor_of, load_encoder
 from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import train_tokenizer
 
@@ -21,6 +23,7 @@ OPTIONS = [path.stem for path in DECODER_FILES if path.stem not in {*PREFIXED, *
 ALIKE = {"cohere_asr", "moonshine", "mt5", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5gemma"}
 """Decoders of whole models like canary, m2m_100 or t5: what the family's code decides is tested, not what the class does."""
 DECODERS = [name for name in OPTIONS if name not in ALIKE]
+START, END, PAD = 1, 2, 0
 TOKENIZER = train_tokenizer([" ".join(string.printable)], "char", 200)
 
 
@@ -45,3 +48,14 @@ def tiny_encoder(name, seed=0, **options):
 def tiny_decoder(name, seed=0, tokenizer=TOKENIZER, **options):
     torch.manual_seed(seed)
     return load_decoder(tokenizer, **{**option_file("decoder", name), **options}).eval()
+
+
+def batch_of(model, *seconds):
+    """A collated batch of noise, as the encoder's feature extractor prepares it, with texts of unequal length."""
+    collator = Collator(feature_extractor_of(model.encoder), TOKENIZER, START)
+    generator = torch.Generator().manual_seed(0)
+    utterances = []
+    for i, length in enumerate(seconds):
+        audio = 0.1 * torch.randn(int(16000 * length), generator=generator)
+        utterances.append(Utterance(str(i), audio, 16000, "one two"[: 3 + 4 * i], None, None, length))
+    return collator(utterances)

@@ -4,19 +4,14 @@ import copy
 
 import pytest
 import torch
-from families import DECODERS, ENCODERS, TOKENIZER, tiny_decoder, tiny_encoder
+from families import DECODERS, ENCODERS, END, PAD, START, batch_of, tiny_decoder, tiny_encoder
 from torch import nn
 
-from sedtrain.batch import Utterance
-from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
 from sedtrain.models import int8
-from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.int8 import Int8Linear, in_int8
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import steps_of
-
-START, END, PAD = 1, 2, 0
 
 
 def joined(encoder, decoder):
@@ -34,13 +29,6 @@ def all_sizes(monkeypatch):
 
 def num_rounded(model):
     return sum(isinstance(each, Int8Linear) for each in model.modules())
-
-
-def batch_of(model, *seconds):
-    generator = torch.Generator().manual_seed(0)
-    audio = [0.1 * torch.randn(int(16000 * each), generator=generator) for each in seconds]
-    utterances = [Utterance(str(len(each)), each, 16000, "one two", None, None, len(each) / 16000) for each in audio]
-    return Collator(feature_extractor_of(model.encoder), TOKENIZER, START)(utterances)
 
 
 def logits(model, batch, rows=slice(None)):

@@ -10,12 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import ENCODERS, OPTIONS, PREFIXED, STACKS, TOKENIZER, tiny_decoder, tiny_encoder
+from families import (
+    ENCODERS,
+    END,
+    OPTIONS,
+    PAD,
+    PREFIXED,
+    STACKS,
+    START,
+    batch_of,
+    tiny_decoder,
+    tiny_encoder,
+)
 
-from sedtrain.batch import Utterance
-from sedtrain.data.collate import Collator
 from sedtrain.models.decoder import CROSS_ATTENTION
-from sedtrain.models.encoder import feature_extractor_of, loads_in_stock_transformers
+from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 PAIRS = sorted(
@@ -26,7 +35,6 @@ PAIRS = sorted(
         *product(["hubert", "whisper", "w2v_bert"], PREFIXED),
     }
 )
-START, END, PAD = 1, 2, 0
 TABLE = Path(__file__).parents[2] / "docs/support.md"
 BACKENDS = {"eager": None, "sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
 ROWS: dict[tuple[str, str], list[str]] = {}
@@ -36,17 +44,6 @@ def joined(encoder, decoder):
     model = SpeechEncoderDecoder(encoder=tiny_encoder(encoder), decoder=tiny_decoder(decoder))
     model.set_special_tokens(START, END, PAD)
     return model.eval()
-
-
-def batch_of(model, *seconds):
-    """A collated batch of noise, as the encoder's feature extractor prepares it, with texts of unequal length."""
-    collator = Collator(feature_extractor_of(model.encoder), TOKENIZER, START)
-    generator = torch.Generator().manual_seed(0)
-    utterances = []
-    for i, length in enumerate(seconds):
-        audio = 0.1 * torch.randn(int(16000 * length), generator=generator)
-        utterances.append(Utterance(str(i), audio, 16000, "one two"[: 3 + 4 * i], None, None, length))
-    return collator(utterances)
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)
