@@ -61,7 +61,7 @@ def one_of(*choices: str) -> Any:
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
-    task: str = one_of("train", "evaluate", "transcribe", "compare", "inspect", "fit_batches")
+    task: str = one_of("train", "evaluate", "transcribe", "compare", "export", "inspect", "fit_batches")
     seed: Seed = 0
     size: str = one_of("tiny", "base", "large")
     pretrained: bool = True
@@ -80,6 +80,8 @@ class Config:
     runs: Any = field(default=None, metadata={"takes": "Sequence[str] | None"})
     format: Any = "text"
     out: str | None = None
+    hub: str | None = None
+    dry_run: bool = True
     split: str = one_of("test", "validation", "train")
 
     metrics: Any = None
@@ -99,6 +101,7 @@ class Config:
     strategy: Any = None
     logger: Any = None
     callbacks: Any = None
+    export: Any = None
 
 
 ANNOTATIONS = {name: formatannotation(hint) for name, hint in get_type_hints(Config, include_extras=True).items()}
@@ -244,12 +247,14 @@ def check_options(node: DictConfig, path: str, signature: Signature, name: str) 
 def broken_rules(config: DictConfig) -> Iterator[UserError]:
     """An error for each rule that a composed configuration breaks."""
     task = config.get("task")
-    if task in ("evaluate", "transcribe") and config.get("checkpoint") is None:
+    if task in ("evaluate", "transcribe", "export") and config.get("checkpoint") is None:
         write = "write checkpoint=RUN_FOLDER, a Hugging Face folder or a Hub id"
         yield UserError("checkpoint", None, f"task={task} needs a trained model", write)
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
+    if task == "export" and not config.get("out"):
+        yield UserError("out", None, "task=export needs a folder to write", "write out=FOLDER")
     runs = plain(config, "runs") if "runs" in config else None
     if task == "compare" and (runs is None or (isinstance(runs, list) and len(runs) < 2)):
         yield UserError("runs", runs, "task=compare needs two runs or more", "write 'runs=[FOLDER,FOLDER]'")
