@@ -112,10 +112,11 @@ class Origin:
 
 def write_eval_results(folder: Path, results: Results) -> None:
     """Writes .eval_results/sedtrain.yaml, from which the Hub shows the first metric; nothing for data that it does not have."""
-    name, interval = next((name, each) for name, each in results.metrics.items() if name in METRICS)
+    known = [(name, each) for name, each in results.metrics.items() if name in METRICS and not isnan(each.value)]
     of_hub = HUB_DATA.fullmatch(results.data)
-    if not of_hub:
+    if not (of_hub and known):
         return
+    name, interval = known[0]
     scored_as = "; ".join(results.scored_as())
     notes = f"{METRICS[name].title} in percent, 95 % interval {interval.ends}, of {results.data}; {scored_as}"
     entry = EvalResultEntry(of_hub[1], of_hub[2] or "default", round(100 * interval.value, 2), notes=notes)
@@ -216,7 +217,7 @@ def write_model_card(
     if isinstance(tags, WhisperPrompt):
         asked = f', language="LANGUAGE", task="{TASK_OF[task]}"' if tags.languages and not tags.language else ""
     elif tags:
-        learnt = TASK_OF[task]
+        learnt = TASK_OF[task] if TASK_OF[task] in tags.ids else next(iter(tags.ids))
         prompt = PROMPT.format(task=learnt, language=next(iter(tags.ids[learnt])), known=" ".join(tags.known()))
     config = saved.model.config
     encoder, decoder = config.encoder, config.decoder

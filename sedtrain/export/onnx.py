@@ -48,7 +48,7 @@ class Encoder(nn.Module):
 
     def forward(self, input_values: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         encoded = self.model.encode(input_values, attention_mask)
-        states, memory = encoded.last_hidden_state, Memory(len(input_values), [], None, [])
+        states, memory = encoded.last_hidden_state, Memory(input_values.shape[0], [], None, [])
         assert states is not None and encoded.attention_mask is not None
         frames = states.flatten(0, 1)
         pairs = [layer.heads(layer.cross_audio(frames), memory, 2).unbind(0) for layer in self.steps.layers]
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         padding = past[0].new_zeros(encoder_attention_mask.shape).masked_fill(encoder_attention_mask == 0, -torch.inf)
         slots = [torch.stack(pair) for pair in zip(past[::2], past[1::2], strict=True)]
         heard = list(zip(audio[::2], audio[1::2], strict=True))
-        memory = Growing(len(input_ids), heard, padding[:, None, None], slots, num_past)
+        memory = Growing(input_ids.shape[0], heard, padding[:, None, None], slots, num_past)
         positions = torch.arange(num_new) + num_past
         later = torch.arange(num_past + num_new) > positions[:, None]
         seen = past[0].new_zeros(later.shape).masked_fill(later, -torch.inf)[None, None]
@@ -156,9 +156,9 @@ def greedy(
 ) -> Any:
     """Ids of each utterance by two sessions of onnxruntime; what follows an end has no meaning.
 
-    (B, S) float32 audio, (B, S) and (B, P) int64 mask and prompt -> (B, U) ids, U from `least` to `most`
+    (B, S) float32 audio and its mask, (B, P) int64 prompt -> (B, U) ids, U from `least` to `most`
     """
-    heard = encoder.run(None, {"input_values": inputs, "attention_mask": mask})
+    heard = encoder.run(None, {"input_values": inputs, "attention_mask": mask.astype("int64")})
     places = decoder.get_inputs()
     past = [np.zeros((len(prompt), each.shape[1], 0, each.shape[3]), "float32") for each in places[1 + len(heard) :]]
     ids, new = prompt, prompt

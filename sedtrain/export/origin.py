@@ -27,12 +27,12 @@ def origin_of(
 
     language: of the texts, beside those that the tags of the model name
     """
-    paths = [path.partition("@")[0] for path in data_paths(settings)]
+    paths = list(data_paths(settings))
     languages = [language] if language else []
     languages += [each for of_task in tags.ids.values() for each in of_task] if isinstance(tags, Tags) else []
     return Origin(
         data=" + ".join(dict.fromkeys(map(public_name, paths))) or "data that its folder does not name",
-        datasets=tuple(dict.fromkeys(filter(is_on_hub, paths))),
+        datasets=tuple(dict.fromkeys(filter(is_on_hub, (path.partition("@")[0] for path in paths)))),
         base_models=tuple(dict.fromkeys(filter(is_on_hub, checkpoints(settings)))),
         languages=tuple(dict.fromkeys(each for each in languages if LANGUAGE.fullmatch(each))),
         settings=dict(shown(settings)),

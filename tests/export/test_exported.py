@@ -61,7 +61,7 @@ def test_plain_transformers_writes_the_text_of_task_transcribe(sedtrain, trained
 
 def test_the_card_has_what_the_hub_reads(trained, exported):
     folder, printed = exported
-    card, stored = ModelCard.load(folder), json.loads((trained / "results.json").read_text())
+    card, stored = ModelCard.load(folder / "README.md"), json.loads((trained / "results.json").read_text())
     assert (card.data.language, card.data.license, card.data.library_name) == (["en"], "mit", "transformers")
     assert [each.metric_type for each in card.data.eval_results] == list(stored["metrics"]) == ["wer", "cer"]
     for each in card.data.eval_results:
@@ -181,6 +181,6 @@ def test_a_card_names_what_the_hub_has_and_no_place_on_this_machine(tmp_path):
     }
     found = origin_of(settings, "en", None, None)
     assert (found.datasets, found.base_models) == (("openslr/librispeech_asr",), ("facebook/hubert-base-ls960",))
-    assert found.data == f"openslr/librispeech_asr + {tmp_path.name}"
+    assert found.data == f"openslr/librispeech_asr@main + {tmp_path.name}"
     assert found.settings == {"size": "base", "augment": {"noise": {"path": "noises", "probability": 0.5}}}
     assert origin_of({"data": [], "encoder": 3}, None, None, None) == Origin("data that its folder does not name")
