@@ -55,7 +55,7 @@ OF_TRAINER: dict[str, Any] = {
 OF_ONE_TASK = {
     "audio": "transcribe",
     "format": "transcribe",
-    "out": "transcribe export",
+    "out": "transcribe or task=export",
     "hub": "export",
     "dry_run": "export",
     "runs": "compare",
@@ -273,12 +273,15 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     runs = plain(config, "runs") if "runs" in config else None
     if task == "compare" and (runs is None or (isinstance(runs, list) and len(runs) < 2)):
         yield UserError("runs", runs, "task=compare needs two runs or more", "write 'runs=[FOLDER,FOLDER]'")
-    for option, readers in OF_ONE_TASK.items():
+    for option, reader in OF_ONE_TASK.items():
         value = plain(config, option) if option in config else ROOT[option].default
-        if task in ROOT["task"].metadata["choices"] and task not in readers.split() and value != ROOT[option].default:
-            reader = " or ".join(f"task={each}" for each in readers.split())
-            wrong = f"{reader} alone reads it, and this is task={task}"
-            yield UserError(option, value, wrong, f"write {reader}, or leave {option} out")
+        if (
+            task in ROOT["task"].metadata["choices"]
+            and task not in reader.split(" or task=")
+            and value != ROOT[option].default
+        ):
+            wrong = f"task={reader} alone reads it, and this is task={task}"
+            yield UserError(option, value, wrong, f"write task={reader}, or leave {option} out")
     if "format" in config:
         yield from format_rules(plain(config, "format"), config.get("out"))
     if "metrics" in config:
