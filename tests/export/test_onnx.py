@@ -100,7 +100,8 @@ def test_other_families_are_refused_by_name(tmp_path, encoder, decoder):
     saved = join(tiny_encoder(encoder), tiny_decoder(decoder), lambda *widths: None, TOKENIZER)
     with pytest.raises(UserError) as caught:
         write_onnx(saved, tmp_path / "onnx")
-    assert caught.value.wrong.endswith(f"not of {saved.model.config.encoder.model_type} + {decoder}")
+    config = saved.model.config
+    assert caught.value.wrong.endswith(f"not of {config.encoder.model_type} + {config.decoder.model_type}")
     assert not (tmp_path / "onnx").exists()
 
 
