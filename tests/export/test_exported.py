@@ -120,7 +120,7 @@ def test_plain_transformers_reads_lora_merged_and_apart(tmp_path, lora):
     [
         (["export.dtype=int8"], "transformers has no class that loads the 8-bit layers of sedtrain"),
         (["export.lora=apart"], "this model has no matrices apart from its weights"),
-        (["export.dtype=float8"], "expected one of"),
+        (["export.dtype=float8"], "export.dtype = 'float8'"),
         (["hub=digits"], "this names no user or organization"),
         (["hub=a/b/c"], "write hub=USER/NAME"),
         (["hub=a/b", "dry_run=false"], "an upload needs a token of the Hub that may write"),
