@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
 from sedtrain.models.encoder import standalone
 from sedtrain.models.encoder_families import OF_WHOLE, UPSTREAM
 from sedtrain.models.foreign import HUB_OPTIONS
@@ -70,7 +71,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
         stock.load_state_dict({name: weights[own] for name, own in own_names(stock).items()}, assign=True)
         stock.tie_weights()
         stock.save_pretrained(save_directory, **kwargs)
-        self.save_ctc_head(Path(save_directory), weights)
+        save_ctc_head(self, Path(save_directory), weights)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +85,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
         stock, report = loaded if isinstance(loaded, tuple) else (loaded, None)
         names = own_names(stock)
         model = cls(stock).eval()
-        model.load_ctc_head(pretrained_model_name_or_path, **hub_options)
+        load_ctc_head(model, pretrained_model_name_or_path, **hub_options)
         if report is None:
             return model
         return model, {**report, "missing_keys": {names.get(name, name) for name in report["missing_keys"]}}
