@@ -17,6 +17,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder
+from transformers.models.moonshine_streaming.configuration_moonshine_streaming import MoonshineStreamingEncoderConfig
+from transformers.models.moonshine_streaming.modeling_moonshine_streaming import (
+    MoonshineStreamingCausalConv1d,
+    MoonshineStreamingEncoder,
+)
 from transformers.models.seamless_m4t.modeling_seamless_m4t import (
     SeamlessM4TConformerAdapterLayer,
     SeamlessM4TSpeechEncoder,
@@ -275,6 +280,50 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
         return inputs, mask.repeat_interleave(stride, dim=1)[:, : inputs.shape[1]]
 
 
+class ExactCausalConv1d(MoonshineStreamingCausalConv1d):
+    """Counts the frames that an utterance has alone; upstream also counts those that one real input reaches.
+
+    lengths: (B,) of its input
+    """
+
+    lengths: Tensor
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        frames, _ = super().forward(x)
+        mask = length_mask(output_lengths(self.lengths, causal_step(self)), frames.shape[-1])
+        return frames * mask[:, None], mask
+
+
+def causal_step(convolution: Any) -> Steps:
+    """The step of a causal convolution, which begins within the zeros in front of the audio."""
+    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
+    return ((kernel, stride, (kernel - 1) // 2),)
+
+
+class StandaloneMoonshineStreaming(Masked, MoonshineStreamingEncoder):
+    """Each layer attends to a window; upstream leaves the windows out where it is given no mask."""
+
+    config_class = MoonshineStreamingEncoderConfig
+    front_end = ("embedder",)
+
+    def mask_modules(self) -> Steps:
+        steps: Steps = ((1, self.embedder.frame_len, 0),)  # the last frame is filled up
+        for convolution in (self.embedder.conv1, self.embedder.conv2):
+            self.mask(convolution, ExactCausalConv1d, steps)
+            steps += causal_step(convolution)
+        return steps
+
+    def forward(self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        inputs = kwargs.pop(self.main_input_name) if inputs is None else inputs
+        mask = torch.ones_like(inputs, dtype=torch.long) if attention_mask is None else attention_mask
+        return super().forward(inputs, mask, **kwargs)
+
+    def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        missing = -inputs.shape[1] % self.embedder.frame_len
+        inputs = inputs.masked_fill(attention_mask == 0, 0.0)
+        return F.pad(inputs, (0, missing)), F.pad(attention_mask, (0, missing))
+
+
 class FittingAdapterLayer(SeamlessM4TConformerAdapterLayer):
     """Counts the frames of its own input; upstream takes every layer for the first. Both versions have this layer."""
 
@@ -352,7 +401,7 @@ KINDS: tuple[type[Masked], ...] = (
     MaskedWav2Vec2, MaskedHubert, MaskedWavLM, MaskedUniSpeech, MaskedUniSpeechSat, MaskedData2VecAudio,
     MaskedWav2Vec2Conformer, MaskedWav2Vec2Bert, MaskedSEW, MaskedSEWD, MaskedParakeet,
     StandaloneWhisper, StandaloneSpeech2Text, StandaloneMoonshine, StandaloneSeamlessM4T, StandaloneSeamlessM4Tv2,
-    StandaloneSpeechT5,
+    StandaloneSpeechT5, StandaloneMoonshineStreaming,
 )  # fmt: skip
 # each class -> the class of `transformers` that it replaces
 UPSTREAM = {
@@ -369,6 +418,9 @@ for kind in OF_WHOLE.values():
 
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the encoder alone of a whole model; any other unchanged."""
+    inner = getattr(config, "encoder_config", None)
+    if config.is_encoder_decoder and isinstance(inner, PreTrainedConfig):
+        return inner
     if config.model_type in OF_WHOLE:
         kind = OF_WHOLE[config.model_type].config_class
         config = copy.deepcopy(config)

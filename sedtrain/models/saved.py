@@ -89,10 +89,10 @@ class SavedModel:
 
     @property
     def max_seconds(self) -> float:
-        """Longest audio that the encoder takes; only Whisper's has a limit: its positions, each of two features."""
-        if self.model.config.encoder.model_type != "whisper-encoder":
-            return inf
+        """Longest audio that is taken: by Whisper's positions, each of two features; by an extractor that cuts what is longer."""
         extractor: Any = self.feature_extractor
+        if self.model.config.encoder.model_type != "whisper-encoder":
+            return float(getattr(extractor, "max_audio_clip_s", inf))
         return float(
             2 * self.model.config.encoder.max_source_positions * extractor.hop_length / extractor.sampling_rate
         )
