@@ -13,7 +13,7 @@ from sedtrain.models.encoder import loads_in_stock_transformers
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.whole import WholeSpeechModel
 from sedtrain.run_dir import write_whole
-from sedtrain.text.tags import TASK_OF, WhisperPrompt
+from sedtrain.text.tags import TASK_OF, WholePrompt
 
 CARD = """---
 library_name: transformers
@@ -40,7 +40,7 @@ Utterances: {headline}; {minutes:.1f} minutes of audio.
 folder = "."  # where this card lies: its folder, or its name on the Hub
 model = {model_class}.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
-inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float{prompt}
+inputs = {takes_audio}(audio, sampling_rate={sampling_rate}, return_tensors="pt")  # audio: one channel, float{prompt}
 print(processor.decode(model.generate(**inputs{asked})[0], skip_special_tokens=True))
 ```
 """
@@ -56,6 +56,8 @@ tags = model.config.tags["{task}"]["{language}"]  # it writes {known}
 inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *tags]])"""
 
 
+PROMPT_OF_WHOLE = """
+inputs["decoder_input_ids"] = torch.tensor([[{start}, *{ids}]])  # {language}"""
 HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+), (?:([^,+]+), )?[^,+]+")
 """A single dataset of the Hub as `Corpus.described` writes it: id, configuration, split."""
 
@@ -81,7 +83,12 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     """
     rows = [f"| {' | '.join(row)} |" for row in results.rows()]
     tags, task, prompt, asked = saved.tags, TASK_OF[results.task], "", ""
-    if isinstance(tags, WhisperPrompt):
+    if isinstance(tags, WholePrompt) and not saved.is_whisper:
+        language = tags.language or next(iter(tags.ids[task]))
+        prompt = PROMPT_OF_WHOLE.format(
+            start=saved.model.config.decoder_start_token_id, ids=tags.of(language, task), language=language
+        )
+    elif isinstance(tags, WholePrompt):
         asked = f', language="LANGUAGE", task="{task}"' if tags.languages and not tags.language else ""
     elif tags:
         prompt = PROMPT.format(task=task, language=next(iter(tags.ids[task])), known=" ".join(tags.known()))
@@ -91,8 +98,9 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
     described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
     adapted = isinstance(config, AdaptedSpeechEncoderDecoderConfig)
     stock = not adapted and all(map(loads_in_stock_transformers, (encoder, decoder)))
-    loads, model_class = STOCK if stock else OWN, "SpeechEncoderDecoderModel"
+    loads, model_class, takes_audio = STOCK if stock else OWN, "SpeechEncoderDecoderModel", "processor"
     if isinstance(saved.model, WholeSpeechModel):
+        takes_audio = "processor.feature_extractor"  # processors of some families take a text first, or a language
         loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
         described = f"A whole `{title}` model"
     card = CARD.format(
@@ -100,6 +108,7 @@ def write_model_card(folder: Path, saved: SavedModel, results: Results, data: st
         import_torch="import torch\n" if prompt else "",
         import_model=loads,
         prompt=prompt,
+        takes_audio=takes_audio,
         asked=asked,
         title=title,
         described=described,

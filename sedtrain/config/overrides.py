@@ -30,7 +30,9 @@ SEARCH = "hydra/sweeper=optuna"
 PLAIN_TEXT = re.compile(r"""[^\s'"{}(),$=\\\[][^\s'"{}(),$=\\]*""")  # such as train[:90%], which Hydra wants in quotes
 PLAIN_KEY = re.compile(r"(\+\+?)?[A-Za-z_][\w.]*")
 SEARCH_PATH = "hydra.searchpath"
-OF_WHOLE = re.compile(r"size|tokenizer(\..+)?|(en|de)coder\.(attention|base|large|model_type|pretrained|size|tiny)(\..+)?")
+OF_WHOLE = re.compile(
+    r"size|tokenizer(\..+)?|(en|de)coder\.(attention|base|large|model_type|pretrained|size|tiny)(\..+)?"
+)
 """Options that a whole checkpoint decides, beside those that build refuses by their values."""
 
 

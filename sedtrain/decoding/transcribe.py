@@ -43,8 +43,8 @@ class Transcriber(RecordingDecoder):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
-        if self.saved.tags is not None:
-            self.saved.tags.of(self.language, TASK_OF[self.target])
+        if (tags := self.collator.tags) is not None:
+            tags.of(self.language, TASK_OF[self.target])
         elif self.language:
             wrong = "this model was trained without tags of languages, so that it cannot be asked for one"
             write = "write no data.language, or a checkpoint that was trained with data.tags=true"

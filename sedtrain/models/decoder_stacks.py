@@ -121,13 +121,17 @@ class TokenSpeechT5Decoder(SpeechT5DecoderWithTextPrenet):
 
     @property
     def embed_tokens(self) -> nn.Embedding:
-        return self.prenet.embed_tokens
+        tokens: nn.Embedding = self.prenet.embed_tokens
+        return tokens
 
     @property
     def embed_positions(self) -> nn.Module:
-        return self.prenet.embed_positions
+        positions: nn.Module = self.prenet.embed_positions
+        return positions
 
-    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past_key_values: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past_key_values: Any, **kwargs: Any
+    ) -> Any:
         tokens = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         num_read = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = self.embed_positions(tokens[..., 0] if input_ids is None else input_ids, num_read)
@@ -160,7 +164,9 @@ class UnprojectedMoonshineStreamingDecoder(MoonshineStreamingDecoder):
         config.encoder_config, self.pos_emb = None, NoPositions()
 
     def forward(self, *args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        return super().forward(*args, encoder_hidden_states=encoder_hidden_states.clone(), **kwargs)  # upstream changes it
+        return super().forward(
+            *args, encoder_hidden_states=encoder_hidden_states.clone(), **kwargs
+        )  # upstream changes it
 
 
 class NoPositions(nn.Module):

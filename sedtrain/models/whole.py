@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from sedtrain.batch import IGNORE_INDEX
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
 from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
-from sedtrain.models.encoder import frame_width, standalone
+from sedtrain.models.encoder import EncodedSpeech, frame_width, standalone
 from sedtrain.models.encoder_families import OF_TYPE, UPSTREAM, encoder_config
 from sedtrain.models.foreign import HUB_OPTIONS
 from sedtrain.models.loading import configured
@@ -126,6 +127,24 @@ class WholeSpeechModel(SpeechEncoderDecoder):
         if report is None:
             return model
         return model, {**report, "missing_keys": {names.get(name, name) for name in report["missing_keys"]}}
+
+
+def heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Tensor:
+    """(B,) tokens of the languages that Whisper hears, as `detect_language` of `transformers` finds them."""
+    ids = torch.tensor([*model.generation_config.lang_to_id.values()], device=model.device)
+    start = torch.full((len(encoded.last_hidden_state), 1), model.config.decoder_start_token_id, device=model.device)
+    scores = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False).logits[:, -1]
+    return ids[scores[:, ids].argmax(-1)]
+
+
+def with_heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech, tokens: Tensor) -> Tensor:
+    """(B, P) prompts, or labels, with the heard language in the place of one that nothing names."""
+    unnamed = tokens[:, :2] == IGNORE_INDEX
+    if not unnamed.any() or not getattr(model, "is_whisper", False):
+        return tokens
+    tokens = tokens.clone()
+    tokens[:, :2] = torch.where(unnamed, heard_languages(model, encoded)[:, None], tokens[:, :2])
+    return tokens
 
 
 def own_names(stock: PreTrainedModel) -> dict[str, str]:

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, WhisperForCausalLM
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoderModelOutput
 
-from sedtrain.models.decoder_stacks import NoPositions
 from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, load_decoder, tokenizer_of
+from sedtrain.models.decoder_stacks import NoPositions
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import encode_target
