@@ -157,12 +157,21 @@ def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) ->
     if data.tags or isinstance(saved.tags, WholePrompt):
         saved.learn_tags(learnt_pairs(data.corpus) if data.tags else pairs_of(data.corpus, "train"))
     connect(data, saved, ["validation", cfg.split])
+    say_if_alone(data.bounds)
     if saved.model.max_tokens is not None and data.collator is not None:
         too_long = partial(data.collator.too_long, most=saved.model.max_tokens, in_front=positions_of_audio(saved))
         data.corpus.leave_out(too_long)
     counted = data.load_split("validation" if data.corpus.streaming else "train")
     saved.model.config.tokens_per_second = round(counted.tokens_per_second(), 2)
     return saved
+
+
+def say_if_alone(bounds: Bounds) -> None:
+    """Logs that an encoder that hears all audio at one length has one utterance in a batch, and what to write for eight."""
+    heard, written = bounds.shortest_seconds, bounds.batch_seconds
+    if bounds.buckets is None and written < 2 * heard:
+        each = f"Whisper hears {heard:g} s for each utterance, so that a batch is one"
+        logger.warning("data.batch_seconds=%g: %s; write data.batch_seconds=%g for 8", written, each, 8 * heard)
 
 
 def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str], detects: bool = False) -> None:

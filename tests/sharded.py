@@ -13,11 +13,15 @@ SHORT = [
 BF16 = ["trainer.precision=bf16-mixed", "decoder=llama"]  # behind a prefix
 RECOMPUTED = "activation_checkpointing=true"
 STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5", "callbacks=[default,ema]"]
+WHOLE = [f"{part}.checkpoint={{folder}}/whisper" for part in ("encoder", "decoder")]
+WHOLE = ["encoder=whisper", "decoder=whisper", *WHOLE, "trainer.gradient_clip_val=0.5"]  # of conftest.py
 OVER_RANKS = {
     "fsdp_bf16": ["strategy=fsdp", "compile=eager", *BF16],
     "fsdp_late": ["strategy=fsdp", RECOMPUTED, *STARTS_LATE],
     "fsdp_late_on": ["strategy=fsdp", *STARTS_LATE, "resume=fsdp_late"],
     "single_fsdp": ["strategy=fsdp", *STARTS_LATE, "resume=single_late"],
+    "fsdp_whole": ["strategy=fsdp", *WHOLE],
+    "fsdp_whole_on": ["strategy=fsdp", *WHOLE, "resume=fsdp_whole"],
     "ddp_late": ["strategy=ddp", RECOMPUTED, "compile=eager", *STARTS_LATE],
 }
 
@@ -30,7 +34,7 @@ def of_all_in_order(references, hypotheses):
 def arguments(folder, corpus, name, *overrides):
     """The command line of a run in FOLDER/NAME: three steps, or three more from the last checkpoint of another run."""
     resumed = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
-    others = [override for override in overrides if not override.startswith("resume=")]
+    others = [each.replace("{folder}", str(folder)) for each in overrides if not each.startswith("resume=")]
     resume = [f"resume={folder}/{run}/checkpoints/last.ckpt" for run in resumed]
     steps = f"trainer.max_steps={6 if resumed else 3}"
     return [*SHORT, f"data.path={corpus}", f"run_dir={folder}/{name}", steps, *others, *resume]

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as KNOWN_TO_PIPELINES
 
+from sedtrain.batch import IGNORE_INDEX
 from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter, adapted_config, saved_adapter
 from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
 from sedtrain.models.decoder import (
@@ -52,7 +53,7 @@ from sedtrain.models.loading import configured, joint_config, refuse_unsupported
 from sedtrain.models.losses import decoder_inputs, deferred_output_layer, make_deferrable, mean_loss
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
-from sedtrain.models.prefix import is_prefixed, num_in_front
+from sedtrain.models.prefix import is_prefixed, num_in_front, refuse_long_row
 from sedtrain.models.speech_to_text_2 import settle_published
 
 
@@ -198,6 +199,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             encoded = self.as_encoded(encoder_outputs, attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            if is_prefixed(self.config.decoder) and decoder_attention_mask is None and labels is not None:
+                decoder_attention_mask = (labels != IGNORE_INDEX).long()  # padding takes none of the positions
         if output_logits is None:
             output_logits = labels is None or not self.training or not return_dict
         with deferred_output_layer(self.decoder, deferred=not output_logits) as output_layer:
@@ -226,7 +229,10 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:
         """The decoder's output for encoded speech; `inputs` are arguments of the decoder."""
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-        refuse_longer(tokens, self.max_tokens, num_in_front(self.config.decoder, encoded.last_hidden_state.shape[1]))
+        if is_prefixed(self.config.decoder):
+            refuse_long_row(self.config.decoder, self.max_tokens, encoded, tokens, inputs["attention_mask"])
+        else:
+            refuse_longer(tokens, self.max_tokens)
         past_length = 0 if (cache := inputs["past_key_values"]) is None else cache.get_seq_length()
         positions = decoder_positions(self.decoder, tokens, past_length, inputs["attention_mask"])
         return self.decoder(

@@ -14,6 +14,7 @@ from sedtrain.models.adapter import Adapter
 from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
 from sedtrain.models.encoder import EncodedSpeech, frame_width, standalone
 from sedtrain.models.encoder_families import OF_TYPE, UPSTREAM, encoder_config
+from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS
 from sedtrain.models.loading import configured
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -113,13 +114,11 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """That of the class in `transformers`."""
+        """That of the class in `transformers`, also for a folder with weights of Flax alone."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
         config, kwargs = configured(pretrained_model_name_or_path, kwargs)
         stock_class = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)]
-        loaded = stock_class.from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, trust_remote_code=False, **kwargs
-        )
+        loaded = pretrained(stock_class, pretrained_model_name_or_path, *args, config=config, **kwargs)
         stock, report = loaded if isinstance(loaded, tuple) else (loaded, None)
         names = own_names(stock)
         model = cls(stock).eval()

@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from corpora import refused
 from families import option_file
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
+from test_flax_weights import FILE, flax_tree
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
@@ -23,7 +25,7 @@ from whispers import LANGUAGES, OTHERS, SECONDS, other_whole, whisper_folder
 
 from sedtrain import load
 from sedtrain.batch import Utterance
-from sedtrain.build import connect, whole_checkpoint
+from sedtrain.build import connect, say_if_alone, whole_checkpoint
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.sampler import DurationBatches
@@ -175,15 +177,25 @@ def test_a_recording_is_cut_into_windows_of_what_the_encoder_hears(folder):
     assert len(found.segments) > 1 and max(each.end - each.start for each in found.segments) <= SECONDS
 
 
-def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder, monkeypatch):
+def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder, monkeypatch, caplog):
     saved, data = load(folder), SimpleNamespace(bounds=Bounds(3 * SECONDS), corpus=None)
     connect(data, saved, [])
     assert len(DurationBatches([0.5] * 7, data.bounds, shuffle=False)) == 3
+    assert f"a batch is one; write data.batch_seconds={8 * SECONDS} for 8" in said(
+        caplog, Bounds(7, shortest_seconds=SECONDS)
+    )
+    assert not said(caplog, data.bounds)
     sizes = []
     decoder = RecordingDecoder(saved, DecodingOptions(), bounds=Bounds(3 * SECONDS))
     monkeypatch.setattr(RecordingDecoder, "decode", lambda self, windows, *_: sizes.append(len(windows)) or windows)
     list(decoder.decoded(iter([Window(0, AUDIO[0])] * 7), None, "transcribe"))
     assert sorted(sizes) == [1, 3, 3]
+
+
+def said(caplog, bounds):
+    caplog.clear()
+    say_if_alone(bounds)
+    return caplog.text
 
 
 def test_a_ctc_head_lies_beside_the_stock_model(folder, tmp_path):
@@ -256,6 +268,18 @@ def test_weights_that_a_file_lacks_are_named(folder, tmp_path):
     message = refused(load, tmp_path)
     assert "its weights are incomplete: it lacks 1 of " in message
     assert "such as decoder.decoder.layers.0.encoder_attn.q_proj.weight" in message
+
+
+def test_a_folder_of_flax_is_the_same_model(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    stock = WhisperForConditionalGeneration.from_pretrained(folder)
+    (tmp_path / FILE).write_bytes(msgpack.packb(flax_tree(stock)))
+    saved = load(tmp_path)
+    batch, _ = asked(saved)
+    with torch.no_grad():
+        logits = saved.model(batch.inputs, attention_mask=batch.attention_mask, labels=batch.labels).logits
+        torch.testing.assert_close(logits, stock(batch.inputs, labels=batch.labels.clone()).logits, atol=1e-5, rtol=0)
+    assert saved.model.generation_config.to_dict() == stock.generation_config.to_dict()
 
 
 @pytest.mark.parametrize(
