@@ -21,7 +21,7 @@ def whole_prompt(model_type: str, tokenizer: Any, generation: Any) -> WholePromp
     """
     make = PROMPTS.get(model_type)
     prompt = None if make is None else make(tokenizer, generation)
-    return prompt if prompt is None or prompt.ids or model_type == "whisper" else None
+    return prompt if prompt is None or prompt.languages or model_type == "whisper" else None
 
 
 def whisper(tokenizer: Any, generation: Any) -> WholePrompt:

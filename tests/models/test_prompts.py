@@ -96,6 +96,7 @@ def test_seamless_writes_what_transformers_writes_in_a_target_language(name, tmp
     config = transformers.CONFIG_MAPPING[name](**{**encoder["tiny"], **decoder["tiny"], **special})
     torch.manual_seed(0)
     stock = transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)](config).eval()
+    stock.generation_config._from_model_config = False  # else it is made anew from config.json
     stock.generation_config.text_decoder_lang_to_code_id = {"deu": 20, "fra": 21}
     stock.save_pretrained(tmp_path)
     model = WholeSpeechModel.from_pretrained(tmp_path)
