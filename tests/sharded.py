@@ -7,9 +7,10 @@ from sedtrain.__main__ import main
 SHORT = [
     "data=parquet", "data.batch_seconds=10", "data.num_buckets=1", "vocabulary_texts=0", "trainer.accelerator=cpu",
     "trainer.max_time=null", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "decoding.max_new_tokens=5",
-    "scheduler=constant", "encoder.tiny.num_hidden_layers=2", "decoder.tiny.num_hidden_layers=1",
+    "scheduler=constant",
     "+metrics.mine._target_=sharded.of_all_in_order",
 ]  # fmt: skip
+TINY = ["encoder.tiny.num_hidden_layers=2", "decoder.tiny.num_hidden_layers=1"]
 BF16 = ["trainer.precision=bf16-mixed", "decoder=llama"]  # behind a prefix
 RECOMPUTED = "activation_checkpointing=true"
 STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5", "callbacks=[default,ema]"]
@@ -37,7 +38,8 @@ def arguments(folder, corpus, name, *overrides):
     others = [each.replace("{folder}", str(folder)) for each in overrides if not each.startswith("resume=")]
     resume = [f"resume={folder}/{run}/checkpoints/last.ckpt" for run in resumed]
     steps = f"trainer.max_steps={6 if resumed else 3}"
-    return [*SHORT, f"data.path={corpus}", f"run_dir={folder}/{name}", steps, *others, *resume]
+    tiny = [] if "encoder=whisper" in others else TINY
+    return [*SHORT, *tiny, f"data.path={corpus}", f"run_dir={folder}/{name}", steps, *others, *resume]
 
 
 def run_all(folder, corpus):
