@@ -14,8 +14,10 @@ TINY = ["encoder.tiny.num_hidden_layers=2", "decoder.tiny.num_hidden_layers=1"]
 BF16 = ["trainer.precision=bf16-mixed", "decoder=llama"]  # behind a prefix
 RECOMPUTED = "activation_checkpointing=true"
 STARTS_LATE = ["finetune.thaw={encoder: 2}", "trainer.gradient_clip_val=0.5", "callbacks=[default,ema]"]
-WHOLE = [f"{part}.checkpoint={{folder}}/whisper" for part in ("encoder", "decoder")]
-WHOLE = ["encoder=whisper", "decoder=whisper", *WHOLE, "trainer.gradient_clip_val=0.5"]  # of conftest.py
+WHOLE = [
+    "encoder=whisper", "decoder=whisper", "encoder.checkpoint={folder}/whisper", "decoder.checkpoint={folder}/whisper",
+    "scheduler.warmup_fraction=0",  # whatever the number of steps
+]  # fmt: skip
 OVER_RANKS = {
     "fsdp_bf16": ["strategy=fsdp", "compile=eager", *BF16],
     "fsdp_late": ["strategy=fsdp", RECOMPUTED, *STARTS_LATE],
