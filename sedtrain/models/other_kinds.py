@@ -43,6 +43,12 @@ def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
     elif decoder is not None and (can_attend(decoder) or can_continue(config)) and kind not in BROKEN:
         instead = training_with("decoder", kind, name, f"ENCODER, {name!r}")
     wrong = f"this is a {kind} model, no speech encoder-decoder"
+    if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+        wrong = f"this is a whole {kind} model"
+        instead = (
+            f"write checkpoint={name} on the command line, which trains it as a whole",
+            f"write sedtrain.load({name!r})",
+        )
     if kind in NOT_WHOLE:
         taken = {each.model_type for each in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING} - NOT_WHOLE.keys()
         wrong = f"this is a {kind} model: {NOT_WHOLE[kind]}"
