@@ -9,7 +9,7 @@ from math import ceil, isinf
 
 import torch
 
-from sedtrain.batch import Utterance
+from sedtrain.batch import Batch, Utterance
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.memory import return_freed_memory
@@ -24,6 +24,8 @@ from sedtrain.decoding.windows import Window, joined, windows_of
 from sedtrain.models.int8 import in_int8
 from sedtrain.models.prefix import is_prefixed, num_in_front
 from sedtrain.models.saved import SPARE_TOKENS, SavedModel
+from sedtrain.models.whole import heard_languages
+from sedtrain.text.tags import WholePrompt
 
 DEFAULT_SECONDS = 30.0
 NUM_HELD = 32  # windows at once, from which batches of similar lengths are made
@@ -48,14 +50,21 @@ def longest_audio(saved: SavedModel) -> float:
     return min(saved.max_seconds, max(0.1, (most - SPARE_TOKENS - in_front(0.0)) / frames_per_second(saved)))
 
 
-def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str) -> Collator:
-    """What makes batches for a saved model; rewrite: normalizes texts before they become labels."""
+def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str, detects: bool = False) -> Collator:
+    """What makes batches for a saved model.
+
+    rewrite: normalizes texts before they become labels
+    detects: leaves languages that nothing names to a model that can find them: Whisper
+    """
+    tags = saved.tags
+    if detects and saved.is_whisper and isinstance(tags, WholePrompt):
+        tags = replace(tags, detects=bool(tags.ids))
     return Collator(
         saved.feature_extractor,
         saved.tokenizer,
         saved.model.config.decoder_start_token_id,
         rewrite,
-        saved.tags,
+        tags,
         longest_audio(saved),
         behind_prompt=is_prefixed(saved.model.config.decoder),
         pads=saved.is_whisper,
@@ -77,7 +86,7 @@ class RecordingDecoder:
 
     @cached_property
     def collator(self) -> Collator:
-        return collator_of(self.saved)
+        return collator_of(self.saved, detects=True)
 
     @property
     def window_seconds(self) -> float:
@@ -119,6 +128,7 @@ class RecordingDecoder:
         """The windows with their texts, in order of time; those of similar length are decoded together."""
         bounds = replace(self.bounds, shortest_seconds=self.collator.shortest_seconds)
         while held := list(islice(windows, NUM_HELD)):
+            language = language or (self.language_of(held[0], task) if len(held) > 1 else None)
             seconds = [len(each.samples) / self.collator.sampling_rate for each in held]
             found: dict[int, Hypotheses] = {}
             for batch in DurationBatches(seconds, bounds, shuffle=False, tokens=[0] * len(held)):
@@ -126,13 +136,26 @@ class RecordingDecoder:
                 return_freed_memory()
             yield from ((window, found[number]) for number, window in enumerate(held))
 
-    def decode(self, windows: list[Window], language: str | None, task: str) -> list[Hypotheses]:
-        rate, saved = self.collator.sampling_rate, self.saved
+    def batch_of(self, windows: list[Window], language: str | None, task: str) -> Batch:
+        rate = self.collator.sampling_rate
         utterances = [
             Utterance("", torch.from_numpy(each.samples), rate, "", language, None, len(each.samples) / rate, task)
             for each in windows
         ]
-        batch = self.collator(utterances).to(saved.model.device)
+        return self.collator(utterances).to(self.saved.model.device)
+
+    def language_of(self, window: Window, task: str) -> str | None:
+        """The language that Whisper hears first in a recording is that of all its windows; None where none is looked for."""
+        tags, model = self.collator.tags, self.saved.model
+        if not (isinstance(tags, WholePrompt) and tags.detects) or tags.language:
+            return None
+        batch = self.batch_of([window], None, task)
+        with torch.inference_mode():
+            found = heard_languages(model, model.encode(batch.inputs, batch.attention_mask))
+        return next(language for language, ids in tags.ids[task].items() if ids[0] == int(found))
+
+    def decode(self, windows: list[Window], language: str | None, task: str) -> list[Hypotheses]:
+        batch, saved = self.batch_of(windows, language, task), self.saved
         return decode_batch(saved.model, saved.tokenizer, batch, self.options, True, self.with_words)
 
     def segment(self, window: Window, found: Hypotheses) -> Segment:

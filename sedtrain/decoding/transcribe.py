@@ -21,7 +21,7 @@ from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import most_new_tokens
-from sedtrain.text.tags import TASK_OF
+from sedtrain.text.tags import TASK_OF, WholePrompt
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,10 @@ class Transcriber(RecordingDecoder):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
-        if self.saved.tags is not None:
-            self.saved.tags.of(self.language, TASK_OF[self.target])
+        if (tags := self.collator.tags) is not None:
+            tags.of(self.language, TASK_OF[self.target])
+            if isinstance(tags, WholePrompt) and tags.detects and not (self.language or tags.language):
+                logger.info("the language of each recording is found by the model, since none is named")
         elif self.language:
             wrong = "this model was trained without tags of languages, so that it cannot be asked for one"
             write = "write no data.language, or a checkpoint that was trained with data.tags=true"
