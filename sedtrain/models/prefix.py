@@ -37,14 +37,15 @@ def class_of(config: PreTrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def arguments_of(kind: type[PreTrainedModel]) -> set[str]:
-    return set(inspect.signature(kind.forward).parameters)
+@cache
+def arguments_of(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def can_continue(config: PreTrainedConfig) -> bool:
     """True for a family of language models that can be fed by a prefix."""
     kind = class_of(config)
-    names = arguments_of(kind) if kind is not None and hasattr(config, "hidden_size") else set()
+    names = arguments_of(kind) if kind is not None and hasattr(config, "hidden_size") else frozenset()
     return names >= NEEDED and (not names & OTHER or config.model_type in BOTH)
 
 
