@@ -51,14 +51,15 @@ def heard(
 
 
 def evened(lattice: Lattice, tokens: Sequence[int]) -> Lattice:
-    """The blank, whose log-probability is 0, and `tokens`, with theirs beside its mean over the real frames of the batch.
+    """The blank, whose log-probability is 0, and `tokens`, with theirs beside its mean over the utterance's frames.
 
     CTC is sure of a token in one or two frames, often late ones; this finds where the token begins to be heard.
     """
     columns = torch.tensor([[lattice.blank, *tokens]], device=lattice.num_frames.device)
     heard = lattice.of_tokens(columns.expand(len(lattice.num_frames), -1)).mT
-    real = torch.arange(heard.shape[1], device=heard.device) < lattice.num_frames[:, None]
-    log_probs = (heard - heard[real].mean(0)).masked_fill(heard.isneginf(), IMPOSSIBLE)
+    possible = heard.masked_fill(heard.isneginf(), 0.0)  # padded frames have blanks alone
+    means = possible.sum(1, keepdim=True) / lattice.num_frames[:, None, None].clamp(min=1)
+    log_probs = (possible - means).masked_fill(heard.isneginf(), IMPOSSIBLE)
     log_probs[..., 0] = 0.0
     return Lattice(log_probs, lattice.num_frames, 0)
 

@@ -75,6 +75,18 @@ def test_borders_of_words_are_within_two_frames_of_the_known_ones(hearing):
     assert np.abs(np.median(errors)) <= block
 
 
+def test_words_do_not_depend_on_the_utterances_beside_theirs(hearing):
+    texts = drawn_texts(6, seed=5)
+    batch = batch_of(texts, seed=5)
+    said = [Hypotheses([text], texts=(DIGITS.decode(text),)) for text in texts]
+    together = heard(DIGITS, lattice_of(hearing, hearing.encode(batch.inputs, batch.attention_mask)), said, True)
+    for number, (audio, mask) in enumerate(zip(batch.inputs, batch.attention_mask, strict=True)):
+        lattice = lattice_of(hearing, hearing.encode(audio[None, : mask.sum()]))
+        [alone] = heard(DIGITS, lattice, [said[number]], True)
+        spans = [[(word.text, word.start, word.end) for word in each.words] for each in (together[number], alone)]
+        assert spans[0] == spans[1]
+
+
 def test_a_word_ends_where_a_pause_begins_and_its_parts_may_be_apart():
     audio = torch.zeros(16_000)
     for start, end in ((0.10, 0.20), (0.25, 0.30), (0.60, 0.70)):  # the first two are one word, with a stop in it
