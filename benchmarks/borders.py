@@ -20,7 +20,7 @@ import sedtrain
 from sedtrain.decoding.timestamps import FrameTimes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import spoken_digits  # noqa: E402
+import spoken_digits
 
 WITHIN = 2  # frames
 
@@ -52,7 +52,9 @@ def main():
         words, errors = errors_of(model, split, options.search)
         is_near = np.abs(errors) <= WITHIN * frame + 1e-9
         print(f"{split}: {len(words)} words, within {WITHIN} frames of {1000 * frame:.0f} ms: ", end="")
-        print(f"starts {is_near[:, 0].mean():.1%}, ends {is_near[:, 1].mean():.1%}, both {is_near.mean():.1%}; ", end="")
+        print(
+            f"starts {is_near[:, 0].mean():.1%}, ends {is_near[:, 1].mean():.1%}, both {is_near.mean():.1%}; ", end=""
+        )
         print(f"median error {np.median(np.abs(errors)):.3f} s")
         for column, name in enumerate(("starts", "ends")):
             late = Counter(word for word, each in zip(words, errors[:, column], strict=True) if each > WITHIN * frame)
