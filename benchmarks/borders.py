@@ -4,16 +4,20 @@
     pip install espeakng-loader
     python benchmarks/borders.py RUN                              # a minute
 
-The lines of the corpus are spoken again: espeak-ng says where each phoneme begins. A word lasts from its first phoneme
-to the pause or the word behind its last one. Each utterance is transcribed alone; those whose text is right count.
+The lines of the corpus are spoken again, for espeak-ng to say where each phoneme begins. A word lasts from its first
+phoneme to the pause or the word behind its last one. The corpus's own audio is transcribed, each utterance alone; those
+whose text is right count.
 """
 
 import argparse
+import io
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
+import soundfile
 import torch
 
 import sedtrain
@@ -23,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import spoken_digits
 
 WITHIN = 2  # frames
+CORPUS = Path(sedtrain.__file__).parent / "data/spoken_digits"
 
 
 def errors_of(model, split, search):
     """The words of utterances whose text is right, and the (W, 2) seconds by which they begin and end too late."""
     words, errors = [], []
-    for number in range(spoken_digits.NUM_UTTERANCES[split]):
-        line = spoken_digits.draw(split, number)
-        samples, known = spoken_digits.speak_with_borders(line)
-        found = model.transcription(samples, sampling_rate=spoken_digits.SAMPLING_RATE, search=search, pauses="energy")
-        if found.text == spoken_digits.words(line.digits, spoken_digits.ENGLISH):
+    for number, row in enumerate(pq.read_table(CORPUS / f"{split}.parquet").to_pylist()):
+        _, known = spoken_digits.speak_with_borders(spoken_digits.draw(split, number))
+        samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+        found = model.transcription(samples, sampling_rate=rate, search=search, pauses="energy")
+        if found.text == row["text"]:
             of_line = [word for segment in found.segments for word in segment.words]
             words += [word.text for word in of_line]
             errors.append(np.array([(word.start, word.end) for word in of_line]) - known)
