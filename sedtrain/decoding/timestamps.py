@@ -120,7 +120,10 @@ def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: 
     spans = [tuple(round(times.border(f) * BLOCKS) for f in (word.start, word.end)) for word in words]
     middles = [max(0, min(sum(span) // 2, len(levels) - 1)) for span in spans]
     limit = max(QUIET_DB, min(sorted(levels)[len(levels) // 10] + ABOVE_FLOOR_DB, MOST_DB))
-    audible, between = [max(level, limit) for level in levels], [(end, start) for (_, end), (start, _) in pairwise(spans)]
+    audible, between = (
+        [max(level, limit) for level in levels],
+        [(end, start) for (_, end), (start, _) in pairwise(spans)],
+    )
     inner = [border(audible, limit, *ends, *gap) for ends, gap in zip(pairwise(middles), between, strict=True)]
     borders = [0, *inner, len(levels)]
     timed_words = []

@@ -102,7 +102,7 @@ class Scoring:
             run_dir=str(self.folder),
             checkpoint=self.checkpoint,
             commit=commit(),
-            float32=exact and exact.metrics,
+            float32=None if exact is None else exact.metrics,
         )
         results.write(self.folder / "results.json")
         write_hypotheses(self.folder / "hypotheses.jsonl", evaluation, self.metric_set)

@@ -279,7 +279,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             token, known = getattr(self.config, name, None), getattr(generation, name)
             if token is not None and not (isinstance(known, list) and token in known):  # several may end a text
                 setattr(generation, name, token)
-        if "past_key_values" not in arguments_of(type(self.decoder)):
+        if "past_key_values" not in arguments_of(type(self.decoder).forward):
             generation.use_cache = False
 
     def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> GenerationConfig:
