@@ -4,7 +4,7 @@ B batch, T frames, U text tokens, L everything the decoder has read, D width.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,14 +37,15 @@ def class_of(config: PreTrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def arguments_of(kind: type[PreTrainedModel]) -> set[str]:
-    return set(inspect.signature(kind.forward).parameters)
+@cache
+def arguments_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def can_continue(config: PreTrainedConfig) -> bool:
     """True for a family of language models that can be fed by a prefix."""
     kind = class_of(config)
-    names = arguments_of(kind) if kind is not None and hasattr(config, "hidden_size") else set()
+    names = arguments_of(kind.forward) if kind is not None and hasattr(config, "hidden_size") else frozenset()
     return names >= NEEDED and (not names & OTHER or config.model_type in BOTH)
 
 
@@ -164,7 +165,7 @@ def behind_prefix(decoder: PreTrainedModel) -> PreTrainedModel:
 @cache
 def prefixed(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of a language model with a prefix; it keeps the name, by which transformers and FSDP know its layers."""
-    members = {"__module__": kind.__module__, "family_arguments": arguments_of(kind)}
+    members = {"__module__": kind.__module__, "family_arguments": arguments_of(kind.forward)}
     return type(kind.__name__, (Prefixed, kind), members)
 
 

@@ -3,7 +3,6 @@
 B batch, S samples, T frames, E encoder width, D decoder width, U target tokens, V vocabulary.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +52,7 @@ from sedtrain.models.loading import configured, joint_config, refuse_unsupported
 from sedtrain.models.losses import decoder_inputs, deferred_output_layer, make_deferrable, mean_loss
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
-from sedtrain.models.prefix import is_prefixed, num_in_front, refuse_long_row
+from sedtrain.models.prefix import arguments_of, is_prefixed, num_in_front, refuse_long_row
 from sedtrain.models.speech_to_text_2 import settle_published
 
 
@@ -280,7 +279,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             token, known = getattr(self.config, name, None), getattr(generation, name)
             if token is not None and not (isinstance(known, list) and token in known):  # several may end a text
                 setattr(generation, name, token)
-        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
+        if "past_key_values" not in arguments_of(type(self.decoder).forward):
             generation.use_cache = False
 
     def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> GenerationConfig:
