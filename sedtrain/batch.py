@@ -55,6 +55,7 @@ class Batch:
     speakers, languages, durations: per utterance, None where unknown; empty in batches that are not made of data
     seconds:        audio in the batch, without padding
     skipped:        utterances that could not be read and are not in the batch
+    keys:           per utterance, a fingerprint of its inputs; empty where their features are not cached
     prompts:        (B, P) what generation starts with, where labels begin with tags; else None
     """
 
@@ -69,6 +70,7 @@ class Batch:
     speakers: list[str | None] = field(default_factory=list)
     languages: list[str | None] = field(default_factory=list)
     durations: list[float] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     @property
     def text_labels(self) -> Tensor:

@@ -16,7 +16,7 @@ from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
-from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.datamodule import SpeechTextDataModule, features_folder
 from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import refuse_impossible
@@ -35,10 +35,12 @@ from sedtrain.models.saved import SavedModel, join, load, to_finetune
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.spacing import is_unspaced, with_spacing
+from sedtrain.training.feature_cache import FeatureCache, frozen_front
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
+from sedtrain.training.strategies import FullySharded
 
 RANDOM_CTC_WEIGHT = 0.3
 NUM_TEXTS_OF_LANGUAGE = 1000
@@ -85,6 +87,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     metrics = attempt(metrics_of, cfg, data, ["validation", cfg.split])
     module = attempt(training_module, cfg, saved, weights, metrics, finetuning, options, optimizer, scheduler)
     trainer = attempt(partial(make_trainer, cfg, data=None if data is REFUSED else data), finetuning)
+    attempt(cache_features, cfg, data, module, trainer)
     attempt.report()
     data.augment = Augment(augmentations, cfg.seed, data.limits.max_seconds)
     if trainer.is_global_zero:
@@ -205,6 +208,38 @@ def training_module(
     )
     module.optimizer_and_schedule(num_steps=1)
     return module
+
+
+def cache_features(
+    cfg: DictConfig, data: SpeechTextDataModule, module: SpeechSeq2SeqModule, trainer: lightning.Trainer
+) -> None:
+    """Gives the module a cache of what its frozen front returns, where it is asked for.
+
+    Raises UserError where nothing is frozen or the inputs change from epoch to epoch.
+    """
+    if not data.cache_features:
+        return
+    front, write = frozen_front(module.model), "or data.cache_features=false"
+    if front is None:
+        wrong = "the encoder and its front end are trained from the first step on: nothing would be the same again"
+        write = f"write finetune=encoder_frozen or feature_encoder_frozen, {write}"
+        raise UserError("data.cache_features", True, wrong, write)
+    if cfg.augment:
+        wrong = f"{', '.join(map(str, cfg.augment))} changes the audio in every epoch, so that nothing is the same again"
+        raise UserError("data.cache_features", True, wrong, f"write augment=none or augment=spec_augment, {write}")
+    if isinstance(trainer.strategy, FullySharded):
+        wrong = "a rank whose utterances are cached would not gather the encoder's weights, for which the others wait"
+        raise UserError("data.cache_features", True, wrong, f"write strategy=ddp, {write}")
+    assert data.collator is not None
+    data.collator.has_keys = True
+    settings = {"precision": trainer.precision, "device": trainer.strategy.root_device.type, "compile": cfg.compile}
+    time_is_last = data.collator.time_is_last
+    module.cache = FeatureCache(
+        features_folder(), 1e9 * data.cache_gb, settings, num_ranks=trainer.world_size, time_is_last=time_is_last
+    )
+    logger.info(
+        "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3", front.name, module.cache.folder
+    )
 
 
 def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> tuple[str, str]:

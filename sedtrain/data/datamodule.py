@@ -38,6 +38,11 @@ def copies_of(folder: str) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
 
 
+def features_folder() -> Path:
+    """The folder of features that are cached, of all runs on this machine."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "features"
+
+
 class SpeechTextDataModule(lightning.LightningDataModule):
     """Loads, filters and batches the splits of one dataset, or of several.
 
@@ -80,6 +85,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         min_characters: CountOrZero = 1,
         max_characters: Count = 10_000,
         keep_decoded_hours: NonNegative = 2.0,
+        cache_features: bool = False,
+        cache_gb: Positive = 50.0,
         on_bad_utterance: Literal["skip", "error"] = "skip",
         max_bad_fraction: Fraction = 0.1,
         num_workers: UpTo1000OrZero = 0,
@@ -97,6 +104,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.tags, self.block_utterances = tags, block_utterances
         self.bounds = Bounds.of(batch_seconds, batch_tokens, num_buckets, batches)
         self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
+        self.cache_features, self.cache_gb = cache_features, cache_gb
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
         copies = copies_of(folder)
