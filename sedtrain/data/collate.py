@@ -137,4 +137,4 @@ class Collator:
 
 def fingerprint(features: Tensor) -> str:
     """Equal for equal features alone."""
-    return hashlib.blake2b(features.contiguous().numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(features.contiguous().numpy().data, digest_size=16).hexdigest()

@@ -130,7 +130,9 @@ class Store:
                     break
             self.left, self.is_full = left, left < num_bytes
             if self.is_full:
-                logger.warning("the feature cache is full, and encodes the rest in every epoch; a higher data.cache_gb helps")
+                logger.warning(
+                    "the feature cache is full, and encodes the rest in every epoch; a higher data.cache_gb helps"
+                )
         return not self.is_full
 
 
@@ -161,7 +163,12 @@ class FeatureCache:
     """
 
     def __init__(
-        self, folder: Path, most_bytes: float, settings: Mapping[str, Any], num_ranks: int = 1, time_is_last: bool = False
+        self,
+        folder: Path,
+        most_bytes: float,
+        settings: Mapping[str, Any],
+        num_ranks: int = 1,
+        time_is_last: bool = False,
     ) -> None:
         self.folder, self.most_bytes, self.settings = folder, most_bytes, dict(settings)
         self.num_ranks, self.time_is_last = num_ranks, time_is_last
@@ -187,20 +194,23 @@ class FeatureCache:
             del front.module.forward
 
     def frames(self, front: Front, store: Store, batch: Batch) -> list[Tensor]:
-        """(T, D) of each utterance, rounded to 16 bits where these can hold it."""
+        """(T, D) of each utterance."""
         weight = next(front.module.parameters())
-        found = list(self.pool.map(store.read, batch.keys))
-        lengths = batch.attention_mask.sum(1).tolist() if None in found else []
-        for number, (frames, key) in enumerate(zip(found, batch.keys, strict=True)):
-            if frames is None:
-                inputs = batch.inputs[number : number + 1]
-                inputs = inputs[..., : lengths[number]] if self.time_is_last else inputs[:, : lengths[number]]
-                frames = encoded_alone(front, inputs, batch.attention_mask[number : number + 1, : lengths[number]])
-                if frames.abs().max() <= LARGEST:  # nor is it NaN
-                    frames = frames.half()
-                    store.write(key, frames.cpu())
-            found[number] = frames.to(weight.device, weight.dtype)
-        return found
+        found = enumerate(self.pool.map(store.read, batch.keys))
+        frames = [self.computed(front, store, batch, number) if each is None else each for number, each in found]
+        return [each.to(weight.device, weight.dtype) for each in frames]
+
+    def computed(self, front: Front, store: Store, batch: Batch, number: int) -> Tensor:
+        """(T, D) of the utterance of this number, rounded to 16 bits and stored where these can hold it."""
+        mask = batch.attention_mask[number : number + 1]
+        length, inputs = int(mask.sum()), batch.inputs[number : number + 1]
+        frames = encoded_alone(
+            front, inputs[..., :length] if self.time_is_last else inputs[:, :length], mask[:, :length]
+        )
+        if not frames.abs().max() <= LARGEST:  # or NaN
+            return frames
+        store.write(batch.keys[number], frames.half().cpu())
+        return frames.half()
 
     def store(self, front: Front, model: Any) -> Store:
         """The store of the front as it is, opened once."""
@@ -224,6 +234,7 @@ def key_of(front: Front, config: PreTrainedConfig, settings: Mapping[str, Any]) 
         "front": [front.name, type(front.module).__name__],
         "config": {name: value for name, value in config.to_dict().items() if name != "_name_or_path"},
         "attention": config._attn_implementation,
+        "products": torch.get_float32_matmul_precision(),
         **settings,
     }
     hashed = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
