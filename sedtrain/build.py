@@ -40,7 +40,7 @@ from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
-from sedtrain.training.strategies import FullySharded
+from sedtrain.training.strategies import FullySharded, precision_of
 
 RANDOM_CTC_WEIGHT = 0.3
 NUM_TEXTS_OF_LANGUAGE = 1000
@@ -225,7 +225,9 @@ def cache_features(
         write = f"write finetune=encoder_frozen or feature_encoder_frozen, {write}"
         raise UserError("data.cache_features", True, wrong, write)
     if cfg.augment:
-        wrong = f"{', '.join(map(str, cfg.augment))} changes the audio in every epoch, so that nothing is the same again"
+        wrong = (
+            f"{', '.join(map(str, cfg.augment))} changes the audio in every epoch, so that nothing is the same again"
+        )
         raise UserError("data.cache_features", True, wrong, f"write augment=none or augment=spec_augment, {write}")
     if isinstance(trainer.strategy, FullySharded):
         wrong = "a rank whose utterances are cached would not gather the encoder's weights, for which the others wait"
@@ -238,7 +240,9 @@ def cache_features(
         features_folder(), 1e9 * data.cache_gb, settings, num_ranks=trainer.world_size, time_is_last=time_is_last
     )
     logger.info(
-        "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3", front.name, module.cache.folder
+        "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3",
+        front.name,
+        module.cache.folder,
     )
 
 
@@ -256,15 +260,19 @@ def make_trainer(
     cfg: DictConfig, finetuning: FineTuning, data: SpeechTextDataModule | None = None
 ) -> lightning.Trainer:
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    return run_trainer(
-        create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data)
-    )
+    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data))
+
+
+def trainer_maker(cfg: DictConfig) -> Callable[..., lightning.Trainer]:
+    """Makes a Trainer with the options of `trainer`; its precision is the device's where it is `auto`."""
+    make: Callable[..., lightning.Trainer] = create(cfg, "trainer")
+    return partial(make, precision=precision_of(device(cfg))) if cfg.trainer.get("precision") == "auto" else make
 
 
 def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
     """Makes the run's own Trainer with some arguments replaced; `strategy=auto` stays what it is for `world_size` processes."""
     several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
-    return lambda **replaced: create(cfg, "trainer")(**several, **replaced)  # a strategy serves one Trainer
+    return lambda **replaced: trainer_maker(cfg)(**several, **replaced)  # a strategy serves one Trainer
 
 
 def loggers(cfg: DictConfig) -> list[Tracker]:

@@ -26,7 +26,7 @@ from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import forget
 from sedtrain.training.feature_cache import FeatureCache
-from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients
+from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host
 from sedtrain.training.optim import build_optimizer, parameter_groups
 from sedtrain.training.strategies import FullySharded
 
@@ -128,10 +128,8 @@ class SpeechSeq2SeqModule(LightningModule):
         update = self.update = divide_gradients(self.model, micro_batches, self.over_ranks, self.trainer.world_size)
         self.running_statistics.keep_or_restore(update)
         if update.num_tokens and update.loss_is_finite:
-            self.log("train/loss", update.cross_entropy, prog_bar=True)
-            self.log("train/cross_entropy", update.unsmoothed)
-            if self.weights.ctc_weight:
-                self.log("train/ctc_loss", update.ctc)
+            losses = {"train/loss": update.cross_entropy, "train/cross_entropy": update.unsmoothed}
+            self.log_dict(on_host(losses | ({"train/ctc_loss": update.ctc} if self.weights.ctc_weight else {})))
 
     # --- losses
 
