@@ -116,6 +116,7 @@ class Store:
             unfinished.replace(file)
         except OSError as error:
             self.is_full = True
+            unfinished.unlink(missing_ok=True)
             logger.warning("features are no longer cached, since %s cannot be written: %s", file, error)
         self.left -= len(content)
 
