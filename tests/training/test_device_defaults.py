@@ -54,7 +54,8 @@ def test_every_tensor_of_a_batch_is_pinned_and_the_rest_stays(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     zeros = torch.zeros(1, 2)
     pinned = Batch(zeros, zeros, zeros, ["a"], ["b"], 1.0, prompts=zeros).pin_memory()
-    assert [int(each.sum()) for each in (pinned.inputs, pinned.attention_mask, pinned.labels, pinned.prompts)] == [2] * 4
+    tensors = pinned.inputs, pinned.attention_mask, pinned.labels, pinned.prompts
+    assert all(torch.equal(each, zeros + 1) for each in tensors)
     assert (pinned.ids, pinned.texts, pinned.seconds) == (["a"], ["b"], 1.0)
 
 
