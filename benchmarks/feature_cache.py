@@ -23,7 +23,7 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.training.feature_cache import FeatureCache
 from sedtrain.training.finetune import FineTuning
 
-ROUNDS, NUM_UTTERANCES, BATCH_SECONDS, RATE, VOCABULARY = 3, 24, 24, 16_000, 30_522
+ROUNDS, NUM_UTTERANCES, BATCH_SECONDS, RATE, VOCABULARY = 3, 12, 24, 16_000, 30_522
 TOKENS_PER_SECOND = 4
 
 
