@@ -3,8 +3,9 @@
 B batch, S samples, F features, T frames, U target tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class Batch:
     speakers, languages, durations: per utterance, None where unknown; empty in batches that are not made of data
     seconds:        audio in the batch, without padding
     skipped:        utterances that could not be read and are not in the batch
+    keys:           per utterance, a fingerprint of its inputs; empty where their features are not cached
     prompts:        (B, P) what generation starts with, where labels begin with tags; else None
     """
 
@@ -69,6 +71,7 @@ class Batch:
     speakers: list[str | None] = field(default_factory=list)
     languages: list[str | None] = field(default_factory=list)
     durations: list[float] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     @property
     def text_labels(self) -> Tensor:
@@ -79,5 +82,13 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory from which a GPU copies while it computes; a DataLoader calls it."""
+        return self.with_tensors(Tensor.pin_memory)
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)

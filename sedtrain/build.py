@@ -17,7 +17,7 @@ from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
-from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.data.datamodule import SpeechTextDataModule, features_folder
 from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import refuse_impossible
@@ -44,10 +44,12 @@ from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.spacing import is_unspaced, with_spacing
 from sedtrain.text.tags import WholePrompt
+from sedtrain.training.feature_cache import FeatureCache, frozen_front
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
+from sedtrain.training.strategies import FullySharded, precision_of
 
 RANDOM_CTC_WEIGHT = 0.3
 NUM_TEXTS_OF_LANGUAGE = 1000
@@ -94,6 +96,7 @@ def training_run(cfg: DictConfig) -> TrainingRun:
     metrics = attempt(metrics_of, cfg, data, ["validation", cfg.split])
     module = attempt(training_module, cfg, saved, weights, metrics, finetuning, options, optimizer, scheduler)
     trainer = attempt(partial(make_trainer, cfg, data=None if data is REFUSED else data), finetuning)
+    attempt(cache_features, cfg, data, module, trainer)
     attempt.report()
     data.augment = Augment(augmentations, cfg.seed, data.limits.max_seconds)
     if trainer.is_global_zero:
@@ -228,6 +231,42 @@ def training_module(
     return module
 
 
+def cache_features(
+    cfg: DictConfig, data: SpeechTextDataModule, module: SpeechSeq2SeqModule, trainer: lightning.Trainer
+) -> None:
+    """Gives the module a cache of what its frozen front returns, where it is asked for.
+
+    Raises UserError where nothing is frozen or the inputs change from epoch to epoch.
+    """
+    if not data.cache_features:
+        return
+    front, write = frozen_front(module.model), "or data.cache_features=false"
+    if front is None:
+        wrong = "the encoder and its front end are trained from the first step on: nothing would be the same again"
+        write = f"write finetune=encoder_frozen or feature_encoder_frozen, {write}"
+        raise UserError("data.cache_features", True, wrong, write)
+    if cfg.augment:
+        wrong = (
+            f"{', '.join(map(str, cfg.augment))} changes the audio in every epoch, so that nothing is the same again"
+        )
+        raise UserError("data.cache_features", True, wrong, f"write augment=none or augment=spec_augment, {write}")
+    if isinstance(trainer.strategy, FullySharded):
+        wrong = "a rank whose utterances are cached would not gather the encoder's weights, for which the others wait"
+        raise UserError("data.cache_features", True, wrong, f"write strategy=ddp, {write}")
+    assert data.collator is not None
+    data.collator.has_keys = True
+    settings = {"precision": trainer.precision, "device": trainer.strategy.root_device.type, "compile": cfg.compile}
+    time_is_last = data.collator.time_is_last
+    module.cache = FeatureCache(
+        features_folder(), 1e9 * data.cache_gb, settings, num_ranks=trainer.world_size, time_is_last=time_is_last
+    )
+    logger.info(
+        "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3",
+        front.name,
+        module.cache.folder,
+    )
+
+
 def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> tuple[str, str]:
     """The metric that chooses the best weights, and max or min: the first; of `auto`, CER where no spaces separate words."""
     names = chosen(cfg.metrics, cfg.target)
@@ -243,15 +282,19 @@ def make_trainer(
 ) -> lightning.Trainer:
     refuse_absent(cfg.trainer.get("accelerator"))
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    return run_trainer(
-        create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data)
-    )
+    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data))
+
+
+def trainer_maker(cfg: DictConfig) -> Callable[..., lightning.Trainer]:
+    """Makes a Trainer with the options of `trainer`; its precision is the device's where it is `auto`."""
+    make: Callable[..., lightning.Trainer] = create(cfg, "trainer")
+    return partial(make, precision=precision_of(device(cfg))) if cfg.trainer.get("precision") == "auto" else make
 
 
 def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
     """Makes the run's own Trainer with some arguments replaced; `strategy=auto` stays what it is for `world_size` processes."""
     several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
-    return lambda **replaced: create(cfg, "trainer")(**several, **replaced)  # a strategy serves one Trainer
+    return lambda **replaced: trainer_maker(cfg)(**several, **replaced)  # a strategy serves one Trainer
 
 
 def loggers(cfg: DictConfig) -> list[Tracker]:

@@ -339,7 +339,7 @@ def trainer_rules(trainer: DictConfig) -> Iterator[UserError]:
         wrong = f"{option} is decided elsewhere"
         yield UserError(f"trainer.{option}", plain(trainer, option), wrong, DECIDED[option])
     if "precision" in trainer and plain(trainer, "precision") is None:
-        write = "write trainer.precision=32-true, 16-mixed or bf16-mixed"
+        write = "write trainer.precision=auto, 32-true, 16-mixed or bf16-mixed"
         yield UserError("trainer.precision", None, "training has a precision", write)
     for option, hint in OF_TRAINER.items():
         value = plain(trainer, option)

@@ -3,6 +3,7 @@
 B batch, S samples, T frames, F features, U target tokens.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
@@ -30,6 +31,7 @@ class Collator:
     max_seconds: longest audio that the model takes
     behind_prompt: True if a text continues a prompt, and the tokenizer writes no token in front of it
     pads:    lengthen all audio to `max_seconds` by silence, which the model hears
+    has_keys: True if batches have fingerprints of their inputs
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class Collator:
         max_seconds: float = inf,
         behind_prompt: bool = False,
         pads: bool = False,
+        has_keys: bool = False,
     ) -> None:
         self.feature_extractor: Any = feature_extractor
         self.tokenizer = tokenizer
         self.decoder_start_token_id, self.rewrite, self.tags = decoder_start_token_id, rewrite, tags
-        self.max_seconds, self.behind_prompt, self.pads = max_seconds, behind_prompt, pads
+        self.max_seconds, self.behind_prompt, self.pads, self.has_keys = max_seconds, behind_prompt, pads, has_keys
         self.time_is_last = isinstance(feature_extractor, WhisperFeatureExtractor)
 
     @property
@@ -80,6 +83,7 @@ class Collator:
             speakers=[utterance.speaker for utterance in utterances],
             languages=[utterance.language for utterance in utterances],
             durations=[utterance.seconds for utterance in utterances],
+            keys=[fingerprint(frames) for frames in features] if self.has_keys else [],
         )
 
     def dummy_batch(self) -> Batch:
@@ -130,3 +134,8 @@ class Collator:
         """
         missing = round(self.sampling_rate * self.shortest_seconds) - len(audio)
         return features_of(self.feature_extractor, pad(audio, (0, missing)) if missing > 0 else audio)
+
+
+def fingerprint(features: Tensor) -> str:
+    """Equal for equal features alone."""
+    return hashlib.blake2b(features.contiguous().numpy().data, digest_size=16).hexdigest()

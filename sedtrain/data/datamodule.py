@@ -27,7 +27,7 @@ from sedtrain.data.parts import Parts
 from sedtrain.data.sampler import BatchesWithEpoch, Position
 from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
-from sedtrain.data.workers import Loader, start_worker
+from sedtrain.data.workers import Loader, start_worker, usual_workers
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, UpTo1000, UpTo1000OrZero
 
@@ -36,6 +36,11 @@ def copies_of(folder: str) -> Path:
     """The folder for what a run fetches of streams; each machine makes and removes its own."""
     run_key = hashlib.sha256(f"{platform.node()} {Path(folder).absolute()}".encode()).hexdigest()[:16]
     return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
+
+
+def features_folder() -> Path:
+    """The folder of features that are cached, of all runs on this machine."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "features"
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):
@@ -80,9 +85,11 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         min_characters: CountOrZero = 1,
         max_characters: Count = 10_000,
         keep_decoded_hours: NonNegative = 2.0,
+        cache_features: bool = False,
+        cache_gb: Positive = 50.0,
         on_bad_utterance: Literal["skip", "error"] = "skip",
         max_bad_fraction: Fraction = 0.1,
-        num_workers: UpTo1000OrZero = 0,
+        num_workers: UpTo1000OrZero | None = None,
         seed: int = 0,
         folder: str = ".",
     ) -> None:
@@ -96,7 +103,9 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             raise UserError("data.temperature", temperature, wrong, write)
         self.tags, self.block_utterances = tags, block_utterances
         self.bounds = Bounds.of(batch_seconds, batch_tokens, num_buckets, batches)
-        self.keep_decoded_hours, self.num_workers, self.seed = keep_decoded_hours, num_workers, seed
+        self.num_workers = usual_workers() if num_workers is None else num_workers
+        self.keep_decoded_hours, self.seed = keep_decoded_hours, seed
+        self.cache_features, self.cache_gb = cache_features, cache_gb
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
         copies = copies_of(folder)
@@ -170,6 +179,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # else every new iterator would draw from the one that dropout draws from
         )

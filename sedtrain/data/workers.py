@@ -2,11 +2,13 @@
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
 
@@ -18,23 +20,39 @@ SIGNALS_OF_RUN = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_BETWEEN_LOOKS = 0.2  # at the parent of a worker
 
 
+def usual_workers() -> int:
+    """Processes that load audio for a GPU: one for each core that falls to it, 8 at most; none where cores train."""
+    if not torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // torch.cuda.device_count(), 1), 8)
+
+
 class Loader(DataLoader[Batch | UserError]):
     """A DataLoader whose workers, and the threads that libraries start in them, begin with SIGTERM blocked.
 
     Raises the UserError that a sampler yields in place of a batch, where that batch was due.
+
+    waited: seconds in which its user has waited for batches
     """
+
+    waited = 0.0
 
     def __iter__(self) -> Any:
         with sigterm_blocked():
             batches = super().__iter__()
-        return raise_errors(batches)
+        return self.delivered(batches)
 
-
-def raise_errors(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    def delivered(self, batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 @contextmanager

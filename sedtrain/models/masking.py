@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils, modeling_utils
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder, Wav2Vec2GroupNormConvLayer
 
 Steps = tuple[tuple[int, int, int], ...]
@@ -252,6 +252,15 @@ class Masked(PreTrainedModel):
             module.requires_grad_(False)
             if hasattr(module, "_requires_grad"):  # by which upstream asks for the gradient of the input
                 module._requires_grad = False
+
+
+def is_unread(tensor: Any = None) -> bool:
+    """True for a tensor that `transformers` must not look into: the host would wait for the device, to save a mask at best."""
+    return is_traced(tensor) or (isinstance(tensor, Tensor) and tensor.device.type != "cpu")
+
+
+is_traced = masking_utils.is_tracing
+masking_utils.is_tracing = modeling_utils.is_tracing = is_unread
 
 
 def tap_views(frames: Tensor, num_frames: int, kernel: int, stride: int) -> list[Tensor]:

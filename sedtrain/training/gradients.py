@@ -8,7 +8,7 @@ A step whose loss or gradient is not finite, or that has no token, is skipped on
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -103,6 +103,11 @@ def divide_gradients(
     else:
         torch._foreach_mul_(list(chain(*gradients.values())), factor)
     return update
+
+
+def on_host(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """Values for a log, which Lightning would otherwise copy to the device one by one, each time waiting for it."""
+    return {name: torch.tensor(value) for name, value in values.items()}
 
 
 class RunningStatistics:

@@ -17,7 +17,7 @@ from sedtrain.batch import Batch
 from sedtrain.errors import Unfinished, UserError
 from sedtrain.ranges import Count, Finite, Fraction, Positive
 from sedtrain.training.checkpoints import gather_states
-from sedtrain.training.gradients import Update
+from sedtrain.training.gradients import Update, on_host
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Guards(Callback):
         logged = {"train/bad_steps": float(self.num_bad), "train/loss_rises": float(self.num_rises)}
         if update.gradient_is_finite:
             logged |= {f"gradient_norm/{part}": norm for part, norm in update.gradient_norms.items()}
-        pl_module.log_dict(logged, batch_size=1)
+        pl_module.log_dict(on_host(logged), batch_size=1)
 
     def judge(self, trainer: Trainer, update: Update) -> None:
         """Raises UserError after too many bad steps in a row."""

@@ -25,6 +25,7 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.results import Hypothesis, Results, commit, installed_versions
 from sedtrain.models.parts import part_of
 from sedtrain.run_dir import keep_until, write_whole
+from sedtrain.training.gradients import on_host
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +292,7 @@ class Tracking(Callback):
         """Logs the highest learning rate of each part of the model."""
         rates = [group["lr"] for group in optimizer.param_groups]
         highest = {f"learning_rate/{part}": max(rates[index] for index in self.groups[part]) for part in self.groups}
-        pl_module.log_dict(highest, batch_size=1)
+        pl_module.log_dict(on_host(highest), batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.samples = []

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import forget
-from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients
+from sedtrain.training.feature_cache import FeatureCache
+from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host
 from sedtrain.training.optim import build_optimizer, parameter_groups
 from sedtrain.training.strategies import FullySharded
 
@@ -35,6 +36,7 @@ class SpeechSeq2SeqModule(LightningModule):
 
     grouped: model -> its parameters in groups, for the optimizer
     update:  the last step of the optimizer; None before the first
+    cache:   of what its frozen front returns; None: it is computed for each batch
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class SpeechSeq2SeqModule(LightningModule):
         self.optimizer, self.scheduler, self.grouped = optimizer, scheduler, grouped
         self.execution = execution or Execution()
         self.update: Update | None = None
+        self.cache: FeatureCache | None = None
         self.micro_batches: list[Tensor] = []
         self.metrics, self.other_audio = CorpusMetrics(metric_set), OtherAudio()
         self.validation_sums = torch.zeros(4, dtype=torch.float64)
@@ -125,10 +128,8 @@ class SpeechSeq2SeqModule(LightningModule):
         update = self.update = divide_gradients(self.model, micro_batches, self.over_ranks, self.trainer.world_size)
         self.running_statistics.keep_or_restore(update)
         if update.num_tokens and update.loss_is_finite:
-            self.log("train/loss", update.cross_entropy, prog_bar=True)
-            self.log("train/cross_entropy", update.unsmoothed)
-            if self.weights.ctc_weight:
-                self.log("train/ctc_loss", update.ctc)
+            losses = {"train/loss": update.cross_entropy, "train/cross_entropy": update.unsmoothed}
+            self.log_dict(on_host(losses | ({"train/ctc_loss": update.ctc} if self.weights.ctc_weight else {})))
 
     # --- losses
 
@@ -148,10 +149,15 @@ class SpeechSeq2SeqModule(LightningModule):
         return LossSums(0.0 * loss, zero, zero, zero, zero)
 
     def loss_sums(self, batch: Batch) -> LossSums:
-        encoded = self.model.encode(batch.inputs, batch.attention_mask)
+        with self.cached(batch):
+            encoded = self.model.encode(batch.inputs, batch.attention_mask)
         loss, unsmoothed = self.cross_entropy(encoded, batch.labels)
         num_tokens = (batch.labels != IGNORE_INDEX).sum()
         return LossSums(loss, num_tokens, *self.ctc(encoded, batch.text_labels), unsmoothed)
+
+    def cached(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside, the frozen front of the model need not compute what the cache has of this batch."""
+        return nullcontext() if self.cache is None else self.cache.serve(self.model, batch)
 
     def cross_entropy(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed over the target tokens: smoothed, in training only, and without smoothing and gradient."""
@@ -187,7 +193,7 @@ class SpeechSeq2SeqModule(LightningModule):
         if len(batch) == 0:
             return None
         # Compiled code would be compiled anew for every token.
-        with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"):
+        with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"), self.cached(batch):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
             found = decode_batch(self.model, self.tokenizer, batch, self.decoding)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sedtrain.batch import Batch
+from sedtrain.data.workers import Loader
 from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.ranges import Positive
@@ -21,7 +22,7 @@ COUNTED = ("steps", "utterances", "audio_seconds", "seconds", "validation_second
 
 
 class ProgressBar(LightningProgressBar):
-    """Shows steps, loss, validation score, seconds of audio per second and time left; counts what training consumes.
+    """Shows steps, loss, validation score, seconds of audio per second, waiting and time left; counts what training consumes.
 
     log_every_seconds: without a terminal, how often it logs a line
     utterances, audio_seconds: of all ranks, as of the last checkpoint; `unsummed` has this rank's since then
@@ -43,6 +44,7 @@ class ProgressBar(LightningProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_line = time.perf_counter()
         self.started = self.last_line - self.seconds  # as if a resumed run had never stopped
+        self.seconds_before = self.training_seconds()
         self.total = int(trainer.estimated_stepping_batches)
         console = Console(stderr=True)
         if console.is_terminal and self.enabled:
@@ -63,13 +65,17 @@ class ProgressBar(LightningProgressBar):
             logger.info("step %d of %d  %s", trainer.global_step, self.total, self.scores(trainer))
 
     def scores(self, trainer: Trainer) -> str:
-        """The latest values, as `loss 1.234  wer 12.3 %  85 s/s`."""
+        """The latest values, as `loss 1.234  wer 12.3 %  85 s/s  data wait 3 %`, of the time of this process."""
         latest = trainer.callback_metrics
         words = [f"loss {latest['train/loss']:.3f}"] if "train/loss" in latest else []
         for name in [name for name in METRICS if f"val/{name}" in latest][:1]:
             words.append(f"{name} {100 * latest[f'val/{name}']:.1f} %")
         audio_seconds = self.audio_seconds + self.unsummed[1].item() * trainer.world_size  # an estimate until summed
-        return "  ".join([*words, f"{audio_seconds / self.training_seconds():.0f} s/s"])
+        words.append(f"{audio_seconds / self.training_seconds():.0f} s/s")
+        if isinstance(loader := trainer.train_dataloader, Loader):
+            share = loader.waited / max(self.training_seconds() - self.seconds_before, 1e-9)
+            words.append(f"data wait {100 * min(share, 1.0):.0f} %")
+        return "  ".join(words)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validation_started = time.perf_counter()

@@ -30,7 +30,7 @@ from sedtrain.training.loggers import Tracker, Tracking
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 from sedtrain.training.signals import StopOnInterrupt
-from sedtrain.training.strategies import end_others, rejoin
+from sedtrain.training.strategies import end_others, rejoin, tensor_float32
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class TrainingRun:
             self.refuse_other_model(start)
         rejoin(self.trainer.strategy)
         try:
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(Stopped), tensor_float32(self.trainer.strategy.root_device):
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=start, weights_only=True)
         except Exception:
             end_others(self.trainer.strategy)

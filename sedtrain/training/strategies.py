@@ -1,7 +1,8 @@
-"""Runs over several processes: weights sharded by FSDP2, restarts by torchrun, and the end of processes that failed."""
+"""Devices and processes of a run: precision, weights sharded by FSDP2, restarts by torchrun, the end of failed processes."""
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,24 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from sedtrain.errors import UserError
 from sedtrain.models.parts import layers_of
+
+
+def precision_of(device: torch.device) -> str:
+    """bf16-mixed where a CUDA device computes in bfloat16 itself, else 32-true."""
+    computes_in_16_bits = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if computes_in_16_bits else "32-true"
+
+
+@contextmanager
+def tensor_float32(device: torch.device) -> Iterator[None]:
+    """Inside, matrix products of float32 on a CUDA device round their factors to TF32, as its convolutions do anyway."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class FullySharded(ModelParallelStrategy):

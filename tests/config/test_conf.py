@@ -22,7 +22,6 @@ PARTS = [(group, name) for group, name in CHOICES if group in ("encoder", "decod
 LOCAL = ("folder", "manifest", "parquet", "webdataset")
 UNSET = "no value is given"
 INCOMPLETE = {
-    ("attention", "flash_attention_2"): ("attention", "it computes in 16 bits, and trainer.precision is 32-true"),
     **{("data", name): ("data.path", UNSET) for name in LOCAL},
     ("experiment", "connected_digits"): ("data.path", UNSET),
     ("experiment", "whisper_finetune"): ("data.path", UNSET),

@@ -75,7 +75,7 @@ ROWS = [
     ("data.min_characters", -1, COUNT_FROM_0),
     ("data.max_bad_fraction", 1.5, FRACTION),
     ("data.keep_decoded_hours", -1, FROM_0),
-    ("data.num_workers", -1, UP_TO_1000_FROM_0),
+    ("data.num_workers", -1, f"{UP_TO_1000_FROM_0}, or null"),
     ("data.mix.german.weight", 0, POSITIVE),
     ("data.mix.german.weight", inf, POSITIVE),
     ("augment.speed.probability", 2, FRACTION),

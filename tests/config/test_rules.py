@@ -49,8 +49,9 @@ def test_a_time_limit_has_a_unit(value):
 def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write():
     wrong = "it computes in 16 bits, and trainer.precision is 32-true"
     expected = Problem("attention", "flash_attention_2", wrong, "write trainer.precision=bf16-mixed")
-    assert problems("attention=flash_attention_2") == [expected]
+    assert problems("attention=flash_attention_2", "trainer.precision=32-true") == [expected]
     assert check_command_line(["attention=flash_attention_2", "trainer.precision=bf16-mixed"])
+    assert check_command_line(["attention=flash_attention_2"])  # precision=auto: the GPU decides
 
 
 def test_bleu_has_the_tokenizers_that_need_no_download():

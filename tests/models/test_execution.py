@@ -7,6 +7,7 @@ import torch
 from families import DECODERS, ENCODERS, TOKENIZER, tiny_decoder, tiny_encoder
 from pairs import PAD, START, VOCABULARY, joined, part
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers.pytorch_utils import Conv1D
 
 from sedtrain.data.collate import Collator
@@ -34,16 +35,19 @@ def gradients(model, num_utterances, num_samples):
 
 @pytest.mark.filterwarnings("default")  # torch's compiler raises warnings that it means to hide
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
-def test_losses_and_gradients_are_those_of_plain_layers(execution):
+def test_losses_and_gradients_are_those_of_plain_layers_and_other_lengths_compile_nothing(execution):
     few = {"num_hidden_layers": 1} if execution.backend == "inductor" else {}  # it is slow
     plain = joined("hubert", "bert", **few).train()
     prepared = copy.deepcopy(plain)
     execution.prepare(prepared)
+    graphs = set()
     for size in ((2, 4000), (3, 5200)):
         expected, found = gradients(plain, *size), gradients(prepared, *size)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1
 
 
 @pytest.mark.filterwarnings("default")
