@@ -397,12 +397,13 @@ def test_a_model_whose_weights_are_another_s_is_refused(sedtrain, trained, tmp_p
 
 @pytest.mark.parametrize("task", ["evaluate", "transcribe"])
 def test_a_folder_that_is_no_model_is_refused(sedtrain, tmp_path, wav, task):
-    ended = sedtrain(f"task={task}", f"checkpoint={tmp_path}", f"audio={wav}", f"run_dir={tmp_path / 'scores'}")
+    audio = [f"audio={wav}"] if task == "transcribe" else []
+    ended = sedtrain(f"task={task}", f"checkpoint={tmp_path}", *audio, f"run_dir={tmp_path / 'scores'}")
     assert ended.status == 2
     assert f"  checkpoint = '{tmp_path}'\n    this folder is no model, it holds no config.json" in ended.err
     small = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     transformers.BertModel(small).save_pretrained(tmp_path)
-    ended = sedtrain(f"task={task}", f"checkpoint={tmp_path}", f"audio={wav}", f"run_dir={tmp_path / 'other'}")
+    ended = sedtrain(f"task={task}", f"checkpoint={tmp_path}", *audio, f"run_dir={tmp_path / 'other'}")
     assert ended.status == 2
     assert f"  checkpoint = '{tmp_path}'\n    this is a bert model, no speech encoder-decoder\n" in ended.err
 
