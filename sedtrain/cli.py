@@ -258,19 +258,19 @@ def run_task(cfg: DictConfig) -> None:
 
         return compare(list(cfg.runs), Path(cfg.run_dir))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "sedtrain.tasks" not in sys.modules:
+    module = f"sedtrain.{'transcribe' if cfg.task == 'transcribe' else 'tasks'}"
+    if module not in sys.modules:
         gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
-        importlib.import_module("sedtrain.tasks")
+        importlib.import_module(module)
         gc.freeze()
         gc.enable()
-    from sedtrain.tasks import TASKS
-
+    importlib.import_module("transformers").utils.logging.disable_progress_bar()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in IRRELEVANT:
         warnings.filterwarnings("ignore", message)
     try:
-        TASKS[cfg.task](cfg)
+        getattr(sys.modules[module], cfg.task)(cfg)
     except Unfinished as end:
         if end.status == 128 + signal.SIGUSR2:
             logger.info(str(end))
