@@ -35,7 +35,7 @@ from sedtrain.models.decoder_stacks import (
     UnprojectedCohereDecoder,
     WholeT5GemmaDecoder,
 )
-from sedtrain.models.losses import DeferrableLinear
+from sedtrain.models.output_layer import DeferrableLinear
 
 NAMES = {
     r"^(model\.decoder|text_decoder)\.": "decoder.",
