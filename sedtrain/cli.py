@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import importlib
 import logging
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -258,19 +258,16 @@ def run_task(cfg: DictConfig) -> None:
 
         return compare(list(cfg.runs), Path(cfg.run_dir))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    module = f"sedtrain.{'transcribe' if cfg.task == 'transcribe' else 'tasks'}"
-    if module not in sys.modules:
-        gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
-        importlib.import_module(module)
-        gc.freeze()
-        gc.enable()
-    importlib.import_module("transformers").utils.logging.disable_progress_bar()
+    task = imported_task(cfg.task)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in IRRELEVANT:
         warnings.filterwarnings("ignore", message)
     try:
-        getattr(sys.modules[module], cfg.task)(cfg)
+        task(cfg)
     except Unfinished as end:
         if end.status == 128 + signal.SIGUSR2:
             logger.info(str(end))
@@ -282,3 +279,20 @@ def run_task(cfg: DictConfig) -> None:
         fail(
             f"lost the connection to another process of this run, which has printed the reason: {str(error).strip()}", 1
         )
+
+
+def imported_task(name: str) -> Callable[[DictConfig], None]:
+    """The function of a task other than `compare`; the first job imports what it needs."""
+    is_first_job = not gc.get_freeze_count()
+    if is_first_job:
+        gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
+    if name == "transcribe":
+        from sedtrain.transcribe import transcribe as task
+    else:
+        from sedtrain import tasks
+
+        task = getattr(tasks, name)
+    if is_first_job:
+        gc.freeze()
+        gc.enable()
+    return task
