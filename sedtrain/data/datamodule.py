@@ -31,6 +31,8 @@ from sedtrain.data.workers import Loader, start_worker
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, UpTo1000, UpTo1000OrZero
 
+BATCHES_UNTIL_RETURN = 10
+
 
 def copies_of(folder: str) -> Path:
     """The folder for what a run fetches of streams; each machine makes and removes its own."""
@@ -101,6 +103,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
         copies = copies_of(folder)
         self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies, batch_seconds)
+        self.num_batches = 0  # that this process has got
         self.position: Position | None = None
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
@@ -197,9 +200,12 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Notes utterances that could not be decoded; all ranks call it equally often.
 
-        On a CPU, measured batches find the memory as it was when they were measured: free of what earlier ones left.
+        On a CPU, memory that batches of other shapes left is handed back now and then, else it grows by half in 500 steps.
+        Measured batches find it as it was when they were measured.
         """
-        if self.bounds.buckets is not None and self.trainer and self.trainer.strategy.root_device.type == "cpu":
+        self.num_batches += 1
+        is_due = self.bounds.buckets is not None or self.num_batches % BATCHES_UNTIL_RETURN == 0
+        if is_due and self.trainer and self.trainer.strategy.root_device.type == "cpu":
             return_freed_memory()
         split = "train" if self.trainer is None or self.trainer.training else "validation"
         over_ranks = self.over_ranks if self.trainer and self.trainer.world_size > 1 else None

@@ -86,7 +86,7 @@ def labelled_cross_entropy(
 
 def rows_of_chunk(vocab_size: int, device: torch.device) -> int:
     """Positions of a chunk: what keeps its logits near the processor, but enough to repay reading all weights."""
-    return max((2**22 if device.type == "cpu" else 2**25) // vocab_size, 128)
+    return max((2**22 if device.type == "cpu" else 2**25) // vocab_size, 64)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
