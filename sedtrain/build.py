@@ -35,7 +35,7 @@ from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
-from sedtrain.transcribe import device, saved_model
+from sedtrain.transcribe import device, refuse_absent, saved_model
 
 RANDOM_CTC_WEIGHT = 0.3
 NUM_TEXTS_OF_LANGUAGE = 1000
@@ -194,6 +194,7 @@ def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> tuple[str
 def make_trainer(
     cfg: DictConfig, finetuning: FineTuning, data: SpeechTextDataModule | None = None
 ) -> lightning.Trainer:
+    refuse_absent(cfg.trainer.get("accelerator"))
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
     return run_trainer(
         create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data)

@@ -3,6 +3,7 @@
 import logging
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +75,15 @@ def saved_model(cfg: DictConfig) -> SavedModel:
 
 def device(cfg: DictConfig) -> torch.device:
     """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
+    refuse_absent(cfg.trainer.get("accelerator"))
     may_use = cfg.trainer.get("accelerator") != "cpu" and torch.accelerator.is_available()
     return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")
+
+
+def refuse_absent(accelerator: object) -> None:
+    """Raises UserError for an accelerator of Lightning that this machine does not have."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    is_here = {"cuda": has_cuda, "mps": has_mps, "gpu": has_cuda or has_mps, "tpu": find_spec("torch_xla") is not None}
+    if not is_here.get(str(accelerator), True):
+        wrong, write = "PyTorch finds none on this machine", "write trainer.accelerator=auto or cpu"
+        raise UserError("trainer.accelerator", accelerator, wrong, write)

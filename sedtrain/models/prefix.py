@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sedtrain.errors import UserError
+from sedtrain.models.chat_template import rendered
 
 NEEDED = {"attention_mask", "inputs_embeds", "past_key_values"}
 """Arguments of a language model that can continue embeddings."""
@@ -103,13 +104,16 @@ def prompt_ids(tokenizer: Any, prompt: str | None) -> list[list[int]]:
 
 
 def turn_of_user(tokenizer: Any, text: str) -> str:
-    """A turn by the chat template, a program of the tokenizer's folder. Raises UserError where it fails or loses the audio."""
-    turn = [{"role": "user", "content": text}]
-    try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        fault = "" if text.count(PLACE) == 1 else f"writes what the user says {text.count(PLACE)} times"
-    except Exception as error:  # of whatever kind
-        fault = f"fails: {type(error).__name__} {' '.join(str(error).split())[:160]}"
+    """A turn by the chat template of the tokenizer's folder. Raises UserError where it fails or loses the audio."""
+    arguments = {
+        **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "conversations": [[{"role": "user", "content": text}]],
+        "add_generation_prompt": True,
+        "enable_thinking": False,
+    }
+    text, fault = rendered(tokenizer.get_chat_template(), arguments)
+    if not fault and text.count(PLACE) != 1:
+        fault = f"writes what the user says {text.count(PLACE)} times"
     if fault:
         write = "write decoder.checkpoint=FOLDER whose tokenizer has another chat template, or none"
         raise UserError(

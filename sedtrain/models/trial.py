@@ -29,7 +29,7 @@ def tried(
     if key in PASSED:
         return build(config)
     with torch.random.fork_rng(devices=[]):
-        refuse_larger(option, value, config, build)
+        refuse_sizes(option, value, config, build)
     model = build(config)
     if config._attn_implementation not in ON_CPU:
         return model
@@ -52,12 +52,18 @@ def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def refuse_larger(option: str, value: object, config: PreTrainedConfig, build: Build) -> None:
-    """Raises UserError where the tensors of a model, in float32, take more than the memory; none is allocated."""
+def refuse_sizes(option: str, value: object, config: PreTrainedConfig, build: Build) -> None:
+    """Raises UserError where the tensors of a model, in float32, take more than the memory, or a weight has no number.
+
+    Nothing is allocated.
+    """
     size, most = 0, memory()
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         nonlocal size
+        if isinstance(tensor, nn.Parameter) and not tensor.numel():
+            wrong = f"these values build a {type(module).__name__} whose {name} has the shape {tuple(tensor.shape)}"
+            raise UserError(option, value, wrong, f"write {option}.NAME=VALUE that fits the others")
         size += 0 if tensor is None else 4 * tensor.numel()
         if size > most:
             wrong = f"weights of {size / 1e9:,.0f} GB or more, and this machine has {most / 1e9:,.0f} GB"

@@ -163,6 +163,14 @@ def test_options_whose_model_would_fail_in_its_first_step_are_refused(part, name
     assert error.wrong.startswith("these values build a model that fails in its first step: ")
 
 
+def test_values_that_leave_a_layer_without_weights_are_refused():
+    with pytest.raises(UserError) as caught:
+        tiny_encoder("parakeet", options={"num_mel_bins": 1})
+    [error] = caught.value.errors
+    assert error.wrong == "these values build a Linear whose weight has the shape (144, 0)"
+    assert error.write == "write encoder.options.NAME=VALUE that fits the others"
+
+
 def test_values_of_the_tiny_member_are_told_where_no_option_is_chosen():
     with pytest.raises(UserError) as caught:
         load_encoder("speech_to_text", {**option_file("encoder", "speech_to_text")["tiny"], "conv_channels": 65})

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sedtrain.errors import UserError
+from sedtrain.models import chat_template
 from sedtrain.models.adapter import ADAPTERS
 from sedtrain.models.saved import refuse_misdescribed
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -214,16 +215,19 @@ def test_a_prompt_without_one_place_for_the_audio_is_refused_and_so_is_one_that_
         ),
         ("{{ lipsum.__globals__ }}", "writes what the user says 0 times"),
         ("{{ messages[0].content * 2 }}", "writes what the user says 2 times"),
+        ("{{ messages[0].content * 10**5 }}", "writes 700000 characters"),
+        ("{{ 'x' * 10**10 }}", "takes more than 2 GiB of memory"),
+        ("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", "takes more than 2 s"),
     ],
 )
-def test_a_chat_template_that_fails_or_loses_the_audio_is_refused(template, wrong):
+def test_a_chat_template_that_fails_takes_too_much_or_loses_the_audio_is_refused(monkeypatch, template, wrong):
+    monkeypatch.setattr(chat_template, "SECONDS", 2)
     tokenizer = chat_tokenizer()
     tokenizer.chat_template, tokenizer.name_or_path = template, "folder"
-    for prompt in (None, "Write: {audio}"):
-        assert problem("llama", tokenizer=tokenizer, prompt=prompt) == (
-            f"decoder.checkpoint = 'folder': the chat template of its tokenizer {wrong}; "
-            "write decoder.checkpoint=FOLDER whose tokenizer has another chat template, or none"
-        )
+    assert problem("llama", tokenizer=tokenizer) == (
+        f"decoder.checkpoint = 'folder': the chat template of its tokenizer {wrong}; "
+        "write decoder.checkpoint=FOLDER whose tokenizer has another chat template, or none"
+    )
 
 
 def test_a_text_behind_a_prompt_has_no_token_in_front():
