@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
 from sedtrain.errors import Unfinished
-from sedtrain.export import write_model_card
+from sedtrain.export.card import write_model_card
+from sedtrain.export.folder import refuse_taken, write_folder
+from sedtrain.export.upload import files_of, refuse_impossible, upload
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables, write_page
 from sedtrain.run_dir import config_of, is_finished, write_whole
@@ -52,7 +54,8 @@ def train(cfg: DictConfig) -> None:
         results, evaluation = build.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
     log_scores(run.trainer, results)
-    write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)
+    origin = build.origin(cfg, settings, run.saved)
+    write_model_card(run.folder / "model", run.saved, results, origin, cfg.target)
 
 
 def keep_configuration(run_dir: str, settings: dict[str, Any]) -> None:
@@ -93,3 +96,19 @@ def fit_batches(cfg: DictConfig) -> None:
         terminal.saved_files(run.folder, ["batches.yaml", "skipped.jsonl", "sedtrain.log"]),
         f"to train with them:\n  {command}",
     )
+
+
+def export(cfg: DictConfig) -> None:
+    """Writes a saved model as a folder for others, and uploads it where that is asked for."""
+    folder = Path(cfg.out).expanduser()
+    refuse_taken(folder)
+    if cfg.hub:
+        refuse_impossible(cfg.hub, cfg.dry_run)
+    exported = build.exported(cfg)
+    write_folder(folder, *exported)
+    files = files_of(folder)
+    terminal.show(terminal.files(files), f"saved in {folder}")
+    if cfg.hub and cfg.dry_run:
+        terminal.show(f"nothing was uploaded: dry_run=false would write these {len(files)} files to {cfg.hub}")
+    elif cfg.hub:
+        terminal.show(f"uploaded to {upload(folder, cfg.hub, cfg.export.private)}")
