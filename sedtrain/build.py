@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
-import torch
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from omegaconf import DictConfig, OmegaConf
 
-from sedtrain.config.instantiate import create, import_target
+from sedtrain.config.instantiate import create
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
@@ -22,10 +20,8 @@ from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.outputs import Outputs
 from sedtrain.decoding.recordings import collator_of, positions_of_audio
-from sedtrain.decoding.transcribe import Transcriber
-from sedtrain.errors import UserError
+from sedtrain.errors import REFUSED, Attempts, UserError
 from sedtrain.evaluation.evaluate import Scoring, metric_set
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, MetricSet, OwnMetric, chosen
 from sedtrain.evaluation.own_metrics import of_evaluate, of_function
@@ -37,7 +33,7 @@ from sedtrain.export.origin import origin_of
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
-from sedtrain.models.saved import SavedModel, join, load, to_finetune
+from sedtrain.models.saved import SavedModel, join, to_finetune
 from sedtrain.plain import plain_value
 from sedtrain.run_dir import config_of
 from sedtrain.text.coverage import VocabularyReport
@@ -50,34 +46,12 @@ from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
 from sedtrain.training.strategies import FullySharded, precision_of
+from sedtrain.transcribe import device, refuse_absent, saved_model
 
 RANDOM_CTC_WEIGHT = 0.3
 NUM_TEXTS_OF_LANGUAGE = 1000
-REFUSED = object()  # stands for a component that could not be made
 
 logger = logging.getLogger(__name__)
-
-
-class Attempts:
-    """Makes components one after the other, and collects what they refuse."""
-
-    def __init__(self) -> None:
-        self.errors: list[UserError] = []
-
-    def __call__(self, make: Any, *needed: Any) -> Any:
-        """`make(*needed)`; REFUSED where it raises UserError, or where one of these was refused itself."""
-        if any(each is REFUSED for each in (make, *needed)):
-            return REFUSED
-        try:
-            return make(*needed)
-        except UserError as error:
-            self.errors.append(error)
-            return REFUSED
-
-    def report(self) -> None:
-        """Raises one UserError of everything that was refused."""
-        if self.errors:
-            raise UserError.all_of(self.errors) from self.errors[0]
 
 
 def training_run(cfg: DictConfig) -> TrainingRun:
@@ -372,18 +346,6 @@ def whole_data(cfg: DictConfig) -> SpeechTextDataModule:
     return data
 
 
-def transcriber(cfg: DictConfig) -> Transcriber:
-    """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
-    attempt = Attempts()
-    saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
-    make = partial(Transcriber, language=cfg.data.get("language"), target=cfg.target)
-    with_words, bounds = outputs(cfg).formats != ("text",), attempt(bounds_of, cfg)
-    made: Transcriber = attempt(make, saved, options, with_words, bounds)
-    attempt.report()
-    saved.model.to(device(cfg))
-    return made
-
-
 def exported(
     cfg: DictConfig,
 ) -> tuple[SavedModel, ExportOptions, dict[str, Any], Results | None, Origin, str]:
@@ -404,44 +366,8 @@ def origin(cfg: DictConfig, settings: dict[str, Any], saved: SavedModel) -> Orig
     return origin_of(settings, cfg.data.get("language"), cfg.export.license, saved.tags)
 
 
-def bounds_of(cfg: DictConfig) -> Bounds:
-    """The bounds of a batch, as `data` has them."""
-    data, names = resolved(cfg.data), ("batch_seconds", "batch_tokens", "num_buckets", "batches")
-    return Bounds.of(**{name: data[name] for name in names if name in data})
-
-
-def outputs(cfg: DictConfig) -> Outputs:
-    """Where `task=transcribe` writes, and in which formats."""
-    formats = (cfg.format,) if isinstance(cfg.format, str) else tuple(cfg.format)
-    return Outputs(formats, Path(cfg.out).expanduser() if cfg.out else None, cfg.data.get("language"))
-
-
-def saved_model(cfg: DictConfig) -> SavedModel:
-    """The model that `checkpoint` names; importing a user's own classes registers them."""
-    for group in ("encoder", "decoder", "adapter"):
-        import_target(cfg, group)
-    return load(cfg.checkpoint)
-
-
 def inspected_data(cfg: DictConfig) -> SpeechTextDataModule:
     """The data of `task=inspect`, which counts every bad utterance and is stopped by none."""
     tolerant = {"on_bad_utterance": "skip", "max_bad_fraction": 1.0}
     cfg.data.update({option: value for option, value in tolerant.items() if option in cfg.data})
     return rewritten_data(cfg)
-
-
-def device(cfg: DictConfig) -> torch.device:
-    """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
-    refuse_absent(cfg.trainer.get("accelerator"))
-    may_use = cfg.trainer.get("accelerator") != "cpu" and torch.accelerator.is_available()
-    return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")
-
-
-def refuse_absent(accelerator: object) -> None:
-    """Raises UserError for an accelerator of Lightning that this machine does not have."""
-    kinds = [
-        kind for kind in (("cuda", "mps") if accelerator == "gpu" else (accelerator,)) if kind in AcceleratorRegistry
-    ]
-    if kinds and not any(AcceleratorRegistry[kind]["accelerator"].is_available() for kind in kinds):
-        wrong, write = "PyTorch finds none on this machine", "write trainer.accelerator=auto or cpu"
-        raise UserError("trainer.accelerator", accelerator, wrong, write)

@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import importlib
 import logging
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -286,11 +286,25 @@ def run_task(cfg: DictConfig) -> None:
 
         return compare(list(cfg.runs), Path(cfg.run_dir))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "sedtrain.tasks" not in sys.modules:
+    task = imported_task(cfg.task)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    task(cfg)
+
+
+def imported_task(name: str) -> Callable[[DictConfig], None]:
+    """The function of a task other than `compare`; the first job imports what it needs."""
+    is_first_job = not gc.get_freeze_count()
+    if is_first_job:
         gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
-        importlib.import_module("sedtrain.tasks")
+    if name == "transcribe":
+        from sedtrain.transcribe import transcribe as task
+    else:
+        from sedtrain import tasks
+
+        task = getattr(tasks, name)
+    if is_first_job:
         gc.freeze()
         gc.enable()
-    from sedtrain.tasks import TASKS
-
-    TASKS[cfg.task](cfg)
+    return task

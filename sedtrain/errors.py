@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 YAML = {"true": True, "false": False, "null": None}
 UNSET = "???"  # how YAML writes a value that nobody has given yet
+REFUSED = object()  # stands for a component that could not be made
 COMPONENT = (
     r"((augment|callbacks)\.\w+|metrics\.bleu|adapter|data|decoding|(en|de)coder|"
     r"finetune|loss|optimizer|scheduler|tokenizer|trainer)"
@@ -59,6 +61,28 @@ class UserError(ValueError):
     def __str__(self) -> str:
         number = len(self.errors)
         return "\n\n".join([f"{number} problem{'s' if number > 1 else ''}:", *(each.entry() for each in self.errors)])
+
+
+class Attempts:
+    """Makes components one after the other, and collects what they refuse."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    def __call__(self, make: Any, *needed: Any) -> Any:
+        """`make(*needed)`; REFUSED where it raises UserError, or where one of these was refused itself."""
+        if any(each is REFUSED for each in (make, *needed)):
+            return REFUSED
+        try:
+            return make(*needed)
+        except UserError as error:
+            self.errors.append(error)
+            return REFUSED
+
+    def report(self) -> None:
+        """Raises one UserError of everything that was refused."""
+        if self.errors:
+            raise UserError.all_of(self.errors) from self.errors[0]
 
 
 class Unfinished(Exception):

@@ -1,4 +1,4 @@
-"""The tasks of a command: train, evaluate, transcribe, export, inspect, fit_batches; compare.py has compare."""
+"""The tasks of a command; transcribe.py has transcribe and compare.py compare, which need less than these."""
 
 import logging
 import shlex
@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import build, terminal
-from sedtrain.data.paths import audio_paths, stored
-from sedtrain.errors import Unfinished, UserError
+from sedtrain.errors import Unfinished
 from sedtrain.export.card import write_model_card
 from sedtrain.export.folder import refuse_taken, write_folder
 from sedtrain.export.upload import files_of, refuse_impossible, upload
@@ -28,7 +26,6 @@ NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.b
 """Options of a search for batches that are not those of the training it is for."""
 
 logger = logging.getLogger(__name__)
-transformers.utils.logging.disable_progress_bar()
 
 
 def train(cfg: DictConfig) -> None:
@@ -75,25 +72,6 @@ def evaluate(cfg: DictConfig) -> None:
     terminal.show(*terminal.scored(results, evaluation, scoring.folder))
 
 
-def transcribe(cfg: DictConfig) -> None:
-    """Prints or writes the text of every recording; of several, one that cannot be transcribed stops no other."""
-    paths = audio_paths(cfg.audio)
-    outputs, num_failed = build.outputs(cfg), 0
-    names, transcriber = outputs.names(paths), build.transcriber(cfg)
-    for path in terminal.with_progress(paths, is_shown=bool(names) or not sys.stdout.isatty()):
-        try:
-            with stored(path) as file:
-                found = transcriber.transcription_of(file, name=path)
-            outputs.write(found, names.get(path))
-        except UserError as error:
-            if len(paths) == 1 or error.option == "out":
-                raise
-            logger.error("audio=%s: %s", path, error.wrong)
-            num_failed += 1
-    if num_failed:
-        raise Unfinished(f"{num_failed} of {len(paths)} files could not be transcribed")
-
-
 def inspect(cfg: DictConfig) -> None:
     """Shows what the data hold and which of them training would leave out; nothing of a model is needed."""
     folder = Path(cfg.run_dir)
@@ -134,6 +112,3 @@ def export(cfg: DictConfig) -> None:
         terminal.show(f"nothing was uploaded: dry_run=false would write these {len(files)} files to {cfg.hub}")
     elif cfg.hub:
         terminal.show(f"uploaded to {upload(folder, cfg.hub, cfg.export.private)}")
-
-
-TASKS = {task.__name__: task for task in (train, evaluate, transcribe, export, inspect, fit_batches)}

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
 
-from sedtrain import build
+from sedtrain import build, transcribe
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.errors import UserError
@@ -61,7 +61,7 @@ def built(composed):
 
 def test_transcription_has_the_bounds_of_training_batches(composed):
     batches = "[{seconds:2.0,tokens:9,utterances:3}]"
-    assert build.bounds_of(composed("data.batch_seconds=7", f"data.batches={batches}")) == Bounds.of(
+    assert transcribe.bounds_of(composed("data.batch_seconds=7", f"data.batches={batches}")) == Bounds.of(
         7, batches=[{"seconds": 2.0, "tokens": 9, "utterances": 3}]
     )
 
@@ -159,7 +159,7 @@ def test_an_accelerator_that_the_machine_lacks_is_refused_by_all_that_would_use_
         )
     }
     assert refused(build.make_trainer, cfg, build.create(cfg, "finetune")) == expected
-    assert refused(build.device, cfg) == expected
+    assert refused(transcribe.device, cfg) == expected
 
 
 def test_everything_that_components_refuse_is_reported_at_once(built, tmp_path):
@@ -572,7 +572,7 @@ def test_characters_that_a_pretrained_tokenizer_cannot_write_are_warned_of(built
 def test_a_model_writes_on_the_accelerator_that_there_is_and_may_be_used(monkeypatch, is_there, accelerator, expected):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: is_there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert build.device(OmegaConf.create({"trainer": {"accelerator": accelerator}})) == torch.device(expected)
+    assert transcribe.device(OmegaConf.create({"trainer": {"accelerator": accelerator}})) == torch.device(expected)
 
 
 class Asked(Exception):
@@ -586,6 +586,7 @@ def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, train
 
     soundfile.write(tmp_path / "a.wav", [0.0] * 16_000, 16_000)
     monkeypatch.setattr(build, "device", asked)
+    monkeypatch.setattr(transcribe, "device", asked)
     with pytest.raises(Asked):
         audio = [f"audio={tmp_path / 'a.wav'}"] if task == "transcribe" else []
         sedtrain(f"task={task}", f"checkpoint={trained}", f"run_dir={tmp_path / 'run'}", *audio)

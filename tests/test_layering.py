@@ -16,12 +16,13 @@ PACKAGE = Path(__file__).parents[1] / "sedtrain"
 MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
-    "cli": "compare config errors launch run_dir tasks",
+    "cli": "compare config errors launch run_dir tasks transcribe",
     "interactive": "build cli config errors training",
     "compare": "errors evaluation run_dir terminal",
     "search": "annotations errors evaluation run_dir terminal",
-    "tasks": "build data errors export inspection run_dir terminal training",
-    "build": "config data decoding errors evaluation export models plain run_dir text training",
+    "tasks": "build errors export inspection run_dir terminal training",
+    "transcribe": "config data decoding errors models terminal",
+    "build": "config data decoding errors evaluation export models plain run_dir text training transcribe",
     "terminal": "evaluation",
     "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir terminal",
     "inspection": "batch data errors evaluation run_dir",
@@ -45,8 +46,8 @@ CONFIGURATION = {"filelock", "hydra", "omegaconf", "yaml"}
 # The only places that may import these packages; every other package is free.
 ONLY_IN = {
     "hydra": "cli config interactive search",
-    "omegaconf": "build cli config interactive search tasks",
-    "lightning": "build config data.datamodule data.workers training",
+    "omegaconf": "build cli config interactive search tasks transcribe",
+    "lightning": "build data.datamodule data.workers training",
     "datasets": "data",
     "rich": "compare data.durations inspection.tables terminal training.progress training.tables",
     "matplotlib": "evaluation",
@@ -169,6 +170,12 @@ def test_runs_are_compared_without_torch():
     assert set().union(*(PACKAGES[name] for name in used)) & {"torch", "transformers", *NOT_FOR_INFERENCE} <= {
         "sacrebleu"
     }
+
+
+def test_recordings_are_transcribed_without_lightning_and_datasets():
+    used = closure({"transcribe"})
+    assert {"decoding.transcribe", "data.audio_paths", "config.instantiate"} <= used
+    assert set().union(*(PACKAGES[name] for name in used)) & {"lightning", "datasets", "pyarrow", "pandas"} == set()
 
 
 def test_a_saved_model_is_used_without_lightning_hydra_and_datasets():

@@ -7,13 +7,12 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.config.schema import first_line
 from sedtrain.errors import UserError
 
-REFUSALS = (ValueError, TypeError, ImportError, MisconfigurationException)
+REFUSALS = (ValueError, TypeError, ImportError)
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +38,11 @@ def guarded(node: Any, path: str, function: Callable[..., Any], *args: Any, **kw
     """Calls the function; anything it refuses becomes one UserError at the path, unless it is a UserError already."""
     try:
         return function(*args, **kwargs)
-    except (InstantiationException, *REFUSALS) as error:
-        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+    except Exception as error:
+        cause = (isinstance(error, InstantiationException) and error.__cause__) or error
         if isinstance(cause, UserError):
             raise cause from None
-        if not isinstance(cause, REFUSALS):
+        if not isinstance(cause, REFUSALS) and type(cause).__name__ != "MisconfigurationException":  # Lightning's
             raise
         logger.debug("%s is refused", path, exc_info=cause)
         target = str(node.get("_target_", path))

@@ -126,7 +126,9 @@ def register() -> None:
     """Makes the typed root known to Hydra, as `schema` in a defaults list, and our resolvers to OmegaConf."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    store: Any = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.__deepcopy__ = lambda memo: store  # Hydra copies it for each question about its groups, 140 times for --help
     OmegaConf.register_new_resolver("by_size", by_size, replace=True)
     OmegaConf.register_new_resolver("for_demo", for_demo, replace=True)
 

@@ -31,6 +31,8 @@ from sedtrain.data.workers import Loader, start_worker, usual_workers
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, UpTo1000, UpTo1000OrZero
 
+BATCHES_UNTIL_ROOM = 4
+
 
 def copies_of(folder: str) -> Path:
     """The folder for what a run fetches of streams; each machine makes and removes its own."""
@@ -110,6 +112,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
         copies = copies_of(folder)
         self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies, batch_seconds)
+        self.num_batches = 0  # so far, in this process
         self.position: Position | None = None
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
@@ -193,7 +196,14 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return_freed_memory()
         for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False, most=most)):
             self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
+            self.make_room()
             yield batch
+
+    def make_room(self, at_once: bool = False) -> None:
+        """Hands back, every few batches, what batches of other shapes left: it grows to half of all memory in 500 steps."""
+        self.num_batches += 1
+        if at_once or self.num_batches % BATCHES_UNTIL_ROOM == 0:
+            return_freed_memory()
 
     def long_utterances(self, split: str, most: float) -> Iterator[Utterance]:
         """The utterances of a split that are longer than `most` seconds, one by one; notes those that cannot be read."""
@@ -207,10 +217,10 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Notes utterances that could not be decoded; all ranks call it equally often.
 
-        On a CPU, measured batches find the memory as it was when they were measured: free of what earlier ones left.
+        Measured batches find memory, on a CPU, as it was when they were measured: free of what earlier ones left.
         """
-        if self.bounds.buckets is not None and self.trainer and self.trainer.strategy.root_device.type == "cpu":
-            return_freed_memory()
+        if self.trainer and self.trainer.strategy.root_device.type == "cpu":
+            self.make_room(at_once=self.bounds.buckets is not None)
         split = "train" if self.trainer is None or self.trainer.training else "validation"
         over_ranks = self.over_ranks if self.trainer and self.trainer.world_size > 1 else None
         self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped, over_ranks)

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 
 from sedtrain.data.audio import is_audio_file, is_media_file, leaves_folder
-from sedtrain.data.paths import files_in
+from sedtrain.data.audio_paths import files_in
 from sedtrain.data.readers import read_rows
 from sedtrain.data.tables import (
     MAX_TEXT_BYTES,

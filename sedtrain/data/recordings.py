@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 
 from sedtrain.data.audio import UNREADABLE, is_audio_file, opened
-from sedtrain.data.paths import files_in
+from sedtrain.data.audio_paths import files_in
 from sedtrain.data.source import check_columns
 from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError

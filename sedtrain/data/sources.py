@@ -11,9 +11,10 @@ from pathlib import Path
 import datasets
 from datasets.utils.file_utils import cached_path
 
+from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
-from sedtrain.data.paths import files_in, files_of, is_here, local_path
+from sedtrain.data.paths import files_of, is_here, local_path
 from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
 from sedtrain.data.tables import joined
 from sedtrain.errors import UserError

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, starmap, zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
 from sedtrain.errors import UserError
-from sedtrain.text.normalizers import Normalizer, collapse_whitespace, find, normalizer
+from sedtrain.text.normalizers import Normalizer, find, normalizer
 
 Counts = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
@@ -29,6 +29,7 @@ Values = npt.NDArray[np.float64]
 TRANSCRIPTION = ("wer", "cer")
 TRANSLATION = ("bleu", "chrf")
 EDITS = ("substitutions", "deletions", "insertions", "hits")
+TEXTS_AT_ONCE = 250  # whose words are in memory together
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Metric:
 
     title: name in reports
     counted: names of its counts
-    count: reference and hypothesis -> as many whole numbers
+    count: reference and hypothesis -> as many whole numbers; each is a list of words for a metric of words, else a text
     value: summed counts (..., number of counts) -> fractions (...), not percent
     signature: how sacrebleu describes it; None for a metric of normalized texts, in which single spaces separate words
     """
@@ -47,9 +48,10 @@ class Metric:
     title: str
     counted: tuple[str, ...]
     higher_is_better: bool
-    count: Callable[[str, str], Sequence[int]]
+    count: Callable[[Any, Any], Sequence[int]]
     value: Callable[[Counts], Values]
     signature: Callable[[], str] | None = None
+    of_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,13 @@ class OwnMetric:
 
 def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> tuple[int, int, int, int]:
     """Substitutions, deletions, insertions and hits of a shortest alignment."""
-    kinds = [kind for kind, _, _ in Levenshtein.editops(reference, hypothesis).as_list()]
-    substitutions, deletions, insertions = map(kinds.count, ("replace", "delete", "insert"))
+    edits, longer = Levenshtein.editops(reference, hypothesis), len(reference) - len(hypothesis)
+    insertions = max(-longer, 0)
+    if len(edits) > abs(longer) + 1:  # else the lengths say all
+        insertions = [kind for kind, _, _ in edits.as_list()].count("insert")
+    deletions = insertions + longer
+    substitutions = len(edits) - insertions - deletions
     return substitutions, deletions, insertions, len(reference) - substitutions - deletions
-
-
-def count_word_edits(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
-    return count_edits(reference.split(), hypothesis.split())
 
 
 def error_rate(counts: Counts) -> Values:
@@ -138,10 +140,10 @@ def sacrebleu_metric(title: str, counted: tuple[str, ...], higher_is_better: boo
 NGRAMS = (f"{what}_{order}" for order in range(1, 7) for what in ("hypothesis", "reference", "matches"))
 BLEU = ("hypothesis_words", "reference_words", *(f"{what}_{n}" for what in ("matches", "ngrams") for n in range(1, 5)))
 METRICS = {
-    "wer": Metric("WER", EDITS, False, count_word_edits, error_rate),
+    "wer": Metric("WER", EDITS, False, count_edits, error_rate, of_words=True),
     "cer": Metric("CER", EDITS, False, count_edits, error_rate),
-    "mer": Metric("MER", EDITS, False, count_word_edits, match_error_rate),
-    "wil": Metric("WIL", EDITS, False, count_word_edits, information_lost),
+    "mer": Metric("MER", EDITS, False, count_edits, match_error_rate, of_words=True),
+    "wil": Metric("WIL", EDITS, False, count_edits, information_lost, of_words=True),
     "bleu": sacrebleu_metric("BLEU", BLEU),  # orders 1 to 4, exponential smoothing
     "chrf": sacrebleu_metric("chrF", tuple(NGRAMS)),  # character orders 1 to 6, beta 2, no word orders
     "ter": sacrebleu_metric(
@@ -194,16 +196,25 @@ class MetricSet:
 
     def count(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
         """(N, K) counts, one row for each utterance. Words are what white space separates."""
-        rows = []
-        for texts in zip(references, hypotheses, strict=True):
-            normalized = [collapse_whitespace(self.normalize(text)) for text in texts]
-            row, counts = [max(len(normalized[0].split()), 1)], {}
-            for metric in self.metrics.values():
-                if metric.count not in counts:  # WER, MER and WIL share theirs
-                    counts[metric.count] = metric.count(*(texts if metric.signature else normalized))
-                row += counts[metric.count]
-            rows.append(row)
-        return np.array(rows, dtype=np.int64).reshape(len(rows), self.num_counts)
+        few = (slice(first, first + TEXTS_AT_ONCE) for first in range(0, max(len(references), 1), TEXTS_AT_ONCE))
+        return np.concatenate([self._count_few(references[each], hypotheses[each]) for each in few])
+
+    def _count_few(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+        """The same, with the words of all texts in memory."""
+        rewrite = self.normalize.rewrite
+        words = [[rewrite(text).split() for text in side] for side in (references, hypotheses)]
+        columns = [np.maximum(np.fromiter(map(len, words[0]), np.int64), 1)[:, None]]
+        counted: dict[Any, Counts] = {}  # WER, MER and WIL share theirs
+        for metric in self.metrics.values():
+            key = metric.count, metric.of_words
+            if key not in counted:
+                texts: Any = (references, hypotheses) if metric.signature else words
+                if not metric.signature and not metric.of_words:
+                    texts = [map(" ".join, side) for side in words]
+                numbers = chain.from_iterable(starmap(metric.count, zip(*texts, strict=True)))
+                counted[key] = np.fromiter(numbers, np.int64).reshape(len(words[0]), len(metric.counted))
+            columns.append(counted[key])
+        return np.concatenate(columns, axis=1)
 
     def values(self, counts: Counts) -> dict[str, Values]:
         """Metrics by name, each (...), of summed counts (..., K); NaN where no utterance was counted."""

@@ -15,7 +15,7 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 from transformers.pytorch_utils import Conv1D
 
 from sedtrain.errors import UserError
-from sedtrain.models.losses import DeferrableLinear
+from sedtrain.models.output_layer import DeferrableLinear
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import KEPT, attempt, steps_of
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.loading import one_line
-from sedtrain.models.losses import deferred_output_layer
+from sedtrain.models.output_layer import deferred_output_layer
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 try:

@@ -2,29 +2,19 @@
 
 Every loss is a sum, beside the number of tokens that it sums over.
 
-B batch, T frames, D decoder width, U target tokens, V vocabulary.
+B batch, T frames, U target tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import IGNORE_INDEX
 from sedtrain.ranges import Fraction
-
-# The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
-ENDS_WITH_OUTPUT_LAYER = {
-    "bart", "bert", "bert-generation", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie",
-    "gpt2", "marian", "mbart", "pegasus", "plbart", "rembert", "roberta", "speech_to_text_2", "trocr", "xglm", "xlm-roberta",
-    "xmod", "gemma", "gpt_neo", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3",
-}  # fmt: skip
 
 
 def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) -> Tensor:
@@ -62,100 +52,6 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
         above_mean = rows.gather(1, labels.clamp(min=0)[:, None])[:, 0] - rows.mean(1)
         plain = plain - label_smoothing * torch.where(labelled, above_mean, 0.0).sum()
     return loss, labelled.sum(), plain
-
-
-class DeferrableLinear(nn.Linear):
-    """A linear layer that hands its input through while `deferred`.
-
-    cap: bound of its outputs' size, which they approach smoothly; None: none
-    """
-
-    deferred: bool = False
-    cap: float | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input if self.deferred else self.outputs(input)
-
-    def outputs(self, input: Tensor) -> Tensor:
-        """(..., D) -> (..., V), deferred or not."""
-        outputs = super().forward(input)
-        return outputs if self.cap is None else self.cap * torch.tanh(outputs / self.cap)
-
-
-def make_deferrable(decoder: PreTrainedModel) -> None:
-    """Swaps the class of the decoder's output layer if it is a plain linear one; parameters and names stay."""
-    layer = decoder.get_output_embeddings()
-    if decoder.config.model_type in ENDS_WITH_OUTPUT_LAYER and type(layer) is nn.Linear:
-        layer.__class__ = DeferrableLinear
-
-
-@contextmanager
-def deferred_output_layer(decoder: PreTrainedModel, deferred: bool) -> Iterator[DeferrableLinear | None]:
-    """Makes the decoder's "logits" the (B, U, D) inputs of its output layer, and yields that layer.
-
-    Yields None, and leaves the logits as they are, if `deferred` is false or the layer cannot be deferred.
-    """
-    layer = decoder.get_output_embeddings()
-    if not deferred or not isinstance(layer, DeferrableLinear):
-        yield None
-        return
-    layer.deferred = True
-    try:
-        yield layer
-    finally:
-        layer.deferred = False
-
-
-def labelled_cross_entropy(
-    output_layer: DeferrableLinear,
-    hidden_states: Tensor,
-    labels: Tensor,
-    label_smoothing: float = 0.0,
-    chunk_elements: int = 2**25,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, U, D) inputs of the output layer, (B, U) labels -> what `token_cross_entropy` gives for its (B, U, V) logits.
-
-    (B, U, V) is never in memory: the output layer runs on labelled positions only, in chunks of at most `chunk_elements`
-    logits, which the backward pass computes again. Compiled code, whose shapes are fixed, takes all positions.
-    """
-    labelled = labels != IGNORE_INDEX
-    if torch.compiler.is_compiling():
-        inputs, targets = hidden_states.flatten(0, 1), labels.flatten()
-    else:
-        inputs, targets = hidden_states[labelled], labels[labelled]
-
-    def summed_losses(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss, _, plain = token_cross_entropy(output_layer.outputs(inputs)[None], targets[None], label_smoothing)
-        return loss, plain
-
-    rows = max(chunk_elements // output_layer.out_features, 1)
-    if len(targets) <= rows:
-        loss, plain = summed_losses(inputs, targets)
-    else:
-        chunks = zip(inputs.split(rows), targets.split(rows), strict=True)
-        losses = [checkpoint(summed_losses, *chunk, use_reentrant=False) for chunk in chunks]
-        loss, plain = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
-    return loss, labelled.sum(), plain
-
-
-def mean_loss(
-    logits: Tensor,
-    output_layer: DeferrableLinear | None,
-    labels: Tensor,
-    label_smoothing: float,
-    num_items: Tensor | int | None,
-) -> tuple[Tensor, Tensor]:
-    """The loss of (B, U, V) logits, or of the (B, U, D) inputs of an output layer, over the target tokens or `num_items`.
-
-    Beside it, the loss without smoothing and gradient.
-    """
-    if output_layer is None:
-        loss_sum, num_tokens, plain = token_cross_entropy(logits, labels, label_smoothing)
-    else:
-        loss_sum, num_tokens, plain = labelled_cross_entropy(output_layer, logits, labels, label_smoothing)
-    divisor = num_tokens if num_items is None else torch.as_tensor(num_items)
-    divisor = divisor.to(loss_sum.device).clamp(min=1)
-    return loss_sum / divisor, plain / divisor
 
 
 def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int) -> tuple[Tensor, Tensor]:

@@ -49,9 +49,10 @@ from sedtrain.models.encoder import (
 from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS
 from sedtrain.models.loading import configured, joint_config, refuse_unsupported, share_config
-from sedtrain.models.losses import decoder_inputs, deferred_output_layer, make_deferrable, mean_loss
+from sedtrain.models.losses import decoder_inputs
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
+from sedtrain.models.output_layer import deferred_output_layer, make_deferrable, mean_loss
 from sedtrain.models.prefix import arguments_of, is_prefixed, num_in_front, refuse_long_row
 from sedtrain.models.speech_to_text_2 import settle_published
 

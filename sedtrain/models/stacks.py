@@ -37,7 +37,7 @@ from sedtrain.models.decoder_stacks import (
     UnprojectedMoonshineStreamingDecoder,
     WholeT5GemmaDecoder,
 )
-from sedtrain.models.losses import DeferrableLinear
+from sedtrain.models.output_layer import DeferrableLinear
 
 NAMES = {
     r"^(model\.decoder|text_decoder|speecht5\.decoder)\.": "decoder.",

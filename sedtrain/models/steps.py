@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sedtrain.models.encoder import EncodedSpeech
-from sedtrain.models.losses import DeferrableLinear
+from sedtrain.models.output_layer import DeferrableLinear
 from sedtrain.models.parts import layers_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 

@@ -3,6 +3,7 @@
 import gc
 import pickle
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -107,3 +108,15 @@ def test_a_row_of_a_plan_takes_40_bytes_and_its_cells_stay_in_their_file(tmp_pat
     assert in_python + pa.total_allocated_bytes() - in_arrow < 40 * number + 100_000
     [rows] = loader.dataset.parts
     assert rows.table["text"].num_chunks < 20 and rows.texts([index for _, index in references])[0] in names
+
+
+@pytest.mark.parametrize(("device", "returns"), [("cpu", 3), ("cuda", 0)])
+def test_memory_that_batches_left_is_handed_back_every_fourth_batch_on_a_cpu(good, monkeypatch, device, returns):
+    data, freed = data_module(good, batch_seconds=4), []
+    monkeypatch.setattr("sedtrain.data.datamodule.return_freed_memory", lambda: freed.append(data.num_batches))
+    batch = next(iter(data.train_dataloader()))
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, training=True, world_size=1)
+    for _ in range(14):
+        data.on_before_batch_transfer(batch, 0)
+    assert freed == [4, 8, 12][:returns]

@@ -18,10 +18,10 @@ from corpora import known, utterance_rows
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, ByteRange, path_in, read_audio
+from sedtrain.data.audio_paths import audio_paths
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.parts import parts_of
-from sedtrain.data.paths import audio_paths
 from sedtrain.data.readers import READERS
 from sedtrain.data.source import Columns, Source
 from sedtrain.data.sources import load_rows

@@ -13,7 +13,8 @@ import torch
 from corpora import known, utterance_rows
 
 from sedtrain.data.audio import UNREADABLE, read_audio
-from sedtrain.data.paths import absolute_path, audio_paths
+from sedtrain.data.audio_paths import audio_paths
+from sedtrain.data.paths import absolute_path
 from sedtrain.data.source import Columns
 from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError

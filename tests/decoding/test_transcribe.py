@@ -17,8 +17,8 @@ from corpora import syllables
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 
 import sedtrain as package
+from sedtrain.data.audio_paths import stored
 from sedtrain.data.buckets import Bounds
-from sedtrain.data.paths import stored
 from sedtrain.decoding import recordings
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.outputs import show
@@ -92,7 +92,7 @@ def test_the_command_writes_files_of_several_formats_and_reads_standard_input(
 
 def test_more_standard_input_than_a_wav_file_holds_is_refused(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(20))))
-    monkeypatch.setattr("sedtrain.data.paths.MOST_BYTES", 10)
+    monkeypatch.setattr("sedtrain.data.audio_paths.MOST_BYTES", 10)
     with pytest.raises(UserError, match="standard input gives more than"), stored("-"):
         pass
 

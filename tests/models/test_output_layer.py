@@ -1,14 +1,19 @@
 """The output layer on labelled positions only, against the dense loss, for every family of decoder."""
 
+from copy import deepcopy
+from itertools import accumulate
+
 import pytest
 import torch
 from families import DECODERS, TOKENIZER, tiny_decoder
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import HubertConfig, HubertModel
 
-from sedtrain.models import losses
-from sedtrain.models.losses import DeferrableLinear, deferred_output_layer
+from sedtrain.models import output_layer
+from sedtrain.models.losses import token_cross_entropy
+from sedtrain.models.output_layer import DeferrableLinear, deferred_output_layer, labelled_cross_entropy
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 START, END, PAD = 1, 2, 0
@@ -57,13 +62,113 @@ def relative_difference(gradients, others):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("chunk_elements", [2**25, 3 * VOCABULARY])
-def test_loss_and_gradient_are_those_of_the_dense_loss(model, batch, label_smoothing, chunk_elements, monkeypatch):
-    monkeypatch.setattr(losses.labelled_cross_entropy, "__defaults__", (0.0, chunk_elements))
+@pytest.mark.parametrize("num_rows", [128, 3])
+def test_loss_and_gradient_are_those_of_the_dense_loss(model, batch, label_smoothing, num_rows, monkeypatch):
+    monkeypatch.setattr(output_layer, "rows_of_chunk", lambda *_: num_rows)
     loss, gradients = loss_and_gradient(model, batch, label_smoothing=label_smoothing)
     dense, expected = loss_and_gradient(model, batch, label_smoothing=label_smoothing, output_logits=True)
     torch.testing.assert_close(loss, dense, rtol=1e-6, atol=0)
     assert relative_difference(gradients, expected) < 1e-6
+
+
+def layer_and_batch(bias=True, cap=None, frozen=False):
+    """A layer of 50 × 6, (3, 7, 6) inputs and (3, 7) labels."""
+    generator = torch.Generator().manual_seed(2)
+    layer = DeferrableLinear(6, 50, bias=bias)
+    with torch.no_grad():
+        for each in layer.parameters():
+            each.copy_(torch.randn(each.shape, generator=generator))
+    layer.cap = cap
+    layer.requires_grad_(not frozen)
+    hidden = torch.randn(3, 7, 6, generator=generator).requires_grad_()
+    labels = torch.randint(50, (3, 7), generator=generator).masked_fill(torch.arange(7) > 4, -100)
+    return layer, hidden, labels
+
+
+def of_chunks(layer, hidden, labels, label_smoothing):
+    loss, num_tokens, plain = labelled_cross_entropy(layer, hidden, labels, label_smoothing)
+    (3 * loss / num_tokens).backward()
+    return [loss.detach(), plain, *(each.grad for each in (hidden, *layer.parameters()) if each.grad is not None)]
+
+
+def in_float64(layer, hidden, labels, label_smoothing):
+    """The same by torch, from dense logits in float64."""
+    layer = deepcopy(layer).double()
+    hidden = hidden.detach().double().requires_grad_()
+    logits, targets = layer.outputs(hidden).flatten(0, 1), labels.flatten()
+    loss, plain = (
+        nn.functional.cross_entropy(logits, targets, label_smoothing=each, reduction="sum")
+        for each in (label_smoothing, 0.0)
+    )
+    (3 * loss / (labels != -100).sum()).backward()
+    gradients = [each.grad for each in (hidden, *layer.parameters()) if each.grad is not None]
+    return [each.detach().float() for each in (loss, plain, *gradients)]
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"cap": 2.0}, {"frozen": True}])
+def test_a_loss_by_chunks_is_that_of_float64(label_smoothing, options, monkeypatch):
+    monkeypatch.setattr(output_layer, "rows_of_chunk", lambda *_: 4)
+    layer, hidden, labels = layer_and_batch(**options)
+    expected = in_float64(layer, hidden, labels, label_smoothing)
+    measured = of_chunks(layer, hidden, labels, label_smoothing)
+    assert len(measured) == 2 + 1 + (0 if options.get("frozen") else 2 if options.get("bias", True) else 1)
+    torch.testing.assert_close(measured, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_the_loss_of_the_dense_logits_and_gradients_of_float32(dtype, monkeypatch):
+    monkeypatch.setattr(output_layer, "rows_of_chunk", lambda *_: 4)
+    layer, hidden, labels = layer_and_batch()
+    expected = in_float64(layer, hidden, labels, 0.1)
+    with torch.autocast("cpu", dtype):
+        dense, _, plain = token_cross_entropy(layer.outputs(hidden), labels, 0.1)
+        measured = of_chunks(layer, hidden, labels, 0.1)
+    torch.testing.assert_close(measured[:2], [dense.detach(), plain], rtol=1e-5, atol=0)
+    assert {each.dtype for each in measured} == {torch.float32}
+    for one, other in zip(measured[2:], expected[2:], strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_gradients_are_handed_over_once_and_have_none_of_their_own():
+    loss, *_ = labelled_cross_entropy(*layer_and_batch())
+    with pytest.raises(RuntimeError, match="gradients of gradients need the logits: pass output_logits=True"):
+        loss.backward(create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed over already: compute it again, or pass output_logits=True"):
+        loss.backward()
+
+
+def test_memory_holds_one_chunk_beside_the_gradients(monkeypatch):
+    monkeypatch.setattr(output_layer, "rows_of_chunk", lambda *_: 8)
+    layer, hidden, labels = DeferrableLinear(16, 5000), torch.randn(1, 400, 16), torch.zeros(1, 400, dtype=torch.long)
+    chunk, gradients = 8 * 5000 * 4, sum(each.numel() * 4 for each in (hidden, *layer.parameters()))
+
+    def step():
+        labelled_cross_entropy(layer, hidden.requires_grad_(), labels, 0.1)[0].backward()
+
+    def dense():
+        token_cross_entropy(layer(hidden.requires_grad_()), labels, 0.1)[0].backward()
+
+    assert chunk + gradients < peak_bytes(step) < 4 * chunk + 1.5 * gradients
+    assert peak_bytes(dense) > 2 * 400 * 5000 * 4
+
+
+def peak_bytes(step):
+    """The most bytes that an allocator had handed out while `step` ran, beside those from before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = [each.nbytes() for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    return max(accumulate(changes))
+
+
+def test_without_gradients_none_are_made():
+    layer, hidden, labels = layer_and_batch()
+    expected = labelled_cross_entropy(layer, hidden, labels, 0.1)[0]
+    with torch.no_grad():
+        loss, *_ = labelled_cross_entropy(layer, hidden, labels, 0.1)
+    assert loss == expected
+    assert not loss.requires_grad
 
 
 class MostLogits(TorchDispatchMode):
@@ -83,7 +188,7 @@ class MostLogits(TorchDispatchMode):
 
 
 def test_a_training_step_never_holds_the_logits_of_all_positions(model, batch, monkeypatch):
-    monkeypatch.setattr(losses.labelled_cross_entropy, "__defaults__", (0.0, 3 * VOCABULARY))
+    monkeypatch.setattr(output_layer, "rows_of_chunk", lambda *_: 3)
     batch["labels"] = torch.randint(3, VOCABULARY, (3, 60))
     with MostLogits() as most:
         output = model(**batch)

@@ -1,0 +1,89 @@
+"""`task=transcribe`: the text of recordings. Needs neither Lightning nor `datasets`, whose imports take a second."""
+
+import logging
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from sedtrain import terminal
+from sedtrain.config.instantiate import create, import_target
+from sedtrain.data.audio_paths import audio_paths, stored
+from sedtrain.data.buckets import Bounds
+from sedtrain.decoding.outputs import Outputs
+from sedtrain.decoding.transcribe import Transcriber
+from sedtrain.errors import Attempts, Unfinished, UserError
+from sedtrain.models.saved import SavedModel, load
+
+logger = logging.getLogger(__name__)
+
+
+def transcribe(cfg: DictConfig) -> None:
+    """Prints or writes the text of every recording; of several, one that cannot be transcribed stops no other."""
+    paths = audio_paths(cfg.audio)
+    outputs, num_failed = outputs_of(cfg), 0
+    names, transcriber = outputs.names(paths), transcriber_of(cfg)
+    for path in terminal.with_progress(paths, is_shown=bool(names) or not sys.stdout.isatty()):
+        try:
+            with stored(path) as file:
+                found = transcriber.transcription_of(file, name=path)
+            outputs.write(found, names.get(path))
+        except UserError as error:
+            if len(paths) == 1 or error.option == "out":
+                raise
+            logger.error("audio=%s: %s", path, error.wrong)
+            num_failed += 1
+    if num_failed:
+        raise Unfinished(f"{num_failed} of {len(paths)} files could not be transcribed")
+
+
+def transcriber_of(cfg: DictConfig) -> Transcriber:
+    """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
+    attempt = Attempts()
+    saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
+    make = partial(Transcriber, language=cfg.data.get("language"), target=cfg.target)
+    with_words, bounds = outputs_of(cfg).formats != ("text",), attempt(bounds_of, cfg)
+    made: Transcriber = attempt(make, saved, options, with_words, bounds)
+    attempt.report()
+    saved.model.to(device(cfg))
+    return made
+
+
+def bounds_of(cfg: DictConfig) -> Bounds:
+    """The bounds of a batch, as `data` has them."""
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    names = ("batch_seconds", "batch_tokens", "num_buckets", "batches")
+    return Bounds.of(**{name: data[name] for name in names if name in data})
+
+
+def outputs_of(cfg: DictConfig) -> Outputs:
+    """Where `task=transcribe` writes, and in which formats."""
+    formats = (cfg.format,) if isinstance(cfg.format, str) else tuple(cfg.format)
+    return Outputs(formats, Path(cfg.out).expanduser() if cfg.out else None, cfg.data.get("language"))
+
+
+def saved_model(cfg: DictConfig) -> SavedModel:
+    """The model that `checkpoint` names; importing a user's own classes registers them."""
+    for group in ("encoder", "decoder", "adapter"):
+        import_target(cfg, group)
+    return load(cfg.checkpoint)
+
+
+def device(cfg: DictConfig) -> torch.device:
+    """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
+    refuse_absent(cfg.trainer.get("accelerator"))
+    may_use = cfg.trainer.get("accelerator") != "cpu" and torch.accelerator.is_available()
+    return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")
+
+
+def refuse_absent(accelerator: object) -> None:
+    """Raises UserError for an accelerator of Lightning that this machine does not have."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    is_here = {"cuda": has_cuda, "mps": has_mps, "gpu": has_cuda or has_mps, "tpu": find_spec("torch_xla") is not None}
+    if not is_here.get(str(accelerator), True):
+        wrong, write = "PyTorch finds none on this machine", "write trainer.accelerator=auto or cpu"
+        raise UserError("trainer.accelerator", accelerator, wrong, write)
