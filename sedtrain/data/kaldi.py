@@ -11,24 +11,18 @@ from sedtrain.data.tables import PROBLEM, Row, lines_of, problem, text_or_proble
 from sedtrain.errors import UserError
 
 ARCHIVED = re.compile(r":\d+$")
+COLUMNS = {"text": "text", "speaker": "utt2spk", "language": "utt2lang", "seconds": "utt2dur"}
+"""The files of columns."""
 
 
 def kaldi_rows(folder: Path) -> Iterator[Row]:
     broken: list[Row] = []
-    files = ("wav.scp", "text", "segments", "utt2spk", "utt2lang", "utt2dur")
-    lines = {name: keyed_lines(folder / name, broken) for name in files}
+    lines = {name: keyed_lines(folder / name, broken) for name in ("wav.scp", "segments", *COLUMNS.values())}
     recordings = lines["wav.scp"]
     refuse_commands(folder, recordings)
     has_segments = (folder / "segments").is_file()
     for id in lines["segments" if has_segments else "wav.scp"]:
-        row = {"id": id}
-        for column, name in {
-            "text": "text",
-            "speaker": "utt2spk",
-            "language": "utt2lang",
-            "seconds": "utt2dur",
-        }.items():
-            row[column] = lines[name].get(id, (0, None))[1]  # type: ignore[assignment]
+        row: Row = {"id": id, **{column: lines[name].get(id, (0, None))[1] for column, name in COLUMNS.items()}}
         row |= segment(id, *lines["segments"][id]) if has_segments else {"recording": id}
         yield whole_row(row, recordings) if PROBLEM not in row else row
     for id, (number, _) in lines["text"].items():
@@ -61,15 +55,13 @@ def refuse_commands(folder: Path, recordings: Mapping[str, tuple[int, str]]) -> 
     """Raises UserError for a command in wav.scp, which nobody wants to run because a folder says so, and for archives."""
     for number, place in recordings.values():
         if place.endswith("|") or place.startswith("|") or place == "-":
-            what, write = (
-                f"is a command ({place[:80]}), which is never run",
-                "write wav.scp with the paths of audio files",
-            )
+            wrong = f"wav.scp, line {number} is a command ({place[:80]}), which is never run"
         elif ARCHIVED.search(place):
-            what, write = f"is an offset in an archive ({place[:80]})", "write wav.scp with the paths of audio files"
+            wrong = f"wav.scp, line {number} is an offset in an archive ({place[:80]})"
         else:
             continue
-        raise UserError("data.path", str(folder), f"wav.scp, line {number} {what}", f"{write}, converted once by you")
+        write = "write wav.scp with the paths of audio files, converted once by you"
+        raise UserError("data.path", str(folder), wrong, write)
 
 
 def segment(id: str, number: int, rest: str) -> Row:

@@ -19,7 +19,7 @@ from sedtrain.data.folders import by_stem, listed_rows, path_below
 from sedtrain.data.kaldi import kaldi_rows
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import files_in, files_of, local_path
-from sedtrain.data.readers import json_row, json_rows
+from sedtrain.data.readers import json_row, json_rows, reading
 from sedtrain.data.separated import read_separated
 from sedtrain.data.source import Source
 from sedtrain.data.sources import SLICED, cut, missing_split, readable
@@ -74,9 +74,10 @@ def spellings(split: str) -> tuple[str, ...]:
 
 def split_file(folder: Path, patterns: Iterable[str], split: str) -> Path:
     """The only file of a split. Raises UserError where there is none, or several."""
-    found = [file for name in spellings(split) for each in patterns for file in folder.glob(each.format(name))]
+    names = [name for name in spellings(split) if not Path(name).is_absolute()]
+    found = [file for name in names for each in patterns for file in folder.glob(each.replace("SPLIT", name))]
     if not found:
-        wrong = f"there is no file {' or '.join(patterns).format(*[split] * 9)} in this folder"
+        wrong = f"there is no file {' or '.join(patterns).replace('SPLIT', split)} in this folder"
         raise UserError("data.path", str(folder), wrong, "write data.path=FOLDER with it, or the name of another split")
     if len(found) > 1:
         wrong = f"there are several files for {split!r}: {', '.join(sorted(file.name for file in found))}"
@@ -117,10 +118,10 @@ def read_librispeech(path: Path, split: str, name: str | None) -> pa.Table:
     return as_table(({**row, "speaker": str(row.get("id", "")).partition("-")[0] or None} for row in rows), COLUMNS)
 
 
-def read_common_voice(path: Path, split: str, name: str | None, patterns: Iterable[str] = ("{}.tsv",)) -> pa.Table:
+def read_common_voice(path: Path, split: str, name: str | None, patterns: Iterable[str] = ("SPLIT.tsv",)) -> pa.Table:
     """The .tsv of a split, with its audio in the folder `clips` beside it, else where data.audio_folder says."""
     file = split_file(path, [each.replace("NAME", name or "*") for each in patterns], split)
-    [table] = read_separated(file, "\t")
+    table = tabs_of(file)
     if missing := {"path", "sentence"} - set(table.column_names):
         wrong = f"{file.name} has no column {sorted(missing)[0]!r}, it has {', '.join(table.column_names)}"
         raise UserError("data.path", str(path), wrong, "write data.path=FOLDER as Common Voice is unpacked")
@@ -134,12 +135,18 @@ def read_common_voice(path: Path, split: str, name: str | None, patterns: Iterab
     return complete(pa.table(columns))
 
 
+def tabs_of(file: Path) -> pa.Table:
+    with reading(file):
+        [table] = read_separated(file, "\t")
+        return table
+
+
 def clip_seconds(folder: Path) -> dict[str | None, float]:
     """The seconds of each clip by its name, of clip_durations.tsv, which newer releases have."""
     file = folder / "clip_durations.tsv"
     if not file.is_file():
         return {}
-    [table] = read_separated(file, "\t")
+    table = tabs_of(file)
     names = table.column_names
     found = zip(*(table[names[number]].to_pylist() for number in (0, 1)), strict=True) if len(names) > 1 else ()
     return {name: float(length) / 1000 for name, length in found if length and length.isdigit()}
@@ -156,8 +163,13 @@ def complete(table: pa.Table) -> pa.Table:
 
 
 def read_nemo(path: Path, split: str, name: str | None) -> pa.Table:
-    files = files_of(str(path), split) or [split_file(path, ["{}*.json*"], split)]
-    return as_table((nemo_row(row, file) for file in files for row in json_rows(file)), COLUMNS)
+    files = files_of(str(path), split) or [split_file(path, ["SPLIT*.json*"], split)]
+    return as_table((nemo_row(row, file) for file in files for row in while_reading(file, json_rows(file))), COLUMNS)
+
+
+def while_reading(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    with reading(file):
+        yield from rows
 
 
 def nemo_row(row: Row, file: Path) -> Row:
@@ -169,9 +181,9 @@ def nemo_row(row: Row, file: Path) -> Row:
 def read_lhotse(path: Path, split: str, name: str | None) -> pa.Table:
     """Cuts as JSON lines, also packed: FILE, a pattern, or of a folder the file whose name has `cuts` and the split's name."""
     files = files_of(str(path), split) or [
-        split_file(path, ["*cuts*{}.jsonl", "*cuts*{}.jsonl.gz", "{}.jsonl.gz"], split)
+        split_file(path, ["*cuts*SPLIT.jsonl", "*cuts*SPLIT.jsonl.gz", "SPLIT.jsonl.gz"], split)
     ]
-    return as_table((row for file in files for row in cut_file_rows(file)), COLUMNS)
+    return as_table((row for file in files for row in while_reading(file, cut_file_rows(file))), COLUMNS)
 
 
 def cut_file_rows(file: Path) -> Iterator[Row]:
@@ -227,7 +239,7 @@ FORMATS: dict[str, Callable[[Path, str, str | None], pa.Table]] = {
     "kaldi": read_kaldi,
     "librispeech": read_librispeech,
     "common_voice": read_common_voice,
-    "covost": partial(read_common_voice, patterns=("covost_v2.NAME.{}.tsv", "{}.tsv")),
+    "covost": partial(read_common_voice, patterns=("covost_v2.NAME.SPLIT.tsv", "SPLIT.tsv")),
     "nemo": read_nemo,
     "lhotse": read_lhotse,
 }

@@ -19,7 +19,7 @@ from sedtrain.config.schema import conf_dir, find_problems, register
 FILES = sorted(path for path in conf_dir().glob("*/*.yaml"))
 CHOICES = [(path.parent.name, path.stem) for path in FILES]
 PARTS = [(group, name) for group, name in CHOICES if group in ("encoder", "decoder")]
-LOCAL = ("folder", "manifest", "parquet", "webdataset")
+LOCAL = ("folder", "gigaspeech", "manifest", "parquet", "webdataset")
 UNSET = "no value is given"
 INCOMPLETE = {
     ("attention", "flash_attention_2"): ("attention", "it computes in 16 bits, and trainer.precision is 32-true"),

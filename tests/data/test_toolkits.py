@@ -136,8 +136,8 @@ def test_broken_lines_of_a_kaldi_folder_are_told_with_file_and_line(tmp_path):
         "broken line: segments, line 6, e-1: it is not UTTERANCE RECORDING START END",
         "no transcript: text has no line for f-1",
         "no segment: text, line 7, g-1",
-        "text that is not UTF-8: text, line 8",
         "two lines of one name: segments, line 7, a-1 as in line 1",
+        "text that is not UTF-8: text, line 8",
     ]
 
 
@@ -243,6 +243,15 @@ def test_a_format_without_translations_says_so(tmp_path):
     option, wrong, instead = refused(source, tmp_path, "espnet")
     assert (option, wrong) == ("data.format", "there is no such format")
     assert instead == "write data.format=ONE_OF kaldi, librispeech, common_voice, covost, nemo, lhotse"
+
+
+def test_a_file_of_another_format_is_told_by_its_name(tmp_path):
+    common_voice(tmp_path)
+    (tmp_path / "dev.tsv").write_bytes("path\tsentence\n".encode("utf-16"))
+    assert f"{tmp_path}/dev.tsv: its text is UTF-16" in refused(rows, tmp_path, "common_voice", "dev")[1]
+    (tmp_path / "train.json").write_bytes('{"text": "a"}'.encode("utf-16"))
+    assert f"{tmp_path}/train.json: its text is UTF-16" in refused(rows, tmp_path, "nemo")[1]
+    assert refused(rows, tmp_path, "common_voice", "/etc")[1] == "there is no file /etc.tsv in this folder"
 
 
 # --- NeMo
