@@ -68,6 +68,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         columns: Mapping[str, str | None],
         target: Literal["transcription", "translation"] = "transcription",
         name: str | None = None,
+        format: str | None = None,
         audio_folder: str | None = None,
         train_split: str = "train",
         validation_split: str = "validation",
@@ -97,7 +98,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         splits = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
-        common = {"path": path, "name": name, "columns": columns, "audio_folder": audio_folder}
+        common = {"path": path, "name": name, "format": format, "columns": columns, "audio_folder": audio_folder}
         sources = sources_of(mix, {**common, **splits, "target": target, "language": language})
         if streaming and temperature != 1:
             wrong = "the sizes of streamed datasets, which it needs, are not known"

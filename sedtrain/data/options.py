@@ -8,11 +8,12 @@ from typing import Any
 from sedtrain.data.buckets import buckets_of
 from sedtrain.data.paths import absolute_path, is_pattern
 from sedtrain.data.source import Columns, Source
+from sedtrain.data.toolkits import COLUMNS, FORMATS, TRANSLATED, recognised
 from sedtrain.errors import UserError
 from sedtrain.text.tags import TASK_OF
 
 SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
-OPTIONS = ("path", "name", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
+OPTIONS = ("path", "name", "format", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
 """Options that each dataset of a mix may set for itself."""
 
 
@@ -106,11 +107,27 @@ def mixed_source(name: str, options: Mapping[str, Any], common: Mapping[str, Any
 
 
 def source_of(options: Mapping[str, Any], where: str) -> Source:
+    format = options.get("format") or recognised(options["path"])
     return Source(
-        columns=Columns.of(options["columns"], options["target"], where),
+        columns=columns_of(format, options, where),
+        format=format,
         splits={split: options[option] for option, split in SPLITS.items()},
         weight=float(options.get("weight", 1.0)),
         label=options.get("label", ""),
         task=TASK_OF[options["target"]],
         **{option: options[option] for option in ("path", "name", "audio_folder", "language")},
     )
+
+
+def columns_of(format: str | None, options: Mapping[str, Any], where: str) -> Columns:
+    """The columns that the options name, or those of a format. Raises UserError for a format that lacks them."""
+    if format is None:
+        return Columns.of(options["columns"], options["target"], where)
+    if format not in FORMATS:
+        write = f"write {where}.format=ONE_OF {', '.join(FORMATS)}"
+        raise UserError(f"{where}.format", format, "there is no such format", write)
+    if options["target"] == "translation" and format not in TRANSLATED:
+        write = f"write {where}.format={TRANSLATED[0]}, or data=manifest with data.columns.translation=COLUMN"
+        raise UserError(f"{where}.format", format, "target=translation: this format has no translations", write)
+    roles = {name: name for name in COLUMNS if name != "text"} | {"transcription": "text"}
+    return Columns.of(roles, options["target"], where)

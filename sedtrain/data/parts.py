@@ -23,6 +23,7 @@ from sedtrain.data.readers import read_rows, reading, suffix_of
 from sedtrain.data.source import Source, check_columns
 from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM, readable_cells
+from sedtrain.data.toolkits import formatted_rows
 from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows, as_text
 from sedtrain.errors import UserError
 
@@ -47,7 +48,7 @@ class Part:
         folder = local_path(self.source.path)
         if self.place is not None or not folder.is_dir():
             return self.place
-        files = split_files(folder, self.name.partition("[")[0])
+        files = split_files(folder, self.name.partition("[")[0]) if not self.source.format else []
         return str(files[0]) if len(files) == 1 else None
 
     @property
@@ -65,6 +66,8 @@ class Part:
     def rows(self) -> datasets.Dataset:
         """Raises BrokenFile, and UserError for what is not found, cannot be fetched or is of no known format."""
         if self.place is None:
+            if self.source.format:
+                return formatted_rows(self.source, self.name)
             return load_rows(self.source.path, self.name, self.source.name)
         if not self.is_remote and suffix_of(self.place) == ".tar":
             return read_rows(Path(self.place))  # makes no copy but an index, which other runs can use
@@ -181,7 +184,7 @@ def parts_of(source: Source, split: str, copies: Path | None = None) -> list[Par
     name = source.splits[split]
     if name is None:
         return []
-    if copies is None:
+    if copies is None or source.format:
         return [Part(source, name)]
     if "[" in name:
         wrong = f"{name!r} is a slice of a split, which neither a stream nor a URL has"

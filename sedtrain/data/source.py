@@ -60,6 +60,7 @@ class Source:
     weight: how often its training split is seen in an epoch
     label:  its name in a mix, which its ids begin with
     language, task: of its texts where no column says it; how they came from the speech, `transcribe` or `translate`
+    format: of another toolkit, a name of `toolkits.FORMATS`; None for files that say it themselves
     """
 
     path: str
@@ -71,6 +72,7 @@ class Source:
     label: str = ""
     language: str | None = None
     task: str = "transcribe"
+    format: str | None = None
 
     @property
     def folder(self) -> Path:

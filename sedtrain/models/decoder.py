@@ -105,6 +105,7 @@ def load_decoder(
         take_vocabulary(config, tokenizer)
     give_prompt(config, tokenizer, prompt)
     if name is None or not pretrained:
+        config.dtype = None  # of the published weights, which may be 16 bits
         chosen = ("decoder.tiny", tiny) if name is None and not options else ("decoder.options", options)
         return tried(*chosen, config, new_decoder, decode_a_token)
     return as_decoder(load_weights("decoder", name, AutoModelForCausalLM, config, attention))

@@ -130,6 +130,7 @@ def load_encoder(
     config = load_config("encoder", name, model_type, tiny, **options)
     config._attn_implementation = attention
     if name is None or not pretrained:
+        config.dtype = None  # of the published weights, which may be 16 bits
         chosen = ("encoder.tiny", tiny) if name is None and not options else ("encoder.options", options)
         return tried(*chosen, config, encoder_from_config, encode_silence)
     factory, config = loader_of(config)

@@ -136,7 +136,7 @@ def test_texts_are_of_all_of_them(datasets_of, tmp_path, options):
     [
         (
             {"wieght": 2}, "wieght", 2, "there is no such option",
-            "NAME, NAME one of path, name, audio_folder, columns, target, language, weight, train_split, "
+            "NAME, NAME one of path, name, format, audio_folder, columns, target, language, weight, train_split, "
             "validation_split, test_split",
         ),
         ({"path": None}, "path", None, "no dataset is named", "path=FOLDER_OR_FILE_OR_HUB_ID"),

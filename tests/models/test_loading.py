@@ -1,6 +1,8 @@
 """Configurations and weights, from a family and from a checkpoint."""
 
+import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperModel,
 )
+from whispers import whisper_folder
 
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import load_decoder
@@ -210,3 +213,10 @@ def test_a_pickle_of_more_than_numbers_is_refused_in_our_words(wav2vec2):
     torch.save({"weight": pytest.fail}, wav2vec2 / "pytorch_model.bin")
     wrong = "the folder gave: weights in a pickle that is damaged, or holds more than numbers and could run code"
     assert encoder_problem(wav2vec2).wrong == wrong
+
+
+@pytest.mark.parametrize("load", [load_encoder, partial(load_decoder, None)])
+def test_random_weights_have_32_bits_whatever_the_checkpoint_has(load, tmp_path):
+    config = json.loads((whisper_folder(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    assert load("whisper", {}, checkpoint=str(tmp_path), pretrained=False).dtype == torch.float32

@@ -1,0 +1,245 @@
+"""Folders and manifests of other toolkits as rows with the same columns, whatever each toolkit calls them.
+
+A line that cannot be used becomes a row of which only PROBLEM is known, with its file and line.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+
+from sedtrain.data.audio import is_media_file
+from sedtrain.data.folders import by_stem, listed_rows, path_below
+from sedtrain.data.kaldi import kaldi_rows
+from sedtrain.data.parquet import refuse_unpacking
+from sedtrain.data.paths import files_in, files_of, local_path
+from sedtrain.data.readers import json_row, json_rows, reading
+from sedtrain.data.separated import read_separated
+from sedtrain.data.source import Source
+from sedtrain.data.sources import SLICED, cut, missing_split, readable
+from sedtrain.data.tables import PROBLEM, Row, as_table, joined, lines_of, problem
+from sedtrain.errors import UserError
+
+COLUMNS = ("audio", "text", "translation", "id", "speaker", "language", "seconds", "start", "end")
+TRANSLATED = ("covost",)
+"""The formats that have translations."""
+SPELLINGS = {"validation": ("validation", "dev", "valid")}
+COMMON_VOICE = {"text": "sentence", "speaker": "client_id", "language": "locale", "translation": "translation"}
+NEMO = {
+    "audio": ("audio_filepath",), "text": ("text", "answer"), "speaker": ("speaker",),
+    "language": ("target_lang", "lang"), "seconds": ("duration",), "start": ("offset",),
+}  # fmt: skip
+
+
+def formatted_rows(source: Source, split: str) -> datasets.Dataset:
+    """The rows of a split, which may be sliced (`train[:90%]`) or added up (`train-clean-100+train-clean-360`).
+
+    Raises UserError where the split or one of its files is missing, or holds something else than the format.
+    """
+    path = local_path(source.path)
+    if not path.exists():
+        write = "write data.path=FOLDER_OR_FILE of this machine"
+        raise UserError("data.path", source.path, f"format={source.format} reads files, and there are none", write)
+    parts = []
+    with readable(source.path, split):
+        for part in split.split("+"):
+            sliced = SLICED.fullmatch(part)
+            table = FORMATS[str(source.format)](path, sliced[1] if sliced else part, source.name)
+            names = [name for name in (*COLUMNS, PROBLEM) if name in table.column_names]
+            parts.append(cut(datasets.Dataset(table.select(names)), part))
+    rows = joined(parts)
+    if len(rows) == 0:
+        raise UserError(
+            "data.path", source.path, f"the split {split!r} is empty", "write a split with at least one row"
+        )
+    return rows
+
+
+def recognised(path: str | None) -> str | None:
+    """The format of a folder that no other can be taken for."""
+    folder = local_path(path or "")
+    is_kaldi = path and folder.is_dir() and ((folder / "wav.scp").is_file() or any(folder.glob("*/wav.scp")))
+    return "kaldi" if is_kaldi else None
+
+
+def spellings(split: str) -> tuple[str, ...]:
+    return SPELLINGS.get(split, (split,))
+
+
+def split_file(folder: Path, patterns: Iterable[str], split: str) -> Path:
+    """The only file of a split. Raises UserError where there is none, or several."""
+    names = [name for name in spellings(split) if not Path(name).is_absolute()]
+    found = [file for name in names for each in patterns for file in folder.glob(each.replace("SPLIT", name))]
+    if not found:
+        wrong = f"there is no file {' or '.join(patterns).replace('SPLIT', split)} in this folder"
+        raise UserError("data.path", str(folder), wrong, "write data.path=FOLDER with it, or the name of another split")
+    if len(found) > 1:
+        wrong = f"there are several files for {split!r}: {', '.join(sorted(file.name for file in found))}"
+        raise UserError("data.path", str(folder), wrong, "write data.name=DIRECTION, such as data.name=en_de")
+    return found[0]
+
+
+def named(file: Path, problems: Iterable[str | None]) -> list[str | None]:
+    """Problems with the name of the file before the line."""
+    return [each and each.replace(": ", f": {file.name}, ", 1) for each in problems]
+
+
+# --- folders and tables
+
+
+def read_kaldi(path: Path, split: str, name: str | None) -> pa.Table:
+    """wav.scp, text and, where they are there, segments, utt2spk, utt2lang and utt2dur, in the split's folder or in `path`."""
+    folder = next((path / each for each in spellings(split) if (path / each).is_dir()), path)
+    for needed in ("wav.scp", "text"):
+        if not (folder / needed).is_file():
+            if inside := sorted(file.parent.name for file in path.glob("*/wav.scp")):
+                raise missing_split(path, split, inside)
+            wrong = f"this is no folder of Kaldi: it has no file {needed!r}"
+            raise UserError("data.path", str(folder), wrong, "write data.path=FOLDER with wav.scp and text")
+    return as_table(kaldi_rows(folder), COLUMNS)
+
+
+def read_librispeech(path: Path, split: str, name: str | None) -> pa.Table:
+    """The `*.trans.txt` below the split's folder, or below `path`; a speaker is what an id begins with, `19-198-0000`."""
+    folder = next((path / each for each in spellings(split) if (path / each).is_dir()), path)
+    files = sorted(files_in(folder))
+    audio = by_stem(filter(is_media_file, files))
+    listed = [Path(file) for file in files if file.lower().endswith(".trans.txt")]
+    others = [each.name for each in path.iterdir() if each.is_dir() and not each.name.isdigit()]
+    if not listed or (folder == path and others):
+        raise missing_split(path, split, sorted(others) or ["none with *.trans.txt"])
+    rows = (row for file in listed for row in listed_rows(file, audio))
+    return as_table(({**row, "speaker": str(row.get("id", "")).partition("-")[0] or None} for row in rows), COLUMNS)
+
+
+def read_common_voice(path: Path, split: str, name: str | None, patterns: Iterable[str] = ("SPLIT.tsv",)) -> pa.Table:
+    """The .tsv of a split, with its audio in the folder `clips` beside it, else where data.audio_folder says."""
+    file = split_file(path, [each.replace("NAME", name or "*") for each in patterns], split)
+    table = tabs_of(file)
+    if missing := {"path", "sentence"} - set(table.column_names):
+        wrong = f"{file.name} has no column {sorted(missing)[0]!r}, it has {', '.join(table.column_names)}"
+        raise UserError("data.path", str(path), wrong, "write data.path=FOLDER as Common Voice is unpacked")
+    clips, names = path / "clips", table["path"].to_pylist()
+    columns = {role: table[column] for role, column in COMMON_VOICE.items() if column in table.column_names}
+    columns["audio"] = pa.array([each and path_below(clips, each) for each in names] if clips.is_dir() else names)
+    columns["id"] = pa.array([each and os.path.splitext(each)[0] for each in names])
+    columns["seconds"] = pa.array(list(map(clip_seconds(path).get, names)), pa.float64())
+    if PROBLEM in table.column_names:
+        columns[PROBLEM] = pa.array(named(file, table[PROBLEM].to_pylist()))
+    return complete(pa.table(columns))
+
+
+def tabs_of(file: Path) -> pa.Table:
+    with reading(file):
+        [table] = read_separated(file, "\t")
+        return table
+
+
+def clip_seconds(folder: Path) -> dict[str | None, float]:
+    """The seconds of each clip by its name, of clip_durations.tsv, which newer releases have."""
+    file = folder / "clip_durations.tsv"
+    if not file.is_file():
+        return {}
+    table = tabs_of(file)
+    names = table.column_names
+    found = zip(*(table[names[number]].to_pylist() for number in (0, 1)), strict=True) if len(names) > 1 else ()
+    return {name: float(length) / 1000 for name, length in found if length and length.isdigit()}
+
+
+def complete(table: pa.Table) -> pa.Table:
+    """The table with all columns, of nulls where it had none."""
+    for name in set(COLUMNS) - set(table.column_names):
+        table = table.append_column(name, pa.nulls(len(table)))
+    return table
+
+
+# --- JSON lines
+
+
+def read_nemo(path: Path, split: str, name: str | None) -> pa.Table:
+    files = files_of(str(path), split) or [split_file(path, ["SPLIT*.json*"], split)]
+    return as_table((nemo_row(row, file) for file in files for row in while_reading(file, json_rows(file))), COLUMNS)
+
+
+def while_reading(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    with reading(file):
+        yield from rows
+
+
+def nemo_row(row: Row, file: Path) -> Row:
+    if PROBLEM in row:
+        return row | {PROBLEM: named(file, [row[PROBLEM]])[0]}
+    return {role: next((row[key] for key in keys if row.get(key) is not None), None) for role, keys in NEMO.items()}
+
+
+def read_lhotse(path: Path, split: str, name: str | None) -> pa.Table:
+    """Cuts as JSON lines, also packed: FILE, a pattern, or of a folder the file whose name has `cuts` and the split's name."""
+    files = files_of(str(path), split) or [
+        split_file(path, ["*cuts*SPLIT.jsonl", "*cuts*SPLIT.jsonl.gz", "SPLIT.jsonl.gz"], split)
+    ]
+    return as_table((row for file in files for row in while_reading(file, cut_file_rows(file))), COLUMNS)
+
+
+def cut_file_rows(file: Path) -> Iterator[Row]:
+    if file.suffix == ".gz":
+        refuse_unpacking(str(file), file.name)
+    with fsspec.open(file, compression="infer") as lines:
+        for number, line in enumerate(lines_of(lines), start=1):
+            if line is None or line.strip():
+                cut = json_row(line, place := f"{file.name}, line {number}")
+                yield from [cut] if PROBLEM in cut else rows_of_cut(cut, place)
+
+
+def rows_of_cut(cut: Row, place: str) -> Iterator[Row]:
+    """A row for each supervision of a cut, with its times in the recording; one row if something is wrong."""
+    try:
+        yield from list(supervision_rows(cut, place))
+    except (KeyError, IndexError, TypeError, AttributeError):
+        yield problem("broken cut", f"{place}: it has not the fields of a MonoCut with a recording and supervisions")
+
+
+def supervision_rows(cut: Row, place: str) -> Iterator[Row]:
+    supervisions = cut.get("supervisions") or []
+    if reason := wrong_with(cut):
+        yield {"id": cut.get("id")} | problem(*reason[:1], f"{place}: {reason[1]}")
+        return
+    if not supervisions:
+        yield {"id": cut["id"]} | problem("no transcript", f"{place}: the cut has no supervision")
+    for each in supervisions:
+        start = round(cut["start"] + each["start"], 8)
+        times = {"start": start, "end": round(start + each["duration"], 8)}
+        id = cut["id"] if len(supervisions) == 1 else f"{cut['id']}-{each['id']}"
+        said = {name: each.get(name) for name in ("text", "speaker", "language")}
+        yield {"id": id, "audio": cut["recording"]["sources"][0]["source"], **said, **times}
+
+
+def wrong_with(cut: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why the audio of a cut is no part of a file, as a reason and a detail."""
+    if (kind := cut.get("type", "MonoCut")) not in ("MonoCut", "Cut"):
+        return "cut of another kind", f"{kind}, of which only Lhotse makes audio"
+    if not (recording := cut.get("recording")):
+        return "no audio", "the cut has no recording"
+    if recording.get("transforms"):
+        return "changed audio", f"its recording is transformed: {json.dumps(recording['transforms'])[:80]}"
+    sources = recording["sources"]
+    if len(sources) != 1 or len(sources[0]["channels"]) != 1:
+        return "several channels", "the recording has several sources or channels"
+    if (kind := sources[0]["type"]) != "file":
+        return "no file", f"the source of its recording is a {kind}" + ", which is never run" * (kind == "command")
+    return None
+
+
+FORMATS: dict[str, Callable[[Path, str, str | None], pa.Table]] = {
+    "kaldi": read_kaldi,
+    "librispeech": read_librispeech,
+    "common_voice": read_common_voice,
+    "covost": partial(read_common_voice, patterns=("covost_v2.NAME.SPLIT.tsv", "SPLIT.tsv")),
+    "nemo": read_nemo,
+    "lhotse": read_lhotse,
+}
