@@ -180,7 +180,6 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         most: longer utterances, in seconds, are for `long_utterances`
         """
         dataset = self.split(split)
-        return_freed_memory()
         for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False, most=most)):
             self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             yield batch

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from sedtrain.data.buckets import Bounds, Floats, Integers
+from sedtrain.data.memory import return_freed_memory
 from sedtrain.errors import UserError
 
 SHORTEST_SECONDS = 0.1  # the collator pads shorter audio with silence
@@ -250,5 +251,6 @@ class BatchesWithEpoch(DurationBatches):
         self.references = references
 
     def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        epoch = self.epoch
-        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in super().__iter__())
+        epoch, batches = self.epoch, super().__iter__()
+        return_freed_memory()  # that the order was made in; workers are forked next
+        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in batches)
