@@ -20,7 +20,7 @@ from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import SkippedUtterances, in_words
 from sedtrain.data.source import Source
-from sedtrain.data.utterances import Reason, UtteranceRows
+from sedtrain.data.utterances import Reason, UtteranceRows, as_text
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
 from sedtrain.text.tags import Tags, WhisperPrompt
@@ -260,11 +260,11 @@ def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
     """Languages and tasks of the texts that are used; of a stream, of all its texts."""
     if corpus.streaming and split == "train":
         return {pair for part in corpus.shards() for pair in pairs_of_shard(part)}
-    parts = corpus.parts(split)
+    chunks = ((corpus.parts(split)[part], indices) for part, indices, _ in corpus.kept(split).chunks())
     return {
-        (language, parts.parts[part].source.task)
-        for part, indices, _ in corpus.kept(split).chunks()
-        for language in parts[part].languages(indices)
+        (as_text(cell) or rows.source.language, rows.source.task)
+        for rows, indices in chunks
+        for cell in rows.cells("language", indices)
     }
 
 

@@ -105,7 +105,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
         self.augment: Augment | None = None
-        self.split = cache(self.load_split)
+        self.split, self.texts = cache(self.load_split), self.corpus.texts
 
     def load_split(self, split: str, augment: Augment | None = None) -> SplitDataset:
         assert self.collator is not None, "build hands the collator over"
@@ -239,7 +239,3 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = cast(Position, state_dict) if state_dict else None
-
-    def texts(self, split: str) -> Iterator[str]:
-        """All target texts of train, validation or test."""
-        return self.corpus.texts(split)

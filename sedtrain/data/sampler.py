@@ -123,15 +123,6 @@ def steps_of(groups: NDArray[np.int32], num_ranks: int) -> Integers:
     return steps
 
 
-def segments_after(segments: list[Segment], num_ranks: int, num_steps: int) -> list[Segment]:
-    """The segments after `num_steps` more steps by `num_ranks` ranks."""
-    if not num_steps:
-        return list(segments)
-    if segments and segments[-1][0] == num_ranks:
-        return [*segments[:-1], (num_ranks, segments[-1][1] + num_steps)]
-    return [*segments, (num_ranks, num_steps)]
-
-
 def other_reading(written_by: str, streaming: bool) -> UserError:
     """The error for a checkpoint from the middle of an epoch that was read in another way."""
     wrong = (
@@ -195,7 +186,11 @@ class DurationBatches(Sampler[Any]):
         return self.position(consumed_steps)
 
     def position(self, consumed_steps: int) -> Position:
-        segments = segments_after(self.segments, self.num_ranks, consumed_steps - self.resumed_steps())
+        segments, more = list(self.segments), consumed_steps - self.resumed_steps()
+        if more and segments and segments[-1][0] == self.num_ranks:
+            more += segments.pop()[1]
+        if more:
+            segments.append((self.num_ranks, more))
         return Position(seed=self.seed, epoch=self.epoch, segments=segments, plan=self.plan.digest())
 
     def load_state_dict(self, state: Position) -> None:

@@ -101,10 +101,6 @@ class UtteranceRows:
         """The texts of all or of some rows; reads no audio."""
         return [as_text(value) for value in self.cells("text", indices)]
 
-    def languages(self, indices: Sequence[int] | None = None) -> set[str | None]:
-        """The languages of all or of some rows."""
-        return {as_text(value) or self.source.language for value in self.cells("language", indices)}
-
     def ids(self) -> Iterator[str]:
         return (id for chunk in self.chunks() for id in map(self.id_of, chunk, self.cells("id", chunk)))
 
