@@ -218,7 +218,7 @@ def plan(num_rows):
     """Prints bytes an utterance once the first batch of an epoch is drawn, and the steps of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = Path(folder)
-        names, texts = [f"{number:08}.wav" for number in range(num_rows)], (["", *["a word"] * 9] * num_rows)[:num_rows]
+        names, texts = [f"{number:08}.wav" for number in range(num_rows)], (["", *["a word"] * 9] * (num_rows // 10 + 1))[:num_rows]
         seconds = np.random.default_rng(0).lognormal(np.log(5), 0.65, num_rows).clip(1, 20)
         file = Path(folder, "train.parquet")
         pyarrow.parquet.write_table(pa.table({"audio": names, "id": names, "text": texts, "seconds": seconds}), file)
@@ -230,15 +230,14 @@ def plan(num_rows):
         options = ("data=parquet", f"data.path={folder}", columns, "data.batch_seconds=240", f"run_dir={folder}")
         cfg, collator = composed(*options, "data.max_bad_fraction=1"), collator_of("wav2vec2")
         tracemalloc.start()
-        sampler = sedtrain_loader(cfg, collator).sampler
+        data = create(cfg, "data")
+        data.collator = collator
+        sampler = data.train_dataloader().sampler
         drawn = iter(sampler)
         next(drawn)
         gc.collect()
-        found = (
-            tracemalloc.take_snapshot()
-            .filter_traces([tracemalloc.Filter(False, "*/pathlib.py")])
-            .statistics("filename")
-        )
+        ours = [tracemalloc.Filter(True, f"*/{package}/*") for package in ("numpy", "sedtrain")]
+        found = tracemalloc.take_snapshot().filter_traces(ours).statistics("filename")
     left_out = sum(each.size for each in found if each.traceback[0].filename.endswith("skipped.py"))
     planned, number = sum(each.size for each in found) - left_out, len(sampler.references)
     print(f"{number:,} utterances: {planned / number:.1f} bytes each", end="; ")

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import tracemalloc
 import unicodedata
 from collections import Counter
 from functools import partial
@@ -328,6 +329,23 @@ def test_a_resumed_run_reads_the_list_except_for_an_unfinished_line(tmp_path):
     (tmp_path / "skipped.jsonl").unlink()
     skipped.note([Skipped("a", "too long"), Skipped("d", "too long")])
     assert [line["id"] for line in listed(tmp_path)] == ["a", "d"]
+
+
+def test_an_utterance_that_is_left_out_takes_under_200_bytes_of_memory(tmp_path):
+    number, skipped = 5000, SkippedUtterances(tmp_path / "skipped.jsonl")
+    tracemalloc.start()
+    try:
+        for first in range(0, number, 500):
+            some = [Skipped(f"utterance-{first + i}", "too long", "31 s > 30 s", f"/data/{i}.wav") for i in range(500)]
+            skipped.note(some, "train")
+            skipped.note(some, "train")
+        del some
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken < 200 * number
+    assert skipped.of_split["train"] == skipped.totals() == {"too long": number}
+    assert SkippedUtterances(tmp_path / "skipped.jsonl").totals() == {"too long": number}
 
 
 # --- how much is too much
