@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning
 import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.config.instantiate import create, import_target
@@ -220,6 +221,7 @@ def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> tuple[str
 def make_trainer(
     cfg: DictConfig, finetuning: FineTuning, data: SpeechTextDataModule | None = None
 ) -> lightning.Trainer:
+    refuse_absent(cfg.trainer.get("accelerator"))
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
     return run_trainer(
         create(cfg, "trainer"), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data)
@@ -347,5 +349,16 @@ def inspected_data(cfg: DictConfig) -> SpeechTextDataModule:
 
 def device(cfg: DictConfig) -> torch.device:
     """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
+    refuse_absent(cfg.trainer.get("accelerator"))
     may_use = cfg.trainer.get("accelerator") != "cpu" and torch.accelerator.is_available()
     return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")
+
+
+def refuse_absent(accelerator: object) -> None:
+    """Raises UserError for an accelerator of Lightning that this machine does not have."""
+    kinds = [
+        kind for kind in (("cuda", "mps") if accelerator == "gpu" else (accelerator,)) if kind in AcceleratorRegistry
+    ]
+    if kinds and not any(AcceleratorRegistry[kind]["accelerator"].is_available() for kind in kinds):
+        wrong, write = "PyTorch finds none on this machine", "write trainer.accelerator=auto or cpu"
+        raise UserError("trainer.accelerator", accelerator, wrong, write)

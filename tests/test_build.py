@@ -138,18 +138,28 @@ def refused(make, *arguments):
         ("trainer.max_time=abc", "Expected a string in the format DD:HH:MM:SS"),
         ("trainer.precision=foo", "Precision 'foo' is invalid. Allowed"),
         ("trainer.val_check_interval=0.5", "should be an integer or a time-based"),
-        pytest.param(
-            "trainer.accelerator=gpu", "No supported gpu backend found!",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
-        ),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_a_component_refuses_is_a_problem_of_the_component(composed, override, wrong):
     cfg = composed(override)
     [(place, told)] = refused(build.make_trainer, cfg, build.create(cfg, "finetune")).items()
     assert place == ("trainer", "lightning.Trainer")
     assert wrong in told[0]
     assert told[1] == "write values that Trainer takes, such as trainer.OPTION=VALUE"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
+def test_an_accelerator_that_the_machine_lacks_is_refused_by_all_that_would_use_it(composed, accelerator):
+    cfg = composed(f"trainer.accelerator={accelerator}")
+    expected = {
+        ("trainer.accelerator", accelerator): (
+            "PyTorch finds none on this machine",
+            "write trainer.accelerator=auto or cpu",
+        )
+    }
+    assert refused(build.make_trainer, cfg, build.create(cfg, "finetune")) == expected
+    assert refused(build.device, cfg) == expected
 
 
 def test_everything_that_components_refuse_is_reported_at_once(built, tmp_path):
@@ -577,7 +587,8 @@ def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, train
     soundfile.write(tmp_path / "a.wav", [0.0] * 16_000, 16_000)
     monkeypatch.setattr(build, "device", asked)
     with pytest.raises(Asked):
-        sedtrain(f"task={task}", f"checkpoint={trained}", f"run_dir={tmp_path / 'run'}", f"audio={tmp_path / 'a.wav'}")
+        audio = [f"audio={tmp_path / 'a.wav'}"] if task == "transcribe" else []
+        sedtrain(f"task={task}", f"checkpoint={trained}", f"run_dir={tmp_path / 'run'}", *audio)
 
 
 # --- the metric and the spelling of a language

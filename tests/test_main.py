@@ -90,7 +90,7 @@ def test_values_out_of_range_are_told_in_about_a_second_beside_all_other_mistake
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.returncode == 2
     assert "imported" not in ended.stderr
-    assert ended.stderr.startswith("8 problems:\n")
+    assert ended.stderr.startswith("9 problems:\n")
     assert all(f"  {each.partition('=')[0]} = " in ended.stderr for each in mistakes)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 

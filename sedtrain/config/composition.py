@@ -11,10 +11,10 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ConfigTypeError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sedtrain.annotations import example, misfits, suggest
-from sedtrain.config.schema import ANNOTATIONS, first_line
+from sedtrain.config.schema import ANNOTATIONS, first_line, plain
 from sedtrain.errors import UNSET, UserError
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
@@ -48,7 +48,9 @@ def hydra_known(config: DictConfig) -> Iterator[None]:
     for key, value in {"runtime.output_dir": ".", "job.num": 0, "job.id": "0"}.items():
         parent = f"hydra.{key.partition('.')[0]}"
         if not isinstance(OmegaConf.select(config, parent), DictConfig):
-            raise ConfigTypeError(f"{parent} holds named values, and this is none")
+            raise UserError(
+                parent, plain(config.hydra, parent.partition(".")[2]), "this holds named values", f"leave {parent} out"
+            )
         OmegaConf.update(config, f"hydra.{key}", value)
     instance = HydraConfig.instance()
     before = instance.cfg

@@ -175,6 +175,8 @@ class Check:
         try:
             with hydra_known(config):
                 self.errors += [*find_problems(config), *check_references(config.hydra, "hydra")]
+        except UserError as error:
+            self.errors += error.errors
         except OmegaConfBaseException as error:  # Hydra's own settings
             self.errors.append(composition_error(error, "hydra", UNSET))
         self.refuse_lost(config)

@@ -52,6 +52,16 @@ OF_TRAINER: dict[str, Any] = {
 """Ranges of numbers that the Trainer does not check."""
 
 
+OF_ONE_TASK = {
+    "audio": "transcribe",
+    "format": "transcribe",
+    "out": "transcribe",
+    "runs": "compare",
+    "memory_gb": "fit_batches",
+}
+"""Options of the root that one task alone reads."""
+
+
 def one_of(*choices: str) -> Any:
     """A root field that holds one of a few words, the first by default."""
     return field(default=choices[0], metadata={"choices": choices})
@@ -102,6 +112,9 @@ class Config:
 
 
 ANNOTATIONS = {name: formatannotation(hint) for name, hint in get_type_hints(Config, include_extras=True).items()}
+
+
+ROOT = {each.name: each for each in fields(Config)}
 
 
 def register() -> None:
@@ -159,7 +172,7 @@ def check_references(node: DictConfig, path: str) -> Iterator[UserError]:
 
 
 def check_root(config: DictConfig) -> Iterator[UserError]:
-    for each in fields(Config):
+    for each in ROOT.values():
         if each.name not in config:
             continue
         value, choices = plain(config, each.name), each.metadata.get("choices")
@@ -253,6 +266,11 @@ def broken_rules(config: DictConfig) -> Iterator[UserError]:
     runs = plain(config, "runs") if "runs" in config else None
     if task == "compare" and (runs is None or (isinstance(runs, list) and len(runs) < 2)):
         yield UserError("runs", runs, "task=compare needs two runs or more", "write 'runs=[FOLDER,FOLDER]'")
+    for option, reader in OF_ONE_TASK.items():
+        value = plain(config, option) if option in config else ROOT[option].default
+        if task in ROOT["task"].metadata["choices"] and task != reader and value != ROOT[option].default:
+            wrong = f"task={reader} alone reads it, and this is task={task}"
+            yield UserError(option, value, wrong, f"write task={reader}, or leave {option} out")
     if "format" in config:
         yield from format_rules(plain(config, "format"), config.get("out"))
     if "metrics" in config:

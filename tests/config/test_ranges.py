@@ -23,6 +23,7 @@ ABOVE_0 = "a fraction above 0, at most 1"
 
 # What has to be chosen before an option exists, by the beginning of its name.
 CHOICES = {
+    "memory_gb": ["task=fit_batches"],
     "adapter.num_heads": ["adapter=transformer"],
     "adapter.num_layers": ["adapter=conv"],
     "adapter.num_queries": ["adapter=qformer"],

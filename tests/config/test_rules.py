@@ -4,7 +4,7 @@ import pytest
 from told import Problem, told
 
 from sedtrain.config.overrides import check_command_line
-from sedtrain.config.schema import conf_dir
+from sedtrain.config.schema import OF_ONE_TASK, conf_dir
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS
 
@@ -100,6 +100,14 @@ def test_a_comparison_needs_two_runs():
     assert check_command_line(["task=compare", "runs=[runs/a,runs/b]"])
 
 
+@pytest.mark.parametrize("option", ["audio=a.wav", "format=json", "out=texts", "runs=[a,b]", "memory_gb=8"])
+def test_an_option_that_another_task_alone_reads_is_refused(option):
+    name = option.partition("=")[0]
+    [found] = problems("task=inspect", option)
+    assert (found.option, found.write) == (name, f"write task={OF_ONE_TASK[name]}, or leave {name} out")
+    assert found.wrong == f"task={OF_ONE_TASK[name]} alone reads it, and this is task=inspect"
+
+
 @pytest.mark.parametrize(
     ("option", "value", "write"),
     [
@@ -126,7 +134,7 @@ def test_names_of_files_are_texts(option, value, write):
         ("+trainer.log_every_n_steps={1: x}", "trainer.log_every_n_steps", "expected Optional[int]"),
         ("+encoder={1: x}", "encoder.1", "load_encoder has no option '1'"),
         ("hydra.job=${oc.env:NOPE}", "hydra.job", "KeyError raised while resolving"),
-        ("hydra.job=${size}", "hydra", "hydra.job holds named values, and this is none"),
+        ("hydra.job=${size}", "hydra.job", "this holds named values"),
         ("hydra.job.chdir=${encoder}", "hydra.job.chdir", "this reference fails: While dereferencing"),
         ("+hydra.sweeper.params={a: {b: null}}", "hydra.sweeper.params", "this cannot be merged"),
         ("optimizer.x=${.}", "optimizer.x", "extraneous input '}'"),

@@ -35,7 +35,7 @@ def target(name="load", **options):
 
 def test_a_configuration_that_works_has_no_problem():
     node = target(size="tiny", width=4, rate=1, layers=[1, 2], _convert_="all")
-    assert problems(node, task="train", seed=0, size="tiny", audio=["a.wav"]) == []
+    assert problems(node, task="transcribe", seed=0, size="tiny", checkpoint="a", audio=["a.wav"]) == []
 
 
 def test_an_unknown_option_is_met_with_the_close_one_and_all_others():
