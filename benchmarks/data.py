@@ -218,7 +218,10 @@ def plan(num_rows):
     """Prints bytes an utterance once the first batch of an epoch is drawn, and the steps of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = Path(folder)
-        names, texts = [f"{number:08}.wav" for number in range(num_rows)], (["", *["a word"] * 9] * (num_rows // 10 + 1))[:num_rows]
+        names, texts = (
+            [f"{number:08}.wav" for number in range(num_rows)],
+            (["", *["a word"] * 9] * (num_rows // 10 + 1))[:num_rows],
+        )
         seconds = np.random.default_rng(0).lognormal(np.log(5), 0.65, num_rows).clip(1, 20)
         file = Path(folder, "train.parquet")
         pyarrow.parquet.write_table(pa.table({"audio": names, "id": names, "text": texts, "seconds": seconds}), file)
