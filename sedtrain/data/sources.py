@@ -136,10 +136,7 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         )
         parts = [(part, own_files(builder, part.partition("[")[0])) for part in split.split("+")]
         if all(files for _, files in parts):
-            fetched = (
-                (part, [read_rows(Path(cached_path(file)), name=file) for file in files]) for part, files in parts
-            )
-            return joined([cut(joined(rows), part) for part, rows in fetched])
+            return joined([cut(joined(list(map(fetched_rows, files))), part) for part, files in parts])
         for file in map(str, chain.from_iterable((builder.config.data_files or {}).values())):
             if file.lower().endswith(PACKED):
                 refuse_unpacking(cached_path(file), file)
@@ -158,6 +155,10 @@ def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
     files = list(map(str, by_split.get(split, ())))
     wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None, ".parquet": None}
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
+
+
+def fetched_rows(file: str) -> datasets.Dataset:
+    return read_rows(Path(cached_path(file)), name=file)
 
 
 def hub_or_folder(path: str) -> tuple[str, str | None]:
