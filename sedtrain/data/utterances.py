@@ -114,11 +114,12 @@ class UtteranceRows:
     def id_of(self, index: int, value: Any) -> str:
         return self.prefix + (f"{self.name}-{index}" if value is None else str(value))
 
-    def seconds(self, indices: Sequence[int]) -> Floats:
+    def seconds(self, indices: Sequence[int] | None = None) -> Floats:
         """(N,) the length of each utterance, from its columns, else from the header of its audio, else NaN."""
         lengths = self.declared(indices)
         missing = np.isnan(lengths)
-        lengths[missing] = list(self.by_header(np.array(indices, np.int64)[missing]))
+        among = np.array(range(len(self)) if indices is None else indices, np.int64)
+        lengths[missing] = list(self.by_header(among[missing]))
         return lengths
 
     def declared(self, indices: Sequence[int] | None = None) -> Floats:
