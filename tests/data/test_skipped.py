@@ -332,7 +332,7 @@ def test_a_resumed_run_reads_the_list_except_for_an_unfinished_line(tmp_path):
 
 
 def test_an_utterance_that_is_left_out_takes_under_200_bytes_of_memory(tmp_path):
-    number, skipped = 5000, SkippedUtterances(tmp_path / "skipped.jsonl")
+    number, skipped = 10_000, SkippedUtterances(tmp_path / "skipped.jsonl")
     tracemalloc.start()
     try:
         for first in range(0, number, 500):
