@@ -2,6 +2,7 @@
 
     python benchmarks/data.py             # ten minutes; --hours 0.2 --rounds 1 for a first look
     python benchmarks/data.py --memory    # five minutes, Linux
+    python benchmarks/data.py --plan 1000000    # a minute
 
 The first writes a corpus of noise in the rhythm of syllables: FLAC and Opus at 16, 44.1 and 48 kHz, durations
 log-normal (sigma 0.65, 1 to 20 s), in manifests of 100 utterances. Each figure is the median of the rounds, each round
@@ -22,9 +23,13 @@ sedtrain does, because `datasets` needs torchcodec and FFmpeg for that.
 
 `--memory` prints the memory (PSS) of a process and its four workers after each of 20 epochs of the embedded corpus, and
 the slope over the second ten.
+
+`--plan ROWS` prints the memory (tracemalloc) of a process that has planned an epoch of so many rows of Parquet, one in
+ten of which has no text and is left out, and how many steps ranks make of the batches.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -34,11 +39,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import soundfile
 import soxr
 import torch
@@ -49,6 +57,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from sedtrain.config.instantiate import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
+from sedtrain.data.readers import read_rows
 from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.text.tokenizers import train_tokenizer
 
@@ -205,6 +214,41 @@ def memory(epochs=20):
         print(f"{slope:+.2f} MB an epoch over the last {epochs // 2}", flush=True)
 
 
+def plan(num_rows):
+    """Prints bytes an utterance once the first batch of an epoch is drawn, and the steps of ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder)
+        names, texts = (
+            [f"{number:08}.wav" for number in range(num_rows)],
+            (["", *["a word"] * 9] * (num_rows // 10 + 1))[:num_rows],
+        )
+        seconds = np.random.default_rng(0).lognormal(np.log(5), 0.65, num_rows).clip(1, 20)
+        file = Path(folder, "train.parquet")
+        pyarrow.parquet.write_table(pa.table({"audio": names, "id": names, "text": texts, "seconds": seconds}), file)
+        del names, texts, seconds
+        read_rows(file)  # makes its copy in Arrow
+        columns = (
+            "data.columns={audio: audio, transcription: text, translation: null, id: id, seconds: seconds, start: null}"
+        )
+        options = ("data=parquet", f"data.path={folder}", columns, "data.batch_seconds=240", f"run_dir={folder}")
+        cfg, collator = composed(*options, "data.max_bad_fraction=1"), collator_of("wav2vec2")
+        tracemalloc.start()
+        data = create(cfg, "data")
+        data.collator = collator
+        sampler = data.train_dataloader().sampler
+        drawn = iter(sampler)
+        next(drawn)
+        gc.collect()
+        ours = [tracemalloc.Filter(True, f"*/{package}/*") for package in ("numpy", "sedtrain")]
+        found = tracemalloc.take_snapshot().filter_traces(ours).statistics("filename")
+    left_out = sum(each.size for each in found if each.traceback[0].filename.endswith("skipped.py"))
+    planned, number = sum(each.size for each in found) - left_out, len(sampler.references)
+    print(f"{number:,} utterances: {planned / number:.1f} bytes each", end="; ")
+    print(f"{num_rows - number:,} left out: {left_out / (num_rows - number):.0f} bytes each")
+    steps = ", ".join(f"{sampler.num_steps(ranks):,} of {ranks}" for ranks in (1, 8, 64))
+    print(f"steps of ranks at 240 s a batch: {steps}", flush=True)
+
+
 def in_a_process(*arguments):
     """What this script prints of one measurement, by a process with one thread and an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
@@ -245,6 +289,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encoders", nargs="+", default=ENCODERS)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--plan", type=int, metavar="ROWS")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -252,6 +297,8 @@ def main():
         print(json.dumps({"measure": measure, "features": features}[name](*arguments)))
     elif options.memory:
         memory()
+    elif options.plan:
+        plan(options.plan)
     else:
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder), options.hours)

@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sedtrain.batch import Skipped
+from sedtrain.data.buckets import Floats
 from sedtrain.data.dataset import Kept
 from sedtrain.data.durations import durations
 from sedtrain.data.limits import WHOLE, Limits
@@ -19,7 +20,7 @@ from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import SkippedUtterances, in_words
 from sedtrain.data.source import Source
-from sedtrain.data.utterances import Reason, UtteranceRows
+from sedtrain.data.utterances import Reason, UtteranceRows, as_text
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
 from sedtrain.text.tags import Tags, WholePrompt
@@ -148,29 +149,33 @@ class Corpus:
 
         Raises UserError where nothing is left of the split, or a split that is scored has no text at all.
         """
-        skipped: list[Skipped] = []
-        kept = Kept.of(self.filtered(split, skipped))
+        kept = Kept.of(self.filtered(split))
         if not len(kept):
-            self.skipped.note(skipped, split)
-            raise self.none_left(split, skipped)
+            raise self.none_left(split)
         may_be_empty = split == "train" or self.limits.min_characters == 0  # training keeps no empty text unless asked
         if not may_be_empty and not any(map(str.strip, self.texts(split))):
             column, name = self.sources[0].columns.text, self.sources[0].splits[split]
             wrong = f"all {len(kept)} texts of {name!r} are empty: only insertions would be scored"
             write = "write data.columns of the texts, or data.min_characters=0 where nobody speaks in any of this audio"
             raise UserError("data.columns", column, wrong, write)
-        self.skipped.planned(split, len(kept) + len(skipped), skipped)
+        self.skipped.judge(split)
         return kept
 
-    def filtered(self, split: str, skipped: list[Skipped]) -> Iterator[tuple[int, list[int], list[float]]]:
-        """Parts, their rows that are used, and the seconds of these; the others are added to `skipped`."""
-        limits, rewrite = self.limits_of(split), self.rewriting(split)
+    def filtered(self, split: str) -> Iterator[tuple[int, list[int], list[float]]]:
+        """Parts, their rows that are used, and the seconds of these, some thousand at a time."""
         for part, rows in self.open_all(self.parts(split), split):
             lengths = durations(rows)
             for chunk in rows.chunks():
-                kept, others = limits.filter(rows, chunk, lengths[chunk.start : chunk.stop], rewrite)
-                skipped += others.values()
-                yield part, list(kept), list(kept.values())
+                used = self.usable(split, rows, chunk, lengths[chunk.start : chunk.stop])
+                yield part, list(used), list(used.values())
+
+    def usable(
+        self, split: str, rows: UtteranceRows, indices: Sequence[int], seconds: Floats | None = None
+    ) -> dict[int, float]:
+        """The seconds of the rows that are used, by index; the others are noted."""
+        used, others = self.limits_of(split).filter(rows, indices, seconds, self.rewriting(split))
+        self.skipped.planned(split, len(indices), list(others.values()))
+        return used
 
     def leave_out(self, refused: Callable[[str, float], Reason | None]) -> None:
         """Leaves out the training utterances for whose text and seconds `refused` gives a reason; of a stream, as they come.
@@ -181,26 +186,22 @@ class Corpus:
         if self.streaming:
             return
         kept, parts = self.kept("train"), self.parts("train")
-        left_out: list[Skipped] = []
-        is_left_out = []
-        for part, indices in kept.chunks():
-            unlearnt = self.unlearnt(parts[part], indices, kept.among(part, np.array(indices))[1].tolist())
-            left_out += unlearnt.values()
-            is_left_out.append(np.isin(indices, [*unlearnt]))
-        kept.leave_out(np.concatenate(is_left_out))
-        self.skipped.planned("train", 0, left_out)  # 0 more: all of them have been counted as seen
+        kept.keep([self.learnable(parts[part], indices, seconds) for part, indices, seconds in kept.chunks()])
+        self.skipped.judge("train")
         if not len(kept):
-            raise self.none_left("train", left_out)
+            raise self.none_left("train")
 
-    def unlearnt(self, rows: UtteranceRows, indices: Sequence[int], seconds: Sequence[float]) -> dict[int, Skipped]:
-        """Those of some rows of a part that are refused, by index."""
-        reasons = zip(indices, map(self.refused, rows.texts(indices), seconds), strict=True)
-        return {index: rows.skipped(index, *reason) for index, reason in reasons if reason}
+    def learnable(self, rows: UtteranceRows, indices: Sequence[int], seconds: Iterable[float]) -> NDArray[np.bool_]:
+        """Tells of rows that are used whether they can be learnt; notes those that are refused."""
+        reasons = list(map(self.refused, rows.texts(indices), seconds))
+        others = [rows.skipped(index, *reason) for index, reason in zip(indices, reasons, strict=True) if reason]
+        self.skipped.planned("train", 0, others)  # 0 more: all of them have been counted as seen
+        return np.array([reason is None for reason in reasons], np.bool_)
 
-    def none_left(self, split: str, skipped: Sequence[Skipped]) -> UserError:
-        reasons = in_words(Counter(utterance.reason for utterance in skipped))
+    def none_left(self, split: str) -> UserError:
+        reasons = self.skipped.of_split[split]
         name = self.sources[0].splits[split]
-        wrong = f"none of the {len(skipped)} utterances of {name!r} can be used ({reasons})"
+        wrong = f"none of the {reasons.total()} utterances of {name!r} can be used ({in_words(reasons)})"
         write = "write data.min_seconds, data.max_seconds and data.columns that fit this dataset"
         return UserError("data.path", self.path, wrong, write)
 
@@ -259,11 +260,11 @@ def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
     """Languages and tasks of the texts that are used; of a stream, of all its texts."""
     if corpus.streaming and split == "train":
         return {pair for part in corpus.shards() for pair in pairs_of_shard(part)}
-    parts = corpus.parts(split)
+    chunks = ((corpus.parts(split)[part], indices) for part, indices, _ in corpus.kept(split).chunks())
     return {
-        (language, parts.parts[part].source.task)
-        for part, indices in corpus.kept(split).chunks()
-        for language in parts[part].languages(indices)
+        (as_text(cell) or rows.source.language, rows.source.task)
+        for rows, indices in chunks
+        for cell in rows.cells("language", indices)
     }
 
 

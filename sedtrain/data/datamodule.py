@@ -118,7 +118,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
         self.augment: Augment | None = None
-        self.split = cache(self.load_split)
+        self.split, self.texts = cache(self.load_split), self.corpus.texts
 
     def load_split(self, split: str, augment: Augment | None = None) -> SplitDataset:
         assert self.collator is not None, "build hands the collator over"
@@ -194,7 +194,6 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         most: longer utterances, in seconds, are for `long_utterances`
         """
         dataset = self.split(split)
-        return_freed_memory()
         for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False, most=most)):
             self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             self.make_room()
@@ -261,7 +260,3 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = cast(Position, state_dict) if state_dict else None
-
-    def texts(self, split: str) -> Iterator[str]:
-        """All target texts of train, validation or test."""
-        return self.corpus.texts(split)

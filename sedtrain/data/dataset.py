@@ -50,12 +50,13 @@ class Kept:
         """The place of the utterances of a part."""
         return slice(*np.searchsorted(self.references[:, 0], [number, number + 1]))
 
-    def chunks(self) -> Iterator[tuple[int, list[int]]]:
-        """Parts and rows, in order; as many at a time as may be Python values at once."""
+    def chunks(self) -> Iterator[tuple[int, list[int], list[float]]]:
+        """Parts, rows and their seconds, in order; as many at a time as may be Python values at once."""
         for part in np.unique(self.references[:, 0]).tolist():
-            rows = self.references[self.part(part), 1]
-            for first in range(0, len(rows), CELLS_AT_ONCE):
-                yield part, rows[first : first + CELLS_AT_ONCE].tolist()
+            place = self.part(part)
+            for first in range(place.start, place.stop, CELLS_AT_ONCE):
+                some = slice(first, min(first + CELLS_AT_ONCE, place.stop))
+                yield part, self.references[some, 1].tolist(), self.seconds[some].tolist()
 
     def among(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
         """Those rows of a part that are used, and their seconds."""
@@ -64,8 +65,10 @@ class Kept:
         is_known = np.isin(rows, known)
         return rows[is_known], seconds[np.searchsorted(known, rows[is_known])]
 
-    def leave_out(self, unwanted: NDArray[np.bool_]) -> None:
-        self.references, self.seconds = self.references[~unwanted], self.seconds[~unwanted]
+    def keep(self, wanted: Sequence[NDArray[np.bool_]]) -> None:
+        """Keeps the utterances that are wanted, chunk by chunk."""
+        is_wanted = np.concatenate(wanted)
+        self.references, self.seconds = self.references[is_wanted], self.seconds[is_wanted]
 
 
 class SplitDataset(Dataset[Batch | UserError]):
@@ -120,14 +123,16 @@ class SplitDataset(Dataset[Batch | UserError]):
 
     def all_num_tokens(self) -> Integers:
         """(N,) target tokens of all utterances."""
-        numbers = (number for chunk in self.kept.chunks() for number in self.num_tokens(*chunk))
+        numbers = (number for part, rows, _ in self.kept.chunks() for number in self.num_tokens(part, rows))
         return np.fromiter(numbers, np.int64, len(self))
 
     def tokens_per_second(self) -> float:
         """The mean of some thousand utterances."""
         step = len(self) // NUM_COUNTED + 1
         counted = Kept(self.kept.references[::step], self.kept.seconds[::step])
-        return sum(sum(self.num_tokens(*chunk)) for chunk in counted.chunks()) / float(counted.seconds.sum())
+        return sum(sum(self.num_tokens(part, rows)) for part, rows, _ in counted.chunks()) / float(
+            counted.seconds.sum()
+        )
 
     def utterance_of(self, id: str) -> Utterance:
         found = ((rows, rows.index_of(id)) for rows in self.parts)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -43,8 +42,9 @@ def durations(rows: UtteranceRows) -> Floats:
     with FileLock(f"{file}.lock"):  # one rank of a machine reads, the others wait for it
         if file.is_file():
             lengths = np.where(np.isnan(lengths), np.load(file), lengths)
-        missing = np.flatnonzero(np.isnan(lengths)).tolist()
-        lengths[missing] = list(with_progress(rows.by_header(missing), len(missing), rows.name))
+        missing = np.flatnonzero(np.isnan(lengths))
+        found = with_progress(rows.by_header(missing), len(missing), rows.name)
+        lengths[missing] = np.fromiter(found, np.float64, len(missing))
         if not np.isnan(lengths[missing]).all():
             write_whole(file, lambda content: np.save(content, lengths))
     return lengths
@@ -52,25 +52,30 @@ def durations(rows: UtteranceRows) -> Floats:
 
 def cache_file(rows: UtteranceRows) -> Path:
     """The file that keeps the lengths of these rows; its name changes when a row or a file of audio does."""
-    facts = (VERSION, rows.fingerprint, str(rows.folder.absolute()), facts_of(rows))
-    key = hashlib.sha256(repr(facts).encode("utf-8", "replace")).hexdigest()[:32]
-    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "durations" / f"{key}.npy"
+    key = hashlib.sha256(ascii((VERSION, rows.fingerprint, str(rows.folder.absolute()))).encode())
+    for facts in facts_of(rows):  # some at a time: all of them would take more memory than the plan of an epoch
+        key.update(ascii(facts).encode())
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "durations" / f"{key.hexdigest()[:32]}.npy"
 
 
-def facts_of(rows: UtteranceRows) -> list[FileFacts]:
+def facts_of(rows: UtteranceRows) -> Iterator[list[FileFacts]]:
     """Facts of every file that the audio column names; bytes in it change the fingerprint of the rows."""
-    paths = [str(rows.folder / name) for name in names_in(rows.table["audio"]) if name and "\0" not in name]
-    chunks = [paths[first : first + FILES_AT_ONCE] for first in range(0, len(paths), FILES_AT_ONCE)]
+    names = names_in(rows.table["audio"])
+    chunks = [names[first : first + FILES_AT_ONCE] for first in range(0, len(names), FILES_AT_ONCE)]
+
+    def facts_of_some(chunk: pa.Array) -> list[FileFacts]:
+        return [facts_of_file(str(rows.folder / name)) for name in chunk.to_pylist() if name and "\0" not in name]
+
     with ThreadPoolExecutor() as pool:
-        return list(chain.from_iterable(pool.map(lambda some: list(map(facts_of_file, some)), chunks)))
+        yield from pool.map(facts_of_some, chunks)
 
 
-def names_in(column: pa.ChunkedArray) -> list[str | None]:
+def names_in(column: pa.ChunkedArray) -> pa.Array:
     """The distinct paths in an audio column, in the order of the rows."""
     if pa.types.is_struct(column.type) and "path" in column.type.names:
         has_all_bytes = "bytes" in column.type.names and not pc.struct_field(column, "bytes").null_count
         column = pa.nulls(0) if has_all_bytes else pc.struct_field(column, "path")
-    return list(pc.unique(column).to_pylist()) if is_text(column.type) else []
+    return pc.unique(column) if is_text(column.type) else pa.nulls(0)
 
 
 def facts_of_file(path: str) -> FileFacts:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from sedtrain.data.buckets import Bounds, Floats, Integers
+from sedtrain.data.memory import return_freed_memory
 from sedtrain.errors import UserError
 
 SHORTEST_SECONDS = 0.1  # the collator pads shorter audio with silence
@@ -122,15 +123,6 @@ def steps_of(groups: NDArray[np.int32], num_ranks: int) -> Integers:
     return steps
 
 
-def segments_after(segments: list[Segment], num_ranks: int, num_steps: int) -> list[Segment]:
-    """The segments after `num_steps` more steps by `num_ranks` ranks."""
-    if not num_steps:
-        return list(segments)
-    if segments and segments[-1][0] == num_ranks:
-        return [*segments[:-1], (num_ranks, segments[-1][1] + num_steps)]
-    return [*segments, (num_ranks, num_steps)]
-
-
 def other_reading(written_by: str, streaming: bool) -> UserError:
     """The error for a checkpoint from the middle of an epoch that was read in another way."""
     wrong = (
@@ -194,7 +186,11 @@ class DurationBatches(Sampler[Any]):
         return self.position(consumed_steps)
 
     def position(self, consumed_steps: int) -> Position:
-        segments = segments_after(self.segments, self.num_ranks, consumed_steps - self.resumed_steps())
+        segments, more = list(self.segments), consumed_steps - self.resumed_steps()
+        if more and segments and segments[-1][0] == self.num_ranks:
+            more += segments.pop()[1]
+        if more:
+            segments.append((self.num_ranks, more))
         return Position(seed=self.seed, epoch=self.epoch, segments=segments, plan=self.plan.digest())
 
     def load_state_dict(self, state: Position) -> None:
@@ -250,5 +246,6 @@ class BatchesWithEpoch(DurationBatches):
         self.references = references
 
     def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        epoch = self.epoch
-        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in super().__iter__())
+        epoch, batches = self.epoch, super().__iter__()
+        return_freed_memory()  # that the order was made in; workers are forked next
+        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in batches)

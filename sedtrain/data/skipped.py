@@ -1,6 +1,7 @@
 """Utterances that are left out, listed in a file and counted by reason; too many faults stop the run."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -21,8 +22,8 @@ MIN_SEEN = 100
 BATCHES_BETWEEN_SUMS = 16
 """Interval at which ranks that decode different utterances add up their counts."""
 
-Key = tuple[str, str, str | None]
-"""Id, reason and path of an utterance."""
+Key = bytes
+"""A digest of id, reason and path of an utterance, of which there may be millions."""
 
 
 @dataclass
@@ -51,27 +52,28 @@ class SkippedUtterances:
         self, file: Path, on_bad_utterance: Literal["skip", "error"] = "skip", max_bad_fraction: float = 1.0
     ) -> None:
         self.file, self.on_bad_utterance, self.max_bad_fraction = file, on_bad_utterance, max_bad_fraction
-        self.noted: dict[Key, Skipped] = {}
+        self.noted: set[Key] = set()
+        self.last_noted: Skipped | None = None
         self.counts: Counter[str] = Counter()
         self.num_bytes_read = 0
         self.broken_files: set[str | None] = set()
         self.before_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
         self.in_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
         self.num_batches: Counter[str] = Counter()  # decoded so far of each split
-        self.reasons: dict[str, dict[Key, str]] = defaultdict(dict)  # by split, in this process
+        self.of_split: Mapping[str, Counter[str]] = defaultdict(Counter)  # by reason, in this process
+        self.met: Mapping[str, set[Key]] = defaultdict(set)  # those counted in `of_split`
         self.read()
 
     def planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
-        """Notes the utterances left out of `num_seen` before they are decoded; all ranks call it alike.
+        """Notes utterances left out of `num_seen` before they are decoded; all ranks call it alike, and `judge` after the last.
 
-        Raises UserError if one faulty utterance, or this many, stop the run.
+        Raises UserError if one faulty utterance stops the run.
         """
         self.note(skipped, split)
         if skipped and self.on_bad_utterance == "error":
             raise bad(skipped[0])
         self.before_decoding[split].num_seen += num_seen
         self.before_decoding[split].num_bad += num_faults(skipped)
-        self.judge(split, self.in_decoding[split])
 
     def decoded(
         self,
@@ -80,7 +82,7 @@ class SkippedUtterances:
         skipped: Sequence[Skipped],
         over_ranks: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
-        """Notes the utterances of a batch that could not be decoded. Raises as `planned` does, on all ranks at once.
+        """Notes the utterances of a batch that could not be decoded. Raises as `planned` and `judge` do, on all ranks at once.
 
         over_ranks: numbers of this rank -> their sums over all, where there are several; all call it at the same batch
         """
@@ -97,11 +99,13 @@ class SkippedUtterances:
             return
         if total.num_bad and self.on_bad_utterance == "error":
             self.read()
-            raise bad(skipped[0] if skipped else next(reversed(self.noted.values())))
+            found = skipped[0] if skipped else self.last_noted
+            assert found is not None, "the rank that met it has listed it"
+            raise bad(found)
         self.judge(split, total)
 
     def broken_file(self, name: str, path: str | None, error: str, num_files: int, split: str = "train") -> None:
-        """Notes one of the files of a split, of which nothing can be read. Raises as `planned` does."""
+        """Notes one of the files of a split, of which nothing can be read. Raises UserError if it, or so many, stop the run."""
         utterance = Skipped(name, "unreadable shard", error, path)
         self.note([utterance], split)
         if self.on_bad_utterance == "error":
@@ -115,9 +119,9 @@ class SkippedUtterances:
             )
             raise UserError("data.max_bad_fraction", self.max_bad_fraction, wrong, write)
 
-    def judge(self, split: str, decoded: FilterCounts) -> None:
+    def judge(self, split: str, decoded: FilterCounts | None = None) -> None:
         """Raises UserError where more of a split is bad than `max_bad_fraction`, as far as it has been seen."""
-        planned = self.before_decoding[split]
+        planned, decoded = self.before_decoding[split], decoded or self.in_decoding[split]
         if planned.fraction + (1 - planned.fraction) * decoded.fraction <= self.max_bad_fraction:
             return
         filters = {"could not be used": planned, "could not be decoded": decoded}
@@ -129,32 +133,27 @@ class SkippedUtterances:
         write = f"{usable}, or a higher data.max_bad_fraction to continue with the others"
         raise UserError("data.max_bad_fraction", self.max_bad_fraction, wrong, write)
 
-    def of_split(self, split: str) -> dict[str, int]:
-        """Utterances of a split that this process has left out, counted by reason, most frequent first."""
-        return dict(Counter(self.reasons[split].values()).most_common())
-
     def note(self, skipped: Sequence[Skipped], split: str = "") -> None:
         """Lists the utterances that no rank has listed yet; warns of the first one of a reason."""
-        self.reasons[split].update({key_of(utterance): utterance.reason for utterance in skipped})
-        if not self.new(skipped):
+        distinct = {key_of(utterance): utterance for utterance in skipped}
+        self.of_split[split].update(each.reason for key, each in distinct.items() if key not in self.met[split])
+        self.met[split].update(distinct)
+        if self.noted.issuperset(distinct):
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self.read_more(file)
             file.truncate(self.num_bytes_read)  # drops an unfinished last line
-            for utterance in (new := self.new(skipped)):
+            for key in [key for key in distinct if key not in self.noted]:
+                utterance = distinct[key]
                 if not self.counts[utterance.reason]:
                     first = " ".join(filter(None, (utterance.id, utterance.detail)))
                     logger.warning("skipping utterances: %s (first: %s)", utterance.reason, first)
-                self.count(utterance)
-            file.write(b"".join(map(line, new)))
+                self.count(key, utterance)
+                file.write(line(utterance))
             file.flush()
             self.num_bytes_read = file.seek(0, os.SEEK_END)
-
-    def new(self, skipped: Sequence[Skipped]) -> list[Skipped]:
-        distinct = {key_of(utterance): utterance for utterance in skipped}
-        return [utterance for key, utterance in distinct.items() if key not in self.noted]
 
     def totals(self) -> dict[str, int]:
         """Utterances left out over all ranks, counted by reason, most frequent first."""
@@ -169,15 +168,17 @@ class SkippedUtterances:
     def read_more(self, file: IO[bytes]) -> None:
         """Counts the utterances that other ranks, or this run before it was resumed, have added to the list."""
         if file.seek(0, os.SEEK_END) < self.num_bytes_read:  # the list of a run that has started anew
-            self.noted, self.counts, self.num_bytes_read = {}, Counter(), 0
+            self.noted, self.counts, self.num_bytes_read = set(), Counter(), 0
         file.seek(self.num_bytes_read)
-        finished, end, _ = file.read().rpartition(b"\n")
-        self.num_bytes_read += len(finished + end)
-        for text in finished.splitlines():
-            self.count(Skipped(**json.loads(text)))
+        for text in file:
+            if text.endswith(b"\n"):
+                self.num_bytes_read += len(text)
+                utterance = Skipped(**json.loads(text))
+                self.count(key_of(utterance), utterance)
 
-    def count(self, utterance: Skipped) -> None:
-        self.noted[key_of(utterance)] = utterance
+    def count(self, key: Key, utterance: Skipped) -> None:
+        self.noted.add(key)
+        self.last_noted = utterance
         self.counts[utterance.reason] += 1
 
 
@@ -186,7 +187,8 @@ def num_faults(skipped: Sequence[Skipped]) -> int:
 
 
 def key_of(utterance: Skipped) -> Key:
-    return utterance.id, utterance.reason, utterance.path
+    identity = utterance.id, utterance.reason, utterance.path
+    return hashlib.blake2b(ascii(identity).encode(), digest_size=12).digest()
 
 
 def line(utterance: Skipped) -> bytes:

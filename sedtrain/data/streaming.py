@@ -109,12 +109,11 @@ class Stream:
             return visited, np.empty(0)
         if len(self.dataset):
             return self.dataset.kept.among(part, visited)
-        rows, indices = self.dataset.parts[part], visited.tolist()
-        kept, skipped = self.corpus.limits.filter(rows, indices, rewrite=self.corpus.rewrite)
-        unlearnt = self.corpus.unlearnt(rows, list(kept), list(kept.values()))
-        self.corpus.skipped.planned("train", len(indices), [*skipped.values(), *unlearnt.values()])
-        used = [index for index in kept if index not in unlearnt]
-        return np.array(used, np.int64), np.array([kept[index] for index in used])
+        rows = self.dataset.parts[part]
+        used = self.corpus.usable("train", rows, visited.tolist())
+        is_learnable = self.corpus.learnable(rows, list(used), used.values())
+        self.corpus.skipped.judge("train")
+        return np.array([*used], np.int64)[is_learnable], np.array([*used.values()])[is_learnable]
 
     def remove_copies_between(self, epoch: int, first: int, last: int) -> None:
         """Removes the copies of parts that have a visit from `first` to before `last`, and none later in the epoch."""

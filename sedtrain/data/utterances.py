@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE, fields_of, read_audio, refuse_silence, seconds_between
-from sedtrain.data.buckets import Floats
+from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.paths import local_path
 from sedtrain.data.source import Source, check_columns
 from sedtrain.data.tables import NOT_TEXT, PROBLEM, by_role
@@ -101,10 +101,6 @@ class UtteranceRows:
         """The texts of all or of some rows; reads no audio."""
         return [as_text(value) for value in self.cells("text", indices)]
 
-    def languages(self, indices: Sequence[int] | None = None) -> set[str | None]:
-        """The languages of all or of some rows."""
-        return {as_text(value) or self.source.language for value in self.cells("language", indices)}
-
     def ids(self) -> Iterator[str]:
         return (id for chunk in self.chunks() for id in map(self.id_of, chunk, self.cells("id", chunk)))
 
@@ -121,8 +117,9 @@ class UtteranceRows:
     def seconds(self, indices: Sequence[int] | None = None) -> Floats:
         """(N,) the length of each utterance, from its columns, else from the header of its audio, else NaN."""
         lengths = self.declared(indices)
-        missing = np.flatnonzero(np.isnan(lengths)).tolist()
-        lengths[missing] = list(self.by_header(missing if indices is None else [indices[each] for each in missing]))
+        missing = np.isnan(lengths)
+        among = np.array(range(len(self)) if indices is None else indices, np.int64)
+        lengths[missing] = list(self.by_header(among[missing]))
         return lengths
 
     def declared(self, indices: Sequence[int] | None = None) -> Floats:
@@ -131,15 +128,15 @@ class UtteranceRows:
             return np.array(self.table["seconds"].cast(pa.float64()).fill_null(nan).to_numpy(), dtype=np.float64)
         return np.array(self.cells("seconds", indices), dtype=np.float64)
 
-    def by_header(self, indices: Sequence[int]) -> Iterator[float]:
+    def by_header(self, indices: Integers) -> Iterator[float]:
         """The lengths by the headers of the audio, read in threads; NaN where a header cannot be read."""
-        chunks = [indices[first : first + ROWS_AT_ONCE] for first in range(0, len(indices), ROWS_AT_ONCE)]
+        chunks = np.split(indices, range(ROWS_AT_ONCE, len(indices), ROWS_AT_ONCE))
         with ThreadPoolExecutor() as pool:
             for lengths in pool.map(self.headers, chunks):
                 yield from lengths
 
-    def headers(self, indices: Sequence[int]) -> list[float]:
-        return [self.length_or_reason(self.row(index))[0] for index in indices]
+    def headers(self, indices: Integers) -> list[float]:
+        return [self.length_or_reason(self.row(index))[0] for index in indices.tolist()]
 
     def length_or_reason(self, row: Mapping[str, Any], declared: float | None = None) -> tuple[float, Reason]:
         """The length by the header of the audio and ("", ""), or NaN and the reason for that with a detail."""

@@ -93,7 +93,7 @@ class Scoring:
             skipped=data.skipped.totals(),
             versions=installed_versions(),
             training_normalizer=saved.training_normalizer,
-            not_scored=data.skipped.of_split(self.split),
+            not_scored=dict(data.skipped.of_split[self.split].most_common()),
             num_cut=evaluation.num_cut,
             num_empty=sum(not each.reference.strip() for each in evaluation.hypotheses),
             signatures=self.metric_set.signatures(),

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import tracemalloc
 import unicodedata
 from collections import Counter
 from functools import partial
@@ -110,8 +111,8 @@ def test_every_split_is_counted_once(dirty):
     assert data.skipped.totals() == {"too short": 1, "too long": 1, "unreadable audio": 2, "empty text": 2}
     assert list(data.skipped.totals())[:2] == ["unreadable audio", "empty text"]  # the most frequent
     assert Counter(line["id"].partition("-")[0] for line in listed(dirty)) == {"train": 5, "validation": 1}
-    assert data.skipped.of_split("validation") == {"unreadable audio": 1}
-    assert data.skipped.of_split("train") == {"too short": 1, "too long": 1, "unreadable audio": 1, "empty text": 2}
+    assert data.skipped.of_split["validation"] == {"unreadable audio": 1}
+    assert data.skipped.of_split["train"] == {"too short": 1, "too long": 1, "unreadable audio": 1, "empty text": 2}
 
 
 # --- splits that are scored
@@ -144,7 +145,7 @@ def test_audio_of_validation_that_memory_or_the_encoder_cannot_take_is_named(tmp
     data = data_module(tmp_path, max_seconds=1, batch_seconds=2.0)
     names = [f"validation-{number}" for number in range(2)]
     assert [id for batch in data.val_dataloader() for id in batch.ids] == names[::-1]
-    assert data.skipped.of_split("validation") == {"too long": 2}
+    assert data.skipped.of_split["validation"] == {"too long": 2}
     assert caplog.messages == ["skipping utterances: too long (first: validation-2 4.10 s > 4 * data.max_seconds=4)"]
     data = data_module(tmp_path, tmp_path / "b", max_seconds=1, batch_seconds=8.5)
     data.collator.max_seconds = 3.9
@@ -161,7 +162,7 @@ def test_every_utterance_of_a_test_split_is_in_a_batch_or_among_the_long_ones(tm
     data.collator.max_seconds = 4.0
     assert [id for batch in data.batches("test", 4.0) for id in batch.ids] == ["test-1", "test-0"]
     assert [(each.id, each.seconds) for each in data.long_utterances("test", 4.0)] == [("test-2", 4.1)]
-    assert data.skipped.of_split("test") == {"unreadable audio": 1}
+    assert data.skipped.of_split["test"] == {"unreadable audio": 1}
 
 
 def test_a_split_without_any_text_is_scored_only_when_asked_for(tmp_path):
@@ -328,6 +329,24 @@ def test_a_resumed_run_reads_the_list_except_for_an_unfinished_line(tmp_path):
     (tmp_path / "skipped.jsonl").unlink()
     skipped.note([Skipped("a", "too long"), Skipped("d", "too long")])
     assert [line["id"] for line in listed(tmp_path)] == ["a", "d"]
+
+
+def test_an_utterance_that_is_left_out_takes_under_200_bytes_of_memory(tmp_path):
+    number, skipped = 10_000, SkippedUtterances(tmp_path / "skipped.jsonl")
+    tracemalloc.start()
+    try:
+        for first in range(0, number, 500):
+            some = [Skipped(f"utterance-{first + i}", "too long", "31 s > 30 s", f"/data/{i}.wav") for i in range(500)]
+            skipped.note(some, "train")
+            skipped.note(some, "train")
+        del some
+        ours = [tracemalloc.Filter(True, "*/sedtrain/*")]
+        found = tracemalloc.take_snapshot().filter_traces(ours).statistics("filename")
+    finally:
+        tracemalloc.stop()
+    assert 0 < sum(each.size for each in found) < 200 * number
+    assert skipped.of_split["train"] == skipped.totals() == {"too long": number}
+    assert SkippedUtterances(tmp_path / "skipped.jsonl").totals() == {"too long": number}
 
 
 # --- how much is too much

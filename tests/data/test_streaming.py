@@ -79,6 +79,9 @@ class Noted(list):
     def planned(self, split, num_seen, skipped):
         self.extend(skipped)
 
+    def judge(self, split):
+        assert split == "train"
+
 
 def sampler(
     sizes,
@@ -155,7 +158,7 @@ def test_95_percent_of_the_audio_is_real_in_blocks_of_the_usual_size():
     seconds = np.random.default_rng(0).lognormal(log(5), 0.65, 20_000).clip(1, 20)
     batches = sampler([1000] * 20, num_rows=4096, batch_seconds=120.0, num_buckets=30)
     batches.stream.corpus.limits = SimpleNamespace(
-        filter=lambda rows, indices, **_: ({i: seconds[1000 * rows.part + i] for i in indices}, {})
+        filter=lambda rows, indices, *_: ({i: seconds[1000 * rows.part + i] for i in indices}, {})
     )
     padded = sum(len(refs) * max(seconds[1000 * part + index] for part, index in refs) for _, refs in batches)
     assert seconds.sum() / padded > 0.95
