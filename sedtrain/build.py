@@ -20,6 +20,7 @@ from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
+from sedtrain.data.paths import public_name
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.outputs import Outputs
@@ -319,6 +320,17 @@ def transcriber(cfg: DictConfig) -> Transcriber:
     attempt.report()
     saved.model.to(device(cfg))
     return made
+
+
+def server(cfg: DictConfig) -> Callable[[], None]:
+    """What serves until Ctrl-C. Raises UserError where its packages are not installed."""
+    try:
+        from sedtrain.serving.server import serve
+    except ModuleNotFoundError as error:
+        wrong = f"it needs packages that are not installed: {error}"
+        raise UserError("task", cfg.task, wrong, "pip install 'sedtrain[serve]'") from error
+    options = create(cfg, "serve")
+    return partial(serve, transcriber(cfg), options, options.model or public_name(cfg.checkpoint))
 
 
 def bounds_of(cfg: DictConfig) -> Bounds:

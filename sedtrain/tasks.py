@@ -1,4 +1,4 @@
-"""The tasks of a command: train, evaluate, transcribe, inspect, fit_batches; compare.py has compare, which needs no model."""
+"""The tasks of a command, but for compare.py, which needs no model: train, evaluate, transcribe, serve, inspect, fit_batches."""
 
 import logging
 import shlex
@@ -91,6 +91,11 @@ def transcribe(cfg: DictConfig) -> None:
         raise Unfinished(f"{num_failed} of {len(paths)} files could not be transcribed")
 
 
+def serve(cfg: DictConfig) -> None:
+    """Answers requests for texts over HTTP until Ctrl-C."""
+    build.server(cfg)()
+
+
 def inspect(cfg: DictConfig) -> None:
     """Shows what the data hold and which of them training would leave out; nothing of a model is needed."""
     folder = Path(cfg.run_dir)
@@ -117,4 +122,4 @@ def fit_batches(cfg: DictConfig) -> None:
     )
 
 
-TASKS = {task.__name__: task for task in (train, evaluate, transcribe, inspect, fit_batches)}
+TASKS = {task.__name__: task for task in (train, evaluate, transcribe, serve, inspect, fit_batches)}

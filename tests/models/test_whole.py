@@ -28,8 +28,9 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.sampler import DurationBatches
 from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.recordings import RecordingDecoder, collator_of
+from sedtrain.decoding.recordings import Recording, RecordingDecoder, collator_of
 from sedtrain.decoding.windows import Window
 from sedtrain.models.saved import refuse_misdescribed, to_finetune
 from sedtrain.models.whole import WholeSpeechModel
@@ -141,8 +142,11 @@ def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder
     assert len(DurationBatches([0.5] * 7, data.bounds, shuffle=False)) == 3
     sizes = []
     decoder = RecordingDecoder(saved, DecodingOptions(), bounds=Bounds(3 * SECONDS))
-    monkeypatch.setattr(RecordingDecoder, "decode", lambda self, windows, *_: sizes.append(len(windows)) or windows)
-    list(decoder.decoded(iter([Window(0, AUDIO[0])] * 7), None, "transcribe"))
+    found = Hypotheses([[5]], texts=("five",))
+    monkeypatch.setattr(
+        RecordingDecoder, "decode", lambda self, windows: sizes.append(len(windows)) or [found] * len(windows)
+    )
+    decoder.add_texts([(Recording(decoder, "a", []), Window(0, AUDIO[0]))] * 7)
     assert sorted(sizes) == [1, 3, 3]
 
 
