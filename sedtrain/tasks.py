@@ -1,4 +1,4 @@
-"""The tasks of a command, but for compare.py, which needs no model: train, evaluate, transcribe, serve, inspect, fit_batches."""
+"""The tasks of a command: train, evaluate, transcribe, serve, inspect, fit_batches; compare.py has compare, without a model."""
 
 import logging
 import shlex
