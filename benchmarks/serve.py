@@ -44,13 +44,12 @@ def command(run, *overrides):
     return [sys.executable, "-m", "sedtrain", f"checkpoint={run}", *overrides]
 
 
-def transcribed(run, folder):
-    """Texts of task=transcribe by the names of files, and the seconds that its process took."""
-    start = time.perf_counter()
-    arguments = ("task=transcribe", f"audio={folder}", "hydra.run.dir=.")
-    out = subprocess.run(command(run, *arguments), capture_output=True, text=True, check=True).stdout
+def transcribed(run, folder, *overrides):
+    """Texts of task=transcribe by the names of files."""
+    transcribe = command(run, "task=transcribe", f"audio={folder}", *overrides)
+    out = subprocess.run(transcribe, capture_output=True, text=True, check=True).stdout
     lines = (line.partition("\t") for line in out.splitlines())
-    return {Path(path).name: text for path, _, text in lines}, time.perf_counter() - start
+    return {Path(path).name: text for path, _, text in lines}
 
 
 def started(run, *overrides):
@@ -96,15 +95,14 @@ def measured(server, port, bodies, num_clients):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training on the embedded corpus")
-    parser.add_argument("overrides", nargs="*", help="of task=serve, such as decoding=beam")
+    parser.add_argument("overrides", nargs="*", help="of both tasks, such as decoding=beam")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--recordings", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         files = list(recordings(Path(name), options.recordings))
-        expected, seconds = transcribed(options.run, name)
-        print(f"task=transcribe: {len(expected)} texts in {seconds:.1f} s, its start included", flush=True)
+        expected = transcribed(options.run, name, *options.overrides)
         server, port = started(options.run, *options.overrides)
         bodies, found = [body_of(file) for file in files], {1: [], options.clients: []}
         measured(server, port, bodies, 2)  # warms up

@@ -127,10 +127,9 @@ class Service:
             asked = Asked.of(form, self.model)
             self.refuse_impossible(asked)
             with NamedTemporaryFile(prefix="sedtrain-") as file:
-                await run_in_threadpool(copyfileobj, asked.file.file, file)
-                await run_in_threadpool(file.flush)
                 try:
-                    found = await self.text_of(request, file.name, asked)
+                    text = await run_in_threadpool(self.begin, asked, file)
+                    found = await awaited(text, request.receive)
                 except UserError as error:
                     reason = error.wrong.replace(file.name, asked.file.filename or "the file")
                     raise Refused(422, reason, "file") from error
@@ -150,15 +149,18 @@ class Service:
         if "word" in asked.granularities and self.transcriber.saved.model.ctc_head is None:
             raise Refused(422, "words have no times: the model was trained without a CTC head", FIELDS[-1])
 
-    async def text_of(self, request: Request, file: str, asked: Asked) -> Transcription:
-        """Raises Refused for audio that is too long, UserError for what is no audio."""
-        seconds = await run_in_threadpool(seconds_of, file)
-        if seconds > self.options.max_seconds:
+    def begin(self, asked: Asked, file: Any) -> Future[Transcription]:
+        """Copies the upload to a file with a name, and begins its text; blocks for some milliseconds.
+
+        Raises Refused for audio that is too long, UserError for what is no audio.
+        """
+        copyfileobj(asked.file.file, file)
+        file.flush()
+        if (seconds := seconds_of(file.name)) > self.options.max_seconds:
             wrong = f"the audio lasts {seconds:.1f} s, and this server takes {self.options.max_seconds:g} s at most"
             raise Refused(413, wrong, "file")
         has_words = asked.with_words and self.transcriber.saved.model.ctc_head is not None
-        text = self.worker.submit(file, asked.language or self.transcriber.language, has_words)
-        return await awaited(text, request.receive)
+        return self.worker.submit(file.name, asked.language or self.transcriber.language, has_words)
 
 
 def counted(request: Request, most: int) -> Request:

@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """A recording whose text is awaited, and the windows of it that were read ahead."""
+    """A recording whose text is awaited, and the windows of it that were read ahead: two at first. Raises UserError."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self.ahead = recording, list[Window]()
+        self.recording, self.ahead = recording, list(islice(recording.windows, 2))
         self.text: Future[Transcription] = Future()
 
     def windows(self, number: int) -> list[Window]:
@@ -51,7 +51,10 @@ class Worker:
         self.thread = Thread(target=self.run, name="transcribing", daemon=True)
 
     def submit(self, file: str, language: str | None, with_words: bool) -> Future[Transcription]:
-        """The text of a file, to come; to cancel it ends the work on it. What the file lacks is raised as UserError."""
+        """The text of a file, to come; to cancel it ends the work on it. The first windows are read in the caller's thread.
+
+        Raises UserError for what cannot be read, now or with the text.
+        """
         job = Job(self.transcriber.recording_of(file, language, with_words))
         self.arrivals.put(job)
         return job.text

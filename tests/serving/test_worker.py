@@ -34,14 +34,25 @@ def test_short_recordings_pass_long_ones_and_all_texts_are_those_of_each_alone(s
     assert len(expected[0].segments) > 4
 
 
-def test_a_recording_that_cannot_be_read_fails_alone(saved, tmp_path):
+def test_a_recording_that_cannot_be_read_to_its_end_fails_alone(saved, tmp_path):
     transcriber = transcriber_of(saved)
-    (tmp_path / "bad.wav").write_bytes(b"this is no audio")
-    good, bad = jobs_of(transcriber, noise_file(tmp_path, 0.4), tmp_path / "bad.wav")
+    good, bad = jobs_of(transcriber, *(noise_file(tmp_path, 0.4, seed) for seed in range(2)))
+
+    def broken():
+        raise UserError("audio", "1.wav", "undecodable audio", "write audio=FILE that can be read to its end")
+        yield
+
+    bad.recording.windows = broken()
     assert Worker(transcriber, int).advance([good, bad]) == []
     assert good.text.result().seconds == 0.4
-    with pytest.raises(UserError, match="Format not recognised"):
+    with pytest.raises(UserError, match="undecodable audio"):
         bad.text.result()
+
+
+def test_a_file_that_is_no_audio_is_refused_at_once(saved, tmp_path):
+    (tmp_path / "bad.wav").write_bytes(b"this is no audio")
+    with pytest.raises(UserError, match="Format not recognised"):
+        Worker(transcriber_of(saved), int).submit(str(tmp_path / "bad.wav"), None, with_words=False)
 
 
 def test_a_window_that_cannot_be_decoded_fails_alone(saved, tmp_path, monkeypatch, caplog):
