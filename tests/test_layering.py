@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "search": "annotations errors evaluation run_dir terminal",
     "tasks": "build data errors export inspection run_dir terminal training",
     "build": "config data decoding errors evaluation models serving text training",
-    "serving": "decoding errors ranges",
+    "serving": "data decoding errors ranges",
     "terminal": "evaluation",
     "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir terminal",
     "inspection": "batch data errors evaluation run_dir",

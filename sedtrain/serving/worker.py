@@ -8,6 +8,7 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Thread
 
+from sedtrain.data.memory import return_freed_memory
 from sedtrain.decoding.recordings import NUM_HELD, Recording
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.decoding.transcription import Transcription
@@ -67,6 +68,8 @@ class Worker:
     def run(self) -> None:
         jobs: list[Job] = []
         while True:
+            if not jobs:
+                return_freed_memory()
             arrived = [] if jobs else [self.arrivals.get()]
             with suppress(Empty):
                 while True:
@@ -99,7 +102,7 @@ class Worker:
         windows = [(job.recording, window) for job, windows in shares for window in windows]
         try:
             if windows:
-                self.transcriber.add_texts(windows)
+                self.transcriber.add_texts(windows, returns_memory=False)
                 self.note_batch(len(windows))
         except Exception as error:
             if len(shares) > 1:

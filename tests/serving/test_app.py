@@ -155,7 +155,7 @@ def test_more_requests_than_the_most_are_told_to_come_back(transcriber, file, mo
         began.set()
         assert may_end.wait(20)
 
-    monkeypatch.setattr(type(transcriber), "add_texts", lambda self, windows: add_texts(windows))
+    monkeypatch.setattr(type(transcriber), "add_texts", lambda self, windows, **options: add_texts(windows))
     with client_of(transcriber, max_requests=1) as client, ThreadPoolExecutor(1) as thread:
         first = thread.submit(sent, client, file.read_bytes())
         assert began.wait(20)
@@ -196,7 +196,9 @@ def test_a_language_is_asked_for_where_the_model_learnt_it(file, monkeypatch):
     monkeypatch.setattr(type(transcriber), "refuse_unlearnt", lambda self, language: None)
     asked = []
     monkeypatch.setattr(
-        type(transcriber), "add_texts", lambda self, windows: asked.extend(each.language for each, _ in windows)
+        type(transcriber),
+        "add_texts",
+        lambda self, windows, **options: asked.extend(each.language for each, _ in windows),
     )
     with client_of(transcriber) as client:
         verbose = {"response_format": "verbose_json", "language": "de"}
