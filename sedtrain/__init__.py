@@ -3,7 +3,10 @@
     model = sedtrain.load("runs/mine")
     text = model.transcribe("a.wav", num_beams=5)
 
-`load` and `SpeechEncoderDecoder` are imported when they are asked for, and torch with them.
+    folder = sedtrain.run("encoder=hubert", "decoder=bert")  # what the command line runs
+    run = sedtrain.compose("encoder=hubert", "decoder=bert")  # its model, data and Trainer, to look at
+
+All of these are imported when they are asked for, and torch with them.
 """
 
 import importlib
@@ -13,6 +16,8 @@ __version__ = "0.1.0"
 FOUND_IN = {
     "SpeechEncoderDecoder": "sedtrain.models.speech_encoder_decoder",
     "load": "sedtrain.decoding.loaded",
+    "run": "sedtrain.interactive",
+    "compose": "sedtrain.interactive",
 }
 
 

@@ -156,27 +156,43 @@ def run_of_sweep(cfg: DictConfig, failed: dict[str, int]) -> None:
 def run(cfg: DictConfig) -> None:
     """Runs one job, whose configuration has passed, and ends with a message where the user can repair what is wrong."""
     open_log()
+    try:
+        perform(cfg, list(HydraConfig.get().overrides.task))
+    except UserError as error:
+        fail(str(error))
+    except Unfinished as end:
+        if end.status == 128 + signal.SIGUSR2:
+            logger.info(str(end))
+            signal.raise_signal(signal.SIGUSR2)  # the launcher waited for the checkpoint, and has the job requeued
+        fail(str(end), end.status)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        peer = "lost the connection to another process of this run, which has printed the reason"
+        fail(f"{peer}: {str(error).strip()}", 1)
+    finally:
+        close_log()
+
+
+def perform(cfg: DictConfig, overrides: list[str]) -> None:
+    """Runs one job in its folder. Raises UserError where the user can repair what is wrong, Unfinished where it was stopped."""
     lock = None
     try:
-        inherit_run(cfg, list(HydraConfig.get().overrides.task))
+        inherit_run(cfg, overrides)
         if cfg.task != "train" and not is_first():
             return  # one process does it
         lock = agree_on_folder(cfg)
         run_task(cfg)
-    except UserError as error:
-        fail(str(error))
+    except UserError:
+        raise
     except Exception as error:
         if getattr(error, "errno", None) not in CANNOT_WRITE and not any(each in str(error) for each in HALF_WRITTEN):
             raise
         write = "write run_dir=FOLDER on a disk with room"
-        fail(str(UserError("run_dir", cfg.run_dir, f"cannot be written to: {error}", write)))
+        raise UserError("run_dir", cfg.run_dir, f"cannot be written to: {error}", write) from error
     finally:
         if lock:
             lock.release()
-        for handler in list(logger.handlers):  # the next job of a sweep has its own
-            logger.removeHandler(handler)
-            handler.close()
-        logger.propagate = True
 
 
 def agree_on_folder(cfg: DictConfig) -> FileLock | None:
@@ -242,17 +258,29 @@ def open_run_folder(folder: Path, resumes: bool) -> FileLock:
 
 
 def open_log() -> None:
-    """Shows our own messages plainly on the console."""
+    """Shows our own messages plainly on the console, and of libraries what concerns the user."""
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     to_console = logging.StreamHandler()
     to_console.setLevel(logging.INFO if is_first() else logging.WARNING)
     to_console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(to_console)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in IRRELEVANT:
+        warnings.filterwarnings("ignore", message)
+
+
+def close_log() -> None:
+    """Ends the log of this job; the next of a sweep has its own."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
 
 
 def run_task(cfg: DictConfig) -> None:
-    """Runs the task of a job that has a folder. Raises UserError."""
+    """Runs the task of a job that has a folder. Raises UserError and Unfinished."""
     if cfg.task == "compare":
         from sedtrain.compare import compare  # which needs no torch
 
@@ -265,20 +293,4 @@ def run_task(cfg: DictConfig) -> None:
         gc.enable()
     from sedtrain.tasks import TASKS
 
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in IRRELEVANT:
-        warnings.filterwarnings("ignore", message)
-    try:
-        TASKS[cfg.task](cfg)
-    except Unfinished as end:
-        if end.status == 128 + signal.SIGUSR2:
-            logger.info(str(end))
-            signal.raise_signal(signal.SIGUSR2)  # the launcher waited for the checkpoint, and has the job requeued
-        fail(str(end), end.status)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_PEER):
-            raise
-        fail(
-            f"lost the connection to another process of this run, which has printed the reason: {str(error).strip()}", 1
-        )
+    TASKS[cfg.task](cfg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import ClassVar
 
 YAML = {"true": True, "false": False, "null": None}
 UNSET = "???"  # how YAML writes a value that nobody has given yet
@@ -30,10 +29,10 @@ class UserError(ValueError):
     python: what Python's callers write, where that is more than `write` without the names of components
     errors: the mistakes, one each; a single one is its own only element
 
-    The command line sets `on_command_line`.
+    on_command_line: options are named as on the command line, which sets this for all errors, and not as Python's arguments
     """
 
-    on_command_line: ClassVar[bool] = False
+    on_command_line: bool = False
 
     def __init__(self, option: str, value: object, wrong: str, write: str, python: str = "") -> None:
         super().__init__(option, value, wrong, write, *filter(None, [python]))

@@ -13,6 +13,8 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "docs/zh/index.md",
+    ROOT / "notebooks/README.md",
     ROOT / "benchmarks/README.md",
 ]
 COMMANDS = [
@@ -22,6 +24,14 @@ COMMANDS = [
         r"^(?:\$ )?python -m sedtrain (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     if "--config-dir" not in command
+]
+
+
+OPTIONS_OF_OTHERS = [
+    options
+    for row in (ROOT / "docs/migration.md").read_text(encoding="utf-8").splitlines()
+    if row.startswith("| ")
+    for options in re.findall(r"`((?:'?[a-z_.]+=[^\s`]+'? ?)+)`", row.split("|")[2])
 ]
 
 
@@ -56,3 +66,12 @@ def test_a_command_composes(page, command):
         assert str(raised.value) in (ROOT / "README.md").read_text(encoding="utf-8")
     else:
         assert check_command_line(arguments)
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_OTHERS)
+def test_options_for_those_of_another_toolkit_compose(options):
+    assert check_command_line(shlex.split(options))
+
+
+def test_most_options_of_other_toolkits_are_tried():
+    assert len(OPTIONS_OF_OTHERS) > 30

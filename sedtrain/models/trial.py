@@ -13,6 +13,7 @@ from sedtrain.errors import UserError
 from sedtrain.models.loading import UNBUILDABLE, one_line
 
 ON_CPU = (None, "sdpa", "eager")  # attention implementations that compute there
+MOST_TENSORS = 50_000  # of a model; a thousand layers have about 20,000
 PASSED: set[str] = set()  # configurations, as they are written into files
 Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
@@ -53,14 +54,18 @@ def memory() -> int:
 
 
 def refuse_sizes(option: str, value: object, config: PreTrainedConfig, build: Build) -> None:
-    """Raises UserError where the tensors of a model, in float32, take more than the memory, or a weight has no number.
+    """Raises UserError where the tensors of a model, in float32, take more than the memory, are too many, or have no number.
 
     Nothing is allocated.
     """
-    size, most = 0, memory()
+    size, number, most = 0, 0, memory()
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal size
+        nonlocal size, number
+        number += 1
+        if number > MOST_TENSORS:
+            wrong = f"these values build a model of more than {MOST_TENSORS:,} tensors"
+            raise UserError(option, value, wrong, f"write {option}.NAME=VALUE of a smaller model")
         if isinstance(tensor, nn.Parameter) and not tensor.numel():
             wrong = f"these values build a {type(module).__name__} whose {name} has the shape {tuple(tensor.shape)}"
             raise UserError(option, value, wrong, f"write {option}.NAME=VALUE that fits the others")

@@ -171,6 +171,15 @@ def test_values_that_leave_a_layer_without_weights_are_refused():
     assert error.write == "write encoder.options.NAME=VALUE that fits the others"
 
 
+def test_values_that_build_layers_without_end_are_refused(monkeypatch):
+    monkeypatch.setattr("sedtrain.models.trial.MOST_TENSORS", 500)
+    with pytest.raises(UserError) as caught:
+        tiny_encoder("data2vec", options={"num_conv_pos_embeddings": 10**10})
+    [error] = caught.value.errors
+    assert error.wrong == "these values build a model of more than 500 tensors"
+    assert error.write == "write encoder.options.NAME=VALUE of a smaller model"
+
+
 def test_values_of_the_tiny_member_are_told_where_no_option_is_chosen():
     with pytest.raises(UserError) as caught:
         load_encoder("speech_to_text", {**option_file("encoder", "speech_to_text")["tiny"], "conv_channels": 65})

@@ -1,0 +1,60 @@
+"""The command line from Python: the same options, checked alike, and objects to look at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose as composed
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+
+from sedtrain.build import training_run
+from sedtrain.cli import close_log, open_log, perform
+from sedtrain.config.overrides import check_command_line
+from sedtrain.config.schema import conf_dir, register
+from sedtrain.errors import UserError
+from sedtrain.training.run import TrainingRun
+
+
+def run(*options: str) -> Path:
+    """Runs what `sedtrain OPTIONS` runs, in this process, and returns the run's folder.
+
+        folder = sedtrain.run("encoder=hubert", "decoder=bert", "trainer.max_steps=200")
+
+    Raises UserError and Unfinished where the command would end with a message. Several processes need the command line.
+    """
+    with as_on_command_line():
+        config = configuration(options)
+        perform(config, list(options))
+    return Path(config.run_dir)
+
+
+def compose(*options: str) -> TrainingRun:
+    """Model, tokenizer, data and Trainer of `sedtrain OPTIONS`, connected and not yet trained. Raises UserError."""
+    with as_on_command_line():
+        return training_run(configuration(options))
+
+
+def configuration(options: tuple[str, ...]) -> DictConfig:
+    """The composed configuration of a single run. Raises UserError for everything that is wrong with it."""
+    for option in options:
+        if option.startswith("-") or "=" not in option:
+            raise UserError("options", option, "this is no option with a value", "write 'NAME=VALUE'")
+    register()
+    checked = check_command_line(list(options))
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return composed("train", checked)
+
+
+@contextmanager
+def as_on_command_line() -> Iterator[None]:
+    """Errors name options as they were given, and not as Python's arguments; messages go where the command's go."""
+    open_log()
+    try:
+        yield
+    except UserError as error:
+        for each in (error, *error.errors):
+            each.on_command_line = True
+        raise
+    finally:
+        close_log()
