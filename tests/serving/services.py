@@ -1,7 +1,7 @@
 """A server in this process, and a client of it."""
 
-import numpy as np
 import soundfile
+from corpora import syllables
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 from starlette.testclient import TestClient
 
@@ -15,7 +15,7 @@ ROUTE = "/v1/audio/transcriptions"
 
 
 def tiny_model():
-    """Random weights, with a CTC head."""
+    """Random weights; its CTC head alone hears what differs between recordings."""
     saved = join(tiny_encoder("wav2vec2"), tiny_decoder("bert"), lambda *widths: None, TOKENIZER)
     saved.model.add_ctc_head(len(TOKENIZER))
     saved.model.eval()
@@ -23,7 +23,7 @@ def tiny_model():
 
 
 def transcriber_of(saved, **options):
-    return Transcriber(saved, DecodingOptions(max_new_tokens=6, pauses="energy"), **options)
+    return Transcriber(saved, DecodingOptions(search="ctc", pauses="energy"), **options)
 
 
 def client_of(transcriber, **options):
@@ -35,10 +35,9 @@ def client_of(transcriber, **options):
 
 
 def noise_file(folder, seconds, seed=0):
-    """A WAV file of noise at 16 kHz."""
+    """A WAV file of noise at 16 kHz that passes for speech."""
     file = folder / f"{seed}.wav"
-    samples = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * 16_000))
-    soundfile.write(file, samples, 16_000)
+    soundfile.write(file, syllables(seconds, seed=seed), 16_000)
     return file
 
 
