@@ -8,7 +8,7 @@ from sedtrain.decoding.outputs import FORMATS
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.serving.requests import Asked
 
-MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
+MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip; charset=utf-8", "vtt": "text/vtt"}
 
 
 def reply(found: Transcription, asked: Asked, target: str) -> Response:

@@ -39,7 +39,8 @@ def listening(options: ServeOptions) -> socket.socket:
     try:
         return socket.create_server((options.host, options.port), family=family)
     except OSError as error:
-        wrong = f"cannot listen at {options.host}, port {options.port}: {error.strerror or error}"
+        reason = str(error.strerror or error).partition(" (while")[0]
+        wrong = f"cannot listen at {options.host}, port {options.port}: {reason}"
         raise UserError(
             "serve.port", options.port, wrong, "write another serve.port=PORT or serve.host=ADDRESS"
         ) from error

@@ -22,8 +22,8 @@ def tiny_model():
     return saved
 
 
-def transcriber_of(saved, **options):
-    return Transcriber(saved, DecodingOptions(search="ctc", pauses="energy"), **options)
+def transcriber_of(saved, search="ctc"):
+    return Transcriber(saved, DecodingOptions(search=search, pauses="energy"))
 
 
 def client_of(transcriber, **options):

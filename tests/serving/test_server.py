@@ -26,6 +26,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def served_at(server):
+    shown = server.err if server.files[1].exists() else ""
+    return re.search(r"tiny is served at (http://127\.0\.0\.1:\d+); Ctrl-C ends it\n", shown)
+
+
 def test_a_server_transcribes_until_ctrl_c_and_leaves_no_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = noise_file(tmp_path, 0.4)
@@ -33,7 +38,7 @@ def test_a_server_transcribes_until_ctrl_c_and_leaves_no_run(folder, tmp_path, m
     server = Forked(tmp_path, "task=serve", f"checkpoint={folder}", "serve.port=0", *decoding)
     try:
         deadline = time.monotonic() + 100
-        while not (found := re.search(r"tiny is served at (http://127\.0\.0\.1:\d+); Ctrl-C ends it", server.err)):
+        while not (found := served_at(server)):
             assert server.poll() is None and time.monotonic() < deadline, server.err
             time.sleep(0.02)
         answer = httpx2.post(found[1] + ROUTE, files={"file": file.read_bytes()}, data={"model": "tiny"}, timeout=100)
