@@ -30,10 +30,17 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import Scoring, metric_set
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, MetricSet, OwnMetric, chosen
 from sedtrain.evaluation.own_metrics import of_evaluate, of_function
+from sedtrain.evaluation.results import Results
+from sedtrain.evaluation.scored_runs import read_results
+from sedtrain.export.card import Origin
+from sedtrain.export.options import ExportOptions
+from sedtrain.export.origin import origin_of
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
 from sedtrain.models.saved import SavedModel, join, load, to_finetune
+from sedtrain.plain import plain_value
+from sedtrain.run_dir import config_of
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.spacing import is_unspaced, with_spacing
@@ -331,6 +338,26 @@ def server(cfg: DictConfig) -> Callable[[], None]:
         raise UserError("task", cfg.task, wrong, "pip install 'sedtrain[serve]'") from error
     options = create(cfg, "serve")
     return partial(serve, transcriber(cfg), options, options.model or public_name(cfg.checkpoint))
+
+
+def exported(
+    cfg: DictConfig,
+) -> tuple[SavedModel, ExportOptions, dict[str, Any], Results | None, Origin, str]:
+    """What `task=export` writes. Raises one UserError of everything that is refused."""
+    attempt = Attempts()
+    saved, options, search = attempt(saved_model, cfg), attempt(create, cfg, "export"), attempt(create, cfg, "decoding")
+    write = "write checkpoint=RUN of a whole run, or checkpoint=RUN/model for a card without scores"
+    run, file = Path(cfg.checkpoint).expanduser(), config_of(cfg.checkpoint)
+    settings = attempt(plain_value, file, "checkpoint", cfg.checkpoint, write) if file.is_file() else {}
+    has_scores = (run / "results.json").is_file()
+    results = attempt(read_results, run, "checkpoint", cfg.checkpoint, write) if has_scores else None
+    attempt.report()
+    return saved, options, search.generation_kwargs(), results, origin(cfg, settings, saved), cfg.target
+
+
+def origin(cfg: DictConfig, settings: dict[str, Any], saved: SavedModel) -> Origin:
+    """Where a model comes from, for its card; settings: of its training."""
+    return origin_of(settings, cfg.data.get("language"), cfg.export.license, saved.tags)
 
 
 def bounds_of(cfg: DictConfig) -> Bounds:

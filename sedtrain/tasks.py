@@ -1,4 +1,4 @@
-"""The tasks of a command: train, evaluate, transcribe, serve, inspect, fit_batches; compare.py has compare, without a model."""
+"""The tasks of a command: train, evaluate, transcribe, serve, export, inspect, fit_batches; compare.py has compare."""
 
 import logging
 import shlex
@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from sedtrain import build, terminal
 from sedtrain.data.paths import audio_paths, stored
 from sedtrain.errors import Unfinished, UserError
-from sedtrain.export import write_model_card
+from sedtrain.export.card import write_model_card
+from sedtrain.export.folder import refuse_taken, write_folder
+from sedtrain.export.upload import files_of, refuse_impossible, upload
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables, write_page
 from sedtrain.run_dir import config_of, is_finished, write_whole
@@ -55,7 +57,8 @@ def train(cfg: DictConfig) -> None:
         results, evaluation = build.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
     log_scores(run.trainer, results)
-    write_model_card(run.folder / "model", run.saved, results, run.data.corpus.public_name)
+    origin = build.origin(cfg, settings, run.saved)
+    write_model_card(run.folder / "model", run.saved, results, origin, cfg.target)
 
 
 def keep_configuration(run_dir: str, settings: dict[str, Any]) -> None:
@@ -122,4 +125,20 @@ def fit_batches(cfg: DictConfig) -> None:
     )
 
 
-TASKS = {task.__name__: task for task in (train, evaluate, transcribe, serve, inspect, fit_batches)}
+def export(cfg: DictConfig) -> None:
+    """Writes a saved model as a folder for others, and uploads it where that is asked for."""
+    folder = Path(cfg.out).expanduser()
+    refuse_taken(folder)
+    if cfg.hub:
+        refuse_impossible(cfg.hub, cfg.dry_run)
+    exported = build.exported(cfg)
+    write_folder(folder, *exported)
+    files = files_of(folder)
+    terminal.show(terminal.files(files), f"saved in {folder}")
+    if cfg.hub and cfg.dry_run:
+        terminal.show(f"nothing was uploaded: dry_run=false would write these {len(files)} files to {cfg.hub}")
+    elif cfg.hub:
+        terminal.show(f"uploaded to {upload(folder, cfg.hub, cfg.export.private)}")
+
+
+TASKS = {task.__name__: task for task in (train, evaluate, transcribe, serve, export, inspect, fit_batches)}

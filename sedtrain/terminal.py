@@ -1,7 +1,7 @@
 """Tables and lines for people: the scores of a run, the files that were saved."""
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -45,6 +45,14 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
 def saved_files(folder: Path, names: Sequence[str]) -> str:
     """The folder, and those of the files that are in it."""
     return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())
+
+
+def files(sizes: Mapping[str, int]) -> Table:
+    """Files with their sizes in MB (10^6 bytes)."""
+    listed = table("", "file", "MB", right=("MB",))
+    for name, size in {**sizes, "together": sum(sizes.values())}.items():
+        listed.add_row(name, f"{size / 1e6:,.3f}")
+    return listed
 
 
 def with_progress(names: Sequence[str], is_shown: bool) -> Iterator[str]:

@@ -55,11 +55,13 @@ OF_TRAINER: dict[str, Any] = {
 OF_ONE_TASK = {
     "audio": "transcribe",
     "format": "transcribe",
-    "out": "transcribe",
+    "out": "transcribe or task=export",
+    "hub": "export",
+    "dry_run": "export",
     "runs": "compare",
     "memory_gb": "fit_batches",
 }
-"""Options of the root that one task alone reads."""
+"""Options of the root that one task alone reads, or two."""
 
 
 def one_of(*choices: str) -> Any:
@@ -71,7 +73,7 @@ def one_of(*choices: str) -> Any:
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
-    task: str = one_of("train", "evaluate", "transcribe", "compare", "inspect", "fit_batches", "serve")
+    task: str = one_of("train", "evaluate", "transcribe", "serve", "compare", "export", "inspect", "fit_batches")
     seed: Seed = 0
     size: str = one_of("tiny", "base", "large")
     pretrained: bool = True
@@ -90,6 +92,8 @@ class Config:
     runs: Any = field(default=None, metadata={"takes": "Sequence[str] | None"})
     format: Any = "text"
     out: str | None = None
+    hub: str | None = None
+    dry_run: bool = True
     split: str = one_of("test", "validation", "train")
 
     metrics: Any = None
@@ -110,6 +114,7 @@ class Config:
     strategy: Any = None
     logger: Any = None
     callbacks: Any = None
+    export: Any = None
 
 
 ANNOTATIONS = {name: formatannotation(hint) for name, hint in get_type_hints(Config, include_extras=True).items()}
@@ -258,18 +263,24 @@ def check_options(node: DictConfig, path: str, signature: Signature, name: str) 
 def broken_rules(config: DictConfig) -> Iterator[UserError]:
     """An error for each rule that a composed configuration breaks."""
     task = config.get("task")
-    if task in ("evaluate", "transcribe", "serve") and config.get("checkpoint") is None:
+    if task in ("evaluate", "transcribe", "serve", "export") and config.get("checkpoint") is None:
         write = "write checkpoint=RUN_FOLDER, a Hugging Face folder or a Hub id"
         yield UserError("checkpoint", None, f"task={task} needs a trained model", write)
     if task == "transcribe" and not config.get("audio"):
         write = "write audio=FILE, 'audio=FOLDER/*.wav' or audio=FOLDER"
         yield UserError("audio", None, "task=transcribe needs audio", write)
+    if task == "export" and not config.get("out"):
+        yield UserError("out", None, "task=export needs a folder to write", "write out=FOLDER")
     runs = plain(config, "runs") if "runs" in config else None
     if task == "compare" and (runs is None or (isinstance(runs, list) and len(runs) < 2)):
         yield UserError("runs", runs, "task=compare needs two runs or more", "write 'runs=[FOLDER,FOLDER]'")
     for option, reader in OF_ONE_TASK.items():
         value = plain(config, option) if option in config else ROOT[option].default
-        if task in ROOT["task"].metadata["choices"] and task != reader and value != ROOT[option].default:
+        if (
+            task in ROOT["task"].metadata["choices"]
+            and task not in reader.split(" or task=")
+            and value != ROOT[option].default
+        ):
             wrong = f"task={reader} alone reads it, and this is task={task}"
             yield UserError(option, value, wrong, f"write task={reader}, or leave {option} out")
     if "format" in config:

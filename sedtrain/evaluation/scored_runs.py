@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from sedtrain.errors import UserError
+from sedtrain.evaluation.intervals import Interval
 from sedtrain.evaluation.metrics import METRICS
-from sedtrain.evaluation.results import BestHypothesis
+from sedtrain.evaluation.results import BestHypothesis, Results, TrainingTotals
 from sedtrain.plain import plain_value
 from sedtrain.ranges import BLEU_TOKENIZERS
 from sedtrain.text.normalizers import NORMALIZERS
@@ -18,6 +20,7 @@ MAX_BYTES = 1_000_000_000
 MAX_LINE = 1_000_000  # bytes of an utterance
 WRITE = "write folders of runs that have ended, or of task=evaluate"
 TEXTS, OPTIONAL, NUMBERS = ("id", "reference", "hypothesis"), ("speaker", "language"), ("seconds", "score")
+COUNTED = ("num_utterances", "audio_seconds", "num_empty", "num_cut", "num_speakers", "num_without_speaker")
 LARGEST = 1e300  # a number; JSON can spell larger ones, of which Python makes no float
 HALF = re.compile("[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and no file can hold."""
@@ -74,6 +77,46 @@ def stored_results(folder: Path, option: str, value: str, write: str) -> dict[st
     if not is_results(stored):
         raise UserError(option, value, f"{file} holds no results: split, data, metrics, normalizer, signatures", write)
     return stored
+
+
+def read_results(folder: Path, option: str, value: str, write: str) -> Results:
+    """The results in a folder, for a card. Raises the UserError of `option`, `value` and `write` where they are none."""
+    stored = stored_results(folder, option, value, write)
+    counts, learnt, train = (stored.get(name) for name in ("not_scored", "training_normalizer", "train"))
+    totals = [train.get(each.name) for each in fields(TrainingTotals)[:4]] if isinstance(train, dict) else [None]
+    return Results(
+        task="translation" if stored.get("task") == "translation" else "transcription",
+        split=printable(stored["split"]),
+        metrics={printable(name): interval(each) for name, each in stored["metrics"].items()},
+        normalizer=printable_values(stored["normalizer"]),
+        decoding={},
+        rtfx=nan,
+        train=TrainingTotals(*totals) if all(map(is_number, totals)) else None,
+        skipped={},
+        versions={},
+        training_normalizer=printable_values(learnt) if isinstance(learnt, dict) and is_texts(learnt) else None,
+        not_scored={printable(name): number for name, number in numbers(counts).items()},
+        signatures=printable_values(stored.get("signatures", {})),
+        resampled="speaker" if stored.get("resampled") == "speaker" else "utterance",
+        data=printable(stored.get("data", "")),
+        **{**dict.fromkeys(("num_utterances", "audio_seconds"), 0), **numbers(stored, COUNTED)},
+    )
+
+
+def numbers(stored: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The entries of these names, or all, that are numbers."""
+    stored = stored if isinstance(stored, dict) else {}
+    return {name: stored[name] for name in names or stored if is_number(stored.get(name))}
+
+
+def interval(stored: Any) -> Interval:
+    """NaN for what is no number."""
+    ends = numbers(stored)
+    return Interval(*(float(ends.get(name, nan)) for name in ("value", "low", "high")))
+
+
+def is_texts(table: Mapping[str, Any]) -> bool:
+    return all(isinstance(each, str) for each in table.values())
 
 
 def is_results(stored: Any) -> bool:

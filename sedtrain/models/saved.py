@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from sedtrain.errors import UserError
-from sedtrain.models.adapter import Adapter
+from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter
 from sedtrain.models.decoder import most_new_tokens
-from sedtrain.models.encoder import feature_extractor_of, frame_width, with_spec_augment
+from sedtrain.models.encoder import feature_extractor_of, frame_width, loads_in_stock_transformers, with_spec_augment
 from sedtrain.models.loading import attention_wanted, check_loaded, configured, load_config, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.other_kinds import refuse_other_kind
@@ -96,6 +96,13 @@ class SavedModel:
         return float(
             2 * self.model.config.encoder.max_source_positions * extractor.hop_length / extractor.sampling_rate
         )
+
+    @property
+    def is_stock(self) -> bool:
+        """True for a model that the joined class of `transformers` loads."""
+        config = self.model.config
+        adapted = isinstance(config, AdaptedSpeechEncoderDecoderConfig) or isinstance(self.model, WholeSpeechModel)
+        return not adapted and all(map(loads_in_stock_transformers, (config.encoder, config.decoder)))
 
     def learn_tags(self, pairs: Collection[tuple[str | None, str]]) -> None:
         """Gives tokenizer and model a token for each language and each task of `pairs`.

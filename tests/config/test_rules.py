@@ -100,7 +100,7 @@ def test_a_comparison_needs_two_runs():
     assert check_command_line(["task=compare", "runs=[runs/a,runs/b]"])
 
 
-@pytest.mark.parametrize("option", ["audio=a.wav", "format=json", "out=texts", "runs=[a,b]", "memory_gb=8"])
+@pytest.mark.parametrize("option", ["audio=a.wav", "format=json", "out=texts", "runs=[a,b]", "memory_gb=8", "hub=a/b"])
 def test_an_option_that_another_task_alone_reads_is_refused(option):
     name = option.partition("=")[0]
     [found] = problems("task=inspect", option)

@@ -17,7 +17,7 @@ from sedtrain.evaluation.results import (
     installed_versions,
     write_hypotheses,
 )
-from sedtrain.export import write_eval_results
+from sedtrain.export.card import write_eval_results
 
 RESULTS = Results(
     task="train",

@@ -1,0 +1,249 @@
+"""The model card of the Hugging Face folder, and its score as the Hub reads it."""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+
+from sedtrain.decoding.hypotheses import end_tokens
+from sedtrain.evaluation.metrics import METRICS, title_of
+from sedtrain.evaluation.results import Results
+from sedtrain.export.onnx import greedy
+from sedtrain.models.lora import lora_layers
+from sedtrain.models.saved import SavedModel
+from sedtrain.models.whole import WholeSpeechModel
+from sedtrain.run_dir import write_whole
+from sedtrain.text.tags import TASK_OF, Tags, WhisperPrompt
+
+CARD = """---
+{metadata}
+---
+# {title} on {data}
+
+{described}, trained with sedtrain on `{data}`.
+{scores}
+```python
+{import_torch}from transformers import AutoProcessor
+{import_model}
+
+folder = "."  # where this card lies: its folder, or its name on the Hub
+model = {model_class}.from_pretrained(folder){adapter}
+processor = AutoProcessor.from_pretrained(folder)
+inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt"){cast}  # audio: one channel, float{prompt}
+print(processor.decode(model.generate(**inputs{asked})[0], skip_special_tokens=True))
+```
+{onnx}{training}"""
+SCORES = """
+| metric ({split}) | value | {interval_title} |
+|---|---|---|
+{rows}
+
+{scored_as}
+
+Scored on {scored_data}. Text normalizer for training: `{training_normalizer}`.
+Utterances: {headline}; {minutes:.1f} minutes of audio.
+"""
+PIPELINE_TAGS = {"transcription": "automatic-speech-recognition", "translation": "translation"}
+STOCK = "from transformers import SpeechEncoderDecoderModel"
+OWN = """
+# transformers has no class for this encoder alone, for this adapter, or for audio in front of a text
+from sedtrain import SpeechEncoderDecoder as SpeechEncoderDecoderModel
+""".strip()
+WHOLE = "from transformers import AutoModelForSpeechSeq2Seq"
+PROMPT = """
+tags = model.config.tags["{task}"]["{language}"]  # it writes {known}
+inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *tags]])"""
+ONNX = """
+The same by `onnxruntime`:
+```python
+import numpy as np
+import onnxruntime
+from transformers import AutoProcessor
+
+
+{greedy}
+
+folder = "."
+encoder, decoder = (onnxruntime.InferenceSession(f"{{folder}}/onnx/{{name}}.onnx") for name in ("encoder", "decoder"))
+processor = AutoProcessor.from_pretrained(folder)
+inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="np", return_attention_mask=True)
+ids = greedy(encoder, decoder, *inputs.values(), np.array([{prompt}]), ends={ends}, most={most})
+print(processor.decode(ids[0], skip_special_tokens=True))
+```
+"""
+TRAINING = """
+## Training
+{totals}
+<details><summary>Settings</summary>
+
+```yaml
+{settings}```
+</details>
+"""
+
+
+HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+), (?:([^,+]+), )?[^,+]+")
+"""A single dataset of the Hub as `Corpus.described` writes it: id, configuration, split."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a card says of a model's training.
+
+    data:        names of what it was trained on
+    datasets, base_models: Hub ids
+    languages:   codes of the texts
+    settings:    options of the training, without places on a machine
+    """
+
+    data: str
+    datasets: tuple[str, ...] = ()
+    base_models: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
+
+
+def write_eval_results(folder: Path, results: Results) -> None:
+    """Writes .eval_results/sedtrain.yaml, from which the Hub shows the first metric; nothing for data that it does not have."""
+    known = [(name, each) for name, each in results.metrics.items() if name in METRICS and not isnan(each.value)]
+    of_hub = HUB_DATA.fullmatch(results.data)
+    if not (of_hub and known):
+        return
+    name, interval = known[0]
+    scored_as = "; ".join(results.scored_as())
+    notes = f"{METRICS[name].title} in percent, 95 % interval {interval.ends}, of {results.data}; {scored_as}"
+    entry = EvalResultEntry(of_hub[1], of_hub[2] or "default", round(100 * interval.value, 2), notes=notes)
+    (folder / ".eval_results").mkdir(exist_ok=True)
+    listed = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+    write_whole(folder / ".eval_results/sedtrain.yaml", listed)
+
+
+def model_index(results: Results) -> Iterator[EvalResult]:
+    """The metrics as the Hub lists them, in percent, with their intervals; none for a metric of no utterance."""
+    of_hub = HUB_DATA.fullmatch(results.data)
+    for name, each in results.metrics.items():
+        factor = 100 if name in METRICS else 1
+        ends = [] if isnan(each.low) else [round(factor * end, 2) for end in (each.low, each.high)]
+        if not isnan(each.value):
+            yield EvalResult(
+                task_type=PIPELINE_TAGS[results.task],
+                dataset_type=of_hub[1] if of_hub else re.sub(r"[^\w.-]+", "_", results.data.rpartition(", ")[0]),
+                dataset_name=results.data,
+                dataset_config=of_hub[2] if of_hub else None,
+                dataset_split=results.split,
+                metric_type=name,
+                metric_name=title_of(name) if name in METRICS else name,
+                metric_value=round(factor * each.value, 2),
+                metric_args={"interval_95_percent": ends, "resampled": results.resampled} if ends else None,
+            )
+
+
+def metadata(title: str, task: str, results: Results | None, origin: Origin) -> str:
+    """The YAML that the Hub reads."""
+    return ModelCardData(
+        model_name=title,
+        language=list(origin.languages) or None,
+        license=origin.license,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS[task],
+        tags=["speech-encoder-decoder", "sedtrain"],
+        base_model=list(origin.base_models) or None,
+        datasets=list(origin.datasets) or None,
+        eval_results=(list(model_index(results)) if results else None) or None,
+    ).to_yaml()
+
+
+def scores(results: Results) -> str:
+    """The table of metrics, and how and on what they were computed."""
+    return SCORES.format(
+        split=results.split,
+        rows="\n".join(f"| {' | '.join(row)} |" for row in results.rows()),
+        interval_title=results.interval_title,
+        scored_as="\n".join(f"- `{line}`" for line in results.scored_as()),
+        scored_data=results.data,
+        training_normalizer=" ".join((results.training_normalizer or {"name": "unknown"}).values()),
+        headline=results.headline,
+        minutes=results.audio_seconds / 60,
+    )
+
+
+def training(results: Results | None, origin: Origin) -> str:
+    """How long it was trained, and with which options; empty where neither is known."""
+    done = results.train if results else None
+    totals = (
+        f"{done.steps:,} steps on {done.utterances:,} utterances in {done.seconds / 60:,.1f} minutes." if done else ""
+    )
+    settings = yaml.safe_dump(dict(origin.settings), sort_keys=False, allow_unicode=True).replace("```", "'''")
+    return TRAINING.format(totals=totals, settings=settings) if origin.settings else totals
+
+
+def first_tags(tags: Tags | WhisperPrompt | None) -> list[int]:
+    """The tokens of the first language and task that a model learnt; none where it has no tags."""
+    known = tags.ids.values() if isinstance(tags, Tags) else []
+    return next((list(ids) for languages in known for ids in languages.values()), [])
+
+
+def onnx_snippet(saved: SavedModel) -> str:
+    """The loop that the graphs were checked with, and a call of it."""
+    generation = saved.model.generation_config
+    source = re.sub(r": (Any|int|Sequence\[int\])| -> Any", "", inspect.getsource(greedy))
+    tags = first_tags(saved.tags)
+    return ONNX.format(
+        greedy=source.replace("(\n    encoder", "(encoder").replace("= 0\n)", "= 0)"),
+        sampling_rate=saved.feature_extractor.sampling_rate,
+        prompt=[saved.model.config.decoder_start_token_id, *tags],
+        ends=end_tokens(generation),
+        most=generation.max_new_tokens,
+    )
+
+
+def write_model_card(
+    folder: Path, saved: SavedModel, results: Results | None, origin: Origin, task: str, *, onnx: bool = False
+) -> None:
+    """Writes README.md of the Hugging Face folder: the metrics, and code that loads the model; and the score for the Hub.
+
+    results: None for a model that was not scored
+    task: transcription or translation
+    onnx: tells of the graphs in the folder `onnx`
+    """
+    tags, prompt, asked = saved.tags, "", ""
+    if isinstance(tags, WhisperPrompt):
+        asked = f', language="LANGUAGE", task="{TASK_OF[task]}"' if tags.languages and not tags.language else ""
+    elif tags:
+        learnt = TASK_OF[task] if TASK_OF[task] in tags.ids else next(iter(tags.ids))
+        prompt = PROMPT.format(task=learnt, language=next(iter(tags.ids[learnt])), known=" ".join(tags.known()))
+    config = saved.model.config
+    encoder, decoder = config.encoder, config.decoder
+    title = f"{encoder.model_type} + {decoder.model_type}"
+    described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
+    loads, model_class = STOCK if saved.is_stock else OWN, "SpeechEncoderDecoderModel"
+    if isinstance(saved.model, WholeSpeechModel):
+        loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
+        described = f"A whole `{title}` model"
+    card = CARD.format(
+        metadata=metadata(title, task, results, origin),
+        import_torch="import torch\n" if prompt else "",
+        import_model=loads,
+        prompt=prompt,
+        asked=asked,
+        adapter='\nmodel.load_adapter(f"{folder}/adapter")' if lora_layers(saved.model) else "",
+        cast="" if saved.model.dtype.itemsize == 4 else ".to(model.dtype)",
+        title=title,
+        described=described,
+        model_class=model_class,
+        data=origin.data,
+        scores=scores(results) if results else "",
+        sampling_rate=saved.feature_extractor.sampling_rate,
+        onnx=onnx_snippet(saved) if onnx else "",
+        training=training(results, origin),
+    )
+    if results:
+        write_eval_results(folder, results)
+    write_whole(folder / "README.md", card)

@@ -1,0 +1,81 @@
+"""What a run's options say of its model, as far as it concerns readers elsewhere; they may be a stranger's."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sedtrain.data.paths import is_here, public_name
+from sedtrain.export.card import Origin
+from sedtrain.text.tags import Tags, WhisperPrompt
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LANGUAGE = re.compile(r"[a-z]{2,3}(-\w+)*")
+SHOWN: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("seed", "size", "training_normalizer", "adapter", "finetune", "loss", "optimizer", "scheduler")),
+    "augment": None,
+    "data": ("batch_seconds", "batch_tokens", "max_seconds"),
+    "trainer": ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val"),
+}
+"""Groups and values of the configuration that a card shows; None: all of a group."""
+
+
+def origin_of(
+    settings: Mapping[str, Any], language: str | None, license: str | None, tags: Tags | WhisperPrompt | None
+) -> Origin:
+    """Of a run's configuration as plain values, empty where there is none.
+
+    language: of the texts, beside those that the tags of the model name
+    """
+    paths = list(data_paths(settings))
+    languages = [language] if language else []
+    languages += [each for of_task in tags.ids.values() for each in of_task] if isinstance(tags, Tags) else []
+    return Origin(
+        data=" + ".join(dict.fromkeys(map(public_name, paths))) or "data that its folder does not name",
+        datasets=tuple(dict.fromkeys(filter(is_on_hub, (path.partition("@")[0] for path in paths)))),
+        base_models=tuple(dict.fromkeys(filter(is_on_hub, checkpoints(settings)))),
+        languages=tuple(dict.fromkeys(each for each in languages if LANGUAGE.fullmatch(each))),
+        settings=dict(shown(settings)),
+        license=license,
+    )
+
+
+def is_on_hub(name: str) -> bool:
+    return bool(HUB_ID.fullmatch(name)) and not is_here(name)
+
+
+def table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def data_paths(settings: Mapping[str, Any]) -> Iterator[str]:
+    data = table(settings.get("data"))
+    for source in [*table(data.get("mix")).values()] or [{}]:
+        path = {**data, **table(source)}.get("path")
+        yield from [path] if isinstance(path, str) else []
+
+
+def checkpoints(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Names of what training started from."""
+    size, pretrained = settings.get("size"), settings.get("pretrained")
+    for part in (settings, table(settings.get("encoder")), table(settings.get("decoder"))):
+        name = part.get("checkpoint") or (part.get(str(size)) if pretrained and size != "tiny" else None)
+        yield from [name] if isinstance(name, str) else []
+
+
+def shown(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, keys in SHOWN.items():
+        value = settings.get(name)
+        if keys is not None:
+            value = {key: table(value)[key] for key in keys if key in table(value)}
+        if value not in (None, {}):
+            yield name, without_places(value)
+
+
+def without_places(value: Any) -> Any:
+    """The value with the names alone of files and folders."""
+    if isinstance(value, dict):
+        return {str(key): without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
