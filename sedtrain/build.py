@@ -44,6 +44,7 @@ from sedtrain.run_dir import config_of
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.spacing import is_unspaced, with_spacing
+from sedtrain.text.tags import WholePrompt
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
@@ -162,9 +163,10 @@ def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) ->
     """A new model connected; it names the normalizer and rate of its texts and its longest audio, and has tokens of tags."""
     saved.model.config.training_normalizer = normalizer(cfg.training_normalizer).label()
     saved.model.config.max_training_seconds = round(data.corpus.max_training_seconds(), 2)
-    if data.tags or saved.is_whisper:
+    if data.tags or isinstance(saved.tags, WholePrompt):
         saved.learn_tags(learnt_pairs(data.corpus) if data.tags else pairs_of(data.corpus, "train"))
     connect(data, saved, ["validation", cfg.split])
+    say_if_alone(data.bounds)
     if saved.model.max_tokens is not None and data.collator is not None:
         too_long = partial(data.collator.too_long, most=saved.model.max_tokens, in_front=positions_of_audio(saved))
         data.corpus.leave_out(too_long)
@@ -173,13 +175,24 @@ def connected(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedModel) ->
     return saved
 
 
-def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str]) -> None:
-    """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write."""
+def say_if_alone(bounds: Bounds) -> None:
+    """Logs that an encoder that hears all audio at one length has one utterance in a batch, and what to write for eight."""
+    heard, written = bounds.shortest_seconds, bounds.batch_seconds
+    if bounds.buckets is None and written < 2 * heard:
+        each = f"Whisper hears {heard:g} s for each utterance, so that a batch is one"
+        logger.warning("data.batch_seconds=%g: %s; write data.batch_seconds=%g for 8", written, each, 8 * heard)
+
+
+def connect(data: SpeechTextDataModule, saved: SavedModel, splits: list[str], detects: bool = False) -> None:
+    """Hands the data what the model fixes. Raises UserError where a split asks for what the model never learnt to write.
+
+    detects: lets a model that can find languages that nothing names
+    """
     rewrite = normalizer((saved.training_normalizer or {"name": "none"})["name"])
-    data.collator = collator_of(saved, rewrite)
+    data.collator = collator_of(saved, rewrite, detects)
     data.bounds = replace(data.bounds, shortest_seconds=data.collator.shortest_seconds)
-    if saved.tags is not None:
-        refuse_unlearnt(data.corpus, splits, saved.tags)
+    if (tags := data.collator.tags) is not None:
+        refuse_unlearnt(data.corpus, splits, tags)
 
 
 def prepared(cfg: DictConfig, saved: SavedModel, weights: LossWeights, finetuning: FineTuning) -> LossWeights:
@@ -303,7 +316,7 @@ def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModu
     """The components of `task=evaluate`, connected. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, data = attempt(saved_model, cfg), attempt(whole_data, cfg)
-    attempt(connect, data, saved, [cfg.split])
+    attempt(lambda data, saved: connect(data, saved, [cfg.split], detects=True), data, saved)
     made = attempt(scoring, cfg, data)
     attempt(lambda scoring, saved: refuse_impossible(saved.model, saved.tokenizer, scoring.decoding), made, saved)
     attempt.report()

@@ -164,8 +164,10 @@ def launch_two_ranks(sedtrain, folder):
     """Runs two_ranks.py in two processes, as torchrun would launch them; test_launch.py has torchrun itself."""
     from forked import Forked
     from sharded import STARTS_LATE, arguments
+    from whispers import whisper_folder
 
     folder.mkdir()
+    whisper_folder(folder / "whisper", languages=())
     corpus = cut_corpus(EMBEDDED, folder / "corpus", train=21, validation=5, test=5)
     in_one = ["trainer.devices=1", "trainer.accumulate_grad_batches=2"]
     ended = sedtrain(*arguments(folder, corpus, "single_late", *STARTS_LATE), *in_one)

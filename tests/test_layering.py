@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "decoding": "annotations batch data errors models ranges run_dir text",
     "models": "annotations batch errors hub plain ranges run_dir text",
     "data": "annotations batch errors hub launch plain ranges run_dir text",
-    "text": "annotations errors plain ranges",
+    "text": "annotations batch errors plain ranges",
     "config": "annotations errors plain ranges run_dir",
     "annotations": "errors ranges",
     "launch": "run_dir",

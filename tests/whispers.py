@@ -49,3 +49,42 @@ def whisper_folder(folder, languages=LANGUAGES, **options):
     tokenizer.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=SECONDS).save_pretrained(folder)
     return folder
+
+
+SPECIAL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2}
+PARAKEET = {
+    "model_type": "parakeet_encoder", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "subsampling_conv_channels": 8, "num_mel_bins": 16,
+}  # fmt: skip
+LAYERS = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 4,
+}  # fmt: skip
+OTHERS = {
+    "canary": {
+        "encoder_config": {**PARAKEET, "hidden_size": 16}, "decoder_config": {**LAYERS, **SPECIAL}, **SPECIAL,
+    },
+    "cohere_asr": {"encoder_config": PARAKEET, **LAYERS, **SPECIAL},
+    "moonshine_streaming": {
+        "encoder_config": {**LAYERS, "hidden_size": 24, "head_dim": 6, "sliding_windows": ((5, 2), (4, 0))},
+        "max_position_embeddings": 40, **LAYERS, **SPECIAL,
+    },
+    "speecht5": {
+        "hidden_size": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_layers": 2,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 16, "conv_dim": [16, 16], "conv_kernel": [20, 8],
+        "conv_stride": [16, 20], "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0,
+        **SPECIAL,
+    },
+}  # fmt: skip
+"""Whole models whose parts are no options by themselves together, as small ones: values of their configurations."""
+
+
+def other_whole(name):
+    """A model of this type with random weights that tell frames and tokens apart."""
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[name](**OTHERS[name])
+    model = transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)](config).eval()
+    for weight_name, weight in model.named_parameters():
+        if weight.dim() == 2 and "embed" not in weight_name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model

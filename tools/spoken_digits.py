@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,23 @@ SCHEMA = pa.schema(
 )
 
 # From espeak-ng's speak_lib.h.
-AUDIO_OUTPUT_SYNCHRONOUS = 2
+AUDIO_OUTPUT_SYNCHRONOUS, PHONEME_EVENTS = 2, 1
 CHARS_UTF8, ENDPAUSE = 1, 0x1000
 RATE, VOLUME, PITCH, RANGE, WORDGAP = 1, 2, 3, 4, 7
-SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+WORD, PHONEME = 1, 7
 Samples = npt.NDArray[np.float32]
+
+
+class Event(ctypes.Structure):
+    """espeak_EVENT; `name` is that of a phoneme."""
+
+    _fields_ = (
+        ("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("text_position", ctypes.c_int), ("length", ctypes.c_int),
+        ("milliseconds", ctypes.c_int), ("sample", ctypes.c_int), ("user_data", ctypes.c_void_p), ("name", ctypes.c_char * 8),
+    )  # fmt: skip
+
+
+SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ def espeak() -> Iterator[tuple[ctypes.CDLL, int]]:
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     data_path = espeakng_loader.get_data_path().encode()
     try:
-        sampling_rate = library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, 0)
+        sampling_rate = library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, PHONEME_EVENTS)
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath noise
         yield library, sampling_rate
     finally:
@@ -125,11 +138,32 @@ def espeak() -> Iterator[tuple[ctypes.CDLL, int]]:
 
 def speak(line: Line) -> Samples:
     """The line as 16 kHz mono samples in [-1, 1], with exactly the silence it asks for at both ends."""
+    return speak_with_borders(line)[0]
+
+
+def speak_with_borders(line: Line) -> tuple[Samples, npt.NDArray[np.float64]]:
+    """The samples of `speak`, and the (W, 2) seconds in which each word begins and ends."""
+    synthesized, sampling_rate, borders = synthesize(line)
+    speech = soxr.resample(synthesized, sampling_rate, SAMPLING_RATE)
+    first, last = loud(speech)
+    speech = speech[first:last] * (10 ** (line.peak_dbfs / 20) / np.abs(speech).max())
+    samples = np.pad(speech, [round(seconds * SAMPLING_RATE) for seconds in (line.lead_seconds, line.tail_seconds)])
+    return samples, np.array(borders) / sampling_rate - first / SAMPLING_RATE + line.lead_seconds
+
+
+def synthesize(line: Line) -> tuple[Samples, int, list[tuple[int, int]]]:
+    """What espeak-ng speaks: samples, their rate, and where each word begins and ends: at a pause, or the next word."""
     blocks: list[npt.NDArray[np.int16]] = []
+    phonemes: list[list[tuple[bytes, int]]] = []  # of each word, with the samples at which they begin
 
     def keep(samples: Any, num_samples: int, events: Any) -> int:
         if samples and num_samples:
             blocks.append(np.ctypeslib.as_array(samples, (num_samples,)).copy())
+        for event in takewhile(lambda event: event.type, map(events.__getitem__, count())):
+            if event.type == WORD:
+                phonemes.append([])
+            elif event.type == PHONEME and phonemes:
+                phonemes[-1].append((event.name, event.sample))
         return 0
 
     callback = SynthCallback(keep)  # must outlive the synthesis
@@ -142,15 +176,16 @@ def speak(line: Line) -> Samples:
         text = words(line.digits, ENGLISH).encode()
         flags = CHARS_UTF8 | ENDPAUSE  # without the pause a voice's reverberation is cut off
         library.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, flags, None, None)
-    speech = trim(soxr.resample(np.concatenate(blocks).astype(np.float32), sampling_rate, SAMPLING_RATE))
-    speech *= 10 ** (line.peak_dbfs / 20) / np.abs(speech).max()
-    return np.pad(speech, [round(seconds * SAMPLING_RATE) for seconds in (line.lead_seconds, line.tail_seconds)])
+    starts = [word[0][1] for word in phonemes]
+    pauses = [[sample for name, sample in word if name.startswith(b"_")] for word in phonemes]
+    ends = [pause[0] if pause else start for pause, start in zip(pauses, [*starts[1:], 0], strict=True)]
+    return np.concatenate(blocks).astype(np.float32), sampling_rate, list(zip(starts, ends, strict=True))
 
 
-def trim(speech: Samples) -> Samples:
-    """The samples from the first to the last that is louder than 50 dB below the peak."""
-    loud = np.flatnonzero(np.abs(speech) > 10 ** (-50 / 20) * np.abs(speech).max())
-    return speech[loud[0] : loud[-1] + 1]
+def loud(speech: Samples) -> tuple[int, int]:
+    """The first sample that is louder than 50 dB below the peak, and the one behind the last."""
+    found = np.flatnonzero(np.abs(speech) > 10 ** (-50 / 20) * np.abs(speech).max())
+    return int(found[0]), int(found[-1]) + 1
 
 
 def words(digits: tuple[int, ...], names: tuple[str, ...]) -> str:

@@ -30,6 +30,10 @@ SEARCH = "hydra/sweeper=optuna"
 PLAIN_TEXT = re.compile(r"""[^\s'"{}(),$=\\\[][^\s'"{}(),$=\\]*""")  # such as train[:90%], which Hydra wants in quotes
 PLAIN_KEY = re.compile(r"(\+\+?)?[A-Za-z_][\w.]*")
 SEARCH_PATH = "hydra.searchpath"
+OF_WHOLE = re.compile(
+    r"size|tokenizer(\..+)?|(en|de)coder\.(attention|base|large|model_type|pretrained|size|tiny)(\..+)?"
+)
+"""Options that a whole checkpoint decides, beside those that build refuses by their values."""
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
@@ -180,10 +184,10 @@ class Check:
         except OmegaConfBaseException as error:  # Hydra's own settings
             self.errors.append(composition_error(error, "hydra", UNSET))
         self.refuse_lost(config)
-        self.refuse_beside_whole(config, known)
+        self.refuse_beside_whole(config, known, overrides)
 
-    def refuse_beside_whole(self, config: DictConfig, known: dict[str, str]) -> None:
-        """Reports an encoder or decoder that was chosen beside a whole checkpoint, and that none can have."""
+    def refuse_beside_whole(self, config: DictConfig, known: dict[str, str], overrides: list[Override]) -> None:
+        """Reports options of the model that were set beside a whole checkpoint, which has its own."""
         checkpoint = plain(config, "checkpoint")
         if checkpoint in (None, UNSET) or config.get("task") not in ("train", "fit_batches"):
             return
@@ -193,6 +197,10 @@ class Check:
                 apart = f"{part}={option} {part}.checkpoint=FOLDER without checkpoint="
                 write = f"write checkpoint={checkpoint} without {part}=, or {apart}"
                 self.report(part, option, "a whole checkpoint has its own encoder and decoder", write)
+        for override in overrides:
+            if OF_WHOLE.fullmatch(key := override.key_or_group):
+                wrong, write = f"a whole checkpoint has its own {key}", f"write checkpoint={checkpoint} without {key}="
+                self.report(key, override.value(), wrong, write)
 
     def refuse_lost(self, config: DictConfig) -> None:
         """Reports options of the root that were deleted, and groups that something else took the place of."""

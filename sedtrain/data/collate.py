@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, Whis
 
 from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
 from sedtrain.data.features import features_of
-from sedtrain.text.tags import Tags, WhisperPrompt
+from sedtrain.text.tags import Tags, WholePrompt
 from sedtrain.text.tokenizers import encode_target, encode_whisper
 
 MOST_AROUND = 8
@@ -38,7 +38,7 @@ class Collator:
         tokenizer: PreTrainedTokenizerBase,
         decoder_start_token_id: int,
         rewrite: Callable[[str], str] = str,
-        tags: Tags | WhisperPrompt | None = None,
+        tags: Tags | WholePrompt | None = None,
         max_seconds: float = inf,
         behind_prompt: bool = False,
         pads: bool = False,
@@ -117,9 +117,10 @@ class Collator:
 
     def target(self, text: str) -> list[int]:
         """The label ids of a text, without tags."""
-        if isinstance(self.tags, WhisperPrompt):
+        if isinstance(self.tags, WholePrompt) and self.tags.spaced:
             return encode_whisper(self.tokenizer, self.rewrite(text))
-        start = None if self.behind_prompt else self.decoder_start_token_id
+        behind_prompt = self.behind_prompt or isinstance(self.tags, WholePrompt)
+        start = None if behind_prompt else self.decoder_start_token_id
         return encode_target(self.tokenizer, self.rewrite(text), start)
 
     def features(self, audio: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from sedtrain.data.source import Source
 from sedtrain.data.utterances import Reason, UtteranceRows
 from sedtrain.errors import UNSET, UserError
 from sedtrain.launch import is_first_of_machine
-from sedtrain.text.tags import Tags, WhisperPrompt
+from sedtrain.text.tags import Tags, WholePrompt
 
 Pair = tuple[str | None, str]
 """Language and task of a text."""
@@ -248,7 +248,7 @@ def learnt_pairs(corpus: Corpus) -> set[tuple[str, str]]:
     return {(language, task) for language, task in pairs if language is not None}
 
 
-def refuse_unlearnt(corpus: Corpus, splits: Iterable[str], tags: Tags | WhisperPrompt) -> None:
+def refuse_unlearnt(corpus: Corpus, splits: Iterable[str], tags: Tags | WholePrompt) -> None:
     """Raises UserError where a split asks for a language or a task that a model never learnt to write."""
     for split in dict.fromkeys(splits):
         for pair in pairs_of(corpus, split):

@@ -23,6 +23,7 @@ from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.saved import MOST_TOKENS, most_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.whole import with_heard_languages
 
 
 @torch.inference_mode()
@@ -46,7 +47,9 @@ def decode_batch(
     prompts = batch.prompts
     if prompts is None:
         prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
-    encoded = model.encode(batch.inputs, batch.attention_mask)
+    is_padded = not bool(batch.attention_mask.all())
+    encoded = model.encode(batch.inputs, batch.attention_mask if is_padded else None)
+    prompts = with_heard_languages(model, encoded, prompts)
     limits = token_limits(model, encoded, batch.durations, prompts.shape[1], options)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)
     if lattice is not None and options.search in ("ctc", "rescore"):

@@ -9,7 +9,7 @@ from math import ceil, isinf
 
 import torch
 
-from sedtrain.batch import Utterance
+from sedtrain.batch import Batch, Utterance
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.memory import return_freed_memory
@@ -24,6 +24,8 @@ from sedtrain.decoding.windows import Window, joined, windows_of
 from sedtrain.models.int8 import in_int8
 from sedtrain.models.prefix import is_prefixed, num_in_front
 from sedtrain.models.saved import SPARE_TOKENS, SavedModel
+from sedtrain.models.whole import heard_languages
+from sedtrain.text.tags import WholePrompt
 
 DEFAULT_SECONDS = 30.0
 NUM_HELD = 32  # windows at once, from which batches of similar lengths are made
@@ -48,14 +50,21 @@ def longest_audio(saved: SavedModel) -> float:
     return min(saved.max_seconds, max(0.1, (most - SPARE_TOKENS - in_front(0.0)) / frames_per_second(saved)))
 
 
-def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str) -> Collator:
-    """What makes batches for a saved model; rewrite: normalizes texts before they become labels."""
+def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str, detects: bool = False) -> Collator:
+    """What makes batches for a saved model.
+
+    rewrite: normalizes texts before they become labels
+    detects: leaves languages that nothing names to a model that can find them: Whisper
+    """
+    tags = saved.tags
+    if detects and saved.is_whisper and isinstance(tags, WholePrompt):
+        tags = replace(tags, detects=bool(tags.ids))
     return Collator(
         saved.feature_extractor,
         saved.tokenizer,
         saved.model.config.decoder_start_token_id,
         rewrite,
-        saved.tags,
+        tags,
         longest_audio(saved),
         behind_prompt=is_prefixed(saved.model.config.decoder),
         pads=saved.is_whisper,
@@ -118,7 +127,7 @@ class RecordingDecoder:
 
     @cached_property
     def collator(self) -> Collator:
-        return collator_of(self.saved)
+        return collator_of(self.saved, detects=True)
 
     @property
     def window_seconds(self) -> float:
@@ -132,6 +141,8 @@ class RecordingDecoder:
         """The text of a recording from its samples at the rate of the collator."""
         recording = Recording(self, name, blocks, language, task, self.with_words)
         while windows := list(islice(recording.windows, NUM_HELD)):
+            if len(windows) > 1:
+                self.find_language(recording, windows[0])
             self.add_texts([(recording, window) for window in windows])
         return recording.transcription()
 
@@ -150,9 +161,8 @@ class RecordingDecoder:
         for number, (recording, window) in enumerate(windows):
             recording.add(window, self.segment(window, found[number]), found[number].confidence)
 
-    def decode(self, windows: Sequence[tuple[Recording, Window]]) -> list[Hypotheses]:
-        """The texts of windows in one batch; with words if a recording wants them."""
-        rate, saved = self.collator.sampling_rate, self.saved
+    def batch_of(self, windows: Sequence[tuple[Recording, Window]]) -> Batch:
+        rate = self.collator.sampling_rate
         utterances = [
             Utterance(
                 "",
@@ -166,7 +176,22 @@ class RecordingDecoder:
             )
             for recording, window in windows
         ]
-        batch = self.collator(utterances).to(saved.model.device)
+        return self.collator(utterances).to(self.saved.model.device)
+
+    def find_language(self, recording: Recording, window: Window) -> None:
+        """The language that Whisper hears first in a recording becomes that of all its windows, where one is looked for."""
+        tags, model = self.collator.tags, self.saved.model
+        if recording.language or not (isinstance(tags, WholePrompt) and tags.detects) or tags.language:
+            return
+        batch = self.batch_of([(recording, window)])
+        with torch.inference_mode():
+            found = heard_languages(model, model.encode(batch.inputs, batch.attention_mask))
+        languages = tags.ids[recording.task].items()
+        recording.language = next(language for language, ids in languages if ids[0] == int(found))
+
+    def decode(self, windows: Sequence[tuple[Recording, Window]]) -> list[Hypotheses]:
+        """The texts of windows in one batch; with words if a recording wants them."""
+        batch, saved = self.batch_of(windows), self.saved
         with_words = any(recording.with_words for recording, _ in windows)
         return decode_batch(saved.model, saved.tokenizer, batch, self.options, True, with_words)
 

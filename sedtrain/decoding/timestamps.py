@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.decoding.alignment import AlignedToken, align
-from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice
+from sedtrain.decoding.ctc import Lattice
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.transcription import Word
 from sedtrain.decoding.words import words_in
@@ -23,9 +23,9 @@ from sedtrain.models.saved import SavedModel
 
 KALDI_HOP, KALDI_WINDOW = 0.010, 0.025  # seconds, of features whose extractor names no hop
 BLOCKS = 100  # in a second
-QUIET_DB, ABOVE_FLOOR_DB, MOST_DB = -35.0, 3.0, -20.0  # below the loudest; above the quietest tenth; the limit of that
+QUIET_DB, ABOVE_FLOOR_DB, MOST_DB = -37.0, 3.0, -20.0  # below the loudest; above the quietest tenth; the limit of that
 GAP = 10  # quiet blocks in a row that end a word; the stop before a "t" has fewer
-DB_PER_BLOCK = 3.0  # a border should be so much quieter for each block away from where CTC heard the next word
+DB_PER_BLOCK = 10.0  # a border should be so much quieter for each block that it stands within what CTC heard of a word
 
 
 # --- frames
@@ -44,38 +44,20 @@ def heard(
     ]
     if not with_words:
         return found
-    known = sorted({token for text in texts for token in text})
-    wide = align(evened(lattice, known), [[1 + known.index(token) for token in text] for text in texts])
-    rows = zip(found, texts, sure, wide, strict=True)
-    return [replace(each, words=joined(tokenizer, text, each.texts[0], *ways)) for each, text, *ways in rows]
-
-
-def evened(lattice: Lattice, tokens: Sequence[int]) -> Lattice:
-    """The blank, whose log-probability is 0, and `tokens`, with theirs beside its mean over the real frames of the batch.
-
-    CTC is sure of a token in one or two frames, often late ones; this finds where the token begins to be heard.
-    """
-    columns = torch.tensor([[lattice.blank, *tokens]], device=lattice.num_frames.device)
-    heard = lattice.of_tokens(columns.expand(len(lattice.num_frames), -1)).mT
-    real = torch.arange(heard.shape[1], device=heard.device) < lattice.num_frames[:, None]
-    log_probs = (heard - heard[real].mean(0)).masked_fill(heard.isneginf(), IMPOSSIBLE)
-    log_probs[..., 0] = 0.0
-    return Lattice(log_probs, lattice.num_frames, 0)
+    rows = zip(found, texts, sure, strict=True)
+    return [replace(each, words=joined(tokenizer, text, each.texts[0], tokens)) for each, text, tokens in rows]
 
 
 def joined(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    text: str,
-    sure: Sequence[AlignedToken] | None,
-    wide: Sequence[AlignedToken] | None,
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, aligned: Sequence[AlignedToken] | None
 ) -> tuple[HeardWord, ...] | None:
-    """Words of tokens: frames from the wide alignment, the mean of the confidences from the sure one."""
-    if sure is None or wide is None:
+    """Words of tokens with their frames, and the means of their confidences."""
+    if aligned is None:
         return None
     return tuple(
-        HeardWord(word, wide[first].start, wide[last - 1].end, fmean(token.confidence for token in sure[first:last]))
+        HeardWord(word, of_word[0].start, of_word[-1].end, fmean(token.confidence for token in of_word))
         for word, first, last in words_in(tokenizer, ids, text)
+        for of_word in [aligned[first:last]]
     )
 
 
@@ -137,10 +119,13 @@ def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: 
     levels = decibels(audio, sampling_rate)
     spans = [tuple(round(times.border(f) * BLOCKS) for f in (word.start, word.end)) for word in words]
     middles = [max(0, min(sum(span) // 2, len(levels) - 1)) for span in spans]
-    heard = [start for start, _ in spans[1:]]
-    inner = [border(levels, *ends, start) for ends, start in zip(pairwise(middles), heard, strict=True)]
-    borders = [0, *inner, len(levels)]
     limit = max(QUIET_DB, min(sorted(levels)[len(levels) // 10] + ABOVE_FLOOR_DB, MOST_DB))
+    audible, between = (
+        [max(level, limit) for level in levels],
+        [(end, start) for (_, end), (start, _) in pairwise(spans)],
+    )
+    inner = [border(audible, limit, *ends, *gap) for ends, gap in zip(pairwise(middles), between, strict=True)]
+    borders = [0, *inner, len(levels)]
     timed_words = []
     for word, (start, end), lowest, highest in zip(words, spans, borders[:-1], borders[1:], strict=True):
         first = max(lowest, min(start, highest - 1))
@@ -162,9 +147,20 @@ def decibels(audio: Tensor, sampling_rate: int) -> list[float]:
     return levels
 
 
-def border(levels: Sequence[float], first: int, last: int, heard: int) -> int:
-    """The quietest block from `first` to `last`, near the one where the second of two words is heard."""
-    return min(range(first, max(first, last) + 1), key=lambda block: levels[block] + DB_PER_BLOCK * abs(block - heard))
+def border(levels: Sequence[float], limit: float, first: int, last: int, ended: int, begun: int) -> int:
+    """A block from `first` to `last`: the first of a pause, else the first of the quietest.
+
+    limit: the lowest of the levels; GAP such blocks are a pause. A shorter silence is as likely to be inside the next word, of
+    which CTC is often sure at its end.
+    ended, begun: blocks between which CTC hears neither of the two words
+    """
+    blocks = range(first, max(first, last) + 1)
+    pauses = (block for block in blocks if block >= ended and max(levels[block : block + GAP]) <= limit)
+
+    def cost(block: int) -> float:
+        return levels[block] + DB_PER_BLOCK * max(ended - block, block - begun, 0)
+
+    return next(pauses, min(blocks, key=cost))
 
 
 def reached(levels: Sequence[float], limit: float, loudest: int, blocks: range) -> int:

@@ -22,7 +22,7 @@ from sedtrain.decoding.recordings import Recording, RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import most_new_tokens
-from sedtrain.text.tags import TASK_OF
+from sedtrain.text.tags import TASK_OF, WholePrompt
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ class Transcriber(RecordingDecoder):
         super().__post_init__()
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
         self.refuse_unlearnt(self.language)
+        tags = self.collator.tags
+        if isinstance(tags, WholePrompt) and tags.detects and not (self.language or tags.language):
+            logger.info("the language of each recording is found by the model, since none is named")
         if self.with_words and self.saved.model.ctc_head is None:
             logger.warning(
                 "words have no times: the model was trained without a CTC head; train with loss=joint loss.ctc_weight=0.3"
@@ -52,8 +55,8 @@ class Transcriber(RecordingDecoder):
 
     def refuse_unlearnt(self, language: str | None) -> None:
         """Raises UserError where the model never learnt to write this language for `target`."""
-        if self.saved.tags is not None:
-            self.saved.tags.of(language, TASK_OF[self.target])
+        if (tags := self.collator.tags) is not None:
+            tags.of(language, TASK_OF[self.target])
         elif language:
             wrong = "this model was trained without tags of languages, so that it cannot be asked for one"
             write = "write no data.language, or a checkpoint that was trained with data.tags=true"

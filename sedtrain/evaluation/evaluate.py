@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from math import nan
 from pathlib import Path
@@ -74,11 +74,12 @@ class Scoring:
         """Scores a model on the data and writes the files. Raises UserError where no utterance could be read."""
         saved.model.to(self.device)
         decoder = RecordingDecoder(saved, self.decoding, bounds=data.bounds)
-        batches = data.batches(self.split, decoder.window_seconds)
-        long = data.long_utterances(self.split, decoder.window_seconds)
         loop = loop_of(decoder.saved.model, self.decoding)
         logger.info("decoding: by the loop of %s", "transformers, generate" if loop == "generate" else loop)
-        evaluation = evaluate(decoder, batches, long, self.metric_set)
+        evaluation, exact = self.evaluation(decoder, data), None
+        if self.decoding.int8:
+            logger.info("decoding again in float32, to show what 8 bits cost")
+            exact = self.evaluation(replace(decoder, saved=saved, options=replace(self.decoding, int8=False)), data)
         results = Results(
             task=self.target,
             split=self.split,
@@ -101,6 +102,7 @@ class Scoring:
             run_dir=str(self.folder),
             checkpoint=self.checkpoint,
             commit=commit(),
+            float32=None if exact is None else exact.metrics,
         )
         results.write(self.folder / "results.json")
         write_hypotheses(self.folder / "hypotheses.jsonl", evaluation, self.metric_set)
@@ -115,6 +117,11 @@ class Scoring:
         page = self.folder / "report.html"
         write_report(page, results, evaluation, curves, rows.audio_of, model, labels, listen_to)
         return results, evaluation
+
+    def evaluation(self, decoder: RecordingDecoder, data: SpeechTextDataModule) -> Evaluation:
+        seconds = decoder.window_seconds
+        short, long = data.batches(self.split, seconds), data.long_utterances(self.split, seconds)
+        return evaluate(decoder, short, long, self.metric_set)
 
 
 def evaluate(

@@ -18,6 +18,7 @@ from sedtrain.decoding.alignment import align
 from sedtrain.decoding.ctc import lattice_of_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.whole import with_heard_languages
 
 MOST_SECONDS, MOST_TOKENS = 30.0, 60  # of an utterance that is looked at, of its text
 
@@ -43,6 +44,7 @@ def listen(model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batc
     labels = batch.labels[:, : num_tags + MOST_TOKENS]
     text = [token for token in batch.text_labels[0].tolist() if token != model.config.eos_token_id]
     encoded = model.encode(batch.inputs, batch.attention_mask)
+    labels = with_heard_languages(model, encoded, labels)
     attention, spans = cross_attention(model, encoded, labels), ctc_spans(model, encoded, text, batch.seconds)
     shown = text[:MOST_TOKENS]
     return Listening(

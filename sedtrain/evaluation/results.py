@@ -94,6 +94,7 @@ class Results:
     data:                the dataset and its own name of the split
     checkpoint:          the model that was scored; None for the one that was trained in `run_dir`
     commit:              of the working directory, see `commit`
+    float32:             the metrics without decoding.int8; None where it is off
     """
 
     task: str
@@ -119,6 +120,7 @@ class Results:
     run_dir: str = ""
     checkpoint: str | None = None
     commit: Mapping[str, Any] | None = None
+    float32: Mapping[str, Interval] | None = None
 
     @property
     def headline(self) -> str:
@@ -137,9 +139,13 @@ class Results:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Title, value and interval of each metric as people read them: percent, save for numbers of the user's own."""
+        both = [("", self.metrics), (" in float32", self.float32 or {})]
         return [
-            (title_of(name), percent(each.value), each.ends) if name in METRICS else (name, f"{each.value:.4g}", "none")
-            for name, each in self.metrics.items()
+            (title_of(name) + note, percent(each.value), each.ends)
+            if name in METRICS
+            else (name + note, f"{each.value:.4g}", "none")
+            for note, metrics in both
+            for name, each in metrics.items()
         ]
 
     def scored_as(self) -> list[str]:

@@ -19,7 +19,7 @@ from sedtrain.models.lora import lora_layers
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.whole import WholeSpeechModel
 from sedtrain.run_dir import write_whole
-from sedtrain.text.tags import TASK_OF, Tags, WhisperPrompt
+from sedtrain.text.tags import TASK_OF, Tags, WholePrompt
 
 CARD = """---
 {metadata}
@@ -35,7 +35,7 @@ CARD = """---
 folder = "."  # where this card lies: its folder, or its name on the Hub
 model = {model_class}.from_pretrained(folder){adapter}
 processor = AutoProcessor.from_pretrained(folder)
-inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="pt"){cast}  # audio: one channel, float{prompt}
+inputs = {takes_audio}(audio, sampling_rate={sampling_rate}, return_tensors="pt"){cast}  # audio: one channel, float{prompt}
 print(processor.decode(model.generate(**inputs{asked})[0], skip_special_tokens=True))
 ```
 {onnx}{training}"""
@@ -59,6 +59,8 @@ WHOLE = "from transformers import AutoModelForSpeechSeq2Seq"
 PROMPT = """
 tags = model.config.tags["{task}"]["{language}"]  # it writes {known}
 inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *tags]])"""
+PROMPT_OF_WHOLE = """
+inputs["decoder_input_ids"] = torch.tensor([[{start}, *{ids}]])  # {language}"""
 ONNX = """
 The same by `onnxruntime`:
 ```python
@@ -184,7 +186,7 @@ def training(results: Results | None, origin: Origin) -> str:
     return TRAINING.format(totals=totals, settings=settings) if origin.settings else totals
 
 
-def first_tags(tags: Tags | WhisperPrompt | None) -> list[int]:
+def first_tags(tags: Tags | WholePrompt | None) -> list[int]:
     """The tokens of the first language and task that a model learnt; none where it has no tags."""
     known = tags.ids.values() if isinstance(tags, Tags) else []
     return next((list(ids) for languages in known for ids in languages.values()), [])
@@ -204,6 +206,20 @@ def onnx_snippet(saved: SavedModel) -> str:
     )
 
 
+def prompt_of(saved: SavedModel, task: str) -> tuple[str, str]:
+    """What a snippet asks the model for by tokens, and by arguments of `generate`."""
+    tags = saved.tags
+    if isinstance(tags, WholePrompt) and saved.is_whisper:
+        return "", f', language="LANGUAGE", task="{task}"' if tags.languages and not tags.language else ""
+    if isinstance(tags, WholePrompt):
+        language, start = tags.language or next(iter(tags.ids[task])), saved.model.config.decoder_start_token_id
+        return PROMPT_OF_WHOLE.format(start=start, ids=tags.of(language, task), language=language), ""
+    if tags:
+        learnt = task if task in tags.ids else next(iter(tags.ids))
+        return PROMPT.format(task=learnt, language=next(iter(tags.ids[learnt])), known=" ".join(tags.known())), ""
+    return "", ""
+
+
 def write_model_card(
     folder: Path, saved: SavedModel, results: Results | None, origin: Origin, task: str, *, onnx: bool = False
 ) -> None:
@@ -213,18 +229,14 @@ def write_model_card(
     task: transcription or translation
     onnx: tells of the graphs in the folder `onnx`
     """
-    tags, prompt, asked = saved.tags, "", ""
-    if isinstance(tags, WhisperPrompt):
-        asked = f', language="LANGUAGE", task="{TASK_OF[task]}"' if tags.languages and not tags.language else ""
-    elif tags:
-        learnt = TASK_OF[task] if TASK_OF[task] in tags.ids else next(iter(tags.ids))
-        prompt = PROMPT.format(task=learnt, language=next(iter(tags.ids[learnt])), known=" ".join(tags.known()))
+    prompt, asked = prompt_of(saved, TASK_OF[task])
     config = saved.model.config
     encoder, decoder = config.encoder, config.decoder
     title = f"{encoder.model_type} + {decoder.model_type}"
     described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
-    loads, model_class = STOCK if saved.is_stock else OWN, "SpeechEncoderDecoderModel"
+    loads, model_class, takes_audio = STOCK if saved.is_stock else OWN, "SpeechEncoderDecoderModel", "processor"
     if isinstance(saved.model, WholeSpeechModel):
+        takes_audio = "processor.feature_extractor"  # processors of some families take a text first, or a language
         loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
         described = f"A whole `{title}` model"
     card = CARD.format(
@@ -232,6 +244,7 @@ def write_model_card(
         import_torch="import torch\n" if prompt else "",
         import_model=loads,
         prompt=prompt,
+        takes_audio=takes_audio,
         asked=asked,
         adapter='\nmodel.load_adapter(f"{folder}/adapter")' if lora_layers(saved.model) else "",
         cast="" if saved.model.dtype.itemsize == 4 else ".to(model.dtype)",

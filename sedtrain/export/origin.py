@@ -7,7 +7,7 @@ from typing import Any
 
 from sedtrain.data.paths import is_here, public_name
 from sedtrain.export.card import Origin
-from sedtrain.text.tags import Tags, WhisperPrompt
+from sedtrain.text.tags import Tags, WholePrompt
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-\w+)*")
@@ -21,7 +21,7 @@ SHOWN: dict[str, tuple[str, ...] | None] = {
 
 
 def origin_of(
-    settings: Mapping[str, Any], language: str | None, license: str | None, tags: Tags | WhisperPrompt | None
+    settings: Mapping[str, Any], language: str | None, license: str | None, tags: Tags | WholePrompt | None
 ) -> Origin:
     """Of a run's configuration as plain values, empty where there is none.
 

@@ -83,6 +83,14 @@ def needs_sedtrain(values: dict[str, Any]) -> dict[str, str]:
     return ends
 
 
+def adapted_config(config: SpeechEncoderDecoderConfig, adapter: Adapter | None) -> AdaptedSpeechEncoderDecoderConfig:
+    """`config` with the kind and settings of an adapter; None keeps those that it names, if any."""
+    described = (
+        getattr(config, "adapter", None) if adapter is None else {"kind": adapter.kind, "settings": adapter.settings}
+    )
+    return AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
+
+
 def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[str, Any]) -> Adapter:
     """A new adapter of the class with this kind. Raises UserError if no imported class has it, or other settings."""
     if kind not in ADAPTERS:

@@ -261,19 +261,12 @@ def most_new_tokens(wanted: int, positions: int | None, num_given: int) -> int:
     return wanted if positions is None else max(1, min(wanted, positions + 1 - num_given))
 
 
-def refuse_longer(tokens: Tensor | None, most: int | None, in_front: int = 0) -> None:
-    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for.
-
-    in_front: positions of the audio and its prompt
-    """
-    if most is None or tokens is None or tokens.shape[1] + in_front <= most:
+def refuse_longer(tokens: Tensor | None, most: int | None) -> None:
+    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for."""
+    if most is None or tokens is None or tokens.shape[1] <= most:
         return
     wrong = f"a text of {tokens.shape[1]} tokens is too long for the decoder's {most} positions"
-    write = f"write labels of at most {most} tokens"
-    if in_front:
-        wrong += f" behind {in_front} of audio and prompt"
-        write = "write adapter=stack_mlp adapter.stride=NUMBER for fewer frames, or a smaller data.max_seconds"
-    raise UserError("labels", tuple(tokens.shape), wrong, write)
+    raise UserError("labels", tuple(tokens.shape), wrong, f"write labels of at most {most} tokens")
 
 
 def decoder_positions(

@@ -1,4 +1,4 @@
-"""Decoder stacks of `transformers`, mended: the mask of frames reaches every one, and every token has a position.
+"""Decoder stacks of `transformers`, mended: they take masked frames of their own width, and every token has a position.
 
 B batch, U target tokens, T frames, D width.
 """
@@ -13,9 +13,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.cohere_asr.modeling_cohere_asr import CohereAsrDecoder
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Decoder
+from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingDecoder
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TDecoder
 from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2Decoder
 from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextDecoder
+from transformers.models.speecht5.modeling_speecht5 import SpeechT5DecoderWithTextPrenet
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaDecoder
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
 
@@ -114,7 +116,34 @@ class CountingSeamlessM4Tv2Decoder(Counting, SeamlessM4Tv2Decoder):
     pass
 
 
-# --- Cohere, Canary, T5Gemma
+class TokenSpeechT5Decoder(SpeechT5DecoderWithTextPrenet):
+    """Takes `input_ids` or `inputs_embeds`, as the other families do; upstream calls the ids `input_values`."""
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        tokens: nn.Embedding = self.prenet.embed_tokens
+        return tokens
+
+    @property
+    def embed_positions(self) -> nn.Module:
+        positions: nn.Module = self.prenet.embed_positions
+        return positions
+
+    def forward(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past_key_values: Any, **kwargs: Any
+    ) -> Any:
+        tokens = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        num_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = self.embed_positions(tokens[..., 0] if input_ids is None else input_ids, num_read)
+        states = self.prenet.dropout(tokens * self.prenet.embed_scale + positions)
+        return self.wrapped_decoder(hidden_states=states, past_key_values=past_key_values, **kwargs)
+
+
+class CountingSpeechT5Decoder(Counting, TokenSpeechT5Decoder):
+    pass
+
+
+# --- Cohere, streaming Moonshine, T5Gemma: their stacks change the width of frames themselves
 
 
 class UnprojectedCohereDecoder(CohereAsrDecoder):
@@ -124,6 +153,25 @@ class UnprojectedCohereDecoder(CohereAsrDecoder):
         config.encoder_config = transformers.ParakeetEncoderConfig()
         super().__init__(config)
         config.encoder_config, self.proj = None, nn.Identity()
+
+
+class UnprojectedMoonshineStreamingDecoder(MoonshineStreamingDecoder):
+    """Takes frames of its own width with their positions: the joined model adds these, once for each utterance."""
+
+    def __init__(self, config: Any) -> None:
+        config.encoder_config = transformers.MoonshineStreamingEncoderConfig(hidden_size=config.hidden_size)
+        super().__init__(config)
+        config.encoder_config, self.pos_emb = None, NoPositions()
+
+    def forward(self, *args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        return super().forward(
+            *args, encoder_hidden_states=encoder_hidden_states.clone(), **kwargs
+        )  # upstream changes it
+
+
+class NoPositions(nn.Module):
+    def forward(self, positions: Tensor) -> Tensor:
+        return positions.new_zeros(())
 
 
 class WholeT5GemmaDecoder(T5GemmaDecoder):

@@ -173,8 +173,8 @@ def loader_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
     """The class that loads an encoder's weights from a checkpoint with this configuration, and the configuration to use."""
     if config.model_type in OF_WHOLE:
         return OF_WHOLE[config.model_type].whole, config
-    config = encoder_config(config)
-    return kind_of(config), config
+    inner = encoder_config(config)
+    return (AutoModel, config) if config.is_encoder_decoder and inner is not config else (kind_of(inner), inner)
 
 
 def kind_of(config: PreTrainedConfig) -> Any:

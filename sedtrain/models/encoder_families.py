@@ -1,7 +1,7 @@
 """The encoder families, each with masks that reach everything; without padding a class computes what upstream's does.
 
-First the encoders that are models of `transformers`, then those that it has only inside sequence-to-sequence models: they
-get a model type of their own. docs/families.md says what upstream does with padding, family by family.
+Those that `transformers` has only inside sequence-to-sequence models are in sub_encoders.py: they get a model type of their
+own. docs/families.md says what upstream does with padding, family by family.
 
 B batch, S inputs (samples or feature frames), T frames, D width.
 """
@@ -12,46 +12,32 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder
-from transformers.models.seamless_m4t.modeling_seamless_m4t import (
-    SeamlessM4TConformerAdapterLayer,
-    SeamlessM4TSpeechEncoder,
-)
-from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import (
-    SeamlessM4Tv2ConformerEncoder,
-    SeamlessM4Tv2SpeechEncoder,
-)
 from transformers.models.sew.modeling_sew import SEWEncoder, SEWPositionalConvEmbedding
 from transformers.models.sew_d.modeling_sew_d import SEWDEncoder
-from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextEncoder
-from transformers.models.speecht5.modeling_speecht5 import (
-    SpeechT5EncoderWithSpeechPrenet,
-    SpeechT5PositionalConvEmbedding,
-    SpeechT5SpeechEncoderPrenet,
-)
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertAdapter
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoderLayer
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from sedtrain.errors import UserError
 from sedtrain.models.loading import encoder_within
 from sedtrain.models.masking import (
     GuardedSpecAugment,
     Masked,
     MaskedConv1d,
-    MaskedGroupNorm,
     Recomputed,
     Steps,
     length_mask,
-    mask_front_end,
     output_lengths,
     step,
+)
+from sedtrain.models.sub_encoders import (
+    CONVOLUTIONS,
+    StandaloneMoonshine,
+    StandaloneMoonshineStreaming,
+    StandaloneSeamlessM4T,
+    StandaloneSeamlessM4Tv2,
+    StandaloneSpeech2Text,
+    StandaloneSpeechT5,
+    StandaloneWhisper,
 )
 
 
@@ -117,7 +103,7 @@ class FittingBertAdapter(Wav2Vec2BertAdapter):
 
 class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, transformers.Wav2Vec2BertModel):
     front_end = ("feature_projection",)
-    adapter_convolutions = ("residual_conv", "self_attn_conv")
+    adapter_convolutions = CONVOLUTIONS
 
     def mask_adapter(self, steps: Steps) -> Steps:
         self.adapter.__class__ = FittingBertAdapter
@@ -187,172 +173,11 @@ class MaskedParakeet(Masked, transformers.ParakeetEncoder):
         return inputs.masked_fill(attention_mask[..., None] == 0, 0.0), attention_mask
 
 
-def encoder_config_class(whole: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:
-    """The configuration class of the encoder alone, beside that of its whole sequence-to-sequence model."""
-    fields = {"__annotations__": {"is_encoder_decoder": bool}, "is_encoder_decoder": False, "model_type": model_type}
-    name = whole.__name__.replace("Config", "EncoderConfig")
-    return type(name, (whole,), {**fields, "__module__": __name__})
-
-
-WhisperEncoderConfig = encoder_config_class(transformers.WhisperConfig, "whisper-encoder")
-Speech2TextEncoderConfig = encoder_config_class(transformers.Speech2TextConfig, "speech_to_text-encoder")
-MoonshineEncoderConfig = encoder_config_class(transformers.MoonshineConfig, "moonshine-encoder")
-SeamlessM4TEncoderConfig = encoder_config_class(transformers.SeamlessM4TConfig, "seamless_m4t-encoder")
-SeamlessM4Tv2EncoderConfig = encoder_config_class(transformers.SeamlessM4Tv2Config, "seamless_m4t_v2-encoder")
-SpeechT5EncoderConfig = encoder_config_class(transformers.SpeechT5Config, "speecht5-encoder")
-
-
-class VariableLengthWhisperEncoder(WhisperEncoder):
-    """Whisper's encoder for clips of any length up to its limit: positions are cropped, padding is masked.
-
-    Upstream computes 30 seconds for every clip. Parameters and their names are unchanged.
-    """
-
-    @merge_with_config_defaults  # type: ignore[untyped-decorator]
-    @capture_outputs  # type: ignore[untyped-decorator]
-    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """(B, mel bins, S) features -> (B, ceil(S / 2), D). Raises UserError for more frames than it has positions."""
-        hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)
-        num_frames = hidden_states.shape[1]
-        if num_frames > self.max_source_positions:
-            wrong = f"an utterance of {num_frames} frames does not fit its {self.max_source_positions} positions"
-            write = "write data.max_seconds=30, the limit of Whisper's encoder"
-            raise UserError("encoder", "whisper", wrong, write, "cut the audio into pieces of 30 s")
-        hidden_states = hidden_states + self.embed_positions.weight[:num_frames]
-        hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
-        mask = None
-        if attention_mask is not None:
-            frame_mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
-            mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
-        layerdrop = self.config.encoder_layerdrop if self.training else 0.0
-        for layer in self.layers:
-            if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
-                hidden_states = layer(hidden_states, mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
-
-
-class StandaloneWhisper(Masked, VariableLengthWhisperEncoder):
-    config_class = WhisperEncoderConfig
-    front_end = ("conv1", "conv2")
-    layerdrop_name = "encoder_layerdrop"
-    whole = transformers.WhisperModel
-
-    def mask_modules(self) -> Steps:
-        self.mask(self.conv1, MaskedConv1d, ())
-        self.mask(self.conv2, MaskedConv1d, step(self.conv1))
-        self.embed_positions.requires_grad_(False)  # sinusoids
-        return step(self.conv1) + step(self.conv2)
-
-
-class StandaloneSpeech2Text(Masked, Speech2TextEncoder):
-    config_class = Speech2TextEncoderConfig
-    front_end = ("conv",)
-    layerdrop_name = "encoder_layerdrop"
-    whole = transformers.Speech2TextModel
-
-    def mask_modules(self) -> Steps:
-        steps: Steps = ()
-        for convolution in self.conv.conv_layers:
-            self.mask(convolution, MaskedConv1d, steps)
-            steps += step(convolution)
-        return steps
-
-
-class StandaloneMoonshine(Masked, MoonshineEncoder):
-    config_class = MoonshineEncoderConfig
-    front_end = ("conv1", "conv2", "conv3", "groupnorm")
-    whole = transformers.MoonshineModel
-
-    def mask_modules(self) -> Steps:
-        self.mask(self.groupnorm, MaskedGroupNorm, step(self.conv1))
-        return step(self.conv1) + step(self.conv2) + step(self.conv3)
-
-    def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Upstream takes the mask of every 384th sample for that of a frame: here those samples hold the right mask."""
-        stride = self.conv1.stride[0] * self.conv2.stride[0] * self.conv3.stride[0]
-        num_frames = -(-inputs.shape[1] // stride)
-        mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
-        return inputs, mask.repeat_interleave(stride, dim=1)[:, : inputs.shape[1]]
-
-
-class FittingAdapterLayer(SeamlessM4TConformerAdapterLayer):
-    """Counts the frames of its own input; upstream takes every layer for the first. Both versions have this layer."""
-
-    def _compute_sub_sample_lengths_from_attention_mask(self, attention_mask: Tensor) -> Tensor:
-        return output_lengths(self.residual_conv.lengths, step(self.residual_conv))
-
-
-class StandaloneSeamlessM4T(Masked, SeamlessM4TSpeechEncoder):
-    config_class = SeamlessM4TEncoderConfig
-    front_end = ("feature_projection",)
-    adapter_convolutions = MaskedWav2Vec2Bert.adapter_convolutions
-    layerdrop_name = "speech_encoder_layerdrop"
-    whole = transformers.SeamlessM4TForSpeechToText
-
-    def mask_adapter(self, steps: Steps) -> Steps:
-        for layer in self.adapter.layers:
-            layer.__class__ = FittingAdapterLayer
-        return Masked.mask_adapter(self, steps)
-
-
-class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
-    """Gives the mask as scores: upstream's is boolean, and all backends but sdpa add it to the scores, which masks nothing."""
-
-    def _apply_chunk_attention(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
-        attended: Tensor = super()._apply_chunk_attention(attention_mask, hidden_states)
-        if self.config._attn_implementation == "sdpa":
-            return attended
-        scores = torch.zeros_like(attended, dtype=hidden_states.dtype)
-        return scores.masked_fill(~attended, torch.finfo(scores.dtype).min)
-
-
-class StandaloneSeamlessM4Tv2(Masked, SeamlessM4Tv2SpeechEncoder):
-    config_class = SeamlessM4Tv2EncoderConfig
-    front_end = StandaloneSeamlessM4T.front_end
-    adapter_convolutions = StandaloneSeamlessM4T.adapter_convolutions
-    layerdrop_name = StandaloneSeamlessM4T.layerdrop_name
-    whole = transformers.SeamlessM4Tv2ForSpeechToText
-    mask_adapter = StandaloneSeamlessM4T.mask_adapter
-
-    def mask_modules(self) -> Steps:
-        self.encoder.__class__ = ChunkMaskedEncoder
-        return ()
-
-
-class MaskedPositionalConvEmbedding(SpeechT5PositionalConvEmbedding):
-    lengths: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        if self.lengths is not None:
-            padding = ~length_mask(self.lengths, hidden_states.shape[1])
-            hidden_states = hidden_states.masked_fill(padding[..., None], 0.0)
-        return super().forward(hidden_states)
-
-
-class MaskedPrenet(GuardedSpecAugment, SpeechT5SpeechEncoderPrenet):
-    def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
-        assert self.lengths is not None
-        return length_mask(self.lengths, feature_vector_length)
-
-
-class StandaloneSpeechT5(Masked, SpeechT5EncoderWithSpeechPrenet):
-    config_class = SpeechT5EncoderConfig
-    front_end = ("prenet.feature_encoder",)
-    layerdrop_name = "encoder_layerdrop"
-    whole = transformers.SpeechT5ForSpeechToText
-
-    def mask_modules(self) -> Steps:
-        steps = mask_front_end(self, self.prenet.feature_encoder)
-        self.mask(self.prenet, MaskedPrenet, steps)
-        self.mask(self.prenet.pos_conv_embed, MaskedPositionalConvEmbedding, steps)
-        return steps
-
-
 KINDS: tuple[type[Masked], ...] = (
     MaskedWav2Vec2, MaskedHubert, MaskedWavLM, MaskedUniSpeech, MaskedUniSpeechSat, MaskedData2VecAudio,
     MaskedWav2Vec2Conformer, MaskedWav2Vec2Bert, MaskedSEW, MaskedSEWD, MaskedParakeet,
     StandaloneWhisper, StandaloneSpeech2Text, StandaloneMoonshine, StandaloneSeamlessM4T, StandaloneSeamlessM4Tv2,
-    StandaloneSpeechT5,
+    StandaloneSpeechT5, StandaloneMoonshineStreaming,
 )  # fmt: skip
 # each class -> the class of `transformers` that it replaces
 UPSTREAM = {
@@ -369,6 +194,9 @@ for kind in OF_WHOLE.values():
 
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the encoder alone of a whole model; any other unchanged."""
+    inner = getattr(config, "encoder_config", None)
+    if config.is_encoder_decoder and isinstance(inner, PreTrainedConfig):
+        return inner
     if config.model_type in OF_WHOLE:
         kind = OF_WHOLE[config.model_type].config_class
         config = copy.deepcopy(config)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.annotations import refuse_misfits
 from sedtrain.batch import IGNORE_INDEX
@@ -36,6 +36,17 @@ def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) 
     shifted[:, 0] = decoder_start_token_id
     shifted[:, 1:] = labels[:, :-1]
     return shifted.masked_fill(shifted == IGNORE_INDEX, pad_token_id)
+
+
+def decoder_inputs(labels: Tensor, config: PreTrainedConfig) -> Tensor:
+    """(B, U) labels -> (B, U) decoder inputs by the special tokens of `config`; raises ValueError where they are not set."""
+    start, pad = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    if start is None or pad is None:
+        raise ValueError(
+            f"config.decoder_start_token_id is {start} and config.pad_token_id {pad}: "
+            "call set_special_tokens(start, end, pad) with the ids of the tokenizer"
+        )
+    return shift_right(labels, start, pad)
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -304,9 +304,13 @@ def strided_convolution(frames: Tensor, convolution: nn.Conv1d) -> Tensor:
     if torch.compiler.is_compiling():
         convolved: Tensor = convolution(frames.transpose(1, 2)).transpose(1, 2)
         return convolved
-    values = [frames, convolution.weight, convolution.bias]
+    values: list[Any] = [frames, convolution.weight, convolution.bias]
     if torch.is_autocast_enabled("cpu"):
         values = [each if each is None else each.to(torch.get_autocast_dtype("cpu")) for each in values]
+    if not torch.is_grad_enabled() and frames.shape[2] > 1:  # oneDNN reads frames of several channels where they lie
+        frames, weight, bias = values
+        image, weight = frames.transpose(1, 2)[:, :, None], weight[:, :, None]
+        return torch.conv2d(image, weight, bias, (1, convolution.stride[0]))[:, :, 0].transpose(1, 2)
     output: Tensor = StridedConvolution.apply(*values, convolution.stride[0])  # type: ignore[no-untyped-call]
     return output
 

@@ -11,8 +11,21 @@ from sedtrain.errors import UserError
 from sedtrain.models.decoder import BROKEN, can_attend
 from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, encoder_config
 from sedtrain.models.prefix import can_continue
-from sedtrain.models.stacks import OF_WHOLE as DECODERS
 from sedtrain.models.stacks import decoder_config
+
+AMONG_TOKENS = "its decoder is a language model that finds the audio among its tokens, and has no cross-attention"
+NOT_WHOLE = {
+    **dict.fromkeys(["fun_asr_nano", "granite_speech", "granite_speech_plus", "qwen3_asr"], AMONG_TOKENS),
+    **dict.fromkeys(["vibevoice_asr", "voxtral"], AMONG_TOKENS),
+    **dict.fromkeys(
+        ["kyutai_speech_to_text", "voxtral_realtime"],
+        "it has no encoder-decoder: each token is read with its piece of audio",
+    ),
+    "dia": "it reads text and writes speech",
+    "vibevoice": "it reads text and writes speech",
+    "pop2piano": "it writes the notes of a piano, no text",
+}
+"""Members of AutoModelForSpeechSeq2Seq that cannot be trained as whole models, with the reason in their source."""
 
 
 def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
@@ -31,8 +44,16 @@ def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
         instead = training_with("decoder", kind, name, f"ENCODER, {name!r}")
     wrong = f"this is a {kind} model, no speech encoder-decoder"
     if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
-        taken = {each.model_type for each in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING} & OF_WHOLE.keys() & DECODERS.keys()
-        wrong = f"this is a whole {kind} model, and as a whole {', '.join(sorted(taken))} are used alone"
+        wrong = f"this is a whole {kind} model"
+        instead = (
+            f"write checkpoint={name} on the command line, which trains it as a whole",
+            f"write sedtrain.load({name!r})",
+        )
+    if kind in NOT_WHOLE:
+        taken = {each.model_type for each in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING} - NOT_WHOLE.keys()
+        wrong = f"this is a {kind} model: {NOT_WHOLE[kind]}"
+        of_kinds = ", ".join(each for each in sorted(taken) if not each.endswith(SpeechEncoderDecoderConfig.model_type))
+        instead = (f"write checkpoint=FOLDER of a whole model of {of_kinds}", "")
     raise UserError("checkpoint", name, wrong, *instead)
 
 

@@ -4,7 +4,7 @@ B batch, T frames, U text tokens, L everything the decoder has read, D width.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,14 +37,15 @@ def class_of(config: PreTrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def arguments_of(kind: type[PreTrainedModel]) -> set[str]:
-    return set(inspect.signature(kind.forward).parameters)
+@cache
+def arguments_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def can_continue(config: PreTrainedConfig) -> bool:
     """True for a family of language models that can be fed by a prefix."""
     kind = class_of(config)
-    names = arguments_of(kind) if kind is not None and hasattr(config, "hidden_size") else set()
+    names = arguments_of(kind.forward) if kind is not None and hasattr(config, "hidden_size") else frozenset()
     return names >= NEEDED and (not names & OTHER or config.model_type in BOTH)
 
 
@@ -127,6 +128,26 @@ def num_in_front(config: PreTrainedConfig, num_frames: int) -> int:
     return num_frames + sum(map(len, prompt_of(config))) if is_prefixed(config) else 0
 
 
+def refuse_long_row(
+    config: PreTrainedConfig, most: int | None, encoded: Any, tokens: Tensor | None, mask: Tensor | None
+) -> None:
+    """Raises UserError for an utterance whose prompt, frames and text need more positions than there are; padding needs none.
+
+    tokens, mask: (B, U) tokens, or their embeddings, and the mask of the text so far
+    """
+    frames, real = encoded.last_hidden_state, encoded.attention_mask
+    if most is None or tokens is None or num_in_front(config, frames.shape[1]) + tokens.shape[1] <= most:
+        return
+    of_audio = [frames.shape[1]] * len(frames) if real is None else real.sum(1).tolist()
+    of_text = [tokens.shape[1]] * len(frames) if mask is None else mask.sum(1).tolist()
+    for num_frames, num_tokens in zip(of_audio, of_text, strict=True):
+        if (in_front := num_in_front(config, int(num_frames))) + num_tokens > most:
+            wrong = f"a text of {num_tokens} tokens is too long for the decoder's {most} positions"
+            wrong += f" behind {in_front} of audio and prompt"
+            write = "write adapter=stack_mlp adapter.stride=NUMBER for fewer frames, or a smaller data.max_seconds"
+            raise UserError("labels", tuple(tokens.shape), wrong, write)
+
+
 def behind_prefix(decoder: PreTrainedModel) -> PreTrainedModel:
     """The language model itself, which now takes encoder_hidden_states; its weights and their names stay.
 
@@ -144,7 +165,7 @@ def behind_prefix(decoder: PreTrainedModel) -> PreTrainedModel:
 @cache
 def prefixed(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of a language model with a prefix; it keeps the name, by which transformers and FSDP know its layers."""
-    members = {"__module__": kind.__module__, "family_arguments": arguments_of(kind)}
+    members = {"__module__": kind.__module__, "family_arguments": arguments_of(kind.forward)}
     return type(kind.__name__, (Prefixed, kind), members)
 
 
@@ -169,7 +190,8 @@ class Prefixed:
         attention_mask: (B, U) of all tokens so far, 0 where a text is padded, in front or behind
         encoder_hidden_states, encoder_attention_mask: (B, T, D) frames and (B, T)
 
-        Whatever is masked moves to the front, where no window of attention and no position counts it.
+        Whatever is masked moves to the front, where no window of attention and no position counts it; columns that hold
+        nothing else are left out.
         """
         assert encoder_hidden_states is not None
         cache = (
@@ -183,18 +205,21 @@ class Prefixed:
         batch_size, num_tokens = tokens.shape[:2]
         frames, num_read = encoder_hidden_states.to(tokens.dtype), 0 if cache is None else cache.get_seq_length()
         before, behind = prompt_of(self.config)
-        num_text = num_tokens + max(0, num_read - len(before) - len(behind) - frames.shape[1])
         real = torch.ones(batch_size, frames.shape[1]) if encoder_attention_mask is None else encoder_attention_mask
+        real = real.to(tokens.device, torch.long)
+        num_text = num_tokens + max(0, num_read - len(before) - len(behind) - int(real.sum(1).max()))
         text = torch.ones(batch_size, num_text) if attention_mask is None else attention_mask
-        real, text = real.to(tokens.device, torch.long), text.to(tokens.device, torch.long)
+        text = text.to(tokens.device, torch.long)
         ends = [real.new_ones(batch_size, len(ids)) for ids in (before, behind)]
         mask, order = torch.cat([ends[0], real, ends[1], text], 1).sort(dim=1, stable=True)
+        empty = min(int((mask.sum(0).cumsum(0) == 0).sum()), mask.shape[1] - num_tokens)
+        mask, order = mask[:, empty:], order[:, empty:]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if not num_read:
             given = [embed(real.new_tensor(ids).expand(batch_size, -1)) for ids in (before, behind)]
             frames = frames.masked_fill(real[..., None] == 0, 0.0)
             tokens = torch.cat([given[0], frames, given[1], tokens], 1)
-            tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+            tokens = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
         extra = {"position_ids": positions[:, -tokens.shape[1] :], "logits_to_keep": num_tokens}
         options |= {name: value for name, value in extra.items() if name in self.family_arguments}
         output = super().forward(inputs_embeds=tokens, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]

@@ -25,10 +25,11 @@ from sedtrain.models.loading import attention_wanted, check_loaded, configured, 
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.other_kinds import refuse_other_kind
 from sedtrain.models.prefix import is_prefixed, is_prompt, prompt_of
+from sedtrain.models.prompts import fault_of_prompt, whole_prompt
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.whole import WholeSpeechModel, is_whole
 from sedtrain.run_dir import model_of
-from sedtrain.text.tags import Tags, WhisperPrompt, add_tags, fault_of_prompt
+from sedtrain.text.tags import Tags, WholePrompt, add_tags
 from sedtrain.text.tokenizers import start_end_pad
 
 MOST_TOKENS = 200  # of a text where nothing is known of its audio
@@ -76,10 +77,12 @@ class SavedModel:
         return isinstance(self.model, WholeSpeechModel) and self.model.is_whisper
 
     @property
-    def tags(self) -> Tags | WhisperPrompt | None:
+    def tags(self) -> Tags | WholePrompt | None:
         """The tokens that ask for a language and a task; None where it did not learn several."""
-        if self.is_whisper:
-            return WhisperPrompt.of_generation(self.model.generation_config)
+        if isinstance(self.model, WholeSpeechModel):
+            kind = self.model.stock_config.model_type
+            if prompt := whole_prompt(kind, self.tokenizer, self.model.generation_config):
+                return prompt
         ids: Mapping[str, Mapping[str, Sequence[int]]] | None = getattr(self.model.config, "tags", None)
         return Tags(ids) if ids else None
 
@@ -89,10 +92,10 @@ class SavedModel:
 
     @property
     def max_seconds(self) -> float:
-        """Longest audio that the encoder takes; only Whisper's has a limit: its positions, each of two features."""
-        if self.model.config.encoder.model_type != "whisper-encoder":
-            return inf
+        """Longest audio that is taken: Whisper's positions, each of two features, or what an extractor leaves in one piece."""
         extractor: Any = self.feature_extractor
+        if self.model.config.encoder.model_type != "whisper-encoder":
+            return float(getattr(extractor, "max_audio_clip_s", inf))
         return float(
             2 * self.model.config.encoder.max_source_positions * extractor.hop_length / extractor.sampling_rate
         )
@@ -107,12 +110,13 @@ class SavedModel:
     def learn_tags(self, pairs: Collection[tuple[str | None, str]]) -> None:
         """Gives tokenizer and model a token for each language and each task of `pairs`.
 
-        Whisper has them: a single pair becomes what it writes where nothing else is asked for, also in `transformers`.
+        A whole model may have them: a single pair becomes what it writes where nothing else is asked for; of Whisper, also
+        in `transformers`.
         """
-        if isinstance(prompt := self.tags, WhisperPrompt):
+        if isinstance(prompt := self.tags, WholePrompt):
             for language, task in pairs:
                 prompt.of(language, task)
-            if prompt.languages and len(pairs) == 1:
+            if prompt.ids and len(pairs) == 1:
                 written = self.model.generation_config
                 written.language, written.task = language or prompt.language, task
             return

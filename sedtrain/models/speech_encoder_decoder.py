@@ -3,7 +3,6 @@
 B batch, S samples, T frames, E encoder width, D decoder width, U target tokens, V vocabulary.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,9 +21,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as KNOWN_TO_PIPELINES
-from transformers.utils import cached_file
 
-from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter, saved_adapter
+from sedtrain.batch import IGNORE_INDEX
+from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter, adapted_config, saved_adapter
+from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
 from sedtrain.models.decoder import (
     as_decoder,
     decoder_from_pretrained,
@@ -50,13 +49,11 @@ from sedtrain.models.encoder import (
 from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS
 from sedtrain.models.loading import configured, joint_config, refuse_unsupported, share_config
-from sedtrain.models.losses import deferred_output_layer, make_deferrable, mean_loss, shift_right
+from sedtrain.models.losses import decoder_inputs, deferred_output_layer, make_deferrable, mean_loss
 from sedtrain.models.masking import Masked, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
-from sedtrain.models.prefix import is_prefixed, num_in_front
+from sedtrain.models.prefix import arguments_of, is_prefixed, num_in_front, refuse_long_row
 from sedtrain.models.speech_to_text_2 import settle_published
-
-CTC_FILE = "ctc_head.safetensors"
 
 
 class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
@@ -93,10 +90,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             if config.encoder.model_type != encoder.config.model_type:
                 config.encoder = encoder.config  # it was that of a whole sequence-to-sequence model
             if adapter is not None or is_prefixed(config.decoder):
-                described = getattr(config, "adapter", None)
-                if adapter is not None:
-                    described = {"kind": adapter.kind, "settings": adapter.settings}
-                config = AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
+                config = adapted_config(config, adapter)
         super().__init__(config, encoder, decoder)
         self.settle_widths(adapter)
         share_config(self.encoder, self.config.encoder)
@@ -118,10 +112,10 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         if adapter is None and saved:
             adapter = saved_adapter(saved["kind"], *widths, saved["settings"])
         self.adapter = adapter
-        projection: nn.Linear | None = self._modules.pop("enc_to_dec_proj", None)
+        projection: Any = self._modules.pop("enc_to_dec_proj", None)
         if widths[0] != widths[1] and adapter is None:
             fits = projection is not None and projection.in_features == widths[0]
-            linear = projection if projection is not None and fits else nn.Linear(*widths)
+            linear = projection if fits else nn.Linear(*widths)
             self.enc_to_dec_proj = linear.to(self.decoder.dtype) if self.encoder.dtype == self.decoder.dtype else linear
 
     def add_ctc_head(self, vocab_size: int) -> nn.Linear:
@@ -204,6 +198,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             encoded = self.as_encoded(encoder_outputs, attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            if is_prefixed(self.config.decoder) and decoder_attention_mask is None and labels is not None:
+                decoder_attention_mask = (labels != IGNORE_INDEX).long()  # padding takes none of the positions
         if output_logits is None:
             output_logits = labels is None or not self.training or not return_dict
         with deferred_output_layer(self.decoder, deferred=not output_logits) as output_layer:
@@ -232,7 +228,10 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
     def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:
         """The decoder's output for encoded speech; `inputs` are arguments of the decoder."""
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-        refuse_longer(tokens, self.max_tokens, num_in_front(self.config.decoder, encoded.last_hidden_state.shape[1]))
+        if is_prefixed(self.config.decoder):
+            refuse_long_row(self.config.decoder, self.max_tokens, encoded, tokens, inputs["attention_mask"])
+        else:
+            refuse_longer(tokens, self.max_tokens)
         past_length = 0 if (cache := inputs["past_key_values"]) is None else cache.get_seq_length()
         positions = decoder_positions(self.decoder, tokens, past_length, inputs["attention_mask"])
         return self.decoder(
@@ -280,7 +279,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             token, known = getattr(self.config, name, None), getattr(generation, name)
             if token is not None and not (isinstance(known, list) and token in known):  # several may end a text
                 setattr(generation, name, token)
-        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
+        if "past_key_values" not in arguments_of(type(self.decoder).forward):
             generation.use_cache = False
 
     def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> GenerationConfig:
@@ -297,13 +296,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
                 "give labels, decoder_input_ids or decoder_inputs_embeds; a trainer with label_smoothing_factor withholds "
                 "labels: let the collator add decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)"
             )
-        start, pad = (getattr(self.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
-        if start is None or pad is None:
-            raise ValueError(
-                f"config.decoder_start_token_id is {start} and config.pad_token_id {pad}: "
-                "call set_special_tokens(start, end, pad) with the ids of the tokenizer"
-            )
-        return shift_right(labels, start, pad)
+        return decoder_inputs(labels, self.config)
 
     def set_special_tokens(self, start: int, end: int, pad: int) -> None:
         """Sets the ids for training and for generation: a difference between them would stay silent."""
@@ -347,20 +340,9 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         repo_id = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
         super().save_pretrained(save_directory, state_dict=others, **kwargs)
         if kwargs.get("is_main_process", True):
-            self.save_ctc_head(Path(save_directory), weights)
+            save_ctc_head(self, Path(save_directory), weights)
         if repo_id is not None:  # not before the CTC head is written
             self.push_to_hub(repo_id, token=kwargs.get("token"))
-
-    def save_ctc_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Writes the CTC head of these weights beside the model, if it has one."""
-        if self.ctc_head is not None:
-            head = {name: weights[f"ctc_head.{name}"].contiguous() for name in self.ctc_head.state_dict()}
-            save_file(head, folder / CTC_FILE)
-
-    def load_ctc_head(self, name: Any, **hub_options: Any) -> None:
-        """Reads the CTC head that lies beside the model, if it has one."""
-        if self.ctc_head is not None:
-            self.ctc_head.load_state_dict(load_file(cached_file(name, CTC_FILE, **hub_options)))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -376,7 +358,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         settle_published(model)
         if isinstance(model.encoder, Masked):
             model.encoder.set_up()  # loading unfreezes what no forward uses
-        model.load_ctc_head(pretrained_model_name_or_path, **hub_options)
+        load_ctc_head(model, pretrained_model_name_or_path, **hub_options)
         return loaded
 
     @classmethod

@@ -31,15 +31,17 @@ from sedtrain.models.decoder_stacks import (
     CountingSeamlessM4TDecoder,
     CountingSeamlessM4Tv2Decoder,
     CountingSpeech2TextDecoder,
+    CountingSpeechT5Decoder,
     MaskedWhisperDecoder,
     UnprojectedCohereDecoder,
+    UnprojectedMoonshineStreamingDecoder,
     WholeT5GemmaDecoder,
 )
 from sedtrain.models.losses import DeferrableLinear
 
 NAMES = {
-    r"^(model\.decoder|text_decoder)\.": "decoder.",
-    r"^(proj_out|lm_head\.out_proj)\.": "lm_head.",
+    r"^(model\.decoder|text_decoder|speecht5\.decoder)\.": "decoder.",
+    r"^(proj_out|lm_head\.out_proj|text_decoder_postnet\.lm_head)\.": "lm_head.",
     r"^(model\.)?shared\.": "decoder.embed_tokens.",
 }
 """Beginnings of parameters' names in whole models, and what they are here."""
@@ -52,19 +54,25 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
     stack: the class of its decoder, or a subclass of it
     within: name, in the configuration of the whole model, of that of the decoder; None: it has one for all
     output_bias: True if the output layer has a bias
+    of_frames: modules of the whole model's stack that its frames pass first, which a joined model leaves out
     """
 
     whole: ClassVar[type[PreTrainedModel]]
     stack: ClassVar[type[PreTrainedModel]]
     within: ClassVar[str | None] = None
     output_bias: ClassVar[bool] = False
+    of_frames: ClassVar[tuple[str, ...]] = ()
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-        r"^(model\.)?(encoder|speech_encoder|text_encoder|t2u_model|vocoder)\.",
-        r"decoder\.proj\.",
+        r"^(model\.|speecht5\.)?(encoder|speech_encoder|text_encoder|t2u_model|vocoder)\.",
     ]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        left_out = [rf"decoder\.{name}\." for name in cls.of_frames]
+        cls._keys_to_ignore_on_load_unexpected = StackDecoder._keys_to_ignore_on_load_unexpected + left_out
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -93,7 +101,7 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
         self.lm_head.cap = getattr(self.config, "final_logit_softcapping", None)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.embed_tokens = value
+        self.decoder.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -184,7 +192,22 @@ KINDS = (
         within="decoder_config",
         output_bias=True,
     ),
-    kind(transformers.CohereAsrForConditionalGeneration, UnprojectedCohereDecoder, output_bias=True),
+    kind(
+        transformers.CohereAsrForConditionalGeneration,
+        UnprojectedCohereDecoder,
+        output_bias=True,
+        of_frames=("proj",),
+    ),
+    kind(
+        transformers.MoonshineStreamingForConditionalGeneration,
+        UnprojectedMoonshineStreamingDecoder,
+        of_frames=("pos_emb", "proj"),
+    ),
+    kind(
+        transformers.SpeechT5ForSpeechToText,
+        CountingSpeechT5Decoder,
+        _tied_weights_keys={"lm_head.weight": "decoder.prenet.embed_tokens.weight"},
+    ),
     kind(
         transformers.T5GemmaForConditionalGeneration,
         WholeT5GemmaDecoder,
@@ -223,7 +246,7 @@ def out_of_whole(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrained
         return model
     decoder = OF_WHOLE[model.config.model_type](config).to(model.device, model.dtype)
     decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()}, assign=True)
-    if torch.equal(decoder.lm_head.weight, decoder.decoder.embed_tokens.weight):
+    if torch.equal(decoder.lm_head.weight, decoder.get_input_embeddings().weight):
         decoder.tie_weights()
     return decoder.train(model.training)
 

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from sedtrain.models.encoder import standalone
-from sedtrain.models.encoder_families import OF_WHOLE, UPSTREAM
+from sedtrain.batch import IGNORE_INDEX
+from sedtrain.errors import UserError
+from sedtrain.models.adapter import Adapter
+from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
+from sedtrain.models.encoder import EncodedSpeech, frame_width, standalone
+from sedtrain.models.encoder_families import OF_TYPE, UPSTREAM, encoder_config
+from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS
 from sedtrain.models.loading import configured
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.stacks import OF_WHOLE as DECODERS
-from sedtrain.models.stacks import here_named
+from sedtrain.models.stacks import OF_WHOLE, here_named
 
 FACTS = ("training_normalizer", "max_training_seconds", "tokens_per_second", "tags", "ctc_vocab_size")
 """What a configuration says of training, beside what `transformers` reads."""
@@ -23,7 +27,40 @@ SPECIAL_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 def is_whole(config: PreTrainedConfig) -> bool:
     """True for a configuration of an encoder of speech and a decoder that attends to it."""
-    return config.model_type in OF_WHOLE.keys() & DECODERS.keys() and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    is_speech = config.model_type in OF_WHOLE and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    return is_speech and encoder_config(config).model_type in OF_TYPE
+
+
+class OfFrames(Adapter, kind="of_frames"):
+    """What a whole model's decoder does to frames before it attends to them: adds positions, changes their width.
+
+    pos_emb, proj: modules of the decoder; None where it has none
+    """
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__(input_dim, output_dim)
+        self.pos_emb: nn.Embedding | None = None
+        self.proj: nn.Module | None = None
+
+    def forward(self, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.pos_emb is not None:
+            most = self.pos_emb.num_embeddings
+            if frames.shape[1] > most:
+                wrong = f"an utterance of {frames.shape[1]} frames does not fit the {most} positions of its frames"
+                raise UserError("checkpoint", "a whole model", wrong, "write a smaller data.max_seconds")
+            frames = frames + self.pos_emb.weight[: frames.shape[1]]
+        return frames if self.proj is None else self.proj(frames), mask
+
+
+def of_frames(stock: PreTrainedModel) -> OfFrames | None:
+    """The modules of the decoder that frames pass first, taken out of it."""
+    if not (names := OF_WHOLE[stock.config.model_type].of_frames):
+        return None
+    decoder = stock.get_decoder()
+    made = OfFrames(frame_width(encoder_config(stock.config)), decoder.config.hidden_size)
+    for name in names:
+        setattr(made, name, decoder.get_submodule(name))
+    return made
 
 
 class WholeSpeechModel(SpeechEncoderDecoder):
@@ -34,11 +71,12 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     def __init__(self, stock: PreTrainedModel) -> None:
         config = copy.deepcopy(stock.config)  # the parts change theirs
-        super().__init__(encoder=standalone(stock), decoder=stock)
+        super().__init__(encoder=standalone(stock), decoder=stock, adapter=of_frames(stock))
         self.stock_class, self.stock_config, self.generation_config = type(stock), config, stock.generation_config
         self.generation_config.eos_token_id = self.generation_config.eos_token_id or config.eos_token_id
         for name in SPECIAL_TOKENS:
-            setattr(self.config, name, getattr(config, name))
+            token = getattr(config, name, None)
+            setattr(self.config, name, getattr(stock.generation_config, name, None) if token is None else token)
         for name in FACTS:
             if (fact := getattr(config, name, None)) is not None:
                 setattr(self.config, name, fact)
@@ -53,7 +91,9 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.stock_config.vocab_size = self.decoder.config.vocab_size
+        within = OF_WHOLE[self.stock_config.model_type].within
+        for config in (self.stock_config, getattr(self.stock_config, within or "", self.stock_config)):
+            config.vocab_size = self.decoder.config.vocab_size
         return embeddings
 
     def save_pretrained(
@@ -70,31 +110,52 @@ class WholeSpeechModel(SpeechEncoderDecoder):
         stock.load_state_dict({name: weights[own] for name, own in own_names(stock).items()}, assign=True)
         stock.tie_weights()
         stock.save_pretrained(save_directory, **kwargs)
-        self.save_ctc_head(Path(save_directory), weights)
+        save_ctc_head(self, Path(save_directory), weights)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """That of the class in `transformers`."""
+        """That of the class in `transformers`, also for a folder with weights of Flax alone."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
         config, kwargs = configured(pretrained_model_name_or_path, kwargs)
         stock_class = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)]
-        loaded = stock_class.from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, trust_remote_code=False, **kwargs
-        )
+        loaded = pretrained(stock_class, pretrained_model_name_or_path, *args, config=config, **kwargs)
         stock, report = loaded if isinstance(loaded, tuple) else (loaded, None)
         names = own_names(stock)
         model = cls(stock).eval()
-        model.load_ctc_head(pretrained_model_name_or_path, **hub_options)
+        load_ctc_head(model, pretrained_model_name_or_path, **hub_options)
         if report is None:
             return model
         return model, {**report, "missing_keys": {names.get(name, name) for name in report["missing_keys"]}}
 
 
+def heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Tensor:
+    """(B,) tokens of the languages that Whisper hears, as `detect_language` of `transformers` finds them."""
+    ids = torch.tensor([*model.generation_config.lang_to_id.values()], device=model.device)
+    start = torch.full((len(encoded.last_hidden_state), 1), model.config.decoder_start_token_id, device=model.device)
+    scores = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False).logits[:, -1]
+    return ids[scores[:, ids].argmax(-1)]
+
+
+def with_heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech, tokens: Tensor) -> Tensor:
+    """(B, P) prompts, or labels, with the heard language in the place of one that nothing names."""
+    unnamed = tokens[:, :2] == IGNORE_INDEX
+    if not unnamed.any() or not getattr(model, "is_whisper", False):
+        return tokens
+    tokens = tokens.clone()
+    tokens[:, :2] = torch.where(unnamed, heard_languages(model, encoded)[:, None], tokens[:, :2])
+    return tokens
+
+
 def own_names(stock: PreTrainedModel) -> dict[str, str]:
     """The weights of a model of `transformers`, and their names in a joined one."""
-    kind = UPSTREAM[OF_WHOLE[stock.config.model_type]]
+    kind = UPSTREAM[OF_TYPE[encoder_config(stock.config).model_type]]
     encoder = next(f"{name}." for name, module in stock.named_modules() if type(module) is kind)
-    return {
-        name: f"encoder.{name.removeprefix(encoder)}" if name.startswith(encoder) else f"decoder.{here_named(name)}"
-        for name in stock.state_dict()
-    }
+    of_frames = OF_WHOLE[stock.config.model_type].of_frames
+
+    def own(name: str) -> str:
+        if name.startswith(encoder):
+            return f"encoder.{name.removeprefix(encoder)}"
+        _, module, rest = f"{here_named(name)}..".split(".", 2)
+        return f"adapter.{module}.{rest.strip('.')}" if module in of_frames else f"decoder.{here_named(name)}"
+
+    return {name: own(name) for name in stock.state_dict()}

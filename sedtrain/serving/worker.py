@@ -88,7 +88,10 @@ class Worker:
         shares = []
         for job in jobs:
             try:
-                shares.append((job, job.windows(number)))
+                windows = job.windows(number)
+                if len(windows) + len(job.ahead) > 1:
+                    self.transcriber.find_language(job.recording, windows[0])
+                shares.append((job, windows))
             except Exception as error:  # of this recording alone
                 job.end(error)
         decoded = self.decode(shares)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sedtrain.batch import IGNORE_INDEX
 from sedtrain.errors import UserError
 
 TASK_OF = {"transcription": "transcribe", "translation": "translate"}  # by target
@@ -43,58 +43,50 @@ class Tags:
 
 
 @dataclass(frozen=True)
-class WhisperPrompt:
-    """Whisper's own tokens between `<|startoftranscript|>` and the text: a language, a task, `<|notimestamps|>`.
+class WholePrompt:
+    """A whole speech model's own tokens between its start token and a text.
 
-    languages: ids by tag; empty for a checkpoint that is English alone, which has neither languages nor tasks
-    tasks:     ids by name
+    ids:      by task and language; empty for a checkpoint of English alone, which has neither
+    last:     where there are no languages
     language: where none is asked for
+    spaced:   True if a space begins a text of a script that has spaces
+    detects:  True if the model finds the language itself where nothing names it
     """
 
-    languages: Mapping[str, int]
-    tasks: Mapping[str, int]
-    last: Sequence[int]
+    ids: Mapping[str, Mapping[str, Sequence[int]]]
+    last: Sequence[int] = ()
     language: str | None = None
+    spaced: bool = False
+    detects: bool = False
 
-    @classmethod
-    def of_generation(cls, generation: Any) -> "WhisperPrompt":
-        """The prompt as the generation config of a checkpoint describes it, in which stock Whisper looks for it."""
-        last = getattr(generation, "no_timestamps_token_id", None)
-        languages, tasks = (getattr(generation, name, None) or {} for name in ("lang_to_id", "task_to_id"))
-        return cls(languages, tasks, [] if last is None else [last], getattr(generation, "language", None))
+    @property
+    def languages(self) -> list[str]:
+        return sorted({language for languages in self.ids.values() for language in languages})
 
     @property
     def number(self) -> int:
-        return (2 if self.languages else 0) + len(self.last)
+        return max((len(ids) for languages in self.ids.values() for ids in languages.values()), default=len(self.last))
 
     def of(self, language: str | None, task: str) -> list[int]:
-        """Raises UserError where nothing names a language that the checkpoint has a token for."""
-        if not self.languages and language in (None, "en"):
+        """The tokens; IGNORE_INDEX in the place of a language that is detected. Raises UserError for what it cannot write."""
+        if not self.ids and language in (None, "en"):
             return list(self.last)
-        language = language or self.language
-        if language is None or tag(language) not in self.languages:
-            known = ", ".join(sorted(each.strip("<|>") for each in self.languages)) or "en"
+        known, language = self.ids.get(task, {}), language or self.language
+        if self.ids and not known:
+            wrong = f"the checkpoint does not {task}"
+            raise UserError("target", task, wrong, "write target=transcription", "write target='transcription'")
+        if language is None and self.detects:
+            return [IGNORE_INDEX, *next(iter(known.values()))[1:]]
+        if language is None or language not in known:
             asked = f"no language {language!r}" if language else "several languages, and nothing names that of the text"
-            write, python = f"write data.language=ONE_OF {known}", f"write language=ONE_OF {known}"
+            asked += f" to {task} into" if language in self.languages else ""
+            listed = ", ".join(sorted(known)) or "en"
+            write, python = f"write data.language=ONE_OF {listed}", f"write language=ONE_OF {listed}"
             raise UserError("data.language", language, f"the checkpoint has {asked}", write, python)
-        return [self.languages[tag(language)], self.tasks[task], *self.last]
+        return list(known[language])
 
     def known(self) -> list[str]:
-        return list(self.languages)
-
-
-def fault_of_prompt(generation: Any, vocab_size: int) -> str:
-    """The first setting of a generation config that describes no prompt of Whisper; "" for none."""
-    for name, needed in (("lang_to_id", set()), ("task_to_id", {*TASK_OF.values()}), ("no_timestamps_token_id", set())):
-        value = getattr(generation, name, None)
-        given = value if isinstance(value, dict) else {} if value is None else {"": value}
-        is_id = [type(id) is int and 0 <= id < vocab_size for id in given.values()]
-        is_kind = name.startswith("no_") != isinstance(value, dict)
-        if value is not None and not (is_kind and all(is_id) and needed <= given.keys()):
-            return f"{name}={str(value)[:100]}, which names no tokens of the model"
-    if getattr(generation, "lang_to_id", None) and not getattr(generation, "task_to_id", None):
-        return "lang_to_id without task_to_id"
-    return ""
+        return self.languages
 
 
 def tag(name: str) -> str:

@@ -190,3 +190,17 @@ def test_an_encoder_beside_a_whole_checkpoint_is_refused_and_one_that_it_may_hav
     assert found == Problem("encoder", "hubert", "a whole checkpoint has its own encoder and decoder", write)
     assert check_command_line(["checkpoint=X", "encoder=whisper", "decoder=whisper"])
     assert check_command_line(["task=evaluate", "checkpoint=X", "encoder=hubert"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["size=base", "tokenizer=char", "tokenizer.vocab_size=90", "encoder.size=large", "decoder.tiny={}",
+     "encoder.attention=eager", "decoder.pretrained=false", "encoder.model_type=hubert"],
+)  # fmt: skip
+def test_every_option_that_a_whole_checkpoint_decides_is_refused_beside_it(override):
+    [found] = problems("checkpoint=X", override)
+    option = override.partition("=")[0]
+    assert found.option == option and found.wrong == f"a whole checkpoint has its own {option}"
+    assert found.write == f"write checkpoint=X without {option}="
+    assert check_command_line(["task=evaluate", "checkpoint=X", override])
+    assert check_command_line(["checkpoint=X", "encoder.options.dropout=0.1", "attention=eager"])

@@ -206,7 +206,20 @@ def test_a_search_that_a_saved_model_cannot_make_is_refused_before_it_starts(
 
 def test_searches_by_ctc_score_a_saved_model(sedtrain, corpus, trained, tmp_path):
     for name in ("joint", "speculative"):
-        options = ["data=parquet", f"data.path={corpus}", f"run_dir={tmp_path / name}", f"decoding={name}"]
-        ended = sedtrain("task=evaluate", f"checkpoint={trained}", *options, "decoding.max_new_tokens=12")
-        assert ended.status == 0, ended.err
-        assert json.loads((tmp_path / name / "results.json").read_text())["decoding"]["search"] == name
+        ended, decoding = evaluated(sedtrain, corpus, trained, tmp_path / name, f"decoding={name}")
+        assert (decoding["search"], decoding["loop"]) == (name, "sedtrain")
+        assert "decoding: by the loop of sedtrain" in ended.err
+
+
+def test_a_run_says_that_its_texts_were_left_to_generate(sedtrain, corpus, trained, tmp_path):
+    ended, decoding = evaluated(sedtrain, corpus, trained, tmp_path, "decoding=sample")
+    assert decoding["loop"] == "generate"
+    assert "decoding: by the loop of transformers, generate" in ended.err
+
+
+def evaluated(sedtrain, corpus, trained, folder, *options):
+    """What the command wrote, and how results.json says that it decoded."""
+    data = ["data=parquet", f"data.path={corpus}", f"run_dir={folder}", "decoding.max_new_tokens=12"]
+    ended = sedtrain("task=evaluate", f"checkpoint={trained}", *data, *options)
+    assert ended.status == 0, ended.err
+    return ended, json.loads((folder / "results.json").read_text())["decoding"]

@@ -38,8 +38,17 @@ def of_both(model, options, prompts, scale=1.0):
 
 
 def test_every_family_is_driven_but_those_whose_layers_have_other_parts(model, request):
-    family = request.node.callspec.params["model"]
-    assert (steps_of(model) is None) == (family in LEFT_TO_GENERATE)
+    is_left = request.node.callspec.params["model"] in LEFT_TO_GENERATE
+    assert (steps_of(model) is None) == is_left
+    for search in ("attention", "joint", "speculative"):
+        assert loop_of(model, DecodingOptions(search=search)) == ("generate" if is_left else "sedtrain")
+    for search in ("ctc", "rescore"):
+        assert loop_of(model, DecodingOptions(search=search)) == "sedtrain"
+
+
+def test_decoders_that_read_audio_as_a_prefix_are_left_to_generate():
+    model = joined(tiny_decoder("llama"))
+    assert [loop_of(model, DecodingOptions(num_beams=beams)) for beams in (1, 2)] == ["generate"] * 2
 
 
 SEARCHES = [

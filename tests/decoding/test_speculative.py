@@ -115,11 +115,19 @@ def decoded(model, search, prompts=None):
     return number_of_calls(model, lambda: decode_batch(model, TOKENIZER, batch, DecodingOptions(search=search)))
 
 
+def decoded_alone(model, search):
+    """The hypotheses of twelve utterances, each decoded alone, and the calls of the decoder."""
+    batches, options = [batch_of([text]) for text in drawn_texts(12, seed=7)], DecodingOptions(search=search)
+    return number_of_calls(model, lambda: [decode_batch(model, TOKENIZER, each, options)[0] for each in batches])
+
+
 def test_drafts_of_ctc_save_calls_and_change_no_text(trained):
-    (greedy, by_greedy), (speculative, by_speculation) = decoded(trained, "attention"), decoded(trained, "speculative")
+    names = ("attention", "speculative", "ctc")
+    (greedy, by_greedy), (speculative, by_speculation), (drafts, no_calls) = (
+        decoded_alone(trained, name) for name in names
+    )
     assert speculative == greedy
     assert by_speculation < by_greedy
-    drafts, no_calls = decoded(trained, "ctc")
     assert no_calls == 0
     agreeing = sum(draft.ids == each.ids for draft, each in zip(drafts, greedy, strict=True))
     assert agreeing < len(greedy)  # the decoder has corrected some

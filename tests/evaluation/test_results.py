@@ -71,7 +71,13 @@ def test_the_file_has_the_documented_keys(tmp_path):
         "run_dir": "runs/a",
         "checkpoint": None,
         "commit": {"id": "0123456789", "dirty": True},
+        "float32": None,
     }
+
+
+def test_the_scores_of_8_bits_stand_above_those_of_float32():
+    rounded = replace(RESULTS, metrics={"wer": Interval(0.09, 0.07, 0.11)}, float32={"wer": Interval(0.08, 0.06, 0.1)})
+    assert rounded.rows() == [("WER", "9.00 %", "7.00 to 11.00 %"), ("WER in float32", "8.00 %", "6.00 to 10.00 %")]
 
 
 def test_the_headline_names_what_was_not_scored():

@@ -9,7 +9,8 @@ from pairs import END, IDS, LABELS, PAD, PARTS, START, WAVE_ENCODER, assert_clos
 from safetensors.torch import load_file
 from transformers import AutoModelForSpeechSeq2Seq, SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel
 
-from sedtrain.models.speech_encoder_decoder import CTC_FILE, SpeechEncoderDecoder
+from sedtrain.models.ctc_head import CTC_FILE
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 BOTH = pytest.mark.parametrize("kind", [SpeechEncoderDecoder, SpeechEncoderDecoderModel])
 

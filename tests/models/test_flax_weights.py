@@ -17,7 +17,7 @@ from sedtrain.models.encoder import load_encoder
 FILE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 # Ends of PyTorch's names, what Flax calls them and how it lays them out, from the definitions of both.
 LAYOUT = [
-    (r"conv_layers\.\d\.conv\.weight", "kernel", (2, 1, 0)),
+    (r"(conv_layers\.\d\.conv|encoder\.conv\d)\.weight", "kernel", (2, 1, 0)),
     (r"parametrizations\.weight\.original0", "weight_g", None),
     (r"parametrizations\.weight\.original1", "weight_v", None),
     (r"(layer_norm|[lL]ayer_?[nN]orm(_embedding)?|ln_(\d|f|cross_attn))\.weight", "scale", None),

@@ -241,6 +241,39 @@ def test_a_text_behind_a_prompt_has_no_token_in_front():
     assert encode_target(tokenizer, "one", colon)[0] == tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize("name", ["opt", "gpt_neo", "gpt2"])
+def test_utterances_that_fit_the_positions_alone_fit_them_together(name):
+    model, audio = joined(name, prompt=([], [])), two_utterances()
+    lengths = model.encode(audio["input_values"], audio["attention_mask"]).attention_mask.sum(1).tolist()
+    short, long = [9, 8, END], [9, 8, *[7] * (lengths[0] - lengths[1]), END]
+    labels = torch.tensor([short + [-100] * (len(long) - 3), long])
+    most = max(lengths[0] + 3, lengths[1] + len(long))
+    limited = limited_to(model, name, most)
+    assert lengths[0] + len(long) > most
+    together = limited(**audio, labels=labels).loss
+    alone = [
+        limited(audio["input_values"][row : row + 1, : int(mask.sum())], labels=labels[row : row + 1, :length]).loss
+        * length
+        for row, (mask, length) in enumerate(zip(audio["attention_mask"], (3, len(long)), strict=True))
+    ]
+    torch.testing.assert_close(together * (3 + len(long)), sum(alone))
+    with pytest.raises(UserError, match=f"too long for the decoder's {most - 1} positions"):
+        limited_to(model, name, most - 1)(**audio, labels=labels)
+
+
+def limited_to(model, name, most):
+    """The model with tables of so many positions."""
+    config = copy.deepcopy(FAMILIES[name])
+    config.max_position_embeddings = most
+    torch.manual_seed(0)
+    decoder = type(language_model(name))(config).eval()
+    limited = SpeechEncoderDecoder(encoder=model.encoder, decoder=decoder).eval()
+    limited.set_special_tokens(START, END, PAD)
+    limited.config.decoder.audio_prompt = ([], [])
+    assert limited.max_tokens == most
+    return limited
+
+
 def test_audio_and_text_that_exceed_the_positions_are_refused_and_generation_ends_at_the_last():
     model = joined("opt")
     model.max_tokens = 60

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, WhisperForCausalLM
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoderModelOutput
 
 from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, load_decoder, tokenizer_of
+from sedtrain.models.decoder_stacks import NoPositions
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.stacks import OF_WHOLE
 from sedtrain.text.tokenizers import encode_target
@@ -55,6 +56,16 @@ WHOLE = {
     "seamless_m4t_v2": SEAMLESS,
     "canary": {"encoder_config": PARAKEET, "decoder_config": {**CANARY, **SPECIAL}, **SPECIAL},
     "cohere_asr": {"encoder_config": PARAKEET, **CANARY, **SPECIAL},
+    "moonshine_streaming": {
+        "encoder_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, **SPECIAL,
+    },
+    "speecht5": {
+        "hidden_size": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_layers": 2,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 16, "conv_dim": [16], "conv_kernel": [8], "conv_stride": [4],
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "positional_dropout": 0.0, **SPECIAL,
+    },
     "t5gemma": {
         "encoder": {**CANARY, **SPECIAL}, "decoder": {**CANARY, **SPECIAL, "query_pre_attn_scalar": 4}, "vocab_size": 40,
     },
@@ -67,8 +78,8 @@ AUDIO = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
 def whole(request):
     torch.manual_seed(0)
     model = OF_WHOLE[request.param].whole(AutoConfig.for_model(request.param, **WHOLE[request.param]))
-    if request.param == "cohere_asr":
-        model.model.decoder.proj = nn.Identity()  # the joined model projects frames
+    for name in OF_WHOLE[request.param].of_frames:  # the joined model has these
+        setattr(model.model.decoder, name, {"proj": nn.Identity, "pos_emb": NoPositions}[name]())
     return model.eval()
 
 
@@ -79,7 +90,7 @@ def logits(decoder):
 
 @torch.inference_mode()
 def assert_same_logits(decoder, whole):
-    encoded = MoonshineEncoderModelOutput(last_hidden_state=AUDIO)
+    encoded = MoonshineEncoderModelOutput(last_hidden_state=AUDIO.clone())
     expected = whole(encoder_outputs=encoded, decoder_input_ids=IDS).logits
     torch.testing.assert_close(logits(decoder.eval()), expected, rtol=0, atol=1e-5)
 
@@ -115,7 +126,7 @@ def test_a_whole_module_gives_its_decoder(whole):
     decoder = as_decoder(whole)
     assert_same_logits(decoder, whole)
     is_tied = decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
-    assert is_tied is (whole.config.model_type != "cohere_asr")
+    assert is_tied is (whole.config.model_type not in ("cohere_asr", "moonshine_streaming"))
 
 
 @pytest.mark.parametrize("option", ["num_layers", "num_decoder_layers"])

@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from corpora import refused
 from families import option_file
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
+from test_flax_weights import FILE, flax_tree
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
@@ -19,11 +21,11 @@ from transformers import (
     WhisperForConditionalGeneration,
     pipeline,
 )
-from whispers import LANGUAGES, SECONDS, whisper_folder
+from whispers import LANGUAGES, OTHERS, SECONDS, other_whole, whisper_folder
 
 from sedtrain import load
 from sedtrain.batch import Utterance
-from sedtrain.build import connect, whole_checkpoint
+from sedtrain.build import connect, say_if_alone, whole_checkpoint
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.sampler import DurationBatches
@@ -80,6 +82,46 @@ def test_texts_are_those_of_transformers(folder):
     assert any(each.ids[0] for each in found)
 
 
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory):
+    """A folder of a Whisper that hears another language in one of the two utterances than in the other."""
+    folder = whisper_folder(tmp_path_factory.mktemp("whisper"), ("en", "de", "fr", "it", "es"))
+    stock, saved = WhisperForConditionalGeneration.from_pretrained(folder), load(folder)
+    inputs, start = collator_of(saved)(utterances()).inputs, torch.full((2, 1), stock.config.decoder_start_token_id)
+    with torch.no_grad():
+        one, two = stock.model(inputs, decoder_input_ids=start).last_hidden_state[:, -1]
+        mean, apart = one + two, one - two
+        apart = apart - mean * (apart @ mean) / (mean @ mean)
+        for language, embedding in (("fr", apart), ("it", -apart)):
+            token = stock.generation_config.lang_to_id[f"<|{language}|>"]
+            stock.get_output_embeddings().weight[token] = 1e6 * embedding
+            stock.generation_config.suppress_tokens += [token]
+    stock.save_pretrained(folder)
+    assert saved.tokenizer.decode(stock.detect_language(inputs)) == "<|fr|><|it|>"
+    return folder
+
+
+def test_a_language_that_nothing_names_is_heard_as_by_transformers(multilingual):
+    saved, stock = load(multilingual), WhisperForConditionalGeneration.from_pretrained(multilingual)
+    batch = collator_of(saved, detects=True)(utterances(None, "transcribe"))
+    found = decode_batch(saved.model, saved.tokenizer, batch, DecodingOptions(max_new_tokens=12))
+    written = stock.generate(batch.inputs, task="transcribe", max_new_tokens=12)
+    expected = [text.strip() for text in saved.tokenizer.batch_decode(written, skip_special_tokens=True)]
+    assert [each.texts[0] for each in found] == expected and all(expected)
+    assert [saved.transcribe(each, sampling_rate=RATE, max_new_tokens=12) for each in AUDIO] == expected
+
+
+def test_all_windows_of_a_recording_have_the_language_of_the_first(multilingual, monkeypatch):
+    saved, asked = load(multilingual), []
+    decoder = RecordingDecoder(saved, DecodingOptions())
+    monkeypatch.setattr(
+        RecordingDecoder, "decode", lambda self, windows, language, _: asked.append(language) or windows
+    )
+    for first, other in (AUDIO, AUDIO[::-1]):
+        list(decoder.decoded(iter([Window(0, first), Window(0, other)]), None, "transcribe"))
+    assert [*dict.fromkeys(asked)] == ["fr", "it"]
+
+
 def test_labels_begin_with_the_prompt_of_language_and_task_and_a_space(folder):
     saved = load(folder)
     batch, options = asked(saved)
@@ -99,7 +141,7 @@ def test_languages_that_the_checkpoint_lacks_are_refused(folder):
         f"    write data.language=ONE_OF {known}"
     )
     if saved.tags.languages:
-        message = refused(saved.transcription, AUDIO[0], sampling_rate=RATE)
+        message = refused(collator_of(saved), utterances(None))
         assert "the checkpoint has several languages, and nothing names that of the text" in message
 
 
@@ -136,10 +178,14 @@ def test_a_recording_is_cut_into_windows_of_what_the_encoder_hears(folder):
     assert len(found.segments) > 1 and max(each.end - each.start for each in found.segments) <= SECONDS
 
 
-def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder, monkeypatch):
+def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder, monkeypatch, caplog):
     saved, data = load(folder), SimpleNamespace(bounds=Bounds(3 * SECONDS), corpus=None)
     connect(data, saved, [])
     assert len(DurationBatches([0.5] * 7, data.bounds, shuffle=False)) == 3
+    assert f"a batch is one; write data.batch_seconds={8 * SECONDS} for 8" in said(
+        caplog, Bounds(7, shortest_seconds=SECONDS)
+    )
+    assert not said(caplog, data.bounds)
     sizes = []
     decoder = RecordingDecoder(saved, DecodingOptions(), bounds=Bounds(3 * SECONDS))
     found = Hypotheses([[5]], texts=("five",))
@@ -148,6 +194,12 @@ def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder
     )
     decoder.add_texts([(Recording(decoder, "a", []), Window(0, AUDIO[0]))] * 7)
     assert sorted(sizes) == [1, 3, 3]
+
+
+def said(caplog, bounds):
+    caplog.clear()
+    say_if_alone(bounds)
+    return caplog.text
 
 
 def test_a_ctc_head_lies_beside_the_stock_model(folder, tmp_path):
@@ -179,6 +231,39 @@ def test_every_family_has_the_logits_of_transformers_and_gives_back_its_weights(
     assert all(torch.equal(weight, again.state_dict()[key]) for key, weight in stock.state_dict().items())
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_are_the_model_of_transformers_alone_padded_cached_and_trained(name, tmp_path):
+    stock = other_whole(name)
+    stock.save_pretrained(tmp_path / "stock")
+    model, report = WholeSpeechModel.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not any(report.values())
+    inputs = torch.randn(2, 120, 16) if stock.main_input_name == "input_features" else torch.randn(2, 8_000)
+    mask, ids = torch.ones(inputs.shape[:2], dtype=torch.long), torch.tensor([[2, 5, 6, 7, 9, 9]] * 2)
+    length = inputs.shape[1] * 5 // 8
+    cut, noisy = mask.clone(), inputs.clone()
+    cut[1, length:], noisy[1, length:] = 0, 1_000.0
+    with torch.no_grad():
+        logits = model(inputs, attention_mask=mask, decoder_input_ids=ids).logits
+        expected = stock(inputs.clone(), attention_mask=mask, decoder_input_ids=ids).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+        alone = model(inputs[1:, :length], decoder_input_ids=ids[1:]).logits[0]
+        padded = model(noisy, attention_mask=cut, decoder_input_ids=ids).logits[1]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+    options = {"attention_mask": mask, "max_new_tokens": 8}
+    written = model.generate(inputs, **options)
+    assert torch.equal(written, stock.generate(inputs.clone(), **options))
+    assert torch.equal(written, model.generate(inputs, use_cache=False, **options))
+    assert torch.equal(
+        model.generate(inputs, num_beams=3, **options), stock.generate(inputs.clone(), num_beams=3, **options)
+    )
+    model.save_pretrained(tmp_path / "saved")
+    again, report = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(again) is type(stock) and not any(report.values())
+    assert all(torch.equal(weight, again.state_dict()[key]) for key, weight in stock.state_dict().items())
+    model.train()(inputs, attention_mask=cut, labels=ids).loss.backward()
+    assert [key for key, weight in model.named_parameters() if weight.requires_grad and weight.grad is None] == []
+
+
 def test_weights_that_a_file_lacks_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
@@ -187,6 +272,18 @@ def test_weights_that_a_file_lacks_are_named(folder, tmp_path):
     message = refused(load, tmp_path)
     assert "its weights are incomplete: it lacks 1 of " in message
     assert "such as decoder.decoder.layers.0.encoder_attn.q_proj.weight" in message
+
+
+def test_a_folder_of_flax_is_the_same_model(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    stock = WhisperForConditionalGeneration.from_pretrained(folder)
+    (tmp_path / FILE).write_bytes(msgpack.packb(flax_tree(stock)))
+    saved = load(tmp_path)
+    batch, _ = asked(saved)
+    with torch.no_grad():
+        logits = saved.model(batch.inputs, attention_mask=batch.attention_mask, labels=batch.labels).logits
+        torch.testing.assert_close(logits, stock(batch.inputs, labels=batch.labels.clone()).logits, atol=1e-5, rtol=0)
+    assert saved.model.generation_config.to_dict() == stock.generation_config.to_dict()
 
 
 @pytest.mark.parametrize(

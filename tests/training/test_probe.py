@@ -9,10 +9,14 @@ from sedtrain.training.module import OtherAudio
 
 @pytest.fixture
 def module():
+    return listening("bert")
+
+
+def listening(decoder):
     """One whose decoder listens more than random weights of 0.02 do."""
-    module = new_module().eval()
+    module = new_module(decoder).eval()
     for name, weight in module.model.named_parameters():
-        if "crossattention" in name and weight.ndim == 2:
+        if ("crossattention" in name or "decoder.model.layers" in name) and weight.ndim == 2:
             weight.data *= 20
     return module
 
@@ -33,12 +37,14 @@ def loss_of(module, text, audio):
         return module.cross_entropy(encoded, batch([text]).labels)[0].item()
 
 
-def test_every_utterance_gets_the_audio_of_the_one_before_it(module):
+@pytest.mark.parametrize("decoder", ["bert", "llama"])
+def test_every_utterance_gets_the_audio_of_the_one_before_it(decoder):
+    module = listening(decoder)
     own, num_tokens, gain, num_compared = sums_of(module, batch([0, 3, 1]))
     expected = loss_of(module, 0, audio=1) + loss_of(module, 3, audio=0) + loss_of(module, 1, audio=3)
     assert own == pytest.approx(sum(loss_of(module, each, audio=each) for each in (0, 3, 1)), rel=1e-5)
     assert gain == pytest.approx(expected - own, rel=1e-3)
-    assert num_tokens == num_compared == 3 + 10 + 8
+    assert num_tokens == num_compared == 3 + 10 + 8 and abs(gain) > 1e-4
 
 
 def test_of_a_text_longer_than_the_decoder_the_first_tokens_count(module):

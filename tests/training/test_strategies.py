@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from sharded import BF16, STARTS_LATE, arguments
+from sharded import BF16, STARTS_LATE, WHOLE, arguments
 
 from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
 
@@ -25,6 +25,7 @@ def runs(sedtrain, two_ranks):
 
     alone("single_bf16", *BF16)
     alone("single_llama", *BF16[1:])
+    alone("single_whole", *WHOLE, "trainer.max_steps=6")
     alone("single_late_on", *STARTS_LATE, "resume=single_late")
     alone("fsdp_single", *STARTS_LATE, "resume=fsdp_late")
     return two_ranks
@@ -52,6 +53,25 @@ def test_two_ranks_log_what_one_process_logs(runs, name, reference, steps, colum
     expected = logged(runs / reference, column, steps)
     assert len(expected) == (len(steps) if column.startswith("train") else 1)
     assert logged(runs / name, column, steps) == pytest.approx(expected, rel=1e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize("column", ["train/loss", "val/loss", "val/wer"])
+@pytest.mark.parametrize(("name", "steps"), [("fsdp_whole", FIRST), ("fsdp_whole_on", THEN)])
+def test_a_whole_model_that_is_sharded_and_resumed_logs_what_one_process_logs_without_a_stop(runs, name, steps, column):
+    expected = logged(runs / "single_whole", column, steps)
+    assert len(expected) == (3 if column == "train/loss" else 1)
+    assert logged(runs / name, column, steps) == pytest.approx(expected, rel=1e-4, abs=2e-6)
+
+
+def test_the_folder_of_a_sharded_whole_model_is_stock(runs):
+    folder = runs / "fsdp_whole_on" / "model"
+    model, report = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is transformers.WhisperForConditionalGeneration and not any(report.values())
+    ended = (read_checkpoint(runs / name / "checkpoints/last.ckpt") for name in ("single_whole", "fsdp_whole_on"))
+    expected, weights = (each["state_dict"] for each in ended)
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("column", ["train/loss", "train/ctc_loss", "val/loss"])

@@ -343,13 +343,19 @@ def test_texts_that_are_cut_at_the_limit_of_tokens_are_counted_beside_the_scores
     assert "cross-attention of the decoder" in page and "the same tokens by CTC" in page
 
 
-def test_a_folder_is_evaluated_on_the_data_that_is_named(sedtrain, trained, corpus, tmp_path):
+def test_a_folder_is_evaluated_on_the_data_that_is_named_with_the_scores_of_float32_beside_those_of_8_bits(
+    sedtrain, trained, corpus, tmp_path
+):
     ended = sedtrain(
         "task=evaluate", f"checkpoint={trained / 'model'}", f"run_dir={tmp_path / 'scores'}", "data=parquet",
-        f"data.path={corpus}", "split=validation", "decoding.max_new_tokens=12",
+        f"data.path={corpus}", "split=validation", "decoding.max_new_tokens=12", "decoding.int8=true",
     )  # fmt: skip
     assert ended.status == 0, ended.err
-    assert results(tmp_path / "scores")["split"] == "validation"
+    stored = results(tmp_path / "scores")
+    assert stored["split"] == "validation" and stored["float32"].keys() == stored["metrics"].keys()
+    shown = [line.split("│")[1:3] for line in ended.out.splitlines() if line.startswith("│ WER")]
+    values = [f"{100 * stored[name]['wer']['value']:.2f} %" for name in ("metrics", "float32")]
+    assert [[each.strip() for each in row] for row in shown] == [["WER", values[0]], ["WER in float32", values[1]]]
 
 
 def test_another_target_is_scored_on_its_own_column(sedtrain, trained, tmp_path):

@@ -1,0 +1,101 @@
+"""The prompts of whole speech models, from their tokenizer and their generation config."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME as CANARY_LANGUAGES
+from transformers.models.cohere_asr.processing_cohere_asr import LANGUAGES as COHERE_LANGUAGES
+
+from sedtrain.text.tags import TASK_OF, WholePrompt, tag
+
+BEGIN = ["startofcontext", "startoftranscript", "emo:undefined"]
+END = ["pnc", "noitn", "notimestamp", "nodiarize"]
+"""Around the languages of speech and text, in Canary (arXiv 2509.14128) and Cohere's model."""
+
+
+def whole_prompt(model_type: str, tokenizer: Any, generation: Any) -> WholePrompt | None:
+    """What stands in front of a whole model's texts; None for one that has a single language.
+
+    model_type: that of `transformers`
+    generation: the generation config
+    """
+    make = PROMPTS.get(model_type)
+    prompt = None if make is None else make(tokenizer, generation)
+    return prompt if prompt is None or prompt.languages or model_type == "whisper" else None
+
+
+def whisper(tokenizer: Any, generation: Any) -> WholePrompt:
+    """By the ids in the generation config, where stock Whisper looks for them."""
+    last = getattr(generation, "no_timestamps_token_id", None)
+    end = [] if last is None else [last]
+    languages, tasks = (getattr(generation, name, None) or {} for name in ("lang_to_id", "task_to_id"))
+    ids = {
+        task: {name.strip("<|>"): [language, tasks[task], *end] for name, language in languages.items()}
+        for task in (TASK_OF.values() if languages else ())
+    }
+    return WholePrompt(ids, end, getattr(generation, "language", None), spaced=True)
+
+
+def canary(tokenizer: Any, generation: Any) -> WholePrompt:
+    """Transcription, and translation of English: into English, the spoken language would have to be known too."""
+    pairs = {"transcribe": {each: (each, each) for each in CANARY_LANGUAGES}}
+    pairs["translate"] = {each: ("en", each) for each in CANARY_LANGUAGES if each != "en"}
+    return WholePrompt(
+        {task: pairs_of(tokenizer, generation, each) for task, each in pairs.items()},
+        language=getattr(generation, "language", None),
+    )
+
+
+def cohere(tokenizer: Any, generation: Any) -> WholePrompt:
+    ids = pairs_of(tokenizer, generation, {each: (each, each) for each in COHERE_LANGUAGES})
+    return WholePrompt({"transcribe": ids} if ids else {}, language=getattr(generation, "language", None))
+
+
+def pairs_of(tokenizer: Any, generation: Any, pairs: dict[str, tuple[str, str]]) -> dict[str, list[int]]:
+    """The prompts that the tokenizer has tokens for, by the language of the text."""
+    prompts = {text: [*BEGIN, speech, text, *END] for text, (speech, text) in pairs.items()}
+    made = {text: tokenizer.convert_tokens_to_ids([*map(tag, names)]) for text, names in prompts.items()}
+    start, unknown = generation.decoder_start_token_id, (None, tokenizer.unk_token_id)
+    return {text: ids[ids[0] == start :] for text, ids in made.items() if not any(each in unknown for each in ids)}
+
+
+def seamless(tokenizer: Any, generation: Any) -> WholePrompt:
+    codes = getattr(generation, "text_decoder_lang_to_code_id", None) or {}
+    return of_language(generation, codes.items())
+
+
+def speech_to_text(tokenizer: Any, generation: Any) -> WholePrompt:
+    codes = getattr(tokenizer, "lang_code_to_id", None) or {}
+    return of_language(generation, codes.items())
+
+
+def of_language(generation: Any, codes: Iterable[tuple[str, int]]) -> WholePrompt:
+    """A token for the language of the text, whatever the task."""
+    ids = {language: [code] for language, code in codes}
+    by_task = dict.fromkeys(TASK_OF.values(), ids) if ids else {}
+    return WholePrompt(by_task, language=getattr(generation, "language", None))
+
+
+PROMPTS: dict[str, Callable[[Any, Any], WholePrompt]] = {
+    "whisper": whisper,
+    "canary": canary,
+    "cohere_asr": cohere,
+    "seamless_m4t": seamless,
+    "seamless_m4t_v2": seamless,
+    "speech_to_text": speech_to_text,
+}
+"""By the model type of `transformers`."""
+
+
+def fault_of_prompt(generation: Any, vocab_size: int) -> str:
+    """The first setting of a generation config that describes no prompt of Whisper; "" for none."""
+    for name, needed in (("lang_to_id", set()), ("task_to_id", {*TASK_OF.values()}), ("no_timestamps_token_id", set())):
+        value = getattr(generation, name, None)
+        given = value if isinstance(value, dict) else {} if value is None else {"": value}
+        is_id = [type(id) is int and 0 <= id < vocab_size for id in given.values()]
+        is_kind = name.startswith("no_") != isinstance(value, dict)
+        if value is not None and not (is_kind and all(is_id) and needed <= given.keys()):
+            return f"{name}={str(value)[:100]}, which names no tokens of the model"
+    if getattr(generation, "lang_to_id", None) and not getattr(generation, "task_to_id", None):
+        return "lang_to_id without task_to_id"
+    return ""
