@@ -113,13 +113,18 @@ def test_a_language_that_nothing_names_is_heard_as_by_transformers(multilingual)
 
 def test_all_windows_of_a_recording_have_the_language_of_the_first(multilingual, monkeypatch):
     saved, asked = load(multilingual), []
-    decoder = RecordingDecoder(saved, DecodingOptions())
-    monkeypatch.setattr(
-        RecordingDecoder, "decode", lambda self, windows, language, _: asked.append(language) or windows
-    )
-    for first, other in (AUDIO, AUDIO[::-1]):
-        list(decoder.decoded(iter([Window(0, first), Window(0, other)]), None, "transcribe"))
-    assert [*dict.fromkeys(asked)] == ["fr", "it"]
+    decoder, found = RecordingDecoder(saved, DecodingOptions()), Hypotheses([[5]], texts=("five",))
+
+    def decode(self, windows):
+        asked.extend(recording.language for recording, _ in windows)
+        return [found] * len(windows)
+
+    monkeypatch.setattr(RecordingDecoder, "decode", decode)
+    for pair in (AUDIO, AUDIO[::-1]):
+        windows = [Window(0, each) for each in pair]
+        monkeypatch.setattr("sedtrain.decoding.recordings.windows_of", lambda *_, windows=windows: iter(windows))
+        decoder.transcription("a", [])
+    assert asked == ["fr", "fr", "it", "it"]
 
 
 def test_labels_begin_with_the_prompt_of_language_and_task_and_a_space(folder):
