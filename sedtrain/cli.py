@@ -212,7 +212,7 @@ def agree_on_folder(cfg: DictConfig) -> FileLock | None:
     if restarted:
         cfg.resume = launch.resume_of_restart(cfg.run_dir, cfg.resume)
     lock = None
-    if is_first() and cfg.task not in ("transcribe", "export"):
+    if is_first() and cfg.task not in ("transcribe", "serve", "export"):
         lock = open_run_folder(Path(cfg.run_dir), resumes=restarted or (cfg.task == "train" and cfg.resume == "auto"))
         launch.note_launch(cfg.run_dir)
     os.environ[RUN_DIR] = cfg.run_dir
@@ -300,6 +300,8 @@ def imported_task(name: str) -> Callable[[DictConfig], None]:
         gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
     if name == "transcribe":
         from sedtrain.transcribe import transcribe as task
+    elif name == "serve":
+        from sedtrain.transcribe import serve as task
     else:
         from sedtrain import tasks
 

@@ -1,4 +1,7 @@
-"""`task=transcribe`: the text of recordings. Needs neither Lightning nor `datasets`, whose imports take a second."""
+"""`task=transcribe` and `task=serve`: the text of recordings.
+
+They need neither Lightning nor `datasets`, whose imports take a second.
+"""
 
 import logging
 import sys
@@ -14,6 +17,7 @@ from sedtrain import terminal
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.audio_paths import audio_paths, stored
 from sedtrain.data.buckets import Bounds
+from sedtrain.data.paths import public_name
 from sedtrain.decoding.outputs import Outputs
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import Attempts, Unfinished, UserError
@@ -39,6 +43,17 @@ def transcribe(cfg: DictConfig) -> None:
             num_failed += 1
     if num_failed:
         raise Unfinished(f"{num_failed} of {len(paths)} files could not be transcribed")
+
+
+def serve(cfg: DictConfig) -> None:
+    """Answers requests for texts over HTTP until Ctrl-C. Raises UserError where its packages are not installed."""
+    try:
+        from sedtrain.serving.server import serve
+    except ModuleNotFoundError as error:
+        wrong = f"it needs packages that are not installed: {error}"
+        raise UserError("task", cfg.task, wrong, "pip install 'sedtrain[serve]'") from error
+    options = create(cfg, "serve")
+    serve(transcriber_of(cfg), options, options.model or public_name(cfg.checkpoint))
 
 
 def transcriber_of(cfg: DictConfig) -> Transcriber:

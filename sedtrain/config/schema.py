@@ -73,7 +73,7 @@ def one_of(*choices: str) -> Any:
 class Config:
     """The root: plain values are typed here, groups by the signatures of their targets."""
 
-    task: str = one_of("train", "evaluate", "transcribe", "compare", "export", "inspect", "fit_batches")
+    task: str = one_of("train", "evaluate", "transcribe", "serve", "compare", "export", "inspect", "fit_batches")
     seed: Seed = 0
     size: str = one_of("tiny", "base", "large")
     pretrained: bool = True
@@ -109,6 +109,7 @@ class Config:
     optimizer: Any = None
     scheduler: Any = None
     decoding: Any = None
+    serve: Any = None
     trainer: Any = None
     strategy: Any = None
     logger: Any = None
@@ -264,7 +265,7 @@ def check_options(node: DictConfig, path: str, signature: Signature, name: str) 
 def broken_rules(config: DictConfig) -> Iterator[UserError]:
     """An error for each rule that a composed configuration breaks."""
     task = config.get("task")
-    if task in ("evaluate", "transcribe", "export") and config.get("checkpoint") is None:
+    if task in ("evaluate", "transcribe", "serve", "export") and config.get("checkpoint") is None:
         write = "write checkpoint=RUN_FOLDER, a Hugging Face folder or a Hub id"
         yield UserError("checkpoint", None, f"task={task} needs a trained model", write)
     if task == "transcribe" and not config.get("audio"):

@@ -5,6 +5,7 @@ S samples.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel
+from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel, seconds_between
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
-from sedtrain.decoding.recordings import RecordingDecoder
+from sedtrain.decoding.recordings import Recording, RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import most_new_tokens
@@ -43,19 +44,29 @@ class Transcriber(RecordingDecoder):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_impossible(self.saved.model, self.saved.tokenizer, self.options)
-        if (tags := self.collator.tags) is not None:
-            tags.of(self.language, TASK_OF[self.target])
-            if isinstance(tags, WholePrompt) and tags.detects and not (self.language or tags.language):
-                logger.info("the language of each recording is found by the model, since none is named")
-        elif self.language:
-            wrong = "this model was trained without tags of languages, so that it cannot be asked for one"
-            write = "write no data.language, or a checkpoint that was trained with data.tags=true"
-            python = "leave language out, or load a model that was trained with tags"
-            raise UserError("data.language", self.language, wrong, write, python)
+        self.refuse_unlearnt(self.language)
+        tags = self.collator.tags
+        if isinstance(tags, WholePrompt) and tags.detects and not (self.language or tags.language):
+            logger.info("the language of each recording is found by the model, since none is named")
         if self.with_words and self.saved.model.ctc_head is None:
             logger.warning(
                 "words have no times: the model was trained without a CTC head; train with loss=joint loss.ctc_weight=0.3"
             )
+
+    def refuse_unlearnt(self, language: str | None) -> None:
+        """Raises UserError where the model never learnt to write this language for `target`."""
+        if (tags := self.collator.tags) is not None:
+            tags.of(language, TASK_OF[self.target])
+        elif language:
+            wrong = "this model was trained without tags of languages, so that it cannot be asked for one"
+            write = "write no data.language, or a checkpoint that was trained with data.tags=true"
+            python = "leave language out, or load a model that was trained with tags"
+            raise UserError("data.language", language, wrong, write, python)
+
+    def recording_of(self, file: str, language: str | None, with_words: bool) -> Recording:
+        """A file on its way to a text in this language; what cannot be read of it raises UserError once it is asked for."""
+        blocks = blocks_of(file, self.collator.sampling_rate)
+        return Recording(self, file, blocks, language, TASK_OF[self.target], with_words)
 
     def transcription_of(
         self, audio: Audio, sampling_rate: int | None = None, name: str | None = None
@@ -96,8 +107,21 @@ def blocks_of(path: str | Path, sampling_rate: int) -> Iterator[Samples]:
     """The samples of a file, read as they are asked for. Raises UserError if there is none, or it cannot be read to its end."""
     if not Path(path).is_file():
         raise UserError("audio", str(path), "there is no such audio file", "write audio=FILE")
-    try:
+    with readable(path):
         yield from audio_blocks(str(path), sampling_rate)
+
+
+def seconds_of(path: str) -> float:
+    """The length of a file by its header; `blocks_of` gives no more. Raises UserError for what is no audio."""
+    with readable(path):
+        return seconds_between(path, None)
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Raises UserError for the errors of audio that cannot be read."""
+    try:
+        yield
     except UNREADABLE as error:
         reason = getattr(error, "reason", "unreadable audio")
         wrong = str(error) if reason in str(error) else f"{reason}: {error}"

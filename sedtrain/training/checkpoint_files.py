@@ -24,7 +24,7 @@ CHUNK_BYTES = 1 << 22
 
 FREE = {
     "run_dir", "resume", "logger", "activation_checkpointing", "compile", "checkpoint", "audio", "vocabulary_texts",
-    "hub", "dry_run", "export",
+    "hub", "dry_run", "export", "serve",
     "callbacks.average.dirpath", "data.folder", "data.num_workers", "data.keep_decoded_hours", "data.cache_gb",
     "trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.inference_mode",
     "trainer.log_every_n_steps", "trainer.max_time", "trainer.num_nodes", "trainer.strategy", "data.max_bad_fraction",

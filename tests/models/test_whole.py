@@ -30,8 +30,9 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.sampler import DurationBatches
 from sedtrain.decoding.generate import decode_batch
+from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.recordings import RecordingDecoder, collator_of
+from sedtrain.decoding.recordings import Recording, RecordingDecoder, collator_of
 from sedtrain.decoding.windows import Window
 from sedtrain.models.saved import refuse_misdescribed, to_finetune
 from sedtrain.models.whole import WholeSpeechModel
@@ -112,13 +113,18 @@ def test_a_language_that_nothing_names_is_heard_as_by_transformers(multilingual)
 
 def test_all_windows_of_a_recording_have_the_language_of_the_first(multilingual, monkeypatch):
     saved, asked = load(multilingual), []
-    decoder = RecordingDecoder(saved, DecodingOptions())
-    monkeypatch.setattr(
-        RecordingDecoder, "decode", lambda self, windows, language, _: asked.append(language) or windows
-    )
-    for first, other in (AUDIO, AUDIO[::-1]):
-        list(decoder.decoded(iter([Window(0, first), Window(0, other)]), None, "transcribe"))
-    assert [*dict.fromkeys(asked)] == ["fr", "it"]
+    decoder, found = RecordingDecoder(saved, DecodingOptions()), Hypotheses([[5]], texts=("five",))
+
+    def decode(self, windows):
+        asked.extend(recording.language for recording, _ in windows)
+        return [found] * len(windows)
+
+    monkeypatch.setattr(RecordingDecoder, "decode", decode)
+    for pair in (AUDIO, AUDIO[::-1]):
+        windows = [Window(0, each) for each in pair]
+        monkeypatch.setattr("sedtrain.decoding.recordings.windows_of", lambda *_, windows=windows: iter(windows))
+        decoder.transcription("a", [])
+    assert asked == ["fr", "fr", "it", "it"]
 
 
 def test_labels_begin_with_the_prompt_of_language_and_task_and_a_space(folder):
@@ -187,8 +193,11 @@ def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder
     assert not said(caplog, data.bounds)
     sizes = []
     decoder = RecordingDecoder(saved, DecodingOptions(), bounds=Bounds(3 * SECONDS))
-    monkeypatch.setattr(RecordingDecoder, "decode", lambda self, windows, *_: sizes.append(len(windows)) or windows)
-    list(decoder.decoded(iter([Window(0, AUDIO[0])] * 7), None, "transcribe"))
+    found = Hypotheses([[5]], texts=("five",))
+    monkeypatch.setattr(
+        RecordingDecoder, "decode", lambda self, windows: sizes.append(len(windows)) or [found] * len(windows)
+    )
+    decoder.add_texts([(Recording(decoder, "a", []), Window(0, AUDIO[0]))] * 7)
     assert sorted(sizes) == [1, 3, 3]
 
 

@@ -1,0 +1,1 @@
+"""Answers requests for texts: routes, the thread behind them, a page."""

@@ -1,0 +1,48 @@
+"""The options of `task=serve`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from sedtrain.errors import UserError
+from sedtrain.ranges import Count, Positive, Range
+
+Port = Annotated[int, Range("a port from 0 to 65535", low=0, high=65_535)]
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where a server listens, and how much it takes.
+
+    host, port: the address; port 0 is a free one
+    names: of hosts, by which requests may reach it beside LOOPBACK and `host`
+    model: its name in requests; None: that of the checkpoint's folder
+    max_megabytes, max_seconds: of an upload (10^6 bytes), of its audio
+    max_requests: at once
+
+    Raises UserError for a name with wildcards.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    names: Sequence[str] = ()
+    model: str | None = None
+    max_megabytes: Positive = 25.0
+    max_seconds: Positive = 3600.0
+    max_requests: Count = 64
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if "*" in name:
+                wrong = "any page of the web could reach the server by such a name"
+                raise UserError("serve.names", name, wrong, "write 'serve.names=[speech.example.org]'")
+
+    @property
+    def hosts(self) -> list[str]:
+        """What the Host header of a request may name."""
+        return [*LOOPBACK, f"[{self.host}]" if ":" in self.host else self.host, *self.names]
+
+    @property
+    def max_bytes(self) -> int:
+        return int(self.max_megabytes * 1_000_000)

@@ -1,0 +1,87 @@
+"""What a request for a text asks, as OpenAI's clients write it, and what it is refused for."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+GRANULARITIES = ("segment", "word")
+FIELDS = ("file", "model", "response_format", "language", "prompt", "temperature", "timestamp_granularities[]")
+
+
+class Refused(HTTPException):
+    """A request that gets no text: the HTTP status, the reason, and the field of the form that it is about."""
+
+    def __init__(
+        self, status: int, reason: str, field: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(status, reason, headers)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A file whose text is asked for, and in which form.
+
+    granularities: of verbose_json, what is given with times: segments, words
+    """
+
+    file: UploadFile
+    format: str
+    language: str | None
+    granularities: tuple[str, ...]
+
+    @classmethod
+    def of(cls, form: FormData, model: str) -> "Asked":
+        """Raises Refused for a field that is lacking, unknown or cannot be done; model: the name of the only one."""
+        for field, value in form.multi_items():
+            if field.removesuffix("[]") + "[]" not in FIELDS and field not in FIELDS:
+                raise Refused(422, f"there is no field {field!r}; known are {', '.join(FIELDS)}", field)
+            if isinstance(value, UploadFile) != (field == "file"):
+                raise Refused(422, f"{field} has to be {'a file' if field == 'file' else 'a text'}", field)
+        if len(form.getlist("file")) != 1:
+            raise Refused(422, "send one file of audio in the field file", "file")
+        texts = {field: cast(str, value).strip() for field, value in form.items() if field != "file"}
+        if (named := texts.get("model")) not in (None, "", model):
+            raise Refused(404, f"this server has the model {model!r}, and not {named!r}", "model")
+        refuse_other_search(texts)
+        format = texts.get("response_format") or "json"
+        if format not in FORMATS:
+            raise Refused(422, f"there is no format {format!r}; known are {', '.join(FORMATS)}", "response_format")
+        granularities = granularities_of(form, format)
+        return cls(cast(UploadFile, form["file"]), format, texts.get("language") or None, granularities)
+
+    @property
+    def with_words(self) -> bool:
+        """Whether the text needs times of words."""
+        return self.format in ("srt", "vtt") or "word" in self.granularities
+
+
+def refuse_other_search(texts: dict[str, str]) -> None:
+    """Raises Refused for a prompt, which nothing here takes, and for a temperature: the server's `decoding` is for all."""
+    if texts.get("prompt"):
+        raise Refused(422, "this server takes no prompt; it can be started with decoding.hotwords=[WORD,...]", "prompt")
+    temperature = texts.get("temperature") or "0"
+    try:
+        is_zero = float(temperature) == 0
+    except ValueError:
+        is_zero = False
+    if not is_zero:
+        wrong = (
+            f"temperature is {temperature!r}; this server takes 0 alone: how it searches was chosen when it was started"
+        )
+        raise Refused(422, wrong, "temperature")
+
+
+def granularities_of(form: FormData, format: str) -> tuple[str, ...]:
+    """The `timestamp_granularities[]` of a form, each once; segments where there are none."""
+    field = FIELDS[-1]
+    given = tuple(dict.fromkeys(cast(list[str], [*form.getlist(field), *form.getlist(field.removesuffix("[]"))])))
+    for each in given:
+        if each not in GRANULARITIES:
+            raise Refused(422, f"there is no granularity {each!r}; known are {', '.join(GRANULARITIES)}", field)
+    if given and format != "verbose_json":
+        raise Refused(422, f"response_format={format} has no granularities; write response_format=verbose_json", field)
+    return given or ("segment",)
