@@ -17,7 +17,6 @@ from sedtrain import terminal
 from sedtrain.config.instantiate import create, import_target
 from sedtrain.data.audio_paths import audio_paths, stored
 from sedtrain.data.buckets import Bounds
-from sedtrain.data.paths import public_name
 from sedtrain.decoding.outputs import Outputs
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import Attempts, Unfinished, UserError
@@ -52,8 +51,8 @@ def serve(cfg: DictConfig) -> None:
     except ModuleNotFoundError as error:
         wrong = f"it needs packages that are not installed: {error}"
         raise UserError("task", cfg.task, wrong, "pip install 'sedtrain[serve]'") from error
-    options = create(cfg, "serve")
-    serve(transcriber_of(cfg), options, options.model or public_name(cfg.checkpoint))
+    options, folder = create(cfg, "serve"), Path(cfg.checkpoint).expanduser().resolve()
+    serve(transcriber_of(cfg), options, options.model or (folder.name if folder.exists() else cfg.checkpoint))
 
 
 def transcriber_of(cfg: DictConfig) -> Transcriber:
