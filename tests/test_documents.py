@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import soundfile
 from options_table import ROOT, with_table
 
 from sedtrain.config.overrides import check_command_line
@@ -75,3 +76,17 @@ def test_options_for_those_of_another_toolkit_compose(options):
 
 def test_most_options_of_other_toolkits_are_tried():
     assert len(OPTIONS_OF_OTHERS) > 30
+
+
+SHORT = '"trainer.max_steps=1", "logger=none", "data.train_split=train[:40]", "data.test_split=test[:5]"'
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/zh/index.md"])
+def test_the_python_of_a_page_runs(name, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("speech.wav", [0.0] * 16_000, 16_000)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        code = block.replace('"RUN"', repr(str(trained)))
+        exec(compile(code.replace('"trainer.max_steps=200"', SHORT), name, "exec"), {})
