@@ -24,6 +24,7 @@ def serve(transcriber: Transcriber, options: ServeOptions, model: str) -> None:
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)  # uvicorn raises it again once all is answered
     with listening(options) as open_socket:
+        open_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an ACK
         port = open_socket.getsockname()[1]
         shown = f"[{options.host}]" if ":" in options.host else options.host
         logger.info("%s is served at http://%s:%d; Ctrl-C ends it", model, shown, port)
