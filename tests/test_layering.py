@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "search": "annotations errors evaluation run_dir terminal",
     "tasks": "build errors export inspection run_dir terminal training",
     "transcribe": "config data decoding errors models serving terminal",
-    "serving": "data decoding errors ranges",
+    "serving": "annotations data decoding errors ranges",
     "build": "config data decoding errors evaluation export models plain run_dir text training transcribe",
     "terminal": "evaluation",
     "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir terminal",

@@ -9,8 +9,13 @@ from sedtrain import interactive
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SHORT = ("decoding.max_new_tokens=10", "data.num_workers=0")
-TRAINS = ("trainer.max_steps=2", "logger=none", "tokenizer.vocab_size=40")
-FEW = ("data.train_split=train[:80]", "data.validation_split=validation[:10]", "data.test_split=test[:20]")
+TRAINS = ("trainer.max_steps=2", "logger=none")
+FEW = (
+    "tokenizer.vocab_size=40",
+    "data.train_split=train[:80]",
+    "data.validation_split=validation[:10]",
+    "data.test_split=test[:20]",
+)
 LOADED = {"run", "compose"}
 
 

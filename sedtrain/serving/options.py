@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from sedtrain.annotations import refuse_misfits
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Positive, Range
 
@@ -33,6 +34,7 @@ class ServeOptions:
     max_requests: Count = 64
 
     def __post_init__(self) -> None:
+        refuse_misfits("serve.", type(self), vars(self))
         for name in self.names:
             if "*" in name:
                 wrong = "any page of the web could reach the server by such a name"

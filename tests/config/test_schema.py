@@ -117,7 +117,7 @@ def test_root_values_are_checked_by_type_and_by_choice():
             "task",
             "evalute",
             "task has no option 'evalute'",
-            "did you mean 'evaluate'? available: train, evaluate, transcribe, compare, inspect, fit_batches",
+            "did you mean 'evaluate'? available: train, evaluate, transcribe, serve, compare, export, inspect, fit_batches",
         ),
         Problem("seed", "abc", "expected a whole number from 0 to 4294967295", "write a whole number, e.g. seed=1"),
         Problem("size", "huge", "size has no option 'huge'", "available: tiny, base, large"),

@@ -193,7 +193,7 @@ def test_a_search_that_a_saved_model_cannot_make_is_refused_before_it_starts(
 ):
     (tmp_path / "a.wav").write_bytes(wav(0.5))
     options = [
-        f"audio={tmp_path / 'a.wav'}",
+        *([f"audio={tmp_path / 'a.wav'}"] if task == "transcribe" else []),
         "data=parquet",
         f"data.path={corpus}",
         f"run_dir={tmp_path}",

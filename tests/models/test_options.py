@@ -38,6 +38,7 @@ VALUES = [0, -1, 1, 3, 7, 64, 10**10, 0.5, 1.5, -0.1, float("inf"), float("nan")
         ("mask_time_prob", 2, FRACTION),
         ("layerdrop", 1, "a fraction from 0 to below 1"),
         ("hidden_dropout", float("nan"), "a fraction from 0 to below 1"),
+        ("layerdrop", None, "a fraction from 0 to below 1"),
         ("layer_norm_eps", float("inf"), "a number of 0 or more"),
         ("do_stable_layer_norm", 1, "bool"),
         ("hidden_act", 3, "str"),

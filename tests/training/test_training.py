@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
     "task", "split", "num_utterances", "audio_seconds", "metrics", "normalizer", "decoding", "rtfx", "train", "skipped",
     "versions", "training_normalizer", "not_scored", "num_empty", "num_cut", "signatures", "resampled",
-    "num_speakers", "num_without_speaker", "data", "run_dir", "checkpoint", "commit",
+    "num_speakers", "num_without_speaker", "data", "run_dir", "checkpoint", "commit", "float32",
 ]  # fmt: skip
 
 
