@@ -296,8 +296,10 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """The whole configuration as plain values that hold in any folder."""
+    """The whole configuration as plain values that hold in any folder and, of numbers, on any machine."""
     settings = resolved(cfg)
+    if cfg.trainer.get("precision") == "auto":
+        settings["trainer"]["precision"] = precision_of(device(cfg))
     return {**settings, "data": lasting(settings["data"])}
 
 

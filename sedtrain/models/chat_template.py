@@ -18,16 +18,22 @@ MEMORY, SECONDS, CHARACTERS = 2**31, 20, 100_000
 
 
 def rendered(template: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
-    """The text that a template makes of values of JSON, and ""; or "" and what is wrong with the template."""
+    """The text that a template makes of values of JSON, and ""; or "" and what is wrong with the template, or with Python."""
     given = json.dumps({"chat_template": template, **arguments})
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # whose memory grows with the cores
-    command = [sys.executable, "-P", __file__, str(SECONDS)]
-    answer = subprocess.run(command, input=given, capture_output=True, text=True, env=environment)
+    command = [sys.executable or "", "-P", __file__, str(SECONDS)]
+    try:
+        answer = subprocess.run(command, input=given, capture_output=True, text=True, env=environment)
+    except OSError as error:
+        return "", f"cannot be rendered: sys.executable={sys.executable!r} is no Python: {error.strerror}"
     if answer.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return "", f"takes more than {SECONDS} s"
     if answer.returncode:
         return "", f"fails: {answer.stderr.strip()[-160:] or answer.returncode}"
-    text, fault = json.loads(answer.stdout)
+    try:
+        text, fault = json.loads(answer.stdout)
+    except ValueError:
+        return "", f"cannot be rendered: sys.executable={sys.executable!r} writes {answer.stdout[:80]!r}"
     return text, fault
 
 
@@ -36,8 +42,9 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     given, text, fault = json.load(sys.stdin), "", ""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]),) * 2)
+    for kind, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, int(sys.argv[1]))):
+        allowed = resource.getrlimit(kind)[1]  # nobody may raise it
+        resource.setrlimit(kind, (most if allowed == resource.RLIM_INFINITY else min(most, allowed),) * 2)
     try:
         text = render_jinja_template(**given)[0][0]
     except MemoryError:

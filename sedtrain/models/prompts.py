@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME as CANARY_LANGUAGES
 from transformers.models.cohere_asr.processing_cohere_asr import LANGUAGES as COHERE_LANGUAGES
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from sedtrain.text.tags import TASK_OF, WholePrompt, tag
 
@@ -33,7 +34,10 @@ def whisper(tokenizer: Any, generation: Any) -> WholePrompt:
         task: {name.strip("<|>"): [language, tasks[task], *end] for name, language in languages.items()}
         for task in (TASK_OF.values() if languages else ())
     }
-    return WholePrompt(ids, end, getattr(generation, "language", None), spaced=True)
+    language = (
+        (getattr(generation, "language", None) or "").lower().strip("<|>")
+    )  # a name, a code or a token, as in stock Whisper
+    return WholePrompt(ids, end, TO_LANGUAGE_CODE.get(language, language) or None, spaced=True)
 
 
 def canary(tokenizer: Any, generation: Any) -> WholePrompt:
@@ -88,8 +92,11 @@ PROMPTS: dict[str, Callable[[Any, Any], WholePrompt]] = {
 
 
 def fault_of_prompt(generation: Any, vocab_size: int) -> str:
-    """The first setting of a generation config that describes no prompt of Whisper; "" for none."""
-    for name, needed in (("lang_to_id", set()), ("task_to_id", {*TASK_OF.values()}), ("no_timestamps_token_id", set())):
+    """The first setting of a generation config that describes no prompt of a whole model; "" for none."""
+    if not isinstance(language := getattr(generation, "language", None), str | None):
+        return f"language={str(language)[:100]}, which is no text"
+    dicts = ("lang_to_id", set()), ("task_to_id", {*TASK_OF.values()}), ("text_decoder_lang_to_code_id", set())
+    for name, needed in (*dicts, ("no_timestamps_token_id", set())):
         value = getattr(generation, name, None)
         given = value if isinstance(value, dict) else {} if value is None else {"": value}
         is_id = [type(id) is int and 0 <= id < vocab_size for id in given.values()]

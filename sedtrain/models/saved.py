@@ -211,7 +211,7 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
         if not isinstance(value := getattr(model.config, each, None), dict | None):
             raise UserError("checkpoint", name, f"its config.json has {each}={value!r}, which is no object", write)
     if isinstance(model, WholeSpeechModel) and (fault := fault_of_prompt(generation, model.decoder.config.vocab_size)):
-        write = "write checkpoint=FOLDER with the generation_config.json of the published Whisper"
+        write = "write checkpoint=FOLDER with the generation_config.json of the published model"
         raise UserError("checkpoint", name, f"its generation_config.json has {fault}", write)
     if not is_prompt(prompt := prompt_of(model.config.decoder), model.decoder.config.vocab_size):
         wrong = f"its config.json has audio_prompt={str(prompt)[:80]}, which is no two lists of its token ids"

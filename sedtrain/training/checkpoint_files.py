@@ -197,7 +197,10 @@ def forget(folder: Path) -> None:
 
 
 def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError with the settings in which this folder's run differs and that decide weights, or scores that exist."""
+    """Raises UserError with the settings in which this folder's run differs and that decide weights, or scores that exist.
+
+    What the run was not asked, such as an option of a later version, was false then.
+    """
     stored, own = config_of(str(run_dir)), checkpoints_of(str(run_dir)) / LAST
     another = f"resume={own} run_dir=ANOTHER_FOLDER to start another run from it"
     if not stored.exists():
@@ -208,6 +211,7 @@ def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
         raise UserError("run_dir", str(run_dir), "its config.yaml holds no options", f"write {another}")
     free = FREE if is_finished(str(run_dir)) else FREE | NOT_SCORED_ANEW
     before, now = (dict(decisive(settings, free)) for settings in (written, settings))
+    before |= {name: False for name, value in now.items() if value is False and name not in before}
     changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
         listed = "".join(f"\n  {name}: {before.get(name)} then, {now.get(name)} now" for name in changed)

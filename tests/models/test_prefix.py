@@ -1,6 +1,10 @@
 """Language models behind a prefix of audio, against the plain class of transformers on embeddings put together by hand."""
 
 import copy
+import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -228,6 +232,22 @@ def test_a_chat_template_that_fails_takes_too_much_or_loses_the_audio_is_refused
         f"decoder.checkpoint = 'folder': the chat template of its tokenizer {wrong}; "
         "write decoder.checkpoint=FOLDER whose tokenizer has another chat template, or none"
     )
+
+
+@pytest.mark.parametrize(
+    ("python", "wrong"), [(None, "is no Python: "), ("/nowhere", "is no Python: "), ("/bin/true", "writes ''")]
+)
+def test_a_chat_template_without_a_python_that_renders_it_is_refused(monkeypatch, python, wrong):
+    monkeypatch.setattr(chat_template.sys, "executable", python)
+    assert f"cannot be rendered: sys.executable={python!r} {wrong}" in chat_template.rendered("", {})[1]
+
+
+def test_a_chat_template_takes_no_more_than_the_process_itself_may():
+    limited = f'ulimit -t 10 -v {2**20}; exec {shlex.quote(sys.executable)} "$@"'
+    shell = ["bash", "-c", limited, "python", "-P", chat_template.__file__, str(chat_template.SECONDS)]
+    given = json.dumps({"chat_template": "{{ messages[0].content }}", "conversations": [[{"content": "a"}]]})
+    ended = subprocess.run(shell, input=given, capture_output=True, text=True)
+    assert json.loads(ended.stdout) == ["a", ""], ended.stderr
 
 
 def test_a_text_behind_a_prompt_has_no_token_in_front():

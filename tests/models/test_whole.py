@@ -138,6 +138,17 @@ def test_labels_begin_with_the_prompt_of_language_and_task_and_a_space(folder):
     assert saved.tokenizer.decode(japanese.text_labels[0], skip_special_tokens=True) == "一"
 
 
+@pytest.mark.parametrize("name", ["german", "German", "de", "<|de|>"])
+def test_the_language_of_a_generation_config_is_named_as_transformers_takes_it(tmp_path, name):
+    folder = whisper_folder(tmp_path)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "language": name}))
+    saved, stock = load(folder), WhisperForConditionalGeneration.from_pretrained(folder)
+    features = saved.feature_extractor(AUDIO, sampling_rate=RATE, return_tensors="pt").input_features
+    begun = stock.generate(features, max_new_tokens=1, return_dict_in_generate=True, force_unique_generate_call=True)
+    assert saved.tags.of(None, "transcribe") == begun.sequences[0, 1:4].tolist()
+
+
 def test_languages_that_the_checkpoint_lacks_are_refused(folder):
     saved = load(folder)
     known, lack = ("de, en", "it") if saved.tags.languages else ("en", "de")
@@ -294,16 +305,18 @@ def test_a_folder_of_flax_is_the_same_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("lang_to_id", ["<|en|>"]), ("lang_to_id", {"<|en|>": "258"}), ("task_to_id", {"transcribe": 261}),
-     ("task_to_id", None), ("no_timestamps_token_id", 9_999), ("no_timestamps_token_id", {"a": 1})],
+     ("task_to_id", None), ("no_timestamps_token_id", 9_999), ("no_timestamps_token_id", {"a": 1}),
+     ("text_decoder_lang_to_code_id", ["deu"]), ("text_decoder_lang_to_code_id", {"deu": 9_999}), ("language", ["de"])],
 )  # fmt: skip
 def test_a_generation_config_that_describes_no_prompt_is_refused(name, value, tmp_path):
     whisper_folder(tmp_path)
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
     message = refused(load, tmp_path)
-    wrong = f"{name}={value}, which names no tokens of the model" if value else "lang_to_id without task_to_id"
+    wrong = f"{name}={value}, which {'is no text' if name == 'language' else 'names no tokens of the model'}"
+    wrong = wrong if value else "lang_to_id without task_to_id"
     assert f"    its generation_config.json has {wrong}\n" in message
-    assert message.endswith("write checkpoint=FOLDER with the generation_config.json of the published Whisper")
+    assert message.endswith("write checkpoint=FOLDER with the generation_config.json of the published model")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from sedtrain import build
 from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
@@ -149,6 +150,28 @@ def test_other_settings_that_decide_the_weights_are_refused_by_name_and_others_a
         f"resume={stopped}/checkpoints/last.ckpt run_dir=ANOTHER_FOLDER to start another run from it\n"
     )
     assert listed in ended.err
+
+
+def test_a_run_goes_on_where_an_option_of_a_later_version_is_false(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\ndata: {path: a}\n")
+    now = {"seed": 1, "data": {"path": "a", "cache_features": False}}
+    refuse_other_settings(tmp_path, now)
+    now["data"]["cache_features"] = True
+    with pytest.raises(UserError, match="cache_features: None then, True now"):
+        refuse_other_settings(tmp_path, now)
+
+
+def test_a_precision_of_the_machine_is_refused_on_another_with_another(tmp_path, monkeypatch):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", ["run_dir=run"])
+    here = settings_of(config)
+    monkeypatch.setattr(build, "precision_of", lambda device: "bf16-mixed")
+    there = settings_of(config)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(there))
+    refuse_other_settings(tmp_path, there)
+    with pytest.raises(UserError, match="settings:\n *trainer.precision: bf16-mixed then, 32-true now\n"):
+        refuse_other_settings(tmp_path, here)
 
 
 def test_a_damaged_last_checkpoint_gives_way_to_the_newest_that_is_whole(command, stopped):
