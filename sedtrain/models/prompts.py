@@ -95,8 +95,8 @@ def fault_of_prompt(generation: Any, vocab_size: int) -> str:
     """The first setting of a generation config that describes no prompt of a whole model; "" for none."""
     if not isinstance(language := getattr(generation, "language", None), str | None):
         return f"language={str(language)[:100]}, which is no text"
-    dicts = ("lang_to_id", set()), ("task_to_id", {*TASK_OF.values()}), ("text_decoder_lang_to_code_id", set())
-    for name, needed in (*dicts, ("no_timestamps_token_id", set())):
+    for name in ("lang_to_id", "task_to_id", "text_decoder_lang_to_code_id", "no_timestamps_token_id"):
+        needed = {*TASK_OF.values()} if name == "task_to_id" else set()
         value = getattr(generation, name, None)
         given = value if isinstance(value, dict) else {} if value is None else {"": value}
         is_id = [type(id) is int and 0 <= id < vocab_size for id in given.values()]

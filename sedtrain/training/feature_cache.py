@@ -78,9 +78,12 @@ class Store:
 
     def __init__(self, folder: Path, key: str, most_bytes: float, num_ranks: int) -> None:
         self.folder, self.most_bytes, self.num_ranks = folder / key, most_bytes, num_ranks
-        self.folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self.folder)  # now is its last use
         self.left, self.is_full = self.share(), False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self.folder)  # now is its last use
+        except OSError as error:
+            self.stop(self.folder, error)
 
     def share(self) -> int:
         """Bytes that this process may still add."""
@@ -115,10 +118,15 @@ class Store:
             unfinished.write_bytes(content)
             unfinished.replace(file)
         except OSError as error:
-            self.is_full = True
+            self.stop(file, error)
+        finally:  # also where Ctrl-C ends the run
             unfinished.unlink(missing_ok=True)
-            logger.warning("features are no longer cached, since %s cannot be written: %s", file, error)
         self.left -= len(content)
+
+    def stop(self, path: Path, error: OSError) -> None:
+        """Adds no more utterances."""
+        self.is_full = True
+        logger.warning("features are no longer cached, since %s cannot be written: %s", path, error)
 
     def has_room(self, num_bytes: int) -> bool:
         """True if so many bytes may be added; for them, stores are removed that were not used for longest."""

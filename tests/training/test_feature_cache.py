@@ -251,6 +251,25 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
     assert sorted(folder.name[0] for folder in tmp_path.iterdir()) == ["a", "c", "d"]
 
 
+def test_a_folder_that_cannot_be_made_ends_the_caching_and_not_the_training(tmp_path, caplog):
+    model, taken = joined(), tmp_path / "taken"
+    taken.write_text("a file")
+    batch = keyed(model, *SECONDS)
+    assert_equal(encoded(model, batch, cache_in(taken)), encoded(model, batch, cache_in(tmp_path / "free")))
+    assert "features are no longer cached" in caplog.text and taken.read_text() == "a file"
+
+
+def test_what_ends_a_run_while_it_writes_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    def interrupted(path, place):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", interrupted)
+    model = joined()
+    with pytest.raises(KeyboardInterrupt):
+        encoded(model, keyed(model, *SECONDS), cache_in(tmp_path))
+    assert files(tmp_path) == []
+
+
 def test_a_disk_without_room_ends_the_caching_and_not_the_training(tmp_path, caplog, monkeypatch):
     def no_space(path, content):
         raise OSError(28, "No space left on device")

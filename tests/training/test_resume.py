@@ -170,7 +170,7 @@ def test_a_precision_of_the_machine_is_refused_on_another_with_another(tmp_path,
     there = settings_of(config)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(there))
     refuse_other_settings(tmp_path, there)
-    with pytest.raises(UserError, match="settings:\n *trainer.precision: bf16-mixed then, 32-true now\n"):
+    with pytest.raises(UserError, match=r"settings:\n *trainer.precision: bf16-mixed then, 32-true now\n"):
         refuse_other_settings(tmp_path, here)
 
 
