@@ -198,9 +198,15 @@ class Check:
                 write = f"write checkpoint={checkpoint} without {part}=, or {apart}"
                 self.report(part, option, "a whole checkpoint has its own encoder and decoder", write)
         for override in overrides:
-            if OF_WHOLE.fullmatch(key := override.key_or_group):
-                wrong, write = f"a whole checkpoint has its own {key}", f"write checkpoint={checkpoint} without {key}="
-                self.report(key, override.value(), wrong, write)
+            key, value = override.key_or_group, override.value()
+            inner = value.items() if isinstance(value, dict) else ()
+            given = {f"{key}.{name}": each for name, each in inner} or {key: value}
+            for name in filter(OF_WHOLE.fullmatch, given):
+                wrong, write = (
+                    f"a whole checkpoint has its own {name}",
+                    f"write checkpoint={checkpoint} without {name}=",
+                )
+                self.report(name, given[name], wrong, write)
 
     def refuse_lost(self, config: DictConfig) -> None:
         """Reports options of the root that were deleted, and groups that something else took the place of."""

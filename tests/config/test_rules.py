@@ -205,3 +205,9 @@ def test_every_option_that_a_whole_checkpoint_decides_is_refused_beside_it(overr
     assert found.write == f"write checkpoint=X without {option}="
     assert check_command_line(["task=evaluate", "checkpoint=X", override])
     assert check_command_line(["checkpoint=X", "encoder.options.dropout=0.1", "attention=eager"])
+
+
+def test_options_in_braces_are_refused_beside_a_whole_checkpoint_as_alone():
+    found = problems("checkpoint=X", "encoder={size: base, attention: eager}", "tokenizer={vocab_size: 90}")
+    assert [each.option for each in found] == ["encoder.size", "encoder.attention", "tokenizer.vocab_size"]
+    assert check_command_line(["checkpoint=X", "encoder={options: {dropout: 0.1}}"])
