@@ -202,11 +202,8 @@ class Check:
             inner = value.items() if isinstance(value, dict) else ()
             given = {f"{key}.{name}": each for name, each in inner} or {key: value}
             for name in filter(OF_WHOLE.fullmatch, given):
-                wrong, write = (
-                    f"a whole checkpoint has its own {name}",
-                    f"write checkpoint={checkpoint} without {name}=",
-                )
-                self.report(name, given[name], wrong, write)
+                write = f"write checkpoint={checkpoint} without {name}="
+                self.report(name, given[name], f"a whole checkpoint has its own {name}", write)
 
     def refuse_lost(self, config: DictConfig) -> None:
         """Reports options of the root that were deleted, and groups that something else took the place of."""
