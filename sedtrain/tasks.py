@@ -100,7 +100,7 @@ def fit_batches(cfg: DictConfig) -> None:
 
 def export(cfg: DictConfig) -> None:
     """Writes a saved model as a folder for others, and uploads it where that is asked for."""
-    folder = Path(cfg.out).expanduser()
+    folder = Path(cfg.out).expanduser().resolve()  # links and `.` cannot be replaced
     refuse_taken(folder)
     if cfg.hub:
         refuse_impossible(cfg.hub, cfg.dry_run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from functools import cached_property
@@ -62,6 +63,7 @@ def check_overrides(
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         check = Check(config_name, multirun or "hydra.mode=MULTIRUN" in overrides)
         parsed = check.parse(map(renamed, overrides))
+        check.refuse_strangers(parsed)
         check.add_search_path(parsed, folders)
         check.check_sweeper(parsed)
         jobs = [job for override in parsed if (job := check.single_values(override))]
@@ -103,6 +105,14 @@ class Check:
                 else:
                     self.errors.append(unreadable(text))
         return parsed
+
+    def refuse_strangers(self, overrides: list[Override]) -> None:
+        """Reports a place such as `~anna/run` where there is no user `anna`, which Python cannot find."""
+        for override in overrides:
+            home = str(override.value()).partition("/")[0]
+            if home.startswith("~") and os.path.expanduser(home) == home:
+                wrong, write = f"there is no user {home[1:]!r} on this machine", "write ~/PLACE, or the place from / on"
+                self.report(override.key_or_group, override.value(), wrong, write)
 
     def add_search_path(self, overrides: list[Override], folders: list[Path]) -> None:
         """Has Hydra search these folders beside those of its own option."""

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -62,7 +63,7 @@ def reading(file: str | Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, OSError, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
+    except (ValueError, OSError, EOFError, zlib.error, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
         raise BrokenFile(file, error) from error
 
 

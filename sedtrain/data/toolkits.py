@@ -99,7 +99,7 @@ def read_kaldi(path: Path, split: str, name: str | None) -> pa.Table:
     folder = next((path / each for each in spellings(split) if (path / each).is_dir()), path)
     for needed in ("wav.scp", "text"):
         if not (folder / needed).is_file():
-            if inside := sorted(file.parent.name for file in path.glob("*/wav.scp")):
+            if folder == path and (inside := sorted(file.parent.name for file in path.glob("*/wav.scp"))):
                 raise missing_split(path, split, inside)
             wrong = f"this is no folder of Kaldi: it has no file {needed!r}"
             raise UserError("data.path", str(folder), wrong, "write data.path=FOLDER with wav.scp and text")
@@ -150,7 +150,7 @@ def clip_seconds(folder: Path) -> dict[str | None, float]:
     table = tabs_of(file)
     names = table.column_names
     found = zip(*(table[names[number]].to_pylist() for number in (0, 1)), strict=True) if len(names) > 1 else ()
-    return {name: float(length) / 1000 for name, length in found if length and length.isdigit()}
+    return {name: float(length) / 1000 for name, length in found if length and length.isdecimal()}
 
 
 def complete(table: pa.Table) -> pa.Table:
@@ -201,7 +201,7 @@ def rows_of_cut(cut: Row, place: str) -> Iterator[Row]:
     """A row for each supervision of a cut, with its times in the recording; one row if something is wrong."""
     try:
         yield from list(supervision_rows(cut, place))
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
         yield problem("broken cut", f"{place}: it has not the fields of a MonoCut with a recording and supervisions")
 
 

@@ -38,7 +38,7 @@ class Interval:
     @property
     def ends(self) -> str:
         """Both ends in percent."""
-        return "unknown" if isnan(self.low) else f"{100 * self.low:.2f} to {100 * self.high:.2f} %"
+        return "unknown" if isnan(self.low + self.high) else f"{100 * self.low:.2f} to {100 * self.high:.2f} %"
 
 
 @dataclass(frozen=True)

@@ -177,4 +177,4 @@ def printable(text: str) -> str:
 
 
 def printable_values(texts: Mapping[str, str]) -> dict[str, str]:
-    return {name: printable(text) for name, text in texts.items()}
+    return {printable(name): printable(text) for name, text in texts.items()}

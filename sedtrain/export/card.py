@@ -112,6 +112,11 @@ class Origin:
     license: str | None = None
 
 
+def inert(text: str) -> str:
+    """The text without what Markdown, a table, HTML or a span of code would act on."""
+    return re.sub(r"[\\`*<>\[\]|]", " ", " ".join(text.split()))
+
+
 def write_eval_results(folder: Path, results: Results) -> None:
     """Writes .eval_results/sedtrain.yaml, from which the Hub shows the first metric; nothing for data that it does not have."""
     known = [(name, each) for name, each in results.metrics.items() if name in METRICS and not isnan(each.value)]
@@ -132,7 +137,7 @@ def model_index(results: Results) -> Iterator[EvalResult]:
     of_hub = HUB_DATA.fullmatch(results.data)
     for name, each in results.metrics.items():
         factor = 100 if name in METRICS else 1
-        ends = [] if isnan(each.low) else [round(factor * end, 2) for end in (each.low, each.high)]
+        ends = [] if isnan(each.low + each.high) else [round(factor * end, 2) for end in (each.low, each.high)]
         if not isnan(each.value):
             yield EvalResult(
                 task_type=PIPELINE_TAGS[results.task],
@@ -165,13 +170,13 @@ def metadata(title: str, task: str, results: Results | None, origin: Origin) -> 
 def scores(results: Results) -> str:
     """The table of metrics, and how and on what they were computed."""
     return SCORES.format(
-        split=results.split,
-        rows="\n".join(f"| {' | '.join(row)} |" for row in results.rows()),
+        split=inert(results.split),
+        rows="\n".join(f"| {' | '.join(map(inert, row))} |" for row in results.rows()),
         interval_title=results.interval_title,
-        scored_as="\n".join(f"- `{line}`" for line in results.scored_as()),
-        scored_data=results.data,
-        training_normalizer=" ".join((results.training_normalizer or {"name": "unknown"}).values()),
-        headline=results.headline,
+        scored_as="\n".join(f"- `{line.replace('`', ' ')}`" for line in results.scored_as()),
+        scored_data=inert(results.data),
+        training_normalizer=inert(" ".join((results.training_normalizer or {"name": "unknown"}).values())),
+        headline=inert(results.headline),
         minutes=results.audio_seconds / 60,
     )
 
@@ -251,7 +256,7 @@ def write_model_card(
         title=title,
         described=described,
         model_class=model_class,
-        data=origin.data,
+        data=inert(origin.data),
         scores=scores(results) if results else "",
         sampling_rate=saved.feature_extractor.sampling_rate,
         onnx=onnx_snippet(saved) if onnx else "",

@@ -1,10 +1,9 @@
 """The folder that others get: weights in their precision, LoRA merged or apart, ONNX graphs, the card."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,30 +18,35 @@ from sedtrain.models.saved import SavedModel
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises UserError for a file, and for a folder that holds anything."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            "out", str(folder), "something is there already, and nothing is overwritten", "write out=NEW_FOLDER"
-        )
+    """Raises UserError for a file, a folder that holds anything, and the current one."""
+    with writing(folder):
+        is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile("."))
+    if is_taken:
+        wrong = "something is there already, or you are in it, and nothing is overwritten"
+        raise UserError("out", str(folder), wrong, "write out=NEW_FOLDER")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises UserError where the system refuses what is done within."""
+    try:
+        yield
+    except OSError as error:
+        write = "write out=FOLDER that you may write to, on a disk with room"
+        raise UserError("out", str(folder), f"cannot be written to: {error}", write) from error
 
 
 @contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder` if nothing raises, else is removed. Raises UserError for one that is taken."""
     refuse_taken(folder)
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        write = "write out=FOLDER that you may write to"
-        raise UserError("out", str(folder), f"cannot be written to: {error}", write) from error
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.replace(folder)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
+        with TemporaryDirectory(prefix=".export-", dir=folder.parent) as place:
+            unfinished = Path(place, folder.name)
+            unfinished.mkdir()
+            yield unfinished
+            unfinished.replace(folder)
 
 
 def write_folder(

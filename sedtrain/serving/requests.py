@@ -41,7 +41,9 @@ class Asked:
                 raise Refused(422, f"there is no field {field!r}; known are {', '.join(FIELDS)}", field)
             if isinstance(value, UploadFile) != (field == "file"):
                 raise Refused(422, f"{field} has to be {'a file' if field == 'file' else 'a text'}", field)
-        if len(form.getlist("file")) != 1:
+            if len(form.getlist(field)) > 1 and not field.startswith("timestamp"):
+                raise Refused(422, f"{field} is given several times", field)
+        if "file" not in form:
             raise Refused(422, "send one file of audio in the field file", "file")
         texts = {field: cast(str, value).strip() for field, value in form.items() if field != "file"}
         if (named := texts.get("model")) not in (None, "", model):

@@ -413,3 +413,9 @@ run()
     assert refused.returncode == 2
     assert "did you mean 'dropout'?" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_place_of_a_user_that_does_not_exist_is_told(conf):
+    with pytest.raises(UserError, match="there is no user 'nobody-here' on this machine"):
+        check_overrides(["run_dir=~nobody-here/run"], [])
+    assert check_overrides(["run_dir=~/run"], []) == ['run_dir="~/run"']

@@ -339,3 +339,24 @@ def test_whatever_a_cut_holds_it_is_rows_or_one_problem(changes, is_partial):
     given = {**cut("x", [supervision("s", 0.0, 1.0, text="a")]), **changes} if is_partial else changes
     found = list(rows_of_cut(given, "f, line 1"))
     assert len(found) == 1 if any(PROBLEM in row for row in found) else all(row["audio"] == "x" for row in found)
+
+
+def test_a_packed_file_that_ends_early_and_odd_numbers_are_told(tmp_path):
+    save(tmp_path / "a.wav", seconds=0.3)
+    packed = gzip.compress(b"{}\n" * 100)
+    for broken in (packed[:-6], packed[:12] + b"\xff" * 20):
+        (tmp_path / "cuts_train.jsonl.gz").write_bytes(broken)
+        with pytest.raises(UserError, match=r"cuts_train\.jsonl\.gz"):
+            rows(tmp_path, "lhotse")
+    recording = {"sources": [{"type": "file", "channels": [0], "source": "a.wav"}]}
+    cut = {"id": "a", "start": 0.0, "recording": recording, "supervisions": [{"start": 10**400, "duration": 1}]}
+    assert [set(row) for row in rows_of_cut(cut, "cuts, line 1")] == [{PROBLEM}]
+    write(tmp_path / "train.tsv", "path\tsentence", "a.wav\ta")
+    write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]", "a.wav\t\u00b2")
+    assert len(rows(tmp_path, "common_voice")) == 1
+
+
+def test_a_split_of_kaldi_that_lacks_a_file_is_told_its_name(tmp_path):
+    write(tmp_path / "train/wav.scp", "a a.wav")
+    with pytest.raises(UserError, match="it has no file 'text'"):
+        rows(tmp_path, "kaldi")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from sedtrain.data.audio import read_audio
 from sedtrain.errors import UserError
 from sedtrain.export.card import Origin
-from sedtrain.export.folder import write_folder
+from sedtrain.export.folder import made_whole, refuse_taken, write_folder
 from sedtrain.export.options import ExportOptions
 from sedtrain.export.origin import origin_of
 from sedtrain.models.lora import adapt
@@ -151,20 +152,41 @@ def test_nothing_is_overwritten(exported, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_folder_appears_whole_or_not_at_all_and_what_cannot_be_written_is_named(tmp_path):
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    with contextlib.chdir(empty), pytest.raises(UserError, match="you are in it"):
+        refuse_taken(Path().resolve())
+    for folder, error in ((tmp_path / ("a" * 300), UserError), (other, UserError), (other, KeyboardInterrupt)):
+        with pytest.raises(error), made_whole(folder) as unfinished:
+            (unfinished / "part").write_text("part")
+            raise OSError("no room") if error is UserError else KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [empty]
+    with made_whole(empty) as unfinished:
+        (unfinished / "file").write_text("all")
+    assert (empty / "file").read_text() == "all" and list(tmp_path.iterdir()) == [empty]
+
+
 def test_scores_of_a_stranger_are_taken_as_texts_and_numbers(sedtrain, trained, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "model").symlink_to(trained / "model")
     stored = json.loads((trained / "results.json").read_text())
     odd = {
-        "metrics": {"wer": {"value": 0.5, "low": "low", "high": None}, "own\x1b": {"value": 2}},
+        "metrics": {"wer": {"value": 0.5, "low": 0.1, "high": None}, "own\x1b|<b>": {"value": 2}},
         "num_utterances": "many",
+        "data": "digits`<img src=x>, test",
+        "signatures": {"bleu\n---\n# x`<b>": "a\n`"},
     }
     (run / "results.json").write_text(json.dumps({**stored, **odd, "train": [1], "not_scored": "x"}))
     ended = sedtrain("task=export", f"checkpoint={run}", f"out={tmp_path / 'out'}")
     assert ended.status == 0, ended.err
     card = (tmp_path / "out/README.md").read_text()
     assert "| WER | 50.00 % | unknown |" in card and "\x1b" not in card
+    _, metadata, text = card.split("---\n", 2)
+    assert ".nan" not in metadata and "interval" not in metadata
+    told = re.sub(r"```.*?```|`[^`\n]*`", "", text.partition("## Training")[0], flags=re.DOTALL)
+    assert "Scored on digits  img src=x , test" in told and not re.search(r"[`<>]|^---$|^# x", told, re.MULTILINE)
     (run / "results.json").write_text("[]")
     ended = sedtrain("task=export", f"checkpoint={run}", f"out={tmp_path / 'other'}")
     assert ended.status == 2 and "holds no results" in ended.err
