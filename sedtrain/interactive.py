@@ -17,7 +17,7 @@ from sedtrain.training.run import TrainingRun
 
 
 def run(*options: str) -> Path:
-    """Runs what `sedtrain OPTIONS` runs, in this process, and returns the run's folder.
+    """Runs what `sedtrain OPTIONS` runs, in this process, and returns the run's folder, which some tasks do not make.
 
         folder = sedtrain.run("encoder=hubert", "decoder=bert", "trainer.max_steps=200")
 
@@ -38,7 +38,7 @@ def compose(*options: str) -> TrainingRun:
 def configuration(options: tuple[str, ...]) -> DictConfig:
     """The composed configuration of a single run. Raises UserError for everything that is wrong with it."""
     for option in options:
-        if option.startswith("-") or "=" not in option:
+        if not isinstance(option, str) or option.startswith("-") or "=" not in option:
             raise UserError("options", option, "this is no option with a value", "write 'NAME=VALUE'")
     register()
     checked = check_command_line(list(options))

@@ -33,7 +33,7 @@ def test_mistakes_are_one_error_in_the_words_of_the_options(monkeypatch):
     assert "decoder = 'bret'" in text and "encoder.size = 3" in text
 
 
-@pytest.mark.parametrize("option", ["-m", "--cfg", "decoder"])
+@pytest.mark.parametrize("option", ["-m", "--cfg", "decoder", 3, ["decoder=bert"]])
 def test_flags_are_refused(option):
     with pytest.raises(UserError) as caught:
         sedtrain.run(option, "decoder=bert")

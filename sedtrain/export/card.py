@@ -24,9 +24,9 @@ from sedtrain.text.tags import TASK_OF, Tags, WholePrompt
 CARD = """---
 {metadata}
 ---
-# {title} on {data}
+# {title}{on_data}
 
-{described}, trained with sedtrain on `{data}`.
+{described}{trained}.
 {scores}
 ```python
 {import_torch}from transformers import AutoProcessor
@@ -98,7 +98,7 @@ HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+), (?:([^,+]+), )?[^,+]+")
 class Origin:
     """What a card says of a model's training.
 
-    data:        names of what it was trained on
+    data:        names of what it was trained on; empty where nothing says so
     datasets, base_models: Hub ids
     languages:   codes of the texts
     settings:    options of the training, without places on a machine
@@ -235,7 +235,7 @@ def write_model_card(
     onnx: tells of the graphs in the folder `onnx`
     """
     prompt, asked = prompt_of(saved, TASK_OF[task])
-    config = saved.model.config
+    config, data = saved.model.config, inert(origin.data)
     encoder, decoder = config.encoder, config.decoder
     title = f"{encoder.model_type} + {decoder.model_type}"
     described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
@@ -256,7 +256,8 @@ def write_model_card(
         title=title,
         described=described,
         model_class=model_class,
-        data=inert(origin.data),
+        on_data=f" on {data}" if data else "",
+        trained=f", trained with sedtrain on `{data}`" if data else "",
         scores=scores(results) if results else "",
         sampling_rate=saved.feature_extractor.sampling_rate,
         onnx=onnx_snippet(saved) if onnx else "",

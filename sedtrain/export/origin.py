@@ -31,7 +31,7 @@ def origin_of(
     languages = [language] if language else []
     languages += [each for of_task in tags.ids.values() for each in of_task] if isinstance(tags, Tags) else []
     return Origin(
-        data=" + ".join(dict.fromkeys(map(public_name, paths))) or "data that its folder does not name",
+        data=" + ".join(dict.fromkeys(map(public_name, paths))),
         datasets=tuple(dict.fromkeys(filter(is_on_hub, (path.partition("@")[0] for path in paths)))),
         base_models=tuple(dict.fromkeys(filter(is_on_hub, checkpoints(settings)))),
         languages=tuple(dict.fromkeys(each for each in languages if LANGUAGE.fullmatch(each))),

@@ -205,4 +205,4 @@ def test_a_card_names_what_the_hub_has_and_no_place_on_this_machine(tmp_path):
     assert (found.datasets, found.base_models) == (("openslr/librispeech_asr",), ("facebook/hubert-base-ls960",))
     assert found.data == f"openslr/librispeech_asr@main + {tmp_path.name}"
     assert found.settings == {"size": "base", "augment": {"noise": {"path": "noises", "probability": 0.5}}}
-    assert origin_of({"data": [], "encoder": 3}, None, None, None) == Origin("data that its folder does not name")
+    assert origin_of({"data": [], "encoder": 3}, None, None, None) == Origin("")
