@@ -258,13 +258,17 @@ def open_run_folder(folder: Path, resumes: bool) -> FileLock:
 
 
 def open_log() -> None:
-    """Shows our own messages plainly on the console, and of libraries what concerns the user."""
+    """Shows our own messages plainly on the console."""
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     to_console = logging.StreamHandler()
     to_console.setLevel(logging.INFO if is_first() else logging.WARNING)
     to_console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(to_console)
+
+
+def quieten_libraries() -> None:
+    """Keeps to themselves what does not concern the user; Lightning speaks up anew when it is imported."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in IRRELEVANT:
@@ -287,6 +291,7 @@ def run_task(cfg: DictConfig) -> None:
         return compare(list(cfg.runs), Path(cfg.run_dir))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     task = imported_task(cfg.task)
+    quieten_libraries()
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

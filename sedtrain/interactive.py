@@ -9,7 +9,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from sedtrain.build import training_run
-from sedtrain.cli import close_log, open_log, perform
+from sedtrain.cli import close_log, open_log, perform, quieten_libraries
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
@@ -50,6 +50,7 @@ def configuration(options: tuple[str, ...]) -> DictConfig:
 def as_on_command_line() -> Iterator[None]:
     """Errors name options as they were given, and not as Python's arguments; messages go where the command's go."""
     open_log()
+    quieten_libraries()
     try:
         yield
     except UserError as error:
