@@ -24,26 +24,27 @@ def run(*options: str) -> Path:
     Raises UserError and Unfinished where the command would end with a message. Several processes need the command line.
     """
     with as_on_command_line():
-        config = configuration(options)
-        perform(config, list(options))
+        config, checked = configuration(options)
+        perform(config, checked)
     return Path(config.run_dir)
 
 
 def compose(*options: str) -> TrainingRun:
     """Model, tokenizer, data and Trainer of `sedtrain OPTIONS`, connected and not yet trained. Raises UserError."""
     with as_on_command_line():
-        return training_run(configuration(options))
+        config, _ = configuration(options)
+        return training_run(config)
 
 
-def configuration(options: tuple[str, ...]) -> DictConfig:
-    """The composed configuration of a single run. Raises UserError for everything that is wrong with it."""
+def configuration(options: tuple[str, ...]) -> tuple[DictConfig, list[str]]:
+    """The composed configuration of a single run, and its options as Hydra reads them. Raises UserError for all mistakes."""
     for option in options:
         if not isinstance(option, str) or option.startswith("-") or "=" not in option:
             raise UserError("options", option, "this is no option with a value", "write 'NAME=VALUE'")
     register()
     checked = check_command_line(list(options))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return composed("train", checked)
+        return composed("train", checked), checked
 
 
 @contextmanager

@@ -44,3 +44,9 @@ def test_what_a_task_refuses_is_raised_and_not_an_exit(tmp_path):
     with pytest.raises(UserError) as caught:
         sedtrain.run("task=evaluate", f"checkpoint={tmp_path}", f"run_dir={tmp_path / 'run'}")
     assert caught.value.option == "checkpoint"
+
+
+def test_options_of_a_run_that_is_used_are_read_as_on_the_command_line(trained, tmp_path):
+    slices = "data.test_split=test[:50%]"  # which Hydra reads in quotes alone
+    folder = sedtrain.run("task=evaluate", f"checkpoint={trained}", slices, f"run_dir={tmp_path / 'run'}")
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["num_utterances"] == 3
