@@ -142,6 +142,19 @@ def train(sedtrain, corpus):
 
 
 @pytest.fixture(scope="session")
+def wav(tmp_path_factory):
+    """A spoken digit string of the embedded corpus as a wav of 16 kHz."""
+    import soundfile
+
+    from sedtrain.data.audio import read_audio
+
+    row = pyarrow.parquet.read_table(EMBEDDED / "test.parquet").slice(0, 1).to_pylist()[0]
+    path = tmp_path_factory.mktemp("audio") / "digits.wav"
+    soundfile.write(path, read_audio(row["audio"], 16000).numpy(), 16000, subtype="FLOAT")
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained(train, tmp_path_factory):
     """The folder of a run with the defaults, encoder=hubert decoder=bert."""
     return train(tmp_path_factory.mktemp("runs") / "trained", draws=True)

@@ -16,7 +16,6 @@ FEW = (
     "data.validation_split=validation[:10]",
     "data.test_split=test[:20]",
 )
-LOADED = {"run", "compose"}
 
 
 @pytest.fixture(scope="module")

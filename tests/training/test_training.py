@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sedtrain.config.overrides import check_command_line
-from sedtrain.data.audio import read_audio
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hubert_bert.json"
 RESULT_KEYS = [
@@ -36,15 +35,6 @@ RESULT_KEYS = [
     "versions", "training_normalizer", "not_scored", "num_empty", "num_cut", "signatures", "resampled",
     "num_speakers", "num_without_speaker", "data", "run_dir", "checkpoint", "commit", "float32",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def wav(tmp_path_factory):
-    """A spoken digit string of the embedded corpus as a wav of 16 kHz."""
-    row = pyarrow.parquet.read_table(EMBEDDED / "test.parquet").slice(0, 1).to_pylist()[0]
-    path = tmp_path_factory.mktemp("audio") / "digits.wav"
-    soundfile.write(path, read_audio(row["audio"], 16000).numpy(), 16000, subtype="FLOAT")
-    return path
 
 
 @pytest.fixture(scope="module")
