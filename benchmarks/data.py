@@ -260,8 +260,8 @@ def in_a_process(*arguments):
 
 
 def compare(encoders, folder, rounds):
-    """Prints the medians of all sides and their ratios."""
-    found = {side: [] for side in SIDES}
+    """Prints the medians of all sides and their ratios, and returns them by encoder."""
+    found, medians = {side: [] for side in SIDES}, {}
     batch_size = 1
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
@@ -271,16 +271,18 @@ def compare(encoders, folder, rounds):
         taken = in_a_process("features", encoder)
         print(f"{encoder}: features {taken['peer'] / taken['sedtrain']:.1f} times as fast", end=" ")
         print(f"({taken['sedtrain']:.3f} ms for 10 s, the extractor {taken['peer']:.3f})")
-        speeds = {}
+        medians[encoder] = {"features": taken}
         for side, runs in found.items():
             values = {key: [run[encoder][key] for run in runs] for key, value in runs[0][encoder].items() if value}
             middle = {key: statistics.median(each) for key, each in values.items()}
-            speeds[side] = middle["audio s/s"]
+            medians[encoder][side] = middle
             print(
                 f"  {side:9}", *(f"{key} {value:.{3 if value < 10 else 0}f}" for key, value in middle.items()), sep="  "
             )
+        speeds = {side: medians[encoder][side]["audio s/s"] for side in SIDES}
         ratios = (f"{side} {speeds[side] / speeds['peer']:.2f}" for side in ("sedtrain", "streaming"))
         print("  times the peer's audio s/s:", *ratios, flush=True)
+    return medians
 
 
 def main():
@@ -290,6 +292,7 @@ def main():
     parser.add_argument("--encoders", nargs="+", default=ENCODERS)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--plan", type=int, metavar="ROWS")
+    parser.add_argument("--json", type=Path, help="a file for the table")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -302,7 +305,9 @@ def main():
     else:
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder), options.hours)
-            compare(options.encoders, folder, options.rounds)
+            found = compare(options.encoders, folder, options.rounds)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
