@@ -14,8 +14,9 @@ from datasets.utils.file_utils import cached_path
 from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
-from sedtrain.data.paths import files_of, is_here, local_path
+from sedtrain.data.paths import expanded, files_at, files_of, is_here, local_path
 from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.source import Source
 from sedtrain.data.tables import joined
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
@@ -148,6 +149,21 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
             raise
         write = "write data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
         raise UserError("data.path", path, one_line(error), write) from error
+
+
+def places_of(source: Source, split: str) -> list[str]:
+    """The paths or URLs of the files of one split; none for a split that is not stored in files."""
+    if "://" in source.path:
+        return [place for url in expanded(source.path.replace("{split}", split)) for place in files_at(url)]
+    if files := files_of(source.path, split):
+        return list(map(str, files))
+    if is_saved(local_path(source.path)):
+        return []
+    with readable(source.path, split):
+        repository, revision = hub_or_folder(source.path)
+        builder = datasets.load_dataset_builder(repository, source.name, revision=revision)
+        places = list(map(str, (builder.config.data_files or {}).get(split, [])))
+        return places if all(map(suffix_of, places)) else []
 
 
 def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
