@@ -22,9 +22,9 @@ from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import collator_of, positions_of_audio
 from sedtrain.errors import REFUSED, Attempts, UserError
-from sedtrain.evaluation.evaluate import Scoring, metric_set
+from sedtrain.evaluation.evaluate import Scoring
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, MetricSet, OwnMetric, chosen
-from sedtrain.evaluation.own_metrics import of_evaluate, of_function
+from sedtrain.evaluation.metrics_of_run import metric_set, of_evaluate, of_function
 from sedtrain.evaluation.results import Results
 from sedtrain.evaluation.scored_runs import read_results
 from sedtrain.export.card import Origin

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sedtrain.errors import UserError
+from sedtrain.evaluation.groups import Origin, origin
 from sedtrain.evaluation.intervals import (
     LEVEL,
     Interval,
@@ -20,7 +21,6 @@ from sedtrain.evaluation.intervals import (
     sums_of_units,
 )
 from sedtrain.evaluation.metrics import Counts, MetricSet, title_of
-from sedtrain.evaluation.origins import Origin, origin
 from sedtrain.evaluation.results import BestHypothesis, scored_as
 from sedtrain.evaluation.scored_runs import ScoredRun
 from sedtrain.text.normalizers import normalizer

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from sedtrain.evaluation import html
 from sedtrain.evaluation.comparison import Comparison
+from sedtrain.evaluation.groups import Change, Group, Origin
 from sedtrain.evaluation.metrics import title_of
-from sedtrain.evaluation.origins import Change, Group, Origin
 from sedtrain.evaluation.results import percent
 
 HEADINGS = ("run", "value", "95 % interval", "difference", "its 95 % interval", "p, t-test", "p, swaps", "p, corrected")

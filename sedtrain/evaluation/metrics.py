@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
-from sedtrain.errors import UserError
+from sedtrain.errors import UserError, one_line
 from sedtrain.text.normalizers import Normalizer, find, normalizer
 
 Counts = npt.NDArray[np.int64]
@@ -73,7 +73,7 @@ class OwnMetric:
         try:
             return float(self.function([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
         except Exception as error:
-            wrong = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            wrong = f"it fails with {type(error).__name__}: {one_line(error, 300)}"
             write = "it takes a list of references and a list of hypotheses, and returns a number"
             raise UserError(f"metrics.{self.name}", self.signature, wrong, write) from error
 
