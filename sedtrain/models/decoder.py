@@ -36,9 +36,9 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
+from sedtrain.models.options import tried
 from sedtrain.models.prefix import behind_prefix, choose_listening, give_prompt, is_prefixed
 from sedtrain.models.stacks import decoder_config, out_of_whole
-from sedtrain.models.trial import tried
 from sedtrain.text.tokenizers import start_end_pad
 
 ALTERNATIVES = (

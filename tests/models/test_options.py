@@ -176,7 +176,7 @@ def test_values_that_leave_a_layer_without_weights_are_refused():
 
 
 def test_values_that_build_layers_without_end_are_refused(monkeypatch):
-    monkeypatch.setattr("sedtrain.models.trial.MOST_TENSORS", 500)
+    monkeypatch.setattr("sedtrain.models.options.MOST_TENSORS", 500)
     with pytest.raises(UserError) as caught:
         tiny_encoder("data2vec", options={"num_conv_pos_embeddings": 10**10})
     [error] = caught.value.errors
@@ -192,7 +192,7 @@ def test_values_of_the_tiny_member_are_told_where_no_option_is_chosen():
 
 
 def test_weights_beyond_the_memory_are_refused_before_they_are_allocated(monkeypatch):
-    monkeypatch.setattr("sedtrain.models.trial.memory", lambda: 10**9)
+    monkeypatch.setattr("sedtrain.models.options.memory", lambda: 10**9)
     with pytest.raises(UserError) as caught:
         tiny_encoder("hubert", options={"hidden_size": 1_000_000})
     [error] = caught.value.errors
