@@ -50,7 +50,7 @@ ONLY_IN = {
     "omegaconf": "build cli config interactive search tasks transcribe",
     "lightning": "build data.datamodule data.workers training",
     "datasets": "data",
-    "rich": "compare data.durations inspection.tables terminal training.progress training.tables",
+    "rich": "compare data.durations inspection.tables tasks terminal training.progress",
     "matplotlib": "evaluation",
     "starlette": "serving",
     "uvicorn": "serving",
