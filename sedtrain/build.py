@@ -15,9 +15,10 @@ from sedtrain.config.instantiate import create
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
-from sedtrain.data.datamodule import SpeechTextDataModule, features_folder
+from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
+from sedtrain.data.readers import cache_folder
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import collator_of, positions_of_audio
@@ -230,15 +231,10 @@ def cache_features(
     assert data.collator is not None
     data.collator.has_keys = True
     settings = {"precision": trainer.precision, "device": trainer.strategy.root_device.type, "compile": cfg.compile}
-    time_is_last = data.collator.time_is_last
-    module.cache = FeatureCache(
-        features_folder(), 1e9 * data.cache_gb, settings, num_ranks=trainer.world_size, time_is_last=time_is_last
-    )
-    logger.info(
-        "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3",
-        front.name,
-        module.cache.folder,
-    )
+    folder, num_bytes = cache_folder("features"), 1e9 * data.cache_gb
+    module.cache = FeatureCache(folder, num_bytes, settings, trainer.world_size, data.collator.time_is_last)
+    text = "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3"
+    logger.info(text, front.name, folder)
 
 
 def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> tuple[str, str]:

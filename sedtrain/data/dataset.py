@@ -47,7 +47,7 @@ class Kept:
         return len(self.references)
 
     def part(self, number: int) -> slice:
-        """The place of the utterances of a part."""
+        """Where the utterances of a part stand in the arrays."""
         return slice(*np.searchsorted(self.references[:, 0], [number, number + 1]))
 
     def chunks(self) -> Iterator[tuple[int, list[int], list[float]]]:

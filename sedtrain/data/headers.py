@@ -58,7 +58,8 @@ def claim_of(file: BinaryIO, size: int) -> Claim:
         first = read_at(file, 0, 4)
         start = 0
         if first[:3] == b"ID3":
-            start = after_id3(read_at(file, 0, 10))
+            tag = read_at(file, 0, 10)
+            start = 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])  # its size has seven bits a byte
             first = read_at(file, start, 4)
         if first == b"fLaC":
             return flac_claim(file, start, size)
@@ -93,11 +94,6 @@ def other_format(first: bytes) -> str | None:
     }
     is_adts = first[:1] == b"\xff" and first[1:2] in (b"\xf0", b"\xf1", b"\xf8", b"\xf9")
     return "AAC" if is_adts else beginnings.get(first[:4])
-
-
-def after_id3(tag: bytes) -> int:
-    """The byte after an ID3v2 tag, whose size has seven bits a byte."""
-    return 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
 
 
 # --- uncompressed audio

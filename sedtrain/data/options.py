@@ -18,7 +18,7 @@ OPTIONS = ("path", "name", "format", "audio_folder", "columns", "target", "langu
 
 
 def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as they hold in any folder and at any time: absolute paths, and the buckets themselves as `batches`."""
+    """The options with absolute paths and the buckets themselves as `batches`, so that they mean the same in any folder."""
     lasting = dict(data)
     if lasting.get("path"):
         lasting["path"] = absolute_path(lasting["path"])
@@ -57,7 +57,7 @@ def options_by_dataset(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_same_for_all(source: Mapping[str, Any]) -> bool:
-    """Tells whether several splits would be one file or, by a pattern or URL without `{split}`, the same files.
+    """True where several splits would be one file or, by a pattern or URL without `{split}`, the same files.
 
     Different slices of a file, such as `train[:90%]` and `train[90%:]`, are not the same.
     """

@@ -83,13 +83,17 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
         if not facts.st_size:
             return datasets.Dataset.from_dict({})
         key = (VERSION, os.path.abspath(file), facts.st_size, facts.st_mtime_ns)
-        folder = cache or Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain"
-        copy = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
+        copy = (cache or cache_folder()) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
             write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
     rows = datasets.Dataset.from_file(str(copy))
     is_whole = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
     return rows.remove_columns(PROBLEM) if is_whole else rows
+
+
+def cache_folder(name: str = "") -> Path:
+    """The folder of what is kept of data on this machine, for all runs."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / name
 
 
 def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:

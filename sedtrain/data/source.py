@@ -84,7 +84,7 @@ class Source:
 
 
 def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """Tells whether a column holds single values of one of these kinds of Arrow types."""
+    """True for a column of single values of one of these kinds of Arrow types."""
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
 
 

@@ -15,7 +15,7 @@ from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import expanded, files_at, files_of, is_here, local_path
-from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.readers import BrokenFile, cache_folder, one_line, read_rows, suffix_of
 from sedtrain.data.source import Source
 from sedtrain.data.tables import joined
 from sedtrain.errors import UserError
@@ -43,7 +43,7 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
         if rows is None:
             rows = from_datasets(path, split, name)
     if len(rows) == 0:
-        raise UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
+        raise empty_split(path, split)
     return rows
 
 
@@ -124,6 +124,10 @@ def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
     return read_folder(folder)
 
 
+def empty_split(path: str, split: str) -> UserError:
+    return UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
+
+
 def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
     wrong = f"there is no split {split!r}, there are {', '.join(others)}"
     options, slices = "data.train_split, data.validation_split, data.test_split", "'train[:90%]', 'train[90%:]'"
@@ -138,7 +142,8 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         )
         parts = [(part, own_files(builder, part.partition("[")[0])) for part in split.split("+")]
         if all(files for _, files in parts):
-            return joined([cut(joined(list(map(fetched_rows, files))), part) for part, files in parts])
+            read = [(part, [read_rows(Path(cached_path(file)), name=file) for file in files]) for part, files in parts]
+            return joined([cut(joined(rows), part) for part, rows in read])
         for file in map(str, chain.from_iterable((builder.config.data_files or {}).values())):
             if file.lower().endswith(PACKED):
                 refuse_unpacking(cached_path(file), file)
@@ -174,10 +179,6 @@ def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
 
 
-def fetched_rows(file: str) -> datasets.Dataset:
-    return read_rows(Path(cached_path(file)), name=file)
-
-
 def hub_or_folder(path: str) -> tuple[str, str | None]:
     """A folder, or a Hub id with its revision."""
     where = local_path(path)
@@ -192,4 +193,4 @@ def cache_of(folder: Path) -> str | None:
     files = sorted(Path(file) for file in files_in(folder))
     facts = [(str(file.resolve()), (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / key)
+    return str(cache_folder(key))

@@ -23,7 +23,7 @@ from sedtrain.data.paths import files_of, local_path
 from sedtrain.data.readers import json_row, json_rows, reading
 from sedtrain.data.separated import read_separated
 from sedtrain.data.source import Source
-from sedtrain.data.sources import SLICED, cut, missing_split, readable
+from sedtrain.data.sources import SLICED, cut, empty_split, missing_split, readable
 from sedtrain.data.tables import PROBLEM, Row, as_table, joined, lines_of, problem
 from sedtrain.errors import UserError
 
@@ -56,9 +56,7 @@ def formatted_rows(source: Source, split: str) -> datasets.Dataset:
             parts.append(cut(datasets.Dataset(table.select(names)), part))
     rows = joined(parts)
     if len(rows) == 0:
-        raise UserError(
-            "data.path", source.path, f"the split {split!r} is empty", "write a split with at least one row"
-        )
+        raise empty_split(source.path, split)
     return rows
 
 

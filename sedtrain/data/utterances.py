@@ -130,13 +130,13 @@ class UtteranceRows:
 
     def by_header(self, indices: Integers) -> Iterator[float]:
         """The lengths by the headers of the audio, read in threads; NaN where a header cannot be read."""
-        chunks = np.split(indices, range(ROWS_AT_ONCE, len(indices), ROWS_AT_ONCE))
-        with ThreadPoolExecutor() as pool:
-            for lengths in pool.map(self.headers, chunks):
-                yield from lengths
 
-    def headers(self, indices: Integers) -> list[float]:
-        return [self.length_or_reason(self.row(index))[0] for index in indices.tolist()]
+        def of_some(chunk: Integers) -> list[float]:
+            return [self.length_or_reason(self.row(index))[0] for index in chunk.tolist()]
+
+        with ThreadPoolExecutor() as pool:
+            for lengths in pool.map(of_some, np.split(indices, range(ROWS_AT_ONCE, len(indices), ROWS_AT_ONCE))):
+                yield from lengths
 
     def length_or_reason(self, row: Mapping[str, Any], declared: float | None = None) -> tuple[float, Reason]:
         """The length by the header of the audio and ("", ""), or NaN and the reason for that with a detail."""
