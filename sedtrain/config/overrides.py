@@ -175,7 +175,8 @@ class Check:
     def compose_and_apply(self, overrides: list[Override]) -> None:
         """Checks the configuration that overrides of single values compose."""
         overrides = [each for each in overrides if each.key_or_group != SEARCH_PATH]
-        choices = {each.get_key_element(): each for each in overrides if self.is_choice(each)}
+        named = (each for each in overrides if self.options(each.key_or_group))
+        choices = {each.get_key_element(): each for each in named if not isinstance(each.value(), dict)}
         known = {key: text for key, each in choices.items() if (text := self.choose(each))}
         config, failures = compose_choices(self.config_name, self.search_path, known)
         self.errors += failures.values()
@@ -233,15 +234,13 @@ class Check:
     def options(self, group: str) -> list[str]:
         return list(self.repository.get_group_options(group, ObjectType.CONFIG))
 
-    def is_choice(self, override: Override) -> bool:
-        return not isinstance(override.value(), dict) and bool(self.options(override.key_or_group))
-
     def choose(self, override: Override) -> str | None:
         """A choice of options that exist; an unknown one is reported, and the closest one takes its place."""
         if override.is_delete():
             return override.input_line
         value, group = override.value(), override.key_or_group
-        chosen = [self.known_option(group, "null" if each is None else str(each)) for each in as_list(value)]
+        names = ["null" if each is None else str(each) for each in (value if isinstance(value, list) else [value])]
+        chosen = [self.known_option(group, name) for name in names]
         listed = ",".join(filter(None, chosen))
         listed = f"[{listed}]" if isinstance(value, list) else listed
         return None if None in chosen else f"{override.get_key_element()}={listed}"
@@ -294,10 +293,6 @@ class Check:
             adding = f"; to add an option, write +{path}.{lacking}=VALUE"
             return wrong, suggest(lacking, map(str, node.keys())) + adding
         return wrong, f"choose one first: {path}={' | '.join(known)}" if known else f"write {path}=VALUE"
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def deepest(config: DictConfig, key: str) -> tuple[Any, str, str]:

@@ -12,17 +12,10 @@ from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative,
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
 OURS = {
-    "search",
-    "ctc_weight",
-    "num_return_sequences",
-    "lm",
-    "lm_weight",
-    "hotwords",
-    "hotword_bonus",
-    "window",
-    "pauses",
-    "int8",
-}  # the options that `generate` does not get as they are
+    *("search", "ctc_weight", "num_return_sequences", "lm", "lm_weight", "hotwords", "hotword_bonus"),
+    *("window", "pauses", "int8"),
+}
+"""Options that `generate` does not get as they are."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ class Transcriber(RecordingDecoder):
             shown, blocks = str(audio), blocks_of(audio, rate)
         found = self.transcription(name or shown, blocks, self.language, TASK_OF[self.target])
         warn(found, [each for each in found.segments if each.cut_at], self.limit)
-        warn(found, [each for each in found.segments if each.doubt], doubted)
+        warn(
+            found, [each for each in found.segments if each.doubt], lambda each: f"the text may be wrong: {each.doubt}"
+        )
         return found
 
     def limit(self, segment: Segment) -> str:
@@ -100,10 +102,6 @@ def warn(found: Transcription, faulty: Sequence[Segment], words: Callable[[Segme
         place = f", {first.start:.2f} to {first.end:.2f} s" if len(found.segments) > 1 else ""
         others = f" ({len(faulty) - 1} more of its {len(found.segments)} segments too)" if len(faulty) > 1 else ""
         logger.warning("audio=%s%s: %s%s", found.audio, place, words(first), others)
-
-
-def doubted(segment: Segment) -> str:
-    return f"the text may be wrong: {segment.doubt}"
 
 
 def blocks_of(path: str | Path, sampling_rate: int) -> Iterator[Samples]:

@@ -146,9 +146,7 @@ METRICS = {
     "wil": Metric("WIL", EDITS, False, count_edits, information_lost, of_words=True),
     "bleu": sacrebleu_metric("BLEU", BLEU),  # orders 1 to 4, exponential smoothing
     "chrf": sacrebleu_metric("chrF", tuple(NGRAMS)),  # character orders 1 to 6, beta 2, no word orders
-    "ter": sacrebleu_metric(
-        "TER", ("edits", "reference_words"), higher_is_better=False
-    ),  # without case, as it is published
+    "ter": sacrebleu_metric("TER", ("edits", "reference_words"), higher_is_better=False),  # without case, as published
 }
 
 

@@ -83,6 +83,7 @@ def read_results(folder: Path, option: str, value: str, write: str) -> Results:
     """The results in a folder, for a card. Raises the UserError of `option`, `value` and `write` where they are none."""
     stored = stored_results(folder, option, value, write)
     counts, learnt, train = (stored.get(name) for name in ("not_scored", "training_normalizer", "train"))
+    names_learnt = isinstance(learnt, dict) and all(isinstance(each, str) for each in learnt.values())
     totals = [train.get(each.name) for each in fields(TrainingTotals)[:4]] if isinstance(train, dict) else [None]
     return Results(
         task="translation" if stored.get("task") == "translation" else "transcription",
@@ -94,7 +95,7 @@ def read_results(folder: Path, option: str, value: str, write: str) -> Results:
         train=TrainingTotals(*totals) if all(map(is_number, totals)) else None,
         skipped={},
         versions={},
-        training_normalizer=printable_values(learnt) if isinstance(learnt, dict) and is_texts(learnt) else None,
+        training_normalizer=printable_values(learnt) if names_learnt else None,
         not_scored={printable(name): number for name, number in numbers(counts).items()},
         signatures=printable_values(stored.get("signatures", {})),
         resampled="speaker" if stored.get("resampled") == "speaker" else "utterance",
@@ -113,10 +114,6 @@ def interval(stored: Any) -> Interval:
     """NaN for what is no number."""
     ends = numbers(stored)
     return Interval(*(float(ends.get(name, nan)) for name in ("value", "low", "high")))
-
-
-def is_texts(table: Mapping[str, Any]) -> bool:
-    return all(isinstance(each, str) for each in table.values())
 
 
 def is_results(stored: Any) -> bool:

@@ -40,15 +40,12 @@ def refuse_code(option: str, name: str, **hub_options: Any) -> None:
             raise UserError(option, name, f"{file.name} {wrong}", f"write {option}=FOLDER saved by save_pretrained")
         for key, value in entries(values):
             if (key in CODE and value) or (KERNELS.search(key) and "/" in str(value)):
-                wrong = (
-                    f"{file.name} has {key}: it asks for Python code from elsewhere, and no code of a model's is run"
-                )
-                raise UserError(option, name, wrong, write)
+                wrong = f"{key}: it asks for Python code from elsewhere, and no code of a model's is run"
+                raise UserError(option, name, f"{file.name} has {wrong}", write)
             if LAYERS.search(key) and isinstance(value, int) and value > MOST_LAYERS:
-                wrong = (
-                    f"{file.name} has {key}={value}, which would not be built for hours; no model has {MOST_LAYERS:,}"
-                )
-                raise UserError(option, name, wrong, f"write {option}=FOLDER from a source that you trust")
+                wrong = f"{key}={value}, which would not be built for hours; no model has {MOST_LAYERS:,}"
+                trusted = f"write {option}=FOLDER from a source that you trust"
+                raise UserError(option, name, f"{file.name} has {wrong}", trusted)
 
 
 def fault_of_index(values: Any) -> str:

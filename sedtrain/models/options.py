@@ -23,14 +23,8 @@ NumLayers = Annotated[int, Range("a whole number from 1 to 1,000", low=1, high=1
 NumLayersOrZero = Annotated[int, Range("a whole number from 0 to 1,000", low=0, high=1000)]
 
 UNBUILDABLE = (
-    ValueError,
-    ImportError,
-    TypeError,
-    RuntimeError,
-    ArithmeticError,
-    LookupError,
-    AssertionError,
-    AttributeError,
+    *(ValueError, ImportError, TypeError, RuntimeError),
+    *(ArithmeticError, LookupError, AssertionError, AttributeError),
 )
 """Raised by constructors of transformers for values that do not go together."""
 ON_CPU = (None, "sdpa", "eager")  # attention implementations that compute there

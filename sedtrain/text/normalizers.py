@@ -54,14 +54,10 @@ def find(table: Mapping[str, Entry], name: str, noun: str, option: str) -> Entry
     raise UserError(option, name, f"there is no {noun} called {name!r}{guess}", f"write one of {', '.join(table)}")
 
 
-def collapse_whitespace(text: str) -> str:
-    return " ".join(text.split())
-
-
 def lowercase(text: str) -> str:
     # Lower case can leave NFKC (U+1E9E, U+0130), and NFKC can bring capitals back (U+212A): hence twice.
     lowered = unicodedata.normalize("NFKC", text).lower()
-    return collapse_whitespace(unicodedata.normalize("NFKC", lowered))
+    return " ".join(unicodedata.normalize("NFKC", lowered).split())
 
 
 def whisper(language: str) -> Normalizer:

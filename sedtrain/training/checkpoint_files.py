@@ -116,11 +116,8 @@ def newest_whole(folder: Path) -> Path | None:
     if last.is_file() and is_whole(last):
         return last
     if last.is_dir():
-        wrong, write = (
-            f"its {LAST} is a folder, not a checkpoint",
-            f"write mv {last} ANOTHER_PLACE in your shell, then resume",
-        )
-        raise UserError("run_dir", str(folder.parent), wrong, write)
+        write = f"write mv {last} ANOTHER_PLACE in your shell, then resume"
+        raise UserError("run_dir", str(folder.parent), f"its {LAST} is a folder, not a checkpoint", write)
     found = [path for path in (folder / BEST, last, folder / PREVIOUS) if path.is_file()]
     if not found:
         return None

@@ -125,13 +125,12 @@ class Guards(Callback):
             return
         beginning = max(HISTORY, self.probe_after * trainer.estimated_stepping_batches)
         if trainer.global_step >= beginning and gain < self.min_audio_gain:
-            logger.warning(
+            text = (
                 "step %d: the decoder hardly listens to the audio: the audio of other utterances raises its loss by only "
                 "%.3f nats per token (val/audio_gain); try loss.ctc_weight=0.3, finetune=all, more warm-up "
-                "(scheduler.warmup_fraction), another optimizer.lr, or more steps",
-                trainer.global_step,
-                gain,
+                "(scheduler.warmup_fraction), another optimizer.lr, or more steps"
             )
+            logger.warning(text, trainer.global_step, gain)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.num_bad and trainer.is_global_zero:
