@@ -347,7 +347,7 @@ def whole_data(cfg: DictConfig) -> SpeechTextDataModule:
 def exported(
     cfg: DictConfig,
 ) -> tuple[SavedModel, ExportOptions, dict[str, Any], Results | None, Origin, str]:
-    """What `task=export` writes. Raises one UserError of everything that is refused."""
+    """The components of `task=export`. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, options, search = attempt(saved_model, cfg), attempt(create, cfg, "export"), attempt(create, cfg, "decoding")
     write = "write checkpoint=RUN of a whole run, or checkpoint=RUN/model for a card without scores"
@@ -360,7 +360,7 @@ def exported(
 
 
 def origin(cfg: DictConfig, settings: dict[str, Any], saved: SavedModel) -> Origin:
-    """Where a model comes from, for its card; settings: of its training."""
+    """The origin of a model, for its card; settings: of its training."""
     return origin_of(settings, cfg.data.get("language"), cfg.export.license, saved.tags)
 
 

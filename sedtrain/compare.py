@@ -36,7 +36,7 @@ def short_names(places: Sequence[Path]) -> list[str]:
 
 
 def tables(comparison: Comparison) -> list[RenderableType]:
-    """What is shown in the terminal: verdicts last, where they are seen."""
+    """Tables and lines for the terminal; the verdicts come last, where they are seen."""
     numbers = ("value and\n95 % interval", "difference and\n95 % interval", "p, t", "p, swaps", "p, Holm")
     shown: list[RenderableType] = [f"{comparison.headline()}, {comparison.units}"]
     for metric in comparison.values:

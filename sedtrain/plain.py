@@ -24,7 +24,7 @@ class WithoutAliases(yaml.SafeLoader):
 
 
 def plain_value(file: Path, option: str, value: object, write: str) -> Any:
-    """What a YAML or JSON file holds, in types of YAML and JSON.
+    """The content of a YAML or JSON file, in types of YAML and JSON.
 
     option, value, write: of the UserError that is raised where it cannot be read, is too large or has anything else
     """

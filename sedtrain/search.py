@@ -173,7 +173,7 @@ class Search:
                 raise UserError("hydra.sweep.dir", str(self.folder), wrong, write)
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
-        """Runs trials, those of consecutive numbers in parallel, and tells the study how they ended."""
+        """Runs trials, those of consecutive numbers in parallel, and records in the study how they ended."""
         for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
             trials = [self.study.trials[number] for _, number in group]
             jobs = [[*self.arguments(each.params), self.reporting(each.number), *more] for each in trials]
@@ -193,7 +193,7 @@ class Search:
         return f"+callbacks.search={{_target_:sedtrain.training.guards.Reporting,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
-        """Tells the study how the trial in a folder ended, unless the run itself has told it that it was pruned."""
+        """Records in the study how the trial in a folder ended, unless the run itself has recorded that it was pruned."""
         trial = self.study.trials[number]
         if not trial.state.is_finished():
             value = self.objective.value(trial, folder) if is_finished(str(folder)) else None

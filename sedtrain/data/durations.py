@@ -87,7 +87,7 @@ def facts_of_file(path: str) -> FileFacts:
 
 
 def with_progress(lengths: Iterable[float], number: int, split: str) -> Iterator[float]:
-    """The same lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
+    """Yields the lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
     started, bar = time.perf_counter(), None
     text = f"{split}: reading how long each of {number:,} utterances is"
     with ExitStack() as shown:

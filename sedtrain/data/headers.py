@@ -1,4 +1,4 @@
-"""What the header of an audio file claims of its length, against the bytes that are there.
+"""The length that the header of an audio file claims, against the bytes that are there.
 
 libsndfile believes headers. Writers to a pipe leave a length of 0 or the highest number, recorders that are killed one that is
 too small, joined files that of the first, and MP3 of varying bit rate often none.
@@ -53,7 +53,7 @@ class Claim:
 
 
 def claim_of(file: BinaryIO, size: int) -> Claim:
-    """The claim of a file of `size` bytes; an empty one for formats of which nothing is known, or broken headers."""
+    """The claim of a file of `size` bytes; an empty one for unknown formats and broken headers."""
     try:
         first = read_at(file, 0, 4)
         start = 0
@@ -100,7 +100,7 @@ def other_format(first: bytes) -> str | None:
 
 
 class Layout(NamedTuple):
-    """How a container of chunks is written: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk.
+    """The layout of a container of chunks: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk.
 
     extra: bytes that the size of the audio's chunk counts beside the audio; in W64 those of the chunk's own header
     """
@@ -251,7 +251,7 @@ def crc8(content: bytes) -> int:
 
 
 def ogg_claim(file: BinaryIO, size: int) -> Claim:
-    """A fault where the last page is cut off, or another stream begins after the first, of which libsndfile reads nothing."""
+    """A fault where the last page is cut off, or where another stream follows the first: libsndfile would not read it."""
     at, is_in_stream = 0, False
     while at < size and (page := read_at(file, at, 27)).startswith(b"OggS"):
         sizes = file.read(page[26]) if len(page) == 27 else b""

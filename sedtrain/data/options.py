@@ -73,7 +73,7 @@ def names_several_files(path: str) -> bool:
 
 
 def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
-    """The datasets of a mix by name, or the only one; options that a dataset does not have are those of `common`."""
+    """The datasets of a mix by name, or the only one; `common` has the options that a dataset leaves out."""
     if mix:
         return [mixed_source(name, options, common) for name, options in mix.items()]
     if common["path"] is None:

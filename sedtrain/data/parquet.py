@@ -35,7 +35,7 @@ def batches(
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a row group, a few at a time. Raises UserError for columns that unfold beyond what data do.
 
-    content: the same file, of which the headers of pages are read
+    content: the same file, from which the headers of pages are read
     Other encodings repeat cells, each of which is in the column at least once: no row takes more than the columns.
     """
     stored = file.metadata.row_group(group)
@@ -56,7 +56,7 @@ def batches(
 
 
 def refuse_unfolding(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Table]:
-    """The same tables. Raises UserError where they have become more than a file of this size can mean."""
+    """Yields the tables. Raises UserError where they have become more than a file of this size can mean."""
     stored, total = path.stat().st_size, 0
     for table in tables:
         total += table.nbytes + ROW_BYTES * len(table)

@@ -1,6 +1,6 @@
 """One file of rows: a reader for each format, which reads on whatever is wrong with some of the rows.
 
-A row that cannot be read becomes a row of which only PROBLEM is known, so it is counted and listed like all others.
+A row that cannot be read becomes a row with PROBLEM alone, so that it is counted and listed like all others.
 
 To add a file format, write a function from a file to Arrow tables of one schema, and list it in READERS below, under
 its suffix. Folders, patterns, streams and messages take the suffixes from there.
@@ -35,7 +35,7 @@ from sedtrain.data.tables import (
     as_table,
     lines_of,
     problem,
-    refuse_twins,
+    refuse_same_names,
     refuse_utf16,
     text_or_problem,
 )
@@ -49,7 +49,7 @@ KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first 
 
 
 class BrokenFile(ValueError):
-    """A file of which nothing can be read; its message is the reason."""
+    """A file that cannot be read at all; its message is the reason."""
 
     def __init__(self, file: str | Path, error: Exception) -> None:
         super().__init__(str(error) if isinstance(error, OtherFormat) else one_line(error))
@@ -112,7 +112,7 @@ def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in larger tables: each chunk of a column costs a kilobyte of memory, however few rows it has."""
+    """Joins the rows to larger tables: each chunk of a column costs a kilobyte of memory, however few rows it has."""
     several: list[pa.Table] = []
     filled = 0.0
     for table in filter(len, tables):
@@ -154,7 +154,7 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
     """The rows; those that cannot be read, which is the rest of a row group, are null, with a PROBLEM."""
     with path.open("rb") as content, pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
-        refuse_twins(schema.names)
+        refuse_same_names(schema.names)
         nothing = (schema if PROBLEM in schema.names else schema.append(pa.field(PROBLEM, pa.string()))).empty_table()
         yield nothing
         for number in range(file.num_row_groups):
@@ -186,7 +186,7 @@ def json_rows(path: Path) -> Iterator[Row]:
     content = path.read_bytes() if path.suffix.lower() == ".json" else b""
     refuse_utf16(content[:1000])
     if content.lstrip().startswith(b"["):
-        values = json.loads(content, object_pairs_hook=without_twins)
+        values = json.loads(content, object_pairs_hook=without_same_names)
         yield from (value if isinstance(value, dict) else problem("broken JSON", "no object") for value in values)
         return
     with path.open("rb") as lines:
@@ -201,14 +201,14 @@ def json_row(content: bytes | None, position: str) -> Row:
     if PROBLEM in found:
         return found
     try:
-        row = json.loads(found["text"], object_pairs_hook=without_twins)
+        row = json.loads(found["text"], object_pairs_hook=without_same_names)
     except (ValueError, RecursionError) as error:
         return problem("broken JSON", f"{position}, {str(error).partition(':')[0]}")
     return row if isinstance(row, dict) else problem("broken JSON", f"{position} is no object")
 
 
-def without_twins(pairs: list[tuple[str, Any]]) -> Row:
-    """The object of these pairs. Raises ValueError where two have one name, of which JSON would take the last."""
+def without_same_names(pairs: list[tuple[str, Any]]) -> Row:
+    """The object of these pairs. Raises ValueError where two have one name: JSON would take the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]

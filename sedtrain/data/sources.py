@@ -172,7 +172,7 @@ def places_of(source: Source, split: str) -> list[str]:
 
 
 def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
-    """The files of a split that are read here: text, of which `datasets` guesses the types, and Parquet, which it unfolds."""
+    """The files of a split that are read here: `datasets` guesses the types of text, and unfolds Parquet without a bound."""
     by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
     files = list(map(str, by_split.get(split, ())))
     wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None, ".parquet": None}

@@ -1,6 +1,6 @@
 """Folders and manifests of other toolkits as rows with the same columns, whatever each toolkit calls them.
 
-A line that cannot be used becomes a row of which only PROBLEM is known, with its file and line.
+A line that cannot be used becomes a row with PROBLEM alone, which names its file and line.
 """
 
 import json
@@ -219,7 +219,7 @@ def supervision_rows(cut: Row, place: str) -> Iterator[Row]:
 
 
 def wrong_with(cut: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Why the audio of a cut is no part of a file, as a reason and a detail."""
+    """Reason and detail for a cut whose audio is no part of a file."""
     if (kind := cut.get("type", "MonoCut")) not in ("MonoCut", "Cut"):
         return "cut of another kind", f"{kind}, of which only Lhotse makes audio"
     if not (recording := cut.get("recording")):

@@ -67,7 +67,7 @@ class Row:
         """Writes what the decoder chooses behind each token of the guess as far as the draft agrees; True if the text ends.
 
         choices: behind the tokens from the place `first` on
-        Where they differ, the draft goes on behind the decoder's token, or leaves one of its own out for it.
+        Where they differ, the draft continues behind the decoder's token, or drops one of its own for it.
         """
         while True:
             token = choices[len(self.text) - 1 - first]

@@ -97,7 +97,7 @@ class Transcriber(RecordingDecoder):
 
 
 def warn(found: Transcription, faulty: Sequence[Segment], words: Callable[[Segment], str]) -> None:
-    """Tells of the first faulty segment of a recording, and how many others there are."""
+    """Logs the first faulty segment of a recording, and the number of the others."""
     for first in faulty[:1]:
         place = f", {first.start:.2f} to {first.end:.2f} s" if len(found.segments) > 1 else ""
         others = f" ({len(faulty) - 1} more of its {len(found.segments)} segments too)" if len(faulty) > 1 else ""

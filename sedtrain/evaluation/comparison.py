@@ -46,7 +46,7 @@ class Difference:
         return self.p_value < LEVEL
 
     def verdict(self, run: str, first: str) -> str:
-        """Such as `B is better: 1.20 points, p = 0.003`."""
+        """A sentence such as `B is better: 1.20 points, p = 0.003`."""
         p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
         if not self.is_shown:
             return f"no difference shown between {run} and {first} ({p_value})"

@@ -116,7 +116,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the difference between a run and the first comes from.
+    """The origin of the difference between a run and the first.
 
     groups:     by what they have in common: length, speaker, language
     confusions: reference word, hypothesis word, times in the first run and in the other, those that changed most first
@@ -136,7 +136,7 @@ def origin(
     first: Counts,
     other: Counts,
 ) -> Origin:
-    """Groups, confusions and utterances of which a run and the first differ most."""
+    """Groups, confusions and utterances in which a run and the first differ most."""
     keys: dict[str, Sequence[str | None]] = {
         "length": length_groups(first[:, 0]),
         "speaker": list(speakers),

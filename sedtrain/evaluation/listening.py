@@ -1,4 +1,4 @@
-"""What the decoder attends to while it writes a text, and when CTC hears the text's tokens.
+"""Frames that the decoder attends to while it writes a text, and the times at which CTC hears the text's tokens.
 
 B batch, which is one utterance, U tokens, T frames, V vocabulary of the CTC head.
 """

@@ -198,7 +198,7 @@ class MetricSet:
         return np.concatenate([self._count_few(references[each], hypotheses[each]) for each in few])
 
     def _count_few(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-        """The same, with the words of all texts in memory."""
+        """Counts of few utterances: the words of all of them are in memory at once."""
         rewrite = self.normalize.rewrite
         words = [[rewrite(text).split() for text in side] for side in (references, hypotheses)]
         columns = [np.maximum(np.fromiter(map(len, words[0]), np.int64), 1)[:, None]]
@@ -252,7 +252,7 @@ class MetricSet:
 class CorpusMetrics:
     """Metrics of a corpus in constant memory, whatever its size; `texts` only for those that do not add up.
 
-    counts: (K,) sums so far; those of all ranks, added, give all of them the same metrics
+    counts: (K,) sums so far; added over all ranks, they give every rank the same metrics
     """
 
     def __init__(self, metric_set: MetricSet) -> None:

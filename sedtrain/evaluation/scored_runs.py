@@ -21,7 +21,7 @@ MAX_LINE = 1_000_000  # bytes of an utterance
 WRITE = "write folders of runs that have ended, or of task=evaluate"
 TEXTS, OPTIONAL, NUMBERS = ("id", "reference", "hypothesis"), ("speaker", "language"), ("seconds", "score")
 COUNTED = ("num_utterances", "audio_seconds", "num_empty", "num_cut", "num_speakers", "num_without_speaker")
-LARGEST = 1e300  # a number; JSON can spell larger ones, of which Python makes no float
+LARGEST = 1e300  # a number; JSON can spell numbers that no float can hold
 HALF = re.compile("[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and no file can hold."""
 
@@ -69,7 +69,7 @@ class ScoredRun:
 
 
 def stored_results(folder: Path, option: str, value: str, write: str) -> dict[str, Any]:
-    """What results.json holds. Raises the UserError of these where it is missing, too large, or holds something else."""
+    """The content of results.json. Raises UserError where it is missing, too large, or holds something else."""
     file = folder / "results.json"
     if not file.is_file():
         raise UserError(option, value, f"there is no file {file}", write)

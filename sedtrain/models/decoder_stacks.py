@@ -180,7 +180,7 @@ class WholeT5GemmaDecoder(T5GemmaDecoder):
     def __init__(self, config: Any) -> None:
         config.cross_attention_hidden_size = config.hidden_size
         super().__init__(config)
-        config.cross_attention_hidden_size = None  # of which the joined model of transformers asks another thing
+        config.cross_attention_hidden_size = None  # the joined model of transformers reads it too, with another meaning
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache, tokens = kwargs["past_key_values"], kwargs["input_ids"]

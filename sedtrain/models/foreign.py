@@ -58,7 +58,7 @@ def fault_of_index(values: Any) -> str:
 
 
 def settings_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
-    """The JSON files by which `name` is loaded, as far as they are there; those of a Hub id from its cache or the Hub."""
+    """The existing JSON files by which `name` is loaded; for a Hub id, from its cache or the Hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         inside = folder / hub_options.get("subfolder", "")

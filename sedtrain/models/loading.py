@@ -127,7 +127,7 @@ def default_config(part: str, model_type: str) -> PreTrainedConfig:
 
 
 def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The encoder's own configuration in that of a whole Parakeet model, as it is published; any other unchanged."""
+    """The encoder's configuration inside a whole Parakeet model's, as it is published; any other unchanged."""
     if not (config.model_type.startswith("parakeet_") and hasattr(config, "encoder_config")):
         return config
     encoder: PreTrainedConfig = config.encoder_config

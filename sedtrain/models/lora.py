@@ -106,7 +106,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
-    """Adds the matrices that lie beside the saved model of this name, if any. Raises UserError for any but those of LoRA."""
+    """Adds the matrices that lie beside the saved model of this name, if any. Raises UserError for another kind than LoRA."""
     quietly = {f"_raise_exceptions_for_{each}": False for each in ("missing_entries", "connection_errors")}
     files = ("adapter_config.json", "adapter_model.safetensors")
     config, weights = (cached_file(checkpoint, f"{FOLDER}/{name}", **quietly) for name in files)

@@ -61,7 +61,7 @@ def refuse_uneven(part: str, given: Mapping[str, Mapping[str, Any]], config: Any
 
 
 def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
-    """The kind in words of which a value is not; what has no plain default fits, and null but for a fraction."""
+    """The expected kind in words, where a value does not fit; where nothing is expected, any value fits."""
     kind = kind_of(name, default)
     may_be_null = default is None or kind not in (FractionBelowOne, Fraction)
     if kind is not None and not (value is None and may_be_null) and not is_of(kind, as_plain(value)):

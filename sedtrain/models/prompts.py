@@ -15,9 +15,9 @@ END = ["pnc", "noitn", "notimestamp", "nodiarize"]
 
 
 def whole_prompt(model_type: str, tokenizer: Any, generation: Any) -> WholePrompt | None:
-    """What stands in front of a whole model's texts; None for one that has a single language.
+    """The prompt of a whole model's texts; None for a model of a single language.
 
-    model_type: that of `transformers`
+    model_type: as `transformers` names it
     generation: the generation config
     """
     make = PROMPTS.get(model_type)

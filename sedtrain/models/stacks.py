@@ -52,7 +52,7 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
 
     whole: the class of that model
     stack: the class of its decoder, or a subclass of it
-    within: name, in the configuration of the whole model, of that of the decoder; None: it has one for all
+    within: attribute of the whole model's configuration that holds the decoder's; None: there is one for both
     output_bias: True if the output layer has a bias
     of_frames: modules of the whole model's stack that its frames pass first, which a joined model leaves out
     """
@@ -259,5 +259,5 @@ def here_named(name: str) -> str:
 
 
 def whole_type(config: PreTrainedConfig) -> str:
-    """The model type by which users know the family: that of the whole model."""
+    """The model type of the whole model, by which users know the family."""
     return next((name for name, kind in OF_WHOLE.items() if isinstance(config, kind.config_class)), config.model_type)

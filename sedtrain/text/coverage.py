@@ -28,9 +28,9 @@ class VocabularyReport:
     rewrite: applied to each text before it is encoded
     scores:  of texts that are encoded and decoded; no model of this tokenizer writes these texts with fewer errors
 
-    num_texts, num_emptied:  texts that are not empty, and those of them that `rewrite` empties
+    num_texts, num_emptied:  texts that are not empty; how many of them `rewrite` empties
     characters:              counts in rewritten texts, without white space
-    num_tokens, num_unknown: tokens of rewritten texts, and those of them that are the unknown token
+    num_tokens, num_unknown: tokens of rewritten texts; how many of them are the unknown token
     num_changed, changed:    texts that come back as others, and the first of them
     """
 

@@ -61,7 +61,7 @@ def lowercase(text: str) -> str:
 
 
 def whisper(language: str) -> Normalizer:
-    """That of `english` or `basic`; transformers has both too, without the 1,741 spellings that published scores use."""
+    """Whisper's normalizer `english` or `basic`; those of transformers lack the 1,741 spellings that published scores use."""
     module = importlib.import_module(f"whisper_normalizer.{language}")
     rewrite = getattr(module, f"{language.title()}TextNormalizer")()
     return Normalizer(f"whisper_{language}", f"whisper-normalizer {version('whisper-normalizer')}", rewrite)

@@ -36,7 +36,7 @@ NOT_SCORED_ANEW = {"split", "data.test_split"}
 AVERAGES = ("callbacks.ema", "callbacks.average")
 """Callbacks that decide the weights; all others may come and go."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
-"""Files of a run with a line of JSON for each entry, many of which say their step."""
+"""Files of a run with a line of JSON for each entry; most lines name their step."""
 
 
 class Hashed:

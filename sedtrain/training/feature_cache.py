@@ -73,7 +73,7 @@ class Store:
     """A folder with a file for each utterance, which processes share; a damaged file is as good as none.
 
     folder: of all stores, each named by its `key`
-    most_bytes: of all stores, of which this process adds its share
+    most_bytes: of all stores; this process may add its share
     """
 
     def __init__(self, folder: Path, key: str, most_bytes: float, num_ranks: int) -> None:

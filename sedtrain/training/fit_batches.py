@@ -374,7 +374,7 @@ class TrialSteps(Callback):
 
 
 def unsharded(module: SpeechSeq2SeqModule) -> SpeechSeq2SeqModule:
-    """The same module around the same model, to be fitted once: FSDP marks a module, and refuses to shard it again."""
+    """A copy of the module around the same model, for one fit: FSDP marks a module, and refuses to shard it again."""
     twin = copy.copy(module)
     vars(twin).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
     return twin

@@ -193,7 +193,7 @@ class SpeechSeq2SeqModule(LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> dict[str, list[str]] | None:
         if len(batch) == 0:
             return None
-        # Compiled code would be compiled anew for every token.
+        # Compiled code would be compiled again for every token.
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"), self.cached(batch):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
