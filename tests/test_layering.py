@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "serving": "annotations data decoding errors ranges",
     "build": "config data decoding errors evaluation export models plain run_dir text training transcribe",
     "terminal": "evaluation",
-    "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir terminal",
+    "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir",
     "inspection": "batch data errors evaluation run_dir",
     "export": "annotations batch data decoding errors evaluation models run_dir text",
     "evaluation": "batch data decoding errors models plain ranges run_dir text",
