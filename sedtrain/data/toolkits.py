@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from sedtrain.data.audio import is_media_file
 from sedtrain.data.audio_paths import files_in
-from sedtrain.data.folders import by_stem, listed_rows, path_below
-from sedtrain.data.kaldi import kaldi_rows
+from sedtrain.data.folders import by_stem, kaldi_rows, listed_rows, path_below
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import files_of, local_path
 from sedtrain.data.readers import json_row, json_rows, reading
