@@ -95,7 +95,7 @@ def read_results(folder: Path, option: str, value: str, write: str) -> Results:
         train=TrainingTotals(*totals) if all(map(is_number, totals)) else None,
         skipped={},
         versions={},
-        training_normalizer=printable_values(learnt) if names_learnt else None,
+        training_normalizer=printable_values(learnt or {}) if names_learnt else None,
         not_scored={printable(name): number for name, number in numbers(counts).items()},
         signatures=printable_values(stored.get("signatures", {})),
         resampled="speaker" if stored.get("resampled") == "speaker" else "utterance",
