@@ -156,13 +156,13 @@ def keyed_lines(file: Path, broken: list[Row]) -> dict[str, tuple[int, str]]:
         return found
     with file.open("rb") as content:
         for number, line in enumerate(lines_of(content), start=1):
-            place = f"{file.name}, line {number}"
-            row = text_or_problem(line, place)
+            position = f"{file.name}, line {number}"
+            row = text_or_problem(line, position)
             key, *rest = re.split(r"[ \t]+", row.get("text", "").strip(" \t\r\n"), maxsplit=1)
             if PROBLEM in row:
                 broken.append(row)
             elif key in found:
-                broken.append(problem("two lines of one name", f"{place}, {key} as in line {found[key][0]}"))
+                broken.append(problem("two lines of one name", f"{position}, {key} as in line {found[key][0]}"))
             elif key:
                 found[key] = (number, rest[0] if rest else "")
     return found
@@ -170,11 +170,11 @@ def keyed_lines(file: Path, broken: list[Row]) -> dict[str, tuple[int, str]]:
 
 def refuse_commands(folder: Path, recordings: Mapping[str, tuple[int, str]]) -> None:
     """Raises UserError for a command in wav.scp, which nobody wants to run because a folder says so, and for archives."""
-    for number, place in recordings.values():
-        if place.endswith("|") or place.startswith("|") or place == "-":
-            wrong = f"wav.scp, line {number} is a command ({place[:80]}), which is never run"
-        elif ARCHIVED.search(place):
-            wrong = f"wav.scp, line {number} is an offset in an archive ({place[:80]})"
+    for number, path in recordings.values():
+        if path.endswith("|") or path.startswith("|") or path == "-":
+            wrong = f"wav.scp, line {number} is a command ({path[:80]}), which is never run"
+        elif ARCHIVED.search(path):
+            wrong = f"wav.scp, line {number} is an offset in an archive ({path[:80]})"
         else:
             continue
         write = "write wav.scp with the paths of audio files, converted once by you"
@@ -183,13 +183,13 @@ def refuse_commands(folder: Path, recordings: Mapping[str, tuple[int, str]]) -> 
 
 def segment(id: str, number: int, rest: str) -> Row:
     """Recording, start and end of a line `UTTERANCE RECORDING START END`; the end -1 is that of the recording."""
-    place, fields = f"segments, line {number}, {id}", rest.split()
+    position, fields = f"segments, line {number}, {id}", rest.split()
     try:
         recording, start, end = fields[0], *map(float, fields[1:3])
         if not 0 <= start < (end if end != -1 else start + 1):
-            return problem("no such segment", f"{place}: {fields[1]} to {fields[2]} s")
+            return problem("no such segment", f"{position}: {fields[1]} to {fields[2]} s")
     except (IndexError, ValueError):
-        return problem("broken line", f"{place}: it is not UTTERANCE RECORDING START END")
+        return problem("broken line", f"{position}: it is not UTTERANCE RECORDING START END")
     return {"recording": recording, "start": start, "end": None if end == -1 else end}
 
 

@@ -45,12 +45,12 @@ def problem(reason: str, detail: str) -> Row:
     return {PROBLEM: f"{reason}: {detail}"}
 
 
-def text_or_problem(content: bytes | None, place: str) -> Row:
+def text_or_problem(content: bytes | None, position: str) -> Row:
     """The content of a line or a file as `text`, or what is wrong with it; None stands for one that is too large."""
     if content is None:
-        return problem("text too large", place)
+        return problem("text too large", position)
     text = decoded(content)
-    return problem("text that is not UTF-8", place) if text is None else {"text": text}
+    return problem("text that is not UTF-8", position) if text is None else {"text": text}
 
 
 def refuse_utf16(beginning: bytes) -> None:

@@ -190,25 +190,25 @@ def cut_file_rows(file: Path) -> Iterator[Row]:
     with fsspec.open(file, compression="infer") as lines:
         for number, line in enumerate(lines_of(lines), start=1):
             if line is None or line.strip():
-                cut = json_row(line, place := f"{file.name}, line {number}")
-                yield from [cut] if PROBLEM in cut else rows_of_cut(cut, place)
+                cut = json_row(line, position := f"{file.name}, line {number}")
+                yield from [cut] if PROBLEM in cut else rows_of_cut(cut, position)
 
 
-def rows_of_cut(cut: Row, place: str) -> Iterator[Row]:
+def rows_of_cut(cut: Row, position: str) -> Iterator[Row]:
     """A row for each supervision of a cut, with its times in the recording; one row if something is wrong."""
     try:
-        yield from list(supervision_rows(cut, place))
+        yield from list(supervision_rows(cut, position))
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
-        yield problem("broken cut", f"{place}: it has not the fields of a MonoCut with a recording and supervisions")
+        yield problem("broken cut", f"{position}: it has not the fields of a MonoCut with a recording and supervisions")
 
 
-def supervision_rows(cut: Row, place: str) -> Iterator[Row]:
+def supervision_rows(cut: Row, position: str) -> Iterator[Row]:
     supervisions = cut.get("supervisions") or []
     if reason := wrong_with(cut):
-        yield {"id": cut.get("id")} | problem(*reason[:1], f"{place}: {reason[1]}")
+        yield {"id": cut.get("id")} | problem(*reason[:1], f"{position}: {reason[1]}")
         return
     if not supervisions:
-        yield {"id": cut["id"]} | problem("no transcript", f"{place}: the cut has no supervision")
+        yield {"id": cut["id"]} | problem("no transcript", f"{position}: the cut has no supervision")
     for each in supervisions:
         start = round(cut["start"] + each["start"], 8)
         times = {"start": start, "end": round(start + each["duration"], 8)}
