@@ -70,7 +70,7 @@ class Attempts:
         self.errors: list[UserError] = []
 
     def __call__(self, make: Any, *needed: Any) -> Any:
-        """`make(*needed)`; REFUSED where it raises UserError, or where one of these was refused itself."""
+        """The result of `make(*needed)`; REFUSED where it raises UserError, or where an argument is REFUSED."""
         if any(each is REFUSED for each in (make, *needed)):
             return REFUSED
         try:

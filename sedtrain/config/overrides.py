@@ -38,7 +38,7 @@ OF_WHOLE = re.compile(
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
-    """The arguments for Hydra, checked, its flags first; those that only ask for help pass as they are.
+    """Hydra's arguments, checked, flags first; arguments that only ask for help pass as they are.
 
     Raises UserError. An option that a target takes but no option file lists gets the `++` that Hydra wants.
     """
@@ -115,7 +115,7 @@ class Check:
                 self.report(override.key_or_group, override.value(), wrong, write)
 
     def add_search_path(self, overrides: list[Override], folders: list[Path]) -> None:
-        """Has Hydra search these folders beside those of its own option."""
+        """Adds these folders to Hydra's search path, and checks those of `hydra.searchpath`."""
         for folder in folders:
             if not folder.is_dir():
                 self.report("--config-dir", str(folder), "no such folder", "name a folder of groups")
@@ -198,7 +198,7 @@ class Check:
         self.refuse_beside_whole(config, known, overrides)
 
     def refuse_beside_whole(self, config: DictConfig, known: dict[str, str], overrides: list[Override]) -> None:
-        """Reports options of the model that were set beside a whole checkpoint, which has its own."""
+        """Reports options of the model that a whole checkpoint decides."""
         checkpoint = plain(config, "checkpoint")
         if checkpoint in (None, UNSET) or config.get("task") not in ("train", "fit_batches"):
             return

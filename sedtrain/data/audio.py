@@ -106,7 +106,7 @@ class ByteRange(io.FileIO):
 
 
 class Sound(soundfile.SoundFile):
-    """An opened recording. `missing`: seconds that its header claims and that are not there, below 0 those in excess of it."""
+    """An opened recording. `missing`: seconds that its header claims and the file lacks; below 0, seconds beyond the claim."""
 
     missing = 0.0
 

@@ -82,7 +82,7 @@ class Corpus:
         return " + ".join(dict.fromkeys(public_name(source.path) for source in self.sources))
 
     def described(self, split: str) -> str:
-        """The names of its datasets that have the split, each with its own name of it."""
+        """Names of the datasets that have the split, each with its own name for the split."""
         names = [(public_name(each.path), each.name, each.splits[split]) for each in self.sources if each.splits[split]]
         return " + ".join(dict.fromkeys(", ".join(filter(None, name)) for name in names))
 

@@ -33,7 +33,7 @@ FileFacts = tuple[str, int, int]
 
 
 def durations(rows: UtteranceRows) -> Floats:
-    """(N,) the seconds of each utterance; NaN where no column and no header gives them, which is tried again the next time."""
+    """(N,) the seconds of each utterance; NaN where no column and no header gives them, to be tried again in the next run."""
     lengths = rows.declared()
     if not np.isnan(lengths).any():
         return lengths

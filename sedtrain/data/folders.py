@@ -66,7 +66,7 @@ def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
 
 
 def by_stem(audio: Iterable[str]) -> dict[str, str]:
-    """A file for each name without its suffix; one that can be read rather than one that cannot."""
+    """The file of each name without suffix; where there are several, one that can be read."""
     return {os.path.splitext(file)[0]: file for file in sorted(audio, key=is_audio_file)}
 
 

@@ -48,7 +48,7 @@ class Claim:
         return (self.prefix or content[: self.at]) + self.patch + content[self.at + len(self.patch) :]
 
     def missing(self, seconds: float) -> float:
-        """Seconds that are missing, below 0 those in excess; seconds: the length that libsndfile gives."""
+        """Seconds that the file lacks; below 0, seconds beyond the claim. seconds: the length that libsndfile gives."""
         return (self.claimed - self.found) / self.counted * seconds
 
 

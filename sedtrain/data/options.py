@@ -50,7 +50,7 @@ def refuse_same_for_all(data: Mapping[str, Any]) -> None:
 
 
 def options_by_dataset(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each dataset that the group `data` names, by the option that they belong to."""
+    """The options of each dataset of the group `data`, by the dotted name in front of them."""
     common = {name: data.get(name) for name in OPTIONS}
     mix = data.get("mix") or {}
     return {f"data.mix.{name}": {**common, **options} for name, options in mix.items()} or {"data": common}
@@ -120,7 +120,7 @@ def source_of(options: Mapping[str, Any], where: str) -> Source:
 
 
 def columns_of(format: str | None, options: Mapping[str, Any], where: str) -> Columns:
-    """The columns that the options name, or those of a format. Raises UserError for a format that lacks them."""
+    """The columns that the options name, or the columns of a format. Raises UserError for a format that lacks one."""
     if format is None:
         return Columns.of(options["columns"], options["target"], where)
     if format not in FORMATS:

@@ -175,7 +175,7 @@ class Parts(Sequence[UtteranceRows]):
 
 
 def parts_of(source: Source, split: str, copies: Path | None = None) -> list[Part]:
-    """A split, which is train, validation or test, as one part, or as one for each of its files; none if there is no such.
+    """The parts of a split (train, validation or test): one, or one for each file; none where the source has no such split.
 
     copies: where files are opened one by one, the folder of what is fetched or converted for that
     Raises UserError where the split is missing, or a slice of it is asked for file by file.

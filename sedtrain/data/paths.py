@@ -48,7 +48,7 @@ def public_name(path: str) -> str:
 
 
 def files_of(path: str, split: str) -> list[Path]:
-    """The files that a split is stored in: the file or the pattern itself, or those of the folder that are named after it.
+    """The files of a split: the file itself, those of the pattern, or those of the folder that are named after the split.
 
     Raises UserError for a pattern that matches nothing.
     """
@@ -95,7 +95,7 @@ def expanded(pattern: str) -> Iterator[str]:
 
 
 def files_at(url: str) -> list[str]:
-    """The URL, or those that a glob stands for. Raises UserError where none is found, or the URL names no file to read."""
+    """The URL, or the URLs that match its glob. Raises UserError where none matches, or for files of an unknown format."""
     if suffix_of(file_name(url)) is None:
         wrong = "this URL names no file of a format that can be read"
         raise UserError("data.path", url, wrong, f"write a URL of files of one of {', '.join(READERS)}")

@@ -151,7 +151,7 @@ def suffix_of(name: str) -> str | None:
 
 
 def read_parquet(path: Path) -> Iterator[pa.Table]:
-    """The rows; those that cannot be read, which is the rest of a row group, are null, with a PROBLEM."""
+    """The rows. Where a page is broken, the rest of its row group is null, with a PROBLEM."""
     with path.open("rb") as content, pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         refuse_same_names(schema.names)

@@ -78,7 +78,7 @@ class Comparison:
     notes: list[str]
 
     def headline(self) -> str:
-        """Number of utterances that were compared, and of those that were left out, by run."""
+        """The number of utterances that were compared, and how many each run has beside them."""
         others = ", ".join(f"{n:,} of {name}" for n, name in zip(self.left_out, self.names, strict=True) if n)
         left_out = f" ({others} left out: another run lacks them)" if others else ""
         return f"{self.split}: {self.num_utterances:,} utterances in common{left_out}"

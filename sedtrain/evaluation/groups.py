@@ -46,7 +46,7 @@ def by_name(values: Sequence[str | None]) -> Groups:
 def scores_by_group(
     name: str, metric_set: MetricSet, evaluation: Evaluation, num_words: Sequence[int], labels: Collection[str]
 ) -> list[str]:
-    """A figure for each number and a table for each name that differs between utterances.
+    """A figure for each numeric property and a table for each name, where utterances differ in it.
 
     num_words: of each reference
     labels:    names of the datasets of a mix, with which ids begin

@@ -109,7 +109,7 @@ def attention_figure(
     attention: np.ndarray | None,
     spans: Sequence[tuple[float, float]] | None,
 ) -> str:
-    """A line for each token: the frames that the decoder attends to as a shade, those in which CTC hears it as a bar.
+    """A line for each token: a shade where the decoder attends to the audio, a bar where CTC hears the token.
 
     attention: (U, T) weights; the highest of each token is the darkest
     """

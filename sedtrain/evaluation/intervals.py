@@ -177,7 +177,7 @@ def standard_error(without_one: npt.NDArray[np.float64]) -> float:
 
 
 def degrees_of_freedom(sums: Counts) -> int:
-    """One less than the number of units of equal size that say as much as these: few where a few speakers say most."""
+    """The effective number of units less one: small where a few speakers say most of the words."""
     sizes = sums[:, 0].astype(np.float64)
     return max(round(float(sizes.sum() ** 2 / max((sizes**2).sum(), 1.0))) - 1, 1)
 

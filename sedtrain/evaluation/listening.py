@@ -67,7 +67,7 @@ def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
 
 
 def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels: Tensor) -> Tensor | None:
-    """(1, U) labels -> (U, T) weights of the frames from which each was written; None where the decoder gives none."""
+    """(1, U) labels -> (U, T) weights of each label on the frames; None where the decoder gives no weights."""
     inputs = model.prepare_decoder_input_ids_from_labels(labels)
     with eager_attention(model.decoder):
         wanted = {"output_attentions": True, "output_logits": False, "use_cache": False}

@@ -250,7 +250,7 @@ class MetricSet:
 
 
 class CorpusMetrics:
-    """Metrics of a corpus in constant memory, whatever its size; `texts` only for those that do not add up.
+    """Metrics of a corpus in constant memory; `texts` are kept only for metrics that do not add up.
 
     counts: (K,) sums so far; added over all ranks, they give every rank the same metrics
     """

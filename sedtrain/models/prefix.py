@@ -232,7 +232,7 @@ class Prefixed:
 
 
 def in_place(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, U, V) logits of texts whose padding has moved to the front -> those of the tokens as they were given.
+    """(B, U, V) logits of texts whose padding has moved to the front -> logits of the tokens where they were given.
 
     A padded token behind a text has the logits of its last real one, which `generate` continues from.
     """

@@ -43,7 +43,7 @@ def is_within(value: object, most: float) -> TypeGuard[float]:
 
 
 def most_tokens(config: PreTrainedConfig, seconds: float) -> int:
-    """Tokens that a text of so many seconds may have: a multiple of those that training texts have in that time."""
+    """The most tokens of a text of so many seconds: a multiple of the mean of training texts."""
     rate = getattr(config, "tokens_per_second", None)
     if not is_within(rate, MOST_RATE) or not isfinite(seconds):
         most = getattr(config, "max_text_tokens", None)  # of a whole speech model

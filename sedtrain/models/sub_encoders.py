@@ -142,7 +142,7 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
 
 
 class ExactCausalConv1d(MoonshineStreamingCausalConv1d):
-    """Counts the frames that an utterance has alone; upstream also counts those that one real input reaches.
+    """Counts the frames that an utterance has without padding; upstream also counts frames that it reaches in part.
 
     lengths: (B,) of its input
     """

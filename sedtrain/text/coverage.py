@@ -93,7 +93,7 @@ class VocabularyReport:
         return not (self.unwritable or self.num_unknown or self.num_emptied or any(floors))
 
     def __str__(self) -> str:
-        """One line, and one more for each of the most frequent characters that cannot be written and texts that change."""
+        """A summary, then a line for each frequent character that cannot be written and for each text that changes."""
         return "\n".join([*self.written(), *self.given_back()])
 
     def given_back(self) -> Iterator[str]:

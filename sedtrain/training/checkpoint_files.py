@@ -111,7 +111,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder that is not damaged, None where there is none; raises UserError where all are."""
+    """The newest undamaged checkpoint of a folder; None without checkpoints. Raises UserError where all are damaged."""
     last = folder / LAST
     if last.is_file() and is_whole(last):
         return last
@@ -194,7 +194,7 @@ def forget(folder: Path) -> None:
 
 
 def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError with the settings in which this folder's run differs and that decide weights, or scores that exist.
+    """Raises UserError with the settings of this folder's run that differ and would change its weights, or scores that exist.
 
     What the run was not asked, such as an option of a later version, was false then.
     """

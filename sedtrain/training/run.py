@@ -218,7 +218,7 @@ class TrainingRun:
         return last
 
     def stopped_by(self) -> int | None:
-        """The number of the signal that stopped training, SIGTERM where another rank received it; None where none did."""
+        """The number of the signal that stopped training (SIGTERM where another rank received it); None without a signal."""
         numbers = [stop.stopped_by for stop in self.callbacks(StopOnInterrupt) if stop.stopped_by]
         numbers += [signal.SIGTERM] if self.callbacks(Checkpoints)[0].stopped else []
         return int(numbers[0]) if numbers else None
