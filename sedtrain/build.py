@@ -252,7 +252,8 @@ def make_trainer(
 ) -> lightning.Trainer:
     refuse_absent(cfg.trainer.get("accelerator"))
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data))
+    trackers = [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
+    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, trackers, finetuning, *main_metric(cfg, data))
 
 
 def trainer_maker(cfg: DictConfig) -> Callable[..., lightning.Trainer]:
@@ -265,11 +266,6 @@ def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning
     """Makes the run's own Trainer with some arguments replaced; `strategy=auto` stays what it is for `world_size` processes."""
     several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
     return lambda **replaced: trainer_maker(cfg)(**several, **replaced)  # a strategy serves one Trainer
-
-
-def loggers(cfg: DictConfig) -> list[Tracker]:
-    """One of each entry of `logger`."""
-    return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
 
 
 def report_vocabulary(data: SpeechTextDataModule, metrics: MetricSet, max_texts: int | None) -> None:

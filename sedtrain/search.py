@@ -26,6 +26,7 @@ from sedtrain.terminal import show, table
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
 FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
+WRITE = "write the values that were searched, or another hydra.sweep.dir"
 
 Launch = Callable[..., Sequence[JobReturn]]
 
@@ -150,8 +151,7 @@ class Search:
         try:
             trials = [self.study.ask(self.distributions) for _ in range(number)]
         except ValueError as error:
-            write = "write the values that were searched, or another hydra.sweep.dir"
-            raise UserError("hydra.sweep.dir", str(self.folder), f"its study: {error}", write) from error
+            raise UserError("hydra.sweep.dir", str(self.folder), f"its study: {error}", WRITE) from error
         for trial in trials:
             trial.set_user_attr(FOLDER, str(self.folder))
         return [trial.number for trial in trials]
@@ -169,8 +169,7 @@ class Search:
             known = self.distributions.get(option)
             if known is None or not (isinstance(value, int | float) or value in getattr(known, "choices", ())):
                 wrong = f"its study has a trial with {option}={value}, which this search does not draw"
-                write = "write the values that were searched, or another hydra.sweep.dir"
-                raise UserError("hydra.sweep.dir", str(self.folder), wrong, write)
+                raise UserError("hydra.sweep.dir", str(self.folder), wrong, WRITE)
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
         """Runs trials, those of consecutive numbers in parallel, and records in the study how they ended."""

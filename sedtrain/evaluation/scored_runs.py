@@ -132,9 +132,7 @@ def read_utterances(file: Path, folder: str) -> dict[str, BestHypothesis]:
         raise UserError("runs", folder, f"{file} is larger than {MAX_BYTES:,} bytes", WRITE)
     utterances: dict[str, BestHypothesis] = {}
     with file.open("rb") as lines:
-        number = 0
-        while line := lines.readline(MAX_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
             each = parsed(line)
             if each is None:
                 wrong = f"line {number} of {file} is no utterance: expected JSON with the texts {', '.join(TEXTS)}"
