@@ -30,7 +30,7 @@ from sedtrain.errors import UserError
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVED = re.compile(r":\d+$")  # ends a path with an offset in an archive
 KALDI = {"text": "text", "speaker": "utt2spk", "language": "utt2lang", "seconds": "utt2dur"}
-"""Kaldi's files of columns."""
+"""Kaldi's file of each column."""
 
 
 def has_audio(folder: Path) -> bool:

@@ -124,13 +124,14 @@ def read_common_voice(path: Path, split: str, name: str | None, patterns: Iterab
         wrong = f"{file.name} has no column {sorted(missing)[0]!r}, it has {', '.join(table.column_names)}"
         raise UserError("data.path", str(path), wrong, "write data.path=FOLDER as Common Voice is unpacked")
     clips, names = path / "clips", table["path"].to_pylist()
-    columns = {role: table[column] for role, column in COMMON_VOICE.items() if column in table.column_names}
+    columns: dict[str, Any] = dict.fromkeys(COLUMNS, pa.nulls(len(table)))
+    columns |= {role: table[column] for role, column in COMMON_VOICE.items() if column in table.column_names}
     columns["audio"] = pa.array([each and path_below(clips, each) for each in names] if clips.is_dir() else names)
     columns["id"] = pa.array([each and os.path.splitext(each)[0] for each in names])
     columns["seconds"] = pa.array(list(map(clip_seconds(path).get, names)), pa.float64())
     if PROBLEM in table.column_names:
         columns[PROBLEM] = pa.array(named(file, table[PROBLEM].to_pylist()))
-    return complete(pa.table(columns))
+    return pa.table(columns)
 
 
 def tabs_of(file: Path) -> pa.Table:
@@ -148,13 +149,6 @@ def clip_seconds(folder: Path) -> dict[str | None, float]:
     names = table.column_names
     found = zip(*(table[names[number]].to_pylist() for number in (0, 1)), strict=True) if len(names) > 1 else ()
     return {name: float(length) / 1000 for name, length in found if length and length.isdecimal()}
-
-
-def complete(table: pa.Table) -> pa.Table:
-    """The table with all columns, of nulls where it had none."""
-    for name in set(COLUMNS) - set(table.column_names):
-        table = table.append_column(name, pa.nulls(len(table)))
-    return table
 
 
 # --- JSON lines
