@@ -128,10 +128,10 @@ def whole_checkpoint(cfg: DictConfig) -> str | None:
             wrong = f"checkpoint={cfg.checkpoint} is one model of encoder, decoder and prompt"
             raise UserError(name, given, wrong, f"write {name}=null, or {apart}, without checkpoint")
     if not is_plain:
-        wrong = "nothing stands between the parts of a whole checkpoint, which is saved as what it was"
+        wrong = "a whole checkpoint takes no adapter: it is saved as what it was"
         raise UserError("adapter", cfg.adapter.get("_target_"), wrong, f"write adapter=linear, or {apart}")
     if not pretrained:
-        wrong = "a whole checkpoint is taken with its weights"
+        wrong = "a whole checkpoint comes with its weights"
         raise UserError("pretrained", False, wrong, f"write pretrained=true, or {apart}")
     return str(cfg.checkpoint)
 

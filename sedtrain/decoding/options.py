@@ -72,7 +72,7 @@ class DecodingOptions:
             raise UserError("decoding.num_beams", self.num_beams, "search=speculative is greedy search", write, python)
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             write = f"write decoding.num_beams={self.num_return_sequences} or more"
-            wrong = f"num_beams={self.num_beams} beams end in no more texts than that"
+            wrong = f"num_beams={self.num_beams} beams end in at most as many texts"
             raise UserError("decoding.num_return_sequences", self.num_return_sequences, wrong, write)
         activity_of(self.pauses)
 

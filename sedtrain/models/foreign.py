@@ -32,7 +32,7 @@ def refuse_code(option: str, name: str, **hub_options: Any) -> None:
     write = f"write {option}=FOLDER of a model that transformers knows without other code"
     for file in settings_files(name, hub_options):
         if file.name == ADAPTER:
-            wrong = f"{ADAPTER} makes it matrices of peft, for a base model that it names and that would be fetched"
+            wrong = f"{ADAPTER} makes it an adapter of peft, whose base model would be fetched"
             merge = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
             raise UserError(option, name, wrong, merge)
         values = plain_value(file, option, name, write)

@@ -119,7 +119,7 @@ def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
         matrices = {} if weights is None else load_file(weights)
         matrices = {name.removeprefix(PREFIX): weight for name, weight in matrices.items()}
         if matrices.keys() != peft.get_peft_model_state_dict(model).keys():
-            wrong = f"{FOLDER}/adapter_model.safetensors has not the matrices of its adapter_config.json"
+            wrong = f"{FOLDER}/adapter_model.safetensors lacks the matrices of its adapter_config.json"
             raise UserError("checkpoint", checkpoint, wrong, WRITE)
         peft.set_peft_model_state_dict(model, matrices)
 

@@ -214,7 +214,7 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
         write = "write checkpoint=FOLDER with the generation_config.json of the published model"
         raise UserError("checkpoint", name, f"its generation_config.json has {fault}", write)
     if not is_prompt(prompt := prompt_of(model.config.decoder), model.decoder.config.vocab_size):
-        wrong = f"its config.json has audio_prompt={str(prompt)[:80]}, which is no two lists of its token ids"
+        wrong = f"its config.json has audio_prompt={str(prompt)[:80]}, where two lists of its token ids belong"
         raise UserError("checkpoint", name, wrong, write)
 
 

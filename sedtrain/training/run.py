@@ -73,7 +73,7 @@ def run_trainer(
         **({"val_check_interval": NEVER} if every else {}),
     )
     if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
-        wrong = "the learning rate falls until the end of training, and this has none"
+        wrong = "nothing ends this training, so that its learning rate cannot be planned"
         write = "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
         raise UserError("trainer.max_steps", -1, wrong, write)
     return trainer
