@@ -62,14 +62,23 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_a_number_that_does(
     assert (error.wrong, error.write) == ("it does not divide the width, 144", f"write {error.option}=6")
 
 
+def tiny_of(file):
+    """The values of an option's tiny member, inherited ones included."""
+    option = yaml.safe_load(file.read_text(encoding="utf-8"))
+    names = [each for each in option.get("defaults", ()) if isinstance(each, str) and each != "_self_"]
+    roots = {True: conf_dir(), False: file.parent}
+    bases = [roots[each.startswith("/")] / f"{each.lstrip('/').partition('@')[0]}.yaml" for each in names]
+    return {name: value for base in bases for name, value in tiny_of(base).items()} | option.get("tiny", {})
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_every_value_of_the_tiny_members_is_possible(part):
     files = sorted((conf_dir() / part).glob("*.yaml"))
     assert len(files) > 15
     for file in files:
-        option = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if "tiny" in option and "model_type" in option:
-            refuse_impossible(part, {"tiny": option["tiny"]}, default_config(part, option["model_type"]))
+        assert len(tiny_of(file)) > 3
+        model_type = yaml.safe_load(file.read_text(encoding="utf-8"))["model_type"]
+        refuse_impossible(part, {"tiny": tiny_of(file)}, default_config(part, model_type))
 
 
 def test_defaults_of_every_family_lie_in_their_own_ranges():
