@@ -15,7 +15,7 @@ from typing import Any
 __version__ = "0.1.0"
 FOUND_IN = {
     "SpeechEncoderDecoder": "sedtrain.models.speech_encoder_decoder",
-    "load": "sedtrain.decoding.loaded",
+    "load": "sedtrain.decoding.transcribe",
     "run": "sedtrain.interactive",
     "compose": "sedtrain.interactive",
 }

@@ -127,7 +127,7 @@ def literals(annotation: str) -> list[object]:
 
 
 def misfits(option: str, value: object, annotation: str) -> Iterator[UserError]:
-    """An error where a value does not fit its annotation; of named values, one for each that does not."""
+    """The errors of a value that does not fit its annotation: one, or one for each named value that does not fit."""
     if value == UNSET or fits(value, annotation):
         return
     named_values = [get_args(kind)[-1] for kind in within(evaluated(annotation)) if get_origin(kind) is dict]
@@ -244,7 +244,7 @@ def in_python(name: str, error: UserError) -> str:
 
 
 def as_plain(value: Any) -> Any:
-    """The value with the types of YAML, as far as it has such; UNSET, which fits anything, where it has none."""
+    """The value in types of YAML; UNSET, which fits any annotation, where YAML has no such type."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list | set | range):

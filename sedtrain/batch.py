@@ -85,7 +85,7 @@ class Batch:
         return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same in memory from which a GPU copies while it computes; a DataLoader calls it."""
+        """A copy in pinned memory, from which a GPU copies while it computes; a DataLoader calls it."""
         return self.with_tensors(Tensor.pin_memory)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":

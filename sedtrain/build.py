@@ -15,16 +15,17 @@ from sedtrain.config.instantiate import create
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
-from sedtrain.data.datamodule import SpeechTextDataModule, features_folder
+from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
+from sedtrain.data.readers import cache_folder
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import collator_of, positions_of_audio
 from sedtrain.errors import REFUSED, Attempts, UserError
-from sedtrain.evaluation.evaluate import Scoring, metric_set
+from sedtrain.evaluation.evaluate import Scoring
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, MetricSet, OwnMetric, chosen
-from sedtrain.evaluation.own_metrics import of_evaluate, of_function
+from sedtrain.evaluation.metrics_of_run import metric_set, of_evaluate, of_function
 from sedtrain.evaluation.results import Results
 from sedtrain.evaluation.scored_runs import read_results
 from sedtrain.export.card import Origin
@@ -127,10 +128,10 @@ def whole_checkpoint(cfg: DictConfig) -> str | None:
             wrong = f"checkpoint={cfg.checkpoint} is one model of encoder, decoder and prompt"
             raise UserError(name, given, wrong, f"write {name}=null, or {apart}, without checkpoint")
     if not is_plain:
-        wrong = "nothing stands between the parts of a whole checkpoint, which is saved as what it was"
+        wrong = "a whole checkpoint takes no adapter: it is saved as what it was"
         raise UserError("adapter", cfg.adapter.get("_target_"), wrong, f"write adapter=linear, or {apart}")
     if not pretrained:
-        wrong = "a whole checkpoint is taken with its weights"
+        wrong = "a whole checkpoint comes with its weights"
         raise UserError("pretrained", False, wrong, f"write pretrained=true, or {apart}")
     return str(cfg.checkpoint)
 
@@ -230,15 +231,10 @@ def cache_features(
     assert data.collator is not None
     data.collator.has_keys = True
     settings = {"precision": trainer.precision, "device": trainer.strategy.root_device.type, "compile": cfg.compile}
-    time_is_last = data.collator.time_is_last
-    module.cache = FeatureCache(
-        features_folder(), 1e9 * data.cache_gb, settings, num_ranks=trainer.world_size, time_is_last=time_is_last
-    )
-    logger.info(
-        "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3",
-        front.name,
-        module.cache.folder,
-    )
+    folder, num_bytes = cache_folder("features"), 1e9 * data.cache_gb
+    module.cache = FeatureCache(folder, num_bytes, settings, trainer.world_size, data.collator.time_is_last)
+    text = "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3"
+    logger.info(text, front.name, folder)
 
 
 def main_metric(cfg: DictConfig, data: SpeechTextDataModule | None) -> tuple[str, str]:
@@ -256,7 +252,8 @@ def make_trainer(
 ) -> lightning.Trainer:
     refuse_absent(cfg.trainer.get("accelerator"))
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data))
+    trackers = [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
+    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, trackers, finetuning, *main_metric(cfg, data))
 
 
 def trainer_maker(cfg: DictConfig) -> Callable[..., lightning.Trainer]:
@@ -269,11 +266,6 @@ def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning
     """Makes the run's own Trainer with some arguments replaced; `strategy=auto` stays what it is for `world_size` processes."""
     several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
     return lambda **replaced: trainer_maker(cfg)(**several, **replaced)  # a strategy serves one Trainer
-
-
-def loggers(cfg: DictConfig) -> list[Tracker]:
-    """One of each entry of `logger`."""
-    return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
 
 
 def report_vocabulary(data: SpeechTextDataModule, metrics: MetricSet, max_texts: int | None) -> None:
@@ -351,7 +343,7 @@ def whole_data(cfg: DictConfig) -> SpeechTextDataModule:
 def exported(
     cfg: DictConfig,
 ) -> tuple[SavedModel, ExportOptions, dict[str, Any], Results | None, Origin, str]:
-    """What `task=export` writes. Raises one UserError of everything that is refused."""
+    """The components of `task=export`. Raises one UserError of everything that they refuse."""
     attempt = Attempts()
     saved, options, search = attempt(saved_model, cfg), attempt(create, cfg, "export"), attempt(create, cfg, "decoding")
     write = "write checkpoint=RUN of a whole run, or checkpoint=RUN/model for a card without scores"
@@ -364,7 +356,7 @@ def exported(
 
 
 def origin(cfg: DictConfig, settings: dict[str, Any], saved: SavedModel) -> Origin:
-    """Where a model comes from, for its card; settings: of its training."""
+    """The origin of a model, for its card; settings: of its training."""
     return origin_of(settings, cfg.data.get("language"), cfg.export.license, saved.tags)
 
 

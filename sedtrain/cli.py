@@ -1,4 +1,4 @@
-"""A command line as jobs: one, or those of a sweep, each of which has a folder and processes of its own."""
+"""A command line as jobs: one, or several of a sweep. Each job has its own folder and processes."""
 
 import errno
 import gc
@@ -35,7 +35,7 @@ FIRST_SPEAKS_SECONDS = 10  # the launcher ends the other processes meanwhile
 OF_SWEEPS = ("hydra.mode=", "hydra.sweep.", "hydra.sweeper.", "hydra/sweeper=", "hydra.launcher.", "hydra/launcher=")
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 HALF_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "No space left")
-"""The same in words of torch and safetensors, which raise errors of their own."""
+"""Messages of torch and safetensors for the same, which raise errors of their own."""
 LOST_PEER = ("gloo/transport", "Gloo connect", "NCCL error")
 IRRELEVANT = (
     ".*does not have many workers.*",  # small audio is decoded faster than it travels between processes

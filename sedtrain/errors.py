@@ -70,7 +70,7 @@ class Attempts:
         self.errors: list[UserError] = []
 
     def __call__(self, make: Any, *needed: Any) -> Any:
-        """`make(*needed)`; REFUSED where it raises UserError, or where one of these was refused itself."""
+        """The result of `make(*needed)`; REFUSED where it raises UserError, or where an argument is REFUSED."""
         if any(each is REFUSED for each in (make, *needed)):
             return REFUSED
         try:
@@ -110,3 +110,8 @@ def as_yaml(value: object) -> str:
 def shortened(value: object, written: Callable[[object], str]) -> str:
     text, most = written(value), 400 if isinstance(value, str) else 100
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """The beginning of its message, on one line."""
+    return " ".join(str(error).split())[:length]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from sedtrain.errors import UserError
+from sedtrain.errors import UserError, one_line
 
 MAX_BYTES = {".json": 10_000_000, ".txt": 10_000_000}
 MAX_YAML_BYTES = 500_000  # which take half a gigabyte of memory where every other byte is a value
@@ -24,7 +24,7 @@ class WithoutAliases(yaml.SafeLoader):
 
 
 def plain_value(file: Path, option: str, value: object, write: str) -> Any:
-    """What a YAML or JSON file holds, in types of YAML and JSON.
+    """The content of a YAML or JSON file, in types of YAML and JSON.
 
     option, value, write: of the UserError that is raised where it cannot be read, is too large or has anything else
     """
@@ -34,7 +34,7 @@ def plain_value(file: Path, option: str, value: object, write: str) -> Any:
         raise UserError(option, value, f"this file cannot be read: {error}", write) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "JSON" if file.suffix == ".json" else "YAML"
-        wrong = f"{file.name} is no {kind} of plain values: {' '.join(str(error).split())[:200]}"
+        wrong = f"{file.name} is no {kind} of plain values: {one_line(error)}"
         raise UserError(option, value, wrong, write) from error
 
 

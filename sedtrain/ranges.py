@@ -37,4 +37,4 @@ UpToMillion = Annotated[int, Range("a whole number from 1 to 1,000,000", low=1, 
 CountOrZero = Annotated[int, Range("a whole number of 0 or more", low=0)]
 
 BLEU_TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
-"""Those of sacrebleu that download nothing."""
+"""Tokenizers of sacrebleu that download nothing."""

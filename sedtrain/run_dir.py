@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from sedtrain.errors import UserError
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-"""The newest checkpoint, the one before it, and that of the best validation; a run resumes from any of them."""
+"""The newest checkpoint, the one before it, and the checkpoint of the best validation; a run resumes from any of them."""
 SECONDS_FOR_ORPHANS = 5
 
 logger = logging.getLogger(__name__)

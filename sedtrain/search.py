@@ -26,6 +26,7 @@ from sedtrain.terminal import show, table
 
 RESULT, DATABASE = "search.json", "study.db"  # files in the folder of the sweep
 FOLDER, METRIC = "folder", "metric"  # attributes of a trial, of a study
+WRITE = "write the values that were searched, or another hydra.sweep.dir"
 
 Launch = Callable[..., Sequence[JobReturn]]
 
@@ -150,8 +151,7 @@ class Search:
         try:
             trials = [self.study.ask(self.distributions) for _ in range(number)]
         except ValueError as error:
-            write = "write the values that were searched, or another hydra.sweep.dir"
-            raise UserError("hydra.sweep.dir", str(self.folder), f"its study: {error}", write) from error
+            raise UserError("hydra.sweep.dir", str(self.folder), f"its study: {error}", WRITE) from error
         for trial in trials:
             trial.set_user_attr(FOLDER, str(self.folder))
         return [trial.number for trial in trials]
@@ -169,11 +169,10 @@ class Search:
             known = self.distributions.get(option)
             if known is None or not (isinstance(value, int | float) or value in getattr(known, "choices", ())):
                 wrong = f"its study has a trial with {option}={value}, which this search does not draw"
-                write = "write the values that were searched, or another hydra.sweep.dir"
-                raise UserError("hydra.sweep.dir", str(self.folder), wrong, write)
+                raise UserError("hydra.sweep.dir", str(self.folder), wrong, WRITE)
 
     def run(self, numbers: Sequence[int], launch: Launch, *more: str) -> None:
-        """Runs trials, those of consecutive numbers in parallel, and tells the study how they ended."""
+        """Runs trials, those of consecutive numbers in parallel, and records in the study how they ended."""
         for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
             trials = [self.study.trials[number] for _, number in group]
             jobs = [[*self.arguments(each.params), self.reporting(each.number), *more] for each in trials]
@@ -193,7 +192,7 @@ class Search:
         return f"+callbacks.search={{_target_:sedtrain.training.guards.Reporting,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
-        """Tells the study how the trial in a folder ended, unless the run itself has told it that it was pruned."""
+        """Records in the study how the trial in a folder ended, unless the run itself has recorded that it was pruned."""
         trial = self.study.trials[number]
         if not trial.state.is_finished():
             value = self.objective.value(trial, folder) if is_finished(str(folder)) else None

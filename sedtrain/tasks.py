@@ -3,11 +3,13 @@
 import logging
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
 
 from sedtrain import build, terminal
 from sedtrain.errors import Unfinished
@@ -18,9 +20,9 @@ from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables, write_page
 from sedtrain.run_dir import config_of, is_finished, write_whole
 from sedtrain.training.checkpoint_files import refuse_other_settings, starting_point
-from sedtrain.training.fit_batches import fitted_batches, write_batches
+from sedtrain.training.finetune import PartPlan
+from sedtrain.training.fit_batches import Budget, Fitted, fitted_batches, write_batches
 from sedtrain.training.loggers import log_scores
-from sedtrain.training.tables import batches, plan
 
 NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
 """Options of a search for batches that are not those of the training it is for."""
@@ -112,3 +114,37 @@ def export(cfg: DictConfig) -> None:
         terminal.show(f"nothing was uploaded: dry_run=false would write these {len(files)} files to {cfg.hub}")
     elif cfg.hub:
         terminal.show(f"uploaded to {upload(folder, cfg.hub, cfg.export.private)}")
+
+
+# --- tables for people
+
+
+def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
+    """Table of how each part of the model is trained, and below it the facts of the run."""
+    numbers = ("trainable", "frozen", "peak learning rate", "from step")
+    rows = terminal.table("what will be trained", "part", *numbers, right=numbers)
+    rows.columns[0].no_wrap = True
+    for part in parts:
+        rates, steps = [f"{rate:.2g}" for rate in part.learning_rates], [f"{step:,}" for step in part.steps]
+        rows.add_row(part.name, f"{part.num_trainable:,}", f"{part.num_frozen:,}", ends(rates), ends(steps))
+    rows.add_section()
+    trainable, frozen = sum(part.num_trainable for part in parts), sum(part.num_frozen for part in parts)
+    rows.add_row("all", f"{trainable:,}", f"{frozen:,}")
+    rows.caption = "\n".join(f"{name:<16}{fact}" for name, fact in facts.items())
+    return rows
+
+
+def ends(values: Sequence[str]) -> str:
+    """The first and the last of some values in order; nothing where there is none."""
+    return " to ".join(dict.fromkeys([*values[:1], *values[-1:]]))
+
+
+def batches(found: Sequence[Fitted], budget: Budget) -> Table:
+    """The largest batch of each bucket, and what a step on it took."""
+    headings = ("seconds up to", "tokens up to", "utterances", "audio", "peak memory", "speed")
+    rows = terminal.table("the largest batches that fit", *headings, right=headings)
+    for (seconds, tokens, utterances), peak_gb, speed in found:
+        audio = f"{seconds * utterances:,.0f} s"
+        rows.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
+    rows.caption = f"into {budget.text}\nspeed: seconds of audio per second, of one step"
+    return rows

@@ -43,7 +43,7 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
 
 
 def saved_files(folder: Path, names: Sequence[str]) -> str:
-    """The folder, and those of the files that are in it."""
+    """The folder, and the names of files that exist in it."""
     return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())
 
 
@@ -56,7 +56,7 @@ def files(sizes: Mapping[str, int]) -> Table:
 
 
 def with_progress(names: Sequence[str], is_shown: bool) -> Iterator[str]:
-    """The same names; of several, a bar on a terminal, in standard error, shows how many are done."""
+    """Yields the names; where there are several, a bar on the terminal (standard error) shows how many are done."""
     console = Console(stderr=True)
     shown = is_shown and len(names) > 1 and console.is_terminal
     with Progress(console=console, transient=True, redirect_stdout=False, disable=not shown) as bar:

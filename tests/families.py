@@ -18,7 +18,16 @@ from sedtrain.text.tokenizers import train_tokenizer
 MEMBERS = {"byt5", "nllb", "xls_r"}  # published members of t5, m2m_100 and wav2vec2, with their code
 ENCODERS = sorted({path.stem for path in (conf_dir() / "encoder").glob("*.yaml")} - MEMBERS)
 DECODER_FILES = sorted((conf_dir() / "decoder").glob("*.yaml"))
-PREFIXED = [path.stem for path in DECODER_FILES if "adapter: stack_mlp" in path.read_text(encoding="utf-8")]
+
+
+def reads_a_prefix(path):
+    """True for the option of a language model behind a prefix, or one that inherits such an option."""
+    text = path.read_text(encoding="utf-8")
+    bases = [each for each in DECODER_FILES if f"defaults: [{each.stem}, " in text]
+    return "adapter: stack_mlp" in text or any(map(reads_a_prefix, bases))
+
+
+PREFIXED = [path.stem for path in DECODER_FILES if reads_a_prefix(path)]
 OPTIONS = [path.stem for path in DECODER_FILES if path.stem not in {*PREFIXED, *MEMBERS}]  # with cross-attention
 ALIKE = {"cohere_asr", "moonshine", "mt5", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5gemma"}
 """Decoders of whole models like canary, m2m_100 or t5: what the family's code decides is tested, not what the class does."""

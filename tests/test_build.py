@@ -176,7 +176,7 @@ def test_what_depends_on_a_refused_component_is_not_tried_and_all_else_is(built)
     found = refused(built, "adapter=none", "decoder.tiny.hidden_size=96", "optimizer.lr=-1", "trainer.max_steps=-1")
     assert {option for option, _ in found} == {"adapter", "trainer.max_steps"}
     wrong, write = found["trainer.max_steps", -1]
-    assert wrong == "the learning rate falls until the end of training, and this has none"
+    assert wrong == "nothing ends this training, so that its learning rate cannot be planned"
     assert write == "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
     found = refused(built, "optimizer.lr=-1", "trainer.max_steps=-1")
     assert found["optimizer", "torch.optim.AdamW"][0] == "Invalid learning rate: -1"

@@ -102,7 +102,7 @@ def directives(value: object, path: str) -> Iterator[tuple[str, object]]:
 
 
 def directives_of_package(group: str) -> Iterator[tuple[str, object]]:
-    """Those that the package brings for a group, in its options and in experiments."""
+    """The directives of the package's own options of a group, and of its experiments."""
     for folder, pattern in ((".", f"{group}_settings.yaml"), (group, "*.yaml"), ("experiment", "*.yaml")):
         for file in (conf_dir() / folder).glob(pattern):
             option = yaml.safe_load(file.read_text(encoding="utf-8")) or {}

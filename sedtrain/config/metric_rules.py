@@ -1,4 +1,4 @@
-"""Rules of `metrics`: those of the package by name, and those of the user, which are functions of texts."""
+"""Rules of the group `metrics`: the package's metrics by name, and a user's, which are functions of texts."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ OF_WHOLE = re.compile(
 
 
 def check_command_line(arguments: list[str]) -> list[str]:
-    """The arguments for Hydra, checked, its flags first; those that only ask for help pass as they are.
+    """Hydra's arguments, checked, flags first; arguments that only ask for help pass as they are.
 
     Raises UserError. An option that a target takes but no option file lists gets the `++` that Hydra wants.
     """
@@ -115,7 +115,7 @@ class Check:
                 self.report(override.key_or_group, override.value(), wrong, write)
 
     def add_search_path(self, overrides: list[Override], folders: list[Path]) -> None:
-        """Has Hydra search these folders beside those of its own option."""
+        """Adds these folders to Hydra's search path, and checks those of `hydra.searchpath`."""
         for folder in folders:
             if not folder.is_dir():
                 self.report("--config-dir", str(folder), "no such folder", "name a folder of groups")
@@ -175,7 +175,8 @@ class Check:
     def compose_and_apply(self, overrides: list[Override]) -> None:
         """Checks the configuration that overrides of single values compose."""
         overrides = [each for each in overrides if each.key_or_group != SEARCH_PATH]
-        choices = {each.get_key_element(): each for each in overrides if self.is_choice(each)}
+        named = (each for each in overrides if self.options(each.key_or_group))
+        choices = {each.get_key_element(): each for each in named if not isinstance(each.value(), dict)}
         known = {key: text for key, each in choices.items() if (text := self.choose(each))}
         config, failures = compose_choices(self.config_name, self.search_path, known)
         self.errors += failures.values()
@@ -197,7 +198,7 @@ class Check:
         self.refuse_beside_whole(config, known, overrides)
 
     def refuse_beside_whole(self, config: DictConfig, known: dict[str, str], overrides: list[Override]) -> None:
-        """Reports options of the model that were set beside a whole checkpoint, which has its own."""
+        """Reports options of the model that a whole checkpoint decides."""
         checkpoint = plain(config, "checkpoint")
         if checkpoint in (None, UNSET) or config.get("task") not in ("train", "fit_batches"):
             return
@@ -233,15 +234,13 @@ class Check:
     def options(self, group: str) -> list[str]:
         return list(self.repository.get_group_options(group, ObjectType.CONFIG))
 
-    def is_choice(self, override: Override) -> bool:
-        return not isinstance(override.value(), dict) and bool(self.options(override.key_or_group))
-
     def choose(self, override: Override) -> str | None:
         """A choice of options that exist; an unknown one is reported, and the closest one takes its place."""
         if override.is_delete():
             return override.input_line
         value, group = override.value(), override.key_or_group
-        chosen = [self.known_option(group, "null" if each is None else str(each)) for each in as_list(value)]
+        names = ["null" if each is None else str(each) for each in (value if isinstance(value, list) else [value])]
+        chosen = [self.known_option(group, name) for name in names]
         listed = ",".join(filter(None, chosen))
         listed = f"[{listed}]" if isinstance(value, list) else listed
         return None if None in chosen else f"{override.get_key_element()}={listed}"
@@ -294,10 +293,6 @@ class Check:
             adding = f"; to add an option, write +{path}.{lacking}=VALUE"
             return wrong, suggest(lacking, map(str, node.keys())) + adding
         return wrong, f"choose one first: {path}={' | '.join(known)}" if known else f"write {path}=VALUE"
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def deepest(config: DictConfig, key: str) -> tuple[Any, str, str]:

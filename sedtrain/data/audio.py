@@ -24,11 +24,11 @@ from sedtrain.data.headers import Claim, claim_of
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 """The errors of audio that cannot be read."""
 SUFFIXES = {*soundfile.available_formats()} - {"RAW"} | {"AIF", "AIFC", "MP2", "OGA", "OPUS", "SND", "SPH", "WAVE"}
-"""Of formats that can be read; raw audio does not say its sampling rate."""
+"""Suffixes of formats that can be read; raw audio does not say its sampling rate."""
 OTHER_SUFFIXES = {
     "3GP", "AAC", "AC3", "AMR", "APE", "AVI", "M4A", "M4B", "MKA", "MKV", "MOV", "MP4", "SPX", "TTA", "WEBM", "WMA", "WV",
 }  # fmt: skip
-"""Of other audio, which libsndfile does not read."""
+"""Suffixes of other audio, which libsndfile does not read."""
 MP3_RESERVOIR = 11_520  # samples; a frame of MP3 needs up to 511 bytes of the frames before it
 RATES = range(1_000, 768_001)  # hertz; resampling from another rate could fill the memory
 AT_ONCE = 1 << 22  # values per read, since a header can claim any length
@@ -52,7 +52,7 @@ def is_audio_file(name: str) -> bool:
 
 
 def is_media_file(name: str) -> bool:
-    """True for the suffix of any format of audio; those that cannot be read are told one by one."""
+    """True for the suffix of any format of audio; files that cannot be read are reported one by one."""
     return is_audio_file(name) or os.path.splitext(name)[1][1:].upper() in OTHER_SUFFIXES
 
 
@@ -106,7 +106,7 @@ class ByteRange(io.FileIO):
 
 
 class Sound(soundfile.SoundFile):
-    """An opened recording. `missing`: seconds that its header claims and that are not there, below 0 those in excess of it."""
+    """An opened recording. `missing`: seconds that its header claims and the file lacks; below 0, seconds beyond the claim."""
 
     missing = 0.0
 
@@ -275,7 +275,7 @@ def read_audio(
 
 
 def audio_blocks(cell: Any, sampling_rate: int) -> Iterator[NDArray[np.float32]]:
-    """The samples of `read_audio` in blocks, whose length does not grow with that of the audio. Raises RefusedAudio."""
+    """The samples of `read_audio` in blocks of bounded length. Raises RefusedAudio."""
     with opened(cell) as sound:
         first, last = frames_between(sound, None, None)
         stored_rate, num_read = sound.samplerate, 0

@@ -1,4 +1,4 @@
-"""The audio files that `audio=` names, and standard input. Reading them needs neither `datasets` nor Arrow."""
+"""The audio files of a folder, those that `audio=` names, and standard input. Needs neither `datasets` nor Arrow."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from sedtrain.data.audio import UNREADABLE, is_media_file, opened
+from sedtrain.data.audio import UNREADABLE, is_audio_file, is_media_file, opened
 from sedtrain.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -82,3 +82,25 @@ def files_in(folder: Path) -> Iterator[str]:
             folders.clear()
         else:
             yield from (os.path.join(root, name) for name in names)
+
+
+def audio_files(option: str, folder: str, write: str) -> list[str]:
+    """The audio files of a folder and those below it, in one order everywhere.
+
+    option, write: which option names the folder, and what to write where it holds no audio
+    Raises UserError where there are no files, or one that cannot be read.
+    """
+    where = Path(folder).expanduser()
+    files = sorted(filter(is_audio_file, files_in(where)))
+    if not files:
+        wrong = "there is no audio in it" if where.is_dir() else "there is no such folder"
+        raise UserError(option, folder, wrong, write)
+    for file in files:
+        try:
+            with opened(file) as sound:
+                if not sound.frames:
+                    raise OSError("it has no samples")
+        except UNREADABLE as error:
+            write = "write a folder whose audio files can all be read"
+            raise UserError(option, folder, f"{file} cannot be read ({error})", write) from error
+    return files

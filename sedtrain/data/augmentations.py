@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from math import ceil, inf, sqrt
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import soundfile
 import soxr
 from numpy.random import Generator
 
 from sedtrain.data.audio import UNREADABLE, frames, opened
+from sedtrain.data.audio_paths import audio_files
 from sedtrain.data.augment import Augmentation, Samples
 from sedtrain.data.paths import local_path
 from sedtrain.data.readers import one_line
-from sedtrain.data.recordings import audio_cells, audio_files
+from sedtrain.data.source import check_columns
+from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError
 from sedtrain.ranges import Finite, Fraction, Positive, PositiveFraction, UpTo1000
 
@@ -187,6 +190,22 @@ class TimeMask(Augmentation):
             start = random.integers(len(audio) - length, endpoint=True)
             masked[start : start + length] = 0
         return masked
+
+
+def audio_cells(path: str, split: str, name: str | None, column: str) -> Sequence[Any]:
+    """A column of a dataset, whose cells are read when they are asked for. Raises UserError."""
+    option, value = "path", path
+    try:
+        rows = load_rows(path, split, name)
+        option, value = "column", column
+        check_columns({"audio": column}, rows.features, f"{path} ({split})")
+    except UserError as error:
+        write = "write path=DATASET split=SPLIT column=COLUMN that holds audio"
+        raise UserError(option, value, error.wrong, write) from error
+    if isinstance(rows.features[column], datasets.Audio):
+        rows = rows.cast_column(column, datasets.Audio(decode=False))
+    cells: Sequence[Any] = rows.select_columns([column])[column]
+    return cells
 
 
 def decibels(option: str, bounds: Sequence[float]) -> tuple[float, float]:

@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sedtrain.annotations import is_of
 from sedtrain.errors import UserError
 from sedtrain.plain import plain_value
+from sedtrain.ranges import Count, Positive
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-NUM_CANDIDATES = (
-    256  # durations tried as edges of buckets: so many spread over the utterances, so many over the seconds
-)
+NUM_CANDIDATES = 256  # durations tried as edges of buckets: as many spread over the utterances as over the seconds
 BUCKET_PRICE = 0.2  # of a full batch; small corpora get fewer buckets by it, else the same utterances would always meet
 WRITE = (
     "write data.batches=FILE of task=fit_batches, or a list of {seconds: NUMBER, tokens: NUMBER, utterances: NUMBER} with "
@@ -31,9 +31,9 @@ WRITE = (
 class Bucket(NamedTuple):
     """Limits of a bucket: seconds and target tokens of an utterance at most, and utterances in a batch."""
 
-    seconds: float
-    tokens: int
-    utterances: int
+    seconds: Positive
+    tokens: Count
+    utterances: Count
 
 
 def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
@@ -51,16 +51,12 @@ def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
     return buckets
 
 
-def bucket_of(values: object, number: int) -> Bucket:
-    has_all = isinstance(values, Mapping) and set(values) == set(Bucket._fields)
-    if not has_all or not all(is_above_0(name, value) for name, value in dict(values).items()):  # type: ignore[call-overload]
+def bucket_of(values: Any, number: int) -> Bucket:
+    kinds = get_type_hints(Bucket, include_extras=True)
+    has_all = isinstance(values, Mapping) and set(values) == set(kinds)
+    if not has_all or not all(is_of(kinds[name], value) for name, value in values.items()):
         raise UserError(f"data.batches[{number}]", values, "this is no bucket", WRITE)
-    return Bucket(**values)  # type: ignore[arg-type]
-
-
-def is_above_0(name: str, value: object) -> bool:
-    kinds = int | float if name == "seconds" else int
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
+    return Bucket(**values)
 
 
 def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Floats:

@@ -66,7 +66,10 @@ class Corpus:
         self.refused: Callable[[str, float], Reason | None] = lambda text, seconds: None
         if is_first_of_machine():  # the rank that outlives the others of its machine
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
-        self.parts, self.shards, self.kept = cache(self.load_parts), cache(self.find_shards), cache(self.find_kept)
+        # the training split is read whole, by `parts` and `kept`, or shard after shard, as a stream reads it
+        self.parts = cache(lambda split: Parts(self.parts_of(split, self.copies / split, self.streaming)))
+        self.shards = cache(lambda: self.parts_of("train", self.copies / "stream", by_file=True))
+        self.kept = cache(self.find_kept)
 
     @property
     def path(self) -> str:
@@ -79,17 +82,9 @@ class Corpus:
         return " + ".join(dict.fromkeys(public_name(source.path) for source in self.sources))
 
     def described(self, split: str) -> str:
-        """The names of its datasets that have the split, each with its own name of it."""
+        """Names of the datasets that have the split, each with its own name for the split."""
         names = [(public_name(each.path), each.name, each.splits[split]) for each in self.sources if each.splits[split]]
         return " + ".join(dict.fromkeys(", ".join(filter(None, name)) for name in names))
-
-    def load_parts(self, split: str) -> Parts:
-        """The parts of `split`, which is train, validation or test; read whole, even where training is streamed."""
-        return Parts(self.parts_of(split, self.copies / split, self.streaming))
-
-    def find_shards(self) -> list[Part]:
-        """The shards of the training split, which a stream reads."""
-        return self.parts_of("train", self.copies / "stream", by_file=True)
 
     def parts_of(self, split: str, copies: Path, by_file: bool) -> list[Part]:
         """The parts of all datasets, of URLs always by file. Raises UserError where no dataset of a mix has the split."""
@@ -145,7 +140,7 @@ class Corpus:
             raise UserError.all_of(errors) from errors[0]
 
     def find_kept(self, split: str) -> Kept:
-        """The utterances that are used: those of a split that is scored are all that can be.
+        """The utterances of a split that are used; of a split that is scored, all that can be.
 
         Raises UserError where nothing is left of the split, or a split that is scored has no text at all.
         """
@@ -192,7 +187,7 @@ class Corpus:
             raise self.none_left("train")
 
     def learnable(self, rows: UtteranceRows, indices: Sequence[int], seconds: Iterable[float]) -> NDArray[np.bool_]:
-        """Tells of rows that are used whether they can be learnt; notes those that are refused."""
+        """True for each of these rows that can be learnt; notes the others."""
         reasons = list(map(self.refused, rows.texts(indices), seconds))
         others = [rows.skipped(index, *reason) for index, reason in zip(indices, reasons, strict=True) if reason]
         self.skipped.planned("train", 0, others)  # 0 more: all of them have been counted as seen
@@ -224,7 +219,7 @@ class Corpus:
         return [part.source.weight * factors.get(part.source.label, 1.0) for part in parts]
 
     def has_length(self) -> bool:
-        """Tells whether every epoch has the same utterances, so that its steps can be counted."""
+        """True if every epoch has the same utterances, so that its steps can be counted."""
         return not self.streaming and self.temperature == 1 and all(source.weight == 1 for source in self.sources)
 
     def max_training_seconds(self) -> float:

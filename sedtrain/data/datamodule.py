@@ -8,7 +8,6 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import datasets
 import lightning
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from sedtrain.data.limits import Limits
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
 from sedtrain.data.parts import Parts
+from sedtrain.data.readers import cache_folder
 from sedtrain.data.sampler import BatchesWithEpoch, Position
 from sedtrain.data.skipped import SkippedUtterances
 from sedtrain.data.streaming import Stream, StreamedBatches
@@ -32,17 +32,6 @@ from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, UpTo1000, UpTo1000OrZero
 
 BATCHES_UNTIL_ROOM = 4
-
-
-def copies_of(folder: str) -> Path:
-    """The folder for what a run fetches of streams; each machine makes and removes its own."""
-    run_key = hashlib.sha256(f"{platform.node()} {Path(folder).absolute()}".encode()).hexdigest()[:16]
-    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "streams" / run_key
-
-
-def features_folder() -> Path:
-    """The folder of features that are cached, of all runs on this machine."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "features"
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):
@@ -111,7 +100,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.cache_features, self.cache_gb = cache_features, cache_gb
         self.skipped = SkippedUtterances(Path(folder) / "skipped.jsonl", on_bad_utterance, max_bad_fraction)
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
-        copies = copies_of(folder)
+        run_key = hashlib.sha256(f"{platform.node()} {Path(folder).absolute()}".encode()).hexdigest()[:16]
+        copies = cache_folder("streams") / run_key  # each machine makes and removes its own
         self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies, batch_seconds)
         self.num_batches = 0  # so far, in this process
         self.position: Position | None = None

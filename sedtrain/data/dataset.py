@@ -47,7 +47,7 @@ class Kept:
         return len(self.references)
 
     def part(self, number: int) -> slice:
-        """The place of the utterances of a part."""
+        """The range of the arrays that holds the utterances of a part."""
         return slice(*np.searchsorted(self.references[:, 0], [number, number + 1]))
 
     def chunks(self) -> Iterator[tuple[int, list[int], list[float]]]:
@@ -59,7 +59,7 @@ class Kept:
                 yield part, self.references[some, 1].tolist(), self.seconds[some].tolist()
 
     def among(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
-        """Those rows of a part that are used, and their seconds."""
+        """The rows of a part that are used, and their seconds."""
         place = self.part(part)
         known, seconds = self.references[place, 1], self.seconds[place]
         is_known = np.isin(rows, known)
@@ -74,7 +74,7 @@ class Kept:
 class SplitDataset(Dataset[Batch | UserError]):
     """Item `(epoch, [reference, ...])` is a Batch; a UserError is handed on.
 
-    kept:               the utterances that are used; None for a stream, of which they are not known before
+    kept:               the utterances that are used; None for a stream, where they are not known before
     keep_decoded_hours: a split that is not longer is decoded once and kept in memory
     limits:             audio that turns out longer is left out, although its header or column said otherwise
     is_scored:          audio without a sound is used, and audio that the encoder cannot take is left out

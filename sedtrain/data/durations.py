@@ -1,4 +1,4 @@
-"""Finds how long each utterance is, by columns or headers; lengths read from headers are kept in the cache of `datasets`."""
+"""The length of each utterance, by columns or headers; lengths read from headers are kept in the cache of `datasets`."""
 
 import hashlib
 import logging
@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sedtrain.data.buckets import Floats
+from sedtrain.data.readers import cache_folder
 from sedtrain.data.tables import is_text
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.run_dir import write_whole
@@ -33,7 +33,7 @@ FileFacts = tuple[str, int, int]
 
 
 def durations(rows: UtteranceRows) -> Floats:
-    """(N,) the seconds of each utterance; NaN where no column and no header gives them, which is tried again the next time."""
+    """(N,) the seconds of each utterance; NaN where no column and no header gives them, to be tried again in the next run."""
     lengths = rows.declared()
     if not np.isnan(lengths).any():
         return lengths
@@ -55,7 +55,7 @@ def cache_file(rows: UtteranceRows) -> Path:
     key = hashlib.sha256(ascii((VERSION, rows.fingerprint, str(rows.folder.absolute()))).encode())
     for facts in facts_of(rows):  # some at a time: all of them would take more memory than the plan of an epoch
         key.update(ascii(facts).encode())
-    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / "durations" / f"{key.hexdigest()[:32]}.npy"
+    return cache_folder("durations") / f"{key.hexdigest()[:32]}.npy"
 
 
 def facts_of(rows: UtteranceRows) -> Iterator[list[FileFacts]]:
@@ -87,7 +87,7 @@ def facts_of_file(path: str) -> FileFacts:
 
 
 def with_progress(lengths: Iterable[float], number: int, split: str) -> Iterator[float]:
-    """The same lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
+    """Yields the lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
     started, bar = time.perf_counter(), None
     text = f"{split}: reading how long each of {number:,} utterances is"
     with ExitStack() as shown:

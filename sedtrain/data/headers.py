@@ -1,4 +1,4 @@
-"""What the header of an audio file claims of its length, against the bytes that are there.
+"""The length that the header of an audio file claims, against the bytes that are there.
 
 libsndfile believes headers. Writers to a pipe leave a length of 0 or the highest number, recorders that are killed one that is
 too small, joined files that of the first, and MP3 of varying bit rate often none.
@@ -48,17 +48,18 @@ class Claim:
         return (self.prefix or content[: self.at]) + self.patch + content[self.at + len(self.patch) :]
 
     def missing(self, seconds: float) -> float:
-        """Seconds that are missing, below 0 those in excess; seconds: the length that libsndfile gives."""
+        """Seconds that the file lacks; below 0, seconds beyond the claim. seconds: the length that libsndfile gives."""
         return (self.claimed - self.found) / self.counted * seconds
 
 
 def claim_of(file: BinaryIO, size: int) -> Claim:
-    """The claim of a file of `size` bytes; an empty one for formats of which nothing is known, or broken headers."""
+    """The claim of a file of `size` bytes; an empty one for unknown formats and broken headers."""
     try:
         first = read_at(file, 0, 4)
         start = 0
         if first[:3] == b"ID3":
-            start = after_id3(read_at(file, 0, 10))
+            tag = read_at(file, 0, 10)
+            start = 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])  # its size has seven bits a byte
             first = read_at(file, start, 4)
         if first == b"fLaC":
             return flac_claim(file, start, size)
@@ -95,16 +96,11 @@ def other_format(first: bytes) -> str | None:
     return "AAC" if is_adts else beginnings.get(first[:4])
 
 
-def after_id3(tag: bytes) -> int:
-    """The byte after an ID3v2 tag, whose size has seven bits a byte."""
-    return 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])
-
-
 # --- uncompressed audio
 
 
 class Layout(NamedTuple):
-    """How a container of chunks is written: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk.
+    """The layout of a container of chunks: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk.
 
     extra: bytes that the size of the audio's chunk counts beside the audio; in W64 those of the chunk's own header
     """
@@ -255,7 +251,7 @@ def crc8(content: bytes) -> int:
 
 
 def ogg_claim(file: BinaryIO, size: int) -> Claim:
-    """A fault where the last page is cut off, or another stream begins after the first, of which libsndfile reads nothing."""
+    """A fault where the last page is cut off, or where another stream follows the first: libsndfile would not read it."""
     at, is_in_stream = 0, False
     while at < size and (page := read_at(file, at, 27)).startswith(b"OggS"):
         sizes = file.read(page[26]) if len(page) == 27 else b""

@@ -1,4 +1,4 @@
-"""The lengths of audio and text that are used: which utterances of a split, and why the others are not."""
+"""The utterances of a split that are used, by the lengths of audio and text, and the reason for leaving out the others."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class Limits:
             raise UserError("data.max_characters", self.max_characters, f"this has to be {or_more}", write)
 
     def scored(self, batch_seconds: float) -> "Limits":
-        """Those of a split that is scored in batches alone: only audio too long for the memory is left out."""
+        """Limits of a split that is scored in batches: only audio too long for the memory is left out."""
         by_length = (SCORED * self.max_seconds, f"{SCORED} * {self.longest}")
         most, option = max(by_length, (batch_seconds, "data.batch_seconds"))
         return Limits(0.0, most, 0, sys.maxsize, option)
@@ -57,7 +57,7 @@ class Limits:
         """The seconds of the rows that are used, by index, and the other rows with the reason.
 
         seconds: of each row, where they are known already; NaN for a row whose length cannot be found
-        rewrite: what is done to texts before they are learnt; it must leave something of a text that is used
+        rewrite: normalizes texts before they are learnt; a text of which it leaves nothing is not used
         """
         kept: dict[int, float] = {}
         skipped: dict[int, Skipped] = {}
@@ -92,7 +92,7 @@ class Limits:
 
 
 WHOLE = Limits(0.0, inf, 0, sys.maxsize)
-"""Those of a split whose long utterances are cut to windows: all of it is scored."""
+"""Limits of a split that is scored whole: its long utterances are cut to windows."""
 
 
 def too_long(seconds: float, most: float, option: str) -> Reason:

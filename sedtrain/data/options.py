@@ -18,7 +18,7 @@ OPTIONS = ("path", "name", "format", "audio_folder", "columns", "target", "langu
 
 
 def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as they hold in any folder and at any time: absolute paths, and the buckets themselves as `batches`."""
+    """The options with absolute paths and the buckets themselves as `batches`, so that they mean the same in any folder."""
     lasting = dict(data)
     if lasting.get("path"):
         lasting["path"] = absolute_path(lasting["path"])
@@ -50,14 +50,14 @@ def refuse_same_for_all(data: Mapping[str, Any]) -> None:
 
 
 def options_by_dataset(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each dataset that the group `data` names, by the option that they belong to."""
+    """The options of each dataset of the group `data`, by the dotted name in front of them."""
     common = {name: data.get(name) for name in OPTIONS}
     mix = data.get("mix") or {}
     return {f"data.mix.{name}": {**common, **options} for name, options in mix.items()} or {"data": common}
 
 
 def is_same_for_all(source: Mapping[str, Any]) -> bool:
-    """Tells whether several splits would be one file or, by a pattern or URL without `{split}`, the same files.
+    """True where several splits would be one file or, by a pattern or URL without `{split}`, the same files.
 
     Different slices of a file, such as `train[:90%]` and `train[90%:]`, are not the same.
     """
@@ -73,7 +73,7 @@ def names_several_files(path: str) -> bool:
 
 
 def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
-    """The datasets of a mix by name, or the only one; options that a dataset does not have are those of `common`."""
+    """The datasets of a mix by name, or the only one; `common` has the options that a dataset leaves out."""
     if mix:
         return [mixed_source(name, options, common) for name, options in mix.items()]
     if common["path"] is None:
@@ -120,7 +120,7 @@ def source_of(options: Mapping[str, Any], where: str) -> Source:
 
 
 def columns_of(format: str | None, options: Mapping[str, Any], where: str) -> Columns:
-    """The columns that the options name, or those of a format. Raises UserError for a format that lacks them."""
+    """The columns that the options name, or the columns of a format. Raises UserError for a format that lacks one."""
     if format is None:
         return Columns.of(options["columns"], options["target"], where)
     if format not in FORMATS:

@@ -17,11 +17,10 @@ import pyarrow.parquet
 from filelock import FileLock
 
 from sedtrain.data.parquet import batches
-from sedtrain.data.paths import local_path, split_files
-from sedtrain.data.places import fetch, file_name, names_of, places_of
+from sedtrain.data.paths import fetch, file_name, local_path, names_of, split_files
 from sedtrain.data.readers import read_rows, reading, suffix_of
 from sedtrain.data.source import Source, check_columns
-from sedtrain.data.sources import load_rows
+from sedtrain.data.sources import load_rows, places_of
 from sedtrain.data.tables import PROBLEM, readable_cells
 from sedtrain.data.toolkits import formatted_rows
 from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows, as_text
@@ -176,7 +175,7 @@ class Parts(Sequence[UtteranceRows]):
 
 
 def parts_of(source: Source, split: str, copies: Path | None = None) -> list[Part]:
-    """A split, which is train, validation or test, as one part, or as one for each of its files; none if there is no such.
+    """The parts of a split (train, validation or test): one, or one for each file; none where the source has no such split.
 
     copies: where files are opened one by one, the folder of what is fetched or converted for that
     Raises UserError where the split is missing, or a slice of it is asked for file by file.

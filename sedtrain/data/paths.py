@@ -1,16 +1,24 @@
-"""The files that a path, a pattern or a folder stands for."""
+"""The files that a path, a pattern, a folder or a URL stands for; and copies of those on a server."""
 
 import glob
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from sedtrain.data.readers import READERS
+import fsspec
+from aiohttp import ClientError
+
+from sedtrain.data.readers import READERS, one_line, suffix_of
 from sedtrain.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "spoken_digits"
 BRACES = re.compile(r"\{(\w+)(\.\.|(?:,\w+)+)(\w*)\}")
+NUM_ATTEMPTS = 5  # to fetch a file
+FIRST_PAUSE = 1.0  # seconds, doubled after every failure
+UNREACHABLE = (OSError, ClientError, TimeoutError)
 
 
 def local_path(path: str) -> Path:
@@ -40,7 +48,7 @@ def public_name(path: str) -> str:
 
 
 def files_of(path: str, split: str) -> list[Path]:
-    """The files that a split is stored in: the file or the pattern itself, or those of the folder that are named after it.
+    """The files of a split: the file itself, those of the pattern, or those of the folder that are named after the split.
 
     Raises UserError for a pattern that matches nothing.
     """
@@ -81,3 +89,62 @@ def expanded(pattern: str) -> Iterator[str]:
         values = braces[0][1:-1].split(",")
     for value in values:
         yield from expanded(pattern[: braces.start()] + value + pattern[braces.end() :])
+
+
+# --- on a server
+
+
+def files_at(url: str) -> list[str]:
+    """The URL, or the URLs that match its glob. Raises UserError where none matches, or for files of an unknown format."""
+    if suffix_of(file_name(url)) is None:
+        wrong = "this URL names no file of a format that can be read"
+        raise UserError("data.path", url, wrong, f"write a URL of files of one of {', '.join(READERS)}")
+    if not {"*", "["} & set(url):
+        return [url]
+    try:
+        filesystem, pattern = fsspec.url_to_fs(url)
+        found = sorted(map(filesystem.unstrip_protocol, filesystem.glob(pattern)))
+    except UNREACHABLE as error:
+        raise unreachable(url, error) from error
+    if not found:
+        write = "write a glob of files that are there and that the server lists, or {0000..0127} for their numbers"
+        raise UserError("data.path", url, "there is no such file", write)
+    return found
+
+
+def names_of(places: list[str]) -> list[str]:
+    """The name of each file without its suffix; with its folders if names alone are not distinct."""
+    names = list(map(file_name, places))
+    if len(set(map(without_format, names))) < len(names):
+        common = os.path.commonpath([os.path.dirname(place) for place in places])
+        names = [os.path.relpath(place, common) for place in places]
+    return list(map(without_format, names))
+
+
+def file_name(place: str) -> str:
+    """The name of a file by its path or URL."""
+    return Path(urlsplit(place).path if "://" in place else place).name
+
+
+def without_format(name: str) -> str:
+    return name[: len(name) - len(suffix_of(name) or "")]
+
+
+def fetch(url: str, file: Path) -> None:
+    """Raises UserError when the last attempt fails; nothing incomplete is left under the name of `file`."""
+    incomplete = file.with_name(f"{file.name}.incomplete")
+    for attempt in range(NUM_ATTEMPTS):
+        try:
+            filesystem, name = fsspec.url_to_fs(url)
+            filesystem.get_file(name, str(incomplete))
+            incomplete.rename(file)
+            return
+        except UNREACHABLE as error:
+            if attempt == NUM_ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
+                raise unreachable(url, error) from error
+        time.sleep(FIRST_PAUSE * 2**attempt)
+
+
+def unreachable(url: str, error: Exception) -> UserError:
+    wrong = f"{url} cannot be fetched ({one_line(error)})"
+    return UserError("data.path", url, wrong, "write a URL that can be reached")

@@ -1,6 +1,6 @@
 """One file of rows: a reader for each format, which reads on whatever is wrong with some of the rows.
 
-A row that cannot be read becomes a row of which only PROBLEM is known, so it is counted and listed like all others.
+A row that cannot be read becomes a row with PROBLEM alone, so that it is counted and listed like all others.
 
 To add a file format, write a function from a file to Arrow tables of one schema, and list it in READERS below, under
 its suffix. Folders, patterns, streams and messages take the suffixes from there.
@@ -35,7 +35,7 @@ from sedtrain.data.tables import (
     as_table,
     lines_of,
     problem,
-    refuse_twins,
+    refuse_same_names,
     refuse_utf16,
     text_or_problem,
 )
@@ -49,7 +49,7 @@ KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first 
 
 
 class BrokenFile(ValueError):
-    """A file of which nothing can be read; its message is the reason."""
+    """A file that cannot be read at all; its message is the reason."""
 
     def __init__(self, file: str | Path, error: Exception) -> None:
         super().__init__(str(error) if isinstance(error, OtherFormat) else one_line(error))
@@ -83,13 +83,17 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
         if not facts.st_size:
             return datasets.Dataset.from_dict({})
         key = (VERSION, os.path.abspath(file), facts.st_size, facts.st_mtime_ns)
-        folder = cache or Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain"
-        copy = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
+        copy = (cache or cache_folder()) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
             write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
     rows = datasets.Dataset.from_file(str(copy))
     is_whole = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
     return rows.remove_columns(PROBLEM) if is_whole else rows
+
+
+def cache_folder(name: str = "") -> Path:
+    """The folder of what is kept of data on this machine, for all runs."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / name
 
 
 def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
@@ -108,7 +112,7 @@ def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in larger tables: each chunk of a column costs a kilobyte of memory, however few rows it has."""
+    """Joins the rows to larger tables: each chunk of a column costs a kilobyte of memory, however few rows it has."""
     several: list[pa.Table] = []
     filled = 0.0
     for table in filter(len, tables):
@@ -147,10 +151,10 @@ def suffix_of(name: str) -> str | None:
 
 
 def read_parquet(path: Path) -> Iterator[pa.Table]:
-    """The rows; those that cannot be read, which is the rest of a row group, are null, with a PROBLEM."""
+    """The rows. Where a page is broken, the rest of its row group is null, with a PROBLEM."""
     with path.open("rb") as content, pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
-        refuse_twins(schema.names)
+        refuse_same_names(schema.names)
         nothing = (schema if PROBLEM in schema.names else schema.append(pa.field(PROBLEM, pa.string()))).empty_table()
         yield nothing
         for number in range(file.num_row_groups):
@@ -182,7 +186,7 @@ def json_rows(path: Path) -> Iterator[Row]:
     content = path.read_bytes() if path.suffix.lower() == ".json" else b""
     refuse_utf16(content[:1000])
     if content.lstrip().startswith(b"["):
-        values = json.loads(content, object_pairs_hook=without_twins)
+        values = json.loads(content, object_pairs_hook=without_same_names)
         yield from (value if isinstance(value, dict) else problem("broken JSON", "no object") for value in values)
         return
     with path.open("rb") as lines:
@@ -197,14 +201,14 @@ def json_row(content: bytes | None, position: str) -> Row:
     if PROBLEM in found:
         return found
     try:
-        row = json.loads(found["text"], object_pairs_hook=without_twins)
+        row = json.loads(found["text"], object_pairs_hook=without_same_names)
     except (ValueError, RecursionError) as error:
         return problem("broken JSON", f"{position}, {str(error).partition(':')[0]}")
     return row if isinstance(row, dict) else problem("broken JSON", f"{position} is no object")
 
 
-def without_twins(pairs: list[tuple[str, Any]]) -> Row:
-    """The object of these pairs. Raises ValueError where two have one name, of which JSON would take the last."""
+def without_same_names(pairs: list[tuple[str, Any]]) -> Row:
+    """The object of these pairs. Raises ValueError where two have one name: JSON would take the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sedtrain.data.tables import MAX_TEXT_BYTES, OtherFormat, Row, as_table, problem, refuse_twins, refuse_utf16
+from sedtrain.data.tables import MAX_TEXT_BYTES, OtherFormat, Row, as_table, problem, refuse_same_names, refuse_utf16
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "|"}
 QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
@@ -16,7 +16,7 @@ UNDECODED = re.compile("[\udc80-\udcff]")
 MOST_LINES = 200  # of one cell
 OPEN = "a quotation mark that is never closed"
 FAULTS = {"unexpected end of data": OPEN, "expected after": "text behind a closing quotation mark"}
-"""What errors of `csv` mean."""
+"""Errors of `csv` in plain words."""
 csv.field_size_limit(MAX_TEXT_BYTES)
 
 Cells = tuple[list[str], str | None]
@@ -46,7 +46,7 @@ def header_of(line: str, delimiter: str) -> list[str]:
         found = SEPARATORS[max(others, key=line.count)]
         write = "write .csv with commas or .tsv with tabs between columns, and their names in the first line"
         raise OtherFormat(f"its columns are separated by {found}, not by {SEPARATORS[delimiter]}", write)
-    refuse_twins([name for name in header if name])
+    refuse_same_names([name for name in header if name])
     return header
 
 

@@ -105,7 +105,7 @@ class SkippedUtterances:
         self.judge(split, total)
 
     def broken_file(self, name: str, path: str | None, error: str, num_files: int, split: str = "train") -> None:
-        """Notes one of the files of a split, of which nothing can be read. Raises UserError if it, or so many, stop the run."""
+        """Notes a file of a split that cannot be read. Raises UserError if it, or so many, stop the run."""
         utterance = Skipped(name, "unreadable shard", error, path)
         self.note([utterance], split)
         if self.on_bad_utterance == "error":
@@ -167,7 +167,7 @@ class SkippedUtterances:
 
     def read_more(self, file: IO[bytes]) -> None:
         """Counts the utterances that other ranks, or this run before it was resumed, have added to the list."""
-        if file.seek(0, os.SEEK_END) < self.num_bytes_read:  # the list of a run that has started anew
+        if file.seek(0, os.SEEK_END) < self.num_bytes_read:  # the list of a run that has started from the beginning
             self.noted, self.counts, self.num_bytes_read = set(), Counter(), 0
         file.seek(self.num_bytes_read)
         for text in file:

@@ -84,7 +84,7 @@ class Source:
 
 
 def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """Tells whether a column holds single values of one of these kinds of Arrow types."""
+    """True for a column of single values of one of these kinds of Arrow types."""
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
 
 
@@ -104,7 +104,7 @@ WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any], place: str) -> None:
-    """Raises UserError for a column that is missing, naming those that are there, or that holds something else.
+    """Raises UserError for a missing column, with the names of the others, and for a column of another type.
 
     columns: the column of each role; features: what each column holds; place: where they are, for the message
     """

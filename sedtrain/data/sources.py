@@ -14,8 +14,9 @@ from datasets.utils.file_utils import cached_path
 from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
-from sedtrain.data.paths import files_of, is_here, local_path
-from sedtrain.data.readers import BrokenFile, one_line, read_rows, suffix_of
+from sedtrain.data.paths import expanded, files_at, files_of, is_here, local_path
+from sedtrain.data.readers import BrokenFile, cache_folder, one_line, read_rows, suffix_of
+from sedtrain.data.source import Source
 from sedtrain.data.tables import joined
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
@@ -42,7 +43,7 @@ def load_rows(path: str, split: str, name: str | None = None) -> datasets.Datase
         if rows is None:
             rows = from_datasets(path, split, name)
     if len(rows) == 0:
-        raise UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
+        raise empty_split(path, split)
     return rows
 
 
@@ -123,6 +124,10 @@ def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
     return read_folder(folder)
 
 
+def empty_split(path: str, split: str) -> UserError:
+    return UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
+
+
 def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
     wrong = f"there is no split {split!r}, there are {', '.join(others)}"
     options, slices = "data.train_split, data.validation_split, data.test_split", "'train[:90%]', 'train[90%:]'"
@@ -137,7 +142,8 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         )
         parts = [(part, own_files(builder, part.partition("[")[0])) for part in split.split("+")]
         if all(files for _, files in parts):
-            return joined([cut(joined(list(map(fetched_rows, files))), part) for part, files in parts])
+            read = [(part, [read_rows(Path(cached_path(file)), name=file) for file in files]) for part, files in parts]
+            return joined([cut(joined(rows), part) for part, rows in read])
         for file in map(str, chain.from_iterable((builder.config.data_files or {}).values())):
             if file.lower().endswith(PACKED):
                 refuse_unpacking(cached_path(file), file)
@@ -150,16 +156,27 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
         raise UserError("data.path", path, one_line(error), write) from error
 
 
+def places_of(source: Source, split: str) -> list[str]:
+    """The paths or URLs of the files of one split; none for a split that is not stored in files."""
+    if "://" in source.path:
+        return [place for url in expanded(source.path.replace("{split}", split)) for place in files_at(url)]
+    if files := files_of(source.path, split):
+        return list(map(str, files))
+    if is_saved(local_path(source.path)):
+        return []
+    with readable(source.path, split):
+        repository, revision = hub_or_folder(source.path)
+        builder = datasets.load_dataset_builder(repository, source.name, revision=revision)
+        places = list(map(str, (builder.config.data_files or {}).get(split, [])))
+        return places if all(map(suffix_of, places)) else []
+
+
 def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
-    """The files of a split that are read here: text, of which `datasets` guesses the types, and Parquet, which it unfolds."""
+    """The files of a split that are read here: `datasets` guesses the types of text, and unfolds Parquet without a bound."""
     by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
     files = list(map(str, by_split.get(split, ())))
     wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None, ".parquet": None}
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
-
-
-def fetched_rows(file: str) -> datasets.Dataset:
-    return read_rows(Path(cached_path(file)), name=file)
 
 
 def hub_or_folder(path: str) -> tuple[str, str | None]:
@@ -176,4 +193,4 @@ def cache_of(folder: Path) -> str | None:
     files = sorted(Path(file) for file in files_in(folder))
     facts = [(str(file.resolve()), (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / key)
+    return str(cache_folder(key))

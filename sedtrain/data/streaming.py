@@ -1,6 +1,6 @@
 """Streams a corpus: its shards in a random order, divided into blocks, each of them shuffled and batched.
 
-The state of a stream is the start of a block and the steps made since; to resume there reads that one block anew.
+The state of a stream is the start of a block and the steps made since; to resume there reads that one block again.
 """
 
 import zlib
@@ -104,7 +104,7 @@ class Stream:
         return rows
 
     def filter(self, part: int, visited: Integers) -> tuple[Integers, Floats]:
-        """Those rows that are used, and their seconds."""
+        """The rows that are used, and their seconds."""
         if not len(visited):
             return visited, np.empty(0)
         if len(self.dataset):

@@ -45,12 +45,12 @@ def problem(reason: str, detail: str) -> Row:
     return {PROBLEM: f"{reason}: {detail}"}
 
 
-def text_or_problem(content: bytes | None, place: str) -> Row:
+def text_or_problem(content: bytes | None, position: str) -> Row:
     """The content of a line or a file as `text`, or what is wrong with it; None stands for one that is too large."""
     if content is None:
-        return problem("text too large", place)
+        return problem("text too large", position)
     text = decoded(content)
-    return problem("text that is not UTF-8", place) if text is None else {"text": text}
+    return problem("text that is not UTF-8", position) if text is None else {"text": text}
 
 
 def refuse_utf16(beginning: bytes) -> None:
@@ -64,8 +64,8 @@ def in_words(names: Iterable[str]) -> str:
     return ", ".join(name if name == name.strip() else repr(name) for name in names if name != PROBLEM)
 
 
-def refuse_twins(names: Sequence[str]) -> None:
-    """Raises OtherFormat where two columns have one name, of which nobody can say which is meant."""
+def refuse_same_names(names: Sequence[str]) -> None:
+    """Raises OtherFormat where two columns have one name: nothing says which is meant."""
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise OtherFormat(f"two columns are called {twice!r}", "write columns of different names")
 
@@ -161,7 +161,7 @@ def by_role(rows: datasets.Dataset, columns: Mapping[str, str | None]) -> tuple[
 
 
 def readable(cells: pa.ChunkedArray, column: str) -> tuple[pa.ChunkedArray, dict[int, str]]:
-    """Cells of which those that are not UTF-8 are null, and their problems by row."""
+    """The cells, null where a text is not UTF-8, and the problems by row."""
     if is_readable(cells):
         return cells, {}
     texts = pa.chunked_array([pa.array(readable_cells(cells), pa.string())])

@@ -1,6 +1,6 @@
 """Folders and manifests of other toolkits as rows with the same columns, whatever each toolkit calls them.
 
-A line that cannot be used becomes a row of which only PROBLEM is known, with its file and line.
+A line that cannot be used becomes a row with PROBLEM alone, which names its file and line.
 """
 
 import json
@@ -16,14 +16,13 @@ import pyarrow as pa
 
 from sedtrain.data.audio import is_media_file
 from sedtrain.data.audio_paths import files_in
-from sedtrain.data.folders import by_stem, listed_rows, path_below
-from sedtrain.data.kaldi import kaldi_rows
+from sedtrain.data.folders import by_stem, kaldi_rows, listed_rows, path_below
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import files_of, local_path
 from sedtrain.data.readers import json_row, json_rows, reading
 from sedtrain.data.separated import read_separated
 from sedtrain.data.source import Source
-from sedtrain.data.sources import SLICED, cut, missing_split, readable
+from sedtrain.data.sources import SLICED, cut, empty_split, missing_split, readable
 from sedtrain.data.tables import PROBLEM, Row, as_table, joined, lines_of, problem
 from sedtrain.errors import UserError
 
@@ -56,9 +55,7 @@ def formatted_rows(source: Source, split: str) -> datasets.Dataset:
             parts.append(cut(datasets.Dataset(table.select(names)), part))
     rows = joined(parts)
     if len(rows) == 0:
-        raise UserError(
-            "data.path", source.path, f"the split {split!r} is empty", "write a split with at least one row"
-        )
+        raise empty_split(source.path, split)
     return rows
 
 
@@ -127,13 +124,14 @@ def read_common_voice(path: Path, split: str, name: str | None, patterns: Iterab
         wrong = f"{file.name} has no column {sorted(missing)[0]!r}, it has {', '.join(table.column_names)}"
         raise UserError("data.path", str(path), wrong, "write data.path=FOLDER as Common Voice is unpacked")
     clips, names = path / "clips", table["path"].to_pylist()
-    columns = {role: table[column] for role, column in COMMON_VOICE.items() if column in table.column_names}
+    columns: dict[str, Any] = dict.fromkeys(COLUMNS, pa.nulls(len(table)))
+    columns |= {role: table[column] for role, column in COMMON_VOICE.items() if column in table.column_names}
     columns["audio"] = pa.array([each and path_below(clips, each) for each in names] if clips.is_dir() else names)
     columns["id"] = pa.array([each and os.path.splitext(each)[0] for each in names])
     columns["seconds"] = pa.array(list(map(clip_seconds(path).get, names)), pa.float64())
     if PROBLEM in table.column_names:
         columns[PROBLEM] = pa.array(named(file, table[PROBLEM].to_pylist()))
-    return complete(pa.table(columns))
+    return pa.table(columns)
 
 
 def tabs_of(file: Path) -> pa.Table:
@@ -151,13 +149,6 @@ def clip_seconds(folder: Path) -> dict[str | None, float]:
     names = table.column_names
     found = zip(*(table[names[number]].to_pylist() for number in (0, 1)), strict=True) if len(names) > 1 else ()
     return {name: float(length) / 1000 for name, length in found if length and length.isdecimal()}
-
-
-def complete(table: pa.Table) -> pa.Table:
-    """The table with all columns, of nulls where it had none."""
-    for name in set(COLUMNS) - set(table.column_names):
-        table = table.append_column(name, pa.nulls(len(table)))
-    return table
 
 
 # --- JSON lines
@@ -193,25 +184,25 @@ def cut_file_rows(file: Path) -> Iterator[Row]:
     with fsspec.open(file, compression="infer") as lines:
         for number, line in enumerate(lines_of(lines), start=1):
             if line is None or line.strip():
-                cut = json_row(line, place := f"{file.name}, line {number}")
-                yield from [cut] if PROBLEM in cut else rows_of_cut(cut, place)
+                cut = json_row(line, position := f"{file.name}, line {number}")
+                yield from [cut] if PROBLEM in cut else rows_of_cut(cut, position)
 
 
-def rows_of_cut(cut: Row, place: str) -> Iterator[Row]:
+def rows_of_cut(cut: Row, position: str) -> Iterator[Row]:
     """A row for each supervision of a cut, with its times in the recording; one row if something is wrong."""
     try:
-        yield from list(supervision_rows(cut, place))
+        yield from list(supervision_rows(cut, position))
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
-        yield problem("broken cut", f"{place}: it has not the fields of a MonoCut with a recording and supervisions")
+        yield problem("broken cut", f"{position}: it has not the fields of a MonoCut with a recording and supervisions")
 
 
-def supervision_rows(cut: Row, place: str) -> Iterator[Row]:
+def supervision_rows(cut: Row, position: str) -> Iterator[Row]:
     supervisions = cut.get("supervisions") or []
     if reason := wrong_with(cut):
-        yield {"id": cut.get("id")} | problem(*reason[:1], f"{place}: {reason[1]}")
+        yield {"id": cut.get("id")} | problem(*reason[:1], f"{position}: {reason[1]}")
         return
     if not supervisions:
-        yield {"id": cut["id"]} | problem("no transcript", f"{place}: the cut has no supervision")
+        yield {"id": cut["id"]} | problem("no transcript", f"{position}: the cut has no supervision")
     for each in supervisions:
         start = round(cut["start"] + each["start"], 8)
         times = {"start": start, "end": round(start + each["duration"], 8)}
@@ -221,7 +212,7 @@ def supervision_rows(cut: Row, place: str) -> Iterator[Row]:
 
 
 def wrong_with(cut: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Why the audio of a cut is no part of a file, as a reason and a detail."""
+    """Reason and detail for a cut whose audio is no part of a file."""
     if (kind := cut.get("type", "MonoCut")) not in ("MonoCut", "Cut"):
         return "cut of another kind", f"{kind}, of which only Lhotse makes audio"
     if not (recording := cut.get("recording")):

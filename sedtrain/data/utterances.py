@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tab, line feed, carriage return
 ROWS_AT_ONCE = 64  # rows whose headers one thread reads at a time
-CELLS_AT_ONCE = 10_000  # rows of which cells are Python values, each many times larger than in a table
+CELLS_AT_ONCE = 10_000  # rows whose cells may be Python values together, each many times larger than in a table
 
 Reason = tuple[str, str]
 """A few words to be counted by, and a detail."""
@@ -53,7 +53,7 @@ class UtteranceRows:
         self.fingerprint = f"{rows._fingerprint} {source.columns}"
         self.table, self.problems = by_role(rows, vars(source.columns))
         self.warn_of_control()
-        self.refuse_twins()
+        self.refuse_same_ids()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -69,7 +69,7 @@ class UtteranceRows:
             words = "%s: texts from which control characters are taken out: %d (first: %s)"
             logger.warning(words, self.name, len(found), self.id(found[0].as_py()))
 
-    def refuse_twins(self) -> None:
+    def refuse_same_ids(self) -> None:
         """Raises UserError where two rows have one id."""
         given = self.table["id"]
         if given.null_count == len(self) or pc.count_distinct(given, mode="only_valid").as_py() == len(self):
@@ -77,8 +77,8 @@ class UtteranceRows:
         rows: dict[str, int] = {}
         for index, id in enumerate(self.ids()):
             if (first := rows.setdefault(id, index)) != index:
-                twins = f"rows {first} and {index} of {self.name!r}"
-                wrong = f"{twins} have the same id, {id.removeprefix(self.prefix)!r}"
+                both = f"rows {first} and {index} of {self.name!r}"
+                wrong = f"{both} have the same id, {id.removeprefix(self.prefix)!r}"
                 write = "write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
                 raise UserError("data.columns.id", self.source.columns.id, wrong, write)
 
@@ -130,13 +130,13 @@ class UtteranceRows:
 
     def by_header(self, indices: Integers) -> Iterator[float]:
         """The lengths by the headers of the audio, read in threads; NaN where a header cannot be read."""
-        chunks = np.split(indices, range(ROWS_AT_ONCE, len(indices), ROWS_AT_ONCE))
-        with ThreadPoolExecutor() as pool:
-            for lengths in pool.map(self.headers, chunks):
-                yield from lengths
 
-    def headers(self, indices: Integers) -> list[float]:
-        return [self.length_or_reason(self.row(index))[0] for index in indices.tolist()]
+        def of_some(chunk: Integers) -> list[float]:
+            return [self.length_or_reason(self.row(index))[0] for index in chunk.tolist()]
+
+        with ThreadPoolExecutor() as pool:
+            for lengths in pool.map(of_some, np.split(indices, range(ROWS_AT_ONCE, len(indices), ROWS_AT_ONCE))):
+                yield from lengths
 
     def length_or_reason(self, row: Mapping[str, Any], declared: float | None = None) -> tuple[float, Reason]:
         """The length by the header of the audio and ("", ""), or NaN and the reason for that with a detail."""

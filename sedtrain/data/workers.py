@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LOOKS = 0.2  # at the parent of a worker
 
 
 def usual_workers() -> int:
-    """Processes that load audio for a GPU: one for each core that falls to it, 8 at most; none where cores train."""
+    """Processes that load audio for a GPU: its share of the cores, 8 at most; none where training itself runs on the cores."""
     if not torch.cuda.is_available():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -63,14 +63,14 @@ def frames_of(encoded: EncodedSpeech) -> Tensor:
 
 
 def lattice_of(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Lattice:
-    """What the CTC head hears; the pad token is the blank, as in training."""
+    """The lattice of the CTC head's scores; the pad token is the blank, as in training."""
     assert model.ctc_head is not None
     logits = model.ctc_head(encoded.encoder_frames)
     return Lattice.of(logits, frames_of(encoded), model.config.pad_token_id, model.config.eos_token_id)
 
 
 def lattice_of_tokens(model: SpeechEncoderDecoder, encoded: EncodedSpeech, columns: Sequence[int]) -> Lattice:
-    """The lattice of the blank, which is the first of `columns`, and of other tokens; never that of all tokens and frames."""
+    """The lattice of a few tokens, the blank first; scores of all tokens are in memory for a few frames at a time."""
     assert model.ctc_head is not None and encoded.encoder_frames is not None
     num_frames, end = frames_of(encoded), model.config.eos_token_id
     tokens = torch.tensor([columns], device=num_frames.device)

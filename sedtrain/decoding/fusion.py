@@ -76,7 +76,7 @@ def language_model(name: str) -> LanguageModel:
 
 @dataclass(eq=False)
 class Fusion(LogitsProcessor):
-    """Adds `weight` · log p(word | words before it) to the tokens that complete a word: those that begin another, and the end.
+    """Adds `weight` · log p(word | words before it) to tokens that complete a word: the first token of the next, and the end.
 
     tokenizer: of the decoder
     begins:    (V,) the token begins a word, see `word_beginnings`

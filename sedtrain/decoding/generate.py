@@ -86,7 +86,7 @@ def token_limits(
     num_given: int,
     options: DecodingOptions,
 ) -> Tensor:
-    """(B,) tokens that each text may have behind `num_given` of a prompt: a bound of its own utterance alone.
+    """(B,) the most tokens of each text behind a prompt of `num_given`, whatever else is in the batch.
 
     durations: seconds of each utterance; empty where unknown
     """

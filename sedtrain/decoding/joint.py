@@ -45,7 +45,7 @@ class JointScores(LogitsProcessor):
         return (1 - self.ctc_weight) * scores + self.ctc_weight * gain
 
     def follow(self, beams: Tensor) -> None:
-        """Extends the prefixes by the last token of (B, K, U) beams, each behind the beam that it came from."""
+        """Extends the prefix of each parent beam by the last token of its (B, K, U) children."""
         if self.ids is None:
             parents = torch.zeros_like(beams[..., 0])
             self.prefixes = self.prefixes.chosen(parents)

@@ -12,17 +12,10 @@ from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative,
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
 OURS = {
-    "search",
-    "ctc_weight",
-    "num_return_sequences",
-    "lm",
-    "lm_weight",
-    "hotwords",
-    "hotword_bonus",
-    "window",
-    "pauses",
-    "int8",
-}  # the options that `generate` does not get as they are
+    *("search", "ctc_weight", "num_return_sequences", "lm", "lm_weight", "hotwords", "hotword_bonus"),
+    *("window", "pauses", "int8"),
+}
+"""Options that `generate` does not get as they are."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class DecodingOptions:
             raise UserError("decoding.num_beams", self.num_beams, "search=speculative is greedy search", write, python)
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             write = f"write decoding.num_beams={self.num_return_sequences} or more"
-            wrong = f"num_beams={self.num_beams} beams end in no more texts than that"
+            wrong = f"num_beams={self.num_beams} beams end in at most as many texts"
             raise UserError("decoding.num_return_sequences", self.num_return_sequences, wrong, write)
         activity_of(self.pauses)
 

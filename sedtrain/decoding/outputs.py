@@ -163,7 +163,7 @@ def width(text: str) -> int:
 
 
 def show(content: str) -> None:
-    """Prints; where nobody reads it any more, as behind `| head`, ends the command as that signal does."""
+    """Prints; where the reader of a pipe has ended, as behind `| head`, ends the command with the status of SIGPIPE."""
     try:
         print(content, end="", flush=True)
     except BrokenPipeError:

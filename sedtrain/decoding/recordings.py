@@ -51,7 +51,7 @@ def longest_audio(saved: SavedModel) -> float:
 
 
 def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str, detects: bool = False) -> Collator:
-    """What makes batches for a saved model.
+    """The Collator of a saved model.
 
     rewrite: normalizes texts before they become labels
     detects: leaves languages that nothing names to a model that can find them: Whisper
@@ -179,7 +179,7 @@ class RecordingDecoder:
         return self.collator(utterances).to(self.saved.model.device)
 
     def find_language(self, recording: Recording, window: Window) -> None:
-        """The language that Whisper hears first in a recording becomes that of all its windows, where one is looked for."""
+        """Gives all windows of a recording the language that Whisper hears in the first, where nothing names one."""
         tags, model = self.collator.tags, self.saved.model
         if recording.language or not (isinstance(tags, WholePrompt) and tags.detects) or tags.language:
             return

@@ -64,10 +64,10 @@ class Row:
         return (self.text + self.draft)[: self.limit - 1]
 
     def accept(self, choices: Sequence[int], ends: Sequence[int], first: int) -> bool:
-        """Writes what the decoder chooses behind each token of the guess as far as the draft agrees; True if the text ends.
+        """Writes the decoder's choices up to the first that differs from the draft; True if the text ends.
 
         choices: behind the tokens from the place `first` on
-        Where they differ, the draft goes on behind the decoder's token, or leaves one of its own out for it.
+        Where they differ, the draft continues behind the decoder's token, or drops one of its own for it.
         """
         while True:
             token = choices[len(self.text) - 1 - first]

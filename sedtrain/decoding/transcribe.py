@@ -1,4 +1,4 @@
-"""Text from audio files and arrays by a saved model.
+"""Text from audio files and arrays by a saved model; `Model` is what `sedtrain.load` returns.
 
 S samples.
 """
@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soxr
 from numpy.typing import NDArray
 
+from sedtrain.annotations import checked
 from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel, seconds_between
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
@@ -21,7 +22,9 @@ from sedtrain.decoding.pauses import Samples
 from sedtrain.decoding.recordings import Recording, RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
+from sedtrain.models import saved
 from sedtrain.models.decoder import most_new_tokens
+from sedtrain.models.saved import SavedModel
 from sedtrain.text.tags import TASK_OF, WholePrompt
 
 logger = logging.getLogger(__name__)
@@ -79,7 +82,9 @@ class Transcriber(RecordingDecoder):
             shown, blocks = str(audio), blocks_of(audio, rate)
         found = self.transcription(name or shown, blocks, self.language, TASK_OF[self.target])
         warn(found, [each for each in found.segments if each.cut_at], self.limit)
-        warn(found, [each for each in found.segments if each.doubt], doubted)
+        warn(
+            found, [each for each in found.segments if each.doubt], lambda each: f"the text may be wrong: {each.doubt}"
+        )
         return found
 
     def limit(self, segment: Segment) -> str:
@@ -92,15 +97,11 @@ class Transcriber(RecordingDecoder):
 
 
 def warn(found: Transcription, faulty: Sequence[Segment], words: Callable[[Segment], str]) -> None:
-    """Tells of the first faulty segment of a recording, and how many others there are."""
+    """Logs the first faulty segment of a recording, and the number of the others."""
     for first in faulty[:1]:
         place = f", {first.start:.2f} to {first.end:.2f} s" if len(found.segments) > 1 else ""
         others = f" ({len(faulty) - 1} more of its {len(found.segments)} segments too)" if len(faulty) > 1 else ""
         logger.warning("audio=%s%s: %s%s", found.audio, place, words(first), others)
-
-
-def doubted(segment: Segment) -> str:
-    return f"the text may be wrong: {segment.doubt}"
 
 
 def blocks_of(path: str | Path, sampling_rate: int) -> Iterator[Samples]:
@@ -152,3 +153,51 @@ def decoding_options(options: Mapping[str, Any]) -> DecodingOptions:
     if unknown := [UserError(name, others[name], f"decoding has no option {name!r}", write) for name in others]:
         raise UserError.all_of(unknown)
     return DecodingOptions(**options)
+
+
+@dataclass(frozen=True)
+class Model(SavedModel):
+    """A saved model; it computes on the device where `model.model` is."""
+
+    def transcribe(self, audio: Audio | Sequence[Audio], **options: Any) -> str | list[str]:
+        """The text of an audio file or array; of a list of them, a list of texts. Options: those of `transcription`."""
+        found = self.transcription(audio, with_words=False, **options)
+        return [each.text for each in found] if isinstance(found, list) else found.text
+
+    @checked("")
+    def transcription(
+        self,
+        audio: Audio | Sequence[Audio],
+        *,
+        sampling_rate: int | None = None,
+        language: str | None = None,
+        target: Literal["transcription", "translation"] = "transcription",
+        with_words: bool = True,
+        **decoding: Any,
+    ) -> Transcription | list[Transcription]:
+        """Text with segments, and words with times where the model has a CTC head; of a list, a list in the same order.
+
+        audio: the path of a file that libsndfile reads, or (S,) floats from -1 to 1; a file of several channels is mixed to one
+        sampling_rate: of arrays, in hertz; files have their own. The model's own rate is resampled to.
+        language: of the text, where the model learnt to write several
+        target: `translation` where the model learnt both
+        decoding: options of DecodingOptions, such as num_beams=5 and max_new_tokens=200
+
+        A warning is logged for a text that is cut at max_new_tokens. Raises UserError for audio that cannot be read or taken,
+        a language that was not learnt, and options that cannot be.
+        """
+        options = decoding_options(decoding)
+        transcriber = Transcriber(self, options, with_words, language=language, target=target, of_decoding="")
+        if isinstance(audio, str | Path | np.ndarray):
+            return transcriber.transcription_of(audio, sampling_rate)
+        return [transcriber.transcription_of(each, sampling_rate) for each in audio]
+
+
+def load(checkpoint: str | Path) -> Model:
+    """A trained model with its tokenizer and feature extractor, on the CPU, in float32 and evaluation mode.
+
+    checkpoint: the folder of a run (its `model` is taken), a Hugging Face folder, or a Hub id
+    Raises UserError where it is none of these.
+    """
+    found = saved.load(checkpoint)
+    return Model(found.model, found.tokenizer, found.feature_extractor)

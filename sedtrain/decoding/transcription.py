@@ -38,7 +38,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcription:
-    """What a model wrote for one recording of `seconds`."""
+    """The text that a model wrote for one recording of `seconds`."""
 
     audio: str
     seconds: float

@@ -6,7 +6,7 @@ A recording is read as a stream; about a minute of it is held at a time. All pos
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,8 +100,9 @@ def windows_of(blocks: Iterable[Samples], rate: int, seconds: float, activity_of
     hop, limit = samples_per_hop(rate), max(4, int(seconds * rate) // samples_per_hop(rate))
     enough = max(HELD_SECONDS * rate, 4 * limit * hop)
     held, first, overlaps = np.zeros(0, np.float32), 0, False
-    for block, is_last in with_last(blocks):
-        held = np.concatenate([held, block])
+    for block, following in pairwise(chain(blocks, [None])):
+        assert block is not None  # None only follows the last one
+        held, is_last = np.concatenate([held, block]), following is None
         if len(held) < enough and not is_last:
             continue
         activity = activity_of(held, rate)
@@ -113,17 +114,6 @@ def windows_of(blocks: Iterable[Samples], rate: int, seconds: float, activity_of
             yield Window(first + span.start * hop, held[span.start * hop : span.end * hop], span.overlaps)
         waiting = spans[len(done)] if len(done) < len(spans) else Span(max(0, length - LONG_PAUSE), length)
         held, first, overlaps = held[waiting.start * hop :].copy(), first + waiting.start * hop, waiting.overlaps
-
-
-def with_last(blocks: Iterable[Samples]) -> Iterator[tuple[Samples, bool]]:
-    """Blocks, at most a minute or so at once, and True with the last one."""
-    before = None
-    for block in blocks:
-        if before is not None:
-            yield before, False
-        before = block
-    if before is not None:
-        yield before, True
 
 
 def joined(one: Segment, two: Segment) -> tuple[Segment, Segment]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sedtrain.errors import UserError
+from sedtrain.evaluation.groups import Origin, origin
 from sedtrain.evaluation.intervals import (
     LEVEL,
     Interval,
@@ -20,7 +21,6 @@ from sedtrain.evaluation.intervals import (
     sums_of_units,
 )
 from sedtrain.evaluation.metrics import Counts, MetricSet, title_of
-from sedtrain.evaluation.origins import Origin, origin
 from sedtrain.evaluation.results import BestHypothesis, scored_as
 from sedtrain.evaluation.scored_runs import ScoredRun
 from sedtrain.text.normalizers import normalizer
@@ -46,7 +46,7 @@ class Difference:
         return self.p_value < LEVEL
 
     def verdict(self, run: str, first: str) -> str:
-        """Such as `B is better: 1.20 points, p = 0.003`."""
+        """A sentence such as `B is better: 1.20 points, p = 0.003`."""
         p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
         if not self.is_shown:
             return f"no difference shown between {run} and {first} ({p_value})"
@@ -78,7 +78,7 @@ class Comparison:
     notes: list[str]
 
     def headline(self) -> str:
-        """Number of utterances that were compared, and of those that were left out, by run."""
+        """The number of utterances that were compared, and how many each run has beside them."""
         others = ", ".join(f"{n:,} of {name}" for n, name in zip(self.left_out, self.names, strict=True) if n)
         left_out = f" ({others} left out: another run lacks them)" if others else ""
         return f"{self.split}: {self.num_utterances:,} utterances in common{left_out}"

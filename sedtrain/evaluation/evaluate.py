@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from math import nan
@@ -11,17 +11,15 @@ from pathlib import Path
 import torch
 
 from sedtrain.batch import Batch, Utterance
-from sedtrain.data.corpus import Corpus
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.searches import loop_of
 from sedtrain.errors import UserError
-from sedtrain.evaluation.bleu import bleu_tokenizer
 from sedtrain.evaluation.intervals import Interval, confidence_intervals
 from sedtrain.evaluation.listening import Listening, listen
-from sedtrain.evaluation.metrics import METRICS, MetricSet, OwnMetric
+from sedtrain.evaluation.metrics import MetricSet
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import (
     Evaluation,
@@ -33,23 +31,8 @@ from sedtrain.evaluation.results import (
     write_hypotheses,
 )
 from sedtrain.models.saved import SavedModel
-from sedtrain.text.normalizers import normalizer
 
 logger = logging.getLogger(__name__)
-
-
-def metric_set(
-    names: Sequence[str],
-    normalizer_name: str,
-    tokenize: str,
-    corpus: Corpus,
-    splits: Iterable[str],
-    own: Sequence[OwnMetric] = (),
-) -> MetricSet:
-    """Metrics of these splits of a corpus. Raises UserError where there is no such normalizer, or tokenizer of BLEU."""
-    rewrites = any(METRICS[name].signature is None for name in names)
-    tokenizer = bleu_tokenizer(tokenize, corpus, splits) if "bleu" in names else "13a"
-    return MetricSet(names, normalizer(normalizer_name if rewrites else "none"), tokenizer, own)
 
 
 @dataclass(frozen=True)

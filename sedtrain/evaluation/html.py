@@ -109,9 +109,9 @@ def attention_figure(
     attention: np.ndarray | None,
     spans: Sequence[tuple[float, float]] | None,
 ) -> str:
-    """A line for each token: the frames that the decoder attends to as a shade, those in which CTC hears it as a bar.
+    """A line for each token: a shade where the decoder attends to the audio, a bar where CTC hears the token.
 
-    attention: (U, T) weights, of which the highest of each token is the darkest
+    attention: (U, T) weights; the highest of each token is the darkest
     """
 
     def draw(axes: Axes) -> None:
@@ -203,7 +203,7 @@ def definitions(entries: Mapping[str, str]) -> str:
 def table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int = 1, sounds: Sequence[Audio | None] = ()
 ) -> str:
-    """A table of text cells, of which the first `num_texts` in a row are words and the others numbers.
+    """A table of text cells: the first `num_texts` of a row are words, the others numbers.
 
     sounds: what a row says aloud, in a column of its own; None where it cannot be played
     """

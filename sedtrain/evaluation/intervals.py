@@ -151,7 +151,7 @@ def smallest_chance(num_units: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrected for the number of tests (Holm 1979): the chance of any wrong verdict among them is that of one."""
+    """P-values corrected for the number of tests (Holm 1979): several tests err together no more often than one."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -177,7 +177,7 @@ def standard_error(without_one: npt.NDArray[np.float64]) -> float:
 
 
 def degrees_of_freedom(sums: Counts) -> int:
-    """One less than the number of units of equal size that say as much as these: few where a few speakers say most."""
+    """The effective number of units less one: small where a few speakers say most of the words."""
     sizes = sums[:, 0].astype(np.float64)
     return max(round(float(sizes.sum() ** 2 / max((sizes**2).sum(), 1.0))) - 1, 1)
 
@@ -206,7 +206,7 @@ def bounds(wrong: float, width: float, least: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=64)
 def student(freedom: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Angles of which the tangent is |t| / sqrt(freedom), and the probabilities of a smaller |t|."""
+    """Angles whose tangent is |t| / sqrt(freedom), and the probabilities of a smaller |t|."""
     angles = np.linspace(0, pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     cumulative = np.append(0.0, np.cumsum(density[1:] + density[:-1]))

@@ -1,4 +1,4 @@
-"""What the decoder attends to while it writes a text, and when CTC hears the text's tokens.
+"""Frames that the decoder attends to while it writes a text, and the times at which CTC hears the text's tokens.
 
 B batch, which is one utterance, U tokens, T frames, V vocabulary of the CTC head.
 """
@@ -67,7 +67,7 @@ def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
 
 
 def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels: Tensor) -> Tensor | None:
-    """(1, U) labels -> (U, T) weights of the frames from which each was written; None where the decoder gives none."""
+    """(1, U) labels -> (U, T) weights of each label on the frames; None where the decoder gives no weights."""
     inputs = model.prepare_decoder_input_ids_from_labels(labels)
     with eager_attention(model.decoder):
         wanted = {"output_attentions": True, "output_logits": False, "use_cache": False}

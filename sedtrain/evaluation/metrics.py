@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
-from sedtrain.errors import UserError
+from sedtrain.errors import UserError, one_line
 from sedtrain.text.normalizers import Normalizer, find, normalizer
 
 Counts = npt.NDArray[np.int64]
@@ -73,7 +73,7 @@ class OwnMetric:
         try:
             return float(self.function([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
         except Exception as error:
-            wrong = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            wrong = f"it fails with {type(error).__name__}: {one_line(error, 300)}"
             write = "it takes a list of references and a list of hypotheses, and returns a number"
             raise UserError(f"metrics.{self.name}", self.signature, wrong, write) from error
 
@@ -146,9 +146,7 @@ METRICS = {
     "wil": Metric("WIL", EDITS, False, count_edits, information_lost, of_words=True),
     "bleu": sacrebleu_metric("BLEU", BLEU),  # orders 1 to 4, exponential smoothing
     "chrf": sacrebleu_metric("chrF", tuple(NGRAMS)),  # character orders 1 to 6, beta 2, no word orders
-    "ter": sacrebleu_metric(
-        "TER", ("edits", "reference_words"), higher_is_better=False
-    ),  # without case, as it is published
+    "ter": sacrebleu_metric("TER", ("edits", "reference_words"), higher_is_better=False),  # without case, as published
 }
 
 
@@ -200,7 +198,7 @@ class MetricSet:
         return np.concatenate([self._count_few(references[each], hypotheses[each]) for each in few])
 
     def _count_few(self, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-        """The same, with the words of all texts in memory."""
+        """Counts of few utterances: the words of all of them are in memory at once."""
         rewrite = self.normalize.rewrite
         words = [[rewrite(text).split() for text in side] for side in (references, hypotheses)]
         columns = [np.maximum(np.fromiter(map(len, words[0]), np.int64), 1)[:, None]]
@@ -252,9 +250,9 @@ class MetricSet:
 
 
 class CorpusMetrics:
-    """Metrics of a corpus in constant memory, whatever its size; `texts` only for those that do not add up.
+    """Metrics of a corpus in constant memory; `texts` are kept only for metrics that do not add up.
 
-    counts: (K,) sums so far; those of all ranks, added, give all of them the same metrics
+    counts: (K,) sums so far; added over all ranks, they give every rank the same metrics
     """
 
     def __init__(self, metric_set: MetricSet) -> None:

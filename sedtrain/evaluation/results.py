@@ -149,7 +149,7 @@ class Results:
         ]
 
     def scored_as(self) -> list[str]:
-        """How texts were compared, see `scored_as`."""
+        """Lines that say how texts were compared, see `scored_as`."""
         return scored_as(self.metrics, self.normalizer, self.signatures)
 
     def write(self, path: Path) -> None:
@@ -157,7 +157,7 @@ class Results:
 
 
 def scored_as(names: Iterable[str], normalizer: Mapping[str, str], signatures: Mapping[str, str]) -> list[str]:
-    """How texts are compared, a line for the metrics of normalized texts and one for each of sacrebleu's."""
+    """Lines that say how texts are compared: one for all metrics of normalized texts, one for each of sacrebleu's."""
     normalized = [title_of(name) for name in names if name not in signatures]
     line = f"{', '.join(normalized)}: normalizer {' '.join(normalizer.values())}"
     signed = [f"{title_of(name)}: {text}" for name, text in signatures.items()]

@@ -21,7 +21,7 @@ MAX_LINE = 1_000_000  # bytes of an utterance
 WRITE = "write folders of runs that have ended, or of task=evaluate"
 TEXTS, OPTIONAL, NUMBERS = ("id", "reference", "hypothesis"), ("speaker", "language"), ("seconds", "score")
 COUNTED = ("num_utterances", "audio_seconds", "num_empty", "num_cut", "num_speakers", "num_without_speaker")
-LARGEST = 1e300  # a number; JSON can spell larger ones, of which Python makes no float
+LARGEST = 1e300  # a number; JSON can spell numbers that no float can hold
 HALF = re.compile("[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and no file can hold."""
 
@@ -69,7 +69,7 @@ class ScoredRun:
 
 
 def stored_results(folder: Path, option: str, value: str, write: str) -> dict[str, Any]:
-    """What results.json holds. Raises the UserError of these where it is missing, too large, or holds something else."""
+    """The content of results.json. Raises UserError where it is missing, too large, or holds something else."""
     file = folder / "results.json"
     if not file.is_file():
         raise UserError(option, value, f"there is no file {file}", write)
@@ -83,6 +83,7 @@ def read_results(folder: Path, option: str, value: str, write: str) -> Results:
     """The results in a folder, for a card. Raises the UserError of `option`, `value` and `write` where they are none."""
     stored = stored_results(folder, option, value, write)
     counts, learnt, train = (stored.get(name) for name in ("not_scored", "training_normalizer", "train"))
+    names_learnt = isinstance(learnt, dict) and all(isinstance(each, str) for each in learnt.values())
     totals = [train.get(each.name) for each in fields(TrainingTotals)[:4]] if isinstance(train, dict) else [None]
     return Results(
         task="translation" if stored.get("task") == "translation" else "transcription",
@@ -94,7 +95,7 @@ def read_results(folder: Path, option: str, value: str, write: str) -> Results:
         train=TrainingTotals(*totals) if all(map(is_number, totals)) else None,
         skipped={},
         versions={},
-        training_normalizer=printable_values(learnt) if isinstance(learnt, dict) and is_texts(learnt) else None,
+        training_normalizer=printable_values(learnt or {}) if names_learnt else None,
         not_scored={printable(name): number for name, number in numbers(counts).items()},
         signatures=printable_values(stored.get("signatures", {})),
         resampled="speaker" if stored.get("resampled") == "speaker" else "utterance",
@@ -115,10 +116,6 @@ def interval(stored: Any) -> Interval:
     return Interval(*(float(ends.get(name, nan)) for name in ("value", "low", "high")))
 
 
-def is_texts(table: Mapping[str, Any]) -> bool:
-    return all(isinstance(each, str) for each in table.values())
-
-
 def is_results(stored: Any) -> bool:
     """True if the parts of results.json that are used have the types that they should have."""
     if not isinstance(stored, dict) or not isinstance(stored.get("metrics"), dict):
@@ -135,9 +132,7 @@ def read_utterances(file: Path, folder: str) -> dict[str, BestHypothesis]:
         raise UserError("runs", folder, f"{file} is larger than {MAX_BYTES:,} bytes", WRITE)
     utterances: dict[str, BestHypothesis] = {}
     with file.open("rb") as lines:
-        number = 0
-        while line := lines.readline(MAX_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
             each = parsed(line)
             if each is None:
                 wrong = f"line {number} of {file} is no utterance: expected JSON with the texts {', '.join(TEXTS)}"

@@ -46,7 +46,9 @@ class Section:
 def sections(inspection: Inspection, sounds: Sequence[html.Audio | None] = ()) -> Iterator[Section]:
     """All sections in order. sounds: audio of the strangest utterances."""
     splits = inspection.splits
-    yield Section("What to look at", rows=[[text] for text in findings(inspection) or ["nothing out of the ordinary"]])
+    absent = [f"{split} is not there: {wrong}" for split, wrong in inspection.absent.items()]
+    findings = absent + [f"{split.split}: {text}" for split in splits for text in split_findings(split)]
+    yield Section("What to look at", rows=[[text] for text in findings or ["nothing out of the ordinary"]])
     yield from sizes(splits)
     yield padding(inspection)
     yield audio(splits)
@@ -143,13 +145,8 @@ def texts(splits: Sequence[SplitSummary]) -> Iterator[Section]:
     yield Section("Most frequent texts", ("split", "text", "times"), frequent, num_texts=2, folded=True)
 
 
-def findings(inspection: Inspection) -> list[str]:
-    """Problems to check before training, with numbers; omits everything normal."""
-    absent = [f"{split} is not there: {wrong}" for split, wrong in inspection.absent.items()]
-    return absent + [f"{split.split}: {text}" for split in inspection.splits for text in split_findings(split)]
-
-
 def split_findings(split: SplitSummary) -> Iterator[str]:
+    """Problems to check before training, with numbers; omits everything normal."""
     overlap, sounds, decoded = split.overlap, split.sounds, f"{split.sounds.num_decoded:,} decoded"
     if not split.num_utterances:
         yield "there is no utterance that can be used"

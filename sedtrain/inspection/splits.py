@@ -1,6 +1,7 @@
-"""Reads the utterances of each split, used or skipped, and decodes some to hear how they sound. S samples."""
+"""Reads the utterances of each split, used or skipped, decodes some to hear them, finds outliers. S samples, N utterances."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import UNREADABLE, opened
+from sedtrain.data.buckets import Floats
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Reference
 from sedtrain.data.durations import durations
@@ -28,6 +30,17 @@ FULL_SCALE, CLIPPED_RUN = 0.999, 3  # so many samples in a row at full scale are
 QUIETEST = -100.0  # dBFS of digital silence
 WINDOW_SECONDS, SILENCE = 0.02, 40.0  # a window so many decibels below the loudest one is silent
 PLAYED_RATE, PLAYED_SECONDS = 48_000, 60  # at most
+NUM_STRANGE = 10
+NORMAL_MAD, NORMAL_MEAN_DEVIATION = 1.4826, 1.2533  # sigma of a normal distribution, in units of these deviations
+STRANGE = 3.5  # robust standard deviations; of normal values one in 2,000 is farther off
+FEATURES = (  # text with value and median, smallest standard deviation, whether it is that of the logarithm
+    ("{:.2f} s long, median {:.2f} s", 0.05, True),
+    ("{:.0f} characters, median {:.0f}", 0.05, True),
+    ("{:.1f} characters per second, median {:.1f}", 0.05, True),
+    ("{:.1f} dBFS, median {:.1f}", 1.0, False),
+    ("{:.0f} % silent, median {:.0f} %", 15.0, False),
+    ("{:+.2f} s against what is declared", 0.1, False),
+)
 
 
 class Sound(NamedTuple):
@@ -69,8 +82,7 @@ class SplitEntries:
 
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Filters rows of a part as for training."""
-        known = None if corpus.streaming else durations(rows)
-        seconds = None if known is None else known[: len(indices)]
+        seconds = None if corpus.streaming else durations(rows)[: len(indices)]
         kept, skipped = corpus.limits_of(self.split).filter(rows, indices, seconds, corpus.rewriting(self.split))
         used = list(kept)
         self.entries += map(
@@ -93,8 +105,8 @@ class SplitEntries:
         self.num_drawn = min(NUM_DECODED, len(self.entries))
         drawn = sorted(np.random.default_rng(seed).choice(len(self.entries), self.num_drawn, replace=False).tolist())
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            is_scored = self.split != "train"
-            found = threads.map(lambda index: hear(self.parts, self.entries[index].reference, is_scored), drawn)
+            references = (self.entries[index].reference for index in drawn)
+            found = threads.map(lambda each: hear(self.parts, each, self.split != "train"), references)
             for index, sound in zip(drawn, found, strict=True):
                 if isinstance(sound, Sound):
                     self.entries[index] = self.entries[index]._replace(sound=sound)
@@ -130,8 +142,7 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
         if room == 0:
             found.is_whole = False
             break
-        rows = corpus.open(found.parts, part)
-        if rows is None:
+        if (rows := corpus.open(found.parts, part)) is None:
             found.skipped.append((Skipped(described.name, "unreadable shard"), None))
         else:
             found.add(corpus, part, rows, range(len(rows))[:room])
@@ -179,3 +190,61 @@ def silence(samples: Samples, sampling_rate: int) -> float:
     windows = samples[: max(1, len(samples) // size) * size].reshape(-1, min(size, len(samples)))
     power = np.square(windows, dtype=np.float64).mean(axis=1)
     return float(np.mean(power <= power.max() * 10 ** (-SILENCE / 10)))
+
+
+# --- outliers: utterances with an unusual length, text, level or silence
+
+
+@dataclass(frozen=True)
+class Strange:
+    """An outlier with the reasons, such as `38.07 s long, median 1.50 s`, worst first; `score` belongs to the first reason."""
+
+    split: str
+    number: int
+    id: str
+    text: str
+    seconds: float
+    score: float
+    reasons: list[str]
+
+
+def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
+    """Utterances of all splits with the highest scores; each is scored by its most unusual feature."""
+    located = [(split.split, number, entry) for split in splits for number, entry in enumerate(split.entries)]
+    if not located:
+        return []
+    values = np.array([features(entry) for *_, entry in located]).T
+    scores = [
+        robust_scores(np.log(row) if is_log else row, sigma)
+        for row, (_, sigma, is_log) in zip(values, FEATURES, strict=True)
+    ]
+    sizes = np.abs(np.nan_to_num(scores))
+    found = []
+    for column in np.argsort(-sizes.max(axis=0), kind="stable")[:NUM_STRANGE].tolist():
+        split, number, entry = located[column]
+        by_size = np.argsort(-sizes[:, column]).tolist()
+        shown = [row for row in by_size if sizes[row, column] >= STRANGE] or by_size[:1]
+        reasons = [FEATURES[row][0].format(values[row, column], np.nanmedian(values[row])) for row in shown]
+        worst = float(sizes[:, column].max())
+        found.append(Strange(split, number, entry.id, entry.text, entry.seconds, worst, reasons))
+    return found
+
+
+def features(entry: Entry) -> list[float]:
+    """Values in the order of FEATURES; NaN where an utterance was not decoded."""
+    seconds, characters, sound = max(entry.seconds, 1e-3), max(len(entry.text), 1), entry.sound
+    heard = (sound.level, 100 * sound.silence, sound.seconds - entry.seconds) if sound else [np.nan] * 3
+    return [seconds, characters, characters / seconds, *heard]
+
+
+def robust_scores(values: Floats, least_sigma: float) -> Floats:
+    """(N,) deviations from the median, in robust sigmas of at least `least_sigma`; NaN stays NaN.
+
+    The sigma comes from the median deviation, or from the mean one if more than half of the values are equal
+    (Iglewicz and Hoaglin, 1993).
+    """
+    if np.isnan(values).all():
+        return values
+    distance = values - np.nanmedian(values)
+    sigma = NORMAL_MAD * np.nanmedian(np.abs(distance)) or NORMAL_MEAN_DEVIATION * np.nanmean(np.abs(distance))
+    return distance / max(float(sigma), least_sigma)

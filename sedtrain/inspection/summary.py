@@ -14,8 +14,7 @@ from sedtrain.batch import Skipped
 from sedtrain.data.buckets import Bounds, Floats, Integers
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.sampler import DurationBatches
-from sedtrain.inspection.outliers import Strange, strangest
-from sedtrain.inspection.splits import Entry, SplitEntries, read_corpus
+from sedtrain.inspection.splits import Entry, SplitEntries, Strange, read_corpus, strangest
 from sedtrain.run_dir import write_whole
 
 Numbers = Floats | Integers

@@ -74,7 +74,7 @@ class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
 
 
 def needs_sedtrain(values: dict[str, Any]) -> dict[str, str]:
-    """What the model types of encoder and decoder end with in a saved configuration."""
+    """Suffixes of the model types of encoder and decoder in a saved configuration."""
     ends = {}
     if isinstance(adapter := values.get("adapter"), dict):
         ends["encoder"] = f" with the {adapter['kind']} adapter of sedtrain"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MEMORY, SECONDS, CHARACTERS = 2**31, 20, 100_000
-"""What a template may take: bytes of the process, seconds of the CPU (a second goes to imports), characters of its text."""
+"""Limits of a template: bytes of the process, seconds of the CPU (a second goes to imports), characters of its text."""
 
 
 def rendered(template: str, arguments: Mapping[str, Any]) -> tuple[str, str]:

@@ -36,16 +36,16 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
+from sedtrain.models.options import tried
 from sedtrain.models.prefix import behind_prefix, choose_listening, give_prompt, is_prefixed
 from sedtrain.models.stacks import decoder_config, out_of_whole
-from sedtrain.models.trial import tried
 from sedtrain.text.tokenizers import start_end_pad
 
 ALTERNATIVES = (
     "write decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-attention",
     "write another decoder: AutoModelForCausalLM.from_pretrained(FOLDER, is_decoder=True, add_cross_attention=True)",
 )
-"""Of a decoder that cannot be used, on the command line and in Python."""
+"""Remedies for a decoder that cannot be used, on the command line and in Python."""
 
 BROKEN = {
     "big_bird": "its cache of keys and values fails in generation",
@@ -151,7 +151,7 @@ def refuse_broken(config: PreTrainedConfig) -> None:
 
 
 def settle_config(config: PreTrainedConfig) -> None:
-    """Makes a configuration, in place, that of a decoder alone behind a speech encoder: causal, with cross-attention.
+    """Turns a configuration, in place, into that of a decoder behind a speech encoder: causal, with cross-attention.
 
     `generate` sizes the key-value cache by the number of layers and heads. In some families these are the numbers of their
     own encoder, which is absent here: they become those of the decoder, and so does the number of tokens.
@@ -244,7 +244,7 @@ def fix_sinusoids(decoder: nn.Module) -> None:
 def max_tokens(decoder: PreTrainedModel) -> int | None:
     """The number of tokens for which the decoder has positions; None if it computes positions without end.
 
-    RoBERTa and its like leave out the positions up to that of padding.
+    RoBERTa and its like leave out the positions up to the padding index.
     """
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)  # BART's begin at 2, which its table allows for

@@ -12,11 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.cohere_asr.modeling_cohere_asr import CohereAsrDecoder
-from transformers.models.m2m_100.modeling_m2m_100 import M2M100Decoder
 from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingDecoder
-from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TDecoder
-from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2Decoder
-from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextDecoder
 from transformers.models.speecht5.modeling_speecht5 import SpeechT5DecoderWithTextPrenet
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaDecoder
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
@@ -100,20 +96,9 @@ class Counting(PreTrainedModel):
             table.position_ids = None
 
 
-class CountingM2M100Decoder(Counting, M2M100Decoder):
-    pass
-
-
-class CountingSpeech2TextDecoder(Counting, Speech2TextDecoder):
-    pass
-
-
-class CountingSeamlessM4TDecoder(Counting, SeamlessM4TDecoder):
-    pass
-
-
-class CountingSeamlessM4Tv2Decoder(Counting, SeamlessM4Tv2Decoder):
-    pass
+def counting(stack: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of a decoder stack, with `Counting`."""
+    return type(f"Counting{stack.__name__}", (Counting, stack), {"__module__": __name__})
 
 
 class TokenSpeechT5Decoder(SpeechT5DecoderWithTextPrenet):
@@ -137,10 +122,6 @@ class TokenSpeechT5Decoder(SpeechT5DecoderWithTextPrenet):
         positions = self.embed_positions(tokens[..., 0] if input_ids is None else input_ids, num_read)
         states = self.prenet.dropout(tokens * self.prenet.embed_scale + positions)
         return self.wrapped_decoder(hidden_states=states, past_key_values=past_key_values, **kwargs)
-
-
-class CountingSpeechT5Decoder(Counting, TokenSpeechT5Decoder):
-    pass
 
 
 # --- Cohere, streaming Moonshine, T5Gemma: their stacks change the width of frames themselves
@@ -180,7 +161,7 @@ class WholeT5GemmaDecoder(T5GemmaDecoder):
     def __init__(self, config: Any) -> None:
         config.cross_attention_hidden_size = config.hidden_size
         super().__init__(config)
-        config.cross_attention_hidden_size = None  # of which the joined model of transformers asks another thing
+        config.cross_attention_hidden_size = None  # the joined model of transformers reads it too, with another meaning
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache, tokens = kwargs["past_key_values"], kwargs["input_ids"]

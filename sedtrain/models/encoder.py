@@ -45,7 +45,7 @@ from sedtrain.models.loading import (
     published_name,
     share_config,
 )
-from sedtrain.models.trial import tried
+from sedtrain.models.options import tried
 
 
 @dataclass

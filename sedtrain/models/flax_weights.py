@@ -110,7 +110,7 @@ class Items:
 
 
 def unchunked(tree: dict[str, Any]) -> Any:
-    """A map as it is, or the array of which it holds the chunks."""
+    """The map itself, or the array whose chunks it holds."""
     if CHUNKED not in tree:
         return tree
     shape, chunks = (in_order(tree.get(name)) for name in ("shape", "chunks"))
@@ -222,7 +222,7 @@ def no_weights(option: str, name: str, wrong: str) -> UserError:
 
 
 def generation_config_of(name: str, hub_options: dict[str, Any]) -> GenerationConfig:
-    """That of a folder or Hub id; of one from before it had a file of its own, what config.json says of generation."""
+    """The generation config of a folder or Hub id; of an old one without that file, what config.json says of generation."""
     try:
         return GenerationConfig.from_pretrained(name, **hub_options)
     except OSError:

@@ -32,7 +32,7 @@ def refuse_code(option: str, name: str, **hub_options: Any) -> None:
     write = f"write {option}=FOLDER of a model that transformers knows without other code"
     for file in settings_files(name, hub_options):
         if file.name == ADAPTER:
-            wrong = f"{ADAPTER} makes it matrices of peft, for a base model that it names and that would be fetched"
+            wrong = f"{ADAPTER} makes it an adapter of peft, whose base model would be fetched"
             merge = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
             raise UserError(option, name, wrong, merge)
         values = plain_value(file, option, name, write)
@@ -40,15 +40,12 @@ def refuse_code(option: str, name: str, **hub_options: Any) -> None:
             raise UserError(option, name, f"{file.name} {wrong}", f"write {option}=FOLDER saved by save_pretrained")
         for key, value in entries(values):
             if (key in CODE and value) or (KERNELS.search(key) and "/" in str(value)):
-                wrong = (
-                    f"{file.name} has {key}: it asks for Python code from elsewhere, and no code of a model's is run"
-                )
-                raise UserError(option, name, wrong, write)
+                wrong = f"{key}: it asks for Python code from elsewhere, and no code of a model's is run"
+                raise UserError(option, name, f"{file.name} has {wrong}", write)
             if LAYERS.search(key) and isinstance(value, int) and value > MOST_LAYERS:
-                wrong = (
-                    f"{file.name} has {key}={value}, which would not be built for hours; no model has {MOST_LAYERS:,}"
-                )
-                raise UserError(option, name, wrong, f"write {option}=FOLDER from a source that you trust")
+                wrong = f"{key}={value}, which would not be built for hours; no model has {MOST_LAYERS:,}"
+                trusted = f"write {option}=FOLDER from a source that you trust"
+                raise UserError(option, name, f"{file.name} has {wrong}", trusted)
 
 
 def fault_of_index(values: Any) -> str:
@@ -61,7 +58,7 @@ def fault_of_index(values: Any) -> str:
 
 
 def settings_files(name: str, hub_options: dict[str, Any]) -> list[Path]:
-    """The JSON files by which `name` is loaded, as far as they are there; those of a Hub id from its cache or the Hub."""
+    """The existing JSON files by which `name` is loaded; for a Hub id, from its cache or the Hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         inside = folder / hub_options.get("subfolder", "")

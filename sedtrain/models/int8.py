@@ -22,10 +22,8 @@ from sedtrain.models.steps import KEPT, attempt, steps_of
 FOR_FRAMES, FOR_TOKENS = 2**16, 2**19
 """Weights of a layer from which 8 bits are faster: for many rows at once, and for one token of a decoder."""
 STEPS, ZERO = 127, 128  # of a positive input; the unsigned value of 0
-READ_AS_WEIGHTS = (
-    WavLMAttention,
-    nn.MultiheadAttention,
-)  # modules that multiply with the weights of their layers themselves
+READ_AS_WEIGHTS = (WavLMAttention, nn.MultiheadAttention)
+"""Modules that multiply with the weights of their layers themselves."""
 
 
 class Int8Linear(nn.Module):
@@ -63,12 +61,9 @@ def in_int8(model: SpeechEncoderDecoder) -> SpeechEncoderDecoder:
     Raises UserError for a model that is not in float32 on a CPU.
     """
     if model.device.type != "cpu" or model.dtype != torch.float32:
-        wrong = (
-            f"8 bits are for models in float32 on a CPU; this one is in {str(model.dtype)[6:]} on {model.device.type}"
-        )
-        raise UserError(
-            "decoding.int8", True, wrong, "write decoding.int8=false, or trainer.accelerator=cpu", "write int8=False"
-        )
+        found = f"this one is in {str(model.dtype)[6:]} on {model.device.type}"
+        wrong, write = f"8 bits are for models in float32 on a CPU; {found}", "write decoding.int8=false"
+        raise UserError("decoding.int8", True, wrong, f"{write}, or trainer.accelerator=cpu", "write int8=False")
     replaced: dict[int, Any] = {}
     for name, owner in model.named_modules():
         smallest = FOR_TOKENS if name.partition(".")[0] == "decoder" else FOR_FRAMES

@@ -18,9 +18,8 @@ from torch.func import functional_call
 from transformers import GenerationConfig
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from sedtrain.errors import UserError
+from sedtrain.errors import UserError, one_line
 from sedtrain.models.encoder import EncodedSpeech
-from sedtrain.models.loading import one_line
 from sedtrain.models.output_layer import deferred_output_layer
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 

@@ -28,11 +28,11 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from sedtrain.errors import UserError, in_python
+from sedtrain.errors import UserError, in_python, one_line
 from sedtrain.hub import go_offline_if_unreachable
 from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS, refuse_code
-from sedtrain.models.options import refuse_impossible, refuse_uneven
+from sedtrain.models.options import UNBUILDABLE, refuse_impossible, refuse_uneven
 from sedtrain.models.speech_to_text_2 import register
 from sedtrain.models.stacks import decoder_config, whole_type
 
@@ -43,17 +43,6 @@ CROSS_ATTENTION = re.compile(r"cross_?att|encoder_att|enc_?dec|src_att", re.IGNO
 LOADING_OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
 OWN_WORDS = (OSError, ValueError, RuntimeError, SafetensorError)
 """Errors that say what is wrong, without the name of their class."""
-UNBUILDABLE = (
-    ValueError,
-    ImportError,
-    TypeError,
-    RuntimeError,
-    ArithmeticError,
-    LookupError,
-    AssertionError,
-    AttributeError,
-)
-"""Raised by constructors of transformers for values that do not go together."""
 ATTENTION_FLAGS = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
@@ -138,7 +127,7 @@ def default_config(part: str, model_type: str) -> PreTrainedConfig:
 
 
 def encoder_within(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The encoder's own configuration in that of a whole Parakeet model, as it is published; any other unchanged."""
+    """The encoder's configuration inside a whole Parakeet model's, as it is published; any other unchanged."""
     if not (config.model_type.startswith("parakeet_") and hasattr(config, "encoder_config")):
         return config
     encoder: PreTrainedConfig = config.encoder_config
@@ -291,10 +280,6 @@ def no_model(option: str, name: str, folder: Path, write: str) -> UserError:
         wrong = "this is an adapter of peft without its model"
         write = f"write {option}=FOLDER of the merged model: model.merge_and_unload().save_pretrained(FOLDER)"
     return UserError(option, name, wrong, write, python)
-
-
-def one_line(error: Exception, length: int) -> str:
-    return " ".join(str(error).split())[:length]
 
 
 def joint_config(encoder: PreTrainedModel, decoder: PreTrainedModel) -> SpeechEncoderDecoderConfig:

@@ -24,13 +24,8 @@ WITHOUT_FORWARD = ("WavLMAttention",)
 FOLDER = "adapter"  # of a saved model, for matrices that are not merged
 PREFIX = "base_model.model."  # of the matrices' names in its file
 OPTIONS = {"r": int, "lora_alpha": int | float, "lora_dropout": float, "fan_in_fan_out": bool, "target_modules": list}
-DESCRIBING = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "peft_version",
-    "inference_mode",
-)  # nothing depends on them
+DESCRIBING = ("base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode")
+"""Entries on which nothing depends."""
 WRITE = "write checkpoint=FOLDER of a run with LoRA as it was saved, or without its folder adapter"
 
 
@@ -105,35 +100,26 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with peft_for("finetune", "lora") as peft:
         weights = peft.get_peft_model_state_dict(model).items()
-    save_file(
-        {f"{PREFIX}{name}": weight.contiguous() for name, weight in weights},
-        folder / "adapter_model.safetensors",
-    )
+    named = {f"{PREFIX}{name}": weight.contiguous() for name, weight in weights}
+    save_file(named, folder / "adapter_model.safetensors")
     model.peft_config["default"].save_pretrained(folder)
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
-    """Adds the matrices that lie beside the saved model of this name, if any. Raises UserError for any but those of LoRA."""
-    config, weights = (
-        cached_file(
-            checkpoint,
-            f"{FOLDER}/{name}",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        for name in ("adapter_config.json", "adapter_model.safetensors")
-    )
+    """Adds the matrices that lie beside the saved model of this name, if any. Raises UserError for another kind than LoRA."""
+    quietly = {f"_raise_exceptions_for_{each}": False for each in ("missing_entries", "connection_errors")}
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    config, weights = (cached_file(checkpoint, f"{FOLDER}/{name}", **quietly) for name in files)
     if config is None:
         return
     stored = plain_value(Path(config), "checkpoint", checkpoint, WRITE)
     with peft_for("checkpoint", checkpoint) as peft:
-        peft.inject_adapter_in_model(
-            peft.LoraConfig(**options_of(stored, checkpoint, peft), inference_mode=True), model
-        )
+        config = peft.LoraConfig(**options_of(stored, checkpoint, peft), inference_mode=True)
+        peft.inject_adapter_in_model(config, model)
         matrices = {} if weights is None else load_file(weights)
         matrices = {name.removeprefix(PREFIX): weight for name, weight in matrices.items()}
         if matrices.keys() != peft.get_peft_model_state_dict(model).keys():
-            wrong = f"{FOLDER}/adapter_model.safetensors has not the matrices of its adapter_config.json"
+            wrong = f"{FOLDER}/adapter_model.safetensors lacks the matrices of its adapter_config.json"
             raise UserError("checkpoint", checkpoint, wrong, WRITE)
         peft.set_peft_model_state_dict(model, matrices)
 

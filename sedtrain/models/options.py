@@ -1,12 +1,18 @@
-"""Values of a family's configuration: sizes, fractions and the like in the range that their default tells."""
+"""Values of a family's configuration: each in the range that its default tells, and together a model that computes."""
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import GenericAlias
 from typing import Annotated, Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from sedtrain.annotations import Unknown, as_plain, in_words, is_of
-from sedtrain.errors import UserError
+from sedtrain.errors import UserError, one_line
 from sedtrain.ranges import Count, CountOrZero, Fraction, FractionBelowOne, NonNegative, Range
 
 DROPPED = re.compile("drop")
@@ -15,6 +21,16 @@ MAY_BE_ZERO = re.compile(r"_ids?$|_tokens$|min_|chunk|offset|encoder_layers$|fir
 LAYERS = re.compile(r"layers?$")
 NumLayers = Annotated[int, Range("a whole number from 1 to 1,000", low=1, high=1000)]
 NumLayersOrZero = Annotated[int, Range("a whole number from 0 to 1,000", low=0, high=1000)]
+
+UNBUILDABLE = (
+    *(ValueError, ImportError, TypeError, RuntimeError),
+    *(ArithmeticError, LookupError, AssertionError, AttributeError),
+)
+"""Raised by constructors of transformers for values that do not go together."""
+ON_CPU = (None, "sdpa", "eager")  # attention implementations that compute there
+MOST_TENSORS = 50_000  # of a model; a thousand layers have about 20,000
+PASSED: set[str] = set()  # configurations, as they are written into files
+Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
 
 def refuse_impossible(part: str, given: Mapping[str, Mapping[str, Any]], defaults: Any) -> None:
@@ -45,7 +61,7 @@ def refuse_uneven(part: str, given: Mapping[str, Mapping[str, Any]], config: Any
 
 
 def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
-    """The kind in words of which a value is not; what has no plain default fits, and null but for a fraction."""
+    """The expected kind in words, where a value does not fit; where nothing is expected, any value fits."""
     kind = kind_of(name, default)
     may_be_null = default is None or kind not in (FractionBelowOne, Fraction)
     if kind is not None and not (value is None and may_be_null) and not is_of(kind, as_plain(value)):
@@ -77,3 +93,74 @@ def range_of(name: str, default: Any) -> Any:
     if LAYERS.search(name):
         return NumLayersOrZero if may_be_zero else NumLayers
     return CountOrZero if may_be_zero else Count
+
+
+# --- a trial of a new encoder or decoder
+
+
+def tried(
+    option: str, value: object, config: PreTrainedConfig, build: Build, run: Callable[[PreTrainedModel], Any]
+) -> PreTrainedModel:
+    """The model with random weights. Raises UserError where these take more than the memory, or a first forward fails.
+
+    option, value: what the user may have chosen of the configuration
+    run: a forward of the model, on the CPU
+    """
+    key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+    if key in PASSED:
+        return build(config)
+    with torch.random.fork_rng(devices=[]):
+        refuse_sizes(option, value, config, build)
+    model = build(config)
+    if config._attn_implementation not in ON_CPU:
+        return model
+    was_training = model.training
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            run(model.eval())
+    except UserError:
+        raise
+    except (MemoryError, *UNBUILDABLE) as error:
+        reason = one_line(error, 160) or type(error).__name__
+        wrong = f"these values build a model that fails in its first step: {reason}"
+        raise UserError(option, value, wrong, f"write {option}.NAME=VALUE that fits the others") from error
+    PASSED.add(key)
+    return model.train(was_training)
+
+
+def memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refuse_sizes(option: str, value: object, config: PreTrainedConfig, build: Build) -> None:
+    """Raises UserError where the tensors of a model, in float32, take more than the memory, are too many, or have no number.
+
+    Nothing is allocated.
+    """
+    size, number, most = 0, 0, memory()
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal size, number
+        number += 1
+        if number > MOST_TENSORS:
+            wrong = f"these values build a model of more than {MOST_TENSORS:,} tensors"
+            raise UserError(option, value, wrong, f"write {option}.NAME=VALUE of a smaller model")
+        if isinstance(tensor, nn.Parameter) and not tensor.numel():
+            wrong = f"these values build a {type(module).__name__} whose {name} has the shape {tuple(tensor.shape)}"
+            raise UserError(option, value, wrong, f"write {option}.NAME=VALUE that fits the others")
+        size += 0 if tensor is None else 4 * tensor.numel()
+        if size > most:
+            wrong = f"weights of {size / 1e9:,.0f} GB or more, and this machine has {most / 1e9:,.0f} GB"
+            raise UserError(option, value, wrong, f"write {option}.NAME=VALUE of a smaller model")
+
+    registered = [
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        with torch.device("meta"):
+            build(config)
+    finally:
+        for each in registered:
+            each.remove()

@@ -24,14 +24,12 @@ def part_of(name: str) -> str:
     if any(name.startswith(f"{adapter}.") for adapter in ADAPTERS):
         return "adapter"
     modules = name.split(".")[:-1]
-    if modules[:1] == ["decoder"] and any(map(is_cross_attention, modules)):
+    attends = any(
+        CROSS_ATTENTION.search(name) or name == "multihead_attn" for name in modules
+    )  # the latter is PyTorch's
+    if modules[:1] == ["decoder"] and attends:
         return "cross_attention"
     return name.partition(".")[0]
-
-
-def is_cross_attention(module_name: str) -> bool:
-    """True if a module of this name attends to the encoder; `multihead_attn` is PyTorch's name for it."""
-    return bool(CROSS_ATTENTION.search(module_name)) or module_name == "multihead_attn"
 
 
 def selected(model: nn.Module, name: str, option: str) -> set[str]:

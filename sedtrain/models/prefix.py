@@ -232,9 +232,9 @@ class Prefixed:
 
 
 def in_place(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, U, V) logits of texts whose padding has moved to the front -> those of the tokens as they were given.
+    """(B, U, V) logits of texts whose padding has moved to the front -> logits of the tokens where they were given.
 
-    A padded token behind a text has the logits of its last real one: `generate` goes on from there.
+    A padded token behind a text has the logits of its last real one, which `generate` continues from.
     """
     if mask is None:
         return logits

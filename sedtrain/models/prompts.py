@@ -1,6 +1,6 @@
 """The prompts of whole speech models, from their tokenizer and their generation config."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME as CANARY_LANGUAGES
@@ -15,9 +15,9 @@ END = ["pnc", "noitn", "notimestamp", "nodiarize"]
 
 
 def whole_prompt(model_type: str, tokenizer: Any, generation: Any) -> WholePrompt | None:
-    """What stands in front of a whole model's texts; None for one that has a single language.
+    """The prompt of a whole model's texts; None for a model of a single language.
 
-    model_type: that of `transformers`
+    model_type: as `transformers` names it
     generation: the generation config
     """
     make = PROMPTS.get(model_type)
@@ -64,18 +64,16 @@ def pairs_of(tokenizer: Any, generation: Any, pairs: dict[str, tuple[str, str]])
 
 
 def seamless(tokenizer: Any, generation: Any) -> WholePrompt:
-    codes = getattr(generation, "text_decoder_lang_to_code_id", None) or {}
-    return of_language(generation, codes.items())
+    return of_language(generation, getattr(generation, "text_decoder_lang_to_code_id", None))
 
 
 def speech_to_text(tokenizer: Any, generation: Any) -> WholePrompt:
-    codes = getattr(tokenizer, "lang_code_to_id", None) or {}
-    return of_language(generation, codes.items())
+    return of_language(generation, getattr(tokenizer, "lang_code_to_id", None))
 
 
-def of_language(generation: Any, codes: Iterable[tuple[str, int]]) -> WholePrompt:
+def of_language(generation: Any, codes: Mapping[str, int] | None) -> WholePrompt:
     """A token for the language of the text, whatever the task."""
-    ids = {language: [code] for language, code in codes}
+    ids = {language: [code] for language, code in (codes or {}).items()}
     by_task = dict.fromkeys(TASK_OF.values(), ids) if ids else {}
     return WholePrompt(by_task, language=getattr(generation, "language", None))
 

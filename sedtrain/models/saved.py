@@ -43,7 +43,7 @@ def is_within(value: object, most: float) -> TypeGuard[float]:
 
 
 def most_tokens(config: PreTrainedConfig, seconds: float) -> int:
-    """Tokens that a text of so many seconds may have: a multiple of those that training texts have in that time."""
+    """The most tokens of a text of so many seconds: a multiple of the mean of training texts."""
     rate = getattr(config, "tokens_per_second", None)
     if not is_within(rate, MOST_RATE) or not isfinite(seconds):
         most = getattr(config, "max_text_tokens", None)  # of a whole speech model
@@ -214,7 +214,7 @@ def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
         write = "write checkpoint=FOLDER with the generation_config.json of the published model"
         raise UserError("checkpoint", name, f"its generation_config.json has {fault}", write)
     if not is_prompt(prompt := prompt_of(model.config.decoder), model.decoder.config.vocab_size):
-        wrong = f"its config.json has audio_prompt={str(prompt)[:80]}, which is no two lists of its token ids"
+        wrong = f"its config.json has audio_prompt={str(prompt)[:80]}, where two lists of its token ids belong"
         raise UserError("checkpoint", name, wrong, write)
 
 

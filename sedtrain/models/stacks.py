@@ -20,22 +20,23 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.canary.configuration_canary import CanaryDecoderConfig
 from transformers.models.canary.modeling_canary import CanaryDecoder
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Decoder
 from transformers.models.moonshine.modeling_moonshine import MoonshineDecoder
 from transformers.models.mt5.modeling_mt5 import MT5Stack
+from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TDecoder
+from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2Decoder
+from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextDecoder
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 from transformers.utils.generic import can_return_tuple
 
 from sedtrain.models.decoder_stacks import (
-    CountingM2M100Decoder,
-    CountingSeamlessM4TDecoder,
-    CountingSeamlessM4Tv2Decoder,
-    CountingSpeech2TextDecoder,
-    CountingSpeechT5Decoder,
     MaskedWhisperDecoder,
+    TokenSpeechT5Decoder,
     UnprojectedCohereDecoder,
     UnprojectedMoonshineStreamingDecoder,
     WholeT5GemmaDecoder,
+    counting,
 )
 from sedtrain.models.output_layer import DeferrableLinear
 
@@ -52,7 +53,7 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
 
     whole: the class of that model
     stack: the class of its decoder, or a subclass of it
-    within: name, in the configuration of the whole model, of that of the decoder; None: it has one for all
+    within: attribute of the whole model's configuration that holds the decoder's; None: there is one for both
     output_bias: True if the output layer has a bias
     of_frames: modules of the whole model's stack that its frames pass first, which a joined model leaves out
     """
@@ -178,13 +179,13 @@ NO_FLEX: dict[str, Any] = {
 }  # transformers reads one bias of distances for each utterance, and T5 has one for all
 KINDS = (
     kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
-    kind(transformers.M2M100ForConditionalGeneration, CountingM2M100Decoder),
-    kind(transformers.Speech2TextForConditionalGeneration, CountingSpeech2TextDecoder),
+    kind(transformers.M2M100ForConditionalGeneration, counting(M2M100Decoder)),
+    kind(transformers.Speech2TextForConditionalGeneration, counting(Speech2TextDecoder)),
     kind(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
     kind(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
     kind(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
-    kind(transformers.SeamlessM4TForSpeechToText, CountingSeamlessM4TDecoder),
-    kind(transformers.SeamlessM4Tv2ForSpeechToText, CountingSeamlessM4Tv2Decoder),
+    kind(transformers.SeamlessM4TForSpeechToText, counting(SeamlessM4TDecoder)),
+    kind(transformers.SeamlessM4Tv2ForSpeechToText, counting(SeamlessM4Tv2Decoder)),
     kind(
         transformers.CanaryForConditionalGeneration,
         CanaryDecoder,
@@ -205,7 +206,7 @@ KINDS = (
     ),
     kind(
         transformers.SpeechT5ForSpeechToText,
-        CountingSpeechT5Decoder,
+        counting(TokenSpeechT5Decoder),
         _tied_weights_keys={"lm_head.weight": "decoder.prenet.embed_tokens.weight"},
     ),
     kind(
@@ -259,5 +260,5 @@ def here_named(name: str) -> str:
 
 
 def whole_type(config: PreTrainedConfig) -> str:
-    """The model type by which users know the family: that of the whole model."""
+    """The model type of the whole model, by which users know the family."""
     return next((name for name, kind in OF_WHOLE.items() if isinstance(config, kind.config_class)), config.model_type)

@@ -54,7 +54,7 @@ CONVOLUTIONS = ("residual_conv", "self_attn_conv")
 
 
 def encoder_config_class(whole: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:
-    """The configuration class of the encoder alone, beside that of its whole sequence-to-sequence model."""
+    """A configuration class for the encoder alone of a sequence-to-sequence model whose class is `whole`."""
     fields = {"__annotations__": {"is_encoder_decoder": bool}, "is_encoder_decoder": False, "model_type": model_type}
     name = whole.__name__.replace("Config", "EncoderConfig")
     return type(name, (whole,), {**fields, "__module__": __name__})
@@ -134,7 +134,7 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
         return step(self.conv1) + step(self.conv2) + step(self.conv3)
 
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Upstream takes the mask of every 384th sample for that of a frame: here those samples hold the right mask."""
+        """Writes the mask of each frame into every 384th sample, where upstream looks for it."""
         stride = self.conv1.stride[0] * self.conv2.stride[0] * self.conv3.stride[0]
         num_frames = -(-inputs.shape[1] // stride)
         mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
@@ -142,7 +142,7 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
 
 
 class ExactCausalConv1d(MoonshineStreamingCausalConv1d):
-    """Counts the frames that an utterance has alone; upstream also counts those that one real input reaches.
+    """Counts the frames that an utterance has without padding; upstream also counts frames that it reaches in part.
 
     lengths: (B,) of its input
     """

@@ -21,7 +21,7 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.stacks import OF_WHOLE, here_named
 
 FACTS = ("training_normalizer", "max_training_seconds", "tokens_per_second", "tags", "ctc_vocab_size")
-"""What a configuration says of training, beside what `transformers` reads."""
+"""Facts of training in a configuration, which `transformers` does not read."""
 SPECIAL_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -32,7 +32,7 @@ def is_whole(config: PreTrainedConfig) -> bool:
 
 
 class OfFrames(Adapter, kind="of_frames"):
-    """What a whole model's decoder does to frames before it attends to them: adds positions, changes their width.
+    """Adds positions to frames and changes their width, as a whole model's decoder does before it attends to them.
 
     pos_emb, proj: modules of the decoder; None where it has none
     """
@@ -114,7 +114,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """That of the class in `transformers`, also for a folder with weights of Flax alone."""
+        """The `from_pretrained` of the class in `transformers`, also for a folder with weights of Flax alone."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
         config, kwargs = configured(pretrained_model_name_or_path, kwargs)
         stock_class = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)]

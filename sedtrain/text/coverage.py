@@ -28,9 +28,9 @@ class VocabularyReport:
     rewrite: applied to each text before it is encoded
     scores:  of texts that are encoded and decoded; no model of this tokenizer writes these texts with fewer errors
 
-    num_texts, num_emptied:  texts that are not empty, and those of them that `rewrite` empties
+    num_texts, num_emptied:  texts that are not empty; how many of them `rewrite` empties
     characters:              counts in rewritten texts, without white space
-    num_tokens, num_unknown: tokens of rewritten texts, and those of them that are the unknown token
+    num_tokens, num_unknown: tokens of rewritten texts; how many of them are the unknown token
     num_changed, changed:    texts that come back as others, and the first of them
     """
 
@@ -93,7 +93,7 @@ class VocabularyReport:
         return not (self.unwritable or self.num_unknown or self.num_emptied or any(floors))
 
     def __str__(self) -> str:
-        """One line, and one more for each of the most frequent characters that cannot be written and texts that change."""
+        """A summary, then a line for each frequent character that cannot be written and for each text that changes."""
         return "\n".join([*self.written(), *self.given_back()])
 
     def given_back(self) -> Iterator[str]:

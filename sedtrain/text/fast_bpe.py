@@ -27,7 +27,7 @@ def read_vocabulary(file: Path) -> dict[str, int]:
 
 
 def read_merges(file: Path) -> dict[tuple[str, str], int]:
-    """The rank of each pair of symbols in merges.txt, whose lines may have a count behind the pair; ValueError if not."""
+    """The rank of each pair of symbols in merges.txt, where a count may follow a pair. Raises ValueError for other lines."""
     lines = [line.split() for line in content(file).split("\n")]
     pairs = [tuple(words[:2]) for words in lines if words]
     if wrong := next((pair for pair in pairs if len(pair) < 2), None):

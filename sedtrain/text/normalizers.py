@@ -54,18 +54,14 @@ def find(table: Mapping[str, Entry], name: str, noun: str, option: str) -> Entry
     raise UserError(option, name, f"there is no {noun} called {name!r}{guess}", f"write one of {', '.join(table)}")
 
 
-def collapse_whitespace(text: str) -> str:
-    return " ".join(text.split())
-
-
 def lowercase(text: str) -> str:
     # Lower case can leave NFKC (U+1E9E, U+0130), and NFKC can bring capitals back (U+212A): hence twice.
     lowered = unicodedata.normalize("NFKC", text).lower()
-    return collapse_whitespace(unicodedata.normalize("NFKC", lowered))
+    return " ".join(unicodedata.normalize("NFKC", lowered).split())
 
 
 def whisper(language: str) -> Normalizer:
-    """That of `english` or `basic`; transformers has both too, without the 1,741 spellings that published scores use."""
+    """Whisper's normalizer `english` or `basic`; those of transformers lack the 1,741 spellings that published scores use."""
     module = importlib.import_module(f"whisper_normalizer.{language}")
     rewrite = getattr(module, f"{language.title()}TextNormalizer")()
     return Normalizer(f"whisper_{language}", f"whisper-normalizer {version('whisper-normalizer')}", rewrite)

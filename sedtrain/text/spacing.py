@@ -34,7 +34,7 @@ CLASSES = {
 
 Pair = tuple[str, str]
 Context = tuple[str, Pair, str]
-"""The kinds of two neighbours, and the classes of what stands before the first and behind the second, where these are marks."""
+"""The kinds of two neighbours; for a neighbour that is a mark, also the class of the character beyond it."""
 
 
 def is_unspaced(texts: Iterable[str]) -> bool:

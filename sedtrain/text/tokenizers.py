@@ -103,7 +103,7 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_t
     Shifting the labels prepends the start token. What a tokenizer writes after the end token, such as mBART's language
     code, is dropped.
 
-    decoder_start_token_id: None where the text goes on behind a prompt: the tokenizer then writes no token in front
+    decoder_start_token_id: None where the text continues a prompt: the tokenizer then writes no token in front
     """
     begins = decoder_start_token_id is not None
     ids: list[int] = tokenizer(text_target=text, add_special_tokens=begins)["input_ids"]

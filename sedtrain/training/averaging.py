@@ -143,7 +143,7 @@ class AverageBest(Callback):
 
 
 def mean_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each weight over several states, summed in float64; whole numbers are those of the first state."""
+    """The mean of each weight over several states, summed in float64; whole numbers come from the first state."""
     number, first, totals = 0, dict[str, Tensor](), dict[str, Tensor]()
     for state in states:
         number, first = number + 1, first or state

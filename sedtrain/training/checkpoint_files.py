@@ -36,7 +36,7 @@ NOT_SCORED_ANEW = {"split", "data.test_split"}
 AVERAGES = ("callbacks.ema", "callbacks.average")
 """Callbacks that decide the weights; all others may come and go."""
 LISTS = ("skipped.jsonl", "bad_steps.jsonl")
-"""Files of a run with a line of JSON for each entry, many of which say their step."""
+"""Files of a run with a line of JSON for each entry; most lines name their step."""
 
 
 class Hashed:
@@ -111,16 +111,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder that is not damaged, None where there is none; raises UserError where all are."""
+    """The newest undamaged checkpoint of a folder; None without checkpoints. Raises UserError where all are damaged."""
     last = folder / LAST
     if last.is_file() and is_whole(last):
         return last
     if last.is_dir():
-        wrong, write = (
-            f"its {LAST} is a folder, not a checkpoint",
-            f"write mv {last} ANOTHER_PLACE in your shell, then resume",
-        )
-        raise UserError("run_dir", str(folder.parent), wrong, write)
+        write = f"write mv {last} ANOTHER_PLACE in your shell, then resume"
+        raise UserError("run_dir", str(folder.parent), f"its {LAST} is a folder, not a checkpoint", write)
     found = [path for path in (folder / BEST, last, folder / PREVIOUS) if path.is_file()]
     if not found:
         return None
@@ -197,7 +194,7 @@ def forget(folder: Path) -> None:
 
 
 def refuse_other_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError with the settings in which this folder's run differs and that decide weights, or scores that exist.
+    """Raises UserError with the settings of this folder's run that differ and would change its weights, or scores that exist.
 
     What the run was not asked, such as an option of a later version, was false then.
     """

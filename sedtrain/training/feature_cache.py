@@ -73,7 +73,7 @@ class Store:
     """A folder with a file for each utterance, which processes share; a damaged file is as good as none.
 
     folder: of all stores, each named by its `key`
-    most_bytes: of all stores, of which this process adds its share
+    most_bytes: of all stores; this process may add its share
     """
 
     def __init__(self, folder: Path, key: str, most_bytes: float, num_ranks: int) -> None:
@@ -213,9 +213,9 @@ class FeatureCache:
         """(T, D) of the utterance of this number, rounded to 16 bits and stored where these can hold it."""
         mask = batch.attention_mask[number : number + 1]
         length, inputs = int(mask.sum()), batch.inputs[number : number + 1]
-        frames = encoded_alone(
-            front, inputs[..., :length] if self.time_is_last else inputs[:, :length], mask[:, :length]
-        )
+        inputs = inputs[..., :length] if self.time_is_last else inputs[:, :length]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # draws none of the random numbers of training
+            frames = front.output(inputs, mask[:, :length])
         if not frames.abs().max() <= LARGEST:  # or NaN
             return frames
         store.write(batch.keys[number], frames.half().cpu())
@@ -227,13 +227,6 @@ class FeatureCache:
             key = key_of(front, model.encoder.config, self.settings)
             self.opened = front, Store(self.folder, key, self.most_bytes, self.num_ranks)
         return self.opened[1]
-
-
-@torch.no_grad()
-def encoded_alone(front: Front, inputs: Tensor, attention_mask: Tensor) -> Tensor:
-    """(T, D) of one utterance; draws none of the random numbers that training draws from, whatever the encoder does."""
-    with torch.random.fork_rng(devices=[]):
-        return front.output(inputs, attention_mask)
 
 
 def key_of(front: Front, config: PreTrainedConfig, settings: Mapping[str, Any]) -> str:

@@ -150,7 +150,7 @@ class FineTuning(Callback):
 
 
 def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest modules in `module` that have weights of which none has a gradient."""
+    """The largest modules in `module` that have weights, and none with a gradient."""
     weights = list(module.parameters())
     if weights and not any(weight.requires_grad for weight in weights):
         yield module

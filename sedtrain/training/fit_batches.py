@@ -195,7 +195,7 @@ def budget_of(memory_gb: float | None, memory: Memory, device: str, kept: float)
     """Memory that steps may take: `memory_gb`, else all of a GPU, less MARGIN and the bytes `kept` beside them."""
     available = memory.available()
     if memory_gb is None and device == "cpu":
-        wrong = "training does not say how much of this machine's memory it may take"
+        wrong = "nothing says how much memory training may take"
         instead = f"write memory_gb=NUMBER, for the whole process; {available / GB:.0f} are free"
         raise UserError("memory_gb", None, wrong, instead)
     whole = available if memory_gb is None else memory_gb * GB
@@ -374,7 +374,7 @@ class TrialSteps(Callback):
 
 
 def unsharded(module: SpeechSeq2SeqModule) -> SpeechSeq2SeqModule:
-    """The same module around the same model, to be fitted once: FSDP marks a module, and refuses to shard it again."""
+    """A copy of the module around the same model, for one fit: FSDP marks a module, and refuses to shard it again."""
     twin = copy.copy(module)
     vars(twin).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
     return twin

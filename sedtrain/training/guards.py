@@ -39,7 +39,7 @@ class Guards(Callback):
     probe_after:    says so from this fraction of the steps on, and after the first 100
     """
 
-    counts_one_run = True  # another run that starts from a checkpoint of this one counts anew
+    counts_one_run = True  # another run that starts from a checkpoint of this one begins at 0
 
     @checked("callbacks.guards.")
     def __init__(
@@ -125,13 +125,12 @@ class Guards(Callback):
             return
         beginning = max(HISTORY, self.probe_after * trainer.estimated_stepping_batches)
         if trainer.global_step >= beginning and gain < self.min_audio_gain:
-            logger.warning(
+            text = (
                 "step %d: the decoder hardly listens to the audio: the audio of other utterances raises its loss by only "
                 "%.3f nats per token (val/audio_gain); try loss.ctc_weight=0.3, finetune=all, more warm-up "
-                "(scheduler.warmup_fraction), another optimizer.lr, or more steps",
-                trainer.global_step,
-                gain,
+                "(scheduler.warmup_fraction), another optimizer.lr, or more steps"
             )
+            logger.warning(text, trainer.global_step, gain)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.num_bad and trainer.is_global_zero:
@@ -160,7 +159,7 @@ def lasting_rise(losses: Sequence[float], least: float) -> tuple[float, float] |
 
 
 def reason_to_skip(trainer: Trainer, update: Update) -> str | None:
-    """Why a step was skipped; None for a gradient too large for float16, as long as the scaler can lower its scale."""
+    """The reason why a step was skipped; None for an overflow in float16, as long as the scaler can lower its scale."""
     if not update.loss_is_finite:
         return "the loss is not finite"
     if update.gradient_is_finite:
@@ -205,7 +204,7 @@ class Reporting(Callback):
             raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
 
     def report(self, value: float, step: int) -> bool:
-        """True if the trial is to end, which the study is told."""
+        """True if the trial is to end; the study notes it as pruned."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

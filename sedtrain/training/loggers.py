@@ -60,9 +60,8 @@ class MetricsFile(Logger):
                 int(row["step"]), [float(value) for value in row.values() if value]
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             wrong = f"metrics.csv in this folder is no table of metrics: {error}"
-            raise UserError(
-                "run_dir", str(self.folder), wrong, "remove that file, or write run_dir=ANOTHER_FOLDER"
-            ) from error
+            write = "remove that file, or write run_dir=ANOTHER_FOLDER"
+            raise UserError("run_dir", str(self.folder), wrong, write) from error
         return columns, rows
 
     def write(self, rows: list[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import forget
+from sedtrain.training.checkpoints import gather_states
 from sedtrain.training.feature_cache import FeatureCache
 from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host
 from sedtrain.training.optim import build_optimizer, parameter_groups
@@ -192,7 +193,7 @@ class SpeechSeq2SeqModule(LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> dict[str, list[str]] | None:
         if len(batch) == 0:
             return None
-        # Compiled code would be compiled anew for every token.
+        # Compiled code would be compiled again for every token.
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"), self.cached(batch):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
@@ -227,7 +228,7 @@ class SpeechSeq2SeqModule(LightningModule):
             raise UserError("data.validation_split", ", ".join(sorted(splits)), wrong, write)
         self.metrics.counts = self.over_ranks(torch.from_numpy(self.metrics.counts)).cpu().numpy()
         if self.metrics.metric_set.own and self.trainer.world_size > 1:
-            self.metrics.texts = texts_of_ranks(self.metrics.texts)
+            self.metrics.texts = [text for of_rank in gather_states(self.metrics.texts) for text in of_rank]
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         if num_compared:
             scores["val/audio_gain"] = gain_sum / num_compared
@@ -240,13 +241,6 @@ class SpeechSeq2SeqModule(LightningModule):
         if self.trainer.world_size == 1:
             return sums
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-
-
-def texts_of_ranks(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """References and hypotheses of all ranks, for metrics that do not add up."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, texts)
-    return [text for of_rank in gathered for text in of_rank]
 
 
 def time_fraction(trainer: Trainer) -> float | None:

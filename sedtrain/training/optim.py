@@ -15,7 +15,7 @@ from sedtrain.ranges import CountOrZero, Fraction, FractionBelowOne, NonNegative
 
 
 def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-    """Groups of parameters with one `lr_scale` each; those that do not decay are in groups of their own.
+    """Groups of parameters, each with one `lr_scale` and either with or without weight decay.
 
     scales: names of parameters, each with its learning rate over that of the optimizer; None: those that train, at 1
     """

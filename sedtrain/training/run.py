@@ -73,7 +73,7 @@ def run_trainer(
         **({"val_check_interval": NEVER} if every else {}),
     )
     if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
-        wrong = "the learning rate falls until the end of training, and this has none"
+        wrong = "nothing ends this training, so that its learning rate cannot be planned"
         write = "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
         raise UserError("trainer.max_steps", -1, wrong, write)
     return trainer
@@ -218,7 +218,7 @@ class TrainingRun:
         return last
 
     def stopped_by(self) -> int | None:
-        """The number of the signal that stopped training, SIGTERM where another rank received it; None where none did."""
+        """The number of the signal that stopped training (SIGTERM where another rank received it); None without a signal."""
         numbers = [stop.stopped_by for stop in self.callbacks(StopOnInterrupt) if stop.stopped_by]
         numbers += [signal.SIGTERM] if self.callbacks(Checkpoints)[0].stopped else []
         return int(numbers[0]) if numbers else None

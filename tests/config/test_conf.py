@@ -80,7 +80,7 @@ def defaults():
 
 def test_the_walk_finds_the_options():
     assert len(CHOICES) >= 40
-    shared = {"data_settings", "decoder_settings", "encoder_settings"}
+    shared = {"data_settings", "decoder_settings", "encoder_settings", "encoder_waveform_settings"}
     assert {each.stem for each in conf_dir().glob("*.yaml")} == {"train"} | shared
     assert len(list(conf_dir().glob("*/*.yaml"))) == len(CHOICES)
     assert {group for group, _ in CHOICES} == {each.name for each in conf_dir().iterdir() if each.is_dir()} - {"hydra"}

@@ -18,7 +18,7 @@ import pytest
 from corpora import COLUMNS, data_module, listed, refused, wav, write
 from test_formats import shard
 
-from sedtrain.data import places
+from sedtrain.data import paths
 from sedtrain.data.parts import Part, parts_of
 from sedtrain.data.source import Columns, Source
 from sedtrain.errors import UserError
@@ -27,7 +27,7 @@ from sedtrain.errors import UserError
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(places, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(paths, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture

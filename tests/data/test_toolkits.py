@@ -11,7 +11,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedtrain.data.kaldi import kaldi_rows
+from sedtrain.data.folders import kaldi_rows
 from sedtrain.data.options import sources_of
 from sedtrain.data.parts import parts_of
 from sedtrain.data.tables import PROBLEM

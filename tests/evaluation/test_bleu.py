@@ -6,8 +6,8 @@ import pytest
 from corpora import data_module, refused, write
 from sacrebleu.metrics import BLEU, CHRF
 
-from sedtrain.evaluation.evaluate import metric_set
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
+from sedtrain.evaluation.metrics_of_run import metric_set
 from sedtrain.text.normalizers import normalizer
 
 GERMAN = (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, CorpusMetrics, MetricSet
-from sedtrain.evaluation.own_metrics import of_evaluate, of_function
+from sedtrain.evaluation.metrics_of_run import of_evaluate, of_function
 from sedtrain.text.normalizers import normalizer
 
 REFERENCES = ["the cat sat on the mat", "one two three four five", "hello there , my friend", "yes"]

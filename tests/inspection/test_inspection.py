@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedtrain.data.buckets import Bounds
-from sedtrain.inspection.outliers import robust_scores
 from sedtrain.inspection.sections import in_words, named
-from sedtrain.inspection.splits import QUIETEST, Entry, is_clipped, level, read_corpus, silence
+from sedtrain.inspection.splits import QUIETEST, Entry, is_clipped, level, read_corpus, robust_scores, silence
 from sedtrain.inspection.summary import (
     Batching,
     Histogram,

@@ -61,7 +61,7 @@ def test_a_part_with_code_of_its_own_is_refused(tmp_path):
         ("config.json", {"decoder": {"num_hidden_layers": 10**9}},
          "config.json has num_hidden_layers=1000000000, which would not be built for hours; no model has 10,000"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/base"},
-         "adapter_config.json makes it matrices of peft, for a base model that it names and that would be fetched"),
+         "adapter_config.json makes it an adapter of peft, whose base model would be fetched"),
         (INDEX, {"metadata": {}, "weight_map": {"a": "b.safetensors", "c": "../d.safetensors"}},
          f"{INDEX} names '../d.safetensors', which is no file of weights beside it"),
         (INDEX, {"metadata": {}, "weight_map": {"a": 3}}, f"{INDEX} names '3', which is no file of weights beside it"),

@@ -62,14 +62,23 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_a_number_that_does(
     assert (error.wrong, error.write) == ("it does not divide the width, 144", f"write {error.option}=6")
 
 
+def tiny_of(file):
+    """The values of an option's tiny member, inherited ones included."""
+    option = yaml.safe_load(file.read_text(encoding="utf-8"))
+    names = [each for each in option.get("defaults", ()) if isinstance(each, str) and each != "_self_"]
+    roots = {True: conf_dir(), False: file.parent}
+    bases = [roots[each.startswith("/")] / f"{each.lstrip('/').partition('@')[0]}.yaml" for each in names]
+    return {name: value for base in bases for name, value in tiny_of(base).items()} | option.get("tiny", {})
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_every_value_of_the_tiny_members_is_possible(part):
     files = sorted((conf_dir() / part).glob("*.yaml"))
     assert len(files) > 15
     for file in files:
-        option = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if "tiny" in option and "model_type" in option:
-            refuse_impossible(part, {"tiny": option["tiny"]}, default_config(part, option["model_type"]))
+        assert len(tiny_of(file)) > 3
+        model_type = yaml.safe_load(file.read_text(encoding="utf-8"))["model_type"]
+        refuse_impossible(part, {"tiny": tiny_of(file)}, default_config(part, model_type))
 
 
 def test_defaults_of_every_family_lie_in_their_own_ranges():
@@ -176,7 +185,7 @@ def test_values_that_leave_a_layer_without_weights_are_refused():
 
 
 def test_values_that_build_layers_without_end_are_refused(monkeypatch):
-    monkeypatch.setattr("sedtrain.models.trial.MOST_TENSORS", 500)
+    monkeypatch.setattr("sedtrain.models.options.MOST_TENSORS", 500)
     with pytest.raises(UserError) as caught:
         tiny_encoder("data2vec", options={"num_conv_pos_embeddings": 10**10})
     [error] = caught.value.errors
@@ -192,7 +201,7 @@ def test_values_of_the_tiny_member_are_told_where_no_option_is_chosen():
 
 
 def test_weights_beyond_the_memory_are_refused_before_they_are_allocated(monkeypatch):
-    monkeypatch.setattr("sedtrain.models.trial.memory", lambda: 10**9)
+    monkeypatch.setattr("sedtrain.models.options.memory", lambda: 10**9)
     with pytest.raises(UserError) as caught:
         tiny_encoder("hubert", options={"hidden_size": 1_000_000})
     [error] = caught.value.errors

@@ -131,7 +131,7 @@ def test_a_saved_prompt_that_is_none_is_refused():
     refuse_misdescribed("FOLDER", model)
     for prompt in ("text", [[1]], [[1], [VOCABULARY]], [[1], ["a"]], [[True], []], [[1] * 10_000, []]):
         model.config.decoder.audio_prompt = prompt
-        with pytest.raises(UserError, match="which is no two lists of its token ids"):
+        with pytest.raises(UserError, match="where two lists of its token ids belong"):
             refuse_misdescribed("FOLDER", model)
 
 

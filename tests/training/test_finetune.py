@@ -18,9 +18,9 @@ from sedtrain.models.adapter import ConvAdapter
 from sedtrain.models.parts import PARTS, depths, layers_of, part_of
 from sedtrain.models.saved import load
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.tasks import ends
+from sedtrain.tasks import plan as table_of
 from sedtrain.training.finetune import FineTuning, frozen_modules
-from sedtrain.training.tables import ends
-from sedtrain.training.tables import plan as table_of
 
 PAIRS = [*((encoder, "bert") for encoder in ENCODERS), *(("hubert", decoder) for decoder in DECODERS)]
 

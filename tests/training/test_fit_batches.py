@@ -137,7 +137,7 @@ def test_a_budget_is_asked_for_on_a_cpu_and_never_more_than_there_is():
     text = "2 GB on the CPU (10 % kept free, 0.30 GB for audio that is kept decoded)"
     assert budget_of(2.0, memory(80e9), "cpu", 0.3e9) == (1.5e9, 2.0, text)
     for gb, wrong, instead in [
-        (None, "training does not say how much of this machine's memory it may take",
+        (None, "nothing says how much memory training may take",
          "write memory_gb=NUMBER, for the whole process; 9 are free"),
         (10.0, "only 9.0 GB are free", "write memory_gb=8"),
     ]:  # fmt: skip

@@ -170,7 +170,7 @@ def test_an_adapter_without_its_weights_is_refused(tmp_path, own_tokenizer):
     callback.finish(model)
     SavedModel(model, *own_tokenizer).save(tmp_path, {})
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="has not the matrices of its adapter_config"):
+    with pytest.raises(UserError, match="lacks the matrices of its adapter_config"):
         load(tmp_path)
 
 
