@@ -14,7 +14,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -58,10 +57,9 @@ class Service:
             Route("/v1/models", self.models),
             Route("/v1/audio/transcriptions", self.transcriptions, methods=["POST"]),
         ]
-        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=self.options.hosts, www_redirect=False)
         return Starlette(
             routes=routes,
-            middleware=[hosts, Middleware(SameOrigin)],
+            middleware=[Middleware(SameOrigin, hosts=self.options.hosts)],
             exception_handlers={HTTPException: refusal},
             lifespan=self.lifespan,
         )
@@ -147,7 +145,9 @@ class Service:
         except UserError as error:
             raise Refused(422, error.wrong, "language") from error
         if "word" in asked.granularities and self.transcriber.saved.model.ctc_head is None:
-            raise Refused(422, "words have no times: the model was trained without a CTC head", FIELDS[-1])
+            raise Refused(
+                422, "words have no times: the model was trained without a CTC head", "timestamp_granularities[]"
+            )
 
     def begin(self, asked: Asked, file: Any) -> Future[Transcription]:
         """Copies the upload to a file with a name, and begins its text; blocks for some milliseconds.
