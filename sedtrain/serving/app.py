@@ -27,7 +27,7 @@ from sedtrain.serving.options import ServeOptions
 from sedtrain.serving.origin import SameOrigin, failure
 from sedtrain.serving.replies import reply
 from sedtrain.serving.requests import FIELDS, Asked, Refused
-from sedtrain.serving.worker import Worker
+from sedtrain.serving.workers import Workers
 
 UPLOAD_SECONDS = 300.0
 AROUND_FILE = 100_000  # bytes of a form beside its file
@@ -40,13 +40,13 @@ PAGE_HEADERS = {
 
 
 class Service:
-    """The routes of a transcriber, which one thread uses while the application runs; model: its name in requests."""
+    """The routes of a transcriber, used by threads of its own while the application runs; model: its name in requests."""
 
     def __init__(self, transcriber: Transcriber, options: ServeOptions, model: str) -> None:
         self.transcriber, self.options, self.model = transcriber, options, model
         self.num_active, self.created = 0, int(time.time())
         self.metrics = Metrics(lambda: self.num_active)
-        self.worker = Worker(transcriber, self.metrics.windows.observe)
+        self.workers = Workers(transcriber, self.metrics.windows.observe)
         self.page = files("sedtrain.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     def application(self) -> Starlette:
@@ -66,17 +66,17 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, application: Starlette) -> AsyncIterator[None]:
-        self.worker.thread.start()
+        self.workers.start()
         try:
             yield
         finally:
-            await run_in_threadpool(self.worker.stop)
+            await run_in_threadpool(self.workers.stop)
 
     async def show_page(self, request: Request) -> Response:
         return HTMLResponse(self.page, headers=PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
-        is_alive = self.worker.thread.is_alive()
+        is_alive = self.workers.are_alive
         return JSONResponse({"status": "ok" if is_alive else "stopped", "model": self.model}, 200 if is_alive else 503)
 
     async def show_metrics(self, request: Request) -> Response:
@@ -160,7 +160,7 @@ class Service:
             wrong = f"the audio lasts {seconds:.1f} s, and this server takes {self.options.max_seconds:g} s at most"
             raise Refused(413, wrong, "file")
         has_words = asked.with_words and self.transcriber.saved.model.ctc_head is not None
-        return self.worker.submit(file.name, asked.language or self.transcriber.language, has_words)
+        return self.workers.submit(file.name, asked.language or self.transcriber.language, has_words)
 
 
 def counted(request: Request, most: int) -> Request:
