@@ -261,7 +261,8 @@ def open_log() -> None:
     """Shows our own messages plainly on the console."""
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    to_console = logging.StreamHandler()
+    in_notebook = "ipykernel" in sys.modules  # which shows standard error in red
+    to_console = logging.StreamHandler(sys.stdout if in_notebook else sys.stderr)
     to_console.setLevel(logging.INFO if is_first() else logging.WARNING)
     to_console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(to_console)

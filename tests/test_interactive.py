@@ -2,10 +2,13 @@
 
 import json
 import logging
+import sys
+import types
 
 import pytest
 
 import sedtrain
+from sedtrain import cli
 from sedtrain.errors import UserError
 
 
@@ -15,6 +18,17 @@ def test_a_task_runs_in_its_folder_and_leaves_no_log_open(tmp_path, capsys):
     assert json.loads((folder / "inspect.json").read_text(encoding="utf-8"))
     assert "inspect.html" in capsys.readouterr().out
     assert logging.getLogger("sedtrain").handlers == []
+
+
+@pytest.mark.parametrize("in_notebook", [True, False])
+def test_a_notebook_shows_the_log_as_output_and_not_as_errors(in_notebook, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if in_notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    cli.open_log()
+    logging.getLogger("sedtrain").info("step 3 of 20")
+    cli.close_log()
+    assert tuple(capsys.readouterr()) == (("step 3 of 20\n", "") if in_notebook else ("", "step 3 of 20\n"))
 
 
 def test_a_composed_run_is_connected_and_not_trained(capsys):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ FLOOR_PERCENT = 10  # of the hops around are background, also where somebody spe
 FLOOR_SECONDS = 15  # on each side: the background may change
 SMOOTHED = 3  # hops
 SILERO_RATE = 16_000
+USES_SILERO = Lock()  # the model keeps a state between hops
 
 
 def samples_per_hop(rate: int) -> int:
@@ -68,8 +70,8 @@ def by_silero(samples: Samples, rate: int) -> NDArray[np.float64]:
         samples = soxr.resample(samples, rate, SILERO_RATE)
     samples = np.pad(samples, (0, max(0, length * hop - len(samples))))[: length * hop]
     model = silero()
-    model.reset_states()
-    with torch.inference_mode():
+    with USES_SILERO, torch.inference_mode():
+        model.reset_states()
         found = [model(each[None], SILERO_RATE).item() for each in torch.from_numpy(samples).split(hop)]
     return np.array(found) - 0.5
 

@@ -17,7 +17,7 @@ from sedtrain.data.sampler import DurationBatches
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.pauses import Samples, activity_of
+from sedtrain.decoding.pauses import Activity, Samples, activity_of
 from sedtrain.decoding.timestamps import FrameTimes, adapted_frames, frames_per_second, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.decoding.windows import Window, joined, windows_of
@@ -88,8 +88,7 @@ class Recording:
     ) -> None:
         self.name, self.language, self.task, self.with_words = name, language, task, with_words
         self.rate, self.num_samples = decoder.collator.sampling_rate, 0
-        activity = activity_of(decoder.options.pauses)
-        self.windows = windows_of(self.counted(blocks), self.rate, decoder.window_seconds, activity)
+        self.windows = windows_of(self.counted(blocks), self.rate, decoder.window_seconds, decoder.activity)
         self.decoded: list[tuple[Segment, float | None]] = []
 
     def counted(self, blocks: Iterable[Samples]) -> Iterator[Samples]:
@@ -124,6 +123,10 @@ class RecordingDecoder:
     def __post_init__(self) -> None:
         if self.options.int8:
             object.__setattr__(self, "saved", replace(self.saved, model=in_int8(self.saved.model)))
+
+    @cached_property
+    def activity(self) -> Activity:
+        return activity_of(self.options.pauses)
 
     @cached_property
     def collator(self) -> Collator:

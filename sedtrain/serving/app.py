@@ -14,7 +14,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -28,7 +27,7 @@ from sedtrain.serving.options import ServeOptions
 from sedtrain.serving.origin import SameOrigin, failure
 from sedtrain.serving.replies import reply
 from sedtrain.serving.requests import FIELDS, Asked, Refused
-from sedtrain.serving.worker import Worker
+from sedtrain.serving.workers import Workers
 
 UPLOAD_SECONDS = 300.0
 AROUND_FILE = 100_000  # bytes of a form beside its file
@@ -41,13 +40,13 @@ PAGE_HEADERS = {
 
 
 class Service:
-    """The routes of a transcriber, which one thread uses while the application runs; model: its name in requests."""
+    """The routes of a transcriber, used by threads of its own while the application runs; model: its name in requests."""
 
     def __init__(self, transcriber: Transcriber, options: ServeOptions, model: str) -> None:
         self.transcriber, self.options, self.model = transcriber, options, model
         self.num_active, self.created = 0, int(time.time())
         self.metrics = Metrics(lambda: self.num_active)
-        self.worker = Worker(transcriber, self.metrics.windows.observe)
+        self.workers = Workers(transcriber, self.metrics.windows.observe)
         self.page = files("sedtrain.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     def application(self) -> Starlette:
@@ -58,27 +57,26 @@ class Service:
             Route("/v1/models", self.models),
             Route("/v1/audio/transcriptions", self.transcriptions, methods=["POST"]),
         ]
-        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=self.options.hosts, www_redirect=False)
         return Starlette(
             routes=routes,
-            middleware=[hosts, Middleware(SameOrigin)],
+            middleware=[Middleware(SameOrigin, hosts=self.options.hosts)],
             exception_handlers={HTTPException: refusal},
             lifespan=self.lifespan,
         )
 
     @asynccontextmanager
     async def lifespan(self, application: Starlette) -> AsyncIterator[None]:
-        self.worker.thread.start()
+        self.workers.start()
         try:
             yield
         finally:
-            await run_in_threadpool(self.worker.stop)
+            await run_in_threadpool(self.workers.stop)
 
     async def show_page(self, request: Request) -> Response:
         return HTMLResponse(self.page, headers=PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
-        is_alive = self.worker.thread.is_alive()
+        is_alive = self.workers.are_alive
         return JSONResponse({"status": "ok" if is_alive else "stopped", "model": self.model}, 200 if is_alive else 503)
 
     async def show_metrics(self, request: Request) -> Response:
@@ -147,7 +145,9 @@ class Service:
         except UserError as error:
             raise Refused(422, error.wrong, "language") from error
         if "word" in asked.granularities and self.transcriber.saved.model.ctc_head is None:
-            raise Refused(422, "words have no times: the model was trained without a CTC head", FIELDS[-1])
+            raise Refused(
+                422, "words have no times: the model was trained without a CTC head", "timestamp_granularities[]"
+            )
 
     def begin(self, asked: Asked, file: Any) -> Future[Transcription]:
         """Copies the upload to a file with a name, and begins its text; blocks for some milliseconds.
@@ -160,7 +160,7 @@ class Service:
             wrong = f"the audio lasts {seconds:.1f} s, and this server takes {self.options.max_seconds:g} s at most"
             raise Refused(413, wrong, "file")
         has_words = asked.with_words and self.transcriber.saved.model.ctc_head is not None
-        return self.worker.submit(file.name, asked.language or self.transcriber.language, has_words)
+        return self.workers.submit(file.name, asked.language or self.transcriber.language, has_words)
 
 
 def counted(request: Request, most: int) -> Request:

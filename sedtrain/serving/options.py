@@ -9,7 +9,7 @@ from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Positive, Range
 
 Port = Annotated[int, Range("a port from 0 to 65535", low=0, high=65_535)]
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ServeOptions:
     @property
     def hosts(self) -> list[str]:
         """What the Host header of a request may name."""
-        return [*LOOPBACK, f"[{self.host}]" if ":" in self.host else self.host, *self.names]
+        return [*LOOPBACK, self.host, *self.names]
 
     @property
     def max_bytes(self) -> int:

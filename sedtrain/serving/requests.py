@@ -8,7 +8,14 @@ from starlette.exceptions import HTTPException
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
-FIELDS = ("file", "model", "response_format", "language", "prompt", "temperature", "timestamp_granularities[]")
+FIXED = {  # fields with the one value that they may have, and the reason
+    "stream": ("false", "this server sends a text once it is whole"),
+    "chunking_strategy": ("auto", "this server cuts recordings at pauses"),
+    "include[]": ("", "this server computes no log-probabilities of tokens"),
+}
+FIELDS = (
+    "file", "model", "response_format", "language", "prompt", "temperature", "timestamp_granularities[]", *FIXED,
+)  # fmt: skip
 
 
 class Refused(HTTPException):
@@ -62,7 +69,13 @@ class Asked:
 
 
 def refuse_other_search(texts: dict[str, str]) -> None:
-    """Raises Refused for a prompt, which nothing here takes, and for a temperature: the server's `decoding` is for all."""
+    """Raises Refused for a prompt, which nothing here takes, a temperature (the server's `decoding` is for all), and values
+    that are not those of FIXED.
+    """
+    for field, (taken, reason) in FIXED.items():
+        given = texts.get(field) or texts.get(field.removesuffix("[]")) or taken
+        if given.lower() != taken:
+            raise Refused(422, f"{field} cannot be {given!r}: {reason}", field)
     if texts.get("prompt"):
         raise Refused(422, "this server takes no prompt; it can be started with decoding.hotwords=[WORD,...]", "prompt")
     temperature = texts.get("temperature") or "0"
@@ -79,7 +92,7 @@ def refuse_other_search(texts: dict[str, str]) -> None:
 
 def granularities_of(form: FormData, format: str) -> tuple[str, ...]:
     """The `timestamp_granularities[]` of a form, each once; segments where there are none."""
-    field = FIELDS[-1]
+    field = "timestamp_granularities[]"
     given = tuple(dict.fromkeys(cast(list[str], [*form.getlist(field), *form.getlist(field.removesuffix("[]"))])))
     for each in given:
         if each not in GRANULARITIES:

@@ -6,6 +6,7 @@ import socket
 
 import uvicorn
 
+from sedtrain.data.memory import keep_freed_memory
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
 from sedtrain.serving.app import Service
@@ -22,6 +23,7 @@ def serve(transcriber: Transcriber, options: ServeOptions, model: str) -> None:
     settings = uvicorn.Config(
         application, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
     )
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # uvicorn raises it again once all is answered
     with listening(options) as open_socket:
         open_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an ACK

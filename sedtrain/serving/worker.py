@@ -1,14 +1,10 @@
-"""One thread that transcribes what waits: the windows of all recordings together, a share of each in turn."""
+"""Transcribes recordings together: the windows of all, a share of each in turn."""
 
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from itertools import islice
-from queue import Empty, SimpleQueue
-from threading import Thread
 
-from sedtrain.data.memory import return_freed_memory
 from sedtrain.decoding.recordings import NUM_HELD, Recording
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.decoding.transcription import Transcription
@@ -44,47 +40,18 @@ Share = tuple[Job, list[Window]]
 
 
 class Worker:
-    """The thread that alone uses the model; `note_batch` is told how many windows are decoded together."""
+    """What one thread does with its transcriber; `note_batch` is told how many windows are decoded together.
 
-    def __init__(self, transcriber: Transcriber, note_batch: Callable[[int], object]) -> None:
-        self.transcriber, self.note_batch = transcriber, note_batch
-        self.arrivals: SimpleQueue[Job | None] = SimpleQueue()
-        self.thread = Thread(target=self.run, name="transcribing", daemon=True)
+    held: windows at once
+    """
 
-    def submit(self, file: str, language: str | None, with_words: bool) -> Future[Transcription]:
-        """The text of a file, to come; to cancel it ends the work on it. The first windows are read in the caller's thread.
-
-        Raises UserError for what cannot be read, now or with the text.
-        """
-        job = Job(self.transcriber.recording_of(file, language, with_words))
-        self.arrivals.put(job)
-        return job.text
-
-    def stop(self) -> None:
-        """Ends the thread after the windows that it decodes now; texts that are awaited are cancelled."""
-        self.arrivals.put(None)
-        self.thread.join()
-
-    def run(self) -> None:
-        jobs: list[Job] = []
-        while True:
-            if not jobs:
-                return_freed_memory()
-            arrived = [] if jobs else [self.arrivals.get()]
-            with suppress(Empty):
-                while True:
-                    arrived.append(self.arrivals.get_nowait())
-            jobs += filter(None, arrived)
-            if None in arrived:
-                for job in jobs:
-                    job.text.cancel()
-                return
-            jobs = self.advance(jobs)
+    def __init__(self, transcriber: Transcriber, note_batch: Callable[[int], object], held: int = NUM_HELD) -> None:
+        self.transcriber, self.note_batch, self.held = transcriber, note_batch, held
 
     def advance(self, jobs: Sequence[Job]) -> list[Job]:
         """Decodes the next windows of each job, so that short recordings pass long ones; returns the unfinished ones."""
         jobs = [job for job in jobs if not job.text.cancelled()]
-        number = max(1, NUM_HELD // max(1, len(jobs)))
+        number = max(1, self.held // max(1, len(jobs)))
         shares = []
         for job in jobs:
             try:

@@ -1,16 +1,21 @@
 """Windows of a recording: their plan, their samples, and the texts of those that overlap."""
 
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from corpora import syllables
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sedtrain.data.audio import audio_blocks, read_audio
+from sedtrain.decoding import pauses
 from sedtrain.decoding import windows as module
 from sedtrain.decoding.pauses import activity_of, by_energy, samples_per_hop
 from sedtrain.decoding.transcription import Segment, Transcription, Word
@@ -131,11 +136,28 @@ def test_silero_is_refused_where_it_is_not_installed():
     assert error.write == "pip install 'sedtrain[vad]', or write decoding.pauses=energy"
 
 
+def test_recordings_read_in_several_threads_do_not_share_the_state_of_silero(monkeypatch):
+    class Counting:
+        """Hears as much as it has heard since it was reset."""
+
+        def reset_states(self):
+            self.num_hops = 0
+
+        def __call__(self, hop, rate):
+            self.num_hops += 1
+            time.sleep(0.001)
+            return torch.tensor(float(self.num_hops))
+
+    monkeypatch.setattr(pauses, "silero", cache(Counting))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: pauses.by_silero(np.zeros(5120, np.float32), RATE), range(4)))
+    for each in found:
+        np.testing.assert_array_equal(each, np.arange(10) + 0.5)
+
+
 def test_silero_hears_neither_noise_nor_silence(monkeypatch):
     monkeypatch.delitem(sys.modules, "silero_vad")
     pytest.importorskip("silero_vad")
-    import torch
-
     before = torch.get_num_threads()
     for kind in ("zeros", "white", "hum"):
         assert (activity_of("silero")(noise(kind, 2), RATE) <= 0).all()

@@ -91,7 +91,10 @@ def test_verbose_json_has_the_segments_and_words_that_are_asked_for(transcriber,
         ({"temperature": "0.7"}, 422, "temperature", "temperature is '0.7'; this server takes 0 alone"),
         ({"temperature": "warm"}, 422, "temperature", "temperature is 'warm'; this server takes 0 alone"),
         ({"model": ["other", "tiny"]}, 422, "model", "model is given several times"),
-        ({"stream": "true"}, 422, "stream", "there is no field 'stream'; known are file, model,"),
+        ({"stream": "true"}, 422, "stream", "stream cannot be 'true': this server sends a text once it is whole"),
+        ({"include[]": "logprobs"}, 422, "include[]", "include[] cannot be 'logprobs': this server computes no log-prob"),
+        ({"chunking_strategy": "{}"}, 422, "chunking_strategy", "chunking_strategy cannot be '{}': this server cuts rec"),
+        ({"beams": "4"}, 422, "beams", "there is no field 'beams'; known are file, model,"),
         ({"timestamp_granularities[]": "word"}, 422, "timestamp_granularities[]", "response_format=json has no gran"),
         ({"timestamp_granularities[]": "hour"}, 422, "timestamp_granularities[]", "there is no granularity 'hour'"),
     ],
@@ -101,8 +104,9 @@ def test_what_a_request_cannot_have_is_refused(client, file, fields, status, fie
     assert found[:2] == (status, field) and found[2].startswith(wrong)
 
 
-def test_an_empty_prompt_and_a_temperature_of_0_are_taken(client, file):
-    assert sent(client, file.read_bytes(), prompt="", temperature="0.0", language="").status_code == 200
+def test_fields_that_ask_for_what_is_done_anyway_are_taken(client, file):
+    fields = {"prompt": "", "temperature": "0.0", "language": "", "stream": "False", "chunking_strategy": "auto"}
+    assert sent(client, file.read_bytes(), **fields, **{"include[]": ""}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,11 @@ def test_without_a_ctc_head_subtitles_have_segments_and_words_are_refused(file):
 
 
 def test_another_host_and_pages_of_another_origin_are_refused(client, file):
-    assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+    for host in ("evil.example", "localhost.evil.example:8000", "[::2]", "["):
+        wrong = f"this server is not {host!r}; serve.names lists the names by which it may be reached"
+        assert reason(client.get("/health", headers={"Host": host})) == (400, None, wrong)
+    for host in ("LocalHost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"):
+        assert client.get("/health", headers={"Host": host}).status_code == 200
     own = client.get("/v1/models", headers={"Origin": "http://localhost"})
     assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
     for origin in ("http://evil.example", "http://localhost:1", "null"):

@@ -66,7 +66,7 @@ def test_names_with_wildcards_are_refused():
 
 def test_the_hosts_are_loopback_the_address_and_the_names():
     hosts = ServeOptions(host="::", names=["speech.example.org"]).hosts
-    assert hosts == ["localhost", "127.0.0.1", "[::1]", "[::]", "speech.example.org"]
+    assert hosts == ["localhost", "127.0.0.1", "::1", "::", "speech.example.org"]
 
 
 def test_without_its_packages_the_task_names_the_extra(sedtrain, folder, monkeypatch):

@@ -1,0 +1,113 @@
+"""The workers of a server: one on an accelerator; on a CPU as many as PyTorch has threads, which they divide."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from math import ceil
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+
+import torch
+from torch import Tensor
+
+from sedtrain.data.memory import return_freed_memory
+from sedtrain.decoding.recordings import NUM_HELD
+from sedtrain.decoding.transcribe import Transcriber
+from sedtrain.decoding.transcription import Transcription
+from sedtrain.serving.worker import Job, Worker
+
+MOST_WORKERS = 4
+IDLE_SECONDS = 1.0  # before freed memory is returned: the next request would wait for it
+
+
+class Workers:
+    """Threads with a transcriber each, whose weights are shared; `note_batch` is told how many windows are decoded together."""
+
+    def __init__(self, transcriber: Transcriber, note_batch: Callable[[int], object]) -> None:
+        self.transcriber, self.num_threads = transcriber, torch.get_num_threads()
+        on_cpu = transcriber.saved.model.device.type == "cpu"
+        number = min(MOST_WORKERS, self.num_threads) if on_cpu else 1
+        own = [transcriber, *(sharing_weights(transcriber) for _ in range(number - 1))]
+        workers = [Worker(each, note_batch, NUM_HELD // number) for each in own]
+        self.threads = [Thread(target=self.run, args=(each,), name="transcribing", daemon=True) for each in workers]
+        self.arrivals: SimpleQueue[Job | None] = SimpleQueue()
+        self.num_busy, self.lock, self.is_ending = 0, Lock(), False
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    @property
+    def are_alive(self) -> bool:
+        return all(thread.is_alive() for thread in self.threads)
+
+    def submit(self, file: str, language: str | None, with_words: bool) -> Future[Transcription]:
+        """The text of a file, to come; to cancel it ends the work on it. The first windows are read in the caller's thread.
+
+        Raises UserError for what cannot be read, now or with the text.
+        """
+        job = Job(self.transcriber.recording_of(file, language, with_words))
+        self.arrivals.put(job)
+        return job.text
+
+    def stop(self) -> None:
+        """Ends each thread after the windows that it decodes now; texts that are awaited are cancelled."""
+        self.is_ending = True
+        self.arrivals.put(None)
+        for thread in self.threads:
+            thread.join()
+        while not self.arrivals.empty():
+            if job := self.arrivals.get():
+                job.text.cancel()
+
+    def run(self, worker: Worker) -> None:
+        jobs: list[Job] = []
+        while not self.is_ending:
+            arrived = [] if jobs else [self.awaited()]
+            arrived += self.share(worker.held - len(jobs) - len(arrived))
+            with self.busy():
+                jobs = worker.advance([*jobs, *filter(None, arrived)])
+        for job in jobs:
+            job.text.cancel()
+        self.arrivals.put(None)  # wakes the next
+
+    def awaited(self) -> Job | None:
+        """The next that arrives; memory is returned to the system where nothing does for a while."""
+        try:
+            return self.arrivals.get(timeout=IDLE_SECONDS)
+        except Empty:
+            return_freed_memory()
+            return self.arrivals.get()
+
+    def share(self, most: int) -> list[Job | None]:
+        """At most so many of those that wait, and not more than leaves as many for each other worker."""
+        taken: list[Job | None] = []
+        with suppress(Empty):  # another worker was faster
+            for _ in range(min(most, ceil(self.arrivals.qsize() / len(self.threads)))):
+                taken.append(self.arrivals.get_nowait())
+        return taken
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Gives this thread its part of PyTorch's threads, among those that compute now."""
+        with self.lock:
+            self.num_busy += 1
+            torch.set_num_threads(max(1, self.num_threads // self.num_busy))
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.num_busy -= 1
+
+
+def sharing_weights(transcriber: Transcriber) -> Transcriber:
+    """A copy for another thread: modules, which keep what they computed last, are its own; tensors are those of the first."""
+    tensors = [
+        each
+        for module in transcriber.saved.model.modules()
+        for place in (module._parameters, module._buffers, vars(module))
+        for each in place.values()
+        if isinstance(each, Tensor)
+    ]
+    return deepcopy(transcriber, {id(each): each for each in tensors})
