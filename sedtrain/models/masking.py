@@ -6,14 +6,14 @@ B batch, C channels, G groups, S inputs (samples or feature frames), T frames, D
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel, masking_utils, modeling_utils
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder, Wav2Vec2GroupNormConvLayer
+
+from sedtrain.models.convolution import is_gelu, strided_convolution
 
 Steps = tuple[tuple[int, int, int], ...]
 """(kernel, stride, padding) of convolutions, one after the other."""
@@ -263,69 +263,8 @@ is_traced = masking_utils.is_tracing
 masking_utils.is_tracing = modeling_utils.is_tracing = is_unread
 
 
-def tap_views(frames: Tensor, num_frames: int, kernel: int, stride: int) -> list[Tensor]:
-    """(T, C) -> a view (num_frames, taps · C) for every `stride` taps of the kernel: the frames that they are applied to."""
-    dim, start = frames.shape[-1], frames.storage_offset()
-    taps = [(first, min(stride, kernel - first)) for first in range(0, kernel, stride)]
-    return [frames.as_strided((num_frames, n * dim), (stride * dim, 1), start + first * dim) for first, n in taps]
-
-
-class StridedConvolution(torch.autograd.Function):
-    """(B, T, C_in) -> (B, T_out, C_out) as sums of matrix products of views, which copy no frame."""
-
-    @staticmethod
-    def forward(ctx: Any, frames: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-        frames, kernel = frames.contiguous(), weight.shape[-1]
-        matrices = weight.permute(2, 1, 0).flatten(0, 1).split(stride * weight.shape[1])  # (taps · C_in, C_out)
-        ctx.save_for_backward(frames, weight)
-        ctx.stride, ctx.has_bias = stride, bias is not None
-        output = frames.new_empty(len(frames), (frames.shape[1] - kernel) // stride + 1, len(weight))
-        if bias is not None:
-            output.copy_(bias)
-        for row, products in zip(frames, output, strict=True):
-            for i, view in enumerate(tap_views(row, len(products), kernel, stride)):
-                products.addmm_(view, matrices[i], beta=int(i > 0 or bias is not None))
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        frames, weight = ctx.saved_tensors
-        gradient, taps = gradient.contiguous(), weight.permute(2, 1, 0).flatten(0, 1)
-        of_frames, of_weight, of_bias, _ = ctx.needs_input_grad
-        frames_gradient = torch.zeros_like(frames) if of_frames else None
-        taps_gradient = torch.zeros_like(taps)
-        pieces = [each.split(ctx.stride * weight.shape[1]) for each in (taps, taps_gradient)]
-        views = partial(tap_views, num_frames=gradient.shape[1], kernel=weight.shape[-1], stride=ctx.stride)
-        for number, row in enumerate(gradient):
-            if frames_gradient is not None:
-                for view, matrix in zip(views(frames_gradient[number]), pieces[0], strict=True):
-                    view.addmm_(row, matrix.T)
-            if of_weight:
-                for view, matrix in zip(views(frames[number]), pieces[1], strict=True):
-                    matrix.addmm_(view.T, row)
-        weight_gradient = taps_gradient.view(-1, *weight.shape[1::-1]).permute(2, 1, 0) if of_weight else None
-        return frames_gradient, weight_gradient, gradient.sum((0, 1)) if of_bias and ctx.has_bias else None, None
-
-
-def strided_convolution(frames: Tensor, convolution: nn.Conv1d) -> Tensor:
-    """(B, T, C_in) -> (B, T_out, C_out), equal to `convolution` on the transposed input (no padding, no dilation)."""
-    if torch.compiler.is_compiling():
-        convolved: Tensor = convolution(frames.transpose(1, 2)).transpose(1, 2)
-        return convolved
-    values: list[Any] = [frames, convolution.weight, convolution.bias]
-    if torch.is_autocast_enabled("cpu"):
-        values = [each if each is None else each.to(torch.get_autocast_dtype("cpu")) for each in values]
-    if not torch.is_grad_enabled() and frames.shape[2] > 1:  # oneDNN reads frames of several channels where they lie
-        frames, weight, bias = values
-        image, weight = frames.transpose(1, 2)[:, :, None], weight[:, :, None]
-        return torch.conv2d(image, weight, bias, (1, convolution.stride[0]))[:, :, 0].transpose(1, 2)
-    output: Tensor = StridedConvolution.apply(*values, convolution.stride[0])  # type: ignore[no-untyped-call]
-    return output
-
-
 class MatrixProductFeatureEncoder(Wav2Vec2FeatureEncoder):
-    """A front end of any family: (B, S) -> (B, C, T), on CPUs by matrix products, which are faster."""
+    """A front end of any family: (B, S) -> (B, C, T), on CPUs frame by frame, which is faster."""
 
     def forward(self, input_values: Tensor) -> Tensor:
         if input_values.device.type != "cpu" or self.is_checkpointed():
@@ -338,8 +277,11 @@ class MatrixProductFeatureEncoder(Wav2Vec2FeatureEncoder):
 
     def convolved(self, hidden_states: Tensor, layer: Any) -> Tensor:
         """(B, T, C) after a layer."""
+        norm = getattr(layer, "layer_norm", None)
+        if (norm is None or type(norm) is nn.LayerNorm) and is_gelu(layer.activation):
+            return strided_convolution(hidden_states, layer.conv, norm, has_gelu=True)
         frames = strided_convolution(hidden_states, layer.conv)
-        if isinstance(norm := getattr(layer, "layer_norm", None), MaskedGroupNorm):
+        if isinstance(norm, MaskedGroupNorm):
             frames = norm.over_frames(frames)
         elif norm is not None:
             frames = norm(frames)

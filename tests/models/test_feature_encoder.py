@@ -1,17 +1,20 @@
 """The front end as matrix products, against the convolutions of torch and transformers."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
+from sedtrain.models import convolution as kernels
+from sedtrain.models.convolution import strided_convolution
 from sedtrain.models.encoder import encoder_from_config
-from sedtrain.models.masking import MaskedGroupNorm, MatrixProductFeatureEncoder, strided_convolution
+from sedtrain.models.masking import MaskedGroupNorm, MatrixProductFeatureEncoder
 
 
 @st.composite
@@ -21,22 +24,44 @@ def convolutions(draw):
     return kernel, stride, kernel + draw(st.integers(0, 60))
 
 
-@given(convolutions(), st.booleans(), st.integers(1, 3))
-def test_a_strided_convolution_is_that_of_torch(shape, bias, input_dim):
+@given(convolutions(), st.booleans(), st.integers(1, 3), st.integers(1, 70))
+def test_a_strided_convolution_is_that_of_torch(shape, bias, input_dim, rows):
     kernel, stride, num_frames = shape
     torch.manual_seed(kernel)
-    convolution = nn.Conv1d(input_dim, 4, kernel, stride, bias=bias).double()
-    frames = torch.randn(2, num_frames, input_dim, dtype=torch.float64)
-    frames.requires_grad_()
-    expected = convolution(frames.transpose(1, 2)).transpose(1, 2)
-    found = strided_convolution(frames, convolution)
-    with torch.inference_mode():
-        without_gradients = strided_convolution(frames, convolution)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(without_gradients, expected)
-    inputs, weights = [frames, *convolution.parameters()], torch.randn_like(expected)
-    gradients = [torch.autograd.grad((each * weights).sum(), inputs) for each in (found, expected)]
-    torch.testing.assert_close(*gradients)
+    with mock.patch.object(kernels, "ROWS", rows):
+        convolution = nn.Conv1d(input_dim, 4, kernel, stride, bias=bias).double()
+        frames = torch.randn(2, num_frames, input_dim, dtype=torch.float64)
+        frames.requires_grad_()
+        expected = convolution(frames.transpose(1, 2)).transpose(1, 2)
+        found = strided_convolution(frames, convolution)
+        with torch.inference_mode():
+            without_gradients = strided_convolution(frames, convolution)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(without_gradients, expected)
+        inputs, weights = [frames, *convolution.parameters()], torch.randn_like(expected)
+        gradients = [torch.autograd.grad((each * weights).sum(), inputs) for each in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+@settings(max_examples=20)
+@given(st.sampled_from(["layer", "group"]), st.lists(st.integers(400, 4_000), min_size=1, max_size=3))
+def test_in_32_bits_either_matrix_product_is_as_exact_as_transformers(by_onednn, norm, lengths):
+    front_end = tiny_encoder(norm).feature_extractor
+    audio = torch.nn.utils.rnn.pad_sequence([torch.randn(length) for length in lengths], batch_first=True)
+    with mock.patch.object(kernels, "multiplies_by_onednn", lambda: by_onednn), mock.patch.object(kernels, "ROWS", 64):
+        results = frames_and_gradients(front_end, front_end(audio))
+    upstream = frames_and_gradients(front_end, Wav2Vec2FeatureEncoder.forward(front_end, audio))
+    front_end = copy.deepcopy(front_end).double()
+    exact = frames_and_gradients(front_end, Wav2Vec2FeatureEncoder.forward(front_end, audio.double()))
+    for found, stock, expected in zip(results, upstream, exact, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm() + 4 * (stock - expected).norm()
+
+
+def frames_and_gradients(front_end, frames):
+    weights = torch.linspace(-1, 1, frames.numel()).view_as(frames) / frames.shape[-1]
+    gradients = torch.autograd.grad((frames * weights).sum(), list(front_end.parameters()))
+    return frames, torch.cat([each.flatten() for each in gradients])
 
 
 def test_frozen_convolutions_pass_the_gradient_on():
@@ -61,8 +86,7 @@ def test_under_autocast_the_front_end_computes_in_16_bits():
     st.integers(0, 400),
 )
 def test_the_front_end_and_its_gradients_are_those_of_transformers(norm, layers, more_samples):
-    kernels, strides = zip(*layers, strict=True)
-    front_end = double_front_end(norm, kernels, strides)
+    front_end = double_front_end(norm, *zip(*layers, strict=True))
     receptive_field = 1
     for kernel, stride in reversed(layers):
         receptive_field = (receptive_field - 1) * stride + kernel
@@ -82,13 +106,13 @@ def test_the_front_end_and_its_gradients_are_those_of_transformers(norm, layers,
     )
 
 
-def double_front_end(norm, kernels, strides):
+def double_front_end(norm, sizes, strides):
     torch.manual_seed(0)
     config = Wav2Vec2Config(
-        conv_dim=[3, 4, 5, 6][: len(kernels)],
-        conv_kernel=kernels,
+        conv_dim=[3, 4, 5, 6][: len(sizes)],
+        conv_kernel=sizes,
         conv_stride=strides,
-        num_feat_extract_layers=len(kernels),
+        num_feat_extract_layers=len(sizes),
         feat_extract_norm=norm,
         conv_bias=True,
     )
