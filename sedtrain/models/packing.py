@@ -203,16 +203,15 @@ class Packing(PreTrainedModel):
 
 
 def lengths_of(attention_mask: Tensor, steps: Steps) -> Lengths:
-    inputs = attention_mask.sum(-1)
-    longest = torch.tensor([attention_mask.shape[1]])
-    frames, num_frames = output_lengths(inputs, steps).tolist(), int(output_lengths(longest, steps))
-    return Lengths(inputs.tolist(), frames, num_frames)
+    inputs = torch.cat([attention_mask.sum(-1).cpu(), torch.tensor([attention_mask.shape[1]])])
+    *frames, num_frames = output_lengths(inputs, steps).tolist()
+    return Lengths(inputs[:-1].tolist(), frames, num_frames)
 
 
 def why_not(encoder: Any) -> str | None:
     """Why an encoder cannot compute a batch without its padding; None for one that can."""
     if not isinstance(encoder, Packing):
-        return "its layers mix frames by more than attention"
+        return "only encoders like wav2vec2 and whisper leave it out"
     if getattr(encoder.config, "conv_pos_batch_norm", False):
         return "it has a batch norm over time"
     if encoder.config._attn_implementation == "flex_attention":
