@@ -198,7 +198,8 @@ def training_module(
 ) -> SpeechSeq2SeqModule:
     """The training step; its optimizer has been made once, so that what it refuses is refused now."""
     refuse_impossible(saved.model, saved.tokenizer, options)
-    execution = Execution(cfg.activation_checkpointing, None if cfg.compile == "none" else cfg.compile)
+    backend = None if cfg.compile == "none" else cfg.compile
+    execution = Execution(cfg.activation_checkpointing, backend, cfg.packing)
     module = SpeechSeq2SeqModule(
         saved.model, saved.tokenizer, weights, metrics, options, optimizer, scheduler, finetuning.grouped, execution
     )

@@ -29,6 +29,7 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
+from sedtrain.models.packing import OneByOneFromDistances, Packing
 from sedtrain.models.sub_encoders import (
     CONVOLUTIONS,
     StandaloneMoonshine,
@@ -41,11 +42,11 @@ from sedtrain.models.sub_encoders import (
 )
 
 
-class MaskedWav2Vec2(GuardedSpecAugment, Masked, transformers.Wav2Vec2Model):
+class MaskedWav2Vec2(Packing, GuardedSpecAugment, Masked, transformers.Wav2Vec2Model):
     pass
 
 
-class MaskedHubert(GuardedSpecAugment, Masked, transformers.HubertModel):
+class MaskedHubert(Packing, GuardedSpecAugment, Masked, transformers.HubertModel):
     """A batch norm before the position embedding makes padding nonzero."""
 
     def mask_modules(self) -> Steps:
@@ -55,22 +56,24 @@ class MaskedHubert(GuardedSpecAugment, Masked, transformers.HubertModel):
         return steps
 
 
-class MaskedWavLM(GuardedSpecAugment, Masked, transformers.WavLMModel):
+class MaskedWavLM(Packing, GuardedSpecAugment, Masked, transformers.WavLMModel):
+    attention = OneByOneFromDistances
+
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Lets a row without a frame attend to all, since attention over nothing is NaN; it is masked behind the encoder."""
         empty = output_lengths(attention_mask.sum(-1), self.frame_steps) == 0
         return inputs, attention_mask.masked_fill(empty[:, None], 1)
 
 
-class MaskedUniSpeech(GuardedSpecAugment, Masked, transformers.UniSpeechModel):
+class MaskedUniSpeech(Packing, GuardedSpecAugment, Masked, transformers.UniSpeechModel):
     pass
 
 
-class MaskedUniSpeechSat(GuardedSpecAugment, Masked, transformers.UniSpeechSatModel):
+class MaskedUniSpeechSat(Packing, GuardedSpecAugment, Masked, transformers.UniSpeechSatModel):
     pass
 
 
-class MaskedData2VecAudio(GuardedSpecAugment, Masked, transformers.Data2VecAudioModel):
+class MaskedData2VecAudio(Packing, GuardedSpecAugment, Masked, transformers.Data2VecAudioModel):
     """The position embedding is a stack of convolutions: the first makes padding nonzero."""
 
     def mask_modules(self) -> Steps:

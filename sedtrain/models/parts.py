@@ -12,6 +12,7 @@ from torch import nn
 
 from sedtrain.errors import UserError
 from sedtrain.models.loading import CROSS_ATTENTION
+from sedtrain.models.packing import choose_packing
 
 # every parameter belongs to one; `decoder` is without its cross-attention, `encoder` without its own adapter
 PARTS = ("encoder", "adapter", "cross_attention", "decoder", "ctc_head")
@@ -127,13 +128,16 @@ class Execution:
 
     activation_checkpointing: the backward pass computes activations again, instead of keeping them
     backend: of torch.compile, which compiles each layer in place; None: not compiled
+    packing: how the encoder computes a batch of unequal lengths, see packing.py
     """
 
     activation_checkpointing: bool = False
     backend: str | None = None
+    packing: str = "auto"
 
     def prepare(self, model: Any) -> None:
         """Raises UserError for an encoder or decoder whose layers cannot compute so."""
+        choose_packing(model.encoder, self.packing, self.backend)
         for name in ("encoder", "decoder"):
             part = model.get_submodule(name)
             recomputable = any(hasattr(module, "gradient_checkpointing") for module in part.modules())

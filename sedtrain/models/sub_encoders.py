@@ -32,7 +32,7 @@ from transformers.models.speecht5.modeling_speecht5 import (
     SpeechT5PositionalConvEmbedding,
     SpeechT5SpeechEncoderPrenet,
 )
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -48,6 +48,7 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
+from sedtrain.models.packing import OneByOne, Packable, Packing
 
 CONVOLUTIONS = ("residual_conv", "self_attn_conv")
 """Names of those that read the input of an adapter layer, in SeamlessM4T and w2v-BERT."""
@@ -68,7 +69,7 @@ SeamlessM4Tv2EncoderConfig = encoder_config_class(transformers.SeamlessM4Tv2Conf
 SpeechT5EncoderConfig = encoder_config_class(transformers.SpeechT5Config, "speecht5-encoder")
 
 
-class VariableLengthWhisperEncoder(WhisperEncoder):
+class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
     """Whisper's encoder for clips of any length up to its limit: positions are cropped, padding is masked.
 
     Upstream computes 30 seconds for every clip. Parameters and their names are unchanged.
@@ -78,26 +79,38 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
     @capture_outputs  # type: ignore[untyped-decorator]
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, mel bins, S) features -> (B, ceil(S / 2), D). Raises UserError for more frames than it has positions."""
+        packed, mask = self.packed, None
+        hidden_states = self.stem(input_features) if packed is None else packed.one_by_one(self.stem, input_features)
+        hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
+        if packed is not None:
+            kwargs.update(packed.for_attention(self.config, hidden_states.device))
+        elif attention_mask is not None:
+            frame_mask = self._get_feature_vector_attention_mask(hidden_states.shape[1], attention_mask)
+            mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
+        layerdrop = self.config.encoder_layerdrop if self.training else 0.0
+        for layer in self.layers:
+            if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
+                hidden_states = layer(hidden_states, mask, **kwargs)
+        hidden_states = self.layer_norm(hidden_states)
+        return BaseModelOutput(hidden_states if packed is None else packed.apart(hidden_states))
+
+    def stem(self, input_features: Tensor) -> Tensor:
+        """(B, mel bins, S) -> (B, ceil(S / 2), D) with positions."""
         hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)
         num_frames = hidden_states.shape[1]
         if num_frames > self.max_source_positions:
             wrong = f"an utterance of {num_frames} frames does not fit its {self.max_source_positions} positions"
             write = "write data.max_seconds=30, the limit of Whisper's encoder"
             raise UserError("encoder", "whisper", wrong, write, "cut the audio into pieces of 30 s")
-        hidden_states = hidden_states + self.embed_positions.weight[:num_frames]
-        hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
-        mask = None
-        if attention_mask is not None:
-            frame_mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
-            mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
-        layerdrop = self.config.encoder_layerdrop if self.training else 0.0
-        for layer in self.layers:
-            if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
-                hidden_states = layer(hidden_states, mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+        positioned: Tensor = hidden_states + self.embed_positions.weight[:num_frames]
+        return positioned
 
 
-class StandaloneWhisper(Masked, VariableLengthWhisperEncoder):
+class OneByOneWhisperAttention(OneByOne, WhisperAttention):
+    pass
+
+
+class StandaloneWhisper(Packing, Masked, VariableLengthWhisperEncoder):
     config_class = WhisperEncoderConfig
     front_end = ("conv1", "conv2")
     layerdrop_name = "encoder_layerdrop"
@@ -108,6 +121,10 @@ class StandaloneWhisper(Masked, VariableLengthWhisperEncoder):
         self.mask(self.conv2, MaskedConv1d, step(self.conv1))
         self.embed_positions.requires_grad_(False)  # sinusoids
         return step(self.conv1) + step(self.conv2)
+
+    def mix_in(self) -> None:
+        for layer in self.layers:
+            layer.self_attn.__class__ = OneByOneWhisperAttention
 
 
 class StandaloneSpeech2Text(Masked, Speech2TextEncoder):

@@ -23,8 +23,8 @@ TRAILER_BYTES = len(MARK) + 64  # behind the zip archive, where readers of zip f
 CHUNK_BYTES = 1 << 22
 
 FREE = {
-    "run_dir", "resume", "logger", "activation_checkpointing", "compile", "checkpoint", "audio", "vocabulary_texts",
-    "hub", "dry_run", "export", "serve",
+    "run_dir", "resume", "logger", "activation_checkpointing", "compile", "packing", "checkpoint", "audio",
+    "vocabulary_texts", "hub", "dry_run", "export", "serve",
     "callbacks.average.dirpath", "data.folder", "data.num_workers", "data.keep_decoded_hours", "data.cache_gb",
     "trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.inference_mode",
     "trainer.log_every_n_steps", "trainer.max_time", "trainer.num_nodes", "trainer.strategy", "data.max_bad_fraction",

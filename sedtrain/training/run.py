@@ -19,6 +19,7 @@ from sedtrain.data.sampler import BatchesWithEpoch
 from sedtrain.decoding.timestamps import frames_per_second
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import TrainingTotals
+from sedtrain.models.packing import fate_of_padding
 from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
@@ -99,12 +100,14 @@ class TrainingRun:
         optimizer, _ = self.module.optimizer_and_schedule(num_steps=1)
         parts = self.finetuning.plan(self.saved.model, optimizer)
         in_an_epoch = "" if self.num_batches is None else f", {self.num_batches:,} in an epoch"
+        execution = self.module.execution
         facts = {
             "training audio": self.data.corpus.training_audio(),
             "batches": f"{self.data.batch_sizes()}{in_an_epoch}",
             "steps": self.planned_steps(),
             "best weights": f"by {self.callbacks(Checkpoints)[0].monitor}",
             "vocabulary": f"{len(self.saved.tokenizer):,} tokens",
+            "padding": fate_of_padding(self.saved.model.encoder, execution.packing, execution.backend),
             "ctc weight": f"{self.module.weights.ctc_weight:g}",
             "run folder": str(self.folder),
         }

@@ -1,0 +1,88 @@
+"""Training steps with the padding of a batch and without it: CPU seconds and memory, one thread, in turns.
+
+python benchmarks/packing.py
+"""
+
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import BertConfig, BertLMHeadModel, Wav2Vec2Config
+
+from sedtrain.models.encoder import encoder_from_config
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+
+BATCH_SIZE, NUM_BATCHES, ROUNDS = 6, 4, 2
+
+
+def model_of() -> SpeechEncoderDecoder:
+    """wav2vec2 of 256 x 6 with the published convolutions, BERT of 256 x 4, as in benchmarks/feature_cache.py."""
+    torch.manual_seed(0)
+    encoder = Wav2Vec2Config(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024, layerdrop=0.0,
+        mask_time_prob=0.0, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
+    )  # fmt: skip
+    decoder = BertConfig(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, is_decoder=True,
+        add_cross_attention=True,
+    )  # fmt: skip
+    model = SpeechEncoderDecoder(encoder=encoder_from_config(encoder), decoder=BertLMHeadModel(decoder)).train()
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    return model
+
+
+def batch_of(seconds: np.ndarray) -> dict[str, torch.Tensor]:
+    """Noise of these lengths, and four tokens a second."""
+    lengths, tokens = torch.tensor(seconds * 16_000).long(), torch.tensor(seconds * 4).long()
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    labels = torch.randint(5, 30_000, (len(seconds), int(tokens.max())))
+    labels[torch.arange(labels.shape[1]) >= tokens[:, None]] = -100
+    return {"inputs": torch.randn(mask.shape) * mask, "attention_mask": mask, "labels": labels}
+
+
+def step(model: SpeechEncoderDecoder, batch: dict[str, torch.Tensor]) -> float:
+    """CPU seconds of a forward and backward pass."""
+    start = time.process_time()
+    model(**batch).loss.backward()
+    model.zero_grad()
+    return time.process_time() - start
+
+
+def most_memory(model: SpeechEncoderDecoder, batch: dict[str, torch.Tensor]) -> float:
+    """MB that PyTorch's allocator has handed out at most within a step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(model, batch)
+    held = np.cumsum(
+        [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    )
+    return float(held.max()) / 1e6
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    seconds = np.random.default_rng(0).lognormal(np.log(5), 0.6, BATCH_SIZE * NUM_BATCHES).clip(1, 20)
+    for frozen in ("nothing", "convolutions"):
+        model = model_of()
+        if frozen == "convolutions":
+            model.freeze_feature_encoder()
+        for order, sorted_seconds in (("random", seconds), ("bucketed", np.sort(seconds))):
+            best, peaks = defaultdict(float), defaultdict(float)
+            for part in np.split(sorted_seconds, NUM_BATCHES):
+                batch, times = batch_of(part), defaultdict(list)
+                for choice in ("never", "always") * ROUNDS:
+                    model.encoder.config.packing = choice
+                    times[choice].append(step(model, batch))
+                for choice in times:
+                    model.encoder.config.packing = choice
+                    best[choice] += min(times[choice])
+                    peaks[choice] = max(peaks[choice], most_memory(model, batch))
+            padding = 1 - seconds.sum() / sum(len(each) * each.max() for each in np.split(sorted_seconds, NUM_BATCHES))
+            print(f"{frozen} frozen, {order} batches, {padding:.0%} padding: ", end="")
+            print(f"{best['never']:.2f} s and {peaks['never']:.0f} MB with it, ", end="")
+            print(f"{best['always']:.2f} s and {peaks['always']:.0f} MB without", flush=True)
+
+
+if __name__ == "__main__":
+    main()
