@@ -58,6 +58,7 @@ class Batch:
     skipped:        utterances that could not be read and are not in the batch
     keys:           per utterance, a fingerprint of its inputs; empty where their features are not cached
     prompts:        (B, P) what generation starts with, where labels begin with tags; else None
+    source:         the same batch in the host's memory, where this one is a copy of it on another device
     """
 
     inputs: Tensor
@@ -72,6 +73,18 @@ class Batch:
     languages: list[str | None] = field(default_factory=list)
     durations: list[float] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    source: "Batch | None" = None
+
+    @property
+    def on_host(self) -> "Batch":
+        """The batch whose masks and labels are read without waiting for the device."""
+        return self if self.source is None else self.source
+
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """The attention mask in the host's memory; None where nothing is padded, so that attention needs no mask."""
+        mask = self.on_host.attention_mask
+        return None if bool(mask.all()) else mask
 
     @property
     def text_labels(self) -> Tensor:
@@ -82,7 +95,7 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device) -> "Batch":
-        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True)), source=self.on_host)
 
     def pin_memory(self) -> "Batch":
         """A copy in pinned memory, from which a GPU copies while it computes; a DataLoader calls it."""

@@ -59,7 +59,11 @@ def frames_of(encoded: EncodedSpeech) -> Tensor:
     """(B,) numbers of frames."""
     frames, mask = encoded.encoder_frames, encoded.encoder_mask
     assert frames is not None
-    return torch.full(frames.shape[:1], frames.shape[1], device=frames.device) if mask is None else mask.sum(1)
+    return (
+        torch.full(frames.shape[:1], frames.shape[1], device=frames.device)
+        if mask is None
+        else mask.sum(1).to(frames.device)
+    )
 
 
 def lattice_of(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Lattice:

@@ -47,8 +47,7 @@ def decode_batch(
     prompts = batch.prompts
     if prompts is None:
         prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
-    is_padded = not bool(batch.attention_mask.all())
-    encoded = model.encode(batch.inputs, batch.attention_mask if is_padded else None)
+    encoded = model.encode(batch.inputs, batch.padding_mask)
     prompts = with_heard_languages(model, encoded, prompts)
     limits = token_limits(model, encoded, batch.durations, prompts.shape[1], options)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)

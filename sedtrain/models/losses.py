@@ -58,12 +58,13 @@ def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int
     """(B, T, V) logits, (B,) valid frames, (B, U) labels -> summed loss in nats, number of aligned tokens (both scalars).
 
     The end token is not aligned. An utterance with fewer frames than its labels need adds zero loss and zero tokens.
-    Source: Graves et al. 2006.
+    Frames and labels are best in the host's memory: torch reads their lengths there. Source: Graves et al. 2006.
     """
     targets, num_targets = without_token(labels, end)
     log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
+    moved = targets.to(logits.device, non_blocking=True)
     losses = F.ctc_loss(
-        log_probabilities, targets, num_frames, num_targets, blank=blank, reduction="none", zero_infinity=True
+        log_probabilities, moved, num_frames, num_targets, blank=blank, reduction="none", zero_infinity=True
     )
     repeats = ((targets[:, 1:] == targets[:, :-1]) & (positions(targets)[:, 1:] < num_targets[:, None])).sum(1)
     alignable = num_frames >= num_targets + repeats

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils, modeling_utils
-from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder, Wav2Vec2GroupNormConvLayer
+from transformers import PreTrainedModel
+from transformers.models.wav2vec2.modeling_wav2vec2 import (
+    Wav2Vec2FeatureEncoder,
+    Wav2Vec2GroupNormConvLayer,
+    _compute_mask_indices,
+)
 
 from sedtrain.models.convolution import is_gelu, strided_convolution
 
@@ -35,6 +39,11 @@ def output_lengths(lengths: Tensor, steps: Steps) -> Tensor:
 def length_mask(lengths: Tensor, num_frames: int) -> Tensor:
     """(B,) lengths -> (B, num_frames), True where a frame is real."""
     return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
+
+
+def on_device(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """The mask, or lengths, on that device; the host does not wait for the copy."""
+    return None if mask is None else mask.to(device, non_blocking=True)
 
 
 class MaskedConv1d(nn.Conv1d):
@@ -110,19 +119,33 @@ class GuardedSpecAugment:
 
     config: Any
     training: bool
+    masked_spec_embed: Tensor
     lengths: Tensor | None = None
 
     def _mask_hidden_states(
         self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Any:
-        batch_size, num_frames, _ = hidden_states.shape
-        if self.training and self.config.mask_time_prob > 0 and mask_time_indices is None:
-            if num_frames <= self.config.mask_time_length:
-                mask_time_indices = hidden_states.new_zeros(batch_size, num_frames, dtype=torch.bool)
-            elif self.lengths is not None:
-                maskable = self.lengths.masked_fill(self.lengths <= self.config.mask_time_length, 0)
-                attention_mask = length_mask(maskable, num_frames)
-        return super()._mask_hidden_states(hidden_states, mask_time_indices, attention_mask)  # type: ignore[misc]
+        """Upstream's result, whose positions the host knows: upstream would wait for the device to find them."""
+        config, (batch_size, num_frames, dim) = self.config, hidden_states.shape
+        if not (self.training and getattr(config, "apply_spec_augment", True)):
+            return super()._mask_hidden_states(hidden_states, mask_time_indices, attention_mask)  # type: ignore[misc]
+        if mask_time_indices is None and config.mask_time_prob > 0 and num_frames > config.mask_time_length:
+            mask_time_indices = self.spans((batch_size, num_frames), "time")
+        if mask_time_indices is not None:
+            rows, frames = (each.to(hidden_states.device, non_blocking=True) for each in mask_time_indices.nonzero().T)
+            hidden_states[rows, frames] = self.masked_spec_embed.to(hidden_states.dtype)
+        if config.mask_feature_prob > 0:
+            features = self.spans((batch_size, dim), "feature").to(hidden_states.device, non_blocking=True)
+            hidden_states = hidden_states.masked_fill(features[:, None], 0.0)
+        return hidden_states
+
+    def spans(self, shape: tuple[int, int], axis: str) -> Tensor:
+        """(B, T) or (B, D), True where random spans of `config` lie, in the host's memory."""
+        length, real = getattr(self.config, f"mask_{axis}_length"), None
+        if axis == "time" and self.lengths is not None:
+            real = length_mask(self.lengths.masked_fill(self.lengths <= length, 0), shape[1])
+        probability, least = (getattr(self.config, f"mask_{axis}_{name}") for name in ("prob", "min_masks"))
+        return torch.from_numpy(_compute_mask_indices(shape, probability, length, real, least))
 
 
 class ZeroGradients(torch.autograd.Function):
@@ -209,26 +232,28 @@ class Masked(PreTrainedModel):
         module.__class__ = kind
         self.masked_modules.setdefault(preceding, []).append(module)
 
-    def set_lengths(self, attention_mask: Tensor | None) -> None:
+    def set_lengths(self, attention_mask: Tensor | None, device: torch.device) -> None:
+        """Gives the modules the lengths of their input, on its device; SpecAugment gets them where the mask is."""
         for preceding, modules in self.masked_modules.items():
             lengths = None if attention_mask is None else output_lengths(attention_mask.sum(-1), preceding)
             for module in modules:
-                module.lengths = lengths
+                module.lengths = lengths if module is self else on_device(lengths, device)
 
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and mask as upstream's forward needs them."""
         return inputs, attention_mask
 
     def forward(self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Upstream's forward; attention_mask: (B, S), 1 where an input is real."""
+        """Upstream's forward; attention_mask: (B, S), 1 where an input is real, on its device or in the host's memory."""
         inputs = kwargs.pop(self.main_input_name) if inputs is None else inputs
-        self.set_lengths(attention_mask)
+        self.set_lengths(attention_mask, inputs.device)
         try:
             if attention_mask is not None:
-                inputs, attention_mask = self.masked_inputs(inputs, attention_mask)
+                moved = attention_mask.to(inputs.device, non_blocking=True)
+                inputs, attention_mask = self.masked_inputs(inputs, moved)
             output = super().forward(inputs, attention_mask=attention_mask, **kwargs)
         finally:
-            self.set_lengths(None)
+            self.set_lengths(None, inputs.device)
         drops_layers = self.training and getattr(self.config, self.layerdrop_name, 0.0) > 0
         if not (drops_layers and torch.is_grad_enabled()):
             return output
@@ -252,15 +277,6 @@ class Masked(PreTrainedModel):
             module.requires_grad_(False)
             if hasattr(module, "_requires_grad"):  # by which upstream asks for the gradient of the input
                 module._requires_grad = False
-
-
-def is_unread(tensor: Any = None) -> bool:
-    """True for a tensor that `transformers` must not look into: the host would wait for the device, to save a mask at best."""
-    return is_traced(tensor) or (isinstance(tensor, Tensor) and tensor.device.type != "cpu")
-
-
-is_traced = masking_utils.is_tracing
-masking_utils.is_tracing = modeling_utils.is_tracing = is_unread
 
 
 class MatrixProductFeatureEncoder(Wav2Vec2FeatureEncoder):

@@ -71,16 +71,17 @@ def labelled_cross_entropy(
     """(B, U, D) inputs of the output layer, (B, U) labels -> what `token_cross_entropy` gives for its (B, U, V) logits.
 
     (B, U, V) is never in memory: the output layer runs on labelled positions only, in chunks. Compiled code, whose shapes
-    are fixed, takes all positions at once.
+    are fixed, takes all positions at once. Of labels on a device, the host waits for the number of positions.
     """
     if torch.compiler.is_compiling():
         return token_cross_entropy(output_layer.outputs(hidden_states), labels, label_smoothing)
-    labelled = labels != IGNORE_INDEX
+    labelled, device = labels != IGNORE_INDEX, hidden_states.device
+    positions, targets = labelled.flatten().nonzero()[:, 0].to(device, non_blocking=True), labels[labelled]
     weight, bias = output_layer.weight, output_layer.bias
-    chunk = rows_of_chunk(len(weight), hidden_states.device)
-    options = label_smoothing, output_layer.cap, chunk, torch.is_grad_enabled()
+    options = label_smoothing, output_layer.cap, rows_of_chunk(len(weight), device), torch.is_grad_enabled()
     chunked: Any = ChunkedCrossEntropy.apply
-    loss, plain = chunked(hidden_states[labelled], weight, bias, labels[labelled], *options)
+    inputs = hidden_states.flatten(0, 1).index_select(0, positions)
+    loss, plain = chunked(inputs, weight, bias, targets.to(device, non_blocking=True), *options)
     return loss, labelled.sum(), plain
 
 
@@ -109,7 +110,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         has_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         """(N, D) inputs, (V, D) weight, (V,) bias, (N,) targets -> two scalars."""
-        device = inputs.device.type
+        device = inputs.device.type if torch.amp.is_autocast_available(inputs.device.type) else "cpu"  # meta has none
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         of_inputs, of_weight, of_bias = gradients = [
             torch.zeros_like(each, dtype=torch.float32) if each is not None and has_gradients and needed else None
@@ -190,9 +191,10 @@ def mean_loss(
     Beside it, the loss without smoothing and gradient.
     """
     if output_layer is None:
+        labels = labels.to(logits.device, non_blocking=True)
         loss_sum, num_tokens, plain = token_cross_entropy(logits, labels, label_smoothing)
     else:
         loss_sum, num_tokens, plain = labelled_cross_entropy(output_layer, logits, labels, label_smoothing)
     divisor = num_tokens if num_items is None else torch.as_tensor(num_items)
-    divisor = divisor.to(loss_sum.device).clamp(min=1)
+    divisor = divisor.to(loss_sum.device, non_blocking=True).clamp(min=1)
     return loss_sum / divisor, plain / divisor

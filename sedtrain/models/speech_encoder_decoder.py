@@ -50,11 +50,12 @@ from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS
 from sedtrain.models.loading import configured, joint_config, refuse_unsupported, share_config
 from sedtrain.models.losses import decoder_inputs
-from sedtrain.models.masking import Masked, with_zero_gradients
+from sedtrain.models.masking import Masked, on_device, with_zero_gradients
 from sedtrain.models.other_kinds import refuse_other_kind
 from sedtrain.models.output_layer import deferred_output_layer, make_deferrable, mean_loss
 from sedtrain.models.prefix import arguments_of, is_prefixed, num_in_front, refuse_long_row
 from sedtrain.models.speech_to_text_2 import settle_published
+from sedtrain.models.unread_masks import one_text_a_row
 
 
 class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
@@ -129,16 +130,16 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
 
     def encode(self, inputs: Tensor, attention_mask: Tensor | None = None, **options: Any) -> EncodedSpeech:
         """(B, S) audio, or features, and their mask, 1 where an input is real -> what the decoder attends to."""
-        encoded = self.encoder(inputs, attention_mask=attention_mask, return_dict=True, **options)
-        return self.adapt(encoded, attention_mask)
+        mask = attention_mask if isinstance(self.encoder, Masked) else on_device(attention_mask, inputs.device)
+        return self.adapt(self.encoder(inputs, attention_mask=mask, return_dict=True, **options), mask)
 
     def adapt(self, encoded: Mapping[str, Any], attention_mask: Tensor | None) -> EncodedSpeech:
         """The encoder's output, projected or not, and the mask of its input -> what the decoder attends to."""
         frames: Tensor = encoded["last_hidden_state"]
         mask = None if attention_mask is None else frame_mask(self.encoder, frames.shape[1], attention_mask)
-        hidden_states, hidden_mask = frames, mask
+        hidden_states, hidden_mask = frames, on_device(mask, frames.device)
         if self.adapter is not None:
-            hidden_states, hidden_mask = self.adapter(frames, mask)
+            hidden_states, hidden_mask = self.adapter(frames, hidden_mask)
         elif (projection := self._modules.get("enc_to_dec_proj")) and frames.shape[-1] == projection.in_features:
             hidden_states = projection(frames)
         return EncodedSpeech(
@@ -198,7 +199,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         else:
             encoded = self.as_encoded(encoder_outputs, attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            ids = self.prepare_decoder_input_ids_from_labels(labels)
+            decoder_input_ids = ids.to(encoded.last_hidden_state.device, non_blocking=True)
             if is_prefixed(self.config.decoder) and decoder_attention_mask is None and labels is not None:
                 decoder_attention_mask = (labels != IGNORE_INDEX).long()  # padding takes none of the positions
         if output_logits is None:
@@ -226,6 +228,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         frames = encoded.last_hidden_state.shape[1]
         return None if self.max_tokens is None else self.max_tokens - num_in_front(self.config.decoder, frames)
 
+    @one_text_a_row
     def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:
         """The decoder's output for encoded speech; `inputs` are arguments of the decoder."""
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
@@ -370,8 +373,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         *model_args: Any,
         **kwargs: Any,
     ) -> Self:
-        """The base class's. It takes the encoder of a sequence-to-sequence checkpoint; `dtype` and `attn_implementation`
-        without a prefix reach encoder and decoder."""
+        """The base class's. It takes the encoder of a whole checkpoint; `dtype` and `attn_implementation` reach both parts."""
         for name in {"dtype", "attn_implementation"} & kwargs.keys():
             kwargs = {f"encoder_{name}": kwargs[name], f"decoder_{name}": kwargs[name], **kwargs}
         kwargs.pop("dtype", None)  # the joined configuration reads that of its parts

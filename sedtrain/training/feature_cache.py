@@ -207,12 +207,12 @@ class FeatureCache:
         weight = next(front.module.parameters())
         found = enumerate(self.pool.map(store.read, batch.keys))
         frames = [self.computed(front, store, batch, number) if each is None else each for number, each in found]
-        return [each.to(weight.device, weight.dtype) for each in frames]
+        return [each.to(weight.device, weight.dtype, non_blocking=True) for each in frames]
 
     def computed(self, front: Front, store: Store, batch: Batch, number: int) -> Tensor:
         """(T, D) of the utterance of this number, rounded to 16 bits and stored where these can hold it."""
         mask = batch.attention_mask[number : number + 1]
-        length, inputs = int(mask.sum()), batch.inputs[number : number + 1]
+        length, inputs = int(batch.on_host.attention_mask[number].sum()), batch.inputs[number : number + 1]
         inputs = inputs[..., :length] if self.time_is_last else inputs[:, :length]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # draws none of the random numbers of training
             frames = front.output(inputs, mask[:, :length])

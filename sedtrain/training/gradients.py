@@ -4,13 +4,14 @@ The gradient of a step is that of the loss summed over all its target tokens, di
 Each micro-batch back-propagates its summed loss, not a mean, times a constant that keeps float16 in range.
 Gradients add up over micro-batches and ranks, as they always do.
 The numbers of tokens are added over the ranks once a step, and divide the gradients before these are clipped.
-A step whose loss or gradient is not finite, or that has no token, is skipped on all ranks: its gradients are dropped.
+A step whose loss or gradient is not finite, or that has no token, is skipped on all ranks.
+All of this happens on the device, and a fused optimizer skips the step there: the host reads the numbers only to report them.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from sedtrain.models.parts import part_of
 
@@ -37,20 +39,61 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step over all its micro-batches and ranks.
+    """One optimizer step over all its micro-batches and ranks. The first number that is read waits for the device.
 
-    cross_entropy:  nats per target token; unsmoothed: without label smoothing
-    ctc:            nats per aligned token
-    gradient_norms: by part of the model, before clipping
-    micro_batches:  (M, 5) LossSums of this rank's micro-batches
+    sums:          (5,) LossSums of all micro-batches and ranks
+    norms:         (P,) norms of the gradients of each of `parts`, before they are divided and clipped
+    micro_batches: (M, 5) LossSums of this rank's micro-batches
+    num_ranks:     the strategy has divided the sum of the ranks' gradients by it
     """
 
-    num_tokens: int
-    cross_entropy: float
-    ctc: float
-    gradient_norms: dict[str, float]
+    sums: Tensor
+    norms: Tensor
+    parts: tuple[str, ...]
     micro_batches: Tensor
-    unsmoothed: float
+    num_ranks: int
+
+    @property
+    def factor(self) -> Tensor:
+        """What the gradients are multiplied with, a scalar on the device; exact, since only the quotient is rounded."""
+        return self.num_ranks / SCALE / self.sums[1].clamp(min=1)
+
+    @property
+    def skipped(self) -> Tensor:
+        """1 on the device if the optimizer has to change nothing, else 0; float32, as optimizers want it."""
+        finite = self.sums.isfinite()
+        return (~(finite[0] & finite[2] & self.norms.isfinite().all() & (self.sums[1] > 0))).float()
+
+    @cached_property
+    def numbers(self) -> tuple[list[float], list[float]]:
+        """Sums and norms, read at once."""
+        values = torch.cat([self.sums, self.norms]).tolist()
+        return values[:5], values[5:]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.numbers[0][1])
+
+    @property
+    def cross_entropy(self) -> float:
+        """Nats per target token."""
+        return self.numbers[0][0] / max(self.num_tokens, 1)
+
+    @property
+    def ctc(self) -> float:
+        """Nats per aligned token."""
+        return self.numbers[0][2] / max(self.numbers[0][3], 1)
+
+    @property
+    def unsmoothed(self) -> float:
+        """Cross-entropy without label smoothing."""
+        return self.numbers[0][4] / max(self.num_tokens, 1)
+
+    @property
+    def gradient_norms(self) -> dict[str, float]:
+        """By part of the model, before clipping."""
+        factor = self.num_ranks / SCALE / max(self.num_tokens, 1)
+        return {part: norm * factor for part, norm in zip(self.parts, self.numbers[1], strict=True)}
 
     @property
     def loss_is_finite(self) -> bool:
@@ -58,12 +101,7 @@ class Update:
 
     @property
     def gradient_is_finite(self) -> bool:
-        return all(map(math.isfinite, self.gradient_norms.values()))
-
-    @property
-    def is_skipped(self) -> bool:
-        """True if the optimizer changes nothing."""
-        return not (self.num_tokens and self.loss_is_finite and self.gradient_is_finite)
+        return all(map(math.isfinite, self.numbers[1]))
 
     @property
     def gradient_norm(self) -> float:
@@ -73,9 +111,7 @@ class Update:
 def divide_gradients(
     model: nn.Module, micro_batches: Tensor, over_ranks: Callable[[Tensor], Tensor], num_ranks: int
 ) -> Update:
-    """Divides the gradients of `model` in place by the step's number of target tokens; drops those of a skipped step.
-
-    Waits for the device once.
+    """Divides the gradients of `model` in place by the step's number of target tokens, without waiting for the device.
 
     micro_batches: (M, 5) LossSums of this rank
     over_ranks:    sums of this rank -> sums of all ranks
@@ -87,22 +123,27 @@ def divide_gradients(
             gradients.setdefault(part_of(name), []).append(weight.grad)
     norms = [get_total_norm(of_part) for of_part in gradients.values()]
     norms = [(norm.full_tensor() if isinstance(norm, DTensor) else norm).float() for norm in norms]
-    values = torch.cat([over_ranks(micro_batches.sum(0)), *(norm[None] for norm in norms)]).tolist()
-    cross_entropy, num_tokens, ctc, num_aligned, unsmoothed = values[:5]
-    factor = num_ranks / SCALE / max(num_tokens, 1)
-    update = Update(
-        num_tokens=int(num_tokens),
-        cross_entropy=cross_entropy / max(num_tokens, 1),
-        ctc=ctc / max(num_aligned, 1),
-        gradient_norms={part: norm * factor for part, norm in zip(gradients, values[5:], strict=True)},
-        micro_batches=micro_batches,
-        unsmoothed=unsmoothed / max(num_tokens, 1),
-    )
-    if update.is_skipped:
-        model.zero_grad()
-    else:
-        torch._foreach_mul_(list(chain(*gradients.values())), factor)
+    sums = over_ranks(micro_batches.sum(0))
+    update = Update(sums, torch.stack(norms), tuple(gradients), micro_batches, num_ranks)
+    local = [each.to_local() if isinstance(each, DTensor) else each for part in gradients.values() for each in part]
+    multiply(local, update.factor)
     return update
+
+
+def multiply(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiplies in place with a float32 scalar, which 16 bits would round before the product."""
+    torch._foreach_mul_([each for each in gradients if each.dtype is torch.float32], factor)
+    for each in gradients:
+        if each.dtype is not torch.float32:
+            each.mul_(factor.expand_as(each))
+
+
+def skip(update: Update, optimizer: Optimizer, model: nn.Module) -> None:
+    """Has the optimizer change nothing if the update is to be skipped; one that is not fused makes the host wait."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = update.skipped  # type: ignore[attr-defined]
+    elif update.skipped:
+        model.zero_grad()
 
 
 def on_host(values: Mapping[str, float]) -> dict[str, Tensor]:
@@ -120,6 +161,6 @@ class RunningStatistics:
 
     def keep_or_restore(self, update: Update) -> None:
         """Keeps what the micro-batches of a step changed; restores what was before a skipped one."""
-        sources, targets = (self.kept, self.buffers) if update.is_skipped else (self.buffers, self.kept)
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            kept.copy_(torch.where(update.skipped > 0, kept, buffer))
+            buffer.copy_(kept)

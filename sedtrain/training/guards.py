@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,6 +24,24 @@ logger = logging.getLogger(__name__)
 HISTORY, ENOUGH = 100, 30  # steps, at most and at least, that the last ones are compared with
 LASTING = 10  # steps for which the loss has to stay up
 COUNTS = ("num_bad", "num_in_a_row", "num_rises")
+
+
+class Step(NamedTuple):
+    """A step of the optimizer whose numbers may not have been read yet.
+
+    utterances: of each of this rank's micro-batches
+    """
+
+    number: int
+    update: Update
+    utterances: list[list[str]]
+
+    def suspects(self) -> list[str]:
+        """The utterances of all ranks in micro-batches with a loss that is not finite; all, if every loss is finite."""
+        own = list(zip(self.utterances, self.update.micro_batches.isfinite().all(dim=1).tolist(), strict=True))
+        micro_batches = [micro_batch for rank in gather_states(own) for micro_batch in rank]
+        chosen = [ids for ids, is_finite in micro_batches if not is_finite] or [ids for ids, _ in micro_batches]
+        return [utterance for ids in chosen for utterance in ids]
 
 
 class Guards(Callback):
@@ -57,25 +75,35 @@ class Guards(Callback):
         self.losses: deque[float] = deque(maxlen=HISTORY + LASTING)
         self.utterances: list[list[str]] = []  # of each micro-batch since the last step
         self.latest: Update | None = None
+        self.unread: list[Step] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         self.utterances.append(batch.ids)
         update: Update | None = pl_module.update
         if update is None or update is self.latest:
             return  # the optimizer has not stepped
-        self.judge(trainer, update)
+        self.unread.append(Step(trainer.global_step, update, self.utterances))
         self.latest, self.utterances = update, []
+        if not pl_module.is_read:
+            return
+        self.judge_all(trainer)
         logged = {"train/bad_steps": float(self.num_bad), "train/loss_rises": float(self.num_rises)}
         if update.gradient_is_finite:
             logged |= {f"gradient_norm/{part}": norm for part, norm in update.gradient_norms.items()}
         pl_module.log_dict(on_host(logged), batch_size=1)
 
-    def judge(self, trainer: Trainer, update: Update) -> None:
-        """Raises UserError after too many bad steps in a row."""
+    def judge_all(self, trainer: Trainer) -> None:
+        """Judges the steps whose numbers have not been read. Raises UserError after too many bad ones in a row."""
+        unread, self.unread = self.unread, []
+        for step in unread:
+            self.judge(trainer, step)
+
+    def judge(self, trainer: Trainer, step: "Step") -> None:
+        update = step.update
         if reason := reason_to_skip(trainer, update):
             self.num_bad += 1
             self.num_in_a_row += 1
-            self.note(trainer, update, reason, "skipped")
+            self.note(trainer, step, reason, "skipped")
             if self.num_in_a_row >= self.max_bad_steps:
                 wrong = f"{self.num_in_a_row} steps in a row were skipped, since their loss or gradient is not finite\n"
                 write = "write a lower optimizer.lr, trainer.precision=32-true, or data without these utterances; "
@@ -89,19 +117,19 @@ class Guards(Callback):
                 self.num_rises += 1
                 reason = "the loss rose from {:.2f} to {:.2f} nats per token and stays up".format(*rise)
                 advice = "try a lower optimizer.lr or more warm-up (scheduler.warmup_fraction), or see whether these texts fit"
-                self.note(trainer, update, reason, advice)
+                self.note(trainer, step, reason, advice)
                 self.losses.clear()  # from here on, this is what is usual
 
-    def note(self, trainer: Trainer, update: Update, reason: str, then: str) -> None:
+    def note(self, trainer: Trainer, step: "Step", reason: str, then: str) -> None:
         """Writes the step, its loss and its utterances to bad_steps.jsonl, and warns."""
-        utterances = self.suspects(update)
+        update, utterances = step.update, step.suspects()
         if not trainer.is_global_zero:
             return
         numbers = {"loss": update.cross_entropy, "ctc_loss": update.ctc, "gradient_norm": update.gradient_norm}
         line = {
-            "step": trainer.global_step,
+            "step": step.number,
             "reason": reason,
-            "skipped": update.is_skipped,
+            "skipped": bool(update.skipped),
             **{name: value if math.isfinite(value) else str(value) for name, value in numbers.items()},
             "utterances": utterances,
         }
@@ -109,14 +137,10 @@ class Guards(Callback):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         measured = f"loss {update.cross_entropy:.3g}, gradient norm {update.gradient_norm:.3g}"
         text = "step %d: %s (%s), %s; its %d utterances are in %s"
-        logger.warning(text, trainer.global_step, reason, measured, then, len(utterances), self.file)
+        logger.warning(text, step.number, reason, measured, then, len(utterances), self.file)
 
-    def suspects(self, update: Update) -> list[str]:
-        """The utterances of all ranks in micro-batches with a loss that is not finite; all, if every loss is finite."""
-        own = list(zip(self.utterances, update.micro_batches.isfinite().all(dim=1).tolist(), strict=True))
-        micro_batches = [micro_batch for rank in gather_states(own) for micro_batch in rank]
-        chosen = [ids for ids, is_finite in micro_batches if not is_finite] or [ids for ids, _ in micro_batches]
-        return [utterance for ids in chosen for utterance in ids]
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.judge_all(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns of a decoder that hardly listens, once training is past its beginning."""
@@ -132,7 +156,13 @@ class Guards(Callback):
             )
             logger.warning(text, trainer.global_step, gain)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Judges before the checkpoint is written; runs on all ranks."""
+        self.judge_all(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.judge_all(trainer)
         if self.num_bad and trainer.is_global_zero:
             wrong = "steps were skipped, since their loss or gradient is not finite"
             logger.warning("%d %s; see %s", self.num_bad, wrong, self.file)

@@ -27,7 +27,7 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import forget
 from sedtrain.training.checkpoints import gather_states
 from sedtrain.training.feature_cache import FeatureCache
-from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host
+from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host, skip
 from sedtrain.training.optim import build_optimizer, parameter_groups
 from sedtrain.training.strategies import FullySharded
 
@@ -37,6 +37,7 @@ class SpeechSeq2SeqModule(LightningModule):
 
     grouped: model -> its parameters in groups, for the optimizer
     update:  the last step of the optimizer; None before the first
+    is_read: whether its numbers are reported: each step on a CPU; elsewhere those that are logged, since the host waits
     cache:   of what its frozen front returns; None: it is computed for each batch
     """
 
@@ -57,6 +58,7 @@ class SpeechSeq2SeqModule(LightningModule):
         self.optimizer, self.scheduler, self.grouped = optimizer, scheduler, grouped
         self.execution = execution or Execution()
         self.update: Update | None = None
+        self.is_read = True
         self.cache: FeatureCache | None = None
         self.micro_batches: list[Tensor] = []
         self.metrics, self.other_audio = CorpusMetrics(metric_set), OtherAudio()
@@ -110,7 +112,8 @@ class SpeechSeq2SeqModule(LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         with memory_for(batch, self.data):
             sums = self.losses(batch)
-        self.micro_batches.append(torch.stack([scalar.detach().float() for scalar in sums]))
+        scalars = [scalar.detach().float().to(self.device, non_blocking=True) for scalar in sums]
+        self.micro_batches.append(torch.stack(scalars))
         # Lightning divides by the number of micro-batches, which would round 16 bits in another way for each number.
         return self.trainer.accumulate_grad_batches * SCALE * self.weights.joint(sums.cross_entropy, sums.ctc)
 
@@ -127,8 +130,10 @@ class SpeechSeq2SeqModule(LightningModule):
         micro_batches = torch.stack(self.micro_batches)
         self.micro_batches.clear()
         update = self.update = divide_gradients(self.model, micro_batches, self.over_ranks, self.trainer.world_size)
+        skip(update, optimizer, self.model)
         self.running_statistics.keep_or_restore(update)
-        if update.num_tokens and update.loss_is_finite:
+        self.is_read = self.device.type == "cpu" or self.trainer._logger_connector.should_update_logs
+        if self.is_read and update.num_tokens and update.loss_is_finite:
             losses = {"train/loss": update.cross_entropy, "train/cross_entropy": update.unsmoothed}
             self.log_dict(on_host(losses | ({"train/ctc_loss": update.ctc} if self.weights.ctc_weight else {})))
 
@@ -151,10 +156,11 @@ class SpeechSeq2SeqModule(LightningModule):
 
     def loss_sums(self, batch: Batch) -> LossSums:
         with self.cached(batch):
-            encoded = self.model.encode(batch.inputs, batch.attention_mask)
-        loss, unsmoothed = self.cross_entropy(encoded, batch.labels)
-        num_tokens = (batch.labels != IGNORE_INDEX).sum()
-        return LossSums(loss, num_tokens, *self.ctc(encoded, batch.text_labels), unsmoothed)
+            encoded = self.model.encode(batch.inputs, batch.padding_mask)
+        known = batch.on_host
+        loss, unsmoothed = self.cross_entropy(encoded, known.labels)
+        num_tokens = (known.labels != IGNORE_INDEX).sum()
+        return LossSums(loss, num_tokens, *self.ctc(encoded, known.text_labels), unsmoothed)
 
     def cached(self, batch: Batch) -> AbstractContextManager[None]:
         """Inside, the frozen front of the model need not compute what the cache has of this batch."""
@@ -172,12 +178,13 @@ class SpeechSeq2SeqModule(LightningModule):
     def ctc(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The summed CTC loss of the encoder's own frames and the number of aligned tokens; the pad token is the blank."""
         if not self.weights.ctc_weight:
-            zero = torch.zeros((), device=labels.device)
+            zero = torch.zeros((), device=self.device)
             return zero, zero
-        assert self.model.ctc_head is not None and encoded.encoder_mask is not None
-        config = self.model.config
+        assert self.model.ctc_head is not None
+        config, mask = self.model.config, encoded.encoder_mask
         logits = self.model.ctc_head(encoded.encoder_frames)
-        return ctc(logits, encoded.encoder_mask.sum(1), labels, blank=config.pad_token_id, end=config.eos_token_id)
+        num_frames = torch.full(logits.shape[:1], logits.shape[1]) if mask is None else mask.sum(1)
+        return ctc(logits, num_frames, labels, blank=config.pad_token_id, end=config.eos_token_id)
 
     # --- a validation, in the order in which Lightning calls these
 

@@ -32,6 +32,7 @@ from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 from sedtrain.training.signals import StopOnInterrupt
 from sedtrain.training.strategies import end_others, rejoin, tensor_float32
+from sedtrain.training.utilization import Utilization
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def run_trainer(
         bar.disable()  # it stays, since it counts what training consumes
     trainer = make(
         default_root_dir=settings["run_dir"],
-        callbacks=[*named.values(), *every, Tracking(settings), finetuning, checkpoints],
+        callbacks=[*named.values(), *every, Tracking(settings), Utilization(), finetuning, checkpoints],
         logger=list(loggers) or False,
         use_distributed_sampler=False,
         enable_model_summary=False,

@@ -20,7 +20,7 @@ from torch.nn.utils import parameters_to_vector
 
 from sedtrain.errors import UserError
 from sedtrain.training import guards
-from sedtrain.training.gradients import Update
+from sedtrain.training.gradients import SCALE, Update
 from sedtrain.training.guards import Guards, lasting_rise
 
 pytestmark = pytest.mark.filterwarnings(
@@ -221,7 +221,8 @@ def test_a_step_without_tokens_is_neither_bad_nor_a_loss(tmp_path):
 
 def test_an_update_that_is_not_finite_says_which():
     def update(loss, norm):
-        return Update(3, loss, 0.0, {"encoder": 1.0, "decoder": norm}, [], loss)
+        sums, norms = torch.tensor([3 * loss, 3, 0, 0, 3 * loss]), torch.tensor([1.0, norm])
+        return Update(sums, norms * 3 * SCALE, ("encoder", "decoder"), torch.zeros(0, 5), num_ranks=1)
 
     assert update(1.0, 2.0).loss_is_finite and update(1.0, 2.0).gradient_is_finite
     assert not update(math.nan, 2.0).loss_is_finite

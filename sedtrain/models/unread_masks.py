@@ -1,0 +1,46 @@
+"""Keeps `transformers` from reading masks on a device, for which the host would wait.
+
+B batch, U tokens.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from transformers import masking_utils, modeling_utils
+
+ONE_TEXT_A_ROW: ContextVar[bool] = ContextVar("ONE_TEXT_A_ROW", default=False)
+
+
+def is_unread(tensor: Any = None) -> bool:
+    """True for a tensor that `transformers` must not look into: all it could learn is that nothing is padded."""
+    return is_traced(tensor) or (isinstance(tensor, Tensor) and tensor.device.type != "cpu")
+
+
+def texts_in_rows(position_ids: Tensor) -> Tensor | None:
+    """(B, U) positions -> (B, U) number of the text in its row; None where each row is known to hold one.
+
+    Otherwise a causal mask would be made of positions on a device, and attention could not use its causal kernel.
+    """
+    return None if ONE_TEXT_A_ROW.get() else texts_by_positions(position_ids)
+
+
+def one_text_a_row(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a method that calls a decoder: without `position_ids` of the caller, each row holds one text."""
+
+    @wraps(decode)
+    def decorated(*args: Any, **inputs: Any) -> Any:
+        before = ONE_TEXT_A_ROW.set(inputs.get("position_ids") is None)
+        try:
+            return decode(*args, **inputs)
+        finally:
+            ONE_TEXT_A_ROW.reset(before)
+
+    return decorated
+
+
+is_traced, texts_by_positions = masking_utils.is_tracing, masking_utils.find_packed_sequence_indices
+masking_utils.is_tracing = modeling_utils.is_tracing = is_unread
+masking_utils.find_packed_sequence_indices = texts_in_rows
