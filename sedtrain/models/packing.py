@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.errors import UserError
-from sedtrain.models.masking import Steps, is_traced, output_lengths
+from sedtrain.models.masking import Steps, output_lengths
+from sedtrain.models.unread_masks import is_traced
 
 LEAST_PADDING = 0.1
 """The share of a batch's frames that has to be padding for packing to be faster on a CPU."""
@@ -169,7 +170,8 @@ class Packing(PreTrainedModel):
             mix_into(layer.attention, self.attention)
 
     def forward(self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        lengths = self.lengths_to_pack(attention_mask, kwargs)
+        source = kwargs[self.main_input_name] if inputs is None else inputs
+        lengths = self.lengths_to_pack(source, attention_mask, kwargs)
         if lengths is None:
             return super().forward(inputs, attention_mask, **kwargs)
         try:
@@ -180,20 +182,22 @@ class Packing(PreTrainedModel):
             for module in self.packable:
                 module.packed = None
 
-    def set_lengths(self, attention_mask: Tensor | None) -> None:
+    def set_lengths(self, attention_mask: Tensor | None, device: torch.device) -> None:
         """Masked's, but what computes utterances one by one has nothing to mask."""
-        super().set_lengths(attention_mask)
+        super().set_lengths(attention_mask, device)
         for packable in self.packable:
             for module in packable.modules() if packable.packed is not None else ():
                 if getattr(module, "lengths", None) is not None:
                     module.lengths = None
 
-    def lengths_to_pack(self, attention_mask: Tensor | None, options: Mapping[str, Any]) -> Lengths | None:
+    def lengths_to_pack(
+        self, inputs: Tensor, attention_mask: Tensor | None, options: Mapping[str, Any]
+    ) -> Lengths | None:
         """None for a batch that is computed with its padding."""
         choice = getattr(self.config, "packing", "auto")
         if choice == "never" or why_not(self) or type(attention_mask) is not Tensor or is_traced(attention_mask):
             return None
-        if choice == "auto" and attention_mask.device.type != "cpu":
+        if choice == "auto" and inputs.device.type != "cpu":
             return None
         if any(options.get(name, getattr(self.config, name, False)) for name in STATES):
             return None  # they are of the frames of a padded batch

@@ -199,10 +199,10 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         else:
             encoded = self.as_encoded(encoder_outputs, attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            ids = self.prepare_decoder_input_ids_from_labels(labels)
-            decoder_input_ids = ids.to(encoded.last_hidden_state.device, non_blocking=True)
+            device = encoded.last_hidden_state.device
+            decoder_input_ids = on_device(self.prepare_decoder_input_ids_from_labels(labels), device)
             if is_prefixed(self.config.decoder) and decoder_attention_mask is None and labels is not None:
-                decoder_attention_mask = (labels != IGNORE_INDEX).long()  # padding takes none of the positions
+                decoder_attention_mask = on_device((labels != IGNORE_INDEX).long(), device)  # padding takes no position
         if output_logits is None:
             output_logits = labels is None or not self.training or not return_dict
         with deferred_output_layer(self.decoder, deferred=not output_logits) as output_layer:
