@@ -132,7 +132,8 @@ def divide_gradients(
 
 def multiply(gradients: list[Tensor], factor: Tensor) -> None:
     """Multiplies in place with a float32 scalar, which 16 bits would round before the product."""
-    torch._foreach_mul_([each for each in gradients if each.dtype is torch.float32], factor)
+    if whole := [each for each in gradients if each.dtype is torch.float32]:
+        torch._foreach_mul_(whole, factor)
     for each in gradients:
         if each.dtype is not torch.float32:
             each.mul_(factor.expand_as(each))

@@ -1,5 +1,6 @@
 """The same update over any micro-batches and ranks; steps that are skipped."""
 
+import copy
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import pytest
 import torch
 from exactness import CUTS, KINDS, PRECISIONS, Loader, batch, new_module, trained, trainer_of
 from torch.nn.utils import parameters_to_vector
+
+from sedtrain.training.gradients import divide_gradients, multiply, skip
 
 DOCS = Path(__file__).parents[2] / "docs/exactness.md"
 BOUND = {"32-true": 1e-5, "bf16-mixed": 2.0**-7, "16-mixed": 2.0**-10}
@@ -209,3 +212,36 @@ def test_a_skipped_step_leaves_no_trace_in_batch_norms():
     assert statistics[1]["num_batches_tracked"] == 2
     for name, expected in statistics[1].items():
         assert torch.equal(statistics[0][name], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_multiplied_by_the_factor_itself_and_rounded_once(dtype):
+    gradients = [torch.randn(3, 5).to(dtype), torch.randn(()).to(dtype)]
+    factor = torch.tensor(1024 / 37)
+    expected = [(each.double() * factor.double()).to(dtype) for each in gradients]
+    multiply(gradients, factor)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(
+            found, wanted, rtol=torch.finfo(torch.float32).eps if dtype is torch.float32 else 0, atol=0
+        )
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_bad_step_leaves_weights_and_moments_as_they_were(optimizer, is_fused):
+    model = torch.nn.Linear(3, 2)
+    stepper = optimizer(model.parameters(), lr=0.1, weight_decay=0.1, fused=is_fused)
+
+    def step(value):
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, value)
+        micro_batches = torch.tensor([[value, 4.0, 0.0, 0.0, value]])
+        update = divide_gradients(model, micro_batches, lambda sums: sums, num_ranks=1)
+        skip(update, stepper, model)
+        stepper.step()
+        return copy.deepcopy((parameters_to_vector(model.parameters()), stepper.state_dict()["state"]))
+
+    good, bad = step(0.5), step(torch.nan)
+    assert torch.equal(good[0], bad[0])
+    assert str(good[1]) == str(bad[1])
+    assert not torch.equal(step(0.5)[0], bad[0])
