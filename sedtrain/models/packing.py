@@ -22,7 +22,7 @@ from sedtrain.models.masking import Steps, output_lengths
 from sedtrain.models.unread_masks import is_traced
 
 LEAST_PADDING = 0.1
-"""The share of a batch's frames that has to be padding for packing to be faster on a CPU."""
+"""The share of a batch's frames that has to be padding for "auto" to leave it out."""
 STATES = ("output_hidden_states", "output_attentions")
 
 
@@ -149,7 +149,7 @@ class PackableLayers(Packable, nn.Module):
 class Packing(PreTrainedModel):
     """Mixin for an encoder like wav2vec2 that may compute a batch without its padding.
 
-    Its configuration may say `packing`: "always", "never", or "auto", which does so on CPUs where there is enough padding.
+    Its configuration may say `packing`: "never" if it says nothing, "always", or "auto": on CPUs where there is enough padding.
     """
 
     attention: type[nn.Module] = OneByOne
@@ -194,7 +194,7 @@ class Packing(PreTrainedModel):
         self, inputs: Tensor, attention_mask: Tensor | None, options: Mapping[str, Any]
     ) -> Lengths | None:
         """None for a batch that is computed with its padding."""
-        choice = getattr(self.config, "packing", "auto")
+        choice = getattr(self.config, "packing", "never")
         if choice == "never" or why_not(self) or type(attention_mask) is not Tensor or is_traced(attention_mask):
             return None
         if choice == "auto" and inputs.device.type != "cpu":
@@ -232,7 +232,7 @@ def choose_packing(encoder: Any, choice: str, compiler: str | None) -> None:
     if choice == "always" and (reason := obstacle(encoder, compiler)):
         wrong = f"the encoder, {encoder.config.model_type}, computes padding: {reason}"
         raise UserError("packing", choice, wrong, "write packing=auto")
-    if choice != getattr(encoder.config, "packing", "auto"):
+    if choice != getattr(encoder.config, "packing", "never"):
         encoder.config.packing = choice
 
 

@@ -133,7 +133,7 @@ class Execution:
 
     activation_checkpointing: bool = False
     backend: str | None = None
-    packing: str = "auto"
+    packing: str = "never"
 
     def prepare(self, model: Any) -> None:
         """Raises UserError for an encoder or decoder whose layers cannot compute so."""

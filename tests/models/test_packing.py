@@ -164,6 +164,8 @@ def is_packed(encoder, batch, mask, **options):
 
 def test_auto_leaves_out_a_tenth_of_padding_or_more_unless_layers_are_compiled():
     encoder = built("wav2vec2 layer")
+    assert not is_packed(encoder, *uneven(encoder, [900, 700]))  # as a model that says nothing
+    encoder.config.packing = "auto"
     assert is_packed(encoder, *uneven(encoder, [900, 700]))
     assert not is_packed(encoder, *uneven(encoder, [900, 850]))
     assert not is_packed(encoder, *uneven(encoder, [900, 700]), output_hidden_states=True)
