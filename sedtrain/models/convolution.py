@@ -31,8 +31,10 @@ def multiplies_by_onednn() -> bool:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right in place."""
-    if multiplies_by_onednn() and total.dtype == torch.float32:
+    """Adds left @ right in place; 16 bits are added up in 32."""
+    if total.dtype != left.dtype:
+        total += left @ right
+    elif multiplies_by_onednn() and total.dtype == torch.float32:
         linear: Any = torch.ops.mkldnn._linear_pointwise
         total += linear(left, right.mT, None, "none", [], "")
     else:
@@ -98,66 +100,74 @@ class Behind:
         return of_rows  # type: ignore[no-any-return]
 
 
+class Gradients:
+    """Those of a convolution, to which pieces of the gradient of its output are added, the last of an utterance first.
+
+    frames: (B, T, C_in), its input
+    needed: of its input, weight and bias; None stands for what is not
+    """
+
+    def __init__(self, frames: Tensor, weight: Tensor, stride: int, needed: Sequence[bool]) -> None:
+        self.frames, self.weight, self.stride, self.kernel = frames, weight, stride, weight.shape[2]
+        taps = weight.permute(2, 1, 0).flatten(0, 1)  # (taps · C_in, C_out)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        self.of_frames = torch.empty_like(frames) if needed[0] else None
+        self.of_taps = torch.zeros_like(taps, dtype=exact) if needed[1] else None
+        self.of_bias = taps.new_zeros(len(weight), dtype=exact) if needed[2] else None
+        self.matrices = taps.split(stride * weight.shape[1])
+        self.sums = () if self.of_taps is None else self.of_taps.split(stride * weight.shape[1])
+        if self.of_frames is not None:
+            num_frames = (frames.shape[1] - self.kernel) // stride + 1
+            self.of_frames[:, num_frames * stride :] = 0.0
+
+    def add(self, number: int, piece: slice, rows: Tensor) -> None:
+        """rows: (N, C_out) of a piece of the utterance of this number."""
+        first = piece.start * self.stride
+        shape = len(rows), self.kernel, self.stride
+        if self.of_bias is not None:
+            self.of_bias += rows.sum(0)
+        if self.sums:
+            for view, total in zip(tap_views(self.frames[number, first:], *shape), self.sums, strict=True):
+                add_product(total, view.T, rows)
+        if self.of_frames is not None:
+            inputs = self.of_frames[number, first:]
+            inputs[: len(rows) * self.stride] = 0.0  # the frames behind belong to the piece that came before this one
+            for view, matrix in zip(tap_views(inputs, *shape), self.matrices, strict=True):
+                add_product(view, rows, matrix.T)
+
+    def all(self) -> tuple[Tensor | None, ...]:
+        """Of the input, the weight and the bias."""
+        taps, bias, dtype = self.of_taps, self.of_bias, self.weight.dtype
+        if taps is not None:
+            taps = taps.view(self.kernel, *self.weight.shape[1::-1]).permute(2, 1, 0).to(dtype)
+        return self.of_frames, taps, None if bias is None else bias.to(dtype)
+
+
 class ConvolutionLayer(torch.autograd.Function):
-    """(B, T, C_in) -> (B, T_out, C_out); what is kept for the backward pass are the input and the convolution of it."""
+    """(B, T, C_in) -> (B, T_out, C_out); keeps its input and the convolution of it for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        frames: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: int,
-        has_gelu: bool,
-        eps: float,
-        *norm: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, stride: int, has_gelu: bool, eps: float, *tensors: Tensor) -> Tensor:
+        """tensors: frames, weight, bias or None, and the weight and bias of the norm, if there is one"""
+        frames, weight, bias, *norm = tensors
         frames = frames.contiguous()
         before = convolved(frames, weight, bias, stride)
         ctx.save_for_backward(frames, weight, before if has_gelu else None, *norm)
-        ctx.stride, ctx.has_gelu, ctx.eps = stride, has_gelu, eps
-        behind = Behind(norm, eps, has_gelu)
-        return behind.write(before, torch.empty_like(before) if has_gelu else before)
+        ctx.options = stride, has_gelu, eps
+        return Behind(norm, eps, has_gelu).write(before, torch.empty_like(before) if has_gelu else before)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         frames, weight, before, *norm = ctx.saved_tensors
-        gradient, taps = gradient.contiguous(), weight.permute(2, 1, 0).flatten(0, 1)  # (taps · C_in, C_out)
-        behind = Behind(norm, ctx.eps, ctx.has_gelu)
-        frames_gradient = torch.empty_like(frames) if ctx.needs_input_grad[0] else None
-        taps_gradient, bias_gradient = torch.zeros_like(taps), taps.new_zeros(taps.shape[1])
-        matrices, sums = (each.split(ctx.stride * weight.shape[1]) for each in (taps, taps_gradient))
-        kernel, stride, num_frames = weight.shape[2], ctx.stride, gradient.shape[1]
-        for row in range(len(gradient)):
-            if frames_gradient is not None:
-                frames_gradient[row, num_frames * stride :] = 0.0
-            for piece in reversed(
-                list(pieces(num_frames))
-            ):  # frames that two pieces share are cleared by the later one
-                inputs = slice(piece.start * stride, piece.stop * stride)
-                rows = behind.back(gradient[row, piece], gradient[row, piece] if before is None else before[row, piece])
-                bias_gradient += rows.sum(0)
-                for view, total in zip(
-                    tap_views(frames[row, inputs.start :], len(rows), kernel, stride), sums, strict=True
-                ):
-                    add_product(total, view.T, rows)
-                if frames_gradient is not None:
-                    frames_gradient[row, inputs] = 0.0
-                    views = tap_views(frames_gradient[row, inputs.start :], len(rows), kernel, stride)
-                    for view, matrix in zip(views, matrices, strict=True):
-                        add_product(view, rows, matrix.T)
-        weight_gradient = taps_gradient.view(kernel, *weight.shape[1::-1]).permute(2, 1, 0)
-        needs_bias = ctx.needs_input_grad[2]
-        return (
-            frames_gradient,
-            weight_gradient,
-            bias_gradient if needs_bias else None,
-            None,
-            None,
-            None,
-            *behind.gradients,
-        )
+        stride, has_gelu, eps = ctx.options
+        gradient = gradient.contiguous()
+        before = gradient if before is None else before
+        behind, gradients = Behind(norm, eps, has_gelu), Gradients(frames, weight, stride, ctx.needs_input_grad[3:6])
+        for number in range(len(gradient)):
+            for piece in reversed(list(pieces(gradient.shape[1]))):
+                gradients.add(number, piece, behind.back(gradient[number, piece], before[number, piece]))
+        return None, None, None, *gradients.all(), *behind.gradients
 
 
 def strided_convolution(
@@ -170,17 +180,17 @@ def strided_convolution(
     if torch.compiler.is_compiling():
         output: Tensor = convolution(frames.transpose(1, 2)).transpose(1, 2)
         return behind_in_torch(output, norm, has_gelu)
+    stride, eps, layer = convolution.stride[0], 0.0 if norm is None else norm.eps, ConvolutionLayer.apply
     values: list[Any] = [frames, convolution.weight, convolution.bias]
     if torch.is_autocast_enabled("cpu"):
         values = [each if each is None else each.to(torch.get_autocast_dtype("cpu")) for each in values]
-        output = ConvolutionLayer.apply(*values, convolution.stride[0], False, 0.0)  # type: ignore[no-untyped-call]
-        return behind_in_torch(output, norm, has_gelu)
-    eps, parameters = (0.0, []) if norm is None else (norm.eps, [norm.weight, norm.bias])
+        return behind_in_torch(layer(stride, False, eps, *values), norm, has_gelu)  # type: ignore[no-untyped-call]
+    parameters = [] if norm is None else [norm.weight, norm.bias]
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in [*values, *parameters]):
-        output = ConvolutionLayer.apply(*values, convolution.stride[0], has_gelu, eps, *parameters)  # type: ignore[no-untyped-call]
+        output = layer(stride, has_gelu, eps, *values, *parameters)  # type: ignore[no-untyped-call]
         return output
     frames, weight, bias = values
-    before = convolved(frames.contiguous(), weight, bias, convolution.stride[0])
+    before = convolved(frames.contiguous(), weight, bias, stride)
     return Behind(parameters, eps, has_gelu).write(before, before)
 
 
