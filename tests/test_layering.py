@@ -55,7 +55,7 @@ ONLY_IN = {
     "starlette": "serving",
     "uvicorn": "serving",
     "prometheus_client": "serving",
-    "onnxruntime": "export.onnx",
+    "onnxruntime": "export.onnx export.onnx_int8",
     "jax": "models.jax",
     "torchax": "models.jax",
 }

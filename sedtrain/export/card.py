@@ -78,6 +78,9 @@ inputs = processor(audio, sampling_rate={sampling_rate}, return_tensors="np", re
 ids = greedy(encoder, decoder, *inputs.values(), np.array([{prompt}]), ends={ends}, most={most})
 print(processor.decode(ids[0], skip_special_tokens=True))
 ```
+{int8}"""
+INT8 = """
+`onnx/encoder_int8.onnx` and `onnx/decoder_int8.onnx` are the same graphs with weights in 8 bits. {compared}.
 """
 TRAINING = """
 ## Training
@@ -197,7 +200,7 @@ def first_tags(tags: Tags | WholePrompt | None) -> list[int]:
     return next((list(ids) for languages in known for ids in languages.values()), [])
 
 
-def onnx_snippet(saved: SavedModel) -> str:
+def onnx_snippet(saved: SavedModel, int8: str) -> str:
     """The loop that the graphs were checked with, and a call of it."""
     generation = saved.model.generation_config
     source = re.sub(r": (Any|int|Sequence\[int\])| -> Any", "", inspect.getsource(greedy))
@@ -208,6 +211,7 @@ def onnx_snippet(saved: SavedModel) -> str:
         prompt=[saved.model.config.decoder_start_token_id, *tags],
         ends=end_tokens(generation),
         most=generation.max_new_tokens,
+        int8=INT8.format(compared=int8) if int8 else "",
     )
 
 
@@ -226,13 +230,21 @@ def prompt_of(saved: SavedModel, task: str) -> tuple[str, str]:
 
 
 def write_model_card(
-    folder: Path, saved: SavedModel, results: Results | None, origin: Origin, task: str, *, onnx: bool = False
+    folder: Path,
+    saved: SavedModel,
+    results: Results | None,
+    origin: Origin,
+    task: str,
+    *,
+    onnx: bool = False,
+    int8: str = "",
 ) -> None:
     """Writes README.md of the Hugging Face folder: the metrics, and code that loads the model; and the score for the Hub.
 
     results: None for a model that was not scored
     task: transcription or translation
     onnx: tells of the graphs in the folder `onnx`
+    int8: how far the texts of those in 8 bits are from theirs
     """
     prompt, asked = prompt_of(saved, TASK_OF[task])
     config, data = saved.model.config, inert(origin.data)
@@ -260,7 +272,7 @@ def write_model_card(
         trained=f", trained with sedtrain on `{data}`" if data else "",
         scores=scores(results) if results else "",
         sampling_rate=saved.feature_extractor.sampling_rate,
-        onnx=onnx_snippet(saved) if onnx else "",
+        onnx=onnx_snippet(saved, int8) if onnx else "",
         training=training(results, origin),
     )
     if results:

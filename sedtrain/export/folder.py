@@ -1,5 +1,6 @@
 """The folder that others get: weights in their precision, LoRA merged or apart, ONNX graphs, the card."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,12 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation.results import Results
 from sedtrain.export.card import Origin, write_model_card
 from sedtrain.export.onnx import write_onnx
+from sedtrain.export.onnx_int8 import write_int8
 from sedtrain.export.options import ExportOptions
 from sedtrain.models.lora import lora_layers, merge
 from sedtrain.models.saved import SavedModel
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_taken(folder: Path) -> None:
@@ -66,8 +70,11 @@ def write_folder(
     with made_whole(folder) as unfinished:
         if options.lora == "merged":
             merge(saved.model)
+        note = ""
         if options.onnx:
             write_onnx(saved, unfinished / "onnx")
+        if options.onnx_int8:
+            logger.info("%s", note := write_int8(saved, unfinished / "onnx"))
         saved.model.to(getattr(torch, options.dtype))
         saved.save(unfinished, generation)
-        write_model_card(unfinished, saved, results, origin, task, onnx=options.onnx)
+        write_model_card(unfinished, saved, results, origin, task, onnx=options.onnx, int8=note)

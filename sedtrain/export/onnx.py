@@ -183,10 +183,8 @@ def refuse_other_ids(saved: SavedModel, encoder: Any, decoder: Any) -> None:
     fits is left out: there some families force an end.
     """
     batch, model, ends = check_set(saved), saved.model, end_tokens(saved.model.generation_config)
-    prompt = (
-        torch.full((len(batch), 1), model.config.decoder_start_token_id) if batch.prompts is None else batch.prompts
-    )
-    room = MOST_TOKENS if model.max_tokens is None else min(MOST_TOKENS, model.max_tokens - prompt.shape[1])
+    prompt = prompts_of(saved, batch)
+    room = room_of(saved, prompt)
     for least, most in ((0, room), (min(FORCED_TOKENS, room), min(FORCED_TOKENS, room))):
         settings = {"num_beams": 1, "do_sample": False, "max_new_tokens": most, "min_new_tokens": least or None}
         whole = model.generate(batch.inputs, attention_mask=batch.attention_mask, decoder_input_ids=prompt, **settings)
@@ -199,19 +197,34 @@ def refuse_other_ids(saved: SavedModel, encoder: Any, decoder: Any) -> None:
             raise UserError("export.onnx", True, words, WITHOUT)
 
 
+def prompts_of(saved: SavedModel, batch: Batch) -> Tensor:
+    """(B, P) tokens in front of each text."""
+    return (
+        torch.full((len(batch), 1), saved.model.config.decoder_start_token_id)
+        if batch.prompts is None
+        else batch.prompts
+    )
+
+
+def room_of(saved: SavedModel, prompts: Tensor) -> int:
+    """Tokens that a text of a check may have."""
+    most = saved.model.max_tokens
+    return MOST_TOKENS if most is None else min(MOST_TOKENS, most - prompts.shape[1])
+
+
 def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """The ids in front of the first end."""
     return ids[: next((number for number, each in enumerate(ids) if each in ends), len(ids))]
 
 
-def check_set(saved: SavedModel) -> Batch:
+def check_set(saved: SavedModel, number: int = NUM_CHECKED) -> Batch:
     """The first utterances of the embedded corpus, padded, with the prompt of the first language and task that there are."""
     collator, tags = collator_of(saved), saved.tags
     task, language = "transcribe", None
     if isinstance(tags, Tags):
         task, languages = next(iter(tags.ids.items()))
         language = next(iter(languages))
-    cells = pyarrow.parquet.read_table(EMBEDDED / "test.parquet", columns=["audio"]).slice(0, NUM_CHECKED)["audio"]
+    cells = pyarrow.parquet.read_table(EMBEDDED / "test.parquet", columns=["audio"]).slice(0, number)["audio"]
     utterances = []
     for cell in cells.to_pylist():
         samples = torch.from_numpy(np.concatenate(list(audio_blocks(cell, collator.sampling_rate))))

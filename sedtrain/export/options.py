@@ -13,7 +13,8 @@ class ExportOptions:
 
     dtype:   of the saved weights; int8 is refused with the reason
     lora:    matrices that were saved apart are added to the weights, or stay apart in the folder `adapter`
-    onnx:    writes the folder `onnx` too, always in float32
+    onnx:    writes the folder `onnx` too, in float32
+    onnx_int8: and beside these graphs the same ones in 8 bits
     license: for the card, as the Hub spells it
     private: whether a repository that the upload makes is private
     """
@@ -21,15 +22,19 @@ class ExportOptions:
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     lora: Literal["merged", "apart"] = "merged"
     onnx: bool = False
+    onnx_int8: bool = False
     license: str | None = None
     private: bool = True
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that do not fit, and for weights in 8 bits."""
+        """Raises UserError for values that do not fit, and for 8 bits where there are none."""
         refuse_misfits("export.", type(self), vars(self))
         if self.dtype == "int8":
             wrong = (
                 "transformers has no class that loads the 8-bit layers of sedtrain, which are made when decoding begins"
             )
-            write = "write export.dtype=bfloat16 for a small folder; decoding.int8=true with task=transcribe computes in 8 bits"
+            write = "write export.dtype=bfloat16 for a small folder, or export=onnx export.onnx_int8=true for graphs in 8 bits"
             raise UserError("export.dtype", self.dtype, wrong, write)
+        if self.onnx_int8 and not self.onnx:
+            wrong = "graphs in 8 bits are made of those in float32"
+            raise UserError("export.onnx_int8", True, wrong, "write export=onnx export.onnx_int8=true")

@@ -89,6 +89,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
             config = joint_config(encoder, decoder)
         if config is not None and encoder is not None:
             settle_config(config.decoder)
+            if decoder is not None:
+                settle_config(decoder.config)  # joint_config gave it cross-attention, which a prefix does without
             if config.encoder.model_type != encoder.config.model_type:
                 config.encoder = encoder.config  # it was that of a whole sequence-to-sequence model
             if adapter is not None or is_prefixed(config.decoder):

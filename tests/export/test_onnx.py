@@ -17,6 +17,7 @@ from sedtrain.errors import UserError
 from sedtrain.export.card import Origin
 from sedtrain.export.folder import write_folder
 from sedtrain.export.onnx import Decoder, Encoder, refuse_other_ids, until_end, write_onnx
+from sedtrain.export.onnx_int8 import compared
 from sedtrain.export.options import ExportOptions
 from sedtrain.models.saved import join
 from sedtrain.models.steps import steps_of
@@ -52,7 +53,11 @@ def test_onnxruntime_writes_the_ids_of_transformers_and_the_card_s_loop_their_te
     pytest.importorskip("onnxruntime")
     saved, folder = small(), tmp_path / "out"
     torch.nn.init.normal_(saved.model.decoder.get_output_embeddings().weight, std=2.0)  # texts that vary
-    write_folder(folder, saved, ExportOptions(onnx=True), {"max_new_tokens": 8}, None, Origin("noise"), "transcription")
+    options = ExportOptions(onnx=True, onnx_int8=True)
+    write_folder(folder, saved, options, {"max_new_tokens": 8}, None, Origin("noise"), "transcription")
+    sizes = {path.name: path.stat().st_size for path in (folder / "onnx").iterdir()}
+    assert all(sizes[f"{name}_int8.onnx.data"] < sizes[f"{name}.onnx.data"] for name in ("encoder", "decoder"))
+    assert re.search(r"In 8 bits, \d+ of 50 utterances .* words differ\.\n", (folder / "README.md").read_text())
     _, code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     samples = np.random.default_rng(0).standard_normal(12345).astype("float32")
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -61,6 +66,16 @@ def test_onnxruntime_writes_the_ids_of_transformers_and_the_card_s_loop_their_te
     ids = saved.model.generate(**inputs, max_new_tokens=8)[0]
     assert len(ids) > 2
     assert printed.getvalue().strip() == TOKENIZER.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_words_that_differ_in_8_bits_are_counted():
+    found = compared(["one two", "three four five", ""], ["one two", "three six", ""])
+    assert found == "In 8 bits, 2 of 3 utterances of the embedded corpus have the text of float32; 2 of 5 words differ"
+
+
+def test_graphs_in_8_bits_need_those_in_float32():
+    with pytest.raises(UserError, match=r"write export=onnx export\.onnx_int8=true"):
+        ExportOptions(onnx_int8=True)
 
 
 class InTorch:

@@ -28,6 +28,7 @@ from transformers import (
     SmolLM3Config,
     SpeechEncoderDecoderModel,
 )
+from transformers.models.speech_encoder_decoder import modeling_speech_encoder_decoder
 
 from sedtrain.errors import UserError
 from sedtrain.models import chat_template
@@ -70,6 +71,13 @@ def joined(name, prompt=PROMPT, adapter=None):
     model.set_special_tokens(START, END, PAD)
     model.config.decoder.audio_prompt = prompt
     return model
+
+
+def test_joining_says_nothing_of_a_configuration_that_is_overwritten(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_speech_encoder_decoder.logger, "warning", said.append)
+    joined("llama")
+    assert said == []
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
