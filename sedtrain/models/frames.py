@@ -1,7 +1,7 @@
 """Small encoders like wav2vec 2.0's without the module calls of `forward`, for decoding on a CPU in float32.
 
-Weights are copied once into the layout in which few frames are multiplied fastest. The encoder of the embedded corpus's
-model is twice as fast so; a large one gains nothing, and its copies would cost memory.
+Weights are copied once into the layout in which few frames are multiplied fastest; copies of a large encoder's would cost
+memory.
 
 B batch, S samples, T frames, C channels, D width, H heads.
 """
