@@ -3,9 +3,10 @@
 B batch, T frames, U tokens, V vocabulary of the CTC head, S samples, L blocks of 10 ms.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from statistics import fmean
 from typing import Any, Self
 
@@ -26,6 +27,8 @@ BLOCKS = 100  # in a second
 QUIET_DB, ABOVE_FLOOR_DB, MOST_DB = -37.0, 3.0, -20.0  # below the loudest; above the quietest tenth; the limit of that
 GAP = 10  # quiet blocks in a row that end a word; the stop before a "t" has fewer
 DB_PER_BLOCK = 10.0  # a border should be so much quieter for each block that it stands within what CTC heard of a word
+DURATION_DB = 60.0  # and where a word lasts e times as long as its letters say, or one e-th
+MORE_LETTERS = 2  # by which short words last longer than their letters say
 
 
 # --- frames
@@ -118,13 +121,9 @@ def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: 
         return ()
     levels = decibels(audio, sampling_rate)
     spans = [tuple(round(times.border(f) * BLOCKS) for f in (word.start, word.end)) for word in words]
-    middles = [max(0, min(sum(span) // 2, len(levels) - 1)) for span in spans]
     limit = max(QUIET_DB, min(sorted(levels)[len(levels) // 10] + ABOVE_FLOOR_DB, MOST_DB))
-    audible, between = (
-        [max(level, limit) for level in levels],
-        [(end, start) for (_, end), (start, _) in pairwise(spans)],
-    )
-    inner = [border(audible, limit, *ends, *gap) for ends, gap in zip(pairwise(middles), between, strict=True)]
+    audible = [max(level, limit) for level in levels]
+    inner = best_borders(audible, limit, candidates(audible, limit, spans), [len(word.text) for word in words])
     borders = [0, *inner, len(levels)]
     timed_words = []
     for word, (start, end), lowest, highest in zip(words, spans, borders[:-1], borders[1:], strict=True):
@@ -139,28 +138,58 @@ def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: 
 
 
 def decibels(audio: Tensor, sampling_rate: int) -> list[float]:
-    """(S,) audio -> (L,) levels below the loudest block, down to -60."""
-    size = sampling_rate // BLOCKS
-    padded = torch.nn.functional.pad(audio.float(), (0, -len(audio) % size))
-    power = padded.unflatten(0, (-1, size)).square().mean(1)
+    """(S,) audio -> (L,) levels below the loudest block, down to -60; a block is 10 ms at any rate."""
+    number = -(-len(audio) * BLOCKS // sampling_rate)
+    edges = (torch.arange(number + 1) * sampling_rate // BLOCKS).clamp(max=len(audio))
+    energy = torch.nn.functional.pad(audio.double().square().cumsum(0), (1, 0))[edges]
+    power = energy.diff() / edges.diff().clamp(min=1)
     levels: list[float] = (10 * (power / power.max().clamp(min=1e-12)).clamp(min=1e-6).log10()).tolist()
     return levels
 
 
-def border(levels: Sequence[float], limit: float, first: int, last: int, ended: int, begun: int) -> int:
-    """A block from `first` to `last`: the first of a pause, else the first of the quietest.
+def candidates(
+    levels: Sequence[float], limit: float, spans: Sequence[tuple[int, ...]]
+) -> list[list[tuple[int, float]]]:
+    """Blocks where each word but the last may end, with their costs in dB, from the middle of what CTC heard of it to that of
+    the next one: the first block of a pause, else every block that is quieter than those beside it.
 
-    limit: the lowest of the levels; GAP such blocks are a pause. A shorter silence is as likely to be inside the next word, of
-    which CTC is often sure at its end.
-    ended, begun: blocks between which CTC hears neither of the two words
+    limit: the lowest of the levels; GAP such blocks are a pause
+    spans: blocks in which CTC hears the words
     """
-    blocks = range(first, max(first, last) + 1)
-    pauses = (block for block in blocks if block >= ended and max(levels[block : block + GAP]) <= limit)
+    middles = [max(0, min(sum(span) // 2, len(levels) - 1)) for span in spans]
+    found = []
+    for (first, last), ((_, ended), (begun, _)) in zip(pairwise(middles), pairwise(spans), strict=True):
+        blocks = range(first, max(first, last) + 1)
+        pauses = (block for block in blocks if block >= ended and max(levels[block : block + GAP]) <= limit)
+        outside = (DB_PER_BLOCK * max(ended - block, block - begun, 0) for block in blocks)
+        costs = [levels[block] + each for block, each in zip(blocks, outside, strict=True)]
+        around = zip([math.inf, *costs], costs, [*costs[1:], math.inf], blocks, strict=False)
+        quietest = [(block, cost) for before, cost, behind, block in around if before > cost <= behind]
+        found.append([(block, 0.0) for block in islice(pauses, 1)] or quietest)
+    return found
 
-    def cost(block: int) -> float:
-        return levels[block] + DB_PER_BLOCK * max(ended - block, block - begun, 0)
 
-    return next(pauses, min(blocks, key=cost))
+def best_borders(
+    levels: Sequence[float], limit: float, offered: Sequence[Sequence[tuple[int, float]]], letters: Sequence[int]
+) -> list[int]:
+    """One of the blocks that are offered for each border, so that costs are low and words last as long as their letters say.
+
+    A stop inside a word is often quieter than the border of two words, but would leave very short and very long words.
+    """
+    loud = [0, *accumulate(level > limit for level in levels)]
+    shares = [(number + MORE_LETTERS) / sum(each + MORE_LETTERS for each in letters) for number in letters]
+    paths = [(0.0, [0])]
+    for blocks, share in zip([*offered, [(len(levels), 0.0)]], shares, strict=True):
+        expected = max(1.0, share * loud[-1])
+        paths = [
+            min(
+                (so_far + cost + DURATION_DB * math.log(max(loud[block] - loud[path[-1]], 0.5) / expected) ** 2, path)
+                for so_far, path in paths
+            )
+            for block, cost in blocks
+        ]
+        paths = [(cost, [*path, block]) for (cost, path), (block, _) in zip(paths, blocks, strict=True)]
+    return paths[0][1][1:-1]
 
 
 def reached(levels: Sequence[float], limit: float, loudest: int, blocks: range) -> int:

@@ -7,7 +7,7 @@ So keys and values never move, and those of the audio are computed once per utte
 Weights are read where a module has them, so that trained, merged and replaced layers count as they are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sedtrain.models.encoder import EncodedSpeech
@@ -27,8 +26,8 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 Function = Callable[[Tensor], Tensor]
 PLAIN = (nn.Linear, Conv1D, DeferrableLinear)
 FIRST_SLOTS = 32  # of which as many are made as are needed, by doubling
-KEPT: "WeakKeyDictionary[nn.Module, Steps | None]" = WeakKeyDictionary()
-"""Decoders that were tried, with their steps; None: the steps do not compute what the decoder does."""
+KEPT: "WeakKeyDictionary[nn.Module, Kept | None]" = WeakKeyDictionary()
+"""Modules that were tried, as functions; None: the functions do not compute what the module does."""
 
 
 def side_by_side(*modules: Any) -> Function:
@@ -248,13 +247,6 @@ class Steps:
         output_layer = decoder.get_output_embeddings()
         self.output_layer = output_layer if isinstance(output_layer, DeferrableLinear) else None
         self.output = None if self.output_layer is None else side_by_side(self.output_layer)
-        self.weights = list(decoder.parameters())  # so that none of their ids is given again
-        self.state = self.state_of(self.weights)
-
-    @staticmethod
-    def state_of(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-        """Differs after a change of the weights."""
-        return [(id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in weights]
 
     def listen(self, encoded: EncodedSpeech) -> Memory:
         """The memory of utterances before their first token."""
@@ -306,26 +298,54 @@ class Steps:
 
 def steps_of(model: SpeechEncoderDecoder, num_positions: int = 1) -> Steps | None:
     """The decoder's steps with its present weights, if they compute what it does and have so many positions, else None."""
-    decoder = model.decoder
-    if decoder not in KEPT:
-        steps = attempt(decoder)
-        KEPT[decoder] = steps if steps is not None and agree(model, steps) else None
-    elif (steps := KEPT[decoder]) is not None and steps.state != Steps.state_of(decoder.parameters()):
-        KEPT[decoder] = attempt(decoder)
-    steps = KEPT[decoder]
+    steps: Steps | None = kept(model.decoder, Steps, partial(agree, model))
     return steps if steps is not None and num_positions <= len(steps.positions) else None
 
 
-def attempt(decoder: PreTrainedModel) -> Steps | None:
+@dataclass(frozen=True)
+class Kept:
+    """A module as functions; parts: its modules and weights at that time, so that none of their ids is given again."""
+
+    functions: Any
+    modules: Sequence[nn.Module]
+    parts: Sequence[Any]
+    state: Sequence[int]
+
+
+def kept(module: nn.Module, kind: Callable[[Any], Any], agrees: Callable[[Any], bool]) -> Any:
+    """The module as the functions `kind`, with its present weights; None if they do not compute what it does."""
+    if module not in KEPT:
+        made = attempt(module, kind)
+        KEPT[module] = made if made is not None and agrees(made.functions) else None
+    elif (made := KEPT[module]) is not None and made.state != state_of(parts_of(made.modules)):
+        KEPT[module] = attempt(module, kind)
+    made = KEPT[module]
+    return None if made is None else made.functions
+
+
+def attempt(module: nn.Module, kind: Callable[[Any], Any]) -> Kept | None:
+    modules = list(module.modules())[1:]  # without itself, which must not keep itself alive
     try:
-        return Steps(decoder)
+        return Kept(kind(module), modules, parts := parts_of(modules), state_of(parts))
     except AttributeError:
         return None
 
 
+def parts_of(modules: Iterable[nn.Module]) -> list[Any]:
+    return [part for each in modules for part in (*each._modules.values(), *each._parameters.values())]
+
+
+def state_of(parts: Iterable[Any]) -> list[int]:
+    """Differs after a change of the weights, or of the modules that have them."""
+    weights = [each for each in parts if isinstance(each, Tensor)]
+    versions = (0 if each.is_inference() else each._version for each in weights)
+    return [*map(id, parts), *(each.data_ptr() for each in weights), *versions]
+
+
 def forget(model: SpeechEncoderDecoder) -> None:
-    """Frees the copies of the decoder's weights, and makes the next search copy them anew however they have changed."""
-    KEPT.pop(model.decoder, None)
+    """Frees the copies of the weights, and makes the next search copy them anew however they have changed."""
+    for module in (model.encoder, model.decoder):
+        KEPT.pop(module, None)
 
 
 @torch.inference_mode()

@@ -97,6 +97,24 @@ def test_a_border_is_the_quietest_moment_between_what_was_heard_of_two_words():
     assert 0.5 <= one.end <= two.start <= 0.53
 
 
+def test_a_border_is_no_stop_that_would_leave_a_very_short_word():
+    audio = torch.full((16_000,), 0.1)
+    audio[int(0.40 * 16_000) : int(0.42 * 16_000)] = 0.02  # between the words
+    audio[int(0.80 * 16_000) : int(0.86 * 16_000)] = 1e-5  # before the "x", at which CTC hears the word
+    found = [HeardWord("nine", 5, 7, 0.9), HeardWord("six", 88, 90, 0.8)]
+    one, two = timed(found, audio, 16_000, FrameTimes(0.01, 0.005))
+    assert (one.start, two.end) == (0, 1)
+    assert 0.4 <= one.end <= two.start <= 0.42
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100])
+def test_times_do_not_drift_at_any_sampling_rate(rate):
+    audio = torch.zeros(60 * rate)
+    audio[round(59.0 * rate) : round(59.5 * rate)] = 0.1
+    [word] = timed([HeardWord("six", 59_100, 59_200, 0.9)], audio, rate, FrameTimes(0.001, 0.0005))
+    assert (word.start, word.end) == (pytest.approx(59.0, abs=0.011), pytest.approx(59.5, abs=0.011))  # a block
+
+
 def test_a_word_ends_where_a_pause_begins_and_its_parts_may_be_apart():
     audio = torch.zeros(16_000)
     for start, end in ((0.10, 0.20), (0.25, 0.30), (0.60, 0.70)):  # the first two are one word, with a stop in it
