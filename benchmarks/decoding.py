@@ -1,7 +1,7 @@
 """Searches of a trained model on the embedded test utterances: their errors, and the calls and time of the decoder.
 
     python -m sedtrain encoder=hubert decoder=bert run_dir=RUN    # the model, about eight minutes
-    python benchmarks/decoding.py RUN                             # three minutes
+    python benchmarks/decoding.py RUN                             # three minutes; --json FILE keeps the times
 
     wer        of each search, and its paired test against greedy search on the same utterances; then the
                same where three utterances are joined, which is longer than any in training
@@ -16,10 +16,13 @@ utterance at a time, and in the batches of an evaluation.
 """
 
 import argparse
+import json
 import random
 import statistics
+import tempfile
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -28,6 +31,7 @@ import torch
 import transformers
 from hydra import compose, initialize_config_dir
 
+import sedtrain
 from sedtrain.build import connect
 from sedtrain.config.instantiate import create
 from sedtrain.config.schema import conf_dir, register
@@ -145,7 +149,7 @@ def times(sides, batches, rounds):
 
 
 def speed(saved, stock, batches, rounds):
-    """Prints the calls and times of the sides."""
+    """Prints the calls and times of the sides; returns the CPU seconds."""
     sides, ids, calls = sides_of(saved, stock), {}, {}
     for name in sides:
         sides[name](batches[0])
@@ -164,10 +168,11 @@ def speed(saved, stock, batches, rounds):
             line += f", decoder alone {of_decoder[peer] / of_decoder[name]:.2f}"
             line += f"  ids of {peer}: {same} of {len(ids[name])}"
         print(line, flush=True)
+    return middle
 
 
 def order(saved, utterances, batches, rounds):
-    """Prints the time of an evaluation in batches of its own order, and in batches of as many utterances drawn at random."""
+    """Prints and returns the time of an evaluation in batches of its own order, and of as many utterances drawn at random."""
     mixed = random.Random(0).sample(utterances, len(utterances))
     size = -(-len(utterances) // len(batches))
     drawn = [batch_of(batches[0], mixed[first : first + size]) for first in range(0, len(mixed), size)]
@@ -183,20 +188,42 @@ def order(saved, utterances, batches, rounds):
         f"  sorted {middle['sorted']:.2f} s, random {middle['random']:.2f} s: {middle['random'] / middle['sorted']:.2f} times"
     )
     print(f"  padded audio {seconds[0]:.0f} s, {seconds[1]:.0f} s")
+    return middle
 
 
-@torch.inference_mode()
+@contextmanager
+def trained(run):
+    """The folder of a training: `run`, or that of 300 steps."""
+    if run is not None:
+        yield run
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        steps = ["trainer.max_steps=300", "trainer.max_time=null", "trainer.val_check_interval=300"]
+        yield sedtrain.run(f"run_dir={folder}/run", *steps)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a training with loss=joint on the embedded corpus")
+    help_of_run = "folder of a training with loss=joint on the embedded corpus; without it, one of 300 steps is made"
+    parser.add_argument("run", type=Path, nargs="?", help=help_of_run)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--utterances", type=int, default=250, help="for speed; errors count all")
     parser.add_argument("--speed", action="store_true", help="no errors, speed alone")
+    parser.add_argument("--json", type=Path, help="a file for the CPU seconds")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    with trained(options.run) as run:
+        found = compare(run, options)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+
+
+@torch.inference_mode()
+def compare(run, options):
+    """Prints errors and times of the model in a run's folder; returns the CPU seconds."""
     transformers.logging.set_verbosity_error()
-    saved, data = load(options.run), created("data")
-    stock = transformers.SpeechEncoderDecoderModel.from_pretrained(options.run / "model").eval()
+    saved, data = load(run), created("data")
+    stock = transformers.SpeechEncoderDecoderModel.from_pretrained(run / "model").eval()
     connect(data, saved, ["test"])
     batches = list(data.batches("test"))
     utterances = utterances_of(batches)
@@ -209,11 +236,12 @@ def main():
         errors(saved, [batch_of(batches[0], longer[first : first + 8]) for first in range(0, len(longer), 8)])
     singles, utterances = singles[: options.utterances], utterances[: options.utterances]
     batches = batches[: max(1, len(batches) * options.utterances // 250)]
+    found = {}
     for name, each in (("one at a time", singles), (f"in {len(batches)} batches", batches)):
         print(name)
-        speed(saved, stock, each, options.rounds)
+        found[name] = speed(saved, stock, each, options.rounds)
     print("order of an evaluation")
-    order(saved, utterances_of(batches), batches, options.rounds)
+    return found | {"order": order(saved, utterances_of(batches), batches, options.rounds)}
 
 
 if __name__ == "__main__":
