@@ -52,12 +52,13 @@ def test_a_layer_is_the_product_of_rounded_rows():
     assert ((found - exact).std(1) <= 0.02 * exact.std(1)).all()
 
 
-def test_a_row_does_not_depend_on_the_others():
+def test_a_row_does_not_depend_on_the_others_but_for_the_last_bit_of_kernels_of_other_sizes():
     layer, rows = (
         Int8Linear(torch.randn(96, 128), None),
         torch.randn(3, 5, 128) * torch.tensor([1e-2, 1, 1e2])[:, None, None],
     )
-    assert torch.equal(layer(rows)[1, 2], layer(rows[1, 2]))
+    alone = layer(rows[1, 2])
+    assert (layer(rows)[1, 2] - alone).abs().max() <= 5e-7 * alone.abs().max()
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [*((e, "bert") for e in ENCODERS), *(("hubert", d) for d in DECODERS)])
