@@ -101,7 +101,13 @@ def write_onnx(saved: SavedModel, folder: Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         raise UserError("export.onnx", True, f"torch cannot export this model: {one_line(error)}", WITHOUT) from error
     sessions = [onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in NAMES]
-    refuse_other_ids(saved, *sessions)
+    failures = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        refuse_other_ids(saved, *sessions)
+    except (failures.Fail, failures.InvalidArgument, failures.RuntimeException) as error:
+        raise UserError(
+            "export.onnx", True, f"onnxruntime cannot run its graphs: {one_line(error)}", WITHOUT
+        ) from error
 
 
 def one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from families import TOKENIZER, tiny_decoder, tiny_encoder
 from pairs import PAD, START, joined
 
 from sedtrain.errors import UserError
+from sedtrain.export import onnx
 from sedtrain.export.card import Origin
 from sedtrain.export.folder import write_folder
 from sedtrain.export.onnx import Decoder, Encoder, refuse_other_ids, until_end, write_onnx
@@ -76,6 +77,19 @@ def test_words_that_differ_in_8_bits_are_counted():
 def test_graphs_in_8_bits_need_those_in_float32():
     with pytest.raises(UserError, match=r"write export=onnx export\.onnx_int8=true"):
         ExportOptions(onnx_int8=True)
+
+
+def test_graphs_that_onnxruntime_cannot_run_are_refused_with_its_reason(tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    def fail(*_):
+        raise onnxruntime.capi.onnxruntime_pybind11_state.Fail("Add node: 14 by 11")
+
+    monkeypatch.setattr(onnx, "trace", lambda *_: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path: path)
+    monkeypatch.setattr(onnx, "refuse_other_ids", fail)
+    with pytest.raises(UserError, match="onnxruntime cannot run its graphs: Add node: 14 by 11"):
+        write_onnx(small(), tmp_path / "onnx")
 
 
 class InTorch:
