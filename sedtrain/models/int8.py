@@ -1,7 +1,8 @@
 """A copy of a model for decoding on a CPU: large linear layers multiply in 8 bits.
 
-Each row of an input is scaled by its own largest value, and each row of weights by its own: the output of a row depends on
-nothing else in its batch, but for the rounding of float32. The products are oneDNN's, which `torch.compile` uses for quantized models too.
+Each row of an input is scaled by its own largest value, and each row of weights by its own: but for the rounding of float32,
+the output of a row depends on nothing else in its batch. The products are oneDNN's, which `torch.compile` uses for quantized
+models too.
 
 N rows of inputs, I inputs, O outputs.
 """
