@@ -28,7 +28,6 @@ PAIRS = [
     ("w2v_bert", "t5", AUGMENTED),
     ("whisper", "gpt2", {}),
     ("speech_to_text", "roberta", {}),
-    ("hubert", "llama", {}),
 ]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`",
