@@ -262,10 +262,8 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         source, encoder_outputs = None, kwargs.get("encoder_outputs")
         if encoder_outputs is None:
             source = given_input(inputs, kwargs.pop("input_values", None), kwargs.pop("input_features", None))
-            generation_config = args[0] if args else kwargs.get("generation_config")
-            states = states_to_return(
-                kwargs, vars(generation_config or GenerationConfig()), vars(self.generation_config)
-            )
+            given = args[0] if args else kwargs.get("generation_config")
+            states = states_to_return(kwargs, vars(given or GenerationConfig()), vars(self.generation_config))
             encoded = self.encode(source, kwargs.get("attention_mask"), **states)
         else:
             encoded = self.as_encoded(encoder_outputs, kwargs.get("attention_mask"))
