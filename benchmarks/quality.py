@@ -1,6 +1,6 @@
 """Time to quality: CPU seconds of training until the validation WER is at most 0.20, beside transformers' Seq2SeqTrainer.
 
-    python benchmarks/quality.py FOLDER            # a table; --json FILE also writes the curves
+    python benchmarks/quality.py FOLDER            # a table; --json FILE and --figure FILE.svg keep the curves
 
 FOLDER holds `train.parquet` and `validation.parquet` of connected digits (recipes/connected_digits). Each run has a process
 of its own with one thread. Both sides start with the same random weights and have the same tokenizer, targets, label
@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import jiwer
 import lightning
+import matplotlib.pyplot as plt
 import soundfile
 import torch
 from datasets import Audio, Dataset, load_dataset
@@ -181,12 +182,28 @@ def reached(curve: list[tuple[float, float]]) -> float | None:
     return seconds if error_rate <= QUALITY else None
 
 
+def draw(found: dict[int, dict[str, list[tuple[float, float]]]], file: Path) -> None:
+    """Writes the curves of all seeds in colors for light and dark pages."""
+    ink = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "#888888")
+    with plt.rc_context({**ink, "text.color": "#888888", "svg.fonttype": "none", "svg.hashsalt": "sedtrain"}):
+        drawn, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+        for number, curves in enumerate(found.values()):
+            for color, (side, curve) in zip(("#2a8fbd", "#d1762b"), curves.items(), strict=True):
+                seconds, rates = zip(*curve, strict=True)
+                axes.plot(seconds, [min(rate, 1.0) for rate in rates], color=color, label=side if number == 0 else None)
+        axes.axhline(QUALITY, color="#888888", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="CPU seconds of training", ylabel="WER of validation", ylim=(0, 1.02), xlim=(0, None))
+        axes.legend(frameon=False, loc="center right")
+        drawn.savefig(file, transparent=True, metadata={"Date": None, "Creator": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--times", type=float, default=5, help="Seq2SeqTrainer is given as many times our CPU seconds")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     spawn, found = multiprocessing.get_context("spawn"), {}
     for seed in options.seeds:
@@ -197,6 +214,8 @@ def main() -> None:
         print(f"seed {seed}: {reached(first)} and {reached(second)} s, limit {second[-1][0]:.0f} s", flush=True)
         if options.json:
             options.json.write_text(json.dumps(found, indent=2))
+    if options.figure:
+        draw(found, options.figure)
 
 
 if __name__ == "__main__":
