@@ -253,8 +253,11 @@ def make_trainer(
 ) -> lightning.Trainer:
     refuse_absent(cfg.trainer.get("accelerator"))
     callbacks = {name: each for name, each in create(cfg, "callbacks").items() if each is not None}
-    trackers = [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
-    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, trackers, finetuning, *main_metric(cfg, data))
+    return run_trainer(trainer_maker(cfg), resolved(cfg), callbacks, loggers(cfg), finetuning, *main_metric(cfg, data))
+
+
+def loggers(cfg: DictConfig) -> list[Tracker]:
+    return [Tracker(str(name), partial(create, cfg, f"logger.{name}")) for name, node in cfg.logger.items() if node]
 
 
 def trainer_maker(cfg: DictConfig) -> Callable[..., lightning.Trainer]:

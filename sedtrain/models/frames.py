@@ -160,6 +160,7 @@ def encode(model: SpeechEncoderDecoder, inputs: Tensor, attention_mask: Tensor |
     """What `model.encode` returns; by functions where the encoder is small and they compute what it does."""
     encoder = model.encoder
     is_plain = inputs.device.type == "cpu" and inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    is_plain &= not any("forward" in vars(module) for module in (encoder, *encoder.children()))  # by cached features
     frames_of: Frames | None = kept(encoder, Frames, partial(agree, encoder)) if is_plain else None
     if frames_of is None:
         return model.encode(inputs, attention_mask)

@@ -52,11 +52,16 @@ def adapt(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dro
         parameter.requires_grad_(True)
 
 
+def is_without_forward(module: nn.Module) -> bool:
+    """True for a module that multiplies with its layers' weights itself, whatever its class mixes in."""
+    return any(kind.__name__ in WITHOUT_FORWARD for kind in type(module).__mro__)
+
+
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """The names of the linear layers in the targets that can be adapted. Raises UserError if there are none."""
     weights = {target: selected(model, target, "finetune.targets") for target in targets}
     all_weights = set().union(*weights.values())
-    uncalled = tuple(f"{name}." for name, module in model.named_modules() if type(module).__name__ in WITHOUT_FORWARD)
+    uncalled = tuple(f"{name}." for name, module in model.named_modules() if is_without_forward(module))
     layers = [
         name
         for name, module in model.named_modules()

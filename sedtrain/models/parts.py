@@ -137,7 +137,7 @@ class Execution:
 
     def prepare(self, model: Any) -> None:
         """Raises UserError for an encoder or decoder whose layers cannot compute so."""
-        choose_packing(model.encoder, self.packing, self.backend)
+        choose_packing(model.get_submodule("encoder"), self.packing, self.backend)
         for name in ("encoder", "decoder"):
             part = model.get_submodule(name)
             recomputable = any(hasattr(module, "gradient_checkpointing") for module in part.modules())

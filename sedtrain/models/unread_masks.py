@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import masking_utils, modeling_utils
 
@@ -24,7 +25,7 @@ def texts_in_rows(position_ids: Tensor) -> Tensor | None:
 
     Otherwise a causal mask would be made of positions on a device, and attention could not use its causal kernel.
     """
-    return None if ONE_TEXT_A_ROW.get() else texts_by_positions(position_ids)
+    return None if not torch.compiler.is_compiling() and ONE_TEXT_A_ROW.get() else texts_by_positions(position_ids)
 
 
 def one_text_a_row(decode: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,6 +33,8 @@ def one_text_a_row(decode: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(decode)
     def decorated(*args: Any, **inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return decode(*args, **inputs)
         before = ONE_TEXT_A_ROW.set(inputs.get("position_ids") is None)
         try:
             return decode(*args, **inputs)

@@ -115,6 +115,7 @@ class Utilization(Callback):
                     part.config._attn_implementation = "eager"
         else:
             self.peak = None
+        self.started = time.perf_counter()  # a validation may come before training
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.trained: list[bool] | None = None

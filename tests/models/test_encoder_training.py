@@ -129,7 +129,7 @@ def test_it_compiles_in_one_graph(name, shape):
     torch.compiler.reset()
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
     output = compiled(batch, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-5)
     output.sum().backward()
 
 
