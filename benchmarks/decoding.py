@@ -7,8 +7,7 @@
                same where three utterances are joined, which is longer than any in training
     calls      of the decoder, on the whole split
     seconds    of one core's time (CPU time, one thread): the median of the rounds, in which the sides take turns
-    times      how many times as fast as the same search by `stock`, as a whole and without the encoder and the CTC
-               head, which all share
+    times      how many times as fast as the same search by `stock`, as a whole and without encoder and CTC head
     sorted     an evaluation in batches of utterances of one length, as it makes them, and of a random order
 
 `stock` is `generate` of the class that `transformers` itself loads the folder with. Speed is measured with one
@@ -39,6 +38,7 @@ from sedtrain.decoding.ctc import best_path, lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.evaluation.intervals import confidence_intervals, paired_test
 from sedtrain.evaluation.metrics import TRANSCRIPTION, MetricSet
+from sedtrain.models.frames import encode
 from sedtrain.models.saved import load
 from sedtrain.models.steps import Steps
 from sedtrain.text.normalizers import normalizer
@@ -95,7 +95,7 @@ def errors(saved, batches):
 
 
 def sides_of(saved, stock):
-    """Functions from a batch to rows of ids, by name; that of the encoder returns nothing."""
+    """Functions from a batch to rows of ids, by name; those of the encoders return nothing."""
     model, start = saved.model, saved.model.config.decoder_start_token_id
 
     def searched(name):
@@ -111,7 +111,7 @@ def sides_of(saved, stock):
         return search
 
     def encoder(batch):
-        best_path(lattice_of(model, model.encode(batch.inputs, batch.attention_mask)), 200)
+        best_path(lattice_of(model, encode(model, batch.inputs, batch.padding_mask)), 200)
 
     return {
         "stock": by_transformers(do_sample=False),
@@ -120,6 +120,7 @@ def sides_of(saved, stock):
         "stock beam": by_transformers(do_sample=False, num_beams=5),
         "beam": searched("beam"),
         "encoder": encoder,
+        "stock encoder": lambda batch: stock.encoder(batch.inputs, attention_mask=batch.attention_mask) and None,
     }
 
 
@@ -153,15 +154,16 @@ def speed(saved, stock, batches, rounds):
     sides, ids, calls = sides_of(saved, stock), {}, {}
     for name in sides:
         sides[name](batches[0])
-        if name != "encoder":
+        if "encoder" not in name:
             model = stock if name.startswith("stock") else saved.model
             found = [called(lambda name=name, batch=batch: sides[name](batch), model) for batch in batches]
             ids[name], calls[name] = [row for rows, _ in found for row in rows], sum(number for _, number in found)
     middle = times(sides, batches, rounds)
-    of_decoder = {name: each - middle["encoder"] for name, each in middle.items()}
+    encoders = {True: middle["stock encoder"], False: middle["encoder"]}
+    of_decoder = {name: each - encoders[name.startswith("stock")] for name, each in middle.items()}
     for name in sides:
-        line = f"  {name:12} {middle[name]:.2f} s"
-        if name != "encoder":
+        line = f"  {name:13} {middle[name]:.2f} s"
+        if "encoder" not in name:
             peer = "stock beam" if "beam" in name else "stock"
             same = sum(a == b for a, b in zip(ids[name], ids[peer], strict=True))
             line += f"  {calls[name]} calls  times {middle[peer] / middle[name]:.2f} of {peer}"
