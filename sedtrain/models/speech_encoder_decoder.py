@@ -196,8 +196,7 @@ class SpeechEncoderDecoder(transformers.SpeechEncoderDecoderModel):
         states = {name: value for name, value in states.items() if value is not None}
         for_decoder = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("decoder_")}
         if encoder_outputs is None:
-            source = given_input(inputs, input_values, input_features)
-            encoded = self.encode(source, attention_mask, **states, **kwargs)
+            encoded = self.encode(given_input(inputs, input_values, input_features), attention_mask, **states, **kwargs)
         else:
             encoded = self.as_encoded(encoder_outputs, attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
