@@ -29,7 +29,7 @@ WIDTH, LABELLED, SMOOTHING = 256, 0.6, 0.1
 SIZES = {30_522: 2048, 250_112: 1024}  # positions of a batch by the size of the vocabulary
 
 
-def peak(step: Callable[[], None]) -> int:
+def peak(step: Callable[[], object]) -> int:
     """Bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()

@@ -5,10 +5,11 @@ python benchmarks/packing.py
 
 import time
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from memory import peak
 from transformers import BertConfig, BertLMHeadModel, Wav2Vec2Config
 
 from sedtrain.models.encoder import encoder_from_config
@@ -50,16 +51,6 @@ def step(model: SpeechEncoderDecoder, batch: dict[str, torch.Tensor]) -> float:
     return time.process_time() - start
 
 
-def most_memory(model: SpeechEncoderDecoder, batch: dict[str, torch.Tensor]) -> float:
-    """MB that PyTorch's allocator has handed out at most within a step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step(model, batch)
-    held = np.cumsum(
-        [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    )
-    return float(held.max()) / 1e6
-
-
 def main() -> None:
     torch.set_num_threads(1)
     seconds = np.random.default_rng(0).lognormal(np.log(5), 0.6, BATCH_SIZE * NUM_BATCHES).clip(1, 20)
@@ -77,7 +68,7 @@ def main() -> None:
                 for choice in times:
                     model.encoder.config.packing = choice
                     best[choice] += min(times[choice])
-                    peaks[choice] = max(peaks[choice], most_memory(model, batch))
+                    peaks[choice] = max(peaks[choice], peak(partial(step, model, batch)) / 1e6)
             padding = 1 - seconds.sum() / sum(len(each) * each.max() for each in np.split(sorted_seconds, NUM_BATCHES))
             print(f"{frozen} frozen, {order} batches, {padding:.0%} padding: ", end="")
             print(f"{best['never']:.2f} s and {peaks['never']:.0f} MB with it, ", end="")

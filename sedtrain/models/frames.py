@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from sedtrain.models.convolution import tap_views
 from sedtrain.models.encoder import EncodedSpeech, frame_mask, frame_spacing
 from sedtrain.models.masking import length_mask, output_lengths
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -35,10 +36,10 @@ class Convolution:
         self.taps = weight.permute(2, 1, 0).flatten(0, 1).contiguous().split(self.stride * weight.shape[1])
 
     def __call__(self, frames: Tensor) -> Tensor:
-        dim, num_frames = frames.shape[2], (frames.shape[1] - self.kernel) // self.stride + 1
+        num_frames = (frames.shape[1] - self.kernel) // self.stride + 1
         output = frames.new_empty(len(frames), num_frames, len(self.bias))
-        for row, products in zip(frames.flatten(1), output, strict=True):
-            windows = row.unfold(0, self.kernel * dim, self.stride * dim).split(self.stride * dim, 1)
+        for row, products in zip(frames.contiguous(), output, strict=True):
+            windows = tap_views(row, num_frames, self.kernel, self.stride)
             torch.addmm(self.bias, windows[0], self.taps[0], out=products)
             for window, taps in zip(windows[1:], self.taps[1:], strict=True):
                 products.addmm_(window, taps)

@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 from transformers.pytorch_utils import Conv1D
 
 from sedtrain.errors import UserError
 from sedtrain.models.output_layer import DeferrableLinear
+from sedtrain.models.parts import READ_AS_WEIGHTS
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import KEPT, Steps, attempt, steps_of
 
 FOR_FRAMES, FOR_TOKENS = 2**16, 2**19
 """Weights of a layer from which 8 bits are faster: for many rows at once, and for one token of a decoder."""
 STEPS, ZERO = 127, 128  # of a positive input; the unsigned value of 0
-READ_AS_WEIGHTS = (WavLMAttention, nn.MultiheadAttention)
-"""Modules that multiply with the weights of their layers themselves."""
 
 
 class Int8Linear(nn.Module):

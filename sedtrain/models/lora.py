@@ -14,13 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from sedtrain.errors import UserError
-from sedtrain.models.parts import selected
+from sedtrain.models.parts import READ_AS_WEIGHTS, selected
 from sedtrain.plain import plain_value
 
 logger = logging.getLogger(__name__)
 
-# attention that hands the weights of its layers to PyTorch without calling the layers: matrices beside them would do nothing
-WITHOUT_FORWARD = ("WavLMAttention",)
 FOLDER = "adapter"  # of a saved model, for matrices that are not merged
 PREFIX = "base_model.model."  # of the matrices' names in its file
 OPTIONS = {"r": int, "lora_alpha": int | float, "lora_dropout": float, "fan_in_fan_out": bool, "target_modules": list}
@@ -52,16 +50,11 @@ def adapt(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dro
         parameter.requires_grad_(True)
 
 
-def is_without_forward(module: nn.Module) -> bool:
-    """True for a module that multiplies with its layers' weights itself, whatever its class mixes in."""
-    return any(kind.__name__ in WITHOUT_FORWARD for kind in type(module).__mro__)
-
-
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """The names of the linear layers in the targets that can be adapted. Raises UserError if there are none."""
     weights = {target: selected(model, target, "finetune.targets") for target in targets}
     all_weights = set().union(*weights.values())
-    uncalled = tuple(f"{name}." for name, module in model.named_modules() if is_without_forward(module))
+    uncalled = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, READ_AS_WEIGHTS))
     layers = [
         name
         for name, module in model.named_modules()

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, cast
 
 from torch import nn
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from sedtrain.errors import UserError
 from sedtrain.models.loading import CROSS_ATTENTION
@@ -17,6 +18,8 @@ from sedtrain.models.packing import choose_packing
 # every parameter belongs to one; `decoder` is without its cross-attention, `encoder` without its own adapter
 PARTS = ("encoder", "adapter", "cross_attention", "decoder", "ctc_head")
 ADAPTERS = ("adapter", "enc_to_dec_proj", "encoder.adapter")
+READ_AS_WEIGHTS = (WavLMAttention, nn.MultiheadAttention)
+"""Modules that multiply with the weights of their layers without calling the layers: what is beside these does nothing."""
 
 
 @cache

@@ -32,7 +32,7 @@ from transformers.models.speecht5.modeling_speecht5 import (
     SpeechT5PositionalConvEmbedding,
     SpeechT5SpeechEncoderPrenet,
 )
-from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -48,7 +48,7 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
-from sedtrain.models.packing import OneByOne, Packable, Packing
+from sedtrain.models.packing import Packable, Packing, mix_into
 
 CONVOLUTIONS = ("residual_conv", "self_attn_conv")
 """Names of those that read the input of an adapter layer, in SeamlessM4T and w2v-BERT."""
@@ -106,10 +106,6 @@ class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
         return positioned
 
 
-class OneByOneWhisperAttention(OneByOne, WhisperAttention):
-    pass
-
-
 class StandaloneWhisper(Packing, Masked, VariableLengthWhisperEncoder):
     config_class = WhisperEncoderConfig
     front_end = ("conv1", "conv2")
@@ -124,7 +120,7 @@ class StandaloneWhisper(Packing, Masked, VariableLengthWhisperEncoder):
 
     def mix_in(self) -> None:
         for layer in self.layers:
-            layer.self_attn.__class__ = OneByOneWhisperAttention
+            mix_into(layer.self_attn, self.attention)
 
 
 class StandaloneSpeech2Text(Masked, Speech2TextEncoder):

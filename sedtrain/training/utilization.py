@@ -107,15 +107,15 @@ class Utilization(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Copies the model before its layers are compiled, sharded, or compute their activations again."""
-        self.peak = peak_of(trainer.strategy.root_device, str(trainer.precision)) if stage == "fit" else None
-        if self.peak is not None and not is_prefixed(pl_module.model.config.decoder):
-            self.model = without_values(pl_module.model)
-            for part in (self.model.encoder, self.model.decoder):
-                if part.config._attn_implementation not in ("eager", "sdpa"):  # its kernels need a GPU
-                    part.config._attn_implementation = "eager"
-        else:
-            self.peak = None
         self.started = time.perf_counter()  # a validation may come before training
+        is_counted = stage == "fit" and not is_prefixed(pl_module.model.config.decoder)
+        self.peak = peak_of(trainer.strategy.root_device, str(trainer.precision)) if is_counted else None
+        if self.peak is None:
+            return
+        self.model = without_values(pl_module.model)
+        for part in (self.model.encoder, self.model.decoder):
+            if part.config._attn_implementation not in ("eager", "sdpa"):  # its kernels need a GPU
+                part.config._attn_implementation = "eager"
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.trained: list[bool] | None = None
