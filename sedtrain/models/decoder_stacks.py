@@ -17,6 +17,8 @@ from transformers.models.speecht5.modeling_speecht5 import SpeechT5DecoderWithTe
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaDecoder
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
 
+from sedtrain.models.mixing import mix_into
+
 # --- Whisper: its decoder has no mask of frames
 
 
@@ -81,8 +83,7 @@ class Counting(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        table = self.embed_positions
-        table.__class__ = type("Given" + type(table).__name__, (GivenPositions, type(table)), {})
+        mix_into(self.embed_positions, GivenPositions)
 
     def forward(self, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
         tokens = kwargs["input_ids"] if kwargs["inputs_embeds"] is None else kwargs["inputs_embeds"]
@@ -94,11 +95,6 @@ class Counting(PreTrainedModel):
             return super().forward(*args, **kwargs)
         finally:
             table.position_ids = None
-
-
-def counting(stack: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of a decoder stack, with `Counting`."""
-    return type(f"Counting{stack.__name__}", (Counting, stack), {"__module__": __name__})
 
 
 class TokenSpeechT5Decoder(SpeechT5DecoderWithTextPrenet):

@@ -8,7 +8,6 @@ B batch, S samples, C channels, T frames, N real frames of all utterances, D wid
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.errors import UserError
 from sedtrain.models.masking import Steps, output_lengths
+from sedtrain.models.mixing import mix_into
 from sedtrain.models.unread_masks import is_traced
 
 LEAST_PADDING = 0.1
@@ -247,15 +247,3 @@ def fate_of_padding(encoder: Any, choice: str, compiler: str | None) -> str:
 
 def is_compiled(encoder: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in encoder.modules())
-
-
-def mix_into(module: Any, mixin: Any) -> None:
-    """Makes the class of a module a subclass of `mixin` too, once."""
-    if not isinstance(module, mixin):
-        kind: Any = type(module)
-        module.__class__ = mixed(mixin, kind)
-
-
-@cache
-def mixed(mixin: Any, kind: Any) -> Any:
-    return type(mixin.__name__ + kind.__name__, (mixin, kind), {"__module__": __name__})

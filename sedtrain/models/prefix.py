@@ -20,6 +20,7 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.chat_template import rendered
+from sedtrain.models.mixing import mix_into
 
 NEEDED = {"attention_mask", "inputs_embeds", "past_key_values"}
 """Arguments of a language model that can continue embeddings."""
@@ -157,16 +158,8 @@ def behind_prefix(decoder: PreTrainedModel) -> PreTrainedModel:
     if width != decoder.config.hidden_size:
         wrong = f"its embeddings are {width} wide and its layers {decoder.config.hidden_size}"
         raise UserError("decoder", type(decoder).__name__, wrong, "write decoder.checkpoint=FOLDER of another member")
-    if not isinstance(decoder, Prefixed):
-        decoder.__class__ = prefixed(type(decoder))  # type: ignore[arg-type]
+    mix_into(decoder, Prefixed)
     return decoder
-
-
-@cache
-def prefixed(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of a language model with a prefix; it keeps the name, by which transformers and FSDP know its layers."""
-    members = {"__module__": kind.__module__, "family_arguments": arguments_of(kind.forward)}
-    return type(kind.__name__, (Prefixed, kind), members)
 
 
 class Prefixed:
@@ -174,6 +167,13 @@ class Prefixed:
 
     config.audio_prompt: token ids in front of the frames, and those behind them; saved with the model
     """
+
+    family_arguments: frozenset[str]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        family: Any = super()
+        cls.family_arguments = arguments_of(family.forward)
 
     def forward(
         self: Any,

@@ -31,13 +31,14 @@ from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfi
 from transformers.utils.generic import can_return_tuple
 
 from sedtrain.models.decoder_stacks import (
+    Counting,
     MaskedWhisperDecoder,
     TokenSpeechT5Decoder,
     UnprojectedCohereDecoder,
     UnprojectedMoonshineStreamingDecoder,
     WholeT5GemmaDecoder,
-    counting,
 )
+from sedtrain.models.mixing import mixed
 from sedtrain.models.output_layer import DeferrableLinear
 
 NAMES = {
@@ -179,13 +180,13 @@ NO_FLEX: dict[str, Any] = {
 }  # transformers reads one bias of distances for each utterance, and T5 has one for all
 KINDS = (
     kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
-    kind(transformers.M2M100ForConditionalGeneration, counting(M2M100Decoder)),
-    kind(transformers.Speech2TextForConditionalGeneration, counting(Speech2TextDecoder)),
+    kind(transformers.M2M100ForConditionalGeneration, mixed(Counting, M2M100Decoder)),
+    kind(transformers.Speech2TextForConditionalGeneration, mixed(Counting, Speech2TextDecoder)),
     kind(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
     kind(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
     kind(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
-    kind(transformers.SeamlessM4TForSpeechToText, counting(SeamlessM4TDecoder)),
-    kind(transformers.SeamlessM4Tv2ForSpeechToText, counting(SeamlessM4Tv2Decoder)),
+    kind(transformers.SeamlessM4TForSpeechToText, mixed(Counting, SeamlessM4TDecoder)),
+    kind(transformers.SeamlessM4Tv2ForSpeechToText, mixed(Counting, SeamlessM4Tv2Decoder)),
     kind(
         transformers.CanaryForConditionalGeneration,
         CanaryDecoder,
@@ -206,7 +207,7 @@ KINDS = (
     ),
     kind(
         transformers.SpeechT5ForSpeechToText,
-        counting(TokenSpeechT5Decoder),
+        mixed(Counting, TokenSpeechT5Decoder),
         _tied_weights_keys={"lm_head.weight": "decoder.prenet.embed_tokens.weight"},
     ),
     kind(
@@ -217,6 +218,8 @@ KINDS = (
         within="decoder",
     ),
 )
+for each in KINDS:  # where pickle looks for them
+    globals().update({made.__name__: made for made in (each, each.config_class)})
 # the model type of a whole sequence-to-sequence model -> the class of its decoder alone
 OF_WHOLE: Mapping[str, type[StackDecoder]] = {each.whole.config_class.model_type: each for each in KINDS}
 

@@ -48,7 +48,8 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
-from sedtrain.models.packing import Packable, Packing, mix_into
+from sedtrain.models.mixing import mix_into
+from sedtrain.models.packing import Packable, Packing
 
 CONVOLUTIONS = ("residual_conv", "self_attn_conv")
 """Names of those that read the input of an adapter layer, in SeamlessM4T and w2v-BERT."""
