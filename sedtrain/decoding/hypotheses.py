@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import repeat, takewhile
 from typing import Self
 
 from transformers import GenerationConfig
@@ -39,6 +39,10 @@ class Hypotheses:
     limit: int = 0
     confidence: float | None = None
     words: tuple[HeardWord, ...] | None = None
+
+    @property
+    def scored_texts(self) -> list[tuple[str, float | None]]:
+        return list(zip(self.texts, self.scores or repeat(None), strict=False))
 
     @property
     def is_cut(self) -> bool:

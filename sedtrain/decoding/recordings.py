@@ -200,7 +200,7 @@ class RecordingDecoder:
 
     def segment(self, window: Window, found: Hypotheses) -> Segment:
         rate, words = self.collator.sampling_rate, None
-        start, (best, *others) = window.start / rate, found.texts
+        start, ((best, score), *others) = window.start / rate, found.scored_texts
         if found.words is not None:
             inside = timed(found.words, torch.from_numpy(window.samples), rate, FrameTimes.of(self.saved))
             words = tuple(replace(each, start=start + each.start, end=start + each.end) for each in inside)
@@ -208,7 +208,7 @@ class RecordingDecoder:
             text=best,
             start=start,
             end=start + len(window.samples) / rate,
-            score=found.scores[0] if found.scores else None,
+            score=score,
             words=words,
             others=tuple(others),
             cut_at=found.limit if found.is_cut else 0,
