@@ -11,11 +11,12 @@ from statistics import fmean
 from typing import Any, Self
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.decoding.alignment import AlignedToken, align
-from sedtrain.decoding.ctc import Lattice
+from sedtrain.decoding.ctc import Lattice, best_path
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.transcription import Word
 from sedtrain.decoding.words import words_in
@@ -42,10 +43,18 @@ def heard(
     """The same with what CTC hears of the best texts: how sure it is of their tokens, and with words where these are."""
     silent = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     texts = [[token for token in each.ids[0] if token not in silent] for each in found]
-    speaks, sure = (lattice.log_probs.argmax(-1) != lattice.blank).any(1).tolist(), align(lattice, texts)
+    alone = [
+        [token for token in each.ids[0] if token not in silent]
+        for each in best_path(lattice, lattice.log_probs.shape[1])
+    ]
+    sure = align(lattice, texts)
     found = [
-        replace(each, confidence=fmean(token.confidence for token in tokens) if any_speech and tokens else 0.0)
-        for each, any_speech, tokens in zip(found, speaks, sure, strict=True)
+        replace(
+            each,
+            confidence=fmean(token.confidence for token in tokens) if of_ctc and tokens else 0.0,
+            agreement=Levenshtein.normalized_similarity(text, of_ctc),
+        )
+        for each, text, of_ctc, tokens in zip(found, texts, alone, sure, strict=True)
     ]
     if not with_words:
         return found
