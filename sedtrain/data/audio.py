@@ -46,6 +46,12 @@ class RefusedAudio(OSError):
         self.reason = reason
 
 
+def fault_of(error: Exception) -> str:
+    """The reason of an error of UNREADABLE, and what it says beside that."""
+    reason = getattr(error, "reason", "unreadable audio")
+    return str(error) if reason in str(error) else f"{reason}: {error}"
+
+
 def is_audio_file(name: str) -> bool:
     """True for the suffix of a format that can be read."""
     return os.path.splitext(name)[1][1:].upper() in SUFFIXES

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from sedtrain.data.audio import UNREADABLE, is_audio_file, is_media_file, opened
+from sedtrain.data.audio import UNREADABLE, fault_of, is_audio_file, is_media_file, opened
 from sedtrain.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -40,8 +40,7 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
             with opened(found[0]):
                 pass
         except UNREADABLE as error:
-            wrong = f"this is no audio that can be read ({error})"
-            raise UserError("audio", found[0], wrong, "write audio=FILE that libsndfile can read") from error
+            raise UserError("audio", found[0], fault_of(error), "write audio=FILE that libsndfile can read") from error
     return found
 
 

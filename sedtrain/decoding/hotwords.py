@@ -103,17 +103,17 @@ class HotWords(LogitsProcessor):
 def tree_of(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> Node:
     """The tokens of words at the beginning of a text, and of those behind other words as what is `shorter`.
 
-    Raises UserError for a word that the tokenizer cannot write.
+    Raises UserError for words that the tokenizer cannot write.
     """
     first, later = Node(), Node()
     before = known_word(tokenizer)
     num_before = len(inner_ids(tokenizer, before))
-    for word in words:
-        ids = inner_ids(tokenizer, word)
-        if not ids or tokenizer.unk_token_id in ids:
-            wrong = f"the decoder's tokenizer cannot write {word!r}"
-            write = "write words of its characters, such as lower-case ones"
-            raise UserError("decoding.hotwords", list(words), wrong, write)
+    tokens = {word: inner_ids(tokenizer, word) for word in words}
+    if unknown := [word for word, ids in tokens.items() if not ids or tokenizer.unk_token_id in ids]:
+        wrong = f"the decoder's tokenizer cannot write {', '.join(map(repr, unknown))}"
+        write = "write words of its characters, such as lower-case ones"
+        raise UserError("decoding.hotwords", list(words), wrong, write)
+    for word, ids in tokens.items():
         first.add(ids)
         later.add(inner_ids(tokenizer, f"{before} {word}")[num_before:])
     later.link(later)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import repeat, takewhile
 from typing import Self
 
 from transformers import GenerationConfig
@@ -30,6 +30,7 @@ class Hypotheses:
     limit:  tokens that the best one may have; 0: any number
     confidence: mean probability that CTC gives the tokens of the best one in their frames, 0 where it hears nothing;
         None if it was not asked, or there is nothing to ask
+    agreement: share of the tokens that CTC alone would write too
     words:  of the best one, where they are looked for; None where it cannot be aligned
     """
 
@@ -38,7 +39,17 @@ class Hypotheses:
     texts: tuple[str, ...] = ()
     limit: int = 0
     confidence: float | None = None
+    agreement: float = 1.0
     words: tuple[HeardWord, ...] | None = None
+
+    @property
+    def scored_texts(self) -> list[tuple[str, float | None]]:
+        return list(zip(self.texts, self.scores or repeat(None), strict=False))
+
+    @property
+    def support(self) -> float | None:
+        """How far CTC is of the opinion of the search, from 0 to 1; None if it was not asked."""
+        return None if self.confidence is None else self.confidence * self.agreement
 
     @property
     def is_cut(self) -> bool:

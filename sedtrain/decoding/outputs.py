@@ -47,16 +47,20 @@ def as_json(found: Transcription, language: str | None) -> str:
 
 
 def of_segment(segment: Segment) -> dict[str, Any]:
-    score = segment.score if segment.score is not None and isfinite(segment.score) else None
     return {
         "start": round(segment.start, 3),
         "end": round(segment.end, 3),
         "text": segment.text,
-        "score": score,
+        "score": finite(segment.score),
         "words": None if segment.words is None else [of_word(word) for word in segment.words],
-        "others": list(segment.others),
+        "others": [{"text": text, "score": finite(score)} for text, score in segment.others],
         "doubt": segment.doubt,
     }
+
+
+def finite(score: float | None) -> float | None:
+    """JSON has no infinity."""
+    return score if score is not None and isfinite(score) else None
 
 
 def of_word(word: Word) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from sedtrain.text.tags import WholePrompt
 
 DEFAULT_SECONDS = 30.0
 NUM_HELD = 32  # windows at once, from which batches of similar lengths are made
-SURE = 0.5  # confidence; with the demo's model, speech has 0.65 to 1, noise and music 0 to 0.6
+SURE = 0.5  # support by CTC; with the demo's model speech has 0.7 to 1, noise and music 0 to 0.5
 REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
 
 
@@ -200,7 +200,7 @@ class RecordingDecoder:
 
     def segment(self, window: Window, found: Hypotheses) -> Segment:
         rate, words = self.collator.sampling_rate, None
-        start, (best, *others) = window.start / rate, found.texts
+        start, ((best, score), *others) = window.start / rate, found.scored_texts
         if found.words is not None:
             inside = timed(found.words, torch.from_numpy(window.samples), rate, FrameTimes.of(self.saved))
             words = tuple(replace(each, start=start + each.start, end=start + each.end) for each in inside)
@@ -208,19 +208,19 @@ class RecordingDecoder:
             text=best,
             start=start,
             end=start + len(window.samples) / rate,
-            score=found.scores[0] if found.scores else None,
+            score=score,
             words=words,
             others=tuple(others),
             cut_at=found.limit if found.is_cut else 0,
-            doubt=doubt(best, found.confidence),
+            doubt=doubt(best, found.support),
         )
 
 
-def doubt(text: str, confidence: float | None) -> str | None:
-    """A reason to doubt a text: CTC does not hear it, or it repeats itself."""
+def doubt(text: str, support: float | None) -> str | None:
+    """A reason to doubt a text: CTC does not hear it or hears something else, or it repeats itself."""
     written = text.encode()
-    if text and confidence is not None and confidence < SURE:
-        return f"CTC gives its tokens a mean probability of {confidence:.2f}, as in noise or music"
+    if text and support is not None and support < SURE:
+        return f"CTC supports it by {support:.2f} of 1, as in noise or music"
     if len(written) > REPETITIVE * len(zlib.compress(written)):
         return "it repeats itself"
     return None

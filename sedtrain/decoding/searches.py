@@ -56,7 +56,7 @@ class Wanted:
 
 
 def generated(model: SpeechEncoderDecoder, wanted: Wanted) -> list[Hypotheses]:
-    """The texts; the scores of n-best beams are those of the beams."""
+    """The texts; the scores are those of the beams."""
     model.settle_generation_config()
     ends, num_best = end_tokens(model.generation_config), wanted.options.num_return_sequences
     steps = steps_of_search(model, wanted.options, wanted.most)
@@ -132,7 +132,7 @@ def by_loop(model: SpeechEncoderDecoder, steps: Steps, wanted: Wanted) -> Found:
     if options.num_beams == 1:
         return greedy(task), unknown
     texts, scores = beam_search(task, options.num_beams, options.num_return_sequences, options.length_penalty)
-    return [row for each in texts for row in each], scores.tolist() if options.num_return_sequences > 1 else unknown
+    return [row for each in texts for row in each], scores.tolist()
 
 
 def by_generate(model: SpeechEncoderDecoder, wanted: Wanted) -> Found:
@@ -145,7 +145,7 @@ def by_generate(model: SpeechEncoderDecoder, wanted: Wanted) -> Found:
         "stopping_criteria": StoppingCriteriaList([InTime(prompts.shape[1] + wanted.limits)]),
         "logits_processor": LogitsProcessorList(wanted.processors(end_tokens(model.generation_config))),
     }
-    if is_scored := num_best > 1 and options.num_beams > 1:
+    if is_scored := num_best > 1 and options.num_beams > 1:  # it keeps the scores of all tokens in all steps
         kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(
         encoder_outputs=wanted.encoded,

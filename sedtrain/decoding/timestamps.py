@@ -11,11 +11,12 @@ from statistics import fmean
 from typing import Any, Self
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sedtrain.decoding.alignment import AlignedToken, align
-from sedtrain.decoding.ctc import Lattice
+from sedtrain.decoding.ctc import Lattice, best_path
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.transcription import Word
 from sedtrain.decoding.words import words_in
@@ -25,10 +26,12 @@ from sedtrain.models.saved import SavedModel
 KALDI_HOP, KALDI_WINDOW = 0.010, 0.025  # seconds, of features whose extractor names no hop
 BLOCKS = 100  # in a second
 QUIET_DB, ABOVE_FLOOR_DB, MOST_DB = -37.0, 3.0, -20.0  # below the loudest; above the quietest tenth; the limit of that
+QUIET_END_DB = -30.0  # behind a word, where a room still sounds
 GAP = 10  # quiet blocks in a row that end a word; the stop before a "t" has fewer
 DB_PER_BLOCK = 10.0  # a border should be so much quieter for each block that it stands within what CTC heard of a word
+PAUSE_DB = -150.0  # a border at a pause costs that, and is taken unless next to nothing is left of a word
 DURATION_DB = 60.0  # and where a word lasts e times as long as its letters say, or one e-th
-MORE_LETTERS = 2  # by which short words last longer than their letters say
+MORE_LETTERS = 10  # for each word: short ones last longer than their letters say
 
 
 # --- frames
@@ -40,10 +43,18 @@ def heard(
     """The same with what CTC hears of the best texts: how sure it is of their tokens, and with words where these are."""
     silent = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     texts = [[token for token in each.ids[0] if token not in silent] for each in found]
-    speaks, sure = (lattice.log_probs.argmax(-1) != lattice.blank).any(1).tolist(), align(lattice, texts)
+    alone = [
+        [token for token in each.ids[0] if token not in silent]
+        for each in best_path(lattice, lattice.log_probs.shape[1])
+    ]
+    sure = align(lattice, texts)
     found = [
-        replace(each, confidence=fmean(token.confidence for token in tokens) if any_speech and tokens else 0.0)
-        for each, any_speech, tokens in zip(found, speaks, sure, strict=True)
+        replace(
+            each,
+            confidence=fmean(token.confidence for token in tokens) if of_ctc and tokens else 0.0,
+            agreement=Levenshtein.normalized_similarity(text, of_ctc),
+        )
+        for each, text, of_ctc, tokens in zip(found, texts, alone, sure, strict=True)
     ]
     if not with_words:
         return found
@@ -121,7 +132,8 @@ def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: 
         return ()
     levels = decibels(audio, sampling_rate)
     spans = [tuple(round(times.border(f) * BLOCKS) for f in (word.start, word.end)) for word in words]
-    limit = max(QUIET_DB, min(sorted(levels)[len(levels) // 10] + ABOVE_FLOOR_DB, MOST_DB))
+    noise = min(sorted(levels)[len(levels) // 10] + ABOVE_FLOOR_DB, MOST_DB)
+    limit, limit_behind = max(QUIET_DB, noise), max(QUIET_END_DB, noise)
     audible = [max(level, limit) for level in levels]
     inner = best_borders(audible, limit, candidates(audible, limit, spans), [len(word.text) for word in words])
     borders = [0, *inner, len(levels)]
@@ -130,7 +142,7 @@ def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: 
         first = max(lowest, min(start, highest - 1))
         loudest = max(range(first, max(first + 1, min(end, highest))), key=levels.__getitem__)
         start = reached(levels, limit, loudest, range(loudest, lowest - 1, -1))
-        end = reached(levels, limit, loudest, range(loudest, highest)) + 1
+        end = reached(levels, limit_behind, loudest, range(loudest, highest)) + 1
         timed_words.append(
             Word(word.text, start / BLOCKS, min(end / BLOCKS, len(audio) / sampling_rate), word.confidence)
         )
@@ -151,7 +163,7 @@ def candidates(
     levels: Sequence[float], limit: float, spans: Sequence[tuple[int, ...]]
 ) -> list[list[tuple[int, float]]]:
     """Blocks where each word but the last may end, with their costs in dB, from the middle of what CTC heard of it to that of
-    the next one: the first block of a pause, else every block that is quieter than those beside it.
+    the next one: those that are quieter than the blocks beside them, and the first one of a pause.
 
     limit: the lowest of the levels; GAP such blocks are a pause
     spans: blocks in which CTC hears the words
@@ -165,7 +177,7 @@ def candidates(
         costs = [levels[block] + each for block, each in zip(blocks, outside, strict=True)]
         around = zip([math.inf, *costs], costs, [*costs[1:], math.inf], blocks, strict=False)
         quietest = [(block, cost) for before, cost, behind, block in around if before > cost <= behind]
-        found.append([(block, 0.0) for block in islice(pauses, 1)] or quietest)
+        found.append([*quietest, *((block, PAUSE_DB) for block in islice(pauses, 1))])
     return found
 
 

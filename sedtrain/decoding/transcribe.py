@@ -15,7 +15,7 @@ import soxr
 from numpy.typing import NDArray
 
 from sedtrain.annotations import checked
-from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, one_channel, seconds_between
+from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, fault_of, one_channel, seconds_between
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
@@ -124,9 +124,7 @@ def readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        reason = getattr(error, "reason", "unreadable audio")
-        wrong = str(error) if reason in str(error) else f"{reason}: {error}"
-        raise UserError("audio", str(path), wrong, "write audio=FILE that can be read to its end") from error
+        raise UserError("audio", str(path), fault_of(error), "write audio=FILE that can be read to its end") from error
 
 
 def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> Samples:

@@ -21,7 +21,7 @@ class Segment:
 
     score:   by which the search ranks texts; None if it computes none
     words:   None if the model cannot say where they are
-    others:  the next best texts of n-best search
+    others:  the next best texts of n-best search, with their scores
     cut_at:  number of tokens at which the text was cut; 0 if it ends by itself
     doubt:   a reason to believe that nobody says this
     """
@@ -31,7 +31,7 @@ class Segment:
     end: float
     score: float | None = None
     words: tuple[Word, ...] | None = None
-    others: tuple[str, ...] = ()
+    others: tuple[tuple[str, float | None], ...] = ()
     cut_at: int = 0
     doubt: str | None = None
 

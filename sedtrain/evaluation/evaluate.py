@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import repeat
 from math import nan
 from pathlib import Path
 
@@ -128,7 +127,7 @@ def evaluate(
         audio_seconds += batch.seconds
         of_batch = zip(batch.ids, batch.texts, batch.speakers, batch.languages, batch.durations, written, strict=True)
         for id, reference, speaker, language, seconds, found in of_batch:
-            (text, score), *others = zip(found.texts, found.scores or repeat(None), strict=False)
+            (text, score), *others = found.scored_texts
             hypotheses.append(Hypothesis(id, reference, text, speaker, language, seconds, score, tuple(others)))
         num_cut += sum(found.is_cut for found in written)
     for number, each in enumerate(long):

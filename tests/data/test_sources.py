@@ -438,7 +438,9 @@ def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
 def test_a_file_that_is_no_audio_is_told(clips):
     option, value, wrong, write = refused(audio_paths, f"{clips}/notes.txt")
     assert (option, value, write) == ("audio", f"{clips}/notes.txt", "write audio=FILE that libsndfile can read")
-    assert wrong == "this is no audio that can be read (Format not recognised.)"
+    assert wrong == "unreadable audio: Format not recognised."
+    (clips / "empty.wav").touch()
+    assert refused(audio_paths, f"{clips}/empty.wav")[2] == f"empty file: {clips}/empty.wav"
 
 
 @pytest.mark.parametrize("audio", [None, "", []])

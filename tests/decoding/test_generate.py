@@ -99,6 +99,8 @@ def test_the_best_texts_come_with_falling_scores_and_the_first_is_the_text(model
         assert len(each.ids) == len(each.texts) == len(each.scores) == 2
         assert each.scores == sorted(each.scores, reverse=True)
         assert each.ids[0] != each.ids[1]
+    alone = decode_batch(model, TOKENIZER, batch, DecodingOptions(**search))
+    assert [each.scores for each in alone] == [each.scores[:1] for each in found]
 
 
 def test_samples_are_as_many_as_asked(model):

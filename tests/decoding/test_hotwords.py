@@ -58,7 +58,7 @@ def test_a_prompt_is_no_part_of_the_text():
     assert gains_of(TOKENIZERS["bpe"], ["ab"], "ab", num_given=3) == gains_of(TOKENIZERS["bpe"], ["ab"], "ab")
 
 
-def test_a_word_that_the_tokenizer_cannot_write_is_refused():
+def test_all_words_that_the_tokenizer_cannot_write_are_refused():
     with pytest.raises(UserError) as refused:
-        tree_of(TOKENIZERS["char"], ("ab", "Ab"))
-    assert "the decoder's tokenizer cannot write 'Ab'" in str(refused.value)
+        tree_of(TOKENIZERS["char"], ("ab", "Ab", "", "b"))
+    assert "the decoder's tokenizer cannot write 'Ab', ''" in str(refused.value)

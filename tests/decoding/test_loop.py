@@ -66,7 +66,8 @@ def test_the_ids_are_those_of_generate(model):
         options = DecodingOptions(**search, max_new_tokens=10)
         (ours, scores), (theirs, expected) = of_both(model, options, prompts, scale=8.0**number)
         assert ours == theirs
-        assert scores == [None] * 4 or scores == [pytest.approx(each, abs=1e-4) for each in expected]
+        if options.num_return_sequences > 1:
+            assert scores == [pytest.approx(each, abs=1e-4) for each in expected]
         lengths |= {len(text) for text in ours}
     assert len(lengths) > 1
 

@@ -55,14 +55,16 @@ def cues_of(found, kind):
 
 def test_json_is_one_line_with_all_that_is_known():
     words = (Word("ein", 0.1, 0.25, 0.98765), Word("„Ei“", 0.3, 0.5, 1.0))
-    found = recording(Segment("ein „Ei“", 0.0, 0.61254, -1.5, words, ("kein Ei",)), Segment("", 1.0, 2.0, -math.inf))
+    others = ("kein Ei", -1.75), ("", -math.inf)
+    found = recording(Segment("ein „Ei“", 0.0, 0.61254, -1.5, words, others), Segment("", 1.0, 2.0, -math.inf))
     written = FORMATS["json"](found, "de")
     assert written.count("\n") == 1 and "„Ei“" in written
     assert json.loads(written) == {
         "audio": "a.wav", "seconds": 90.0, "language": "de", "text": "ein „Ei“",
         "segments": [
             {
-                "start": 0.0, "end": 0.613, "text": "ein „Ei“", "score": -1.5, "others": ["kein Ei"], "doubt": None,
+                "start": 0.0, "end": 0.613, "text": "ein „Ei“", "score": -1.5, "doubt": None,
+                "others": [{"text": "kein Ei", "score": -1.75}, {"text": "", "score": None}],
                 "words": [
                     {"text": "ein", "start": 0.1, "end": 0.25, "confidence": 0.9877},
                     {"text": "„Ei“", "start": 0.3, "end": 0.5, "confidence": 1.0},

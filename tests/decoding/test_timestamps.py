@@ -8,7 +8,7 @@ from tones import HOP, SAMPLES, batch_of, drawn_texts, joined, train
 
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
-from sedtrain.decoding.ctc import lattice_of
+from sedtrain.decoding.ctc import best_path, lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.options import DecodingOptions
@@ -107,6 +107,33 @@ def test_a_border_is_no_stop_that_would_leave_a_very_short_word():
     assert 0.4 <= one.end <= two.start <= 0.42
 
 
+def test_the_silence_behind_a_word_is_no_pause_before_it_where_ctc_hears_it_at_its_end():
+    audio = torch.zeros(16_000)
+    audio[1_600:11_200] = 0.1
+    audio[6_400:6_560] = 0.01
+    found = [HeardWord("one", 12, 14, 0.9), HeardWord("eight", 70, 78, 0.8)]
+    one, two = timed(found, audio, 16_000, FrameTimes(0.01, 0.005))
+    assert (one.start, two.end) == (pytest.approx(0.1, abs=0.011), pytest.approx(0.7, abs=0.011))
+    assert 0.4 <= one.end <= two.start <= 0.41
+
+
+def test_a_pause_parts_words_whose_letters_promise_other_lengths():
+    audio = torch.full((16_000,), 0.1)
+    audio[2_000:4_000] = 0.0
+    audio[7_200:7_360] = 0.01  # half of the sound
+    found = [HeardWord("I", 5, 7, 0.9), HeardWord("think", 70, 75, 0.8)]
+    one, two = timed(found, audio, 16_000, FrameTimes(0.01, 0.005))
+    assert (one.end, two.start) == (pytest.approx(0.125, abs=0.011), pytest.approx(0.25, abs=0.011))
+
+
+def test_a_word_has_ended_where_its_room_still_sounds():
+    audio = torch.zeros(16_000)
+    audio[3_200:8_000] = 0.1
+    audio[8_000:12_800] = 0.1 * 10 ** (torch.linspace(-32, -36, 4_800) / 20)
+    [word] = timed([HeardWord("two", 40, 45, 0.9)], audio, 16_000, FrameTimes(0.01, 0.005))
+    assert (word.start, word.end) == (0.2, 0.5)
+
+
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100])
 def test_times_do_not_drift_at_any_sampling_rate(rate):
     audio = torch.zeros(60 * rate)
@@ -138,6 +165,17 @@ def test_a_text_that_has_no_path_has_no_words_and_an_empty_one_has_none(hearing)
     encoded = hearing.encode(batch.inputs, batch.attention_mask)
     found = [Hypotheses([[5] * 200], texts=("一" * 200,)), Hypotheses([[]], texts=("",))]
     assert [each.words for each in heard(DIGITS, lattice_of(hearing, encoded), found, True)] == [None, ()]
+
+
+def test_ctc_supports_a_text_as_far_as_it_hears_the_same_tokens(hearing):
+    lattice = lattice_of(hearing, hearing.encode(batch_of([[5, 6, 7, 8]], seed=3).inputs))
+    [alone] = [each.ids[0] for each in best_path(lattice, 100)]
+    half = [*alone[:2], *(13 - token for token in alone[2:])]
+    texts = [alone, half, []]
+    found = [heard(DIGITS, lattice, [Hypotheses([text], texts=("",))], False)[0] for text in texts]
+    assert len(alone) == 4 and [each.agreement for each in found] == [1, 0.5, 0]
+    assert [each.support for each in found] == [each.confidence * each.agreement for each in found]
+    assert found[0].support > 0.9 and found[1].support < 0.5 and Hypotheses([[]]).support is None
 
 
 def test_words_are_looked_for_by_ctc_whatever_search_wrote_the_text(hearing):

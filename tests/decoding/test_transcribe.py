@@ -393,18 +393,18 @@ def test_whisper_takes_30_seconds_at_once_and_longer_recordings_by_windows(caplo
 
 
 @pytest.mark.parametrize(
-    ("text", "confidence", "doubt"),
+    ("text", "support", "doubt"),
     [
         ("one two", None, None),
         ("one two", 0.7, None),
         ("", 0.0, None),
-        ("one two", 0.25, "CTC gives its tokens a mean probability of 0.25, as in noise or music"),
+        ("one two", 0.25, "CTC supports it by 0.25 of 1, as in noise or music"),
         ("thanks for watching " * 10, 0.9, "it repeats itself"),
         ("one one one one one one", None, None),
     ],
 )
-def test_texts_that_ctc_does_not_hear_or_that_repeat_themselves_are_doubtful(text, confidence, doubt):
-    assert recordings.doubt(text, confidence) == doubt
+def test_texts_that_ctc_does_not_hear_or_that_repeat_themselves_are_doubtful(text, support, doubt):
+    assert recordings.doubt(text, support) == doubt
 
 
 def test_a_window_in_which_ctc_hears_nothing_is_left_out_where_it_hears_words_in_others(model, monkeypatch):
