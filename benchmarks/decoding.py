@@ -38,7 +38,6 @@ from sedtrain.decoding.ctc import best_path, lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.evaluation.intervals import confidence_intervals, paired_test
 from sedtrain.evaluation.metrics import TRANSCRIPTION, MetricSet
-from sedtrain.models.frames import encode
 from sedtrain.models.saved import load
 from sedtrain.models.steps import Steps
 from sedtrain.text.normalizers import normalizer
@@ -111,7 +110,7 @@ def sides_of(saved, stock):
         return search
 
     def encoder(batch):
-        best_path(lattice_of(model, encode(model, batch.inputs, batch.padding_mask)), 200)
+        best_path(lattice_of(model, model.encode(batch.inputs, batch.padding_mask)), 200)
 
     return {
         "stock": by_transformers(do_sample=False),

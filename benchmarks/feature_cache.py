@@ -29,8 +29,9 @@ TOKENS_PER_SECOND = 4
 
 def parts() -> tuple[Any, Any]:
     size = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
-    front_end = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True, "mask_time_prob": 0.0}
-    encoder = Wav2Vec2Model(Wav2Vec2Config(**size, num_hidden_layers=6, **front_end))
+    front_end = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+    alike_each_time = {"mask_time_prob": 0.0, "layerdrop": 0.0}
+    encoder = Wav2Vec2Model(Wav2Vec2Config(**size, num_hidden_layers=6, **front_end, **alike_each_time))
     roles = {"is_decoder": True, "add_cross_attention": True, "vocab_size": VOCABULARY}
     return encoder, BertLMHeadModel(BertConfig(**size, num_hidden_layers=4, **roles))
 

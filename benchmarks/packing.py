@@ -9,27 +9,18 @@ from functools import partial
 
 import numpy as np
 import torch
+from feature_cache import parts
 from memory import peak
-from transformers import BertConfig, BertLMHeadModel, Wav2Vec2Config
 
-from sedtrain.models.encoder import encoder_from_config
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 BATCH_SIZE, NUM_BATCHES, ROUNDS = 6, 4, 2
 
 
 def model_of() -> SpeechEncoderDecoder:
-    """wav2vec2 of 256 x 6 with the published convolutions, BERT of 256 x 4, as in benchmarks/feature_cache.py."""
     torch.manual_seed(0)
-    encoder = Wav2Vec2Config(
-        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024, layerdrop=0.0,
-        mask_time_prob=0.0, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
-    )  # fmt: skip
-    decoder = BertConfig(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, is_decoder=True,
-        add_cross_attention=True,
-    )  # fmt: skip
-    model = SpeechEncoderDecoder(encoder=encoder_from_config(encoder), decoder=BertLMHeadModel(decoder)).train()
+    encoder, decoder = parts()
+    model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder).train()
     model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
     return model
 

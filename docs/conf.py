@@ -23,7 +23,7 @@ html_static_path, html_css_files = ["_static"], ["site.css"]
 myst_enable_extensions, myst_heading_anchors = ["colon_fence"], 4
 autodoc_member_order, autodoc_typehints, default_role = "bysource", "description", "code"
 copybutton_prompt_text = "$ "
-suppress_warnings = ["misc.highlighting_failure"]
+highlight_language = "none"  # of blocks that name none: commands and what they print
 
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 LISTED = re.compile(r"([a-z_][\w, ]*): +(?=\S)")

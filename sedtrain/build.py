@@ -28,9 +28,8 @@ from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, M
 from sedtrain.evaluation.metrics_of_run import metric_set, of_evaluate, of_function
 from sedtrain.evaluation.results import Results
 from sedtrain.evaluation.scored_runs import read_results
-from sedtrain.export.card import Origin
 from sedtrain.export.options import ExportOptions
-from sedtrain.export.origin import origin_of
+from sedtrain.export.origin import Origin, origin_of
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution

@@ -22,7 +22,7 @@ COMMANDS = [
     (page.name, command)
     for page in PAGES
     for command in re.findall(
-        r"^(?:\$ )?python -m sedtrain (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE
+        r"^(?:\$ )?(?:python|torchrun .+?) -m sedtrain (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     if "--config-dir" not in command
 ]

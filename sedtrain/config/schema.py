@@ -85,7 +85,7 @@ class Config:
     memory_gb: Positive | None = None
     activation_checkpointing: bool = False
     compile: str = one_of("none", "inductor", "aot_eager", "eager")
-    packing: str = one_of("never", "auto", "always")
+    packing: str = one_of("auto", "never", "always")
     run_dir: str = MISSING
     resume: str = "none"
     checkpoint: str | None = None

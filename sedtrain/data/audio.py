@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sedtrain.data.headers import Claim, claim_of
 
-UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
+UNREADABLE = (soundfile.LibsndfileError, OSError)
 """The errors of audio that cannot be read."""
 SUFFIXES = {*soundfile.available_formats()} - {"RAW"} | {"AIF", "AIFC", "MP2", "OGA", "OPUS", "SND", "SPH", "WAVE"}
 """Suffixes of formats that can be read; raw audio does not say its sampling rate."""
@@ -75,11 +75,12 @@ def path_in(folder: Path, name: str) -> str:
 
 
 class Content(io.BytesIO):
-    """Bytes as a file. Corrupt headers send libsndfile before its beginning; there it finds the beginning."""
+    """Bytes as a file. Corrupt headers send readers before its beginning or far behind its end; they find these."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: len(self.getbuffer())}[whence]
-        return super().seek(max(0, start + offset))
+        size = len(self.getbuffer())
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: size}[whence]
+        return super().seek(min(max(0, start + offset), size))
 
 
 class ByteRange(io.FileIO):
@@ -97,7 +98,7 @@ class ByteRange(io.FileIO):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = self.tell() if whence == os.SEEK_CUR else self.size if whence == os.SEEK_END else 0
-        return super().seek(self.offset + max(0, start + offset)) - self.offset
+        return super().seek(self.offset + min(max(0, start + offset), self.size)) - self.offset
 
     def tell(self) -> int:
         return super().tell() - self.offset
@@ -109,6 +110,12 @@ class ByteRange(io.FileIO):
             if 0 <= at < number:
                 view[at] = byte
         return number
+
+
+class Nameless(io.BufferedReader):
+    """A file by whose name soundfile cannot take it for raw samples."""
+
+    name = ""
 
 
 class Sound(soundfile.SoundFile):
@@ -150,7 +157,9 @@ def file_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, 
     offset, size = (fields["offset"], fields["size"]) if is_part else (0, facts.st_size)
     refuse_empty(size, f"{path}, at byte {offset}" if offset else path)
     claim = claim_at(path, offset, size, facts.st_mtime_ns)
-    file = io.BufferedReader(ByteRange(path, offset, size, claim.at, claim.patch), 1 << 16)
+    if not (is_part or claim.patch or claim.prefix):
+        return io.FileIO(path), claim
+    file = Nameless(ByteRange(path, offset, size, claim.at, claim.patch), 1 << 16)
     if not claim.prefix:
         return file, claim
     with file:
@@ -181,12 +190,15 @@ def refuse_empty(num_bytes: int, detail: str) -> None:
 
 
 def sound_in(file: io.IOBase, claim: Claim) -> Sound:
-    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate or length."""
+    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate or length.
+
+    libsndfile reads a FileIO by itself, without the lock of Python, and any other file by calls of its methods.
+    """
     try:
         if claim.fault:
             raise RefusedAudio(*claim.fault)
-        sound = Sound(file)
-    except (soundfile.LibsndfileError, TypeError) as error:
+        sound = Sound(file.fileno() if type(file) is io.FileIO else file, closefd=False)
+    except soundfile.LibsndfileError as error:
         raise RefusedAudio("unreadable audio", words_of(error)) from error
     if sound.samplerate not in RATES:
         sound.close()

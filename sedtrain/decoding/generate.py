@@ -21,7 +21,6 @@ from sedtrain.decoding.searches import Wanted, generated
 from sedtrain.decoding.timestamps import heard
 from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import EncodedSpeech
-from sedtrain.models.frames import encode
 from sedtrain.models.saved import MOST_TOKENS, most_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.whole import with_heard_languages
@@ -48,7 +47,7 @@ def decode_batch(
     prompts = batch.prompts
     if prompts is None:
         prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
-    encoded = encode(model, batch.inputs, batch.padding_mask)
+    encoded = model.encode(batch.inputs, batch.padding_mask)
     prompts = with_heard_languages(model, encoded, prompts)
     limits = token_limits(model, encoded, batch.durations, prompts.shape[1], options)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)

@@ -1,20 +1,16 @@
-"""The model card of the Hugging Face folder, and its score as the Hub reads it."""
+"""The model card of the Hugging Face folder."""
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import isnan
 from pathlib import Path
-from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from sedtrain.decoding.hypotheses import end_tokens
-from sedtrain.evaluation.metrics import METRICS, title_of
 from sedtrain.evaluation.results import Results
+from sedtrain.export.metadata import metadata, write_eval_results
 from sedtrain.export.onnx import greedy
+from sedtrain.export.origin import Origin
 from sedtrain.models.lora import lora_layers
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.whole import WholeSpeechModel
@@ -49,7 +45,6 @@ SCORES = """
 Scored on {scored_data}. Text normalizer for training: `{training_normalizer}`.
 Utterances: {headline}; {minutes:.1f} minutes of audio.
 """
-PIPELINE_TAGS = {"transcription": "automatic-speech-recognition", "translation": "translation"}
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
 # transformers has no class for this encoder alone, for this adapter, or for audio in front of a text
@@ -93,81 +88,9 @@ TRAINING = """
 """
 
 
-HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+), (?:([^,+]+), )?[^,+]+")
-"""A single dataset of the Hub as `Corpus.described` writes it: id, configuration, split."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a card says of a model's training.
-
-    data:        names of what it was trained on; empty where nothing says so
-    datasets, base_models: Hub ids
-    languages:   codes of the texts
-    settings:    options of the training, without places on a machine
-    """
-
-    data: str
-    datasets: tuple[str, ...] = ()
-    base_models: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    license: str | None = None
-
-
 def inert(text: str) -> str:
     """The text without what Markdown, a table, HTML or a span of code would act on."""
     return re.sub(r"[\\`*<>\[\]|]", " ", " ".join(text.split()))
-
-
-def write_eval_results(folder: Path, results: Results) -> None:
-    """Writes .eval_results/sedtrain.yaml, from which the Hub shows the first metric; nothing for data that it does not have."""
-    known = [(name, each) for name, each in results.metrics.items() if name in METRICS and not isnan(each.value)]
-    of_hub = HUB_DATA.fullmatch(results.data)
-    if not (of_hub and known):
-        return
-    name, interval = known[0]
-    scored_as = "; ".join(results.scored_as())
-    notes = f"{METRICS[name].title} in percent, 95 % interval {interval.ends}, of {results.data}; {scored_as}"
-    entry = EvalResultEntry(of_hub[1], of_hub[2] or "default", round(100 * interval.value, 2), notes=notes)
-    (folder / ".eval_results").mkdir(exist_ok=True)
-    listed = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-    write_whole(folder / ".eval_results/sedtrain.yaml", listed)
-
-
-def model_index(results: Results) -> Iterator[EvalResult]:
-    """The metrics as the Hub lists them, in percent, with their intervals; none for a metric of no utterance."""
-    of_hub = HUB_DATA.fullmatch(results.data)
-    for name, each in results.metrics.items():
-        factor = 100 if name in METRICS else 1
-        ends = [] if isnan(each.low + each.high) else [round(factor * end, 2) for end in (each.low, each.high)]
-        if not isnan(each.value):
-            yield EvalResult(
-                task_type=PIPELINE_TAGS[results.task],
-                dataset_type=of_hub[1] if of_hub else re.sub(r"[^\w.-]+", "_", results.data.rpartition(", ")[0]),
-                dataset_name=results.data,
-                dataset_config=of_hub[2] if of_hub else None,
-                dataset_split=results.split,
-                metric_type=name,
-                metric_name=title_of(name) if name in METRICS else name,
-                metric_value=round(factor * each.value, 2),
-                metric_args={"interval_95_percent": ends, "resampled": results.resampled} if ends else None,
-            )
-
-
-def metadata(title: str, task: str, results: Results | None, origin: Origin) -> str:
-    """The YAML that the Hub reads."""
-    return ModelCardData(
-        model_name=title,
-        language=list(origin.languages) or None,
-        license=origin.license,
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[task],
-        tags=["speech-encoder-decoder", "sedtrain"],
-        base_model=list(origin.base_models) or None,
-        datasets=list(origin.datasets) or None,
-        eval_results=(list(model_index(results)) if results else None) or None,
-    ).to_yaml()
 
 
 def scores(results: Results) -> str:
@@ -257,7 +180,7 @@ def write_model_card(
         loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
         described = f"A whole `{title}` model"
     card = CARD.format(
-        metadata=metadata(title, task, results, origin),
+        metadata=metadata(title, task, results, origin, "sedtrain" if loads == OWN else "transformers"),
         import_torch="import torch\n" if prompt else "",
         import_model=loads,
         prompt=prompt,

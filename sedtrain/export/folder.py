@@ -11,10 +11,11 @@ import torch
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import Results
-from sedtrain.export.card import Origin, write_model_card
+from sedtrain.export.card import write_model_card
 from sedtrain.export.onnx import write_onnx
 from sedtrain.export.onnx_int8 import write_int8
 from sedtrain.export.options import ExportOptions
+from sedtrain.export.origin import Origin
 from sedtrain.models.lora import lora_layers, merge
 from sedtrain.models.saved import SavedModel
 

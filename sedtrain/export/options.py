@@ -1,5 +1,6 @@
 """The options of `task=export`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,8 +28,13 @@ class ExportOptions:
     private: bool = True
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that do not fit, and for 8 bits where there are none."""
+        """Raises UserError for values that do not fit, a license that the Hub cannot know, and 8 bits where there are none."""
         refuse_misfits("export.", type(self), vars(self))
+        if self.license is not None and not re.fullmatch(r"[a-z0-9.+-]+", self.license):
+            wrong = "the Hub knows licenses by names in lower case without spaces, and `other`"
+            raise UserError(
+                "export.license", self.license, wrong, "write export.license=apache-2.0, mit, cc-by-4.0, ..."
+            )
         if self.dtype == "int8":
             wrong = (
                 "transformers has no class that loads the 8-bit layers of sedtrain, which are made when decoding begins"

@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sedtrain.data.paths import is_here, public_name
-from sedtrain.export.card import Origin
 from sedtrain.text.tags import Tags, WholePrompt
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_DATA = re.compile(rf"hf://datasets/({HUB_ID.pattern})[@/].+|({HUB_ID.pattern})(?:@.+)?")
+"""A dataset of the Hub as `data.path` names it: files of it by a URL, or an id; each may name a revision."""
+NO_NAME = re.compile(r"[^\w.-]+")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-\w+)*")
 SHOWN: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("seed", "size", "training_normalizer", "adapter", "finetune", "loss", "optimizer", "scheduler")),
@@ -18,6 +21,24 @@ SHOWN: dict[str, tuple[str, ...] | None] = {
     "trainer": ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val"),
 }
 """Groups and values of the configuration that a card shows; None: all of a group."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a card says of a model's training.
+
+    data:        names of what it was trained on; empty where nothing says so
+    datasets, base_models: Hub ids
+    languages:   codes of the texts
+    settings:    options of the training, without places on a machine
+    """
+
+    data: str
+    datasets: tuple[str, ...] = ()
+    base_models: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
 
 
 def origin_of(
@@ -32,7 +53,7 @@ def origin_of(
     languages += [each for of_task in tags.ids.values() for each in of_task] if isinstance(tags, Tags) else []
     return Origin(
         data=" + ".join(dict.fromkeys(map(public_name, paths))),
-        datasets=tuple(dict.fromkeys(filter(is_on_hub, (path.partition("@")[0] for path in paths)))),
+        datasets=tuple(dict.fromkeys(filter(None, map(hub_dataset, paths)))),
         base_models=tuple(dict.fromkeys(filter(is_on_hub, checkpoints(settings)))),
         languages=tuple(dict.fromkeys(each for each in languages if LANGUAGE.fullmatch(each))),
         settings=dict(shown(settings)),
@@ -42,6 +63,23 @@ def origin_of(
 
 def is_on_hub(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not is_here(name)
+
+
+def hub_dataset(path: str) -> str | None:
+    """The id of a dataset of the Hub; None for files of this machine, and for those of other servers."""
+    found = HUB_DATA.fullmatch(path)
+    if not found or (found[2] and is_here(found[2])):
+        return None
+    return found[1] or found[2]
+
+
+def hub_data(described: str) -> tuple[str, str | None] | None:
+    """Id and configuration of a single dataset and split of the Hub, from `Corpus.described`; None for other data."""
+    path, *rest = described.split(", ")
+    found = HUB_DATA.fullmatch(path)
+    if not found or "+" in described or len(rest) not in (1, 2):
+        return None
+    return found[1] or found[2], rest[0] if len(rest) == 2 else None
 
 
 def table(value: Any) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
-ROWS = 512  # frames taken at once: with 512 channels a megabyte
+AT_ONCE = 2**18  # numbers: a megabyte, the frames that are taken at once
 
 aten: Any = torch.ops.aten
 
@@ -48,8 +48,10 @@ def tap_views(frames: Tensor, num_frames: int, kernel: int, stride: int) -> list
     return [frames.as_strided((num_frames, n * dim), (stride * dim, 1), start + first * dim) for first, n in taps]
 
 
-def pieces(num_frames: int) -> Iterator[slice]:
-    return (slice(first, min(first + ROWS, num_frames)) for first in range(0, num_frames, ROWS))
+def pieces(frames: Tensor) -> Iterator[slice]:
+    """Slices of the frames (T, C)."""
+    num_frames, num_rows = len(frames), AT_ONCE // frames.shape[1] or 1
+    return (slice(first, min(first + num_rows, num_frames)) for first in range(0, num_frames, num_rows))
 
 
 def convolved(frames: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -80,7 +82,7 @@ class Behind:
         """Writes the output, which may be `before` itself: (B, T, C)."""
         if self.has_gelu:
             rows, written = before.flatten(0, 1), output.flatten(0, 1)
-            for piece in pieces(len(rows)):
+            for piece in pieces(rows):
                 aten.gelu.out(self.normed(rows[piece])[0] if self.norm else rows[piece], out=written[piece])
         return output
 
@@ -136,10 +138,10 @@ class Gradients:
                 add_product(view, rows, matrix.T)
 
     def all(self) -> tuple[Tensor | None, ...]:
-        """Of the input, the weight and the bias."""
+        """Of the input, the weight, laid out as it is for DDP, and the bias."""
         taps, bias, dtype = self.of_taps, self.of_bias, self.weight.dtype
         if taps is not None:
-            taps = taps.view(self.kernel, *self.weight.shape[1::-1]).permute(2, 1, 0).to(dtype)
+            taps = taps.view(self.kernel, *self.weight.shape[1::-1]).permute(2, 1, 0).to(dtype).contiguous()
         return self.of_frames, taps, None if bias is None else bias.to(dtype)
 
 
@@ -165,7 +167,7 @@ class ConvolutionLayer(torch.autograd.Function):
         before = gradient if before is None else before
         behind, gradients = Behind(norm, eps, has_gelu), Gradients(frames, weight, stride, ctx.needs_input_grad[3:6])
         for number in range(len(gradient)):
-            for piece in reversed(list(pieces(gradient.shape[1]))):
+            for piece in reversed(list(pieces(gradient[number]))):
                 gradients.add(number, piece, behind.back(gradient[number, piece], before[number, piece]))
         return None, None, None, *gradients.all(), *behind.gradients
 

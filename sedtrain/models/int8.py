@@ -18,7 +18,7 @@ from sedtrain.errors import UserError
 from sedtrain.models.output_layer import DeferrableLinear
 from sedtrain.models.parts import READ_AS_WEIGHTS
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.steps import KEPT, Steps, attempt, steps_of
+from sedtrain.models.steps import KEPT, attempt, steps_of
 
 FOR_FRAMES, FOR_TOKENS = 2**16, 2**19
 """Weights of a layer from which 8 bits are faster: for many rows at once, and for one token of a decoder."""
@@ -71,7 +71,7 @@ def in_int8(model: SpeechEncoderDecoder) -> SpeechEncoderDecoder:
             replaced |= {id(layer): Int8Linear(rows_of(layer), layer.bias) for layer in large}
     small: SpeechEncoderDecoder = copy.deepcopy(model, replaced).eval()
     if steps_of(model) is not None:  # rounding would hide that they compute the same
-        KEPT[small.decoder] = attempt(small.decoder, Steps)
+        KEPT[small.decoder] = attempt(small.decoder)
     return small
 
 

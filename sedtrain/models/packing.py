@@ -21,8 +21,8 @@ from sedtrain.models.masking import Steps, output_lengths
 from sedtrain.models.mixing import mix_into
 from sedtrain.models.unread_masks import is_traced
 
-LEAST_PADDING = 0.1
-"""The share of a batch's frames that has to be padding for "auto" to leave it out."""
+PRODUCTS_OF_AN_UTTERANCE = 2**28
+"""What computing an utterance by itself costs, in products: some milliseconds of calls, forward and backward."""
 STATES = ("output_hidden_states", "output_attentions")
 
 
@@ -35,9 +35,9 @@ class Lengths:
     num_frames: int
 
     @property
-    def padding(self) -> float:
-        """The share of the frames that are padding."""
-        return 1 - sum(self.frames) / max(len(self.frames) * self.num_frames, 1)
+    def padding(self) -> int:
+        """Frames of all utterances that are padding."""
+        return len(self.frames) * self.num_frames - sum(self.frames)
 
     @property
     def real(self) -> list[int]:
@@ -149,17 +149,21 @@ class PackableLayers(Packable, nn.Module):
 class Packing(PreTrainedModel):
     """Mixin for an encoder like wav2vec2 that may compute a batch without its padding.
 
-    Its configuration may say `packing`: "never" if it says nothing, "always", or "auto": on CPUs where there is enough padding.
+    Its configuration may say `packing`: "never" if it says nothing, "always", or "auto": on CPUs, where that takes less time.
+
+    products: of a frame with the weights
     """
 
     attention: type[nn.Module] = OneByOne
     frame_steps: Steps
     packable: list[Any]
+    products: int
 
     def set_up(self) -> None:
         super().set_up()
         self.mix_in()
         self.packable = [module for module in self.modules() if isinstance(module, Packable)]
+        self.products = products_of_a_frame(self)
 
     def mix_in(self) -> None:
         """Swaps the classes of modules that have to know where an utterance ends."""
@@ -202,8 +206,18 @@ class Packing(PreTrainedModel):
         if any(options.get(name, getattr(self.config, name, False)) for name in STATES):
             return None  # they are of the frames of a padded batch
         lengths = lengths_of(attention_mask, self.frame_steps)
-        worth = LEAST_PADDING if choice == "auto" else 0.0
-        return lengths if lengths.real and lengths.padding > worth and not is_compiled(self) else None
+        saved, cost = lengths.padding * self.products, len(lengths.frames) * PRODUCTS_OF_AN_UTTERANCE
+        pays = saved > cost if choice == "auto" else lengths.padding
+        return lengths if lengths.real and pays and not is_compiled(self) else None
+
+
+def products_of_a_frame(encoder: nn.Module) -> int:
+    """Weights of linear layers and convolutions, as often as a frame of the output needs them."""
+    products, times = 0, 1
+    for module in reversed([each for each in encoder.modules() if isinstance(each, nn.Linear | nn.Conv1d)]):
+        products += times * module.weight.numel()
+        times *= module.stride[0] if isinstance(module, nn.Conv1d) else 1
+    return products
 
 
 def lengths_of(attention_mask: Tensor, steps: Steps) -> Lengths:
@@ -228,12 +242,13 @@ def obstacle(encoder: Any, compiler: str | None) -> str | None:
 
 
 def choose_packing(encoder: Any, choice: str, compiler: str | None) -> None:
-    """Writes `packing` into the configuration of an encoder. Raises UserError where "always" is impossible."""
-    if choice == "always" and (reason := obstacle(encoder, compiler)):
+    """Writes `packing` into the configuration of an encoder that can. Raises UserError where "always" is impossible."""
+    reason = obstacle(encoder, compiler)
+    if choice == "always" and reason:
         wrong = f"the encoder, {encoder.config.model_type}, computes padding: {reason}"
         raise UserError("packing", choice, wrong, "write packing=auto")
     if choice != getattr(encoder.config, "packing", "never"):
-        encoder.config.packing = choice
+        encoder.config.packing = "never" if reason else choice
 
 
 def fate_of_padding(encoder: Any, choice: str, compiler: str | None) -> str:
@@ -242,7 +257,11 @@ def fate_of_padding(encoder: Any, choice: str, compiler: str | None) -> str:
         return "computed, packing=never"
     if reason := obstacle(encoder, compiler):
         return f"computed by the encoder: {reason}"
-    return "left out by the encoder" if choice == "always" else "left out by the encoder on CPUs"
+    return (
+        "left out by the encoder"
+        if choice == "always"
+        else "left out by the encoder on CPUs, where that takes less time"
+    )
 
 
 def is_compiled(encoder: nn.Module) -> bool:

@@ -136,7 +136,7 @@ class Execution:
 
     activation_checkpointing: bool = False
     backend: str | None = None
-    packing: str = "never"
+    packing: str = "auto"
 
     def prepare(self, model: Any) -> None:
         """Raises UserError for an encoder or decoder whose layers cannot compute so."""

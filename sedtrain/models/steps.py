@@ -27,7 +27,7 @@ Function = Callable[[Tensor], Tensor]
 PLAIN = (nn.Linear, Conv1D, DeferrableLinear)
 FIRST_SLOTS = 32  # of which as many are made as are needed, by doubling
 KEPT: "WeakKeyDictionary[nn.Module, Kept | None]" = WeakKeyDictionary()
-"""Modules that were tried, as functions; None: the functions do not compute what the module does."""
+"""Decoders that were tried, with their steps; None: the steps do not compute what the decoder does."""
 
 
 def side_by_side(*modules: Any) -> Function:
@@ -298,35 +298,30 @@ class Steps:
 
 def steps_of(model: SpeechEncoderDecoder, num_positions: int = 1) -> Steps | None:
     """The decoder's steps with its present weights, if they compute what it does and have so many positions, else None."""
-    steps: Steps | None = kept(model.decoder, Steps, partial(agree, model))
-    return steps if steps is not None and num_positions <= len(steps.positions) else None
+    decoder = model.decoder
+    if decoder not in KEPT:
+        made = attempt(decoder)
+        KEPT[decoder] = made if made is not None and agree(model, made.steps) else None
+    elif (made := KEPT[decoder]) is not None and made.state != state_of(parts_of(made.modules)):
+        KEPT[decoder] = attempt(decoder)
+    made = KEPT[decoder]
+    return made.steps if made is not None and num_positions <= len(made.steps.positions) else None
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A module as functions; parts: its modules and weights at that time, so that none of their ids is given again."""
+    """The steps of a decoder; parts: its modules and weights at that time, so that none of their ids is given again."""
 
-    functions: Any
+    steps: Steps
     modules: Sequence[nn.Module]
     parts: Sequence[Any]
     state: Sequence[int]
 
 
-def kept(module: nn.Module, kind: Callable[[Any], Any], agrees: Callable[[Any], bool]) -> Any:
-    """The module as the functions `kind`, with its present weights; None if they do not compute what it does."""
-    if module not in KEPT:
-        made = attempt(module, kind)
-        KEPT[module] = made if made is not None and agrees(made.functions) else None
-    elif (made := KEPT[module]) is not None and made.state != state_of(parts_of(made.modules)):
-        KEPT[module] = attempt(module, kind)
-    made = KEPT[module]
-    return None if made is None else made.functions
-
-
-def attempt(module: nn.Module, kind: Callable[[Any], Any]) -> Kept | None:
-    modules = list(module.modules())[1:]  # without itself, which must not keep itself alive
+def attempt(decoder: nn.Module) -> Kept | None:
+    modules = list(decoder.modules())[1:]  # without itself, which must not keep itself alive
     try:
-        return Kept(kind(module), modules, parts := parts_of(modules), state_of(parts))
+        return Kept(Steps(decoder), modules, parts := parts_of(modules), state_of(parts))
     except AttributeError:
         return None
 
@@ -344,8 +339,7 @@ def state_of(parts: Iterable[Any]) -> list[int]:
 
 def forget(model: SpeechEncoderDecoder) -> None:
     """Frees the copies of the weights, and makes the next search copy them anew however they have changed."""
-    for module in (model.encoder, model.decoder):
-        KEPT.pop(module, None)
+    KEPT.pop(model.decoder, None)
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive
@@ -121,6 +121,8 @@ class Service:
                 )
         except TimeoutError as error:
             raise Refused(408, f"the upload took more than {UPLOAD_SECONDS:g} s") from error
+        except ClientDisconnect as error:
+            raise Refused(LEFT, "the client has left during its upload") from error
         try:
             asked = Asked.of(form, self.model)
             self.refuse_impossible(asked)

@@ -87,6 +87,8 @@ class Guards(Callback):
         if not pl_module.is_read:
             return
         self.judge_all(trainer)
+        if not trainer._logger_connector.should_update_logs:
+            return  # Lightning takes milliseconds for values that no logger gets
         logged = {"train/bad_steps": float(self.num_bad), "train/loss_rises": float(self.num_rises)}
         if update.gradient_is_finite:
             logged |= {f"gradient_norm/{part}": norm for part, norm in update.gradient_norms.items()}

@@ -288,7 +288,9 @@ class Tracking(Callback):
             tracker.log_facts({"config": self.config, "commit": commit(), "versions": installed_versions()})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Logs the highest learning rate of each part of the model."""
+        """Logs the highest learning rate of each part of the model, where logs are written."""
+        if not trainer._logger_connector.should_update_logs:
+            return
         rates = [group["lr"] for group in optimizer.param_groups]
         highest = {f"learning_rate/{part}": max(rates[index] for index in self.groups[part]) for part in self.groups}
         pl_module.log_dict(on_host(highest), batch_size=1)

@@ -51,7 +51,6 @@ AUDIO = {
     "corrupt.flac": (b"fLaC" + bytes(1000), "unreadable audio"),
     "text.wav": (b"a letter, not a sound\n" * 10, "unreadable audio"),
     "page.mp3": (b"<html><body>404 Not Found</body></html>", "unreadable audio"),
-    "wav_in.raw": (encoded(NOISE), "unreadable audio"),
     "empty.wav": (b"", "empty file"),
     "no_samples.wav": (encoded(NOISE[:0]), "no samples"),
     "nan.wav": (with_one(np.nan), "NaN or infinite samples"),

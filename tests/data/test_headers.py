@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import struct
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +182,40 @@ def test_the_checksum_is_that_of_flac():
 def test_broken_headers_claim_nothing_that_fails(first, rest):
     content = first + rest
     claim_of(Content(content), len(content))
+
+
+SHORT = [
+    encoded(container, subtype, NOISE[:2000])
+    for container, subtype in [
+        *((name, "PCM_16") for name in ("WAV", "AIFF", "AU", "W64", "CAF", "RF64", "FLAC")),
+        *(("WAV", "MS_ADPCM"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")),
+    ]
+]
+
+
+def heard(cell):
+    try:
+        return read_audio(cell, RATE).tolist()
+    except RefusedAudio as error:
+        return error.reason
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from(SHORT),
+    st.lists(st.tuples(st.integers(0, 150), st.binary(min_size=1, max_size=4) | st.just(b"\xff" * 8)), max_size=3),
+    st.integers(0, 8000),
+)
+def test_broken_audio_is_the_same_or_refused_alike_as_bytes_a_file_and_a_part_of_one(content, changes, length):
+    for at, others in changes:
+        content = content[:at] + others + content[at + len(others) :]
+    content = content[:length]
+    with tempfile.TemporaryDirectory() as folder:
+        alone, within = Path(folder, "alone.raw"), Path(folder, "within")
+        alone.write_bytes(content)
+        within.write_bytes(b"before" + content + b"behind")
+        part = {"path": str(within), "offset": 6, "size": len(content)}
+        assert heard(content) == heard(str(alone)) == heard(part)
 
 
 def test_what_a_limit_leaves_out_really_is_too_long_or_too_short(tmp_path):

@@ -17,7 +17,7 @@ from sedtrain.evaluation.results import (
     installed_versions,
     write_hypotheses,
 )
-from sedtrain.export.card import write_eval_results
+from sedtrain.export.metadata import write_eval_results
 
 RESULTS = Results(
     task="train",
@@ -152,11 +152,18 @@ def test_hypotheses_are_lines_of_json_with_the_counts_of_the_deciding_metric(tmp
     assert json.loads(second)["score"] is None and '"ü' in first
 
 
+FLEURS = "hf://datasets/google/fleurs@refs/convert/parquet/en_us/{split}/*.parquet"
+
+
 @pytest.mark.parametrize(
     ("data", "dataset"),
     [
         ("openslr/librispeech_asr, clean, test", {"id": "openslr/librispeech_asr", "task_id": "clean"}),
         ("owner/name, test", {"id": "owner/name", "task_id": "default"}),
+        ("owner/name@main, test", {"id": "owner/name", "task_id": "default"}),
+        (f"{FLEURS}, en_us, test", {"id": "google/fleurs", "task_id": "en_us"}),
+        ("owner/name, clean+other", None),
+        ("https://host/name/a.parquet, test", None),
         ("digits, test", None),
         ("owner/name, test + owner/other, test", None),
     ],

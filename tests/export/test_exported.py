@@ -10,18 +10,20 @@ import pytest
 import soundfile
 import torch
 import transformers
+import yaml
 from families import TOKENIZER, tiny_decoder, tiny_encoder
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from sedtrain.errors import UserError
-from sedtrain.export.card import Origin
 from sedtrain.export.folder import made_whole, refuse_taken, write_folder
+from sedtrain.export.metadata import metadata
 from sedtrain.export.options import ExportOptions
-from sedtrain.export.origin import origin_of
+from sedtrain.export.origin import Origin, origin_of
 from sedtrain.models.lora import adapt
 from sedtrain.models.saved import join, load
 
+ROOT = Path(__file__).parents[2]
 SHORT = "decoding.max_new_tokens=12"
 
 
@@ -92,17 +94,34 @@ def adapted():
 
 
 @pytest.mark.parametrize("lora", ["merged", "apart"])
-def test_plain_transformers_reads_lora_merged_and_apart(tmp_path, lora):
+def test_plain_transformers_reads_lora_merged_and_apart(tmp_path, monkeypatch, lora):
+    monkeypatch.chdir(tmp_path)
     saved, inputs = adapted(), {"input_values": torch.randn(1, 4000), "decoder_input_ids": torch.tensor([[1, 5, 6]])}
     with torch.no_grad():
         expected = saved.model(**inputs).logits
-        write_folder(tmp_path / "out", saved, ExportOptions(lora=lora), {}, None, Origin("digits"), "transcription")
-        stock = transformers.SpeechEncoderDecoderModel.from_pretrained(tmp_path / "out")
+        folder = Path("RUN/model")
+        write_folder(folder, saved, ExportOptions(lora=lora), {}, None, Origin("digits"), "transcription")
+        stock = transformers.SpeechEncoderDecoderModel.from_pretrained(folder)
         if lora == "apart":
             assert (stock(**inputs).logits - expected).abs().max() > 0.1
-            stock.load_adapter(tmp_path / "out/adapter")
+            [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/finetune.md").read_text(), re.DOTALL)
+            exec(code, names := {"SpeechEncoderDecoderModel": transformers.SpeechEncoderDecoderModel})
+            stock = names["model"]
         torch.testing.assert_close(stock(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
-    assert ("load_adapter" in (tmp_path / "out/README.md").read_text()) is (lora == "apart")
+    assert ("load_adapter" in (folder / "README.md").read_text()) is (lora == "apart")
+
+
+def test_a_model_that_transformers_has_no_class_for_says_so_and_its_card_s_code_runs(tmp_path, wav):
+    saved = join(tiny_encoder("whisper"), tiny_decoder("bert"), lambda *widths: None, TOKENIZER)
+    write_folder(
+        tmp_path / "out", saved, ExportOptions(), {"max_new_tokens": 4}, None, Origin("digits"), "transcription"
+    )
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.library_name == "sedtrain" and "from sedtrain import SpeechEncoderDecoder as" in card.text
+    [code] = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
+    samples, _ = soundfile.read(wav, dtype="float32")
+    with contextlib.chdir(tmp_path / "out"), contextlib.redirect_stdout(io.StringIO()):
+        exec(code, {"audio": samples})
 
 
 @pytest.mark.parametrize(
@@ -111,6 +130,7 @@ def test_plain_transformers_reads_lora_merged_and_apart(tmp_path, lora):
         (["export.dtype=int8"], "transformers has no class that loads the 8-bit layers of sedtrain"),
         (["export.lora=apart"], "this model has no matrices apart from its weights"),
         (["export.dtype=float8"], "export.dtype = 'float8'"),
+        (["export.license=Apache 2.0"], "the Hub knows licenses by names in lower case without spaces"),
         (["hub=digits"], "this names no user or organization"),
         (["hub=a/b/c"], "write hub=USER/NAME"),
         (["hub=a/b", "dry_run=false"], "an upload needs a token of the Hub that may write"),
@@ -181,6 +201,12 @@ def test_scores_of_a_stranger_are_taken_as_texts_and_numbers(sedtrain, trained, 
     assert ended.status == 2 and "holds no results" in ended.err
 
 
+def test_languages_of_a_region_are_not_among_those_of_iso_639():
+    found = yaml.safe_load(metadata("a", "translation", None, Origin("", languages=("zh-CN", "de")), "transformers"))
+    assert (found["language"], found["language_bcp47"]) == (["zh", "de"], ["zh-CN"])
+    assert (found["pipeline_tag"], found["tags"][-1]) == ("automatic-speech-recognition", "speech-translation")
+
+
 def test_a_card_names_what_the_hub_has_and_no_place_on_this_machine(tmp_path):
     settings = {
         "size": "base",
@@ -188,10 +214,20 @@ def test_a_card_names_what_the_hub_has_and_no_place_on_this_machine(tmp_path):
         "encoder": {"checkpoint": None, "base": "facebook/hubert-base-ls960"},
         "decoder": {"checkpoint": str(tmp_path), "base": "google-bert/bert-base-uncased"},
         "augment": {"noise": {"path": "/home/somebody/noises", "probability": 0.5}},
-        "data": {"path": None, "mix": {"a": {"path": "openslr/librispeech_asr@main"}, "b": {"path": str(tmp_path)}}},
+        "data": {
+            "path": None,
+            "mix": {
+                "a": {"path": "openslr/librispeech_asr@main"},
+                "b": {"path": str(tmp_path)},
+                "c": {"path": "hf://datasets/google/fleurs/{split}/*.parquet"},
+            },
+        },
     }
     found = origin_of(settings, "en", None, None)
-    assert (found.datasets, found.base_models) == (("openslr/librispeech_asr",), ("facebook/hubert-base-ls960",))
-    assert found.data == f"openslr/librispeech_asr@main + {tmp_path.name}"
+    assert found.datasets == ("openslr/librispeech_asr", "google/fleurs")
+    assert found.base_models == ("facebook/hubert-base-ls960",)
+    assert found.data == (
+        f"openslr/librispeech_asr@main + {tmp_path.name} + hf://datasets/google/fleurs/{{split}}/*.parquet"
+    )
     assert found.settings == {"size": "base", "augment": {"noise": {"path": "noises", "probability": 0.5}}}
     assert origin_of({"data": [], "encoder": 3}, None, None, None) == Origin("")

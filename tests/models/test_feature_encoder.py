@@ -28,7 +28,7 @@ def convolutions(draw):
 def test_a_strided_convolution_is_that_of_torch(shape, bias, input_dim, rows):
     kernel, stride, num_frames = shape
     torch.manual_seed(kernel)
-    with mock.patch.object(kernels, "ROWS", rows):
+    with mock.patch.object(kernels, "AT_ONCE", 4 * rows):
         convolution = nn.Conv1d(input_dim, 4, kernel, stride, bias=bias).double()
         frames = torch.randn(2, num_frames, input_dim, dtype=torch.float64)
         frames.requires_grad_()
@@ -41,6 +41,7 @@ def test_a_strided_convolution_is_that_of_torch(shape, bias, input_dim, rows):
         inputs, weights = [frames, *convolution.parameters()], torch.randn_like(expected)
         gradients = [torch.autograd.grad((each * weights).sum(), inputs) for each in (found, expected)]
         torch.testing.assert_close(*gradients)
+        assert all(each.is_contiguous() for each in gradients[0])  # DDP warns of others, and copies them
 
 
 @pytest.mark.parametrize("by_onednn", [False, True])
@@ -50,7 +51,10 @@ def test_in_32_bits_either_matrix_product_is_as_exact_as_transformers(by_onednn,
     torch.manual_seed(sum(lengths))
     front_end = tiny_encoder(norm).feature_extractor
     audio = torch.nn.utils.rnn.pad_sequence([torch.randn(length) for length in lengths], batch_first=True)
-    with mock.patch.object(kernels, "multiplies_by_onednn", lambda: by_onednn), mock.patch.object(kernels, "ROWS", 64):
+    with (
+        mock.patch.object(kernels, "multiplies_by_onednn", lambda: by_onednn),
+        mock.patch.object(kernels, "AT_ONCE", 500),
+    ):
         results = frames_and_gradients(front_end, front_end(audio))
     upstream = frames_and_gradients(front_end, Wav2Vec2FeatureEncoder.forward(front_end, audio))
     front_end = copy.deepcopy(front_end).double()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -10,10 +11,12 @@ import torch
 from pairs import BART, IDS, joined, two_utterances
 from transformers import BartConfig, BartForConditionalGeneration
 
+import sedtrain
 from sedtrain import SpeechEncoderDecoder
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import load_encoder
 
+ROOT = Path(__file__).parents[2]
 FILE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 # Ends of PyTorch's names, what Flax calls them and how it lays them out, from the definitions of both.
 LAYOUT = [
@@ -138,6 +141,14 @@ def test_weights_of_flax_beside_others_are_taken_where_they_are_asked_for(tmp_pa
     saved(model, tmp_path, {FILE: flax_tree(model, leaf=lambda array: packed(np.zeros_like(array)))})
     assert torch.equal(loaded(tmp_path).decoder.lm_head.weight, model.decoder.lm_head.weight)
     assert not loaded(tmp_path, from_flax=True).decoder.lm_head.weight.any()
+
+
+def test_the_code_of_the_page_runs(tmp_path, model, monkeypatch):
+    [code, *_] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/jax.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "FOLDER", tmp_path / "FOLDER_OR_HUB_ID"):
+        saved(model, folder, {FILE: flax_tree(model)})
+    exec(code, {"sedtrain": sedtrain})
 
 
 def test_what_an_old_folder_says_of_generation_is_kept(tmp_path, model):

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sedtrain.errors import UserError
+from sedtrain.models import packing
 from sedtrain.models.encoder import frame_mask
 from sedtrain.models.encoder_families import OF_TYPE
-from sedtrain.models.packing import Packing, fate_of_padding, why_not
+from sedtrain.models.packing import Packing, fate_of_padding, lengths_of, why_not
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.training.finetune import LoRA
@@ -162,16 +163,31 @@ def is_packed(encoder, batch, mask, **options):
     return not output[~frame_mask(encoder, output.shape[1], mask)].any()
 
 
-def test_auto_leaves_out_a_tenth_of_padding_or_more_unless_layers_are_compiled():
+def test_auto_leaves_padding_out_where_it_takes_more_products_than_calls_for_each_utterance(monkeypatch):
     encoder = built("wav2vec2 layer")
-    assert not is_packed(encoder, *uneven(encoder, [900, 700]))  # as a model that says nothing
+    _, mask = batch = uneven(encoder, [900, 700])
+    lengths = lengths_of(mask, encoder.frame_steps)
+    assert not is_packed(encoder, *batch)  # as a model that says nothing
     encoder.config.packing = "auto"
-    assert is_packed(encoder, *uneven(encoder, [900, 700]))
+    assert not is_packed(encoder, *batch)  # the model is tiny
+    monkeypatch.setattr(packing, "PRODUCTS_OF_AN_UTTERANCE", lengths.padding * encoder.products // 2)
+    assert not is_packed(encoder, *batch)
+    monkeypatch.setattr(packing, "PRODUCTS_OF_AN_UTTERANCE", lengths.padding * encoder.products // 2 - 1)
+    assert is_packed(encoder, *batch)
     assert not is_packed(encoder, *uneven(encoder, [900, 850]))
-    assert not is_packed(encoder, *uneven(encoder, [900, 700]), output_hidden_states=True)
+    assert not is_packed(encoder, *batch, output_hidden_states=True)
     encoder.encoder.layers[0].compile(backend="eager")
     with torch.compiler.set_stance("force_eager"):
-        assert not is_packed(encoder, *uneven(encoder, [900, 700]))
+        assert not is_packed(encoder, *batch)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2 layer", "whisper"])
+def test_products_of_a_frame_are_half_of_the_operations_that_torch_counts_but_attention(name):
+    encoder = built(name)
+    inputs, mask = uneven(encoder, [700])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        frames = encoder(inputs, attention_mask=mask).last_hidden_state
+    assert 2 * encoder.products * frames.shape[1] == pytest.approx(counter.get_total_flops(), rel=0.3)
 
 
 REFUSED = {

@@ -178,6 +178,18 @@ def test_an_upload_that_takes_too_long_is_refused(client, monkeypatch):
     assert (refused.value.status_code, refused.value.detail) == (408, "the upload took more than 0.01 s")
 
 
+def test_a_client_that_leaves_during_its_upload_is_no_fault_of_the_server(client):
+    parts = iter([{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}])
+    form = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]}
+
+    async def receive():
+        return next(parts)
+
+    with pytest.raises(Refused) as refused:
+        asyncio.run(client.service.answer(Request(form, receive)))
+    assert (refused.value.status_code, refused.value.detail) == (LEFT, "the client has left during its upload")
+
+
 def test_a_client_that_leaves_ends_the_work_on_its_text():
     text = Future()
 

@@ -48,7 +48,8 @@ class Spoil(lightning.Callback):
 
 def fitted(guard, *callbacks, utterances=((0,), (1,), (2,), (3,)), precision="32-true", **options):
     module = new_module()
-    trainer = trainer_of(precision, callbacks=[*callbacks, guard], **{"max_steps": len(utterances), **options})
+    options = {"max_steps": len(utterances), "log_every_n_steps": 1, **options}
+    trainer = trainer_of(precision, callbacks=[*callbacks, guard], **options)
     trainer.fit(module, Loader([batch(each) for each in utterances]))
     return module
 
