@@ -1,5 +1,6 @@
-"""What a wheel carries."""
+"""What a wheel carries, and what the files around the package say of it."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,9 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_a_wheel_carries_every_option_file_the_corpus_and_the_style_of_pages(tmp_path):
@@ -36,9 +39,26 @@ def test_a_wheel_carries_every_option_file_the_corpus_and_the_style_of_pages(tmp
     ],
 )
 def test_no_version_that_is_known_to_be_bad_may_be_installed(package, bad):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    listed = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    listed = {each.name: each.specifier for each in map(Requirement, PROJECT["dependencies"])}
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert [version for version in bad if listed[package].contains(version)] == []
     assert listed[package].contains(pinned[{"pyyaml": "PyYAML"}.get(package, package)])
     assert pinned["pytorch-lightning"] == pinned["lightning"]
+
+
+def test_every_extra_that_a_page_a_message_or_the_image_names_exists():
+    files = [ROOT / "README.md", ROOT / "Dockerfile", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
+    texts = [file.read_text(encoding="utf-8") for file in [*files, *ROOT.glob("sedtrain/**/*.py")]]
+    found = {each for text in texts for names in re.findall(r"sedtrain\[([\w,]+)\]", text) for each in names.split(",")}
+    assert {"lora", "onnx", "serve"} <= found <= set(PROJECT["optional-dependencies"])
+
+
+def test_workflows_and_the_script_of_ci_call_what_there_is():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = [yaml.safe_load(file.read_text()) for file in sorted((ROOT / ".github/workflows").glob("*.yml"))]
+    jobs = [job for workflow in workflows for job in workflow["jobs"].values()]
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    called = re.findall(r"^make (\w+)$", "\n".join([*commands, (ROOT / ".ci/run").read_text()]), re.MULTILINE)
+    assert {"docs", "lint", "test"} <= set(called) <= targets and ".ci/run" in commands
+    tried = {f"Programming Language :: Python :: {each}" for each in jobs[0]["strategy"]["matrix"]["python"]}
+    assert tried == {each for each in PROJECT["classifiers"] if "Python :: 3." in each}

@@ -4,6 +4,7 @@ B batch, S samples, T frames, P past tokens, U new tokens, H heads, W width of a
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +100,8 @@ def write_onnx(saved: SavedModel, folder: Path) -> None:
     try:
         trace(model, steps, folder)
     except torch.onnx.OnnxExporterError as error:
-        raise UserError("export.onnx", True, f"torch cannot export this model: {one_line(error)}", WITHOUT) from error
+        cause = one_line(error.__cause__ or error)
+        raise UserError("export.onnx", True, f"torch cannot export this model: {cause}", WITHOUT) from error
     sessions = [onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in NAMES]
     failures = onnxruntime.capi.onnxruntime_pybind11_state
     try:
@@ -110,8 +112,9 @@ def write_onnx(saved: SavedModel, folder: Path) -> None:
         ) from error
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def one_line(error: BaseException) -> str:
+    """Its beginning, without the codes of colours."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())[:200]
 
 
 @torch.no_grad()

@@ -150,9 +150,15 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the mask of each frame into every 384th sample, where upstream looks for it."""
         stride = self.conv1.stride[0] * self.conv2.stride[0] * self.conv3.stride[0]
-        num_frames = -(-inputs.shape[1] // stride)
+        num_frames = (inputs.shape[1] + stride - 1) // stride
         mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
         return inputs, mask.repeat_interleave(stride, dim=1)[:, : inputs.shape[1]]
+
+    def _get_feat_extract_output_lengths(self, input_lengths: int) -> int:
+        """Frames of so many samples by whole numbers; upstream's divisions make a constant of a length that is traced."""
+        for kernel, stride, _ in self.steps:
+            input_lengths = (input_lengths - kernel) // stride + 1
+        return input_lengths
 
 
 class ExactCausalConv1d(MoonshineStreamingCausalConv1d):

@@ -92,6 +92,17 @@ def test_graphs_that_onnxruntime_cannot_run_are_refused_with_its_reason(tmp_path
         write_onnx(small(), tmp_path / "onnx")
 
 
+def test_what_torch_cannot_trace_is_refused_with_the_cause(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def fail(*_):
+        raise torch.onnx.OnnxExporterError("\x1b[96mThis is step 1/3") from ValueError("\x1b[96mno pairs\x1b[0m\nhere")
+
+    monkeypatch.setattr(onnx, "trace", fail)
+    with pytest.raises(UserError, match="torch cannot export this model: no pairs here"):
+        write_onnx(small(), tmp_path / "onnx")
+
+
 class InTorch:
     """A module with the interface of a session of onnxruntime."""
 

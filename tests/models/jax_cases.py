@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +105,18 @@ def test_encoder_and_decoder_are_joined_as_the_reference_does(tmp_path, model):
     assert joint.config.decoder.dropout == 0.3
     for name, weight in model.named_parameters():
         np.testing.assert_array_equal(joint.params[name], weight.detach())
+
+
+def test_the_code_of_the_page_runs(tmp_path, model, under_jax, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/jax.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(import jax.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model.encoder.save_pretrained("ENCODER")
+    model.decoder.save_pretrained("DECODER")
+    monkeypatch.setattr(Flax, "from_pretrained", lambda folder: under_jax)  # which is compiled for these shapes
+    names = {"inputs": AUDIO, "attention_mask": MASK, "labels": IDS.numpy()}
+    exec(code.replace("max_new_tokens=50", "max_new_tokens=12"), names)
+    assert names["ids"].shape[0] == len(AUDIO) and names["model"].config.decoder.model_type == "bart"
 
 
 # --- mistakes
