@@ -301,7 +301,7 @@ def run_task(cfg: DictConfig) -> None:
 
 def imported_task(name: str) -> Callable[[DictConfig], None]:
     """The function of a task other than `compare`; the first job imports what it needs."""
-    is_first_job = not gc.get_freeze_count()
+    is_first_job = "torch" not in sys.modules
     if is_first_job:
         gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
     if name == "transcribe":

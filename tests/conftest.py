@@ -32,10 +32,12 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from sedtrain.data import memory
 from sedtrain.errors import UserError
 
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # nobody cuts the power here
+memory.return_freed_memory = lambda: None  # takes the longer the larger a process is, and this one is large
 sys.modules["silero_vad"] = None  # pauses are found by energy, whatever is installed
 UserError.on_command_line = True  # most tests read the messages of the command line
 settings.register_profile("sedtrain", deadline=None, derandomize=True)

@@ -3,6 +3,7 @@
 `write_commands(FOLDER)` makes the commands; the variables are those that SLURM gives to jobs and tasks.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -34,10 +35,7 @@ def sbatch(folder, script):
     os.setsid()
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)  # whoever reads them waits for their end
-    deadline = time.monotonic() + 30
-    while not next(Path(script).parent.glob("*/*submitted.pkl"), None):  # the job is thought of as waiting until then
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: any(Path(script).parent.glob("*/*submitted.pkl")), 30)  # until then it is thought of as waiting
     for restart in range(9):
         job = {
             "SLURM_JOB_ID": JOB, "SLURM_JOB_NAME": "sedtrain", "SLURM_NTASKS": number, "SLURM_NTASKS_PER_NODE": number,
@@ -52,19 +50,47 @@ def sbatch(folder, script):
 
 
 def srun(folder, *arguments):
-    """Runs the command in each task, which `forked` starts."""
-    from forked import Forked  # imports what the tasks need
+    """Asks `run_tasks` for the tasks of the job, and waits for their end."""
+    asked = Path(folder) / "asked"
+    (part := asked.with_suffix(".part")).write_text(json.dumps([arguments, dict(os.environ)]))
+    part.rename(asked)
+    wait_until(lambda: not asked.exists())
+
+
+def run_tasks(folder, command):
+    """Runs what `srun` asks for as copies of this process, until the command that submits the job has ended."""
+    asked = folder / "asked"
+    try:
+        while command.returncode is None:
+            wait_until(lambda: asked.exists() or command.poll() is not None)
+            if asked.exists():
+                run_job(folder, *json.loads(asked.read_text()))
+                asked.unlink()
+    finally:
+        command.kill()
+
+
+def run_job(folder, arguments, variables):
+    from forked import Forked  # imports more than the commands need
 
     module, *rest = arguments[arguments.index("-m") + 1 :]
     output = arguments[arguments.index("--output") + 1].replace("%j", JOB)
+    variables["SLURM_NODEID"] = "0"
     tasks = [
-        Forked(Path(folder), *rest, module=module, SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NODEID="0")
-        for rank in map(str, range(int(os.environ["SLURM_NTASKS"])))
+        Forked(folder, *rest, module=module, **variables | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in map(str, range(int(variables["SLURM_NTASKS"])))
     ]
     for rank, task in enumerate(tasks):
         task.wait()
         with open(output.replace("%t", str(rank)), "a") as out:
             out.write(task.out + task.err)
+
+
+def wait_until(condition, seconds=250):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def scontrol(folder, command, job):

@@ -1,5 +1,6 @@
 """A training that torchrun or SLURM launched: who speaks, in which folder, and how it goes on when a process was killed."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import slurm
+from forked import Forked
 from hydra.core.config_store import ConfigStore
 from kill_and_resume import differences, whole_checkpoints
 from omegaconf import OmegaConf
@@ -205,26 +207,19 @@ def test_where_a_training_fails_the_processes_that_were_started_beside_it_end(se
 
 
 def torchrun(folder, *command):
-    """Exit status and words of two gloo processes."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED_BY)}
-    with (folder / "out").open("w") as out:  # a pipe would stay open as long as any process lives
-        launch = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, command)],
-            cwd=ROOT, env=env | {"PYTHONPATH": path}, stdout=out, stderr=out, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = launch.wait(200)
-        finally:
-            launch.kill()
-    return status, (folder / "out").read_text()
+    """Exit status and words of two gloo processes, copies of the one that launches them."""
+    launch = Forked(folder, "--nproc-per-node=2", "--start-method=fork", *command, module="torch.distributed.run")
+    status = launch.wait()
+    launch.kill()
+    return status, launch.out + launch.err
 
 
-def test_a_killed_rank_brings_the_run_back_to_the_same_weights(corpus, tmp_path):
+def test_a_killed_rank_brings_the_run_back_to_the_same_weights(environment, corpus, tmp_path):
     """One of two gloo processes, with a data worker each, in the middle of an epoch."""
     script = ROOT / "tests/struck.py"
     arguments = [*SHORT, f"data.path={corpus}", "data.num_workers=1"]
-    status, words = torchrun(tmp_path, "--max-restarts=3", "--master-port=29641", script, tmp_path, *arguments)
+    options = ["--max-restarts=3", "--master-port=29641", "--run-path"]
+    status, words = torchrun(tmp_path, *options, script, tmp_path, *arguments)
     assert status == 0, words
     assert (tmp_path / "struck").read_text().splitlines() == ["struck, restarts 0", "ended, restarts 1"]
     assert words.count("lost the connection to another process of this run") == 1
@@ -238,7 +233,7 @@ def test_a_killed_rank_brings_the_run_back_to_the_same_weights(corpus, tmp_path)
     assert killed["utterances"] == never["utterances"] > 0
 
 
-def test_a_mistake_is_told_once(tmp_path):
+def test_a_mistake_is_told_once(environment, tmp_path):
     status, words = torchrun(tmp_path, "--max-restarts=0", "--master-port=29642", "-m", "sedtrain", "encoder=hubrt")
     assert status == 1
     assert words.count("encoder has no option 'hubrt'") == 1
@@ -247,17 +242,16 @@ def test_a_mistake_is_told_once(tmp_path):
 # --- SLURM
 
 
-def test_a_job_of_slurm_with_two_processes_is_requeued_and_goes_on_in_its_folder(corpus, tmp_path):
+def test_a_job_of_slurm_with_two_processes_is_requeued_and_goes_on_in_its_folder(environment, corpus, tmp_path):
     """What submitit and Hydra do is theirs; the commands of SLURM are stand-ins."""
     slurm.write_commands(tmp_path)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED_BY)}
-    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     struck = ["_target_=struck.Struck", "file=${run_dir}/struck", "rank=1", "step=2", f"number={int(signal.SIGUSR2)}"]
     arguments = [*SHORT, f"data.path={corpus}", "adapter=linear", *(f"+callbacks.struck.{each}" for each in struck)]
     launcher = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=2", "hydra.launcher.partition=gpu"]
-    command = [sys.executable, "-m", "sedtrain", "-m", *launcher, *arguments]
-    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250)
-    assert ended.returncode == 0, ended.stderr
+    with contextlib.chdir(tmp_path):
+        ended = Forked(tmp_path, "-m", *launcher, *arguments, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        slurm.run_tasks(tmp_path, ended)
+    assert ended.returncode == 0, ended.err
     [sweep] = (tmp_path / "runs").iterdir()
     asked = set(re.findall("#SBATCH --(.*)", (tmp_path / "job.sh").read_text()))
     assert asked >= {"partition=gpu", "gpus-per-node=2", "ntasks-per-node=2", "signal=USR2@300", "time=1440"}

@@ -21,13 +21,13 @@ from sedtrain.training.guards import Guards
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 
-AUGMENTED = {"options": {"mask_time_prob": 0.5, "mask_feature_prob": 0.1}}
+AUGMENTED = {"mask_time_prob": 0.5, "mask_feature_prob": 0.1, "num_hidden_layers": 1}
 PAIRS = [
     ("hubert", "bert", AUGMENTED),
     ("wav2vec2", "bart", AUGMENTED),
     ("w2v_bert", "t5", AUGMENTED),
-    ("whisper", "gpt2", {}),
-    ("speech_to_text", "roberta", {}),
+    ("whisper", "gpt2", {"encoder_layers": 1}),
+    ("speech_to_text", "roberta", {"encoder_layers": 1}),
 ]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`",
@@ -100,7 +100,7 @@ def batches_of(module):
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @pytest.mark.parametrize(("encoder", "decoder", "options"), PAIRS)
 def test_a_step_waits_for_nothing(tmp_path, encoder, decoder, options):
-    module = new_module(encoder, decoder, FUSED, **options)
+    module = new_module(encoder, decoder, FUSED, options=options)
     assert waits_of_steps(tmp_path, module, batches_of(module)) == [[], [], []]
 
 
