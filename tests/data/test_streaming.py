@@ -320,7 +320,7 @@ class Drawn(Dataset):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_workers_and_ranks_share_an_epoch_exactly(num_ranks, num_workers):
     sizes, epoch, seen = [11, 7, 5], num_workers % 2, []
     for rank in range(num_ranks):
