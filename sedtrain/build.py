@@ -80,8 +80,8 @@ def training_run(cfg: DictConfig) -> TrainingRun:
 
 def training_data(cfg: DictConfig) -> SpeechTextDataModule:
     """The data, with its texts as they are learnt; every split that the run needs has been read."""
-    refuse_same_for_all(cfg.data)
     data = rewritten_data(cfg)
+    refuse_same_for_all(data.corpus.sources)
     data.corpus.refuse_unusable(["train", "validation", cfg.split])
     return data
 

@@ -134,7 +134,7 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
     """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
 
     folder: relative paths begin here and must stay inside; None: the user gave the path, which may lead anywhere
-    Raises RefusedAudio where there is no audio.
+    Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate or length.
     """
     fields = fields_of(cell)
     if (content := fields.get("bytes")) is not None:
@@ -145,14 +145,31 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
         file, claim = file_of(fields, folder)
     else:
         raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
-    with file, sound_in(file, claim) as sound:
-        yield sound
+    with file:
+        if claim.fault:
+            raise RefusedAudio(*claim.fault)
+        try:  # libsndfile reads a FileIO by itself, without the lock of Python, and any other file by calls of its methods
+            sound = Sound(file.fileno() if type(file) is io.FileIO else file, closefd=False)
+        except soundfile.LibsndfileError as error:
+            raise RefusedAudio("unreadable audio", words_of(error)) from error
+        with sound:
+            if sound.samplerate not in RATES:
+                raise RefusedAudio("impossible sampling rate", f"{sound.samplerate} Hz")
+            if sound.frames > LONGEST:
+                raise RefusedAudio("unreadable audio", "it does not say its length")
+            sound.missing = claim.missing * sound.frames / sound.samplerate
+            yield sound
 
 
 def file_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, Claim]:
     """The file of a cell with a `path`, or the part of it that the cell names, and the claim of its header."""
     path = str(fields["path"]) if folder is None else path_in(folder, str(fields["path"]))
-    facts = facts_of(path)
+    try:
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RefusedAudio("missing file", path) from error
+    if not stat.S_ISREG(facts.st_mode):  # a pipe, for example, could be read for ever
+        raise RefusedAudio("missing file", f"{path} is no file")
     is_part = fields.get("offset") is not None
     offset, size = (fields["offset"], fields["size"]) if is_part else (0, facts.st_size)
     refuse_empty(size, f"{path}, at byte {offset}" if offset else path)
@@ -173,41 +190,9 @@ def claim_at(path: str, offset: int, size: int, changed: int) -> Claim:
         return claim_of(file, size)
 
 
-def facts_of(path: str) -> os.stat_result:
-    """Facts of a file. Raises RefusedAudio for what is no file, such as a pipe, which could be read for ever."""
-    try:
-        facts = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RefusedAudio("missing file", path) from error
-    if not stat.S_ISREG(facts.st_mode):
-        raise RefusedAudio("missing file", f"{path} is no file")
-    return facts
-
-
 def refuse_empty(num_bytes: int, detail: str) -> None:
     if not num_bytes:
         raise RefusedAudio("empty file", detail)
-
-
-def sound_in(file: io.IOBase, claim: Claim) -> Sound:
-    """Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate or length.
-
-    libsndfile reads a FileIO by itself, without the lock of Python, and any other file by calls of its methods.
-    """
-    try:
-        if claim.fault:
-            raise RefusedAudio(*claim.fault)
-        sound = Sound(file.fileno() if type(file) is io.FileIO else file, closefd=False)
-    except soundfile.LibsndfileError as error:
-        raise RefusedAudio("unreadable audio", words_of(error)) from error
-    if sound.samplerate not in RATES:
-        sound.close()
-        raise RefusedAudio("impossible sampling rate", f"{sound.samplerate} Hz")
-    if sound.frames > LONGEST:
-        sound.close()
-        raise RefusedAudio("unreadable audio", "it does not say its length")
-    sound.missing = claim.missing(sound.frames / sound.samplerate)
-    return sound
 
 
 def words_of(error: Exception) -> str:
@@ -309,9 +294,7 @@ def audio_blocks(cell: Any, sampling_rate: int) -> Iterator[NDArray[np.float32]]
 def frames(sound: Sound, first: int, last: int) -> NDArray[np.float32]:
     """(frames, channels) from `first` to `last`, or to where the audio ends."""
     earlier = min(first, MP3_RESERVOIR) if sound.format == "MP3" else 0
-    blocks = list(frame_blocks(sound, first - earlier, last, AT_ONCE))
-    if not blocks:
-        raise RefusedAudio("no samples", "the audio has no samples")
+    blocks = list(frame_blocks(sound, first - earlier, last, AT_ONCE)) or [np.zeros((0, 1), np.float32)]
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
 
 

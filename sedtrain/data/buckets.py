@@ -43,20 +43,17 @@ def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
         listed = plain_value(Path(batches).expanduser(), "data.batches", batches, WRITE)
     if not isinstance(listed, list | tuple) or not listed:
         raise UserError("data.batches", batches, "this is no list of buckets", WRITE)
-    buckets = [bucket_of(values, number) for number, values in enumerate(listed)]
+    kinds = get_type_hints(Bucket, include_extras=True)
+    for number, values in enumerate(listed):
+        has_all = isinstance(values, Mapping) and set(values) == set(kinds)
+        if not has_all or not all(is_of(kinds[name], value) for name, value in values.items()):
+            raise UserError(f"data.batches[{number}]", values, "this is no bucket", WRITE)
+    buckets = [Bucket(**values) for values in listed]
     for number, (before, bucket) in enumerate(pairwise(buckets), start=1):
         if bucket.seconds <= before.seconds or bucket.tokens < before.tokens:
             wrong = f"the bucket before it holds {before.seconds:g} s and {before.tokens} tokens"
             raise UserError(f"data.batches[{number}]", listed[number], wrong, WRITE)
     return buckets
-
-
-def bucket_of(values: Any, number: int) -> Bucket:
-    kinds = get_type_hints(Bucket, include_extras=True)
-    has_all = isinstance(values, Mapping) and set(values) == set(kinds)
-    if not has_all or not all(is_of(kinds[name], value) for name, value in values.items()):
-        raise UserError(f"data.batches[{number}]", values, "this is no bucket", WRITE)
-    return Bucket(**values)
 
 
 def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Floats:
@@ -125,11 +122,6 @@ class Bounds:
     ) -> "Bounds":
         """From these options of `data`. Raises UserError for what is no list of buckets."""
         return cls(batch_seconds, batch_tokens, num_buckets, None if batches is None else buckets_of(batches))
-
-    @property
-    def count_tokens(self) -> bool:
-        """True if the target tokens of each utterance have to be known."""
-        return bool(self.buckets or self.batch_tokens)
 
     def groups(self, seconds: Floats, tokens: Integers | None) -> tuple[Integers, Integers]:
         """(N,) the group of each utterance, and (G,) how many of a group make a batch."""

@@ -4,24 +4,25 @@ import atexit
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sedtrain.data.buckets import Floats
+from sedtrain.batch import Skipped
+from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.dataset import Kept
 from sedtrain.data.durations import durations
-from sedtrain.data.limits import WHOLE, Limits
+from sedtrain.data.limits import LIMITED, WHOLE, Limits
 from sedtrain.data.parts import Part, Parts, parts_of
 from sedtrain.data.paths import public_name
 from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import SkippedUtterances, in_words
 from sedtrain.data.source import Source
 from sedtrain.data.utterances import Reason, UtteranceRows, as_text
-from sedtrain.errors import UNSET, UserError
+from sedtrain.errors import UNSET, Attempts, UserError
 from sedtrain.launch import is_first_of_machine
 from sedtrain.text.tags import Tags, WholePrompt
 
@@ -42,7 +43,7 @@ class Corpus:
     """The splits train, validation and test of one dataset or of several; each is opened when it is first asked for.
 
     temperature: see `temperature_weights`
-    streaming:   reads the training split shard after shard; the other splits are never streamed
+    block_rows:  the training split is read shard after shard, in blocks of so many rows; None: as a whole, as all others
     batch_seconds: the longest utterance that is scored lasts so long, or a multiple of what `limits` allow in training
     copies:      a folder for what is fetched or converted, removed when the process ends
     rewrite:     what is done to training texts before they are learnt
@@ -55,21 +56,18 @@ class Corpus:
         limits: Limits,
         skipped: SkippedUtterances,
         temperature: float,
-        streaming: bool,
+        block_rows: int | None,
         copies: Path,
         batch_seconds: float = 0.0,
     ) -> None:
         self.sources, self.limits, self.skipped = list(sources), limits, skipped
         self.scored_limits = limits.scored(batch_seconds)
-        self.temperature, self.streaming, self.copies = temperature, streaming, copies
+        self.temperature, self.block_rows, self.copies = temperature, block_rows, copies
         self.rewrite: Callable[[str], str] = str
         self.refused: Callable[[str, float], Reason | None] = lambda text, seconds: None
         if is_first_of_machine():  # the rank that outlives the others of its machine
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
-        # the training split is read whole, by `parts` and `kept`, or shard after shard, as a stream reads it
-        self.parts = cache(lambda split: Parts(self.parts_of(split, self.copies / split, self.streaming)))
-        self.shards = cache(lambda: self.parts_of("train", self.copies / "stream", by_file=True))
-        self.kept = cache(self.find_kept)
+        self.parts, self.kept = cache(self.find_parts), cache(self.find_kept)
 
     @property
     def path(self) -> str:
@@ -86,58 +84,71 @@ class Corpus:
         names = [(public_name(each.path), each.name, each.splits[split]) for each in self.sources if each.splits[split]]
         return " + ".join(dict.fromkeys(", ".join(filter(None, name)) for name in names))
 
-    def parts_of(self, split: str, copies: Path, by_file: bool) -> list[Part]:
-        """The parts of all datasets, of URLs always by file. Raises UserError where no dataset of a mix has the split."""
-        of_sources = [
-            parts_of(source, split, copies if by_file or "://" in source.path else None) for source in self.sources
-        ]
-        if not any(of_sources):
+    @property
+    def streaming(self) -> bool:
+        return self.block_rows is not None
+
+    def is_streamed(self, split: str) -> bool:
+        return self.streaming and split == "train"
+
+    def find_parts(self, split: str) -> Parts:
+        """The parts of all datasets; files in a stream and on a server. Raises UserError where no dataset has the split."""
+        found: list[Part] = []
+        for source in self.sources:
+            by_file = self.streaming or "://" in source.path
+            found += parts_of(source, split, self.copies / split if by_file else None)
+        if not found:
             wrong, write = f"no dataset of it has a {split} split", f"write data.mix.NAME.{split}_split=SPLIT of one"
             raise UserError("data.mix", UNSET, wrong, write)
-        return [part for parts in of_sources for part in parts]
+        return Parts(found)
 
     def texts(self, split: str) -> Iterator[str]:
-        """The target texts, read part by part."""
-        if self.streaming and split == "train":
-            for part in self.shards():
-                try:
-                    yield from part.texts("text")
-                except BrokenFile as error:
-                    self.skipped.broken_file(part.name, part.path, str(error), len(self.shards()))
-        else:
-            for _, rows in self.open_all(self.parts(split), split):
+        """The target texts, read part by part; of a stream no more than their column, where files allow it."""
+        if not self.is_streamed(split):
+            for _, rows in self.open_all(split):
                 for chunk in rows.chunks():
                     yield from rows.texts(chunk)
+            return
+        for number, part in enumerate(self.parts(split).parts):
+            with self.noting(split, number):
+                yield from part.texts("text")
 
-    def open(self, parts: Parts, number: int, split: str = "train") -> UtteranceRows | None:
-        """The rows of one part; None for a part that cannot be read, which is noted."""
+    @contextmanager
+    def noting(self, split: str, number: int) -> Iterator[None]:
+        """Notes a part that turns out to be unreadable."""
         try:
-            return parts[number]
+            yield
         except BrokenFile as error:
-            part = parts.parts[number]
-            self.skipped.broken_file(part.name, part.path, str(error), len(parts), split)
-            return None
+            part = self.parts(split).parts[number]
+            self.skipped.broken_file(part.name, part.path, str(error), len(self.parts(split)), split)
 
-    def open_all(self, parts: Parts, split: str = "train") -> Iterator[tuple[int, UtteranceRows]]:
+    def open(self, split: str, number: int) -> UtteranceRows | None:
+        """The rows of one part; None for a part that cannot be read, which is noted."""
+        with self.noting(split, number):
+            return self.parts(split)[number]
+        return None
+
+    def open_all(self, split: str) -> Iterator[tuple[int, UtteranceRows]]:
         """Numbers and rows of the parts that can be read; the others are noted."""
-        for number in range(len(parts)):
-            if (rows := self.open(parts, number, split)) is not None:
+        for number in range(len(self.parts(split))):
+            if (rows := self.open(split, number)) is not None:
                 yield number, rows
 
     def refuse_unusable(self, splits: Iterable[str]) -> None:
         """Raises one UserError of everything that is wrong with these splits; of a stream, with its first shard."""
-        errors = []
+        attempt = Attempts()
         for split in dict.fromkeys(splits):
-            try:
-                if not self.streaming or split != "train":
-                    self.kept(split)
-                elif next(self.open_all(Parts(self.shards(), num_rows=0)), None) is None:
-                    wrong = f"none of the {len(self.shards())} shards of 'train' can be read"
-                    raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
-            except UserError as error:
-                errors.append(error)
-        if errors:
-            raise UserError.all_of(errors) from errors[0]
+            attempt(self.refuse_unreadable if self.is_streamed(split) else self.kept, split)
+        attempt.report()
+
+    def refuse_unreadable(self, split: str) -> None:
+        parts = self.parts(split).parts
+        for number, part in enumerate(parts):
+            with self.noting(split, number):
+                part.open()
+                return
+        wrong = f"none of the {len(parts)} shards of {split!r} can be read"
+        raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
 
     def find_kept(self, split: str) -> Kept:
         """The utterances of a split that are used; of a split that is scored, all that can be.
@@ -156,38 +167,60 @@ class Corpus:
         self.skipped.judge(split)
         return kept
 
-    def filtered(self, split: str) -> Iterator[tuple[int, list[int], list[float]]]:
+    def filtered(self, split: str) -> Iterator[tuple[int, Integers, Floats]]:
         """Parts, their rows that are used, and the seconds of these, some thousand at a time."""
-        for part, rows in self.open_all(self.parts(split), split):
+        for part, rows in self.open_all(split):
             lengths = durations(rows)
             for chunk in rows.chunks():
-                used = self.usable(split, rows, chunk, lengths[chunk.start : chunk.stop])
-                yield part, list(used), list(used.values())
+                yield part, *self.usable(split, rows, chunk, lengths[chunk.start : chunk.stop])
 
     def usable(
         self, split: str, rows: UtteranceRows, indices: Sequence[int], seconds: Floats | None = None
-    ) -> dict[int, float]:
-        """The seconds of the rows that are used, by index; the others are noted."""
-        used, others = self.limits_of(split).filter(rows, indices, seconds, self.rewriting(split))
+    ) -> tuple[Integers, Floats]:
+        """The rows that are used, and their seconds; the others are noted."""
+        used, others = self.filter(split, rows, indices, seconds)
         self.skipped.planned(split, len(indices), list(others.values()))
-        return used
+        return np.array([*used], np.int64), np.array([*used.values()], np.float64)
+
+    def filter(
+        self, split: str, rows: UtteranceRows, indices: Sequence[int], seconds: Floats | None = None
+    ) -> tuple[dict[int, float], dict[int, Skipped]]:
+        """The seconds of the rows that are used, by index, and the other rows with the reason.
+
+        seconds: of each row, where they are known already; NaN for a row whose length cannot be found
+        """
+        limits, is_learnt = self.limits_of(split), split == "train"
+        used: dict[int, float] = {}
+        others: dict[int, Skipped] = {}
+        known = rows.seconds(indices) if seconds is None else seconds
+        for index, length, text in zip(indices, known.tolist(), rows.texts(indices), strict=True):
+            reason = rows.problem(index, length) or limits.refused_length(length)
+            if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
+                reason = rows.misdeclared(index) or reason
+            reason = reason or limits.refused_text(text, self.rewrite if is_learnt else str)
+            if reason := reason or (self.refused(text, length) if is_learnt else None):
+                others[index] = rows.skipped(index, *reason)
+            else:
+                used[index] = length
+        return used, others
 
     def leave_out(self, refused: Callable[[str, float], Reason | None]) -> None:
         """Leaves out the training utterances for whose text and seconds `refused` gives a reason; of a stream, as they come.
 
         Raises UserError as `kept` does.
         """
+        kept = None if self.streaming else self.kept("train")
         self.refused = refused
-        if self.streaming:
+        if kept is None:
             return
-        kept, parts = self.kept("train"), self.parts("train")
-        kept.keep([self.learnable(parts[part], indices, seconds) for part, indices, seconds in kept.chunks()])
+        kept.keep([self.learnable(*chunk) for chunk in kept.chunks()])
         self.skipped.judge("train")
         if not len(kept):
             raise self.none_left("train")
 
-    def learnable(self, rows: UtteranceRows, indices: Sequence[int], seconds: Iterable[float]) -> NDArray[np.bool_]:
-        """True for each of these rows that can be learnt; notes the others."""
+    def learnable(self, part: int, indices: Sequence[int], seconds: Iterable[float]) -> NDArray[np.bool_]:
+        """True for each of these training rows that can be learnt; notes the others."""
+        rows = self.parts("train")[part]
         reasons = list(map(self.refused, rows.texts(indices), seconds))
         others = [rows.skipped(index, *reason) for index, reason in zip(indices, reasons, strict=True) if reason]
         self.skipped.planned("train", 0, others)  # 0 more: all of them have been counted as seen
@@ -203,15 +236,11 @@ class Corpus:
     def limits_of(self, split: str) -> Limits:
         return {"train": self.limits, "validation": self.scored_limits}.get(split, WHOLE)
 
-    def rewriting(self, split: str) -> Callable[[str], str]:
-        """Rewriting of the texts of a split, which must leave something of them."""
-        return self.rewrite if split == "train" else str
-
     def weights(self) -> list[float]:
         """Visits of each part in an epoch."""
-        if self.streaming:
-            return [part.source.weight for part in self.shards()]
         parts = self.parts("train").parts
+        if self.streaming:
+            return [part.source.weight for part in parts]
         sizes: Counter[str] = Counter()
         for part, size in zip(*np.unique(self.kept("train").references[:, 0], return_counts=True), strict=True):
             sizes[parts[part].source.label] += int(size)
@@ -229,7 +258,7 @@ class Corpus:
     def training_audio(self) -> str:
         """The amount of training audio as text."""
         if self.streaming:
-            return f"streamed, {len(self.shards()):,} files"
+            return f"streamed, {len(self.parts('train')):,} files"
         seconds = self.kept("train").seconds
         return f"{seconds.sum() / 3600:.2f} hours, {len(seconds):,} utterances"
 
@@ -253,21 +282,15 @@ def refuse_unlearnt(corpus: Corpus, splits: Iterable[str], tags: Tags | WholePro
 
 def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
     """Languages and tasks of the texts that are used; of a stream, of all its texts."""
-    if corpus.streaming and split == "train":
-        return {pair for part in corpus.shards() for pair in pairs_of_shard(part)}
-    chunks = ((corpus.parts(split)[part], indices) for part, indices, _ in corpus.kept(split).chunks())
-    return {
-        (as_text(cell) or rows.source.language, rows.source.task)
-        for rows, indices in chunks
-        for cell in rows.cells("language", indices)
-    }
-
-
-def pairs_of_shard(part: Part) -> Iterator[Pair]:
-    """Reads the column of languages alone; a shard that cannot be read is reported when it is trained on."""
-    source = part.source
-    if source.columns.language is None:
-        yield source.language, source.task
-        return
-    with suppress(BrokenFile):
-        yield from {(text or source.language, source.task) for text in part.texts("language")}
+    found: set[Pair] = set()
+    parts = corpus.parts(split)
+    if corpus.is_streamed(split):
+        for part in parts.parts:  # of each, the column of languages alone; training reports one that cannot be read
+            with suppress(BrokenFile):
+                texts = part.texts("language") if part.source.columns.language else [""]
+                found |= {(text or part.source.language, part.source.task) for text in texts}
+        return found
+    for number, indices, _ in corpus.kept(split).chunks():
+        rows, source = parts[number], parts.parts[number].source
+        found |= {(as_text(cell) or source.language, source.task) for cell in rows.cells("language", indices)}
+    return found

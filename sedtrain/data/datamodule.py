@@ -18,15 +18,15 @@ from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.dataset import BatchesWithEpoch, Kept, SplitDataset
 from sedtrain.data.limits import Limits
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
 from sedtrain.data.parts import Parts
 from sedtrain.data.readers import cache_folder
-from sedtrain.data.sampler import BatchesWithEpoch, Position
+from sedtrain.data.sampler import Position
 from sedtrain.data.skipped import SkippedUtterances
-from sedtrain.data.streaming import Stream, StreamedBatches
+from sedtrain.data.streaming import StreamedBatches
 from sedtrain.data.workers import Loader, start_worker, usual_workers
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, UpTo1000, UpTo1000OrZero
@@ -93,7 +93,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             wrong = "the sizes of streamed datasets, which it needs, are not known"
             write = "write data.mix.NAME.weight of each dataset, or data.streaming=false"
             raise UserError("data.temperature", temperature, wrong, write)
-        self.tags, self.block_utterances = tags, block_utterances
+        self.tags = tags
         self.bounds = Bounds.of(batch_seconds, batch_tokens, num_buckets, batches)
         self.num_workers = usual_workers() if num_workers is None else num_workers
         self.keep_decoded_hours, self.seed = keep_decoded_hours, seed
@@ -102,7 +102,8 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.limits = Limits(min_seconds, max_seconds, min_characters, max_characters)
         run_key = hashlib.sha256(f"{platform.node()} {Path(folder).absolute()}".encode()).hexdigest()[:16]
         copies = cache_folder("streams") / run_key  # each machine makes and removes its own
-        self.corpus = Corpus(sources, self.limits, self.skipped, temperature, streaming, copies, batch_seconds)
+        block_rows = block_utterances if streaming else None
+        self.corpus = Corpus(sources, self.limits, self.skipped, temperature, block_rows, copies, batch_seconds)
         self.num_batches = 0  # so far, in this process
         self.position: Position | None = None
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
@@ -125,36 +126,32 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def batches_of(
         self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool, most: float = inf
     ) -> BatchesWithEpoch:
-        """Batches of a split, with `over_ranks` those of this rank; their bounds allow for audio that augmentation lengthens.
+        """Batches of a split, with `over_ranks` those of this rank.
 
         most: longer utterances, in seconds, are in none
         """
         kept = dataset.kept
-        used = slice(None) if most == inf else np.round(kept.seconds, 2) <= most
-        trainer = self.trainer if over_ranks else None
+        if most < inf:
+            is_used = np.round(kept.seconds, 2) <= most
+            kept = Kept(kept.references[is_used], kept.seconds[is_used])
+        rank, num_ranks = self.own_rank() if over_ranks else (0, 1)
         return BatchesWithEpoch(
-            kept.references[used],
-            dataset.longest * kept.seconds[used],
-            self.bounds,
-            shuffle=shuffle,
-            seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            num_ranks=trainer.world_size if trainer else 1,
-            tokens=dataset.all_num_tokens()[used] if self.bounds.count_tokens else None,
+            dataset, kept, self.bounds, shuffle=shuffle, seed=self.seed, rank=rank, num_ranks=num_ranks
         )
 
-    def stream(self, counts_tokens: bool) -> tuple[SplitDataset, StreamedBatches]:
+    def own_rank(self) -> tuple[int, int]:
+        """This rank, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def stream(self) -> StreamedBatches:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
         assert self.collator is not None, "build hands the collator over"
-        num_rows = self.block_utterances if self.corpus.streaming else None
-        if num_rows is None:
+        if self.corpus.block_rows is None:
             dataset = self.split("train", self.augment)
         else:
-            parts = Parts(self.corpus.shards(), 2 * num_rows)
+            parts = Parts(self.corpus.parts("train").parts, 2 * self.corpus.block_rows)
             dataset = SplitDataset(parts, None, self.collator, 0, self.augment, self.limits)
-        stream = Stream(dataset, self.corpus, num_rows, self.seed, counts_tokens=counts_tokens)
-        rank, num_ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return dataset, StreamedBatches(stream, self.bounds, self.seed, rank, num_ranks)
+        return StreamedBatches(dataset, self.corpus, self.bounds, self.seed, *self.own_rank())
 
     def batch_sizes(self) -> str:
         """The size of training batches as text."""
@@ -166,9 +163,9 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         sizes = [bucket.utterances for bucket in self.bounds.buckets]
         return f"{min(sizes):,} to {max(sizes):,} utterances, by {len(sizes)} buckets of data.batches"
 
-    def loader(self, dataset: SplitDataset, batches: BatchesWithEpoch | StreamedBatches) -> Loader:
+    def loader(self, batches: BatchesWithEpoch | StreamedBatches) -> Loader:
         return Loader(
-            dataset,
+            batches.dataset,
             batch_size=None,
             sampler=batches,
             num_workers=self.num_workers,
@@ -183,8 +180,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
         most: longer utterances, in seconds, are for `long_utterances`
         """
-        dataset = self.split(split)
-        for batch in self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=False, most=most)):
+        for batch in self.loader(self.batches_of(self.split(split), shuffle=False, over_ranks=False, most=most)):
             self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             self.make_room()
             yield batch
@@ -226,20 +222,18 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> Loader:
         batches: BatchesWithEpoch | StreamedBatches
         if self.corpus.has_length():
-            dataset = self.split("train", self.augment)
-            batches = self.batches_of(dataset, shuffle=True, over_ranks=True)
+            batches = self.batches_of(self.split("train", self.augment), shuffle=True, over_ranks=True)
         else:
-            dataset, batches = self.stream(self.bounds.count_tokens)
+            batches = self.stream()
         if self.trainer:
             batches.set_epoch(self.trainer.current_epoch)  # workers fetch before Lightning says it
         if self.position and self.position["epoch"] >= batches.epoch:
             batches.load_state_dict(self.position)
         self.train_batches = batches
-        return self.loader(dataset, batches)
+        return self.loader(batches)
 
     def val_dataloader(self) -> Loader:
-        dataset = self.split("validation")
-        return self.loader(dataset, self.batches_of(dataset, shuffle=False, over_ranks=True))
+        return self.loader(self.batches_of(self.split("validation"), shuffle=False, over_ranks=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The position of training in the data: numbers and seeds, no samples."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,11 +12,13 @@ from torch.utils.data import Dataset
 from sedtrain.batch import Batch, Skipped, Utterance
 from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
-from sedtrain.data.buckets import Floats, Integers
+from sedtrain.data.buckets import Bounds, Floats, Integers
 from sedtrain.data.collate import Collator
 from sedtrain.data.limits import WHOLE, Limits, too_long
+from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.parts import Parts
 from sedtrain.data.readers import BrokenFile
+from sedtrain.data.sampler import DurationBatches
 from sedtrain.data.utterances import CELLS_AT_ONCE
 from sedtrain.errors import UserError
 
@@ -46,21 +50,18 @@ class Kept:
     def __len__(self) -> int:
         return len(self.references)
 
-    def part(self, number: int) -> slice:
-        """The range of the arrays that holds the utterances of a part."""
-        return slice(*np.searchsorted(self.references[:, 0], [number, number + 1]))
-
     def chunks(self) -> Iterator[tuple[int, list[int], list[float]]]:
         """Parts, rows and their seconds, in order; as many at a time as may be Python values at once."""
-        for part in np.unique(self.references[:, 0]).tolist():
-            place = self.part(part)
-            for first in range(place.start, place.stop, CELLS_AT_ONCE):
-                some = slice(first, min(first + CELLS_AT_ONCE, place.stop))
-                yield part, self.references[some, 1].tolist(), self.seconds[some].tolist()
+        parts = self.references[:, 0]
+        ends = np.flatnonzero(np.diff(parts, append=-1)) + 1  # of rows of one part
+        for start, end in pairwise([0, *ends.tolist()]):
+            for first in range(start, end, CELLS_AT_ONCE):
+                some = slice(first, min(first + CELLS_AT_ONCE, end))
+                yield int(parts[start]), self.references[some, 1].tolist(), self.seconds[some].tolist()
 
     def among(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
-        """The rows of a part that are used, and their seconds."""
-        place = self.part(part)
+        """Those of these rows of a part that are used, and their seconds; of a split that is in order."""
+        place = slice(*np.searchsorted(self.references[:, 0], [part, part + 1]))
         known, seconds = self.references[place, 1], self.seconds[place]
         is_known = np.isin(rows, known)
         return rows[is_known], seconds[np.searchsorted(known, rows[is_known])]
@@ -117,22 +118,16 @@ class SplitDataset(Dataset[Batch | UserError]):
             utterances = [self.augment(utterance, epoch) for utterance in utterances]
         return self.collator(utterances, [result for result in results if isinstance(result, Skipped)])
 
-    def num_tokens(self, part: int, indices: Sequence[int]) -> list[int]:
-        """Target tokens of some rows of a part."""
-        return [self.collator.num_tokens(text) for text in self.parts[part].texts(indices)]
-
-    def all_num_tokens(self) -> Integers:
-        """(N,) target tokens of all utterances."""
-        numbers = (number for part, rows, _ in self.kept.chunks() for number in self.num_tokens(part, rows))
-        return np.fromiter(numbers, np.int64, len(self))
+    def num_tokens(self, kept: Kept) -> Integers:
+        """(N,) target tokens of these utterances."""
+        texts = (text for part, rows, _ in kept.chunks() for text in self.parts[part].texts(rows))
+        return np.fromiter(map(self.collator.num_tokens, texts), np.int64, len(kept))
 
     def tokens_per_second(self) -> float:
         """The mean of some thousand utterances."""
         step = len(self) // NUM_COUNTED + 1
         counted = Kept(self.kept.references[::step], self.kept.seconds[::step])
-        return sum(sum(self.num_tokens(part, rows)) for part, rows, _ in counted.chunks()) / float(
-            counted.seconds.sum()
-        )
+        return float(self.num_tokens(counted).sum() / counted.seconds.sum())
 
     def utterance_of(self, id: str) -> Utterance:
         found = ((rows, rows.index_of(id)) for rows in self.parts)
@@ -174,3 +169,20 @@ class SplitDataset(Dataset[Batch | UserError]):
         if self.is_scored and round(utterance.seconds, 2) > (longest := self.collator.max_seconds):
             return rows.skipped(index, *too_long(utterance.seconds, longest, "the limit of the model"))
         return utterance
+
+
+class BatchesWithEpoch(DurationBatches):
+    """Batches of references, each with its epoch: workers outlive an epoch, and learn of the next one in no other way.
+
+    kept: the utterances; bounds allow for audio that the augmentation of `dataset` lengthens
+    """
+
+    def __init__(self, dataset: SplitDataset, kept: Kept, bounds: Bounds, **options: Any) -> None:
+        tokens = dataset.num_tokens(kept) if bounds.buckets or bounds.batch_tokens else None
+        super().__init__(dataset.longest * kept.seconds, bounds, tokens=tokens, **options)
+        self.dataset, self.references = dataset, kept.references
+
+    def __iter__(self) -> Iterator[tuple[int, list[Reference]]]:
+        epoch, batches = self.epoch, super().__iter__()
+        return_freed_memory()  # that the order was made in; workers are forked next
+        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in batches)

@@ -53,25 +53,20 @@ def durations(rows: UtteranceRows) -> Floats:
 def cache_file(rows: UtteranceRows) -> Path:
     """The file that keeps the lengths of these rows; its name changes when a row or a file of audio does."""
     key = hashlib.sha256(ascii((VERSION, rows.fingerprint, str(rows.folder.absolute()))).encode())
-    for facts in facts_of(rows):  # some at a time: all of them would take more memory than the plan of an epoch
-        key.update(ascii(facts).encode())
-    return cache_folder("durations") / f"{key.hexdigest()[:32]}.npy"
-
-
-def facts_of(rows: UtteranceRows) -> Iterator[list[FileFacts]]:
-    """Facts of every file that the audio column names; bytes in it change the fingerprint of the rows."""
     names = names_in(rows.table["audio"])
     chunks = [names[first : first + FILES_AT_ONCE] for first in range(0, len(names), FILES_AT_ONCE)]
 
-    def facts_of_some(chunk: pa.Array) -> list[FileFacts]:
+    def facts_of(chunk: pa.Array) -> list[FileFacts]:
         return [facts_of_file(str(rows.folder / name)) for name in chunk.to_pylist() if name and "\0" not in name]
 
-    with ThreadPoolExecutor() as pool:
-        yield from pool.map(facts_of_some, chunks)
+    with ThreadPoolExecutor() as pool:  # some at a time: all of them would take more memory than the plan of an epoch
+        for facts in pool.map(facts_of, chunks):
+            key.update(ascii(facts).encode())
+    return cache_folder("durations") / f"{key.hexdigest()[:32]}.npy"
 
 
 def names_in(column: pa.ChunkedArray) -> pa.Array:
-    """The distinct paths in an audio column, in the order of the rows."""
+    """The distinct paths in an audio column, in the order of the rows; bytes in it change the fingerprint of the rows."""
     if pa.types.is_struct(column.type) and "path" in column.type.names:
         has_all_bytes = "bytes" in column.type.names and not pc.struct_field(column, "bytes").null_count
         column = pa.nulls(0) if has_all_bytes else pc.struct_field(column, "path")

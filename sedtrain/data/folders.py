@@ -39,10 +39,10 @@ def has_audio(folder: Path) -> bool:
 
 
 def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
-    """The audio files of a folder, searched through, with their texts: columns audio, text, id, or those of metadata files.
+    """The audio of a folder that has some, searched through, with texts: columns audio, text, id, or those of metadata files.
 
     above: a folder around it, whose metadata file may name its files too
-    Raises UserError where there is no audio or no transcript.
+    Raises UserError where there is no transcript.
     """
     files = sorted(files_in(folder))
     inside = [Path(file) for file in files if os.path.basename(file) in METADATA]
@@ -50,9 +50,6 @@ def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
         if found := [metadata_rows(file, folder) for file in metadata if file]:
             return joined(found)
     audio = [file for file in files if is_media_file(file)]
-    if not audio:
-        write = "write data.path=FOLDER with .wav, .flac, .mp3, .ogg or .opus files"
-        raise UserError("data.path", str(folder), "there is no audio in this folder", write)
     stems = by_stem(audio)
     if listed := [file for file in files if file.lower().endswith(".trans.txt")]:
         return datasets.Dataset(as_table(row for file in listed for row in listed_rows(Path(file), stems)))

@@ -26,16 +26,15 @@ MP3_RATES = (44_100, 48_000, 32_000)  # of MPEG 1; MPEG 2 has half of it, 2.5 a 
 
 @dataclass(frozen=True)
 class Claim:
-    """A length in any unit: what the header claims, what is there, and how much of it libsndfile counts as frames.
+    """What is wrong with the length that a header claims.
 
+    missing:   what the file lacks of it, as a fraction of what libsndfile counts as frames; below 0, what is beyond it
     at, patch: bytes of the header to be replaced from there on, so that it says a length it left open
     prefix:    bytes that stand for all before `at`, for that
     fault:     the reason and detail of a file that is not used, whatever its length
     """
 
-    claimed: int = 0
-    found: int = 0
-    counted: int = 1
+    missing: float = 0.0
     at: int = 0
     patch: bytes = b""
     prefix: bytes = b""
@@ -46,10 +45,6 @@ class Claim:
         if not self.patch and not self.prefix:
             return content
         return (self.prefix or content[: self.at]) + self.patch + content[self.at + len(self.patch) :]
-
-    def missing(self, seconds: float) -> float:
-        """Seconds that the file lacks; below 0, seconds beyond the claim. seconds: the length that libsndfile gives."""
-        return (self.claimed - self.found) / self.counted * seconds
 
 
 def claim_of(file: BinaryIO, size: int) -> Claim:
@@ -148,7 +143,8 @@ class Data:
             patch = struct.pack(self.form, min(room + self.extra, most)) if self.form else b""
             return Claim(at=self.size_at, patch=patch)
         found = room if follows or self.claimed > room else self.claimed
-        return Claim(self.claimed, found, max(1, found if self.counts_all else min(self.claimed, found)))
+        counted = found if self.counts_all else min(self.claimed, found)
+        return Claim((self.claimed - found) / max(1, counted))
 
     def is_end(self, tail: bytes, pad: int) -> bool:
         """True if no audio follows: a chunk, whose name is letters, zeros that fill a block, or nothing."""
@@ -210,7 +206,7 @@ def flac_claim(file: BinaryIO, start: int, size: int) -> Claim:
     if not claimed:
         no_frame = ("unreadable audio", "FLAC without a frame at its end")
         return Claim(at=start + 18, patch=struct.pack(">Q", fields | found), fault=None if found else no_frame)
-    return Claim() if not found or claimed in ends else Claim(claimed, found, claimed)
+    return Claim() if not found or claimed in ends else Claim((claimed - found) / claimed)
 
 
 def last_frames(file: BinaryIO, start: int, size: int, block: int, number: int) -> list[range]:
@@ -311,7 +307,7 @@ def mp3_claim(file: BinaryIO, start: int, size: int) -> Claim:
         return Claim()
     tail = read_at(file, start + claimed, 4)
     is_audio = tail[:3] == b"ID3" or mp3_frame(tail) is not None
-    return Claim(claimed, size - start if is_audio else min(claimed, size - start), claimed)
+    return Claim((claimed - (size - start if is_audio else min(claimed, size - start))) / claimed)
 
 
 def counted_mp3(file: BinaryIO, start: int, size: int, first: Frame) -> Claim:

@@ -1,14 +1,12 @@
-"""The utterances of a split that are used, by the lengths of audio and text, and the reason for leaving out the others."""
+"""The lengths of audio and text that an utterance needs to be used, and the reason for leaving out one that lacks them."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from sedtrain.batch import Skipped
-from sedtrain.data.buckets import Floats
 from sedtrain.data.tables import NOT_TEXT
-from sedtrain.data.utterances import Reason, UtteranceRows
+from sedtrain.data.utterances import Reason
 from sedtrain.errors import UserError
 
 LIMITED = frozenset({"too short", "too long", "text too short", "text too long"})
@@ -47,37 +45,13 @@ class Limits:
         most, option = max(by_length, (batch_seconds, "data.batch_seconds"))
         return Limits(0.0, most, 0, sys.maxsize, option)
 
-    def filter(
-        self,
-        rows: UtteranceRows,
-        indices: Sequence[int],
-        seconds: Floats | None = None,
-        rewrite: Callable[[str], str] = str,
-    ) -> tuple[dict[int, float], dict[int, Skipped]]:
-        """The seconds of the rows that are used, by index, and the other rows with the reason.
-
-        seconds: of each row, where they are known already; NaN for a row whose length cannot be found
-        rewrite: normalizes texts before they are learnt; a text of which it leaves nothing is not used
-        """
-        kept: dict[int, float] = {}
-        skipped: dict[int, Skipped] = {}
-        known = rows.seconds(indices) if seconds is None else seconds
-        for index, length, text in zip(indices, known.tolist(), rows.texts(indices), strict=True):
-            reason = rows.problem(index, length) or self.refused_length(length)
-            if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
-                reason = rows.misdeclared(index) or reason
-            if reason := reason or self.refused_text(text, rewrite):
-                skipped[index] = rows.skipped(index, *reason)
-            else:
-                kept[index] = length
-        return kept, skipped
-
     def refused_length(self, seconds: float) -> Reason | None:
         if seconds < self.min_seconds:
             return "too short", f"{seconds:.2f} s < data.min_seconds={self.min_seconds}"
         return too_long(seconds, self.max_seconds, self.longest) if seconds > self.max_seconds else None
 
     def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
+        """rewrite: normalizes texts before they are learnt; a text of which it leaves nothing is not used"""
         number = len(text.strip())
         if text.startswith(NOT_TEXT):
             return "text that is not text", shortened(text.removeprefix(NOT_TEXT))

@@ -7,7 +7,6 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,15 +40,14 @@ def batches(
     stored = file.metadata.row_group(group)
     chunks = [stored.column(number) for number in range(stored.num_columns)]
     chunks = [each for each in chunks if columns is None or each.path_in_schema.split(".")[0] in columns]
-    pages = [pages_of(content, each) for each in chunks]
-    for each, its in zip(chunks, pages, strict=True):
-        if its.size > max(MEMORY / 4, OF_COLUMN * each.total_compressed_size):
-            part = f"row group {group}, column {each.path_in_schema}"
-            raise unfolds(place, part, its.size, each.total_compressed_size)
-    size, total = sum(each.size for each in pages), sum(each.total_compressed_size for each in chunks)
-    if size > max(MEMORY, OF_COLUMN * total):  # a page of each column is in memory at once
-        raise unfolds(place, f"row group {group}", size, total)
-    repeating = sum(each.size for each in pages if each.is_repeating)
+    size = repeating = total = 0
+    for each in chunks:
+        unfolded, is_repeating = pages_of(content, each)
+        part = f"row group {group}, column {each.path_in_schema}"
+        refuse_beyond(OF_COLUMN, each.total_compressed_size, unfolded, place, part, MEMORY / 4)
+        size, repeating = size + unfolded, repeating + unfolded * is_repeating
+        total += each.total_compressed_size
+    refuse_beyond(OF_COLUMN, total, size, place, f"row group {group}")  # a page of each column is in memory at once
     average = size // max(1, stored.num_rows)
     num_rows = min(ROWS_AT_ONCE, max(1, MEMORY // max(1, repeating, average)))
     yield from file.iter_batches(num_rows, row_groups=[group], columns=columns)
@@ -60,8 +58,7 @@ def refuse_unfolding(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Tabl
     stored, total = path.stat().st_size, 0
     for table in tables:
         total += table.nbytes + ROW_BYTES * len(table)
-        if total > max(MEMORY, OF_FILE * stored):
-            raise unfolds(str(path), "its rows", total, stored)
+        refuse_beyond(OF_FILE, stored, total, str(path), "its rows")
         yield table
 
 
@@ -70,8 +67,7 @@ def refuse_unpacking(path: str, place: str) -> None:
     stored, total = os.path.getsize(path), 0
     for size in unpacked_sizes(path, place):
         total += size
-        if total > max(MEMORY, OF_COLUMN * stored):
-            raise unfolds(place, "all of it", total, stored)
+        refuse_beyond(OF_COLUMN, stored, total, place, "all of it")
 
 
 def unpacked_sizes(path: str, place: str) -> Iterator[int]:
@@ -85,9 +81,12 @@ def unpacked_sizes(path: str, place: str) -> Iterator[int]:
             yield len(block)
 
 
-def unfolds(place: str, part: str, size: int, stored: int) -> UserError:
-    wrong = f"this file would fill memory and disk: of {part}, {stored:,} bytes unfold to {size / 1e6:,.0f} MB or more"
-    return UserError("data.path", place, wrong, "write data.path=FILE from a source that you trust")
+def refuse_beyond(times: int, stored: int, size: int, place: str, part: str, least: float = 0) -> None:
+    """Raises UserError where what is stored unfolds to more than so many times as much, and to more than `least` or MEMORY."""
+    if size > max(least or MEMORY, times * stored):
+        unfolded = f"{stored:,} bytes unfold to {size / 1e6:,.0f} MB or more"
+        wrong = f"this file would fill memory and disk: of {part}, {unfolded}"
+        raise UserError("data.path", place, wrong, "write data.path=FILE from a source that you trust")
 
 
 # --- headers of pages, structs in the compact protocol of Thrift
@@ -96,21 +95,14 @@ Fields = dict[tuple[int, int], Any]
 """The values of a struct, by number and type of the field."""
 
 
-@dataclass(frozen=True)
-class Pages:
+def pages_of(content: IO[bytes], chunk: pa.parquet.ColumnChunkMetaData) -> tuple[int, bool]:
     """Bytes that a column takes in memory at least, once all of its pages are read; and whether these repeat cells."""
-
-    size: int
-    is_repeating: bool
-
-
-def pages_of(content: IO[bytes], chunk: pa.parquet.ColumnChunkMetaData) -> Pages:
     headers = list(page_headers(content, chunk))
     data = [(header[kind], encoding) for header in headers for kind, encoding in ENCODINGS.items() if kind in header]
     num_values = max(chunk.num_values, sum(page.get(NUM_VALUES, 0) for page, _ in data))
     size = max(chunk.total_uncompressed_size, sum(header[UNCOMPRESSED] for header in headers))
     is_repeating = any(page.get(encoding, 0) not in ONCE_EACH for page, encoding in data)
-    return Pages(max(size, 4 * num_values) if ".list." in chunk.path_in_schema else size, is_repeating)
+    return max(size, 4 * num_values) if ".list." in chunk.path_in_schema else size, is_repeating
 
 
 def page_headers(content: IO[bytes], chunk: pa.parquet.ColumnChunkMetaData) -> Iterator[Fields]:

@@ -2,13 +2,11 @@
 
 import hashlib
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import IO
 
 import datasets
 import fsspec
@@ -22,7 +20,6 @@ from sedtrain.data.readers import read_rows, reading, suffix_of
 from sedtrain.data.source import Source, check_columns
 from sedtrain.data.sources import load_rows, places_of
 from sedtrain.data.tables import PROBLEM, readable_cells
-from sedtrain.data.toolkits import formatted_rows
 from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows, as_text
 from sedtrain.errors import UserError
 
@@ -65,9 +62,7 @@ class Part:
     def rows(self) -> datasets.Dataset:
         """Raises BrokenFile, and UserError for what is not found, cannot be fetched or is of no known format."""
         if self.place is None:
-            if self.source.format:
-                return formatted_rows(self.source, self.name)
-            return load_rows(self.source.path, self.name, self.source.name)
+            return load_rows(self.source.path, self.name, self.source.name, self.source.format)
         if not self.is_remote and suffix_of(self.place) == ".tar":
             return read_rows(Path(self.place))  # makes no copy but an index, which other runs can use
         with self.lock():  # no process removes a copy that another has half made
@@ -90,22 +85,18 @@ class Part:
     def parquet_cells(self, role: str, column: str) -> Iterator[pa.Array]:
         assert self.place is not None
         with reading(self.place), ExitStack() as opened:
-            content, table = self.parquet(opened)
+            content = opened.enter_context(fsspec.open(self.place))
+            try:
+                table = opened.enter_context(pa.parquet.ParquetFile(content))
+            except ValueError:  # its server does not give parts of files
+                content = opened.enter_context(self.fetched().open("rb"))
+                table = opened.enter_context(pa.parquet.ParquetFile(content))
             if not table.metadata.num_rows:
                 return
             check_columns({role: column}, datasets.Features.from_arrow_schema(table.schema_arrow), self.place)
             for group in range(table.num_row_groups):
                 for batch in batches(table, content, self.place, group, [column]):
                     yield batch.column(column)
-
-    def parquet(self, opened: ExitStack) -> tuple[IO[bytes], pa.parquet.ParquetFile]:
-        """The opened file, or a copy of it if its server does not give parts of files."""
-        content = opened.enter_context(fsspec.open(self.place))
-        try:
-            return content, opened.enter_context(pa.parquet.ParquetFile(content))
-        except ValueError:
-            content = opened.enter_context(self.fetched().open("rb"))
-            return content, opened.enter_context(pa.parquet.ParquetFile(content))
 
     def lock(self) -> FileLock:
         """A lock among the processes of a run on this machine; a process may take it twice."""
@@ -149,25 +140,28 @@ class Parts(Sequence[UtteranceRows]):
 
     def __init__(self, parts: Iterable[Part], num_rows: int | None = None) -> None:
         self.parts, self.num_rows = list(parts), num_rows
-        self.opened: OrderedDict[int, UtteranceRows] = OrderedDict()
+        self.opened: dict[int, UtteranceRows] = {}  # where some are closed, those used last come last
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
-        if number not in self.opened:
-            self.opened[number] = self.parts[number].open()
+        rows = self.opened.get(number)
+        if rows is None:
+            rows = self.opened[number] = self.parts[number].open()
             self.close_oldest()
-        self.opened.move_to_end(number)
-        return self.opened[number]
+        elif self.num_rows is not None:
+            self.opened[number] = self.opened.pop(number, rows)
+        return rows
 
     def close_oldest(self) -> None:
-        num_open = sum(map(len, self.opened.values()))
-        for number, rows in list(self.opened.items())[:-1]:
+        opened = list(self.opened.items())
+        num_open = sum(len(rows) for _, rows in opened)
+        for number, rows in opened[:-1]:
             num_open -= len(rows)
             if self.num_rows is None or num_open < self.num_rows:
                 break
-            del self.opened[number]
+            self.opened.pop(number, None)
 
     def remove_copy(self, number: int) -> None:
         self.opened.pop(number, None)

@@ -54,8 +54,10 @@ def files_of(path: str, split: str) -> list[Path]:
     """
     where = local_path(path)
     if is_pattern(path):
-        if files := sorted(pattern_files(path, split)):
-            return files
+        names = expanded(str(Path(path.replace("{split}", split)).expanduser()))
+        files = (file for name in names for file in glob.glob(name, recursive=True) or [name])
+        if found := sorted(map(Path, filter(os.path.isfile, files))):
+            return found
         write = "write 'data.path=\"SHARDS-{000..127}.tar\"', or a glob, of files that are there"
         raise UserError("data.path", path, "there is no such file", write)
     return [where] if where.is_file() else split_files(where, split)
@@ -70,10 +72,10 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
 
 
-def pattern_files(pattern: str, split: str) -> Iterator[Path]:
-    for name in expanded(str(Path(pattern.replace("{split}", split)).expanduser())):
-        found = glob.glob(name, recursive=True) or [name]
-        yield from (Path(file) for file in found if os.path.isfile(file))
+def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
+    wrong = f"there is no split {split!r}, there are {', '.join(others)}"
+    options, slices = "data.train_split, data.validation_split, data.test_split", "'train[:90%]', 'train[90%:]'"
+    return UserError("data.path", str(folder), wrong, f"write {options} that are there, or slices of one: {slices}")
 
 
 def expanded(pattern: str) -> Iterator[str]:

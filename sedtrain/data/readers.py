@@ -118,16 +118,12 @@ def gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     for table in filter(len, tables):
         size = len(table) / ROWS_AT_ONCE + table.nbytes / BYTES_AT_ONCE
         if several and filled + size > 1:
-            yield one_table(several)
+            yield pa.concat_tables(several).combine_chunks()
             several, filled = [], 0.0
         several.append(table)
         filled += size
     if several:
-        yield one_table(several)
-
-
-def one_table(several: list[pa.Table]) -> pa.Table:
-    return several[0] if len(several) == 1 else pa.concat_tables(several).combine_chunks()
+        yield pa.concat_tables(several).combine_chunks()
 
 
 def reader_of(file: Path) -> Reader:
@@ -220,12 +216,10 @@ def without_same_names(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def read_tar(path: Path) -> Iterator[pa.Table]:
-    """The samples of a WebDataset: columns audio (file, offset, size), text (of .txt), id, and the fields of a .json."""
-    yield as_table(tar_rows(path))
+    """The samples of a WebDataset: columns audio (file, offset, size), text (of .txt), id, and the fields of a .json.
 
-
-def tar_rows(path: Path) -> list[Row]:
-    """Members are never unpacked; only where they begin is noted."""
+    Members are never unpacked; only where they begin is noted.
+    """
     samples: dict[str, Row] = {}
     with tarfile.open(path, "r:") as tar:
         try:
@@ -242,7 +236,7 @@ def tar_rows(path: Path) -> list[Row]:
     for key, row in samples.items():
         if key.startswith("/") or leaves_folder(key):
             samples[key] = {"id": row["id"], "audio": None} | problem("path outside the dataset's folder", key)
-    return list(samples.values())
+    yield as_table(samples.values())
 
 
 def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], tar: str) -> Row:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from sedtrain.data.buckets import Bounds, Floats, Integers
-from sedtrain.data.memory import return_freed_memory
 from sedtrain.errors import UserError
 
 SHORTEST_SECONDS = 0.1  # the collator pads shorter audio with silence
@@ -233,19 +232,3 @@ class DurationBatches(Sampler[Any]):
     def __len__(self) -> int:
         """The steps of this whole epoch, those before it was resumed included, as Lightning counts."""
         return self.resumed_steps() + ceil(len(self.batches_left()) / self.num_ranks)
-
-
-class BatchesWithEpoch(DurationBatches):
-    """Batches of references, each with its epoch: workers outlive an epoch, and learn of the next one in no other way.
-
-    references: (N, 2) the utterance of each number of a batch
-    """
-
-    def __init__(self, references: NDArray[np.int32], seconds: Floats, bounds: Bounds, **options: Any) -> None:
-        super().__init__(seconds, bounds, **options)
-        self.references = references
-
-    def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        epoch, batches = self.epoch, super().__iter__()
-        return_freed_memory()  # that the order was made in; workers are forked next
-        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in batches)

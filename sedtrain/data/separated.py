@@ -58,19 +58,16 @@ def separated_rows(lines: list[str], header: list[str], delimiter: str) -> Itera
             at += 1
             continue
         (cells, wrong), number = record(lines, at, delimiter, len(header))
-        if wrong:
-            yield problem("broken CSV", f"line {at + 1}, {wrong}")
-        elif cells != [""]:
-            yield row_of(cells, header, f"line {at + 1}")
+        position = f"line {at + 1}"
         at += number
-
-
-def row_of(cells: list[str], header: list[str], position: str) -> Row:
-    if any(map(UNDECODED.search, cells)):
-        return problem("text that is not UTF-8", position)
-    if len(cells) != len(header):
-        return problem("broken CSV", f"{position} has {len(cells)} cells, the header {len(header)}")
-    return {name: cell or None for name, cell in zip(header, cells, strict=True) if name}
+        if wrong:
+            yield problem("broken CSV", f"{position}, {wrong}")
+        elif any(map(UNDECODED.search, cells)):
+            yield problem("text that is not UTF-8", position)
+        elif cells != [""] and len(cells) != len(header):
+            yield problem("broken CSV", f"{position} has {len(cells)} cells, the header {len(header)}")
+        elif cells != [""]:
+            yield {name: cell or None for name, cell in zip(header, cells, strict=True) if name}
 
 
 def record(lines: list[str], at: int, delimiter: str, num_columns: int) -> tuple[Cells, int]:
@@ -82,7 +79,8 @@ def record(lines: list[str], at: int, delimiter: str, num_columns: int) -> tuple
     if number > 1 and (len(cells) != num_columns or is_left_open(lines[at : at + number], delimiter, num_columns)):
         wrong, number = OPEN, 1
     if wrong and delimiter == "\t":
-        return ([unquoted(cell) for cell in line.split(delimiter)], None), 1
+        found = line.split(delimiter)
+        return ([each[1:-1].replace('""', '"') if QUOTED.fullmatch(each) else each for each in found], None), 1
     return (cells, wrong), number
 
 
@@ -101,10 +99,6 @@ def is_left_open(lines: Sequence[str], delimiter: str, num_columns: int) -> bool
     before = next(csv.reader(lines[:1], delimiter=delimiter))[:-1]  # the cells before that mark
     is_row = bool(before) and lines[-1].partition('"')[0].count(delimiter) == len(before)
     return is_row or any('"' not in line and line.count(delimiter) == num_columns - 1 for line in lines[1:])
-
-
-def unquoted(cell: str) -> str:
-    return cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell
 
 
 def without_end(line: str) -> str:

@@ -151,7 +151,8 @@ class SkippedUtterances:
                     first = " ".join(filter(None, (utterance.id, utterance.detail)))
                     logger.warning("skipping utterances: %s (first: %s)", utterance.reason, first)
                 self.count(key, utterance)
-                file.write(line(utterance))
+                values = {name: getattr(utterance, name) for name in ("id", "path", "reason", "detail")}
+                file.write(json.dumps(values).encode() + b"\n")
             file.flush()
             self.num_bytes_read = file.seek(0, os.SEEK_END)
 
@@ -189,11 +190,6 @@ def num_faults(skipped: Sequence[Skipped]) -> int:
 def key_of(utterance: Skipped) -> Key:
     identity = utterance.id, utterance.reason, utterance.path
     return hashlib.blake2b(ascii(identity).encode(), digest_size=12).digest()
-
-
-def line(utterance: Skipped) -> bytes:
-    order = ("id", "path", "reason", "detail")
-    return json.dumps({name: getattr(utterance, name) for name in order}).encode() + b"\n"
 
 
 def in_words(counts: Mapping[str, int]) -> str:

@@ -14,10 +14,11 @@ from datasets.utils.file_utils import cached_path
 from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
-from sedtrain.data.paths import expanded, files_at, files_of, is_here, local_path
+from sedtrain.data.paths import expanded, files_at, files_of, is_here, is_pattern, local_path, missing_split
 from sedtrain.data.readers import BrokenFile, cache_folder, one_line, read_rows, suffix_of
 from sedtrain.data.source import Source
 from sedtrain.data.tables import joined
+from sedtrain.data.toolkits import formatted_rows
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 
@@ -26,25 +27,42 @@ SLICED = re.compile(r"([^\[+]+)(\[.*\])")
 SPLIT_LIKE = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
-def load_rows(path: str, split: str, name: str | None = None) -> datasets.Dataset:
+def load_rows(path: str, split: str, name: str | None = None, format: str | None = None) -> datasets.Dataset:
     """The rows of one split.
 
     path:  `spoken_digits` (embedded), a file, a folder, a pattern of files, or a Hub id, `ID@REVISION` for a branch. A
            file and a pattern hold whatever split is asked for; in a pattern `{split}` stands for its name. A folder
            holds files or a folder named after each split, or whatever else `datasets.load_dataset` reads.
-    split: may be sliced, as in `train[:90%]`
+    split: may be sliced (`train[:90%]`) or, where splits have files of their own, added up (`train-clean-100+train-clean-360`)
     name:  the Hub's configuration
+    format: of another toolkit, a name of `toolkits.FORMATS`
 
     Raises UserError where nothing is there, where the split is missing or empty, or where the Hub cannot be reached.
     """
     datasets.disable_progress_bars()
+    if format is not None and not local_path(path).exists():
+        write = "write data.path=FOLDER_OR_FILE of this machine"
+        raise UserError("data.path", path, f"format={format} reads files, and there are none", write)
+    holds_any = local_path(path).is_file() or (is_pattern(path) and "{split}" not in path)
     with readable(path, split):
-        rows = local_rows(path, split)
-        if rows is None:
-            rows = from_datasets(path, split, name)
+        slices = [SLICED.fullmatch(part) or [part, part] for part in ([split] if holds_any else split.split("+"))]
+        rows = joined([cut(whole_rows(path, whole[1], name, format), whole[0]) for whole in slices])
     if len(rows) == 0:
-        raise empty_split(path, split)
+        raise UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
     return rows
+
+
+def whole_rows(path: str, split: str, name: str | None, format: str | None) -> datasets.Dataset:
+    where = local_path(path)
+    if format is not None:
+        return formatted_rows(format, where, split, name)
+    if files := files_of(path, split):
+        with ThreadPoolExecutor() as pool:
+            return joined(list(pool.map(read_rows, files)))
+    if is_saved(where):
+        return saved_rows(where, split)
+    found = folder_rows(where, split) if where.is_dir() else None
+    return from_datasets(path, split, name) if found is None else found
 
 
 @contextmanager
@@ -74,19 +92,6 @@ def readable(path: str, split: str) -> Iterator[None]:
         options = "data.train_split, data.validation_split, data.test_split"
         write = getattr(error, "write", None) or f"write {options} that the dataset has, in files that can be read"
         raise UserError("data.path", path, f"split {split!r}: {words}", write) from error
-
-
-def local_rows(path: str, split: str) -> datasets.Dataset | None:
-    """The rows of a split at a local path, or None for what `datasets` has to read itself."""
-    where, sliced = local_path(path), SLICED.fullmatch(split)
-    whole = sliced[1] if sliced else split
-    if files := files_of(path, whole):
-        with ThreadPoolExecutor() as pool:
-            return cut(joined(list(pool.map(read_rows, files))), split)
-    if not where.is_dir():
-        return None
-    rows = saved_rows(where, whole) if is_saved(where) else folder_rows(where, whole)
-    return rows and cut(rows, split)
 
 
 def cut(rows: datasets.Dataset, split: str) -> datasets.Dataset:
@@ -124,26 +129,11 @@ def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
     return read_folder(folder)
 
 
-def empty_split(path: str, split: str) -> UserError:
-    return UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
-
-
-def missing_split(folder: Path, split: str, others: list[str]) -> UserError:
-    wrong = f"there is no split {split!r}, there are {', '.join(others)}"
-    options, slices = "data.train_split, data.validation_split, data.test_split", "'train[:90%]', 'train[90%:]'"
-    return UserError("data.path", str(folder), wrong, f"write {options} that are there, or slices of one: {slices}")
-
-
 def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
-    repository, revision = hub_or_folder(path)
     try:
-        builder = datasets.load_dataset_builder(
-            repository, name, revision=revision, cache_dir=cache_of(local_path(path))
-        )
-        parts = [(part, own_files(builder, part.partition("[")[0])) for part in split.split("+")]
-        if all(files for _, files in parts):
-            read = [(part, [read_rows(Path(cached_path(file)), name=file) for file in files]) for part, files in parts]
-            return joined([cut(joined(rows), part) for part, rows in read])
+        builder = builder_of(path, name)
+        if files := own_files(builder, split):
+            return joined([read_rows(Path(cached_path(file)), name=file) for file in files])
         for file in map(str, chain.from_iterable((builder.config.data_files or {}).values())):
             if file.lower().endswith(PACKED):
                 refuse_unpacking(cached_path(file), file)
@@ -165,9 +155,7 @@ def places_of(source: Source, split: str) -> list[str]:
     if is_saved(local_path(source.path)):
         return []
     with readable(source.path, split):
-        repository, revision = hub_or_folder(source.path)
-        builder = datasets.load_dataset_builder(repository, source.name, revision=revision)
-        places = list(map(str, (builder.config.data_files or {}).get(split, [])))
+        places = list(map(str, (builder_of(source.path, source.name).config.data_files or {}).get(split, [])))
         return places if all(map(suffix_of, places)) else []
 
 
@@ -179,11 +167,12 @@ def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
 
 
-def hub_or_folder(path: str) -> tuple[str, str | None]:
-    """A folder, or a Hub id with its revision."""
+def builder_of(path: str, name: str | None) -> datasets.DatasetBuilder:
+    """What `datasets` reads a folder by, or a Hub id with its revision."""
     where = local_path(path)
     hub_id, _, revision = path.partition("@")
-    return (str(where), None) if where.exists() else (hub_id, revision or None)
+    repository, version = (str(where), None) if where.exists() else (hub_id, revision or None)
+    return datasets.load_dataset_builder(repository, name, revision=version, cache_dir=cache_of(where))
 
 
 def cache_of(folder: Path) -> str | None:

@@ -17,13 +17,11 @@ import pyarrow as pa
 from sedtrain.data.audio import is_media_file
 from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import by_stem, kaldi_rows, listed_rows, path_below
-from sedtrain.data.parquet import refuse_unpacking
-from sedtrain.data.paths import files_of, local_path
+from sedtrain.data.parquet import ROWS_AT_ONCE, refuse_unpacking
+from sedtrain.data.paths import files_of, local_path, missing_split
 from sedtrain.data.readers import json_row, json_rows, reading
 from sedtrain.data.separated import read_separated
-from sedtrain.data.source import Source
-from sedtrain.data.sources import SLICED, cut, empty_split, missing_split, readable
-from sedtrain.data.tables import PROBLEM, Row, as_table, joined, lines_of, problem
+from sedtrain.data.tables import PROBLEM, Row, as_table, lines_of, problem
 from sedtrain.errors import UserError
 
 COLUMNS = ("audio", "text", "translation", "id", "speaker", "language", "seconds", "start", "end")
@@ -37,26 +35,10 @@ NEMO = {
 }  # fmt: skip
 
 
-def formatted_rows(source: Source, split: str) -> datasets.Dataset:
-    """The rows of a split, which may be sliced (`train[:90%]`) or added up (`train-clean-100+train-clean-360`).
-
-    Raises UserError where the split or one of its files is missing, or holds something else than the format.
-    """
-    path = local_path(source.path)
-    if not path.exists():
-        write = "write data.path=FOLDER_OR_FILE of this machine"
-        raise UserError("data.path", source.path, f"format={source.format} reads files, and there are none", write)
-    parts = []
-    with readable(source.path, split):
-        for part in split.split("+"):
-            sliced = SLICED.fullmatch(part)
-            table = FORMATS[str(source.format)](path, sliced[1] if sliced else part, source.name)
-            names = [name for name in (*COLUMNS, PROBLEM) if name in table.column_names]
-            parts.append(cut(datasets.Dataset(table.select(names)), part))
-    rows = joined(parts)
-    if len(rows) == 0:
-        raise empty_split(source.path, split)
-    return rows
+def formatted_rows(format: str, path: Path, split: str, name: str | None) -> datasets.Dataset:
+    """The rows of a split. Raises UserError where one of its files is missing, or holds something else than the format."""
+    table = as_table(FORMATS[format](path, split, name), COLUMNS)
+    return datasets.Dataset(table.select([column for column in (*COLUMNS, PROBLEM) if column in table.column_names]))
 
 
 def recognised(path: str | None) -> str | None:
@@ -83,29 +65,34 @@ def split_file(folder: Path, patterns: Iterable[str], split: str) -> Path:
     return found[0]
 
 
-def named(file: Path, problems: Iterable[str | None]) -> list[str | None]:
-    """Problems with the name of the file before the line."""
-    return [each and each.replace(": ", f": {file.name}, ", 1) for each in problems]
+def split_folder(path: Path, split: str) -> Path:
+    """The folder of a split; else `path` itself."""
+    return next((path / each for each in spellings(split) if (path / each).is_dir()), path)
+
+
+def named(row: Row, file: Path) -> Row:
+    """A row with a problem, which names the file before the line."""
+    return row | {PROBLEM: row[PROBLEM].replace(": ", f": {file.name}, ", 1)}
 
 
 # --- folders and tables
 
 
-def read_kaldi(path: Path, split: str, name: str | None) -> pa.Table:
+def rows_of_kaldi(path: Path, split: str, name: str | None) -> Iterator[Row]:
     """wav.scp, text and, where they are there, segments, utt2spk, utt2lang and utt2dur, in the split's folder or in `path`."""
-    folder = next((path / each for each in spellings(split) if (path / each).is_dir()), path)
+    folder = split_folder(path, split)
     for needed in ("wav.scp", "text"):
         if not (folder / needed).is_file():
             if folder == path and (inside := sorted(file.parent.name for file in path.glob("*/wav.scp"))):
                 raise missing_split(path, split, inside)
             wrong = f"this is no folder of Kaldi: it has no file {needed!r}"
             raise UserError("data.path", str(folder), wrong, "write data.path=FOLDER with wav.scp and text")
-    return as_table(kaldi_rows(folder), COLUMNS)
+    return kaldi_rows(folder)
 
 
-def read_librispeech(path: Path, split: str, name: str | None) -> pa.Table:
+def rows_of_librispeech(path: Path, split: str, name: str | None) -> Iterator[Row]:
     """The `*.trans.txt` below the split's folder, or below `path`; a speaker is what an id begins with, `19-198-0000`."""
-    folder = next((path / each for each in spellings(split) if (path / each).is_dir()), path)
+    folder = split_folder(path, split)
     files = sorted(files_in(folder))
     audio = by_stem(filter(is_media_file, files))
     listed = [Path(file) for file in files if file.lower().endswith(".trans.txt")]
@@ -113,25 +100,28 @@ def read_librispeech(path: Path, split: str, name: str | None) -> pa.Table:
     if not listed or (folder == path and others):
         raise missing_split(path, split, sorted(others) or ["none with *.trans.txt"])
     rows = (row for file in listed for row in listed_rows(file, audio))
-    return as_table(({**row, "speaker": str(row.get("id", "")).partition("-")[0] or None} for row in rows), COLUMNS)
+    return ({**row, "speaker": str(row.get("id", "")).partition("-")[0] or None} for row in rows)
 
 
-def read_common_voice(path: Path, split: str, name: str | None, patterns: Iterable[str] = ("SPLIT.tsv",)) -> pa.Table:
+def rows_of_common_voice(
+    path: Path, split: str, name: str | None, patterns: Iterable[str] = ("SPLIT.tsv",)
+) -> Iterator[Row]:
     """The .tsv of a split, with its audio in the folder `clips` beside it, else where data.audio_folder says."""
     file = split_file(path, [each.replace("NAME", name or "*") for each in patterns], split)
     table = tabs_of(file)
     if missing := {"path", "sentence"} - set(table.column_names):
         wrong = f"{file.name} has no column {sorted(missing)[0]!r}, it has {', '.join(table.column_names)}"
         raise UserError("data.path", str(path), wrong, "write data.path=FOLDER as Common Voice is unpacked")
-    clips, names = path / "clips", table["path"].to_pylist()
-    columns: dict[str, Any] = dict.fromkeys(COLUMNS, pa.nulls(len(table)))
-    columns |= {role: table[column] for role, column in COMMON_VOICE.items() if column in table.column_names}
-    columns["audio"] = pa.array([each and path_below(clips, each) for each in names] if clips.is_dir() else names)
-    columns["id"] = pa.array([each and os.path.splitext(each)[0] for each in names])
-    columns["seconds"] = pa.array(list(map(clip_seconds(path).get, names)), pa.float64())
-    if PROBLEM in table.column_names:
-        columns[PROBLEM] = pa.array(named(file, table[PROBLEM].to_pylist()))
-    return pa.table(columns)
+    clips, seconds = path / "clips", clip_seconds(path)
+    has_clips = clips.is_dir()
+    for row in (row for some in table.to_batches(ROWS_AT_ONCE) for row in some.to_pylist()):
+        clip = row["path"]
+        if row.get(PROBLEM):
+            yield named({PROBLEM: row[PROBLEM]}, file)
+        else:
+            audio = path_below(clips, clip) if clip and has_clips else clip
+            said = {role: row.get(column) for role, column in COMMON_VOICE.items()}
+            yield {"audio": audio, "id": clip and os.path.splitext(clip)[0], "seconds": seconds.get(clip), **said}
 
 
 def tabs_of(file: Path) -> pa.Table:
@@ -154,31 +144,26 @@ def clip_seconds(folder: Path) -> dict[str | None, float]:
 # --- JSON lines
 
 
-def read_nemo(path: Path, split: str, name: str | None) -> pa.Table:
-    files = files_of(str(path), split) or [split_file(path, ["SPLIT*.json*"], split)]
-    return as_table((nemo_row(row, file) for file in files for row in while_reading(file, json_rows(file))), COLUMNS)
+def rows_of_nemo(path: Path, split: str, name: str | None) -> Iterator[Row]:
+    for file in files_of(str(path), split) or [split_file(path, ["SPLIT*.json*"], split)]:
+        with reading(file):
+            for row in json_rows(file):
+                yield named(row, file) if PROBLEM in row else nemo_row(row)
 
 
-def while_reading(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
-    with reading(file):
-        yield from rows
-
-
-def nemo_row(row: Row, file: Path) -> Row:
-    if PROBLEM in row:
-        return row | {PROBLEM: named(file, [row[PROBLEM]])[0]}
+def nemo_row(row: Row) -> Row:
     return {role: next((row[key] for key in keys if row.get(key) is not None), None) for role, keys in NEMO.items()}
 
 
-def read_lhotse(path: Path, split: str, name: str | None) -> pa.Table:
+def rows_of_lhotse(path: Path, split: str, name: str | None) -> Iterator[Row]:
     """Cuts as JSON lines, also packed: FILE, a pattern, or of a folder the file whose name has `cuts` and the split's name."""
-    files = files_of(str(path), split) or [
-        split_file(path, ["*cuts*SPLIT.jsonl", "*cuts*SPLIT.jsonl.gz", "SPLIT.jsonl.gz"], split)
-    ]
-    return as_table((row for file in files for row in while_reading(file, cut_file_rows(file))), COLUMNS)
+    patterns = ["*cuts*SPLIT.jsonl", "*cuts*SPLIT.jsonl.gz", "SPLIT.jsonl.gz"]
+    for file in files_of(str(path), split) or [split_file(path, patterns, split)]:
+        with reading(file):
+            yield from rows_of_cuts(file)
 
 
-def cut_file_rows(file: Path) -> Iterator[Row]:
+def rows_of_cuts(file: Path) -> Iterator[Row]:
     if file.suffix == ".gz":
         refuse_unpacking(str(file), file.name)
     with fsspec.open(file, compression="infer") as lines:
@@ -227,11 +212,11 @@ def wrong_with(cut: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-FORMATS: dict[str, Callable[[Path, str, str | None], pa.Table]] = {
-    "kaldi": read_kaldi,
-    "librispeech": read_librispeech,
-    "common_voice": read_common_voice,
-    "covost": partial(read_common_voice, patterns=("covost_v2.NAME.SPLIT.tsv", "SPLIT.tsv")),
-    "nemo": read_nemo,
-    "lhotse": read_lhotse,
+FORMATS: dict[str, Callable[[Path, str, str | None], Iterator[Row]]] = {
+    "kaldi": rows_of_kaldi,
+    "librispeech": rows_of_librispeech,
+    "common_voice": rows_of_common_voice,
+    "covost": partial(rows_of_common_voice, patterns=("covost_v2.NAME.SPLIT.tsv", "SPLIT.tsv")),
+    "nemo": rows_of_nemo,
+    "lhotse": rows_of_lhotse,
 }

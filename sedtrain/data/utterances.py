@@ -116,34 +116,33 @@ class UtteranceRows:
 
     def seconds(self, indices: Sequence[int] | None = None) -> Floats:
         """(N,) the length of each utterance, from its columns, else from the header of its audio, else NaN."""
-        lengths = self.declared(indices)
+        lengths = np.array(self.cells("seconds", indices), dtype=np.float64)
         missing = np.isnan(lengths)
         among = np.array(range(len(self)) if indices is None else indices, np.int64)
         lengths[missing] = list(self.by_header(among[missing]))
         return lengths
 
-    def declared(self, indices: Sequence[int] | None = None) -> Floats:
+    def declared(self) -> Floats:
         """(N,) the lengths by columns alone; NaN where they give none."""
-        if indices is None:
-            return np.array(self.table["seconds"].cast(pa.float64()).fill_null(nan).to_numpy(), dtype=np.float64)
-        return np.array(self.cells("seconds", indices), dtype=np.float64)
+        return np.array(self.table["seconds"].cast(pa.float64()).fill_null(nan).to_numpy(), dtype=np.float64)
 
     def by_header(self, indices: Integers) -> Iterator[float]:
         """The lengths by the headers of the audio, read in threads; NaN where a header cannot be read."""
 
         def of_some(chunk: Integers) -> list[float]:
-            return [self.length_or_reason(self.row(index))[0] for index in chunk.tolist()]
+            found = (self.length_or_reason(self.row(index)) for index in chunk.tolist())
+            return [nan if isinstance(each, tuple) else each for each in found]
 
         with ThreadPoolExecutor() as pool:
             for lengths in pool.map(of_some, np.split(indices, range(ROWS_AT_ONCE, len(indices), ROWS_AT_ONCE))):
                 yield from lengths
 
-    def length_or_reason(self, row: Mapping[str, Any], declared: float | None = None) -> tuple[float, Reason]:
-        """The length by the header of the audio and ("", ""), or NaN and the reason for that with a detail."""
+    def length_or_reason(self, row: Mapping[str, Any], declared: float | None = None) -> float | Reason:
+        """The length by the header of the audio, or the reason for which there is none, with a detail."""
         try:
-            return seconds_between(row["audio"], self.folder, row["start"], row["end"], declared), ("", "")
+            return seconds_between(row["audio"], self.folder, row["start"], row["end"], declared)
         except UNREADABLE as error:
-            return nan, (getattr(error, "reason", "unreadable audio"), str(error))
+            return getattr(error, "reason", "unreadable audio"), str(error)
 
     def problem(self, index: int, seconds: float) -> Reason | None:
         """Reason and detail for a row that cannot be used, else None; seconds: its length, NaN where none was found."""
@@ -151,15 +150,15 @@ class UtteranceRows:
             reason, _, detail = text.partition(": ")
             return reason, detail
         if isnan(seconds):
-            length, reason_and_detail = self.length_or_reason(self.row(index))
-            return reason_and_detail if isnan(length) else ("unreadable audio", "at first")
+            found = self.length_or_reason(self.row(index))
+            return found if isinstance(found, tuple) else ("unreadable audio", "at first")
         return None
 
     def misdeclared(self, index: int) -> Reason | None:
         """Reason and detail for a row whose columns give another length than the header of its audio, if it has any."""
         row = self.row(index)
-        length, reason = (0.0, None) if row["seconds"] is None else self.length_or_reason(row, row["seconds"])
-        return reason if isnan(length) else None
+        found = None if row["seconds"] is None else self.length_or_reason(row, row["seconds"])
+        return found if isinstance(found, tuple) else None
 
     def skipped(self, index: int, reason: str, detail: str) -> Skipped:
         """The row as an utterance that is left out."""
@@ -189,27 +188,19 @@ class UtteranceRows:
             sampling_rate=sampling_rate,
             text=as_text(row["text"]),
             language=as_text(row["language"]) or self.source.language,
-            speaker=name_or_none(row["speaker"]),
+            speaker=as_text(row["speaker"]).strip() or None,
             seconds=len(audio) / sampling_rate,
             task=self.source.task,
         )
 
 
-def name_or_none(cell: object) -> str | None:
-    """Speaker or language of a cell as text; None for an empty cell."""
-    return None if cell is None or cell != cell or not str(cell).strip() else str(cell)
-
-
 def as_text(value: Any) -> str:
-    """A cell of the text column as text: as JSON writes numbers and truth, without control characters; NaN is empty."""
+    """A cell as text: as JSON writes numbers and truth, without control characters; NaN is empty."""
     if value is None or value != value:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value)
-    return text if text.startswith(NOT_TEXT) or not CONTROL.search(text) else CONTROL.sub(instead, text)
-
-
-def instead(control: re.Match[str]) -> str:
-    """A space for characters that separate, such as a form feed; nothing for others."""
-    return " " if control[0].isspace() else ""
+    if text.startswith(NOT_TEXT) or not CONTROL.search(text):
+        return text
+    return CONTROL.sub(lambda control: " " if control[0].isspace() else "", text)  # a form feed, for example, separates

@@ -57,9 +57,6 @@ class Loader(DataLoader[Batch | UserError]):
 
 @contextmanager
 def sigterm_blocked() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -19,7 +19,7 @@ from sedtrain.data.dataset import Reference
 from sedtrain.data.durations import durations
 from sedtrain.data.parts import Parts
 from sedtrain.data.paths import local_path
-from sedtrain.data.utterances import UtteranceRows, name_or_none
+from sedtrain.data.utterances import UtteranceRows, as_text
 from sedtrain.errors import UserError
 
 Samples = NDArray[np.float32]  # (S,) in -1..1
@@ -83,7 +83,7 @@ class SplitEntries:
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Filters rows of a part as for training."""
         seconds = None if corpus.streaming else durations(rows)[: len(indices)]
-        kept, skipped = corpus.limits_of(self.split).filter(rows, indices, seconds, corpus.rewriting(self.split))
+        kept, skipped = corpus.filter(self.split, rows, indices, seconds)
         used = list(kept)
         self.entries += map(
             Entry,
@@ -91,8 +91,8 @@ class SplitEntries:
             map(rows.id_of, used, rows.cells("id", used)),
             kept.values(),
             map(str.strip, rows.texts(used)),
-            map(name_or_none, rows.cells("speaker", used)),
-            (name_or_none(cell) or rows.source.language for cell in rows.cells("language", used)),
+            (as_text(cell).strip() or None for cell in rows.cells("speaker", used)),
+            (as_text(cell) or rows.source.language for cell in rows.cells("language", used)),
             repeat(self.parts.parts[part].source.label or None),
         )
         lengths = (None if isnan(length) else length for length in rows.seconds(list(skipped)).tolist())
@@ -142,7 +142,7 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
         if room == 0:
             found.is_whole = False
             break
-        if (rows := corpus.open(found.parts, part)) is None:
+        if (rows := corpus.open(split, part)) is None:
             found.skipped.append((Skipped(described.name, "unreadable shard"), None))
         else:
             found.add(corpus, part, rows, range(len(rows))[:room])

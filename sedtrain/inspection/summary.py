@@ -208,7 +208,7 @@ class SplitSummary:
         measures: dict[str, Numbers] = {"seconds": seconds, "characters": num_characters, "words": num_words}
         measures["characters per second"] = num_characters / np.maximum(seconds, 1e-3)
         names = {by: [getattr(entry, by) for entry in entries] for by in ("dataset", "language", "speaker")}
-        block = data.block_utterances if is_train and data.corpus.streaming else None
+        block = data.corpus.block_rows if is_train else None
         batches = batchings(seconds, data.bounds, data.seed, shuffle=is_train, block=block) if entries else []
         self.split, self.is_whole, self.num_read = split.split, split.is_whole, split.num_read
         self.num_utterances, self.num_skipped = len(entries), len(split.skipped)

@@ -223,19 +223,21 @@ def lengths(data: SpeechTextDataModule, max_utterances: int | None) -> tuple[Flo
     Later utterances of a stream may last up to `data.max_seconds`: one of that length is added.
     """
     if data.corpus.streaming:
-        dataset, batches = data.stream(counts_tokens=True)
+        batches = data.stream()
+        dataset = batches.dataset
         listed: list[float] = []
         tokens: list[int] = []
         start, end = None, BlockStart(0, 0)
         while start != end and (max_utterances is None or len(tokens) < max_utterances):
             start = end
-            block = batches.stream.read_block(0, start)
-            listed, tokens, end = [*listed, *block.kept.seconds], tokens + (block.tokens or []), block.end
+            kept, end = batches.read_block(0, start)
+            listed += kept.seconds.tolist()
+            tokens += dataset.num_tokens(kept).tolist()
         tokens.append(max(tokens, default=1))
         seconds = np.array([*listed, data.limits.max_seconds / dataset.longest])
     else:
         dataset = data.split("train", data.augment)
-        seconds, tokens = dataset.kept.seconds, dataset.all_num_tokens().tolist()
+        seconds, tokens = dataset.kept.seconds, dataset.num_tokens(dataset.kept).tolist()
     longest = np.maximum(dataset.longest * seconds, SHORTEST_SECONDS)
     return np.ceil(100 * longest) / 100, np.array(tokens)
 

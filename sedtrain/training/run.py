@@ -15,7 +15,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.sampler import BatchesWithEpoch
+from sedtrain.data.dataset import BatchesWithEpoch
 from sedtrain.decoding.timestamps import frames_per_second
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import TrainingTotals

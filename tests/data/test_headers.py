@@ -165,7 +165,7 @@ def test_the_samples_of_flac_are_found_by_its_last_frame(number, channels, subty
     samples = np.random.default_rng(number).normal(0, 0.1, (number, channels))
     content = encoded("FLAC", subtype, samples)
     assert seconds_between(flac(0, content), None) == number / RATE
-    assert claim_of(Content(content), len(content)).found == 0  # nothing is wrong
+    assert claim_of(Content(content), len(content)).missing == 0
 
 
 def test_the_checksum_is_that_of_flac():
