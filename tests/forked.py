@@ -1,5 +1,6 @@
 """A command in a process of its own: a copy of this one, which has imported already what a new one would first import."""
 
+import gc
 import os
 import runpy
 import signal
@@ -82,6 +83,7 @@ def run(module, arguments):
         os.environ["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
     status = 1
+    gc.freeze()  # what this process copied: a group of processes that was garbage there would never end here
     sys.stdout, sys.stderr = (os.fdopen(each, "w", buffering=1) for each in (1, 2))
     sys.argv[:] = [module, *arguments]
     sys.modules.pop(f"{module}.__main__", None)
