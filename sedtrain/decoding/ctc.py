@@ -197,13 +197,11 @@ def prefix_beam(lattice: Lattice, num_beams: int, num_best: int, max_tokens: int
         parents, tokens = flat // vocabulary, flat % vocabulary
         ids = torch.cat([rows_of(ids, parents), tokens[..., None]], 2)
         prefixes = prefixes.extended(parents, tokens)
-    return [of_finite(*row, lattice.blank) for row in zip(best_ids.tolist(), best_scores.tolist(), strict=True)]
-
-
-def of_finite(rows: list[list[int]], scores: list[float], blank: int) -> Hypotheses:
-    """The hypotheses that have a path."""
-    number = sum(score > IMPOSSIBLE for score in scores)
-    return Hypotheses.of_rows(rows[:number], scores[:number], (), blank)
+    found = []
+    for rows, scores_of_rows in zip(best_ids.tolist(), best_scores.tolist(), strict=True):
+        number = sum(score > IMPOSSIBLE for score in scores_of_rows)  # the others have no path
+        found.append(Hypotheses.of_rows(rows[:number], scores_of_rows[:number], (), lattice.blank))
+    return found
 
 
 def rows_of(rows: Tensor, order: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from sedtrain.decoding.words import texts_of
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import max_tokens
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
@@ -98,15 +99,12 @@ class Fusion(LogitsProcessor):
         rows = input_ids[:, self.num_given :]
         is_first = self.begins[rows] & (torch.arange(rows.shape[1], device=rows.device) > 0)
         of_last = [int(max(row.nonzero(), default=0)) for row in is_first]  # where the last word begins
-        texts = self.texts(rows.tolist())
-        scored = self.texts([row[:start] for row, start in zip(rows.tolist(), of_last, strict=True)])
+        texts = texts_of(self.tokenizer, rows.tolist())
+        scored = texts_of(self.tokenizer, [row[:start] for row, start in zip(rows.tolist(), of_last, strict=True)])
         before = self.log_probs(scored, False)
         scores = scores + self.weight * (self.log_probs(texts, False) - before)[:, None] * self.begins
         scores[:, self.ends] += self.weight * (self.log_probs(texts, True) - before)[:, None]
         return scores
-
-    def texts(self, rows: list[list[int]]) -> list[str]:
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def log_probs(self, texts: Sequence[str], are_whole: bool) -> Tensor:
         """(R,) scores of texts."""

@@ -19,6 +19,8 @@ from sedtrain.decoding.joint import rescored
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.searches import Wanted, generated
 from sedtrain.decoding.timestamps import heard
+from sedtrain.decoding.words import texts_of
+from sedtrain.errors import UserError
 from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.saved import MOST_TOKENS, most_tokens
@@ -57,7 +59,7 @@ def decode_batch(
         added = added_scores(model, tokenizer, prompts, options)
         found = generated(model, Wanted(encoded, prompts, limits, options, lattice, added))
     found = [
-        replace(each, texts=texts_of(tokenizer, each.ids), limit=limit)
+        replace(each, texts=tuple(texts_of(tokenizer, each.ids)), limit=limit)
         for each, limit in zip(found, limits.tolist(), strict=True)
     ]
     if (with_confidence or with_words) and model.ctc_head is not None:
@@ -71,7 +73,11 @@ def refuse_impossible(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, options: DecodingOptions
 ) -> None:
     """Raises UserError for a search without its CTC head, no language model, and hot words that cannot be written."""
-    options.refuse_without_ctc(model)
+    if options.search != "attention" and model.ctc_head is None:
+        wrong = "it needs the CTC head of the model, which was trained without one"
+        write = "write decoding=greedy or decoding=beam, or train with loss=joint loss.ctc_weight=0.3"
+        python = "write search='attention', or load a model that was trained with CTC"
+        raise UserError("decoding.search", options.search, wrong, write, python)
     if options.lm:
         language_model(options.lm)
     if options.hotwords:
@@ -96,10 +102,6 @@ def token_limits(
         by_frames = frames_of(encoded) + 1  # a token a frame, and the end
         limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
     return limits.clamp(max=most_new_tokens(int(limits.max()), model.room(encoded), num_given))
-
-
-def texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> tuple[str, ...]:
-    return tuple(text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def by_ctc(

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from sedtrain.annotations import refuse_misfits
 from sedtrain.decoding.pauses import Pauses, activity_of
 from sedtrain.errors import UserError
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction, UpTo1000
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
@@ -81,11 +80,3 @@ class DecodingOptions:
         sampling = {"temperature", "top_k", "top_p"} if not self.do_sample else set()
         beams = {"length_penalty"} if self.num_beams == 1 else set()
         return {name: value for name, value in asdict(self).items() if name not in sampling | beams | OURS}
-
-    def refuse_without_ctc(self, model: SpeechEncoderDecoder) -> None:
-        """Raises UserError for a search that needs a CTC head which the model lacks."""
-        if self.search != "attention" and model.ctc_head is None:
-            wrong = "it needs the CTC head of the model, which was trained without one"
-            write = "write decoding=greedy or decoding=beam, or train with loss=joint loss.ctc_weight=0.3"
-            python = "write search='attention', or load a model that was trained with CTC"
-            raise UserError("decoding.search", self.search, wrong, write, python)

@@ -10,6 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from sedtrain.text.spacing import UNSPACED
 
 
+def texts_of(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    """Texts of tokens, without special tokens and the white space around them."""
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
 def words_in(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> Iterator[tuple[str, int, int]]:
     """The words of a decoded text, each with its first token and the one behind its last.
 

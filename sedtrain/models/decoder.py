@@ -3,14 +3,13 @@
 To add a family (of a whole sequence-to-sequence model: a row in stacks.py, too):
 1. `conf/decoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny one (like conf/decoder/gpt2.yaml).
 2. Code, only if it differs from the others: `settle_config` below for its configuration, `decoder_positions` for its
-   positions, `ENDS_WITH_OUTPUT_LAYER` in losses.py if its logits are exactly what its output layer returns.
+   positions, `ENDS_WITH_OUTPUT_LAYER` in output_layer.py if its logits are exactly what its output layer returns.
 3. Its name in `FAMILIES` of tests/config/test_conf.py; then `SEDTRAIN_WRITE_SUPPORT=1 pytest tests/models/test_support.py`
    tests it beside two encoders and writes docs/support.md, and `python tests/options_table.py` writes docs/options.md.
 
 B batch, U target tokens, D width.
 """
 
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -36,8 +35,9 @@ from sedtrain.models.loading import (
     load_weights,
     published_name,
 )
+from sedtrain.models.mixing import mix_into
 from sedtrain.models.options import tried
-from sedtrain.models.prefix import behind_prefix, choose_listening, give_prompt, is_prefixed
+from sedtrain.models.prefix import arguments_of, behind_prefix, choose_listening, give_prompt, is_prefixed
 from sedtrain.models.stacks import decoder_config, out_of_whole
 from sedtrain.text.tokenizers import start_end_pad
 
@@ -196,14 +196,14 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
     settle_config(decoder.config)
     fix_sinusoids(decoder)
     for module in decoder.modules():
-        if type(module) is XmodAdapter:
-            module.__class__ = AdapterOfOneType
+        if isinstance(module, XmodAdapter):
+            mix_into(module, AdapterOfOneType)
     return decoder
 
 
 def can_attend(kind: type[PreTrainedModel]) -> bool:
     """True if a class of decoders takes the states of an encoder."""
-    return "encoder_hidden_states" in inspect.signature(kind.forward).parameters
+    return "encoder_hidden_states" in arguments_of(kind.forward)
 
 
 def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
@@ -225,7 +225,7 @@ def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
         raise UserError("decoder", name, wrong, f"{write} {own}")
 
 
-class AdapterOfOneType(XmodAdapter):
+class AdapterOfOneType(nn.Module):
     """Returns the type that it is given, which upstream's 16-bit autocast does not."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:

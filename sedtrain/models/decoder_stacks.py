@@ -15,14 +15,14 @@ from transformers.models.cohere_asr.modeling_cohere_asr import CohereAsrDecoder
 from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingDecoder
 from transformers.models.speecht5.modeling_speecht5 import SpeechT5DecoderWithTextPrenet
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaDecoder
-from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from sedtrain.models.mixing import mix_into
 
 # --- Whisper: its decoder has no mask of frames
 
 
-class MaskedWhisperLayer(WhisperDecoderLayer):
+class MaskedWhisperLayer(nn.Module):
     """Takes the mask of frames as `frame_mask`: upstream's decoder gives None for `encoder_attention_mask`."""
 
     def forward(self, *args: Any, frame_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ class MaskedWhisperDecoder(WhisperDecoder):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         for layer in self.layers:
-            layer.__class__ = MaskedWhisperLayer
+            mix_into(layer, MaskedWhisperLayer)
 
     def forward(
         self,

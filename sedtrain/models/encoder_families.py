@@ -13,10 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
-from transformers.models.sew.modeling_sew import SEWEncoder, SEWPositionalConvEmbedding
-from transformers.models.sew_d.modeling_sew_d import SEWDEncoder
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertAdapter
-from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoderLayer
 
 from sedtrain.models.loading import encoder_within
 from sedtrain.models.masking import (
@@ -29,9 +26,9 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
+from sedtrain.models.mixing import mix_into
 from sedtrain.models.packing import OneByOneFromDistances, Packing
 from sedtrain.models.sub_encoders import (
-    CONVOLUTIONS,
     StandaloneMoonshine,
     StandaloneMoonshineStreaming,
     StandaloneSeamlessM4T,
@@ -83,15 +80,12 @@ class MaskedData2VecAudio(Packing, GuardedSpecAugment, Masked, transformers.Data
         return steps
 
 
-class MaskedConformerLayer(Recomputed, Wav2Vec2ConformerEncoderLayer):
-    masked = "conv_module.depthwise_conv"
-
-
 class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, transformers.Wav2Vec2ConformerModel):
     def mask_modules(self) -> Steps:
         steps = super().mask_modules()
         for layer in self.encoder.layers:
-            layer.__class__ = MaskedConformerLayer
+            mix_into(layer, Recomputed)
+            layer.masked = "conv_module.depthwise_conv"
             self.mask(layer.conv_module.depthwise_conv, MaskedConv1d, steps)
         self.encoder.pos_conv_embed.requires_grad_(False)  # upstream never uses it
         return steps
@@ -106,14 +100,13 @@ class FittingBertAdapter(Wav2Vec2BertAdapter):
 
 class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, transformers.Wav2Vec2BertModel):
     front_end = ("feature_projection",)
-    adapter_convolutions = CONVOLUTIONS
 
     def mask_adapter(self, steps: Steps) -> Steps:
-        self.adapter.__class__ = FittingBertAdapter
+        mix_into(self.adapter, FittingBertAdapter)
         return super().mask_adapter(steps)
 
 
-class PositionsOfAllFrames(SEWPositionalConvEmbedding):
+class PositionsOfAllFrames(torch.nn.Module):
     """The position embedding of `frames` if set: a last frame without a partner contributes its position, not its content."""
 
     frames: Tensor | None = None
@@ -122,43 +115,35 @@ class PositionsOfAllFrames(SEWPositionalConvEmbedding):
         return super().forward(hidden_states if self.frames is None else self.frames)
 
 
-class PairedFrames:
+class PairedFrames(torch.nn.Module):
     """Mixin for an encoder that squeezes frames in pairs: one that is left over at the end of an utterance becomes zeros.
 
     Upstream does so at the end of the batch only; elsewhere it pairs the last frame with padding.
     """
 
+    config: Any
+    pos_conv_embed: Any
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None:
-            return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
-        factor: int = self.config.squeeze_factor  # type: ignore[attr-defined]
+            return super().forward(hidden_states, **kwargs)
+        factor: int = self.config.squeeze_factor
         paired = length_mask(attention_mask.sum(-1) // factor * factor, hidden_states.shape[1])
-        self.pos_conv_embed.frames = hidden_states.masked_fill(~attention_mask[..., None], 0.0).transpose(1, 2)  # type: ignore[attr-defined]
-        output = super().forward(hidden_states, paired, **kwargs)  # type: ignore[misc]
-        self.pos_conv_embed.frames = None  # type: ignore[attr-defined]
+        self.pos_conv_embed.frames = hidden_states.masked_fill(~attention_mask[..., None], 0.0).transpose(1, 2)
+        output = super().forward(hidden_states, paired, **kwargs)
+        self.pos_conv_embed.frames = None
         output.last_hidden_state = output.last_hidden_state.masked_fill(~paired[..., None], 0.0)
         return output
 
 
-class PairedSEWEncoder(PairedFrames, SEWEncoder):
-    pass
-
-
-class PairedSEWDEncoder(PairedFrames, SEWDEncoder):
-    pass
-
-
 class MaskedSEW(GuardedSpecAugment, Masked, transformers.SEWModel):
-    paired = PairedSEWEncoder
-
     def mask_modules(self) -> Steps:
-        self.encoder.__class__ = self.paired
-        self.encoder.pos_conv_embed.__class__ = PositionsOfAllFrames
+        mix_into(self.encoder, PairedFrames)
+        mix_into(self.encoder.pos_conv_embed, PositionsOfAllFrames)
         return Masked.mask_modules(self)
 
 
 class MaskedSEWD(GuardedSpecAugment, Masked, transformers.SEWDModel):
-    paired = PairedSEWDEncoder
     mask_modules = MaskedSEW.mask_modules
 
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sedtrain.errors import UserError
-from sedtrain.models.output_layer import DeferrableLinear
 from sedtrain.models.parts import READ_AS_WEIGHTS
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.steps import KEPT, attempt, steps_of
+from sedtrain.models.steps import KEPT, PLAIN, attempt, steps_of
 
 FOR_FRAMES, FOR_TOKENS = 2**16, 2**19
 """Weights of a layer from which 8 bits are faster: for many rows at once, and for one token of a decoder."""
@@ -76,8 +75,7 @@ def in_int8(model: SpeechEncoderDecoder) -> SpeechEncoderDecoder:
 
 
 def is_large(layer: nn.Module, smallest: int) -> bool:
-    is_linear = type(layer) in (nn.Linear, Conv1D, DeferrableLinear)
-    return is_linear and not layer._forward_hooks and layer.weight.numel() >= smallest  # type: ignore[operator]
+    return type(layer) in PLAIN and not layer._forward_hooks and layer.weight.numel() >= smallest  # type: ignore[operator]
 
 
 def rows_of(layer: Any) -> Tensor:

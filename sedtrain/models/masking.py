@@ -1,6 +1,6 @@
 """Masks for convolutions and for norms over time: a padded utterance has the frames that it has alone.
 
-The classes here replace the class of a module of `transformers`, so that its parameters keep their names.
+The classes here are mixed into modules of `transformers`, whose parameters keep their names.
 
 B batch, C channels, G groups, S inputs (samples or feature frames), T frames, D width.
 """
@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.wav2vec2.modeling_wav2vec2 import (
-    Wav2Vec2FeatureEncoder,
-    Wav2Vec2GroupNormConvLayer,
-    _compute_mask_indices,
-)
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder, _compute_mask_indices
 
 from sedtrain.models.convolution import is_gelu, strided_convolution
+from sedtrain.models.mixing import mix_into
 
 Steps = tuple[tuple[int, int, int], ...]
 """(kernel, stride, padding) of convolutions, one after the other."""
+READ_THE_INPUT = ("conv", "residual_conv", "self_attn_conv")
+"""Names of convolutions that read the input of a layer of a family's own adapter."""
 
 
 def step(convolution: nn.Module) -> Steps:
@@ -94,7 +93,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class Recomputed(nn.Module):
-    """A layer whose masked module keeps its lengths when gradient checkpointing runs the layer a second time.
+    """Mixin for a layer whose masked module keeps its lengths when gradient checkpointing runs the layer a second time.
 
     masked: the name of that module
     """
@@ -172,18 +171,14 @@ def with_zero_gradients(frames: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 class Masked(PreTrainedModel):
     """Mixin for an encoder of `transformers`: the frames of an utterance do not depend on the padding behind it.
 
-    front_end:      names of the submodules before the first layer
-    adapter_convolutions: names, in a layer of the family's own adapter, of those that read the layer's input
-    layerdrop_name: of the configuration's value
-    whole:          the sequence-to-sequence class that this is the encoder of, if `transformers` has no class for it alone
-    frame_steps:    from inputs to the frames that the layers see
-    steps:          from inputs to the output frames
+    front_end:    names of the submodules before the first layer
+    whole:        the sequence-to-sequence class that this is the encoder of, if `transformers` has no class for it alone
+    frame_steps:  from inputs to the frames that the layers see
+    steps:        from inputs to the output frames
     masked_modules: modules that need the lengths of their input, by the steps before them
     """
 
     front_end: tuple[str, ...] = ("feature_extractor",)
-    adapter_convolutions: tuple[str, ...] = ("conv",)
-    layerdrop_name = "layerdrop"
     whole: type[PreTrainedModel] | None = None
     frame_steps: Steps
     steps: Steps
@@ -221,15 +216,15 @@ class Masked(PreTrainedModel):
         """Masks the family's own adapter behind the layers; returns the steps from inputs to its output."""
         self.adapter.layerdrop = 0.0  # the mask cannot know of a stride that was dropped
         for layer in self.adapter.layers:
-            convolutions = [layer.get_submodule(name) for name in self.adapter_convolutions]
+            convolutions = [each for name, each in layer.named_children() if name in READ_THE_INPUT]
             for convolution in convolutions:
                 self.mask(convolution, MaskedConv1d, steps)
             steps += step(convolutions[0])
         return steps
 
-    def mask(self, module: Any, kind: type[nn.Module], preceding: Steps) -> None:
-        """Gives `module` the class `kind` and, in every forward, the lengths of its input: those after `preceding`."""
-        module.__class__ = kind
+    def mask(self, module: Any, kind: type, preceding: Steps) -> None:
+        """Mixes `kind` into a module, which gets the lengths of its input in every forward: those after `preceding`."""
+        mix_into(module, kind)
         self.masked_modules.setdefault(preceding, []).append(module)
 
     def set_lengths(self, attention_mask: Tensor | None, device: torch.device) -> None:
@@ -254,8 +249,8 @@ class Masked(PreTrainedModel):
             output = super().forward(inputs, attention_mask=attention_mask, **kwargs)
         finally:
             self.set_lengths(None, inputs.device)
-        drops_layers = self.training and getattr(self.config, self.layerdrop_name, 0.0) > 0
-        if not (drops_layers and torch.is_grad_enabled()):
+        drops_layers = any(rate for name, rate in vars(self.config).items() if name.endswith("layerdrop"))
+        if not (drops_layers and self.training and torch.is_grad_enabled()):
             return output
         frames = with_zero_gradients(output[0], [weight for weight in self.parameters() if weight.requires_grad])
         if isinstance(output, tuple):
@@ -308,18 +303,13 @@ class MatrixProductFeatureEncoder(Wav2Vec2FeatureEncoder):
         return any(layer.gradient_checkpointing and layer.training for layer in self.conv_layers)
 
 
-class MaskedGroupNormConvLayer(Recomputed, Wav2Vec2GroupNormConvLayer):
-    """The first layer of a front end with a group norm, of any family."""
-
-    masked = "layer_norm"
-
-
 def mask_front_end(encoder: Masked, feature_encoder: Any) -> Steps:
     """Masks a convolutional front end like that of wav2vec2; returns its steps."""
     steps: Steps = sum((step(layer.conv) for layer in feature_encoder.conv_layers), ())
     norms = [getattr(layer, "layer_norm", None) for layer in feature_encoder.conv_layers]
     if isinstance(norms[0], nn.GroupNorm):
-        feature_encoder.conv_layers[0].__class__ = MaskedGroupNormConvLayer
         encoder.mask(norms[0], MaskedGroupNorm, steps[:1])
-    feature_encoder.__class__ = MatrixProductFeatureEncoder
+        mix_into(feature_encoder.conv_layers[0], Recomputed)
+        feature_encoder.conv_layers[0].masked = "layer_norm"
+    mix_into(feature_encoder, MatrixProductFeatureEncoder)
     return steps

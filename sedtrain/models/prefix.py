@@ -33,19 +33,14 @@ LONGEST = 10_000
 """Tokens that a saved prompt has at most."""
 
 
-def class_of(config: PreTrainedConfig) -> Any:
-    """The causal language model of transformers with this configuration; None for a class of the user's own."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-
-
 @cache
 def arguments_of(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
 def can_continue(config: PreTrainedConfig) -> bool:
-    """True for a family of language models that can be fed by a prefix."""
-    kind = class_of(config)
+    """True for a family of language models of transformers that can be fed by a prefix."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     names = arguments_of(kind.forward) if kind is not None and hasattr(config, "hidden_size") else frozenset()
     return names >= NEEDED and (not names & OTHER or config.model_type in BOTH)
 
@@ -194,11 +189,7 @@ class Prefixed:
         nothing else are left out.
         """
         assert encoder_hidden_states is not None
-        cache = (
-            past_key_values.self_attention_cache
-            if isinstance(past_key_values, EncoderDecoderCache)
-            else past_key_values
-        )
+        cache = getattr(past_key_values, "self_attention_cache", past_key_values)
         refuse_fixed(cache)
         embed = self.get_input_embeddings()
         tokens = embed(input_ids) if inputs_embeds is None else inputs_embeds

@@ -18,23 +18,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
-    DynamicCache,
-    EncoderDecoderCache,
     MarianForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Wav2Vec2Processor,
 )
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.models.marian.modeling_marian import (
     MarianDecoder,
     MarianDecoderLayer,
     MarianDecoderWrapper,
 )
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from sedtrain.text.fast_bpe import Speech2Text2Tokenizer
 
@@ -85,10 +79,16 @@ class Speech2Text2Config(PreTrainedConfig):
 
 
 class Sinusoids(nn.Module):
-    """(B, U) positions from 0 -> (B, U, D): sines of `offset` + position in the first half, cosines in the second.
+    """Positions from 0 -> (B, U, D): sines of `offset` + position in the first half, cosines in the second.
 
     Of any position; `weights` is the table of the first, for readers of tables.
+
+    mask:  (B, L) of all tokens so far: those that it masks are not counted; None: all are, pad tokens within a text too
+    dtype: of the result
     """
+
+    mask: Tensor | None = None
+    dtype = torch.float32
 
     def __init__(self, width: int, num_positions: int, offset: int) -> None:
         super().__init__()
@@ -97,12 +97,17 @@ class Sinusoids(nn.Module):
     @property
     def weights(self) -> Tensor:
         """(offset + num_positions, D)"""
-        return self.forward(torch.arange(-self.offset, self.num_positions))
+        return self.sines(torch.arange(self.offset + self.num_positions))
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, shape: tuple[int, int], past_length: int, position_ids: Tensor) -> Tensor:
+        if self.mask is not None and self.mask.ndim == 2:
+            position_ids = (self.mask.long().cumsum(1)[:, -shape[1] :] - 1).clamp(min=0)
+        return self.sines(position_ids + self.offset).to(self.dtype)
+
+    def sines(self, places: Tensor) -> Tensor:
         half = self.width // 2
-        steps = torch.arange(half, device=positions.device) / max(half - 1, 1)
-        angles = (positions[..., None] + self.offset) * torch.exp(-math.log(TIMESCALE) * steps)
+        steps = torch.arange(half, device=places.device) / max(half - 1, 1)
+        angles = places[..., None] * torch.exp(-math.log(TIMESCALE) * steps)
         return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, self.width % 2))
 
 
@@ -120,55 +125,19 @@ class Speech2Text2Decoder(MarianDecoder):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults  # type: ignore[untyped-decorator]
-    @capture_outputs  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> Any:
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        embeds = embeds * self.embed_scale
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions = self.embed_positions(self.positions(embeds, attention_mask, past_length))
-        hidden_states = F.dropout(embeds + positions.to(embeds.dtype), self.dropout, self.training)
-        shared = {"config": self.config, "inputs_embeds": embeds}
-        cached = getattr(past_key_values, "self_attention_cache", past_key_values)
-        mask = create_causal_mask(attention_mask=attention_mask, past_key_values=cached, **shared)
-        encoder_mask = create_bidirectional_mask(
-            attention_mask=encoder_attention_mask, encoder_hidden_states=encoder_hidden_states, **shared
-        )
-        for layer in self.layers:
-            if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
-                continue
-            hidden_states = layer(
-                hidden_states,
-                mask,
-                encoder_hidden_states,
-                encoder_attention_mask=encoder_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
-
-    def positions(self, embeds: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
-        """(B, U) positions, which count every token that is not masked; pad tokens within a text are counted too."""
-        num_tokens = embeds.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            counted = attention_mask.long().cumsum(1)[:, -num_tokens:] - 1
-            return counted.clamp(min=0)
-        return torch.arange(num_tokens, device=embeds.device)[None] + past_length
+        self.embed_positions.mask, self.embed_positions.dtype = attention_mask, embeds.dtype
+        try:
+            return super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        finally:
+            self.embed_positions.mask = None
 
 
 class Speech2Text2DecoderWrapper(MarianDecoderWrapper):

@@ -69,12 +69,8 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"^(model\.|speecht5\.)?(encoder|speech_encoder|text_encoder|t2u_model|vocoder)\.",
+        r"^decoder\.(pos_emb|proj)\.",  # of frames
     ]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        left_out = [rf"decoder\.{name}\." for name in cls.of_frames]
-        cls._keys_to_ignore_on_load_unexpected = StackDecoder._keys_to_ignore_on_load_unexpected + left_out
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -175,9 +171,8 @@ def kind(
     return made
 
 
-NO_FLEX: dict[str, Any] = {
-    "_supports_flex_attn": False
-}  # transformers reads one bias of distances for each utterance, and T5 has one for all
+# transformers reads one bias of distances for each utterance, and T5 has one for all
+NO_FLEX: dict[str, Any] = {"_supports_flex_attn": False}
 KINDS = (
     kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
     kind(transformers.M2M100ForConditionalGeneration, mixed(Counting, M2M100Decoder)),

@@ -210,33 +210,27 @@ class Steps:
         if found is None:
             raise AttributeError("no layers")
         stack = decoder.get_submodule(found[0].rpartition(".")[0])
-        self.scale, self.first, first_norm, into, self.last = 1.0, None, None, None, None
+        self.scale, self.first, first_norm, into, last = 1.0, None, None, None, None
         if hasattr(stack, "embed_tokens"):
             words, positions = stack.embed_tokens, stack.embed_positions
-            counts = hasattr(positions, "create_position_ids_from_input_ids")  # the real tokens
-            offset = positions.padding_idx + 1 if counts else getattr(positions, "offset", 0)
+            counter = positions
             self.scale = getattr(stack if type(words) is nn.Embedding else words, "embed_scale", 1.0)
             first_norm, last = getattr(stack, "layernorm_embedding", None), getattr(stack, "layer_norm", None)
             self.layers = [Layer.like_bart(each, before=last is not None) for each in found[1]]
         elif hasattr(stack, "wpe"):
-            words, positions, offset, last = stack.wte, stack.wpe, 0, stack.ln_f
+            words, positions, last = stack.wte, stack.wpe, stack.ln_f
+            counter = positions
             self.layers = [Layer.like_gpt2(each) for each in found[1]]
         else:
-            embeddings, last = decoder.base_model.embeddings, None
-            words, positions, first_norm = (
-                embeddings.word_embeddings,
-                embeddings.position_embeddings,
-                embeddings.LayerNorm,
-            )
-            counts = hasattr(embeddings, "create_position_ids_from_input_ids")  # the real tokens
-            offset = embeddings.padding_idx + 1 if counts else 0
-            self.first = (
-                embeddings.token_type_embeddings.weight[0] if hasattr(embeddings, "token_type_embeddings") else None
-            )
-            into = getattr(
-                stack, "embedding_hidden_mapping_in", getattr(decoder.base_model, "embeddings_project", None)
-            )
+            counter = decoder.base_model.embeddings
+            words, positions, first_norm = counter.word_embeddings, counter.position_embeddings, counter.LayerNorm
+            if hasattr(counter, "token_type_embeddings"):
+                self.first = counter.token_type_embeddings.weight[0]
+            projection = getattr(decoder.base_model, "embeddings_project", None)
+            into = getattr(stack, "embedding_hidden_mapping_in", projection)
             self.layers = [Layer.like_bert(each) for each in found[1]]
+        counts = hasattr(counter, "create_position_ids_from_input_ids")  # the real tokens
+        offset = counter.padding_idx + 1 if counts else getattr(counter, "offset", 0)
         self.words = words.weight
         table = positions.weight if hasattr(positions, "weight") else positions.weights
         self.positions = table[offset:].to(self.words)

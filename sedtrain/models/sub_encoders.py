@@ -18,20 +18,13 @@ from transformers.models.moonshine_streaming.modeling_moonshine_streaming import
     MoonshineStreamingCausalConv1d,
     MoonshineStreamingEncoder,
 )
-from transformers.models.seamless_m4t.modeling_seamless_m4t import (
-    SeamlessM4TConformerAdapterLayer,
-    SeamlessM4TSpeechEncoder,
-)
+from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TSpeechEncoder
 from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import (
     SeamlessM4Tv2ConformerEncoder,
     SeamlessM4Tv2SpeechEncoder,
 )
 from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextEncoder
-from transformers.models.speecht5.modeling_speecht5 import (
-    SpeechT5EncoderWithSpeechPrenet,
-    SpeechT5PositionalConvEmbedding,
-    SpeechT5SpeechEncoderPrenet,
-)
+from transformers.models.speecht5.modeling_speecht5 import SpeechT5EncoderWithSpeechPrenet
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -51,23 +44,13 @@ from sedtrain.models.masking import (
 from sedtrain.models.mixing import mix_into
 from sedtrain.models.packing import Packable, Packing
 
-CONVOLUTIONS = ("residual_conv", "self_attn_conv")
-"""Names of those that read the input of an adapter layer, in SeamlessM4T and w2v-BERT."""
 
-
-def encoder_config_class(whole: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:
+def encoder_config_class(whole: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """A configuration class for the encoder alone of a sequence-to-sequence model whose class is `whole`."""
+    name, model_type = whole.__name__.replace("Config", "EncoderConfig"), f"{whole.model_type}-encoder"
     fields = {"__annotations__": {"is_encoder_decoder": bool}, "is_encoder_decoder": False, "model_type": model_type}
-    name = whole.__name__.replace("Config", "EncoderConfig")
-    return type(name, (whole,), {**fields, "__module__": __name__})
-
-
-WhisperEncoderConfig = encoder_config_class(transformers.WhisperConfig, "whisper-encoder")
-Speech2TextEncoderConfig = encoder_config_class(transformers.Speech2TextConfig, "speech_to_text-encoder")
-MoonshineEncoderConfig = encoder_config_class(transformers.MoonshineConfig, "moonshine-encoder")
-SeamlessM4TEncoderConfig = encoder_config_class(transformers.SeamlessM4TConfig, "seamless_m4t-encoder")
-SeamlessM4Tv2EncoderConfig = encoder_config_class(transformers.SeamlessM4Tv2Config, "seamless_m4t_v2-encoder")
-SpeechT5EncoderConfig = encoder_config_class(transformers.SpeechT5Config, "speecht5-encoder")
+    globals()[name] = made = type(name, (whole,), {**fields, "__module__": __name__})  # where pickle looks for it
+    return made
 
 
 class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
@@ -108,9 +91,8 @@ class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
 
 
 class StandaloneWhisper(Packing, Masked, VariableLengthWhisperEncoder):
-    config_class = WhisperEncoderConfig
+    config_class = encoder_config_class(transformers.WhisperConfig)
     front_end = ("conv1", "conv2")
-    layerdrop_name = "encoder_layerdrop"
     whole = transformers.WhisperModel
 
     def mask_modules(self) -> Steps:
@@ -125,9 +107,8 @@ class StandaloneWhisper(Packing, Masked, VariableLengthWhisperEncoder):
 
 
 class StandaloneSpeech2Text(Masked, Speech2TextEncoder):
-    config_class = Speech2TextEncoderConfig
+    config_class = encoder_config_class(transformers.Speech2TextConfig)
     front_end = ("conv",)
-    layerdrop_name = "encoder_layerdrop"
     whole = transformers.Speech2TextModel
 
     def mask_modules(self) -> Steps:
@@ -139,7 +120,7 @@ class StandaloneSpeech2Text(Masked, Speech2TextEncoder):
 
 
 class StandaloneMoonshine(Masked, MoonshineEncoder):
-    config_class = MoonshineEncoderConfig
+    config_class = encoder_config_class(transformers.MoonshineConfig)
     front_end = ("conv1", "conv2", "conv3", "groupnorm")
     whole = transformers.MoonshineModel
 
@@ -205,24 +186,27 @@ class StandaloneMoonshineStreaming(Masked, MoonshineStreamingEncoder):
         return F.pad(inputs, (0, missing)), F.pad(attention_mask, (0, missing))
 
 
-class FittingAdapterLayer(SeamlessM4TConformerAdapterLayer):
-    """Counts the frames of its own input; upstream takes every layer for the first. Both versions have this layer."""
+class FittingAdapterLayer:
+    """Mixin that counts the frames of a layer's own input; upstream takes every layer for the first."""
+
+    residual_conv: Any
 
     def _compute_sub_sample_lengths_from_attention_mask(self, attention_mask: Tensor) -> Tensor:
         return output_lengths(self.residual_conv.lengths, step(self.residual_conv))
 
 
-class StandaloneSeamlessM4T(Masked, SeamlessM4TSpeechEncoder):
-    config_class = SeamlessM4TEncoderConfig
+class MaskedSeamlessM4T(Masked):
     front_end = ("feature_projection",)
-    adapter_convolutions = CONVOLUTIONS
-    layerdrop_name = "speech_encoder_layerdrop"
-    whole = transformers.SeamlessM4TForSpeechToText
 
     def mask_adapter(self, steps: Steps) -> Steps:
         for layer in self.adapter.layers:
-            layer.__class__ = FittingAdapterLayer
-        return Masked.mask_adapter(self, steps)
+            mix_into(layer, FittingAdapterLayer)
+        return super().mask_adapter(steps)
+
+
+class StandaloneSeamlessM4T(MaskedSeamlessM4T, SeamlessM4TSpeechEncoder):
+    config_class = encoder_config_class(transformers.SeamlessM4TConfig)
+    whole = transformers.SeamlessM4TForSpeechToText
 
 
 class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
@@ -236,43 +220,35 @@ class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
         return scores.masked_fill(~attended, torch.finfo(scores.dtype).min)
 
 
-class StandaloneSeamlessM4Tv2(Masked, SeamlessM4Tv2SpeechEncoder):
-    config_class = SeamlessM4Tv2EncoderConfig
-    front_end = StandaloneSeamlessM4T.front_end
-    adapter_convolutions = StandaloneSeamlessM4T.adapter_convolutions
-    layerdrop_name = StandaloneSeamlessM4T.layerdrop_name
+class StandaloneSeamlessM4Tv2(MaskedSeamlessM4T, SeamlessM4Tv2SpeechEncoder):
+    config_class = encoder_config_class(transformers.SeamlessM4Tv2Config)
     whole = transformers.SeamlessM4Tv2ForSpeechToText
-    mask_adapter = StandaloneSeamlessM4T.mask_adapter
 
     def mask_modules(self) -> Steps:
-        self.encoder.__class__ = ChunkMaskedEncoder
+        mix_into(self.encoder, ChunkMaskedEncoder)
         return ()
 
 
-class MaskedPositionalConvEmbedding(SpeechT5PositionalConvEmbedding):
-    lengths: Tensor | None = None
+class MaskedPrenet(GuardedSpecAugment):
+    """Mixin whose position embedding by convolutions sees zeros behind each utterance."""
 
-    def forward(self, hidden_states: Tensor) -> Any:
-        if self.lengths is not None:
-            padding = ~length_mask(self.lengths, hidden_states.shape[1])
-            hidden_states = hidden_states.masked_fill(padding[..., None], 0.0)
-        return super().forward(hidden_states)
+    def _mask_hidden_states(
+        self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Any:
+        frames = super()._mask_hidden_states(hidden_states, mask_time_indices, attention_mask)
+        return frames if attention_mask is None else frames.masked_fill(~attention_mask[..., None], 0.0)
 
-
-class MaskedPrenet(GuardedSpecAugment, SpeechT5SpeechEncoderPrenet):
     def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
         assert self.lengths is not None
         return length_mask(self.lengths, feature_vector_length)
 
 
 class StandaloneSpeechT5(Masked, SpeechT5EncoderWithSpeechPrenet):
-    config_class = SpeechT5EncoderConfig
+    config_class = encoder_config_class(transformers.SpeechT5Config)
     front_end = ("prenet.feature_encoder",)
-    layerdrop_name = "encoder_layerdrop"
     whole = transformers.SpeechT5ForSpeechToText
 
     def mask_modules(self) -> Steps:
         steps = mask_front_end(self, self.prenet.feature_encoder)
         self.mask(self.prenet, MaskedPrenet, steps)
-        self.mask(self.prenet.pos_conv_embed, MaskedPositionalConvEmbedding, steps)
         return steps
