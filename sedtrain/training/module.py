@@ -77,7 +77,9 @@ class SpeechSeq2SeqModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.sharding and self.sharding.is_global_zero:
-            self.model = copy.deepcopy(self.model)  # the model itself can take the final weights
+            config = self.model.encoder.config
+            # the model itself can take the final weights, and says how they were computed
+            self.model = copy.deepcopy(self.model, {id(config): config})
         self.execution.prepare(self.model)
         if self.sharding:
             self.sharding.shard(self)
