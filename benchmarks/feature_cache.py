@@ -10,6 +10,7 @@ import copy
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import BertConfig, BertLMHeadModel, SpeechEncoderDecoderModel,
 from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.data.collate import fingerprint
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.training.feature_cache import FeatureCache
+from sedtrain.training.feature_cache import FeatureCache, Store
 from sedtrain.training.finetune import FineTuning
 
 ROUNDS, NUM_UTTERANCES, BATCH_SECONDS, RATE, VOCABULARY = 3, 12, 24, 16_000, 30_522
@@ -88,7 +89,7 @@ def main() -> None:
     ours.encoder.eval()
     some = batches()
     with tempfile.TemporaryDirectory() as folder:
-        cache = FeatureCache(Path(folder), 1e9, {})
+        cache = FeatureCache(partial(Store, Path(folder), most_bytes=1e9, num_ranks=1), {})
         first = epoch(ours, some, cache)
         rounds = [(epoch(ours, some, cache), epoch(ours, some), epoch(stock, some)) for _ in range(ROUNDS)]
     cached, computed, theirs = map(min, zip(*rounds, strict=True))

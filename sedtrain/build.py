@@ -40,7 +40,7 @@ from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.spacing import is_unspaced, with_spacing
 from sedtrain.text.tags import WholePrompt
-from sedtrain.training.feature_cache import FeatureCache, frozen_front
+from sedtrain.training.feature_cache import FeatureCache, Store, frozen_front
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
@@ -231,8 +231,9 @@ def cache_features(
     assert data.collator is not None
     data.collator.has_keys = True
     settings = {"precision": trainer.precision, "device": trainer.strategy.root_device.type, "compile": cfg.compile}
-    folder, num_bytes = cache_folder("features"), 1e9 * data.cache_gb
-    module.cache = FeatureCache(folder, num_bytes, settings, trainer.world_size, data.collator.time_is_last)
+    folder = cache_folder("features")
+    store_of = partial(Store, folder, most_bytes=1e9 * data.cache_gb, num_ranks=trainer.world_size)
+    module.cache = FeatureCache(store_of, settings, data.collator.time_is_last)
     text = "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3"
     logger.info(text, front.name, folder)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sedtrain.annotations import suggest
+from sedtrain.annotations import misfits, suggest
 from sedtrain.errors import UNSET, UserError
 from sedtrain.ranges import BLEU_TOKENIZERS
 
@@ -68,6 +68,4 @@ def own_rules(name: str, node: Any, named: list[str]) -> Iterator[UserError]:
         yield UserError(
             f"{path}.evaluate", place, wrong, f"write a folder, or allow it by +{path}.trust_remote_code=true"
         )
-    if not isinstance(options.get("higher_is_better", True), bool):
-        option = f"{path}.higher_is_better"
-        yield UserError(option, options["higher_is_better"], "expected bool", f"write {option}=true or {option}=false")
+    yield from misfits(f"{path}.higher_is_better", options.get("higher_is_better", UNSET), "bool")

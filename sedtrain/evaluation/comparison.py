@@ -41,14 +41,10 @@ class Difference:
     p_value: float
     is_better: bool
 
-    @property
-    def is_shown(self) -> bool:
-        return self.p_value < LEVEL
-
     def verdict(self, run: str, first: str) -> str:
         """A sentence such as `B is better: 1.20 points, p = 0.003`."""
         p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
-        if not self.is_shown:
+        if not self.p_value < LEVEL:  # or NaN
             return f"no difference shown between {run} and {first} ({p_value})"
         points = f"{100 * abs(self.paired.difference):.2f} points"
         return f"{run if self.is_better else first} is better: {points}, {p_value}"

@@ -46,7 +46,7 @@ STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def read_curves(metrics_csv: Path) -> dict[str, Curve]:
-    """Columns of the file that Lightning's CSVLogger wrote, without blank cells."""
+    """Columns of metrics.csv by name, without blank cells."""
     curves: dict[str, Curve] = {}
     with metrics_csv.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):

@@ -130,10 +130,8 @@ def chances_of_swaps(
     generator, num_larger, num_drawn = np.random.default_rng(0), dict.fromkeys(observed, 0), 0
     while num_drawn < NUM_SWAPS:
         number = min(max(CHUNK // max(len(change), 1), 1), NUM_SWAPS - num_drawn)
-        swapped = generator.integers(0, 2, (number, len(change)), dtype=np.int8).astype(np.float64).astype(
-            np.float32
-        ) @ change.astype(np.float32)
-        moved = np.rint(swapped).astype(np.int64)
+        swaps = generator.integers(0, 2, (number, len(change)), dtype=np.int8)
+        moved = np.rint(swaps.astype(np.float32) @ change.astype(np.float32)).astype(np.int64)
         num_drawn += number
         for name, values in differences(metric_set, totals[0] + moved, totals[1] - moved).items():
             num_larger[name] += int((np.abs(values) >= observed[name] - 1e-12).sum())

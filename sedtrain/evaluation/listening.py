@@ -3,15 +3,14 @@
 B batch, which is one utterance, U tokens, T frames, V vocabulary of the CTC head.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
 from sedtrain.decoding.alignment import align
@@ -55,23 +54,16 @@ def listen(model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batc
     )
 
 
-@contextmanager
-def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
-    """Attention by plain matrix products, which alone gives weights."""
-    chosen = decoder.config._attn_implementation
-    decoder.config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = chosen
-
-
 def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels: Tensor) -> Tensor | None:
     """(1, U) labels -> (U, T) weights of each label on the frames; None where the decoder gives no weights."""
     inputs = model.prepare_decoder_input_ids_from_labels(labels)
-    with eager_attention(model.decoder):
-        wanted = {"output_attentions": True, "output_logits": False, "use_cache": False}
+    wanted = {"output_attentions": True, "output_logits": False, "use_cache": False}
+    config = model.decoder.config
+    chosen, config._attn_implementation = config._attn_implementation, "eager"  # which alone gives weights
+    try:
         output = model(encoder_outputs=encoded, decoder_input_ids=inputs, **wanted)
+    finally:
+        config._attn_implementation = chosen
     layers = [layer for layer in output.cross_attentions or () if layer is not None]
     if not layers:
         return None

@@ -36,7 +36,7 @@ def write_report(
 ) -> None:
     """Writes one HTML file without links to anything outside it.
 
-    metrics_csv: written by Lightning's CSVLogger; without this file the page has no curves
+    metrics_csv: of the run; without this file the page has no curves
     audio_of:    audio by utterance id; called for the worst utterances only
     labels:      names of the datasets of a mix, with which ids begin
     listen_to:   where the decoder listens while it writes a hypothesis; called for three utterances

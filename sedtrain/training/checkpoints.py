@@ -77,7 +77,7 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.every_steps, self.every_minutes, self.every_epochs = every_steps, every_minutes, every_epochs
-        self.due = self.validated = self.stop = self.stopped = self.ended = self.in_own_folder = False
+        self.due = self.validated = self.stop = self.ended = self.in_own_folder = False
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.resumed: dict[str, Any] | None = None
 
@@ -102,15 +102,17 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raises Stopped on every rank where one of them was asked to stop."""
-        if self.resumed:
-            self.restore(trainer, self.resumed)
+        if self.resumed:  # undo what Lightning has counted and drawn on its way to this batch
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self.resumed["logged_steps"]
+            if len(states := self.resumed["random_states"]) == trainer.world_size:
+                set_random_state(states[trainer.global_rank])
+            self.resumed = None
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         if done % trainer.accumulate_grad_batches:
             return  # in the middle of a step
         if trainer.strategy.reduce_boolean_decision(self.is_due(trainer), all=False):
             self.save(trainer)
-            self.stopped = trainer.strategy.reduce_boolean_decision(self.stop, all=False)
-            if self.stopped:
+            if trainer.strategy.reduce_boolean_decision(self.stop, all=False):
                 raise Stopped
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -173,13 +175,6 @@ class Checkpoints(ModelCheckpoint):
         own_weights = checkpoint.get(OWN_WEIGHTS)
         if own_weights and not any(isinstance(callback, EMA) for callback in callbacks):
             trainer.strategy.load_model_state_dict({"state_dict": own_weights})
-
-    def restore(self, trainer: Trainer, resumed: dict[str, Any]) -> None:
-        """Undoes what Lightning has counted and drawn on its way to this batch."""
-        trainer.fit_loop.epoch_loop._batches_that_stepped = resumed["logged_steps"]
-        if len(states := resumed["random_states"]) == trainer.world_size:
-            set_random_state(states[trainer.global_rank])
-        self.resumed = None
 
 
 def random_state() -> dict[str, Any]:

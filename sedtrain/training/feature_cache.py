@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -132,11 +132,9 @@ class Store:
         """True if so many bytes may be added; for them, stores are removed that were not used for longest."""
         if num_bytes > self.left:
             others = (each for each in self.folder.parent.iterdir() if each != self.folder)
-            for other in [None, *sorted(others, key=last_use)]:
-                if other is not None:
-                    shutil.rmtree(other, ignore_errors=True)
-                if (left := self.share()) >= num_bytes:
-                    break
+            oldest_first = iter(sorted(others, key=last_use))
+            while (left := self.share()) < num_bytes and (oldest := next(oldest_first, None)):
+                shutil.rmtree(oldest, ignore_errors=True)
             self.left, self.is_full = left, left < num_bytes
             if self.is_full:
                 logger.warning(
@@ -150,10 +148,8 @@ def size_of(folder: Path) -> int:
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            try:
-                total += os.stat(os.path.join(place, name)).st_size
-            except OSError:
-                continue
+            with suppress(OSError):
+                total += os.path.getsize(os.path.join(place, name))
     return total
 
 
@@ -165,22 +161,15 @@ def digest(key: str, content: bytes) -> bytes:
 class FeatureCache:
     """Gives a model what its frozen front returned earlier for the same inputs, weights and settings.
 
-    folder:       of all stores
-    most_bytes:   of all stores
+    store_of:     key -> the store of this name
     settings:     that decide the numbers beside the weights and the configuration, such as the precision
     time_is_last: in inputs of three dimensions
     """
 
     def __init__(
-        self,
-        folder: Path,
-        most_bytes: float,
-        settings: Mapping[str, Any],
-        num_ranks: int = 1,
-        time_is_last: bool = False,
+        self, store_of: Callable[[str], Store], settings: Mapping[str, Any], time_is_last: bool = False
     ) -> None:
-        self.folder, self.most_bytes, self.settings = folder, most_bytes, dict(settings)
-        self.num_ranks, self.time_is_last = num_ranks, time_is_last
+        self.store_of, self.settings, self.time_is_last = store_of, settings, time_is_last
         self.opened: tuple[Front, Store] | None = None
         self.pool = ThreadPoolExecutor(FILES_AT_ONCE)
 
@@ -224,8 +213,7 @@ class FeatureCache:
     def store(self, front: Front, model: Any) -> Store:
         """The store of the front as it is, opened once."""
         if self.opened is None or self.opened[0] != front:
-            key = key_of(front, model.encoder.config, self.settings)
-            self.opened = front, Store(self.folder, key, self.most_bytes, self.num_ranks)
+            self.opened = front, self.store_of(key_of(front, model.encoder.config, self.settings))
         return self.opened[1]
 
 

@@ -100,7 +100,7 @@ class Guards(Callback):
         for step in unread:
             self.judge(trainer, step)
 
-    def judge(self, trainer: Trainer, step: "Step") -> None:
+    def judge(self, trainer: Trainer, step: Step) -> None:
         update = step.update
         if reason := reason_to_skip(trainer, update):
             self.num_bad += 1
@@ -122,7 +122,7 @@ class Guards(Callback):
                 self.note(trainer, step, reason, advice)
                 self.losses.clear()  # from here on, this is what is usual
 
-    def note(self, trainer: Trainer, step: "Step", reason: str, then: str) -> None:
+    def note(self, trainer: Trainer, step: Step, reason: str, then: str) -> None:
         """Writes the step, its loss and its utterances to bad_steps.jsonl, and warns."""
         update, utterances = step.update, step.suspects()
         if not trainer.is_global_zero:

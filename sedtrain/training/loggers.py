@@ -16,13 +16,13 @@ from typing import Any, Literal, cast
 import yaml  # type: ignore[import-untyped]
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch.optim import Optimizer
 
 from sedtrain.batch import Batch
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import Hypothesis, Results, commit, installed_versions
+from sedtrain.launch import is_first
 from sedtrain.models.parts import part_of
 from sedtrain.run_dir import keep_until, write_whole
 from sedtrain.training.gradients import on_host
@@ -207,7 +207,7 @@ class Tracker(Logger):
         super().__init__()
         self.label = name
         self.inner: Logger | None = None
-        if is_first_rank():
+        if is_first():
             try:
                 self.inner = make()
             except (Exception, SystemExit) as error:
@@ -222,7 +222,7 @@ class Tracker(Logger):
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The value of the logger's method or property; None where it has none, or is left out."""
-        if self.inner is None or not is_first_rank():
+        if self.inner is None:
             return None
         try:
             found = getattr(self.inner, method, None)
@@ -254,10 +254,6 @@ class Tracker(Logger):
 
     def close(self) -> None:
         self.ask("finalize", "success")
-
-
-def is_first_rank() -> bool:
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined,no-any-return]
 
 
 def root_cause(error: BaseException) -> BaseException:

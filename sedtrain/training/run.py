@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -223,9 +222,7 @@ class TrainingRun:
 
     def stopped_by(self) -> int | None:
         """The number of the signal that stopped training (SIGTERM where another rank received it); None without a signal."""
-        numbers = [stop.stopped_by for stop in self.callbacks(StopOnInterrupt) if stop.stopped_by]
-        numbers += [signal.SIGTERM] if self.callbacks(Checkpoints)[0].stopped else []
-        return int(numbers[0]) if numbers else None
+        return next((int(stop.stopped_by) for stop in self.callbacks(StopOnInterrupt) if stop.stopped_by), None)
 
     def totals(self) -> TrainingTotals | None:
         """Time, steps and audio of training, as the progress bar counted them."""

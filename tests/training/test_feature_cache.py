@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -40,7 +41,7 @@ def keyed(model, *seconds):
 
 
 def cache_in(folder, **options):
-    return FeatureCache(folder, **{"most_bytes": GIGABYTE, "settings": {}, **options})
+    return FeatureCache(partial(Store, folder, most_bytes=GIGABYTE, num_ranks=1), {}, **options)
 
 
 def encoded(model, batch, cache):
