@@ -22,6 +22,9 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Threads that spin for long while they wait bring two programs on the same cores to a near standstill.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Plans are kept of so many shapes that were computed last; of 1024, the default, they take a third of a gigabyte.
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "32")
     from sedtrain.cli import run_command_line
 
     run_command_line(sys.argv[1:])

@@ -31,7 +31,7 @@ from sedtrain.data.workers import Loader, start_worker, usual_workers
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, UpTo1000, UpTo1000OrZero
 
-BATCHES_UNTIL_ROOM = 4
+BATCHES_UNTIL_ROOM = 8
 
 
 class SpeechTextDataModule(lightning.LightningDataModule):

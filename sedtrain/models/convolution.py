@@ -139,10 +139,10 @@ class Gradients:
 
     def all(self) -> tuple[Tensor | None, ...]:
         """Of the input, the weight, laid out as it is for DDP, and the bias."""
-        taps, bias, dtype = self.of_taps, self.of_bias, self.weight.dtype
+        taps, bias, weight = self.of_taps, self.of_bias, self.weight
         if taps is not None:
-            taps = taps.view(self.kernel, *self.weight.shape[1::-1]).permute(2, 1, 0).to(dtype).contiguous()
-        return self.of_frames, taps, None if bias is None else bias.to(dtype)
+            taps = torch.empty_like(weight).copy_(taps.view(self.kernel, *weight.shape[1::-1]).permute(2, 1, 0))
+        return self.of_frames, taps, None if bias is None else bias.to(weight.dtype)
 
 
 class ConvolutionLayer(torch.autograd.Function):
