@@ -63,13 +63,8 @@ def errors_of_recording(model, split, search):
         seconds += (len(parts[-2]) + len(parts[-1])) / RATE
     found = model.transcription(np.concatenate(parts), sampling_rate=RATE, search=search, pauses="energy")
     heard = [word for segment in found.segments for word in segment.words or ()]
-    same = Levenshtein.opcodes(texts, [word.text for word in heard])
-    pairs = [
-        (first + number, second + number)
-        for tag, first, end, second, _ in same
-        if tag == "equal"
-        for number in range(end - first)
-    ]
+    same = Levenshtein.opcodes(texts, [word.text for word in heard]).as_matching_blocks()
+    pairs = [(each.a + number, each.b + number) for each in same for number in range(each.size)]
     known = np.concatenate(known)
     errors = [np.array([heard[second].start, heard[second].end]) - known[first] for first, second in pairs]
     return [texts[first] for first, _ in pairs], np.array(errors)

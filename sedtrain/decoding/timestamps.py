@@ -42,11 +42,10 @@ def heard(
 ) -> list[Hypotheses]:
     """The same with what CTC hears of the best texts: how sure it is of their tokens, and with words where these are."""
     silent = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    texts = [[token for token in each.ids[0] if token not in silent] for each in found]
-    alone = [
-        [token for token in each.ids[0] if token not in silent]
-        for each in best_path(lattice, lattice.log_probs.shape[1])
-    ]
+    texts, alone = (
+        [[token for token in each.ids[0] if token not in silent] for each in written]
+        for written in (found, best_path(lattice, lattice.log_probs.shape[1]))
+    )
     sure = align(lattice, texts)
     found = [
         replace(

@@ -247,8 +247,9 @@ def choose_packing(encoder: Any, choice: str, compiler: str | None) -> None:
     if choice == "always" and reason:
         wrong = f"the encoder, {encoder.config.model_type}, computes padding: {reason}"
         raise UserError("packing", choice, wrong, "write packing=auto")
-    if choice != getattr(encoder.config, "packing", "never"):
-        encoder.config.packing = "never" if reason else choice
+    possible = "never" if reason else choice
+    if possible != getattr(encoder.config, "packing", "never"):
+        encoder.config.packing = possible
 
 
 def fate_of_padding(encoder: Any, choice: str, compiler: str | None) -> str:
@@ -257,11 +258,7 @@ def fate_of_padding(encoder: Any, choice: str, compiler: str | None) -> str:
         return "computed, packing=never"
     if reason := obstacle(encoder, compiler):
         return f"computed by the encoder: {reason}"
-    return (
-        "left out by the encoder"
-        if choice == "always"
-        else "left out by the encoder on CPUs, where that takes less time"
-    )
+    return "left out by the encoder" + ("" if choice == "always" else " on CPUs, where that takes less time")
 
 
 def is_compiled(encoder: nn.Module) -> bool:

@@ -117,7 +117,7 @@ def test_a_model_that_transformers_has_no_class_for_says_so_and_its_card_s_code_
         tmp_path / "out", saved, ExportOptions(), {"max_new_tokens": 4}, None, Origin("digits"), "transcription"
     )
     card = ModelCard.load(tmp_path / "out/README.md")
-    assert card.data.library_name == "sedtrain" and "from sedtrain import SpeechEncoderDecoder as" in card.text
+    assert card.data.get("library_name") == "sedtrain" and "from sedtrain import SpeechEncoderDecoder as" in card.text
     [code] = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
     samples, _ = soundfile.read(wav, dtype="float32")
     with contextlib.chdir(tmp_path / "out"), contextlib.redirect_stdout(io.StringIO()):

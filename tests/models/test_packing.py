@@ -202,6 +202,7 @@ def test_another_family_is_refused_with_the_reason(name):
     model = joined("hubert", "bert")
     model.encoder = encoder
     Execution().prepare(model)
+    assert not hasattr(encoder.config, "packing")  # nothing that stock configurations lack
     assert fate_of_padding(encoder, "auto", None) == f"computed by the encoder: {REFUSED[name]}"
     with pytest.raises(UserError) as refused:
         Execution(packing="always").prepare(model)
