@@ -42,10 +42,10 @@ from sedtrain.text.spacing import is_unspaced, with_spacing
 from sedtrain.text.tags import WholePrompt
 from sedtrain.training.feature_cache import FeatureCache, Store, frozen_front
 from sedtrain.training.finetune import FineTuning
-from sedtrain.training.loggers import Tracker
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
 from sedtrain.training.strategies import FullySharded, precision_of
+from sedtrain.training.tracking import Tracker
 from sedtrain.transcribe import device, refuse_absent, saved_model
 
 RANDOM_CTC_WEIGHT = 0.3

@@ -19,10 +19,10 @@ from sedtrain.export.upload import files_of, refuse_impossible, upload
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables, write_page
 from sedtrain.run_dir import config_of, is_finished, write_whole
-from sedtrain.training.checkpoint_files import refuse_other_settings, starting_point
 from sedtrain.training.finetune import PartPlan
 from sedtrain.training.fit_batches import Budget, Fitted, fitted_batches, write_batches
-from sedtrain.training.loggers import log_scores
+from sedtrain.training.resume import refuse_other_settings, starting_point
+from sedtrain.training.tracking import log_scores
 
 NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
 """Options of a search for batches that are not those of the training it is for."""

@@ -26,11 +26,11 @@ from sedtrain.training.averaging import AverageBest, mean_weights
 from sedtrain.training.checkpoint_files import is_whole, newest_whole, read_checkpoint
 from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.finetune import FineTuning, PartPlan
-from sedtrain.training.loggers import Tracker, Tracking
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 from sedtrain.training.signals import StopOnInterrupt
 from sedtrain.training.strategies import end_others, rejoin, tensor_float32
+from sedtrain.training.tracking import Tracker, Tracking
 from sedtrain.training.utilization import Utilization
 
 logger = logging.getLogger(__name__)
