@@ -232,7 +232,7 @@ def cache_features(
     data.collator.has_keys = True
     settings = {"precision": trainer.precision, "device": trainer.strategy.root_device.type, "compile": cfg.compile}
     folder = cache_folder("features")
-    store_of = partial(Store, folder, most_bytes=1e9 * data.cache_gb, num_ranks=trainer.world_size)
+    store_of = partial(Store, folder, max_bytes=1e9 * data.cache_gb, num_ranks=trainer.world_size)
     module.cache = FeatureCache(store_of, settings, data.collator.time_is_last)
     text = "the outputs of %s are kept in %s, rounded to 16 bits: results differ by about 1e-3"
     logger.info(text, front.name, folder)

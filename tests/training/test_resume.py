@@ -326,7 +326,7 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(command, trained,
     assert "weights differ in name or shape (model." in ended.err
     ended = command(tmp_path / "frozen", f"resume={last}", "optimizer=adafactor")
     assert ended.status == 2
-    assert "this checkpoint trains other weights, or with another optimizer" in ended.err
+    assert "the run of this checkpoint trained other weights, or with another optimizer" in ended.err
 
 
 def test_a_checkpoint_that_could_run_code_is_refused(command, tmp_path):
@@ -395,7 +395,7 @@ def test_damaged_best_weights_give_way_to_the_last(command, stopped):
     damaged.write_bytes(damaged.read_bytes()[:1000])
     ended = command(stopped, *decoding())
     assert ended.status == 0, ended.err
-    assert f"{damaged} is missing or damaged, and left out of the final weights" in ended.err
+    assert f"{damaged} is missing or damaged, so it is left out of the final weights" in ended.err
 
 
 @pytest.mark.parametrize("start", [[], ["resume={trained}"]])
@@ -405,7 +405,7 @@ def test_a_training_without_a_step_says_so(command, trained, tmp_path, start):
     assert ended.status == 2
     assert ended.err.endswith(
         f"  trainer.max_steps = {steps}\n"
-        "    no step was made: training starts at the step where it ends\n"
+        "    training made no step: it starts at the step where it ends\n"
         "    write trainer.max_steps=MORE, or trainer.max_epochs=MORE\n"
     )
 
