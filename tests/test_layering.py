@@ -61,8 +61,8 @@ ONLY_IN = {
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
-    "__init__ __main__ annotations cli config.composition config.inherit config.metric_rules config.overrides "
-    "config.schema config.signatures errors launch plain ranges run_dir"
+    "__init__ __main__ annotations cli config.check config.composition config.inherit config.job_check config.metric_rules "
+    "config.overrides config.rules config.schema config.signatures errors launch plain ranges run_dir"
 )
 # The use of a saved model needs none of these.
 NOT_FOR_INFERENCE = {"lightning", "hydra", "omegaconf", "datasets", "pyarrow", "pandas", "jiwer", "sacrebleu"}
