@@ -38,7 +38,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         context, task, config = self.given
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-        from sedtrain.cli import fail
+        from sedtrain.console import fail
         from sedtrain.errors import UserError
         from sedtrain.search import search
 

@@ -9,10 +9,11 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from sedtrain.build import training_run
-from sedtrain.cli import close_log, open_log, perform, quieten_libraries
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
+from sedtrain.console import close_log, open_log, quieten_libraries
 from sedtrain.errors import UserError
+from sedtrain.job import perform
 from sedtrain.training.run import TrainingRun
 
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from sedtrain import build, terminal
+from sedtrain import build, build_saved, terminal
 from sedtrain.errors import Unfinished
 from sedtrain.export.card import write_model_card
 from sedtrain.export.folder import refuse_taken, write_folder
@@ -53,10 +53,10 @@ def train(cfg: DictConfig) -> None:
     if text := run.ended_early():
         logger.warning("%s; write a longer one, or null, to train for all steps", text)
     with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
-        results, evaluation = build.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
+        results, evaluation = build_saved.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
     log_scores(run.trainer, results)
-    origin = build.origin(cfg, settings, run.saved)
+    origin = build_saved.origin(cfg, settings, run.saved)
     write_model_card(run.folder / "model", run.saved, results, origin, cfg.target)
 
 
@@ -68,7 +68,7 @@ def keep_configuration(run_dir: str, settings: dict[str, Any]) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Scores a saved model on a split."""
     settings = build.settings_of(cfg)
-    scoring, saved, data = build.evaluation(cfg)
+    scoring, saved, data = build_saved.evaluation(cfg)
     results, evaluation = scoring.score(saved, data)
     keep_configuration(cfg.run_dir, settings)  # what was refused or stopped leaves the folder free for another try
     terminal.show(*terminal.scored(results, evaluation, scoring.folder))
@@ -77,7 +77,7 @@ def evaluate(cfg: DictConfig) -> None:
 def inspect(cfg: DictConfig) -> None:
     """Shows what the data hold and which of them training would leave out; nothing of a model is needed."""
     folder = Path(cfg.run_dir)
-    found, columns = inspected(build.inspected_data(cfg), cfg.inspect_utterances)
+    found, columns = inspected(build_saved.inspected_data(cfg), cfg.inspect_utterances)
     found.write(folder / "inspect.json")
     write_page(folder / "inspect.html", found, columns)
     saved = terminal.saved_files(folder, ["inspect.html", "inspect.json", "skipped.jsonl", "sedtrain.log"])
@@ -106,8 +106,7 @@ def export(cfg: DictConfig) -> None:
     refuse_taken(folder)
     if cfg.hub:
         refuse_impossible(cfg.hub, cfg.dry_run)
-    exported = build.exported(cfg)
-    write_folder(folder, *exported)
+    write_folder(folder, *build_saved.export_parts(cfg))
     files = files_of(folder)
     terminal.show(terminal.files(files), f"saved in {folder}")
     if cfg.hub and cfg.dry_run:

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
 
-from sedtrain import build, transcribe
+from sedtrain import build, build_saved, transcribe
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.errors import UserError
@@ -585,7 +585,7 @@ def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, train
         raise Asked
 
     soundfile.write(tmp_path / "a.wav", [0.0] * 16_000, 16_000)
-    monkeypatch.setattr(build, "device", asked)
+    monkeypatch.setattr(build_saved, "device", asked)
     monkeypatch.setattr(transcribe, "device", asked)
     with pytest.raises(Asked):
         audio = [f"audio={tmp_path / 'a.wav'}"] if task == "transcribe" else []
