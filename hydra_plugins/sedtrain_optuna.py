@@ -1,4 +1,4 @@
-"""Where Hydra looks for sweepers: the search of sedtrain, by Optuna."""
+"""hydra/sweeper=optuna: Hydra finds sweepers in this folder."""
 
 from typing import Literal
 
@@ -11,9 +11,9 @@ from sedtrain.ranges import Count, CountOrZero
 
 
 class OptunaSweeper(Sweeper):
-    """Leaves everything to `sedtrain.search`, which is not imported before it is needed.
+    """Calls `sedtrain.search`, imported on use.
 
-    Its options are explained in `conf/hydra/sweeper/optuna.yaml`; they are read from the configuration.
+    `conf/hydra/sweeper/optuna.yaml` explains the options; the search reads them from the configuration.
     """
 
     def __init__(
