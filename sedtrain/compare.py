@@ -127,7 +127,7 @@ def origin_sections(first: str, other: str, title: str, origin: Origin) -> str:
         ]
         rows = html.table(("reference", "hypothesis", first, other), cells, num_texts=2)
         tables.append(html.headed("Confusions that changed most", html.wide(rows)))
-    moved = f"Points: the change from the {title} of {first} to that of {other} that these utterances alone cause."
+    moved = f"Points: the change of {title} from {first} to {other} that these utterances alone cause."
     where = html.headed(f"Where {other} differs from {first}", html.quiet(moved) if origin.groups else "")
     return where + html.row(*tables) + changed_utterances(first, other, title, origin.changes)
 

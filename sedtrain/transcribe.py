@@ -72,7 +72,7 @@ def bounds_of(cfg: DictConfig) -> Bounds:
 
 
 def outputs_of(cfg: DictConfig) -> Outputs:
-    """Where `task=transcribe` writes its texts, and in which formats."""
+    """The folder and formats of the texts of `task=transcribe`."""
     formats = (cfg.format,) if isinstance(cfg.format, str) else tuple(cfg.format)
     return Outputs(formats, Path(cfg.out).expanduser() if cfg.out else None, cfg.data.get("language"))
 

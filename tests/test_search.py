@@ -311,7 +311,10 @@ MISTAKES = [
     ),
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "hydra.sweeper.num_trials=0"], "expected a whole number of 1 or more"),
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "run_dir=here"], "leave it out, and write hydra.sweep.dir=FOLDER"),
-    (["-m", "hydra/sweeper=optuna", "seed=1,2", "task=evaluate", "checkpoint=x"], "a search only works with task=train"),
+    (
+        ["-m", "hydra/sweeper=optuna", "seed=1,2", "task=evaluate", "checkpoint=x"],
+        "a search only works with task=train",
+    ),
 ]
 
 

@@ -47,7 +47,7 @@ def check_overrides(
 ) -> list[str]:
     """The checked overrides for Hydra. Raises one UserError for all mistakes in them and in the composed configuration.
 
-    folders: hold option files, beside those of `conf_dir()`
+    folders: further folders of option files, beside `conf_dir()`
     """
     register()
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
@@ -104,7 +104,7 @@ class OverrideCheck:
                 self.report(override.key_or_group, override.value(), wrong, write)
 
     def search_path(self, overrides: list[Override], folders: list[Path]) -> list[str]:
-        """The override that adds `folders` and those of `hydra.searchpath` to Hydra's search path, if there are any."""
+        """The override for Hydra's search path, from `folders` and `hydra.searchpath`; empty without any folder."""
         for folder in folders:
             if not folder.is_dir():
                 self.report("--config-dir", str(folder), "no such folder", "name a folder of groups")

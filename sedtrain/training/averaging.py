@@ -12,6 +12,7 @@ from torch import Tensor
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, InnerFraction
+from sedtrain.training.callbacks import callbacks_of
 
 OWN_WEIGHTS = "current_model_state"
 """Entry of an EMA checkpoint with the weights that training continues from; `state_dict` holds their average."""
@@ -130,7 +131,7 @@ class AverageBest(Callback):
 
     def save_scored_weights(self, trainer: Trainer, path: Path) -> None:
         """Saves the weights that validation scored: with EMA, their average."""
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+        averages = callbacks_of(trainer, EMA)
         weights = averages[0].average(trainer) if averages else trainer.strategy.lightning_module_state_dict()
         trainer.strategy.save_checkpoint({"state_dict": weights}, path)
 

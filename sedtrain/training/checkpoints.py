@@ -17,6 +17,7 @@ from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Positive
 from sedtrain.run_dir import LAST
 from sedtrain.training.averaging import EMA, OWN_WEIGHTS
+from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.checkpoint_files import CheckpointFiles, set_aside_damaged
 from sedtrain.training.random_state import random_state, set_random_state
 from sedtrain.training.strategies import gather_states
@@ -165,14 +166,13 @@ class Checkpoints(ModelCheckpoint):
         assert trainer.ckpt_path is not None
         self.in_own_folder = Path(trainer.ckpt_path).resolve().parent == Path(str(self.dirpath)).resolve()
         trainer.should_stop = self.in_own_folder and self.resumed["ended"]
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in [] if self.in_own_folder else callbacks:
+        for callback in [] if self.in_own_folder else callbacks_of(trainer, Callback):
             if isinstance(callback, EarlyStopping | Timer) or getattr(callback, "counts_one_run", False):
                 checkpoint["callbacks"].pop(callback.state_key, None)
         for tracker in trackers(trainer):
             tracker.keep_before(self.resumed["logged_steps"])
         own_weights = checkpoint.get(OWN_WEIGHTS)
-        if own_weights and not any(isinstance(callback, EMA) for callback in callbacks):
+        if own_weights and not callbacks_of(trainer, EMA):
             trainer.strategy.load_model_state_dict({"state_dict": own_weights})
 
 

@@ -24,6 +24,7 @@ from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import forget
+from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.feature_cache import FeatureCache
 from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host, skip
 from sedtrain.training.optim import build_optimizer, parameter_groups
@@ -254,10 +255,10 @@ class SpeechSeq2SeqModule(LightningModule):
 
 def time_fraction(trainer: Trainer) -> float | None:
     """Elapsed fraction of `trainer.max_time`, equal on all ranks; None without that limit."""
-    timer = next((found for found in trainer.callbacks if isinstance(found, Timer)), None)  # type: ignore[attr-defined]
-    remaining = None if timer is None else timer.time_remaining()
-    if timer is None or remaining is None:
+    timers = callbacks_of(trainer, Timer)
+    remaining = timers[0].time_remaining() if timers else None
+    if remaining is None:
         return None
-    elapsed = timer.time_elapsed()
+    elapsed = timers[0].time_elapsed()
     fraction = elapsed / (elapsed + remaining)
     return fraction if trainer.world_size == 1 else float(trainer.strategy.broadcast(fraction))

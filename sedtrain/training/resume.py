@@ -1,4 +1,4 @@
-"""Where a run starts: the checkpoint that `resume` means, and the settings that it must share."""
+"""Finds the checkpoint that `resume` means, and refuses to resume with other settings."""
 
 import logging
 import shutil

@@ -23,6 +23,7 @@ from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
 from sedtrain.training.averaging import AverageBest, mean_weights
+from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.checkpoint_files import is_whole, newest_whole, read_checkpoint
 from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.finetune import FineTuning, PartPlan
@@ -93,7 +94,7 @@ class TrainingRun:
     folder: Path
 
     def callbacks(self, kind: type[T]) -> list[T]:
-        return [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+        return callbacks_of(self.trainer, kind)
 
     def plan(self) -> tuple[list[PartPlan], dict[str, str]]:
         """The plan of each part of the model, and named facts of the run, to show before training starts."""

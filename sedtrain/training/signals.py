@@ -8,6 +8,7 @@ from types import FrameType
 
 from lightning import Callback, LightningModule, Trainer
 
+from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.checkpoints import Checkpoints, Stopped
 from sedtrain.training.progress import ProgressBar
 
@@ -38,7 +39,7 @@ class StopOnInterrupt(Callback):
         launched = callable(signal.getsignal(REQUEUE))
         self.signal_of_other_ranks = REQUEUE if launched else signal.SIGTERM
         only_save = {signal.SIGUSR1, signal.SIGTERM} if launched else {signal.SIGUSR1}
-        checkpoints = next(found for found in trainer.checkpoint_callbacks if isinstance(found, Checkpoints))
+        checkpoints = callbacks_of(trainer, Checkpoints)[0]
 
         def receive(number: int, frame: FrameType | None) -> None:
             received = signal.Signals(number)
@@ -61,9 +62,8 @@ class StopOnInterrupt(Callback):
 
 def end_at_once(trainer: Trainer, checkpoints: Checkpoints) -> None:
     """Names the saved checkpoints and ends the process with status 130; an exception would wait for the current step."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ProgressBar):
-            callback.stop()
+    for bar in callbacks_of(trainer, ProgressBar):
+        bar.stop()
     kept = sorted(str(path) for path in Path(str(checkpoints.dirpath)).glob("*.ckpt"))
     if trainer.is_global_zero:
         saved = f"saved before: {', '.join(kept)}" if kept else "nothing is saved yet"

@@ -39,9 +39,9 @@ class Trial(NamedTuple):
 
 
 class TrialSteps(Callback):
-    """Takes steps like those of one rank once every layer trains; layer drop is off, so each step is the largest.
+    """Takes the largest steps of one rank: every layer trains, and none is dropped at random.
 
-    The learning rate is 0: no weight changes.
+    The learning rate is 0, so no weight changes.
     """
 
     def __init__(self, run: TrainingRun, make_trainer: Callable[..., Trainer], memory: MemoryMeter) -> None:
