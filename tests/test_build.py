@@ -214,7 +214,7 @@ def test_every_split_that_the_run_needs_is_checked_before_training(command):
 
 
 def test_a_time_limit_with_units_is_taken(built):
-    assert built("trainer.max_time={minutes: 5}").time_limit() == built("trainer.max_time=00:00:05:00").time_limit()
+    assert built("trainer.max_time={minutes: 5}").seconds_left() == built("trainer.max_time=00:00:05:00").seconds_left()
 
 
 FALLING = ["optimizer.lr=0.001", "scheduler.warmup_fraction=0"]

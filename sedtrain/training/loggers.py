@@ -146,7 +146,7 @@ class Wandb(WandbLogger):
         self.folder, self.mode = Path(save_dir) / "wandb", mode
         settings = wandb.Settings(console="off", quiet=True)  # sedtrain.log holds the terminal's text
         super().__init__(name or Path(save_dir).name, save_dir, project=project, settings=settings, **options)
-        del self._wandb_init["anonymous"]  # wandb warns that it is deprecated
+        del self._wandb_init["anonymous"]  # wandb warns about this option
 
     @property
     @rank_zero_experiment

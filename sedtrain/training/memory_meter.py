@@ -73,7 +73,7 @@ MemoryMeter = ProcessMemory | GpuMemory
 
 
 def memory_meter(device: torch.device) -> MemoryMeter:
-    """Raises UserError for a device whose memory cannot be measured."""
+    """The meter for a device. Raises UserError if its memory cannot be measured."""
     if device.type == "cpu":
         return ProcessMemory()
     if device.type == "cuda":

@@ -90,7 +90,7 @@ def tri_stage(
     """The schedule of wav2vec 2.0 (fairseq's `tri_stage`): linear warm-up, constant, exponential decay.
 
     The rate starts at `initial_scale` of the peak and ends at `final_scale` of it. The decay takes the steps that the first
-    two stages leave. Raises UserError if they leave less than none.
+    two stages leave. Raises UserError if these take more than all steps.
     """
     if warmup_fraction + hold_fraction > 1:
         most = f"{1 - warmup_fraction:g}"

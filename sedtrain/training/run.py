@@ -124,7 +124,8 @@ class TrainingRun:
             text = "the learning rate is planned for trainer.max_steps=%d, since an epoch of a stream or of a weighted mix has "
             text += "an unknown number of steps; trainer.max_epochs=%d may end training long before, even in warm-up"
             logger.warning(text, self.trainer.max_steps, self.trainer.max_epochs)
-        return steps + (f", at most {self.time_limit()}" if self.time_limit() else "")
+        left = self.seconds_left()
+        return steps if left is None else f"{steps}, at most {timedelta(seconds=left)}"
 
     @cached_property
     def num_batches(self) -> int | None:
@@ -154,15 +155,14 @@ class TrainingRun:
             raise UserError("trainer.max_steps", -1, wrong, "write trainer.max_steps=NUMBER")
         return min(limits)
 
-    def time_limit(self) -> str | None:
-        """Time left to train, such as `0:08:00`; None without `trainer.max_time`."""
+    def seconds_left(self) -> float | None:
+        """Time left of `trainer.max_time`; None without that limit."""
         timers = self.callbacks(Timer)
-        return str(timedelta(seconds=timers[0].time_remaining() or 0)) if timers else None
+        return timers[0].time_remaining() if timers else None
 
     def ended_early(self) -> str | None:
         """A sentence if `trainer.max_time` ended training before its last step, else None."""
-        timers = self.callbacks(Timer)
-        left = timers[0].time_remaining() if timers else None
+        left = self.seconds_left()
         if left is None or left > 0 or self.trainer.global_step >= self.num_steps():
             return None
         return f"trainer.max_time ended training at step {self.trainer.global_step:,} of {self.num_steps():,}"
@@ -196,7 +196,7 @@ class TrainingRun:
             raise UserError("resume", str(start), wrong, instead)
 
     def load_best(self) -> None:
-        """Loads the weights of the best validation, or the last ones without any, in float32."""
+        """Loads the weights of the best validation (without one, the last weights), in float32 after any precision."""
         weights = mean_weights(read_checkpoint(path)["state_dict"] for path in self.best_paths())
         self.saved.model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
         self.saved.model.float()
