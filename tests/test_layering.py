@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "tasks": "build build_saved errors export inspection run_dir terminal training",
     "transcribe": "config data decoding errors models serving terminal",
     "serving": "annotations data decoding errors ranges",
-    "build": "build_saved config data decoding errors evaluation models text training transcribe",
+    "build": "build_model build_saved config data decoding errors evaluation models text training transcribe",
+    "build_model": "build_saved config data decoding errors models text training",
     "build_saved": "config data decoding errors evaluation export models plain run_dir text transcribe",
     "terminal": "evaluation",
     "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir",
@@ -50,7 +51,7 @@ CONFIGURATION = {"filelock", "hydra", "omegaconf", "yaml"}
 # The only places that may import these packages; every other package is free.
 ONLY_IN = {
     "hydra": "cli config interactive job search",
-    "omegaconf": "build build_saved cli config interactive job search tasks transcribe",
+    "omegaconf": "build build_model build_saved cli config interactive job search tasks transcribe",
     "lightning": "build data.datamodule data.workers training",
     "datasets": "data",
     "rich": "compare data.durations inspection.tables tasks terminal training.progress",

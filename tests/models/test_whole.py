@@ -25,7 +25,7 @@ from whispers import LANGUAGES, OTHERS, SECONDS, other_whole, whisper_folder
 
 from sedtrain import load
 from sedtrain.batch import Utterance
-from sedtrain.build import warn_of_single_utterances, whole_checkpoint
+from sedtrain.build_model import warn_of_single_utterances, whole_checkpoint
 from sedtrain.build_saved import connect
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
@@ -199,7 +199,7 @@ def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder
     saved, data = load(folder), SimpleNamespace(bounds=Bounds(3 * SECONDS), corpus=None)
     connect(data, saved, [])
     assert len(DurationBatches([0.5] * 7, data.bounds, shuffle=False)) == 3
-    assert f"a batch is one; write data.batch_seconds={8 * SECONDS} for 8" in said(
+    assert f"a batch holds only one; write data.batch_seconds={8 * SECONDS} for 8" in said(
         caplog, Bounds(7, shortest_seconds=SECONDS)
     )
     assert not said(caplog, data.bounds)
