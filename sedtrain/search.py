@@ -115,7 +115,7 @@ def objective_of(settings: DictConfig, job: DictConfig) -> Objective:
     metric = settings.metric or f"val/{next(iter(names))}"
     direction: Any = settings.direction or known.get(metric)
     if direction is None or not (metric in known or metric.startswith("val/")):
-        wrong = f"a run with target={job.target} does not log it, but: {', '.join(sorted(known))}"
+        wrong = f"a run with target={job.target} logs other metrics: {', '.join(sorted(known))}"
         write = f"{suggest(metric, known)}; for a val/NAME that your own callback logs, also hydra.sweeper.direction"
         raise UserError("hydra.sweeper.metric", metric, wrong, write)
     split, name = metric.split("/", 1)

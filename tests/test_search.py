@@ -307,7 +307,7 @@ MISTAKES = [
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "hydra.sweeper.metric=val/werr"], "did you mean 'val/wer'?"),
     (
         ["-m", "hydra/sweeper=optuna", "seed=1,2", "hydra.sweeper.metric=test/loss"],
-        "does not log it, but: test/cer, test/wer, val/audio_gain, val/cer, val/loss, val/wer",
+        "logs other metrics: test/cer, test/wer, val/audio_gain, val/cer, val/loss, val/wer",
     ),
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "hydra.sweeper.num_trials=0"], "expected a whole number of 1 or more"),
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "run_dir=here"], "leave it out, and write hydra.sweep.dir=FOLDER"),

@@ -31,7 +31,7 @@ TEXT_QUANTILE = 0.99
 """Fraction of a bucket's texts within its token limit; a few longer texts move up, so that they shrink no other batch."""
 SAMPLE_BYTES = 4
 GB = 1e9
-WRITE_MORE = "or memory_gb=MORE where there is more"
+WRITE_MORE = "or memory_gb=MORE, if the machine has more"
 
 
 class Budget(NamedTuple):

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LASTING = 10
 """Steps for which a risen loss must stay up before it is reported."""
 HISTORY, MIN_HISTORY = 100, 30
-"""Most and fewest earlier steps that those are compared with."""
+"""Most and fewest earlier steps for the comparison."""
 COUNTS = ("num_bad", "num_in_a_row", "num_rises")
 
 

@@ -110,14 +110,16 @@ def refused(peak_of, at_rest=0, **options):
 def test_where_not_one_utterance_fits_the_bucket_is_named():
     wrong = f"not even one utterance of 30 s and 120 target tokens fits into {TEXT}: its step takes "
     write = "write data.max_seconds=LESS, activation_checkpointing=true, trainer.precision=bf16-mixed, "
-    write += "or memory_gb=MORE where there is more"
+    write += "or memory_gb=MORE, if the machine has more"
     assert refused(lambda number: int(1.9e9)) == (wrong + "1.90 GB", write)
     assert refused(lambda number: int(1.9e9), most=1.8e9) == (wrong + "more", write)
 
 
 def test_where_the_model_alone_is_too_large_it_is_said():
     wrong = f"the model with its gradients, the optimizer's state and the libraries takes {{}} GB, of {TEXT}"
-    write = "write a smaller model, finetune=lora, data.keep_decoded_hours=0, or memory_gb=MORE where there is more"
+    write = (
+        "write a smaller model, finetune=lora, data.keep_decoded_hours=0, or memory_gb=MORE, if the machine has more"
+    )
     assert refused(lambda number: int(1.95e9), at_rest=int(1.9e9)) == (wrong.format("1.90"), write)
 
     def out_of_memory(number):
