@@ -97,19 +97,19 @@ def is_of(kind: Any, value: Any) -> bool:
     if not is_known or (isinstance(value, dict) and "_target_" in value):
         return True
     if origin in (Union, UnionType):
-        return any(is_of(each, value) for each in arguments)
+        return any(is_of(member, value) for member in arguments)
     if origin is Annotated:
         is_number = isinstance(value, int | float)
-        in_ranges = all(value in each for each in arguments if is_number and isinstance(each, Range))
+        in_ranges = all(value in found for found in arguments if is_number and isinstance(found, Range))
         return in_ranges and is_of(arguments[0], value)
     if origin is Literal:
-        return any(each is Unknown or (type(value), value) == (type(each), each) for each in arguments)
+        return any(choice is Unknown or (type(value), value) == (type(choice), choice) for choice in arguments)
     if isinstance(value, dict) and origin is dict:
-        return all(is_of(arguments[-1], each) for each in value.values())
+        return all(is_of(arguments[-1], item) for item in value.values())
     if isinstance(value, list) and origin is tuple and ... not in arguments:
         return len(value) == len(arguments) and all(map(is_of, arguments, value))
     if isinstance(value, list) and origin in (list, tuple):
-        return all(is_of(arguments[0], each) for each in value)
+        return all(is_of(arguments[0], item) for item in value)
     if kind is float and isinstance(value, float) and not isfinite(value):
         return False
     accepted: Any = {None: NoneType, float: (int, float), tuple: list}.get(kind, origin or kind)

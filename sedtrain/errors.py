@@ -71,7 +71,7 @@ class Attempts:
 
     def __call__(self, make: Any, *needed: Any) -> Any:
         """The result of `make(*needed)`; REFUSED if it raises UserError, or if an argument is REFUSED."""
-        if any(each is REFUSED for each in (make, *needed)):
+        if any(part is REFUSED for part in (make, *needed)):
             return REFUSED
         try:
             return make(*needed)

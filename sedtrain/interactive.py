@@ -56,8 +56,8 @@ def as_on_command_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        for each in (error, *error.errors):
-            each.on_command_line = True
+        for mistake in (error, *error.errors):
+            mistake.on_command_line = True
         raise
     finally:
         close_log()

@@ -34,8 +34,8 @@ def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples:
         scores.add_row(*row)
     examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
-    for each in evaluation.hypotheses[::step][:num_examples]:
-        examples.add_row(each.id, each.reference, each.hypothesis)
+    for example in evaluation.hypotheses[::step][:num_examples]:
+        examples.add_row(example.id, example.reference, example.hypothesis)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "no utterance"
     headline = f"{results.split}: {results.headline}"  # no title of the table, which would be cut to its width
     scored_as = "\n".join(results.scored_as())

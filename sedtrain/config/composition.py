@@ -69,9 +69,9 @@ def composition_error(error: BaseException, option: str, value: object) -> UserE
         name = error.missing_cfg_file.rpartition("/")[2]
         write = suggest(name, error.options) if error.options else "name a file of the configuration folder"
         return UserError(option, value, first_line(error), write)
-    for each in (error.__cause__, error.__context__, error):
-        if isinstance(each, OmegaConfBaseException) and each.full_key:
-            return typed_error(each, option, value)
+    for cause in (error.__cause__, error.__context__, error):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return typed_error(cause, option, value)
     write = f"write {option.lstrip('+')}={value}" if option.startswith("+") else f"correct or leave out {option}"
     advice = map(str.strip, str(error).strip().splitlines()[1:])
     return UserError(option, value, first_line(error), " ".join(filter(None, advice)) or write)

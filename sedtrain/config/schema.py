@@ -74,7 +74,7 @@ class Config:
 ANNOTATIONS = {name: formatannotation(hint) for name, hint in get_type_hints(Config, include_extras=True).items()}
 
 
-ROOT = {each.name: each for each in fields(Config)}
+ROOT = {option.name: option for option in fields(Config)}
 
 
 def register() -> None:

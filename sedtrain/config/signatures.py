@@ -92,7 +92,7 @@ def bound_names(statement: ast.stmt) -> list[str]:
         case ast.Import() | ast.ImportFrom():
             return [alias.asname or alias.name.split(".")[0] for alias in statement.names]
         case ast.Assign():
-            return [ast.unparse(each) for each in statement.targets]
+            return [ast.unparse(target) for target in statement.targets]
     return []
 
 
@@ -117,20 +117,20 @@ def source_signature(target: str) -> Signature:
     constructor = binding("__init__", node.body)
     if isinstance(constructor, ast.FunctionDef):
         return Signature(list(parameters(spec, constructor.args))[1:])  # without `self`
-    decorators = [last_name(each) for each in node.decorator_list]
+    decorators = [last_name(decorator) for decorator in node.decorator_list]
     if constructor or node.keywords or binding("__new__", node.body) or decorators not in ([], ["dataclass"]):
         raise Undecided
     if decorators:
         return Signature(list(fields(spec, node)))
     bases = (source_signature(f"{spec.name}.{ast.unparse(base)}") for base in node.bases)
-    return next((each for each in bases if each.parameters), Signature())
+    return next((signature for signature in bases if signature.parameters), Signature())
 
 
 def parameters(spec: ModuleSpec, arguments: ast.arguments) -> Iterator[Parameter]:
     positional = arguments.posonlyargs + arguments.args
     defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults, *arguments.kw_defaults]
-    for each, default in zip(positional + arguments.kwonlyargs, defaults, strict=True):
-        yield parameter(spec, each.arg, each.annotation, default)
+    for argument, default in zip(positional + arguments.kwonlyargs, defaults, strict=True):
+        yield parameter(spec, argument.arg, argument.annotation, default)
     if arguments.kwarg:
         yield Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD)
 

@@ -46,9 +46,7 @@ class TrialSteps(Callback):
 
     def __init__(self, run: TrainingRun, make_trainer: Callable[..., Trainer], memory: MemoryMeter) -> None:
         self.run, self.make_trainer, self.memory = run, make_trainer, memory
-        self.at_rest: int | None = None
-        self.peak: int | None = None
-        self.started = self.seconds = 0.0
+        self.measured: Trial | None = None
         run.module.scheduler = lambda optimizer, num_training_steps: LambdaLR(optimizer, lambda step: 0.0)
         run.finetuning.starts = dict.fromkeys(run.finetuning.starts, 0)
         for component in (run.saved.model.encoder, run.saved.model.decoder):
@@ -62,17 +60,17 @@ class TrialSteps(Callback):
         assert collator is not None
         module.zero_grad(set_to_none=True)
         self.memory.reset()
-        self.at_rest = self.peak = None
+        self.measured = None
         batches = [noise(collator, 1.0, 2, 1)] * SMALL_STEPS + [noise(collator, seconds, tokens, utterances)]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # training itself shows them once
                 self.trainer().fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         except OutOfMemory:
-            if self.at_rest is None:
+            if self.measured is None:
                 raise
-        assert self.at_rest is not None
-        return Trial(utterances, self.peak, self.at_rest, self.seconds)
+        assert self.measured is not None
+        return self.measured
 
     def trainer(self) -> Trainer:
         """The run's own Trainer, for a few steps of one process."""
@@ -95,14 +93,17 @@ class TrialSteps(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: object, batch: Batch, batch_idx: int) -> None:
         if batch_idx == SMALL_STEPS:
             self.memory.reset()
-            self.at_rest, self.started = self.memory.used(), perf_counter()
+            self.measured = Trial(len(batch), None, self.memory.used(), 0.0)
+            self.started = perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: object, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Raises UserError if the optimizer skipped every step: a real step takes more memory."""
         if batch_idx == SMALL_STEPS:
-            self.peak, self.seconds = self.memory.peak(), perf_counter() - self.started
+            assert self.measured is not None
+            peak, seconds = self.memory.peak(), perf_counter() - self.started
+            self.measured = self.measured._replace(peak=peak, seconds=seconds)
             if not all(optimizer.state for optimizer in trainer.optimizers):
                 wrong = "steps on noise have no finite gradient, so the optimizer skips all of them"
                 write = "write trainer.precision=bf16-mixed or 32-true"
