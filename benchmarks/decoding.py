@@ -31,7 +31,7 @@ import transformers
 from hydra import compose, initialize_config_dir
 
 import sedtrain
-from sedtrain.build import connect
+from sedtrain.build_saved import connect
 from sedtrain.config.instantiate import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.decoding.ctc import best_path, lattice_of

@@ -89,7 +89,7 @@ def main() -> None:
     ours.encoder.eval()
     some = batches()
     with tempfile.TemporaryDirectory() as folder:
-        cache = FeatureCache(partial(Store, Path(folder), most_bytes=1e9, num_ranks=1), {})
+        cache = FeatureCache(partial(Store, Path(folder), max_bytes=1e9, num_ranks=1), {})
         first = epoch(ours, some, cache)
         rounds = [(epoch(ours, some, cache), epoch(ours, some), epoch(stock, some)) for _ in range(ROUNDS)]
     cached, computed, theirs = map(min, zip(*rounds, strict=True))

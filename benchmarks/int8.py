@@ -15,7 +15,7 @@ import torch
 from decoding import METRICS, created
 from transformers import BartConfig, BartForCausalLM, HubertConfig, HubertModel
 
-from sedtrain.build import connect
+from sedtrain.build_saved import connect
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.searches import Wanted, generated

@@ -25,7 +25,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from rapidfuzz.distance import Levenshtein
 
-from sedtrain.build import connect
+from sedtrain.build_saved import connect
 from sedtrain.config.instantiate import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.decoding.recordings import Recording, RecordingDecoder

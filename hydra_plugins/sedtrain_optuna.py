@@ -1,4 +1,4 @@
-"""Where Hydra looks for sweepers: the search of sedtrain, by Optuna."""
+"""hydra/sweeper=optuna: Hydra finds sweepers in this folder."""
 
 from typing import Literal
 
@@ -11,9 +11,9 @@ from sedtrain.ranges import Count, CountOrZero
 
 
 class OptunaSweeper(Sweeper):
-    """Leaves everything to `sedtrain.search`, which is not imported before it is needed.
+    """Calls `sedtrain.search`, imported on use.
 
-    Its options are explained in `conf/hydra/sweeper/optuna.yaml`; they are read from the configuration.
+    `conf/hydra/sweeper/optuna.yaml` explains the options; the search reads them from the configuration.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         context, task, config = self.given
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-        from sedtrain.cli import fail
+        from sedtrain.console import fail
         from sedtrain.errors import UserError
         from sedtrain.search import search
 

@@ -3,10 +3,10 @@
     model = sedtrain.load("runs/mine")
     text = model.transcribe("a.wav", num_beams=5)
 
-    folder = sedtrain.run("encoder=hubert", "decoder=bert")  # what the command line runs
-    run = sedtrain.compose("encoder=hubert", "decoder=bert")  # its model, data and Trainer, to look at
+    folder = sedtrain.run("encoder=hubert", "decoder=bert")  # as on the command line
+    run = sedtrain.compose("encoder=hubert", "decoder=bert")  # model, data and Trainer, untrained
 
-All of these are imported when they are asked for, and torch with them.
+Each of these is imported, with torch, on first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m sedtrain`: settles signals and variables before anything else is imported, then runs the command."""
+"""`python -m sedtrain`: sets signal handlers and environment variables before other imports, then runs the command."""
 
 import contextlib
 import multiprocessing
@@ -16,13 +16,11 @@ def main() -> None:
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until training starts there is nothing to save
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(
-            ""
-        )  # a user's own classes, found from the console script too; no file hides an installed package
+        sys.path.append("")  # finds a user's own classes; at the end, so that no file hides an installed package
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    # Threads that spin for long while they wait bring two programs on the same cores to a near standstill.
+    # Waiting threads that spin for long nearly stop two programs on the same cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Plans are kept of so many shapes that were computed last; of 1024, the default, they take a third of a gigabyte.
+    # oneDNN and PyTorch cache plans for this many shapes; the default of 1024 costs a third of a gigabyte.
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, "32")
     from sedtrain.cli import run_command_line
@@ -31,18 +29,18 @@ def main() -> None:
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """Ends the process at once: libraries catch or change an exception that is raised while they run.
+    """Ends the process at once, because libraries catch or change exceptions that are raised inside them.
 
-    The processes that load data leave it to the one that started them.
+    Data-loading processes ignore Ctrl-C; the process that started them ends them.
     """
     if multiprocessing.parent_process() is not None:
         return
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # it may be in the middle of a write
+        with contextlib.suppress(Exception):  # the signal may have interrupted a write
             stream.flush()
     if is_first():
         if os.isatty(2):
-            os.write(2, b"\x1b[?25h")  # the cursor, which a bar hides
+            os.write(2, b"\x1b[?25h")  # shows the cursor, which a progress bar hides
         os.write(2, b"interrupted\n")
     os._exit(130)
 

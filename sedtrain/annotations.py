@@ -1,4 +1,4 @@
-"""Values against the annotation of an option: its type, its choices, its range of numbers."""
+"""Checks values by the annotation of their option: type, choices, range of numbers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from typing import Annotated, Any, ForwardRef, Literal, Optional, TypeVar, Union
 from sedtrain.errors import UNSET, UserError, as_yaml
 from sedtrain.ranges import Range
 
-MAX_NAMES = 12  # listed after a close one
+MAX_NAMES = 12
+"""With more names than this, `suggest` shows only the closest."""
 GENERIC: dict[str, Any] = {
     **dict.fromkeys(["list", "List", "Sequence", "Iterable", "Collection", "set", "Set", "frozenset"], list),
     **dict.fromkeys(["tuple", "Tuple"], tuple),
     **dict.fromkeys(["dict", "Dict", "Mapping", "MutableMapping"], dict),
-    **dict.fromkeys(["Union", "Required", "Final", "InitVar"], Union),  # of a single type, Union is that type
+    **dict.fromkeys(["Union", "Required", "Final", "InitVar"], Union),  # Union[X] is X
     **{"Optional": Optional, "Literal": Literal, "Annotated": Annotated},
 }
 PLAIN: dict[str, Any] = {
     **dict.fromkeys(["str", "Path", "PathLike", "PurePath"], str),
     **{"bool": bool, "int": int, "float": float, "NoneType": None, "Range": Range, "inf": inf},
-    "Tensor": type("Tensor", (), {}),  # no plain value is one: lr is `float | Tensor` in torch.optim
+    "Tensor": type("Tensor", (), {}),  # in torch.optim lr is `float | Tensor`; no YAML value is a Tensor
 }
 EXAMPLES = {
     bool: "write {0}=true or {0}=false",
@@ -49,7 +50,7 @@ Checked = TypeVar("Checked", bound=Callable[..., Any])
 
 
 class Unknown:
-    """Any name that is not listed above; it takes every value."""
+    """The type behind any name that is not listed above; every value fits it."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -57,8 +58,8 @@ class Unknown:
 NAMES = defaultdict[str, Any](lambda: Unknown, GENERIC | PLAIN)
 
 
-class Short(ast.NodeTransformer):
-    """Names without their packages, and without arguments where they do not count."""
+class Shortened(ast.NodeTransformer):
+    """Drops packages from names, and the arguments of unknown generic types."""
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         return ast.Name(node.attr, ast.Load())
@@ -74,20 +75,21 @@ def last_name(node: ast.expr) -> str:
 
 @lru_cache(maxsize=1024)
 def evaluated(annotation: str) -> Any:
-    """The type that an annotation means; nothing is imported for it."""
+    """The type that an annotation means. Imports nothing: names of other packages become Unknown."""
     try:
-        expression = ast.fix_missing_locations(Short().visit(ast.parse(annotation, mode="eval")))
+        expression = ast.fix_missing_locations(Shortened().visit(ast.parse(annotation, mode="eval")))
         return eval(compile(expression, annotation, "eval"), {"__builtins__": {}}, NAMES)
     except (SyntaxError, TypeError, ValueError, ArithmeticError):
         return Unknown
 
 
 def fits(value: object, annotation: str) -> bool:
-    """True if a plain YAML value fits an annotation; unknown names and nodes with `_target_` always do."""
+    """True if a plain YAML value fits an annotation. Everything fits an unknown name; a node with `_target_` always fits."""
     return is_of(evaluated(annotation), value)
 
 
 def is_of(kind: Any, value: Any) -> bool:
+    """True if a plain YAML value fits a type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(kind, str | ForwardRef):
         return fits(value, kind if isinstance(kind, str) else kind.__forward_arg__)
@@ -95,45 +97,46 @@ def is_of(kind: Any, value: Any) -> bool:
     if not is_known or (isinstance(value, dict) and "_target_" in value):
         return True
     if origin in (Union, UnionType):
-        return any(is_of(each, value) for each in arguments)
+        return any(is_of(member, value) for member in arguments)
     if origin is Annotated:
         is_number = isinstance(value, int | float)
-        in_ranges = all(value in each for each in arguments if is_number and isinstance(each, Range))
+        in_ranges = all(value in found for found in arguments if is_number and isinstance(found, Range))
         return in_ranges and is_of(arguments[0], value)
     if origin is Literal:
-        return any(each is Unknown or (type(value), value) == (type(each), each) for each in arguments)
+        return any(choice is Unknown or (type(value), value) == (type(choice), choice) for choice in arguments)
     if isinstance(value, dict) and origin is dict:
-        return all(is_of(arguments[-1], each) for each in value.values())
+        return all(is_of(arguments[-1], item) for item in value.values())
     if isinstance(value, list) and origin is tuple and ... not in arguments:
         return len(value) == len(arguments) and all(map(is_of, arguments, value))
     if isinstance(value, list) and origin in (list, tuple):
-        return all(is_of(arguments[0], each) for each in value)
+        return all(is_of(arguments[0], item) for item in value)
     if kind is float and isinstance(value, float) and not isfinite(value):
         return False
     accepted: Any = {None: NoneType, float: (int, float), tuple: list}.get(kind, origin or kind)
     return origin is None and isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
 
-def within(kind: Any) -> Iterator[Any]:
-    """A type and all that its arguments are made of, in order."""
+def nested_types(kind: Any) -> Iterator[Any]:
+    """A type and, in order, all types inside its arguments."""
     yield kind
-    for each in get_args(kind):
-        yield from within(each)
+    for argument in get_args(kind):
+        yield from nested_types(argument)
 
 
 def literals(annotation: str) -> list[object]:
-    """The values that `Literal[...]` in an annotation list, in order."""
-    return [each for kind in within(evaluated(annotation)) if get_origin(kind) is Literal for each in get_args(kind)]
+    """The values of every `Literal[...]` in an annotation, in order."""
+    kinds = nested_types(evaluated(annotation))
+    return [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
 
 
 def misfits(option: str, value: object, annotation: str) -> Iterator[UserError]:
-    """The errors of a value that does not fit its annotation: one, or one for each named value that does not fit."""
+    """Errors of a value that does not fit its annotation; for a mapping, one for each misfitting entry."""
     if value == UNSET or fits(value, annotation):
         return
-    named_values = [get_args(kind)[-1] for kind in within(evaluated(annotation)) if get_origin(kind) is dict]
-    if isinstance(value, dict) and named_values:
-        for name, each in value.items():
-            yield from misfits(f"{option}.{name}", each, formatannotation(named_values[0]))
+    entry_types = [get_args(kind)[-1] for kind in nested_types(evaluated(annotation)) if get_origin(kind) is dict]
+    if isinstance(value, dict) and entry_types:
+        for name, entry in value.items():
+            yield from misfits(f"{option}.{name}", entry, formatannotation(entry_types[0]))
     elif choices := literals(annotation):
         names = ["null" if choice is None else str(choice) for choice in choices]
         yield UserError(option, value, f"expected {annotation}", suggest(str(value), names))
@@ -145,38 +148,37 @@ def misfits(option: str, value: object, annotation: str) -> Iterator[UserError]:
 
 
 def in_words(kind: Any) -> str:
+    """A type in the words of an error message, such as `a list, each a number above 0`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return next((each.words for each in arguments if isinstance(each, Range)), in_words(arguments[0]))
+        return next((found.words for found in arguments if isinstance(found, Range)), in_words(arguments[0]))
     if origin in (Union, UnionType):
         return ", or ".join(map(in_words, arguments))
-    if origin in (dict, list, tuple):
-        return (
-            f"named values, each {in_words(arguments[-1])}"
-            if origin is dict
-            else f"a list, each {in_words(arguments[0])}"
-        )
+    if origin is dict:
+        return f"named values, each {in_words(arguments[-1])}"
+    if origin in (list, tuple):
+        return f"a list, each {in_words(arguments[0])}"
     return "null" if kind in (None, NoneType) else formatannotation(kind)
 
 
 def example(option: str, annotation: str, value: object = None) -> str:
-    """Example of an override of `option` that fits an annotation."""
-    if isinstance(value, list) and fits([""], annotation) and all(type(each) in (int, float) for each in value):
-        texts = ",".join(f'"{each}"' for each in value)
+    """Advice with an override of `option` that fits its annotation."""
+    if isinstance(value, list) and fits([""], annotation) and all(type(number) in (int, float) for number in value):
+        texts = ",".join(f'"{number}"' for number in value)
         return f"write its texts in quotes: '{option}=[{texts}]'"
-    if fits("", annotation):  # also where there is no annotation
+    if fits("", annotation):  # texts, and options without annotation
         is_number = isinstance(value, int | float)
         return f"write it in quotes: '{option}=\"{as_yaml(value)}\"'" if is_number else f"write {option}=VALUE"
-    sample = next((each for each in samples(annotation, value) if fits(each, annotation)), None)
+    sample = next((found for found in samples(annotation, value) if fits(found, annotation)), None)
     return EXAMPLES[type(sample)].format(option, sample)
 
 
 def samples(annotation: str, value: object) -> Iterator[object]:
-    """Values of all kinds; numbers fit for an example come first."""
+    """Candidates for an example, of all kinds, the best first."""
     yield True
-    for each in within(evaluated(annotation)):
-        if isinstance(each, Range):
-            yield from [*([0.1, 1.0] if isfinite(each.high) else [1.0]), 1, each.low, each.high]
+    for kind in nested_types(evaluated(annotation)):
+        if isinstance(kind, Range):
+            yield from [*([0.1, 1.0] if isfinite(kind.high) else [1.0]), 1, kind.low, kind.high]
     yield from [0.1, int(value) if isinstance(value, float) and value.is_integer() else 1000, [], {}]
 
 
@@ -185,8 +187,8 @@ def closest(name: str, names: Iterable[str]) -> str | None:
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """The close name, where there is one, and all public names, unless so many would hide the close one."""
-    available = [each for each in names if each != "*" and not each.startswith("_")]
+    """Advice for an unknown name: the closest one, if any is close, and all public names unless there are many."""
+    available = [known for known in names if known != "*" and not known.startswith("_")]
     match = closest(name, available)
     if match and len(available) > MAX_NAMES:
         return f"did you mean {match!r}?"
@@ -194,13 +196,13 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f"{question}available: {', '.join(available) or 'none'}"
 
 
-# --- the same for arguments that Python's callers give
+# --- arguments of Python callers
 
 
 def checked(component: str) -> Callable[[Checked], Checked]:
     """Decorator: the function raises one UserError for arguments that do not fit their annotations.
 
-    component: what the names of its options begin with on the command line, such as `adapter.`
+    component: prefix of its options on the command line, such as `adapter.`
     """
 
     def decorate(function: Checked) -> Checked:
@@ -215,7 +217,7 @@ def checked(component: str) -> Callable[[Checked], Checked]:
 
 
 def refuse_misfits(component: str, target: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Raises one UserError for the arguments `given` to a function or class that do not fit their annotations."""
+    """Raises one UserError for all arguments of a function or class that do not fit their annotations."""
     hints = hints_of(target)
     errors = [
         UserError(error.option, error.value, error.wrong, error.write, in_python(name, error))
@@ -228,7 +230,7 @@ def refuse_misfits(component: str, target: Callable[..., Any], given: Mapping[st
 
 @cache
 def hints_of(target: Callable[..., Any]) -> dict[str, str]:
-    """Annotations by parameter; none where they name what is imported for type checkers alone."""
+    """Annotations by parameter; none if they name something imported only for type checkers."""
     function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009 - mypy allows no other way
     try:
         hints = get_type_hints(function, include_extras=True)
@@ -238,19 +240,19 @@ def hints_of(target: Callable[..., Any]) -> dict[str, str]:
 
 
 def in_python(name: str, error: UserError) -> str:
-    """The example as Python writes it, where that is another than the command line's."""
+    """The advice in Python's notation, if it differs from the command line's; else empty."""
     texts = (text for start, text in EXAMPLES_IN_PYTHON.items() if error.write.startswith(start))
     return next(texts, "").format(name, error.value)
 
 
 def as_plain(value: Any) -> Any:
-    """The value in types of YAML; UNSET, which fits any annotation, where YAML has no such type."""
+    """The value in types of YAML; for other types UNSET, which fits any annotation."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list | set | range):
-        return [as_plain(each) for each in value]
+        return [as_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: as_plain(each) for key, each in value.items()}
-    if getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
+        return {key: as_plain(item) for key, item in value.items()}
+    if getattr(value, "shape", None) == ():  # a scalar of NumPy or PyTorch
         value = value.item()
     return value if isinstance(value, str | int | float | None) else UNSET

@@ -1,4 +1,4 @@
-"""Utterances and batches, which travel between the wings.
+"""Utterances and batches, the data that passes between packages.
 
 B batch, S samples, F features, T frames, U target tokens.
 """
@@ -15,10 +15,10 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Utterance:
-    """One (speech, text) pair as it was read: `audio` is (S,) float32 in -1..1 at `sampling_rate` hertz.
+    """One (speech, text) pair as read: `audio` is (S,) float32 in -1..1 at `sampling_rate` hertz.
 
     language: of the text
-    task: how the text came from the speech, `transcribe` or `translate`
+    task: `transcribe` or `translate`: how the text relates to the speech
     """
 
     id: str
@@ -32,9 +32,10 @@ class Utterance:
 
 
 class Skipped(NamedTuple):
-    """An utterance that is left out, and why: `reason` is one of few words, so that reasons can be counted.
+    """An utterance that is left out, and why.
 
-    path: of its audio, with the byte where it begins in a larger file, else of the file that its row is from
+    reason: one of a few fixed words, so that reasons can be counted
+    path: the audio file, with the offset in bytes inside a larger file; without one, the file of its row
     """
 
     id: str
@@ -45,20 +46,20 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Batch:
-    """Padded utterances, as the model takes them; not frozen, since Lightning changes the precision of a copy in place.
+    """Padded utterances for the model. Not frozen, since Lightning changes the precision of a copy in place.
 
     P prompt: the start token and the tags.
 
     inputs:         (B, S) raw audio, or (B, T, F) or (B, F, T) features, in the layout of the encoder's feature extractor
-    attention_mask: (B, S) or (B, T), 1 where `inputs` is real
-    labels:         (B, U) token ids with the end token, IGNORE_INDEX where padded; not shifted: `losses.shift_right` does that
-    ids, texts:     per utterance, the identity and the reference
-    speakers, languages, durations: per utterance, None where unknown; empty in batches that are not made of data
+    attention_mask: (B, S) or (B, T), 1 for real inputs, 0 for padding
+    labels:         (B, U) token ids with the end token, padded with IGNORE_INDEX; `losses.shift_right` shifts them later
+    ids, texts:     per utterance, its id and its reference
+    speakers, languages, durations: per utterance, None if unknown; empty in batches made by hand
     seconds:        audio in the batch, without padding
-    skipped:        utterances that could not be read and are not in the batch
-    keys:           per utterance, a fingerprint of its inputs; empty where their features are not cached
-    prompts:        (B, P) what generation starts with, where labels begin with tags; else None
-    source:         the same batch in the host's memory, where this one is a copy of it on another device
+    skipped:        unreadable utterances, which are not in the batch
+    keys:           per utterance, a fingerprint of its inputs; empty without a feature cache
+    prompts:        (B, P) start of generation if labels begin with tags, else None
+    source:         the same batch in the host's memory, if this one is a copy on another device
     """
 
     inputs: Tensor
@@ -77,12 +78,12 @@ class Batch:
 
     @property
     def on_host(self) -> "Batch":
-        """The batch whose masks and labels are read without waiting for the device."""
+        """The batch in the host's memory: reading its masks and labels does not wait for the device."""
         return self if self.source is None else self.source
 
     @property
     def padding_mask(self) -> Tensor | None:
-        """The attention mask in the host's memory; None where nothing is padded, so that attention needs no mask."""
+        """The attention mask in the host's memory; None without padding, since attention then needs no mask."""
         mask = self.on_host.attention_mask
         return None if bool(mask.all()) else mask
 
@@ -98,7 +99,7 @@ class Batch:
         return replace(self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True)), source=self.on_host)
 
     def pin_memory(self) -> "Batch":
-        """A copy in pinned memory, from which a GPU copies while it computes; a DataLoader calls it."""
+        """A copy in pinned memory, which a GPU can fetch while it computes. The DataLoader calls this."""
         return self.with_tensors(Tensor.pin_memory)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":

@@ -1,4 +1,4 @@
-"""`task=compare`: which of several runs is better, and where; as tables, compare.json and compare.html. Needs no torch."""
+"""`task=compare`: compares runs with the first, as tables, compare.json and compare.html. Needs no torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -19,39 +19,39 @@ from sedtrain.terminal import saved_files, show, table
 MAX_RUNS = 20
 HEADINGS = ("run", "value", "95 % interval", "difference", "its 95 % interval", "p, t-test", "p, swaps", "p, corrected")
 HOW = """
-Differences are those from the first run, in points (percent). Two paired tests resample the units of the intervals: a t-test
-of the jackknife, and approximate randomisation, which swaps the runs' units at random. The verdict takes the larger of both
-p-values, corrected for the number of runs that are compared with the first (Holm), and calls it a difference below 0.05.
-Metrics are not corrected for each other: the first decides.
+Each run is compared with the first; differences are in points (percent). Two paired tests resample the units of the
+intervals: a t-test on the jackknife, and approximate randomisation, which swaps the runs' units at random. The verdict takes
+the larger p-value of the two, corrected for the number of comparisons (Holm); below 0.05 it calls the runs different. The
+first metric decides: p-values are not corrected for the number of metrics.
 """
 
 
 def compare(folders: Sequence[str], run_dir: Path) -> None:
     """Compares runs by their results.json and hypotheses.jsonl, each with the first. Raises UserError."""
-    places = [Path(each).expanduser().resolve() for each in folders]
+    places = [Path(folder).expanduser().resolve() for folder in folders]
     if len({*places}) < len(places) or len(places) > MAX_RUNS:
         wrong, write = "a run is named twice, or there are too many", f"write 2 to {MAX_RUNS} different folders"
         raise UserError("runs", list(folders), wrong, write)
-    comparison = compare_runs([ScoredRun.read(each) for each in folders], short_names(places))
+    comparison = compare_runs([ScoredRun.read(folder) for folder in folders], short_names(places))
     write_json(run_dir / "compare.json", {**asdict(comparison), "verdicts": comparison.verdicts()})
     write_comparison(run_dir / "compare.html", comparison)
     show(*tables(comparison), saved_files(run_dir, ["compare.html", "compare.json", "sedtrain.log"]))
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """The last parts of paths that tell them apart, without what a terminal would act on."""
-    number = next(n for n in range(1, 1000) if len({each.parts[-n:] for each in places}) == len(places))
-    return [printable("/".join(each.parts[-number:])) for each in places]
+    """The shortest ends of paths that tell them apart, without control characters."""
+    number = next(n for n in range(1, 1000) if len({place.parts[-n:] for place in places}) == len(places))
+    return [printable("/".join(place.parts[-number:])) for place in places]
 
 
 def tables(comparison: Comparison) -> list[RenderableType]:
-    """Tables and lines for the terminal; the verdicts come last, where they are seen."""
+    """Tables and lines for the terminal; the verdicts come last, above the prompt."""
     numbers = ("value and\n95 % interval", "difference and\n95 % interval", "p, t", "p, swaps", "p, Holm")
     shown: list[RenderableType] = [f"{comparison.headline()}, {comparison.units}"]
     for metric in comparison.values:
         scores = table(title_of(metric), "run", *numbers, right=numbers)
-        for name, value, ends, difference, of_difference, *p_values in run_rows(comparison, metric):
-            scores.add_row(name, f"{value}\n{ends}", f"{difference}\n{of_difference}".strip(), *p_values)
+        for name, value, interval, difference, its_interval, *p_values in run_rows(comparison, metric):
+            scores.add_row(name, f"{value}\n{interval}", f"{difference}\n{its_interval}".strip(), *p_values)
         shown.append(scores)
     for name, origin in zip(comparison.names[1:], comparison.origins, strict=True):
         for what, groups in origin.groups.items():
@@ -67,7 +67,7 @@ def tables(comparison: Comparison) -> list[RenderableType]:
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Writes one HTML file without links to anything outside it."""
+    """Writes one self-contained HTML file."""
     title = f"{' and '.join([', '.join(comparison.names[:-1]), comparison.names[-1]])}: comparison"
     facts = {
         "data": comparison.data,
@@ -87,23 +87,23 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 
 def run_rows(comparison: Comparison, metric: str) -> list[tuple[str, ...]]:
-    """A row for each run: value and interval, and of each but the first the difference with its tests."""
+    """One row per run: value and interval; for all but the first also the difference from the first, with its tests."""
     rows = []
     for number, (name, value) in enumerate(zip(comparison.names, comparison.values[metric], strict=True)):
         tests: tuple[str, ...] = ("",) * 5
         if number:
-            each = comparison.differences[metric][number - 1]
-            ends = f"{points(each.paired.low)} to {points(each.paired.high)}"
-            p_values = each.paired.p_value, each.p_swaps, each.p_value
-            tests = (points(each.paired.difference), ends, *map(chance, p_values))
+            found = comparison.differences[metric][number - 1]
+            interval = f"{points(found.paired.low)} to {points(found.paired.high)}"
+            p_values = found.paired.p_value, found.p_swaps, found.p_value
+            tests = (points(found.paired.difference), interval, *map(p_value_text, p_values))
         rows.append((name, percent(value.value), value.ends, *tests))
     return rows
 
 
 def group_rows(groups: Iterable[Group]) -> list[tuple[str, ...]]:
     return [
-        (each.name, f"{each.num_utterances:,}", percent(each.first), percent(each.other), points(each.points))
-        for each in groups
+        (group.name, f"{group.num_utterances:,}", percent(group.first), percent(group.other), points(group.points))
+        for group in groups
     ]
 
 
@@ -111,7 +111,7 @@ def points(fraction: float) -> str:
     return f"{100 * fraction:+.2f}"
 
 
-def chance(p_value: float | None) -> str:
+def p_value_text(p_value: float | None) -> str:
     return "" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
@@ -127,17 +127,17 @@ def origin_sections(first: str, other: str, title: str, origin: Origin) -> str:
         ]
         rows = html.table(("reference", "hypothesis", first, other), cells, num_texts=2)
         tables.append(html.headed("Confusions that changed most", html.wide(rows)))
-    moved = f"Points: how far {other} moves the {title} of {first} by these utterances alone."
+    moved = f"Points: the change of {title} from {first} to {other} that these utterances alone cause."
     where = html.headed(f"Where {other} differs from {first}", html.quiet(moved) if origin.groups else "")
     return where + html.row(*tables) + changed_utterances(first, other, title, origin.changes)
 
 
 def changed_utterances(first: str, other: str, title: str, changes: Sequence[Change]) -> str:
     articles = []
-    for each in changes:
-        written = {first: each.utterance.hypothesis, other: each.hypothesis}
-        texts = html.definitions({"reference": each.utterance.reference, **written})
-        score = f"{title} {percent(each.first)} → {percent(each.other)}"
-        articles.append(html.article(each.utterance.id, score, texts))
+    for change in changes:
+        written = {first: change.utterance.hypothesis, other: change.hypothesis}
+        texts = html.definitions({"reference": change.utterance.reference, **written})
+        score = f"{title} {percent(change.first)} → {percent(change.other)}"
+        articles.append(html.article(change.utterance.id, score, texts))
     heading = f"The {len(articles)} utterances that changed most"
     return f"<section>{html.headed(heading, *articles)}</section>" if articles else ""

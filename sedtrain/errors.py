@@ -1,4 +1,4 @@
-"""The one error for what a user can repair, and the end of a task that is done in part."""
+"""The error for mistakes that a user can repair, and the exception that ends an unfinished task."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 YAML = {"true": True, "false": False, "null": None}
-UNSET = "???"  # how YAML writes a value that nobody has given yet
-REFUSED = object()  # stands for a component that could not be made
+UNSET = "???"  # OmegaConf's mark of a missing value
+REFUSED = object()  # in place of a component that could not be made
 COMPONENT = (
     r"((augment|callbacks)\.\w+|metrics\.bleu|adapter|data|decoding|(en|de)coder|"
     r"finetune|loss|optimizer|scheduler|tokenizer|trainer)"
@@ -18,20 +18,20 @@ IN_PYTHON = {
     r"(encoder|decoder)\.attention\b": r"\1_attn_implementation",
     rf"{COMPONENT}\.(?=[a-z])": "",  # arguments of their class or function
 }
-"""Options of the command line, and what Python's callers write for them."""
+"""Patterns of options on the command line, and the arguments of Python callers."""
 
 
 class UserError(ValueError):
-    """One mistake, or several that are reported together; prints without a traceback.
+    """One mistake, or several reported together; prints without a traceback.
 
-    option: dotted name as written on the command line, such as `data.path`
-    value:  what the option holds
+    option: dotted name as on the command line, such as `data.path`
+    value:  the option's value
     wrong:  a sentence about what is wrong
     write:  what to write instead
-    python: what Python's callers write, where that is more than `write` without the names of components
-    errors: the mistakes, one each; a single one is its own only element
+    python: what Python callers write, if dropping component names from `write` does not give it
+    errors: all mistakes, one each; a single mistake lists itself
 
-    on_command_line: options are named as on the command line, which sets this for all errors, and not as Python's arguments
+    on_command_line: True names options as on the command line, False as Python arguments; the command sets it for all errors
     """
 
     on_command_line: bool = False
@@ -43,7 +43,7 @@ class UserError(ValueError):
 
     @classmethod
     def all_of(cls, errors: Iterable[UserError]) -> UserError:
-        """One error that reports each of `errors`, which must not be empty; equal ones once."""
+        """One error that reports each of `errors` (at least one), without duplicates."""
         distinct = {error.entry(): error for several in errors for error in several.errors}
         first, *others = distinct.values()
         error = cls(first.option, first.value, first.wrong, first.write, first.python)
@@ -51,7 +51,7 @@ class UserError(ValueError):
         return error
 
     def entry(self) -> str:
-        """Its part of the message: option and value, then indented lines of text."""
+        """This error's part of the message: option and value, then indented lines of text."""
         option, value, write = self.option, as_yaml(self.value), self.write
         if not self.on_command_line:
             option, value, write = in_python(option), shortened(self.value, repr), self.python or in_python(write)
@@ -64,14 +64,14 @@ class UserError(ValueError):
 
 
 class Attempts:
-    """Makes components one after the other, and collects what they refuse."""
+    """Makes components one after the other, and collects their UserErrors."""
 
     def __init__(self) -> None:
         self.errors: list[UserError] = []
 
     def __call__(self, make: Any, *needed: Any) -> Any:
-        """The result of `make(*needed)`; REFUSED where it raises UserError, or where an argument is REFUSED."""
-        if any(each is REFUSED for each in (make, *needed)):
+        """The result of `make(*needed)`; REFUSED if it raises UserError, or if an argument is REFUSED."""
+        if any(part is REFUSED for part in (make, *needed)):
             return REFUSED
         try:
             return make(*needed)
@@ -80,13 +80,16 @@ class Attempts:
             return REFUSED
 
     def report(self) -> None:
-        """Raises one UserError of everything that was refused."""
+        """Raises one UserError for all collected errors, if any."""
         if self.errors:
             raise UserError.all_of(self.errors) from self.errors[0]
 
 
 class Unfinished(Exception):
-    """A task is done in part; the message says what exists and what does not. `status` is that of the command."""
+    """A task ended early. The message says what exists and what does not.
+
+    status: exit status of the command
+    """
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -94,16 +97,16 @@ class Unfinished(Exception):
 
 
 def in_python(text: str) -> str:
-    """Names of options, where they begin a word, as Python's callers know them, and words for values as Python writes them."""
+    """Text for Python callers: names of options become arguments, and values become Python literals."""
     for option, argument in IN_PYTHON.items():
         text = re.sub(rf"(?<![^\s('\[]){option}", argument, text)
     return re.sub(r"(?<=\w=)(?>[a-z](?:[\w./-]*\w)?)(?![(\[])", lambda word: repr(YAML.get(word[0], word[0])), text)
 
 
 def as_yaml(value: object) -> str:
-    """A value the way YAML writes it, shortened to one line; a text, which may be a path, to a few."""
+    """A value in YAML's notation, shortened to one line, or to a few for a text, which may be a path."""
     if value is None or isinstance(value, bool):
-        return next(word for word, each in YAML.items() if each is value)
+        return next(word for word, known in YAML.items() if known is value)
     return shortened(value, str if value == UNSET else repr)
 
 
@@ -113,5 +116,5 @@ def shortened(value: object, written: Callable[[object], str]) -> str:
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
-    """The beginning of its message, on one line."""
+    """The beginning of an error's message, on one line."""
     return " ".join(str(error).split())[:length]

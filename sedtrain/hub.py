@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, where it can be reached."""
+"""The Hugging Face Hub, on machines without network."""
 
 import socket
 import sys
@@ -9,12 +9,12 @@ import huggingface_hub
 
 
 def go_offline_if_unreachable() -> None:
-    """Asks only the Hub's cache from now on where its address cannot be found: the client would retry for most of a minute."""
+    """Uses only the Hub's local cache if its host name does not resolve; the client would retry for most of a minute."""
     if huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return
     try:
         socket.getaddrinfo(urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        if datasets := sys.modules.get("datasets"):  # it copies the value when it is imported
+        if datasets := sys.modules.get("datasets"):  # datasets copied the value on import
             datasets.config.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""The command line from Python: the same options, checked alike, and objects to look at."""
+"""The command line from Python: the same options and checks, and objects to look at."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +9,20 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from sedtrain.build import training_run
-from sedtrain.cli import close_log, open_log, perform, quieten_libraries
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
+from sedtrain.console import close_log, open_log, quieten_libraries
 from sedtrain.errors import UserError
+from sedtrain.job import perform
 from sedtrain.training.run import TrainingRun
 
 
 def run(*options: str) -> Path:
-    """Runs what `sedtrain OPTIONS` runs, in this process, and returns the run's folder, which some tasks do not make.
+    """Runs `sedtrain OPTIONS` in this process. Returns the run's folder, which some tasks do not make.
 
         folder = sedtrain.run("encoder=hubert", "decoder=bert", "trainer.max_steps=200")
 
-    Raises UserError and Unfinished where the command would end with a message. Several processes need the command line.
+    Raises UserError or Unfinished when the command would end with a message. For several processes, use the command line.
     """
     with as_on_command_line():
         config, checked = configuration(options)
@@ -30,14 +31,14 @@ def run(*options: str) -> Path:
 
 
 def compose(*options: str) -> TrainingRun:
-    """Model, tokenizer, data and Trainer of `sedtrain OPTIONS`, connected and not yet trained. Raises UserError."""
+    """The connected model, tokenizer, data and Trainer of `sedtrain OPTIONS`, before training. Raises UserError."""
     with as_on_command_line():
         config, _ = configuration(options)
         return training_run(config)
 
 
 def configuration(options: tuple[str, ...]) -> tuple[DictConfig, list[str]]:
-    """The composed configuration of a single run, and its options as Hydra reads them. Raises UserError for all mistakes."""
+    """The composed configuration of one run, and its options in Hydra's form. Raises one UserError for all mistakes."""
     for option in options:
         if not isinstance(option, str) or option.startswith("-") or "=" not in option:
             raise UserError("options", option, "this is no option with a value", "write 'NAME=VALUE'")
@@ -49,14 +50,14 @@ def configuration(options: tuple[str, ...]) -> tuple[DictConfig, list[str]]:
 
 @contextmanager
 def as_on_command_line() -> Iterator[None]:
-    """Errors name options as they were given, and not as Python's arguments; messages go where the command's go."""
+    """Inside, errors name options as on the command line, not as Python arguments, and messages go where the command's go."""
     open_log()
     quieten_libraries()
     try:
         yield
     except UserError as error:
-        for each in (error, *error.errors):
-            each.on_command_line = True
+        for mistake in (error, *error.errors):
+            mistake.on_command_line = True
         raise
     finally:
         close_log()

@@ -1,4 +1,4 @@
-"""Small files that a stranger may have written, read as plain values: no tags, no aliases, and a bounded size."""
+"""Reads small files of unknown origin as plain values: no tags, no aliases, limited size."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import yaml  # type: ignore[import-untyped]
 from sedtrain.errors import UserError, one_line
 
 MAX_BYTES = {".json": 10_000_000, ".txt": 10_000_000}
-MAX_YAML_BYTES = 500_000  # which take half a gigabyte of memory where every other byte is a value
+MAX_YAML_BYTES = 500_000  # half a gigabyte in memory, if every other byte is a value
 
 
 class WithoutAliases(yaml.SafeLoader):
-    """An alias repeats a value: nine lines of them can stand for a billion values."""
+    """Refuses aliases, which repeat values: nine lines of them can stand for a billion values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -24,9 +24,9 @@ class WithoutAliases(yaml.SafeLoader):
 
 
 def plain_value(file: Path, option: str, value: object, write: str) -> Any:
-    """The content of a YAML or JSON file, in types of YAML and JSON.
+    """The plain values of a YAML or JSON file.
 
-    option, value, write: of the UserError that is raised where it cannot be read, is too large or has anything else
+    Raises UserError(option, value, ..., write) if the file is unreadable, too large, or holds anything else.
     """
     try:
         return parsed(file)
@@ -44,7 +44,7 @@ def parsed(file: Path) -> Any:
 
 
 def content(file: Path) -> str:
-    """The text of a file. Raises ValueError where it is too large, no file or no UTF-8."""
+    """The text of a file. Raises ValueError if it is too large, not a regular file, or not UTF-8."""
     limit = MAX_BYTES.get(file.suffix, MAX_YAML_BYTES)
     if file.exists() and not file.is_file():
         raise ValueError("it is no file, but a folder, a pipe or a device")

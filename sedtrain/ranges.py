@@ -1,4 +1,4 @@
-"""Values that options may have: ranges of numbers, written as types (`rate: Positive`), and names of tokenizers."""
+"""Ranges of numbers, written as types of options (`rate: Positive`), and the tokenizers of BLEU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`; the ends belong to them unless `open` says otherwise. `words` names them."""
+    """The finite numbers from `low` to `high`.
+
+    words: names the range in error messages
+    open:  excluded ends: "low", "high", "both" or none
+    """
 
     words: str
     low: float = -inf
     high: float = inf
-    open: str = ""  # "low", "high" or "both": the ends that do not belong
+    open: str = ""
 
     def __contains__(self, number: float) -> bool:
         above = number > self.low if self.open in ("low", "both") else number >= self.low
@@ -37,4 +41,4 @@ UpToMillion = Annotated[int, Range("a whole number from 1 to 1,000,000", low=1, 
 CountOrZero = Annotated[int, Range("a whole number of 0 or more", low=0)]
 
 BLEU_TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "intl", "char", "none")
-"""Tokenizers of sacrebleu that download nothing."""
+"""sacrebleu's tokenizers that need no download."""

@@ -1,4 +1,4 @@
-"""The folder of a run: where its files lie, and how a file is written whole."""
+"""The folder of a run: paths of its files, its lock, and writing files whole."""
 
 import errno
 import json
@@ -14,20 +14,21 @@ from filelock import FileLock, Timeout
 from sedtrain.errors import UserError
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-"""The newest checkpoint, the one before it, and the checkpoint of the best validation; a run resumes from any of them."""
-SECONDS_FOR_ORPHANS = 5
+"""The newest checkpoint, the one before it, and that of the best validation; a run can resume from each."""
+LOCK_SECONDS = 5
+"""How long to wait for the lock: workers of a killed process hold it for a moment longer."""
 
 logger = logging.getLogger(__name__)
 
 
 def model_of(checkpoint: str) -> str:
-    """The argument of `from_pretrained`: the model within a run's folder, else the checkpoint, maybe the Hub's name of one."""
+    """The argument of `from_pretrained`: the model inside a run's folder, or else the checkpoint itself, maybe a Hub id."""
     folder = Path(checkpoint).expanduser()
     return str(next((path for path in (folder / "model", folder) if path.is_dir()), checkpoint))
 
 
 def config_of(checkpoint: str) -> Path:
-    """The resolved configuration of a run; no other checkpoint has this file."""
+    """The resolved configuration of a run. Only runs have this file, other checkpoints do not."""
     return Path(checkpoint).expanduser() / "config.yaml"
 
 
@@ -36,17 +37,14 @@ def checkpoints_of(run: str) -> Path:
 
 
 def is_finished(run: str) -> bool:
-    """True if a run has trained and scored its model: the model card is the last file that it writes."""
+    """True if a run has trained and scored its model. The model card is the last file that it writes."""
     card = Path(run).expanduser() / "model" / "README.md"
     return card.is_file() and card.stat().st_size > 0
 
 
 def claim(run: Path) -> FileLock:
-    """The lock of a run's folder, which ends with this process. Raises UserError where another process holds it.
-
-    A process that was killed leaves workers that hold it for a moment longer.
-    """
-    lock = FileLock(run / ".lock", timeout=SECONDS_FOR_ORPHANS, fallback_to_soft=False)
+    """Locks a run's folder until this process ends. Raises UserError if another process holds the lock."""
+    lock = FileLock(run / ".lock", timeout=LOCK_SECONDS, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -55,17 +53,17 @@ def claim(run: Path) -> FileLock:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
-        logger.warning("run_dir=%s: this disk knows no locks; take care that no other process uses the folder", run)
+        logger.warning("run_dir=%s: this disk has no locks; make sure that no other process uses the folder", run)
     return lock
 
 
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: Path | None = None) -> None:
-    """Writes a file whole or not at all, also through a kill or a power cut; one process at a time.
+    """Writes a file whole or not at all, even if a kill or a power cut interrupts it. For one process at a time.
 
-    The unfinished file always has the same name beside it, so that kills leave at most one; it is removed if writing raises.
+    The unfinished file has a fixed name beside the final one, so kills leave at most one. An exception removes it.
 
     content: the text, or a function that writes to the open file
-    keep: where the file that is replaced goes
+    keep: path for the replaced file
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
@@ -81,13 +79,13 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: P
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the names
+        os.fsync(folder)  # makes the new names durable
     finally:
         os.close(folder)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON, whole or not at all; NaN, for which JSON has no word, becomes null."""
+    """Writes JSON, whole or not at all. NaN and infinity, which JSON lacks, become null."""
     write_whole(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -100,14 +98,14 @@ def without_nan(value: Any) -> Any:
 
 
 def keep_until(step: int, file: Path) -> None:
-    """Drops the lines of JSON of later steps, which the run writes again, and a last line that is truncated."""
+    """Drops a truncated last line, and the entries of later steps, which the resumed run writes again."""
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         write_whole(file, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= step))
 
 
 def step_of(line: str) -> int:
-    """The step that a line of JSON names, 0 where it names none."""
+    """The step in a line of JSON; 0 without one."""
     try:
         return int(json.loads(line).get("step", 0))
     except (ValueError, AttributeError):

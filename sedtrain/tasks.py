@@ -1,4 +1,4 @@
-"""The tasks of a command; transcribe.py has transcribe and compare.py compare, which need less than these."""
+"""The tasks of a command, except transcribe, serve and compare, which need fewer imports and have files of their own."""
 
 import logging
 import shlex
@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from sedtrain import build, terminal
+from sedtrain import build, build_saved, terminal
 from sedtrain.errors import Unfinished
 from sedtrain.export.card import write_model_card
 from sedtrain.export.folder import refuse_taken, write_folder
@@ -19,13 +19,13 @@ from sedtrain.export.upload import files_of, refuse_impossible, upload
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables, write_page
 from sedtrain.run_dir import config_of, is_finished, write_whole
-from sedtrain.training.checkpoint_files import refuse_other_settings, starting_point
 from sedtrain.training.finetune import PartPlan
 from sedtrain.training.fit_batches import Budget, Fitted, fitted_batches, write_batches
-from sedtrain.training.loggers import log_scores
+from sedtrain.training.resume import refuse_other_settings, starting_point
+from sedtrain.training.tracking import log_scores
 
-NOT_OF_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
-"""Options of a search for batches that are not those of the training it is for."""
+NOT_FOR_TRAINING = ("task", "memory_gb", "inspect_utterances", "run_dir", "data.batches")
+"""Options of task=fit_batches that the training command must not repeat."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ def train(cfg: DictConfig) -> None:
         raise Unfinished(f"{stopped}\n  resume=auto with this run_dir resumes it", 128 + number)
     if text := run.ended_early():
         logger.warning("%s; write a longer one, or null, to train for all steps", text)
-    with torch.compiler.set_stance("force_eager"):  # each token's layers would be compiled anew
-        results, evaluation = build.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
+    with torch.compiler.set_stance("force_eager"):  # torch.compile would compile anew for every token
+        results, evaluation = build_saved.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
     log_scores(run.trainer, results)
-    origin = build.origin(cfg, settings, run.saved)
+    origin = build_saved.origin(cfg, settings, run.saved)
     write_model_card(run.folder / "model", run.saved, results, origin, cfg.target)
 
 
@@ -68,16 +68,18 @@ def keep_configuration(run_dir: str, settings: dict[str, Any]) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Scores a saved model on a split."""
     settings = build.settings_of(cfg)
-    scoring, saved, data = build.evaluation(cfg)
+    scoring, saved, data = build_saved.evaluation(cfg)
     results, evaluation = scoring.score(saved, data)
-    keep_configuration(cfg.run_dir, settings)  # what was refused or stopped leaves the folder free for another try
+    keep_configuration(
+        cfg.run_dir, settings
+    )  # comes last: after an error or a stop, the folder stays free for another try
     terminal.show(*terminal.scored(results, evaluation, scoring.folder))
 
 
 def inspect(cfg: DictConfig) -> None:
-    """Shows what the data hold and which of them training would leave out; nothing of a model is needed."""
+    """Shows what the data hold and what training would leave out. Needs no model."""
     folder = Path(cfg.run_dir)
-    found, columns = inspected(build.inspected_data(cfg), cfg.inspect_utterances)
+    found, columns = inspected(build_saved.inspected_data(cfg), cfg.inspect_utterances)
     found.write(folder / "inspect.json")
     write_page(folder / "inspect.html", found, columns)
     saved = terminal.saved_files(folder, ["inspect.html", "inspect.json", "skipped.jsonl", "sedtrain.log"])
@@ -91,7 +93,7 @@ def fit_batches(cfg: DictConfig) -> None:
     found, budget = fitted_batches(run, make_trainer, cfg.memory_gb, cfg.inspect_utterances)
     file = run.folder / "batches.yaml"
     write_batches(file, found, budget, shlex.join(sys.argv[1:]))
-    arguments = [each for each in sys.argv[1:] if each.lstrip("+").partition("=")[0] not in NOT_OF_TRAINING]
+    arguments = [option for option in sys.argv[1:] if option.lstrip("+").partition("=")[0] not in NOT_FOR_TRAINING]
     command = shlex.join(["python", "-m", "sedtrain", *arguments, f"data.batches={file}"])
     terminal.show(
         batches(found, budget),
@@ -101,13 +103,12 @@ def fit_batches(cfg: DictConfig) -> None:
 
 
 def export(cfg: DictConfig) -> None:
-    """Writes a saved model as a folder for others, and uploads it where that is asked for."""
+    """Writes a saved model as a folder for others, and uploads it if `hub` says so."""
     folder = Path(cfg.out).expanduser().resolve()  # links and `.` cannot be replaced
     refuse_taken(folder)
     if cfg.hub:
         refuse_impossible(cfg.hub, cfg.dry_run)
-    exported = build.exported(cfg)
-    write_folder(folder, *exported)
+    write_folder(folder, *build_saved.export_parts(cfg))
     files = files_of(folder)
     terminal.show(terminal.files(files), f"saved in {folder}")
     if cfg.hub and cfg.dry_run:
@@ -120,7 +121,7 @@ def export(cfg: DictConfig) -> None:
 
 
 def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
-    """Table of how each part of the model is trained, and below it the facts of the run."""
+    """A table of how each part of the model is trained; the facts of the run follow as its caption."""
     numbers = ("trainable", "frozen", "peak learning rate", "from step")
     rows = terminal.table("what will be trained", "part", *numbers, right=numbers)
     rows.columns[0].no_wrap = True
@@ -135,16 +136,16 @@ def plan(parts: Sequence[PartPlan], facts: Mapping[str, str]) -> Table:
 
 
 def ends(values: Sequence[str]) -> str:
-    """The first and the last of some values in order; nothing where there is none."""
+    """The first and last of sorted values, such as `1e-05 to 0.001`; empty without values."""
     return " to ".join(dict.fromkeys([*values[:1], *values[-1:]]))
 
 
 def batches(found: Sequence[Fitted], budget: Budget) -> Table:
-    """The largest batch of each bucket, and what a step on it took."""
+    """A table of the largest batch of each bucket, with memory and speed of a step on it."""
     headings = ("seconds up to", "tokens up to", "utterances", "audio", "peak memory", "speed")
     rows = terminal.table("the largest batches that fit", *headings, right=headings)
     for (seconds, tokens, utterances), peak_gb, speed in found:
         audio = f"{seconds * utterances:,.0f} s"
         rows.add_row(f"{seconds:g}", f"{tokens}", f"{utterances:,}", audio, f"{peak_gb:.2f} GB", f"{speed:,.0f} s/s")
-    rows.caption = f"into {budget.text}\nspeed: seconds of audio per second, of one step"
+    rows.caption = f"into {budget.text}\nspeed: seconds of audio per second, in one step"
     return rows

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def table(title: str, *headings: str, right: Collection[str] = ()) -> Table:
-    """An empty table; the columns named in `right` are aligned to the right."""
+    """An empty table; columns named in `right` are right-aligned."""
     table = Table(title=title, title_justify="left", caption_justify="left", caption_style="")
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left")
@@ -27,23 +27,23 @@ def table(title: str, *headings: str, right: Collection[str] = ()) -> Table:
 
 
 def scored(results: Results, evaluation: Evaluation, folder: Path, num_examples: int = 3) -> list[RenderableType]:
-    """Scores, examples spread over the split, what was left out and what was saved in the run's folder."""
+    """Scores, examples spread over the split, counts of skipped utterances, and files in the run's folder."""
     numbers = ("value", results.interval_title.replace(", by", ",\nby"))
     scores = table("", "metric", *numbers, right=numbers)
     for row in results.rows():
         scores.add_row(*row)
     examples = table("examples", "utterance", "reference", "hypothesis")
     step = max(results.num_utterances // num_examples, 1)
-    for each in evaluation.hypotheses[::step][:num_examples]:
-        examples.add_row(each.id, each.reference, each.hypothesis)
+    for example in evaluation.hypotheses[::step][:num_examples]:
+        examples.add_row(example.id, example.reference, example.hypothesis)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in results.skipped.items()) or "no utterance"
-    headline = f"{results.split}: {results.headline}"  # a table's title would be cut to its width
+    headline = f"{results.split}: {results.headline}"  # no title of the table, which would be cut to its width
     scored_as = "\n".join(results.scored_as())
     return [headline, scores, scored_as, examples, f"left out: {left_out}", saved_files(folder, RUN_FILES)]
 
 
 def saved_files(folder: Path, names: Sequence[str]) -> str:
-    """The folder, and the names of files that exist in it."""
+    """The folder, and those files of `names` that exist in it."""
     return f"saved in {folder}: " + ", ".join(name for name in names if (folder / name).exists())
 
 
@@ -56,7 +56,7 @@ def files(sizes: Mapping[str, int]) -> Table:
 
 
 def with_progress(names: Sequence[str], is_shown: bool) -> Iterator[str]:
-    """Yields the names; where there are several, a bar on the terminal (standard error) shows how many are done."""
+    """Yields the names. With several names, a bar on standard error shows how many are done, if that is a terminal."""
     console = Console(stderr=True)
     shown = is_shown and len(names) > 1 and console.is_terminal
     with Progress(console=console, transient=True, redirect_stdout=False, disable=not shown) as bar:

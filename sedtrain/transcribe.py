@@ -1,7 +1,4 @@
-"""`task=transcribe` and `task=serve`: the text of recordings.
-
-They need neither Lightning nor `datasets`, whose imports take a second.
-"""
+"""`task=transcribe` and `task=serve`: texts of recordings. Imports neither Lightning nor `datasets`, which take a second."""
 
 import logging
 import sys
@@ -26,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def transcribe(cfg: DictConfig) -> None:
-    """Prints or writes the text of every recording; of several, one that cannot be transcribed stops no other."""
+    """Prints or writes the text of every recording. A recording that fails does not stop the others."""
     paths = audio_paths(cfg.audio)
     outputs, num_failed = outputs_of(cfg), 0
     names, transcriber = outputs.names(paths), transcriber_of(cfg)
@@ -45,7 +42,7 @@ def transcribe(cfg: DictConfig) -> None:
 
 
 def serve(cfg: DictConfig) -> None:
-    """Answers requests for texts over HTTP until Ctrl-C. Raises UserError where its packages are not installed."""
+    """Serves transcription over HTTP until Ctrl-C. Raises UserError if its packages are not installed."""
     try:
         from sedtrain.serving.server import serve
     except ModuleNotFoundError as error:
@@ -56,7 +53,7 @@ def serve(cfg: DictConfig) -> None:
 
 
 def transcriber_of(cfg: DictConfig) -> Transcriber:
-    """The components of `task=transcribe`, connected. Raises one UserError of everything that they refuse."""
+    """The connected components of `task=transcribe`. Raises one UserError for everything that they refuse."""
     attempt = Attempts()
     saved, options = attempt(saved_model, cfg), attempt(create, cfg, "decoding")
     make = partial(Transcriber, language=cfg.data.get("language"), target=cfg.target)
@@ -68,34 +65,34 @@ def transcriber_of(cfg: DictConfig) -> Transcriber:
 
 
 def bounds_of(cfg: DictConfig) -> Bounds:
-    """The bounds of a batch, as `data` has them."""
+    """The bounds of a batch, from the options of `data`."""
     data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     names = ("batch_seconds", "batch_tokens", "num_buckets", "batches")
     return Bounds.of(**{name: data[name] for name in names if name in data})
 
 
 def outputs_of(cfg: DictConfig) -> Outputs:
-    """The place and the formats of the texts of `task=transcribe`."""
+    """The folder and formats of the texts of `task=transcribe`."""
     formats = (cfg.format,) if isinstance(cfg.format, str) else tuple(cfg.format)
     return Outputs(formats, Path(cfg.out).expanduser() if cfg.out else None, cfg.data.get("language"))
 
 
 def saved_model(cfg: DictConfig) -> SavedModel:
-    """The model that `checkpoint` names; importing a user's own classes registers them."""
+    """The model of `checkpoint`. Imports a user's own classes first, which registers them."""
     for group in ("encoder", "decoder", "adapter"):
         import_target(cfg, group)
     return load(cfg.checkpoint)
 
 
 def device(cfg: DictConfig) -> torch.device:
-    """The accelerator of this process; the CPU where there is none, or `trainer.accelerator` asks for the CPU."""
+    """The accelerator of this process; the CPU without one, or with trainer.accelerator=cpu."""
     refuse_absent(cfg.trainer.get("accelerator"))
     may_use = cfg.trainer.get("accelerator") != "cpu" and torch.accelerator.is_available()
     return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")
 
 
 def refuse_absent(accelerator: object) -> None:
-    """Raises UserError for an accelerator of Lightning that this machine does not have."""
+    """Raises UserError for an accelerator that this machine does not have."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     is_here = {"cuda": has_cuda, "mps": has_mps, "gpu": has_cuda or has_mps, "tpu": find_spec("torch_xla") is not None}
     if not is_here.get(str(accelerator), True):

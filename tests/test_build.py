@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
 
-from sedtrain import build, transcribe
+from sedtrain import build, build_saved, transcribe
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.errors import UserError
@@ -176,7 +176,7 @@ def test_what_depends_on_a_refused_component_is_not_tried_and_all_else_is(built)
     found = refused(built, "adapter=none", "decoder.tiny.hidden_size=96", "optimizer.lr=-1", "trainer.max_steps=-1")
     assert {option for option, _ in found} == {"adapter", "trainer.max_steps"}
     wrong, write = found["trainer.max_steps", -1]
-    assert wrong == "nothing ends this training, so that its learning rate cannot be planned"
+    assert wrong == "nothing ends this training, so its learning rate cannot be planned"
     assert write == "write trainer.max_steps=NUMBER or trainer.max_epochs=NUMBER"
     found = refused(built, "optimizer.lr=-1", "trainer.max_steps=-1")
     assert found["optimizer", "torch.optim.AdamW"][0] == "Invalid learning rate: -1"
@@ -214,7 +214,7 @@ def test_every_split_that_the_run_needs_is_checked_before_training(command):
 
 
 def test_a_time_limit_with_units_is_taken(built):
-    assert built("trainer.max_time={minutes: 5}").time_limit() == built("trainer.max_time=00:00:05:00").time_limit()
+    assert built("trainer.max_time={minutes: 5}").seconds_left() == built("trainer.max_time=00:00:05:00").seconds_left()
 
 
 FALLING = ["optimizer.lr=0.001", "scheduler.warmup_fraction=0"]
@@ -365,8 +365,8 @@ def test_the_plan_tells_that_epochs_of_unknown_length_may_end_before_the_steps(b
     assert facts["steps"] == "1,800, or 2 epochs if they end first, at most 0:08:00"
     [warning] = [each.getMessage() for each in caplog.records if "is planned for" in each.getMessage()]
     assert warning == (
-        "the learning rate is planned for trainer.max_steps=1800: the steps in an epoch of a stream, or of a weighted "
-        "mix, are unknown, and trainer.max_epochs=2 may end training long before, even in warm-up"
+        "the learning rate is planned for trainer.max_steps=1800, since an epoch of a stream or of a weighted mix has "
+        "an unknown number of steps; trainer.max_epochs=2 may end training long before, even in warm-up"
     )
 
 
@@ -585,7 +585,7 @@ def test_evaluation_and_transcription_ask_where_the_model_writes(sedtrain, train
         raise Asked
 
     soundfile.write(tmp_path / "a.wav", [0.0] * 16_000, 16_000)
-    monkeypatch.setattr(build, "device", asked)
+    monkeypatch.setattr(build_saved, "device", asked)
     monkeypatch.setattr(transcribe, "device", asked)
     with pytest.raises(Asked):
         audio = [f"audio={tmp_path / 'a.wav'}"] if task == "transcribe" else []

@@ -47,10 +47,8 @@ def test_components_of_one_s_own_train_and_are_found_again_in_another_process(tr
     assert ended.returncode == 0, ended.stderr
     refused = sedtrain("task=evaluate", "checkpoint=decoder")
     assert refused.status == 2
-    assert "adapter._target_=mine.parts.Pool, and nothing that a folder alone names is imported" in refused.err
-    write = (
-        "write adapter=OPTION or experiment=NAME, with --config-dir FOLDER where it is your own, as for the training"
-    )
+    assert "adapter._target_=mine.parts.Pool, and what only a folder names is never imported" in refused.err
+    write = "write adapter=OPTION or experiment=NAME, with --config-dir FOLDER if it is your own, as for the training"
     assert write in refused.err
     for number, run in enumerate(("encoder", "decoder")):
         metrics = [read_json(own_folder / each / "results.json")["metrics"] for each in (run, f"again/{number}")]

@@ -8,7 +8,7 @@ import types
 import pytest
 
 import sedtrain
-from sedtrain import cli
+from sedtrain import console
 from sedtrain.errors import UserError
 
 
@@ -25,9 +25,9 @@ def test_a_notebook_shows_the_log_as_output_and_not_as_errors(in_notebook, monke
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     if in_notebook:
         monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    cli.open_log()
+    console.open_log()
     logging.getLogger("sedtrain").info("step 3 of 20")
-    cli.close_log()
+    console.close_log()
     assert tuple(capsys.readouterr()) == (("step 3 of 20\n", "") if in_notebook else ("", "step 3 of 20\n"))
 
 

@@ -18,9 +18,9 @@ from kill_and_resume import differences, whole_checkpoints
 from omegaconf import OmegaConf
 
 from sedtrain import launch as ranks
-from sedtrain.cli import use_started
 from sedtrain.config.overrides import check_command_line
 from sedtrain.errors import UserError
+from sedtrain.job import use_started
 from sedtrain.training.checkpoint_files import read_checkpoint
 from sedtrain.training.checkpoints import refuse_different_starts
 
@@ -101,7 +101,7 @@ def test_a_folder_that_each_process_would_name_otherwise_is_refused(environment,
     environment(**variables)
     ended = sedtrain("encoder=hubert")
     assert ended.status == 2
-    assert "the processes of this run would each take another folder: its name holds the time" in ended.err
+    assert "each process of this run would take another folder, since the name holds the time" in ended.err
     assert "write run_dir=FOLDER" in ended.err
 
 
@@ -142,7 +142,7 @@ def test_batches_are_fitted_by_one_process(environment, sedtrain, tmp_path, vari
     environment(**variables)
     ended = sedtrain("task=fit_batches", "memory_gb=1.5", f"run_dir={tmp_path / 'run'}")
     assert ended.status == 2
-    assert "task = 'fit_batches'\n    one process takes the trial steps, and 2 were started" in ended.err
+    assert "task = 'fit_batches'\n    trial steps need one process, and 2 were started" in ended.err
     assert "start one, with the trainer.devices=NUMBER and trainer.num_nodes=NUMBER" in ended.err
     assert not (tmp_path / "run").exists()
 

@@ -16,14 +16,18 @@ PACKAGE = Path(__file__).parents[1] / "sedtrain"
 MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
-    "cli": "compare config errors launch run_dir tasks transcribe",
-    "interactive": "build cli config errors training",
+    "cli": "config console errors job launch",
+    "interactive": "build config console errors job training",
+    "job": "compare config console errors launch run_dir tasks transcribe",
+    "console": "launch",
     "compare": "errors evaluation run_dir terminal",
     "search": "annotations errors evaluation run_dir terminal",
-    "tasks": "build errors export inspection run_dir terminal training",
+    "tasks": "build build_saved errors export inspection run_dir terminal training",
     "transcribe": "config data decoding errors models serving terminal",
     "serving": "annotations data decoding errors ranges",
-    "build": "config data decoding errors evaluation export models plain run_dir text training transcribe",
+    "build": "build_model build_saved config data decoding errors evaluation models text training transcribe",
+    "build_model": "build_saved config data decoding errors models text training",
+    "build_saved": "config data decoding errors evaluation export models plain run_dir text transcribe",
     "terminal": "evaluation",
     "training": "annotations batch data decoding errors evaluation launch models plain ranges run_dir",
     "inspection": "batch data errors evaluation run_dir",
@@ -46,8 +50,8 @@ MAY_IMPORT = {
 CONFIGURATION = {"filelock", "hydra", "omegaconf", "yaml"}
 # The only places that may import these packages; every other package is free.
 ONLY_IN = {
-    "hydra": "cli config interactive search",
-    "omegaconf": "build cli config interactive search tasks transcribe",
+    "hydra": "cli config interactive job search",
+    "omegaconf": "build build_model build_saved cli config interactive job search tasks transcribe",
     "lightning": "build data.datamodule data.workers training",
     "datasets": "data",
     "rich": "compare data.durations inspection.tables tasks terminal training.progress",
@@ -61,8 +65,9 @@ ONLY_IN = {
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
-    "__init__ __main__ annotations cli config.composition config.inherit config.metric_rules config.overrides "
-    "config.schema config.signatures errors launch plain ranges run_dir"
+    "__init__ __main__ annotations cli config.check config.composition config.inherit config.job_check "
+    "config.metric_rules config.overrides config.rules config.schema config.signatures console errors job launch plain "
+    "ranges run_dir"
 )
 # The use of a saved model needs none of these.
 NOT_FOR_INFERENCE = {"lightning", "hydra", "omegaconf", "datasets", "pyarrow", "pandas", "jiwer", "sacrebleu"}

@@ -42,7 +42,7 @@ def test_where_writing_raises_the_old_file_stays_and_no_other(tmp_path):
 def test_a_folder_belongs_to_one_process_until_that_process_is_killed(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
-        monkeypatch.setattr(run_dir, "SECONDS_FOR_ORPHANS", 0)
+        monkeypatch.setattr(run_dir, "LOCK_SECONDS", 0)
         with pytest.raises(UserError) as caught:
             claim(tmp_path)
         assert (caught.value.option, caught.value.value) == ("run_dir", str(tmp_path))
@@ -58,4 +58,4 @@ def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     claim(tmp_path).release()
-    assert f"run_dir={tmp_path}: this disk knows no locks" in caplog.text
+    assert f"run_dir={tmp_path}: this disk has no locks" in caplog.text

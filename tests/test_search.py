@@ -21,7 +21,7 @@ from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.search import distribution, search
-from sedtrain.training.guards import Reporting
+from sedtrain.training.trial_report import TrialReport
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,8 +150,8 @@ def searched(tmp_path, empty_database):
             lr, folder = given["optimizer.lr"], tmp_path / "sweep" / str(number)
             (folder / "model").mkdir(parents=True, exist_ok=True)
             options = given["callbacks.search"]
-            assert options.pop("_target_") == "sedtrain.training.guards.Reporting"
-            reporting = Reporting(**options)
+            assert options.pop("_target_") == "sedtrain.training.trial_report.TrialReport"
+            reporting = TrialReport(**options)
             for step in (1, 2):
                 if number == dying and step == 2:
                     raise KeyboardInterrupt
@@ -307,11 +307,14 @@ MISTAKES = [
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "hydra.sweeper.metric=val/werr"], "did you mean 'val/wer'?"),
     (
         ["-m", "hydra/sweeper=optuna", "seed=1,2", "hydra.sweeper.metric=test/loss"],
-        "these are logged: test/cer, test/wer, val/audio_gain, val/cer, val/loss, val/wer",
+        "logs other metrics: test/cer, test/wer, val/audio_gain, val/cer, val/loss, val/wer",
     ),
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "hydra.sweeper.num_trials=0"], "expected a whole number of 1 or more"),
     (["-m", "hydra/sweeper=optuna", "seed=1,2", "run_dir=here"], "leave it out, and write hydra.sweep.dir=FOLDER"),
-    (["-m", "hydra/sweeper=optuna", "seed=1,2", "task=evaluate", "checkpoint=x"], "a search trains"),
+    (
+        ["-m", "hydra/sweeper=optuna", "seed=1,2", "task=evaluate", "checkpoint=x"],
+        "a search only works with task=train",
+    ),
 ]
 
 
@@ -332,11 +335,11 @@ def test_a_missing_package_is_told_with_the_extra(sedtrain, monkeypatch):
 
 
 def test_a_metric_that_is_not_logged_is_told_with_those_that_are():
-    reporting = Reporting("sqlite://", "study", 0, "val/mine")
+    reporting = TrialReport("sqlite://", "study", 0, "val/mine")
     trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val/wer": 0.5, "train/loss": 1.0})
     with pytest.raises(UserError) as error:
         reporting.on_validation_end(trainer, None)
-    assert error.value.args == ("hydra.sweeper.metric", "val/mine", "this is not logged", "write one of val/wer")
+    assert error.value.args == ("hydra.sweeper.metric", "val/mine", "this run does not log it", "write one of val/wer")
 
 
 def test_a_metric_of_one_s_own_needs_its_direction(searched):

@@ -1,4 +1,4 @@
-"""Configurations composed by Hydra from group choices, and what it refuses as a UserError."""
+"""Composes configurations by Hydra from group choices; its errors become UserErrors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OS
 def compose_choices(
     config_name: str, search: list[str], choices: dict[str, str]
 ) -> tuple[DictConfig | None, dict[str, UserError]]:
-    """The configuration of those group choices that compose, and by key why the others do not.
+    """The configuration of all group choices that compose, and an error for each other one, by key.
 
-    search:  the override of Hydra's search path, or nothing
+    search:  the override of Hydra's search path, if any
     choices: override by key, such as {"encoder": "encoder=hubert"}
     """
     config, good, failures = None, search, {}
@@ -44,7 +44,7 @@ def compose_choices(
 
 @contextmanager
 def hydra_known(config: DictConfig) -> Iterator[None]:
-    """While it lasts, references such as ${hydra:runtime.output_dir} can be resolved."""
+    """Inside, references such as ${hydra:runtime.output_dir} can be resolved."""
     for key, value in {"runtime.output_dir": ".", "job.num": 0, "job.id": "0"}.items():
         parent = f"hydra.{key.partition('.')[0]}"
         if not isinstance(OmegaConf.select(config, parent), DictConfig):
@@ -62,16 +62,16 @@ def hydra_known(config: DictConfig) -> Iterator[None]:
 
 
 def composition_error(error: BaseException, option: str, value: object) -> UserError:
-    """The error of Hydra, OmegaConf or the YAML parser as one at `option`, or where the error says."""
+    """Turns an error of Hydra, OmegaConf or the YAML parser into one at `option`, or at the place that the error names."""
     if isinstance(error, yaml.MarkedYAMLError):
         return yaml_error(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         name = error.missing_cfg_file.rpartition("/")[2]
         write = suggest(name, error.options) if error.options else "name a file of the configuration folder"
         return UserError(option, value, first_line(error), write)
-    for each in (error.__cause__, error.__context__, error):
-        if isinstance(each, OmegaConfBaseException) and each.full_key:
-            return typed_error(each, option, value)
+    for cause in (error.__cause__, error.__context__, error):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return typed_error(cause, option, value)
     write = f"write {option.lstrip('+')}={value}" if option.startswith("+") else f"correct or leave out {option}"
     advice = map(str.strip, str(error).strip().splitlines()[1:])
     return UserError(option, value, first_line(error), " ".join(filter(None, advice)) or write)
@@ -80,13 +80,13 @@ def composition_error(error: BaseException, option: str, value: object) -> UserE
 def yaml_error(error: yaml.MarkedYAMLError) -> UserError:
     mark = error.problem_mark
     lines = Path(mark.name).read_text(encoding="utf-8").rstrip().splitlines()
-    index = min(mark.line, len(lines) - 1)  # a mark at the end of the file stands behind its last line
+    index = min(mark.line, len(lines) - 1)  # a mark at the end of the file is one line too far
     wrong = f"this is no YAML: {error.problem}"
     return UserError(f"{mark.name}, line {index + 1}", lines[index].strip(), wrong, "correct that line")
 
 
 def typed_error(error: OmegaConfBaseException, option: str, value: object) -> UserError:
-    """A key or value that the composed configuration refuses: an override's own, or one in a chosen file."""
+    """The error for a key or value that the configuration refuses: an override's own, or one in a chosen file."""
     key = str(error.full_key)
     refused, set_by = (value, "") if key == option else (error.value, f" (set by {option}={value})")
     if value == UNSET:

@@ -1,4 +1,4 @@
-"""The options of the run whose model is used: plain values by name, and no class that its folder alone names."""
+"""Takes options from the run whose model is used: only plain values, never a class that its folder alone names."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sedtrain.config.schema import check_root, check_value, conf_dir, first_line, metric_problems
+from sedtrain.config.check import check_root, check_value
+from sedtrain.config.rules import metric_problems
+from sedtrain.config.schema import conf_dir, first_line
 from sedtrain.errors import UserError
 from sedtrain.plain import plain_value
 from sedtrain.run_dir import config_of
 
 READ = ("data", "target", "normalizer", "metrics", "decoding")
 INHERITED = ("encoder", "decoder", "adapter", *READ)
-FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # options of data, and their names in the root
+FROM_ROOT = {"target": "target", "seed": "seed", "folder": "run_dir"}  # option of data -> option of the root
 OLD_NAMES = {"normaliser": "normalizer", "training_normaliser": "training_normalizer"}
-CODE = ("evaluate", "trust_remote_code")  # of a metric: what of it is loaded and run
+CODE = ("evaluate", "trust_remote_code")  # options of a metric that load and run code
 WRITE = "write checkpoint=RUN of a whole run, or checkpoint=RUN/model with data=OPTION"
 
 
 def renamed(override: str) -> str:
-    """An override by today's name of its option."""
+    """The override with today's name of its option."""
     name, equals, value = override.partition("=")
     bare = name.lstrip("+~")
     return f"{name.removesuffix(bare)}{OLD_NAMES.get(bare, bare)}{equals}{value}"
 
 
 def inherit_run(config: DictConfig, overrides: list[str]) -> None:
-    """Takes from a run's `config.yaml` what its model was trained on and how it is scored, unless the command line decides.
+    """For tasks with `checkpoint=RUN`: takes the model, data and scoring of that run, unless `overrides` decide them.
 
-    Concerns the tasks that take `checkpoint=RUN`; overrides are those of the command line.
+    overrides: of the command line
     Raises UserError for a class that neither the package nor the command line names, and for values that do not fit.
     """
     file = config_of(str(config.checkpoint))
@@ -45,7 +47,7 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
     of_run |= {OLD_NAMES[str(old)]: of_run[old] for old in of_run.keys() & OLD_NAMES.keys()}
     match of_run.get("metrics"):
         case {"bleu": {"tokenize": _, **others}, **metrics} if not others and not metrics:
-            del of_run["metrics"]  # of a run from before metrics could be chosen
+            del of_run["metrics"]  # written before metrics could be chosen
     parsed = OverridesParser.create().parse_overrides(overrides)
     chosen = {override.key_or_group for override in parsed}
     taken = [key for key in INHERITED if key in of_run and key not in chosen and "experiment" not in chosen]
@@ -65,12 +67,15 @@ def inherit_run(config: DictConfig, overrides: list[str]) -> None:
 
 
 def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[str]) -> None:
-    """Raises UserError for what Hydra would import, call or look up, if the composed configuration and conf/ lack it.
+    """Raises UserError for anything that Hydra would import, call or look up only because the run's folder says so.
 
-    stored: groups of a run; chosen: names that the command line sets
+    The command line, the composed configuration and conf/ may name such things.
+
+    stored: groups of a run
+    chosen: options that the command line sets
     """
     errors = []
-    own_files = ", with --config-dir FOLDER where it is your own, as for the training"
+    own_files = ", with --config-dir FOLDER if it is your own, as for the training"
     composed: Any = OmegaConf.to_container(config, resolve=False)
     for group, values in stored.items():
         own = list(directives(composed[group], group))
@@ -78,9 +83,7 @@ def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[st
             errors.append(UserError("checkpoint", config.checkpoint, f"its config.yaml has {group}={values!r}", WRITE))
         for name, value in directives(values, group):
             if not (name in chosen or (name, value) in own or (name, value) in directives_of_package(group)):
-                wrong = (
-                    f"its config.yaml has {name}={value}, and nothing that a folder alone names is imported or called"
-                )
+                wrong = f"its config.yaml has {name}={value}, and what only a folder names is never imported or called"
                 write = f"write {group}=OPTION or experiment=NAME{own_files}"
                 errors.append(UserError("checkpoint", config.checkpoint, wrong, write))
     if errors:
@@ -88,21 +91,21 @@ def refuse_unnamed(config: DictConfig, stored: Mapping[str, Any], chosen: set[st
 
 
 def directives(value: object, path: str) -> Iterator[tuple[str, object]]:
-    """By dotted name, what is acted on: keys such as `_target_`, and texts that refer to other values."""
+    """Dotted names and values that Hydra acts on: keys such as `_target_`, and references to other values."""
     if isinstance(value, dict):
-        for name, each in value.items():
+        for name, inner in value.items():
             if str(name).startswith("_") or name in CODE:
-                yield f"{path}.{name}", each
-            yield from directives(each, f"{path}.{name}")
+                yield f"{path}.{name}", inner
+            yield from directives(inner, f"{path}.{name}")
     elif isinstance(value, list):
-        for index, each in enumerate(value):
-            yield from directives(each, f"{path}[{index}]")
+        for index, inner in enumerate(value):
+            yield from directives(inner, f"{path}[{index}]")
     elif isinstance(value, str) and "${" in value:
         yield path, value
 
 
 def directives_of_package(group: str) -> Iterator[tuple[str, object]]:
-    """The directives of the package's own options of a group, and of its experiments."""
+    """Directives in the package's option files for a group, and in its experiments."""
     for folder, pattern in ((".", f"{group}_settings.yaml"), (group, "*.yaml"), ("experiment", "*.yaml")):
         for file in (conf_dir() / folder).glob(pattern):
             option = yaml.safe_load(file.read_text(encoding="utf-8")) or {}

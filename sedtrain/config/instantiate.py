@@ -1,4 +1,4 @@
-"""From a node of the configuration to the object that it describes; what the object refuses becomes a UserError."""
+"""Makes the object that a node of the configuration describes; its refusals become UserErrors."""
 
 import logging
 from collections.abc import Callable
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def create(cfg: DictConfig, path: str) -> Any:
-    """The object of the `_target_` node at the dotted `path`, or its partial.
+    """The object of the node at the dotted `path`, or a partial if the node says `_partial_`.
 
-    Raises UserError for values that it refuses, now or when the partial is called.
+    Raises UserError for values that the target refuses, now or when the partial is called.
     """
     node = OmegaConf.select(cfg, path)
     made = guarded(node, path, instantiate, node, _convert_="all")
@@ -29,13 +29,13 @@ def create(cfg: DictConfig, path: str) -> Any:
 
 
 def import_target(cfg: DictConfig, path: str) -> None:
-    """Imports what the node at `path` names, without making it."""
+    """Imports the target of the node at `path`, without calling it."""
     node = OmegaConf.select(cfg, path)
     guarded(node, path, get_object, node["_target_"])
 
 
 def guarded(node: Any, path: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls the function; anything it refuses becomes one UserError at the path, unless it is a UserError already."""
+    """Calls the function; a refusal that is not yet a UserError becomes one at `path`."""
     try:
         return function(*args, **kwargs)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Rules of the group `metrics`: the package's metrics by name, and a user's, which are functions of texts."""
+"""Rules of the group `metrics`: it names metrics of the package, and functions of texts that are a user's metrics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from sedtrain.ranges import BLEU_TOKENIZERS
 
 TARGETS = ("transcription", "translation")
 OF_METRICS = ("higher_is_better", "evaluate", "trust_remote_code", "key")
-"""Options of a user's metric beside those of its function."""
+"""Options of a user's metric that are not its function's."""
 
 
 def metric_rules(metrics: object, named: list[str], target: object) -> Iterator[UserError]:
-    """The mistakes in `metrics`; `named` are those of the package."""
+    """Mistakes in the group `metrics`.
+
+    named: metrics of the package
+    """
     if not isinstance(metrics, dict):
         if metrics not in (None, UNSET):
             yield UserError("metrics", metrics, "expected metrics by name", f"write metrics=[{','.join(named)}]")
@@ -26,11 +29,11 @@ def metric_rules(metrics: object, named: list[str], target: object) -> Iterator[
         yield from package_rules(name, node) if name in named else own_rules(name, node, named)
     applied = [name for name, node in nodes.items() if name not in named or target_of(node) in (None, target)]
     if not {*applied} & {*named}:
-        wrong = f"with target={target}, none of them is one of {', '.join(named)}; the others have no intervals"
+        wrong = f"target={target} needs one of {', '.join(named)}, since other metrics have no intervals"
         yield UserError("metrics", list(nodes), wrong, "write metrics=auto, or add one of them")
     elif applied[0] not in named and "higher_is_better" not in nodes[applied[0]]:
         option = f"metrics.{applied[0]}.higher_is_better"
-        wrong = "the first metric chooses the best weights, and nothing says which of two values is better"
+        wrong = "the first metric chooses the best weights, so it must say which values are better"
         yield UserError(option, UNSET, wrong, f"write +{option}=true, or false for errors")
 
 
@@ -47,7 +50,7 @@ def package_rules(name: str, node: object) -> Iterator[UserError]:
         yield UserError(f"{path}.{option}", node[option], f"{name} has no such option", suggest(str(option), known))
     tokenizers = ("auto", *BLEU_TOKENIZERS)
     if node.get("tokenize", UNSET) not in (*tokenizers, UNSET):
-        wrong = "sacrebleu has no such tokenizer, or downloads it"
+        wrong = "sacrebleu has no such tokenizer, or would download it"
         yield UserError(f"{path}.tokenize", node["tokenize"], wrong, suggest(str(node["tokenize"]), tokenizers))
     if target_of(node) not in (None, UNSET, *TARGETS):
         yield UserError(
@@ -56,7 +59,7 @@ def package_rules(name: str, node: object) -> Iterator[UserError]:
 
 
 def own_rules(name: str, node: Any, named: list[str]) -> Iterator[UserError]:
-    """A user's metric is a function, or a folder of Hugging Face `evaluate`; one of the Hub where the user allows its code."""
+    """A user's metric is a function or a folder of Hugging Face `evaluate`; with the user's consent, code of the Hub."""
     path, options = f"metrics.{name}", node if isinstance(node, dict) else {}
     if not options.keys() & {"_target_", "evaluate"}:
         write = f"{suggest(name, named)}; yours is +metrics.NAME._target_=package.module.function"
@@ -64,7 +67,7 @@ def own_rules(name: str, node: Any, named: list[str]) -> Iterator[UserError]:
     place = options.get("evaluate", UNSET)
     may_download = options.get("trust_remote_code") is True and isinstance(place, str)
     if not may_download and place != UNSET and not Path(str(place)).expanduser().exists():
-        wrong = "there is no such folder; code of that name on the Hub would be downloaded and run"
+        wrong = "there is no such folder, and code of that name would be downloaded from the Hub and run"
         yield UserError(
             f"{path}.evaluate", place, wrong, f"write a folder, or allow it by +{path}.trust_remote_code=true"
         )

@@ -1,4 +1,4 @@
-"""The parameters of a dotted `_target_`, read from its source: to check a configuration imports no torch."""
+"""Reads the parameters of a dotted `_target_` from source, so that checking a configuration imports no torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sedtrain.errors import UserError
 
 
 class Undecided(Exception):
-    """The source alone does not tell; importing does."""
+    """The source does not show the signature; only importing does."""
 
 
 def read_signature(target: str) -> Signature:
-    """The signature of a function or class; imports it only where its source does not tell.
+    """The signature of a function or class; imports it only if the source does not show it.
 
-    Annotations are texts; parameters read from source are keyword-only, in their order. Raises UserError.
+    Annotations are texts. Parameters from source are keyword-only, in their order. Raises UserError.
     """
     try:
         return source_signature(target)
@@ -40,13 +40,13 @@ def read_signature(target: str) -> Signature:
 
 
 def split_module(target: str) -> tuple[ModuleSpec, list[str]]:
-    """The deepest module in a dotted name and the names behind it, at least one; no parent is imported."""
+    """The deepest module in a dotted name, and the names after it (at least one). Imports no parent package."""
     first, *names = target.split(".")
     if not names or not all(part.isidentifier() for part in (first, *names)):
         raise refused(target, f"{target!r} is no dotted name", "write package.module.Name")
     try:
         spec = find_spec(first)
-    except ValueError:  # it was imported, or made, without saying from where
+    except ValueError:  # already imported, without a spec
         spec = ModuleSpec(first, None)
     if spec is None:
         match = closest(first, (module.name for module in pkgutil.iter_modules()))
@@ -67,7 +67,7 @@ def refused(target: str, wrong: str, write: str) -> UserError:
 
 
 def definition(target: str) -> tuple[ModuleSpec, ast.FunctionDef | ast.ClassDef]:
-    """The statement that defines a function or class, and its module; imports are followed."""
+    """The module of a function or class, and the statement that defines it. Follows imports."""
     spec, names = split_module(target)
     statement = binding(names[0], parsed(spec).body)
     if isinstance(statement, ast.FunctionDef | ast.ClassDef) and len(names) == 1:
@@ -81,7 +81,7 @@ def definition(target: str) -> tuple[ModuleSpec, ast.FunctionDef | ast.ClassDef]
 
 
 def binding(name: str, body: list[ast.stmt]) -> ast.stmt | None:
-    """The last statement that binds a name in a scope, conditional ones aside."""
+    """The last unconditional statement that binds a name in a scope."""
     return next((statement for statement in reversed(body) if name in bound_names(statement)), None)
 
 
@@ -92,7 +92,7 @@ def bound_names(statement: ast.stmt) -> list[str]:
         case ast.Import() | ast.ImportFrom():
             return [alias.asname or alias.name.split(".")[0] for alias in statement.names]
         case ast.Assign():
-            return [ast.unparse(each) for each in statement.targets]
+            return [ast.unparse(target) for target in statement.targets]
     return []
 
 
@@ -117,20 +117,20 @@ def source_signature(target: str) -> Signature:
     constructor = binding("__init__", node.body)
     if isinstance(constructor, ast.FunctionDef):
         return Signature(list(parameters(spec, constructor.args))[1:])  # without `self`
-    decorators = [last_name(each) for each in node.decorator_list]
+    decorators = [last_name(decorator) for decorator in node.decorator_list]
     if constructor or node.keywords or binding("__new__", node.body) or decorators not in ([], ["dataclass"]):
         raise Undecided
     if decorators:
         return Signature(list(fields(spec, node)))
     bases = (source_signature(f"{spec.name}.{ast.unparse(base)}") for base in node.bases)
-    return next((each for each in bases if each.parameters), Signature())
+    return next((signature for signature in bases if signature.parameters), Signature())
 
 
 def parameters(spec: ModuleSpec, arguments: ast.arguments) -> Iterator[Parameter]:
     positional = arguments.posonlyargs + arguments.args
     defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults, *arguments.kw_defaults]
-    for each, default in zip(positional + arguments.kwonlyargs, defaults, strict=True):
-        yield parameter(spec, each.arg, each.annotation, default)
+    for argument, default in zip(positional + arguments.kwonlyargs, defaults, strict=True):
+        yield parameter(spec, argument.arg, argument.annotation, default)
     if arguments.kwarg:
         yield Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD)
 
@@ -146,22 +146,22 @@ def fields(spec: ModuleSpec, node: ast.ClassDef) -> Iterator[Parameter]:
 
 
 def parameter(spec: ModuleSpec, name: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
-    """The parameter with its annotation as text, the ranges that it names written out."""
+    """The parameter with its annotation as text; names of ranges are written out."""
     kind, value = Parameter.KEYWORD_ONLY, Parameter.empty if default is None else ast.unparse(default)
     if annotation is None:
         return Parameter(name, kind, default=value)
     named, tree = named_ranges(spec), ast.parse(ast.unparse(annotation))
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
-            node.id = named.get(node.id, node.id)  # unparse writes it as it is
+            node.id = named.get(node.id, node.id)  # ast.unparse writes any text
     text = ast.unparse(tree)
     if value == "None" and not fits(None, text):
-        text = f"{text} | None"  # `x: int = None`, as much older code has it
+        text = f"{text} | None"  # older code writes `x: int = None`
     return Parameter(name, kind, default=value, annotation=text)
 
 
 def named_ranges(spec: ModuleSpec) -> dict[str, str]:
-    """The ranges of numbers that annotations of a module may name, written out."""
+    """Ranges of numbers that a module imports or defines, as written-out annotations by name."""
     found = {}
     for statement in parsed(spec).body:
         match statement:
@@ -178,22 +178,27 @@ def named_ranges(spec: ModuleSpec) -> dict[str, str]:
 
 
 def imported_signature(target: str) -> Signature:
-    """The signature that `inspect` finds, annotations as texts."""
+    """The signature that `inspect` finds, with annotations as texts."""
     found = imported(target)
     if not callable(found):
         raise refused(target, f"{target} is a {type(found).__name__}", "write the name of a class or function")
     try:
         signature = inspect.signature(found)
-    except (TypeError, ValueError):  # a builtin that tells nothing
+    except (TypeError, ValueError):  # a builtin without signature
         return Signature([Parameter("options", Parameter.VAR_KEYWORD)])
-    known = [each for each in signature.parameters.values() if each.kind is not each.VAR_POSITIONAL]
-    texts = [
-        each.empty if each.annotation is each.empty else inspect.formatannotation(each.annotation) for each in known
-    ]
-    return Signature([each.replace(annotation=text) for each, text in zip(known, texts, strict=True)])
+    return Signature(
+        [with_text(found) for found in signature.parameters.values() if found.kind is not found.VAR_POSITIONAL]
+    )
+
+
+def with_text(found: Parameter) -> Parameter:
+    """The parameter with its annotation as text."""
+    is_bare = found.annotation is Parameter.empty
+    return found if is_bare else found.replace(annotation=inspect.formatannotation(found.annotation))
 
 
 def imported(target: str) -> Any:
+    """Imports a function or class. Raises UserError if that fails."""
     spec, names = split_module(target)
     try:
         found: Any = importlib.import_module(spec.name)
@@ -204,7 +209,7 @@ def imported(target: str) -> Any:
         if not hasattr(found, name):
             if submodule(spec, name):
                 raise refused(target, f"{target} is a module", "write the name of a class or function")
-            modules = [each.name for each in pkgutil.iter_modules(getattr(found, "__path__", []))]
+            modules = [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
             known = dict.fromkeys([*vars(found), *modules])
             raise refused(target, f"{getattr(found, '__name__', target)} has no {name!r}", suggest(name, known))
         found = getattr(found, name)

@@ -1,4 +1,4 @@
-"""Averages of the weights, over all steps or over the best validations, for validation and for the final model."""
+"""Averages of the weights: over all steps (EMA), or over the best validations."""
 
 import math
 from collections.abc import Iterable
@@ -12,19 +12,20 @@ from torch import Tensor
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, InnerFraction
+from sedtrain.training.callbacks import callbacks_of
 
 OWN_WEIGHTS = "current_model_state"
-"""The entry of a checkpoint with the weights that training continues from; its `state_dict` has their average."""
+"""Entry of an EMA checkpoint with the weights that training continues from; `state_dict` holds their average."""
 
 
 class EMA(Callback):
     """The exponential moving average of the weights: validation scores it, and checkpoints hold it as the weights.
 
-    Lightning's own callback copies the whole module, which cannot be sharded along with it; here each rank averages its
-    own shards.
+    Lightning's WeightAveraging copies the whole module, which then cannot be sharded. Here each rank averages its own
+    shards.
 
-    decay: how much of the average remains after a step; less at first, (1 + n) / (10 + n) after n steps, so that in a
-        short run the first weights count little
+    decay: fraction of the average that remains after a step; at most (1 + n) / (10 + n) after n steps, so that the first
+        weights count little in a short run
     """
 
     @checked("callbacks.ema.")
@@ -36,7 +37,7 @@ class EMA(Callback):
         self.resumed: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises UserError for weights of 16 bits, which would round the average back to what it was."""
+        """Raises UserError for 16-bit weights, in which small steps of the average round to nothing."""
         if coarse := {weight.dtype for weight in pl_module.parameters()} - {torch.float32, torch.float64}:
             wrong = f"weights in {coarse.pop()} are too coarse for an average that moves by small steps"
             write, python = "write trainer.precision=bf16-mixed, or callbacks=default", "write precision='bf16-mixed'"
@@ -50,7 +51,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Averages after a step of the optimizer. Weights that do not move keep every bit."""
+        """Averages after each optimizer step. Weights that do not move keep every bit."""
         if trainer.global_step > self.latest_step:
             number = self.num_averaged
             remaining = min(self.decay, (1 + number) / (10 + number)) if number else 0.0
@@ -59,7 +60,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def use(self, module: LightningModule, average: bool) -> None:
-        """Puts the average in the place of the weights, or the weights back."""
+        """Swaps the average into the module, or the weights back."""
         if average == self.is_used:
             return
         for weight, other in zip(module.parameters(), self.averages, strict=True):
@@ -75,11 +76,11 @@ class EMA(Callback):
         self.use(pl_module, average=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the average in the module; not earlier, since the last checkpoint needs the weights themselves."""
-        self.use(pl_module, average=bool(self.averages))  # there is none where a resumed run had no step left
+        """Leaves the average in the module. Runs after the last checkpoint, which needs the weights themselves."""
+        self.use(pl_module, average=bool(self.averages))  # a resumed run without steps left has no average
 
     def average(self, trainer: Trainer) -> dict[str, Tensor]:
-        """The whole average as a state of the module; where weights are sharded, empty on all ranks but the first."""
+        """The full average as a state of the module; with sharded weights, empty on all ranks but the first."""
         was_used = self.is_used
         self.use(trainer.lightning_module, average=True)
         state = {name: value.clone() for name, value in trainer.strategy.lightning_module_state_dict().items()}
@@ -91,7 +92,7 @@ class EMA(Callback):
         checkpoint["state_dict"] = self.average(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remembers the weights themselves until training starts: the module has loaded their average."""
+        """Keeps the weights themselves until training starts: the module has loaded their average."""
         self.resumed = checkpoint.get(OWN_WEIGHTS)
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,10 +103,7 @@ class EMA(Callback):
 
 
 class AverageBest(Callback):
-    """Keeps the weights of the best validations in `average-STEP.ckpt`; the final model is their mean.
-
-    number: of validations
-    """
+    """Keeps the weights of the best `number` validations in `average-STEP.ckpt`; the final model is their mean."""
 
     @checked("callbacks.average.")
     def __init__(self, dirpath: str, monitor: str, mode: Literal["min", "max"], number: Count = 5) -> None:
@@ -114,7 +112,7 @@ class AverageBest(Callback):
 
     @property
     def paths(self) -> list[Path]:
-        """The files of the best validations so far, the best first; of equal ones the earlier first."""
+        """Files of the best validations so far, best first; ties in order of time."""
         sign = 1 if self.mode == "min" else -1
         return [self.folder / name for name in sorted(self.scores, key=lambda name: sign * self.scores[name])]
 
@@ -123,27 +121,30 @@ class AverageBest(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit" or not math.isfinite(score):
             return
         for path in {*self.folder.glob("average-*.ckpt")} - {*self.paths}:
-            trainer.strategy.remove_checkpoint(path)  # only now: a resumed run might have needed it
+            trainer.strategy.remove_checkpoint(path)  # only now: a run resumed earlier would have needed it
         name = f"average-{trainer.global_step}.ckpt"
         self.scores[name] = score
         for path in self.paths[self.number :]:
             del self.scores[path.name]
         if name in self.scores:
-            averages = [each for each in trainer.callbacks if isinstance(each, EMA)]  # type: ignore[attr-defined]
-            strategy = trainer.strategy  # the weights that validation scored: their moving average where there is one
-            weights = averages[0].average(trainer) if averages else strategy.lightning_module_state_dict()
-            strategy.save_checkpoint({"state_dict": weights}, self.folder / name)
+            self.save_scored_weights(trainer, self.folder / name)
+
+    def save_scored_weights(self, trainer: Trainer, path: Path) -> None:
+        """Saves the weights that validation scored: with EMA, their average."""
+        averages = callbacks_of(trainer, EMA)
+        weights = averages[0].average(trainer) if averages else trainer.strategy.lightning_module_state_dict()
+        trainer.strategy.save_checkpoint({"state_dict": weights}, path)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": dict(self.scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the files that exist in this run's folder; those of another run do not count."""
+        """Takes the scores whose files exist in this run's folder; another run's files lie elsewhere."""
         self.scores = {name: score for name, score in state_dict["scores"].items() if (self.folder / name).exists()}
 
 
 def mean_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each weight over several states, summed in float64; whole numbers come from the first state."""
+    """The mean of each weight over several states, summed in float64; integer tensors come from the first state."""
     number, first, totals = 0, dict[str, Tensor](), dict[str, Tensor]()
     for state in states:
         number, first = number + 1, first or state

@@ -1,7 +1,7 @@
-"""Outputs of the frozen front of a model, kept on disk: each utterance is encoded once, not once an epoch.
+"""Keeps the outputs of a frozen encoder, or of its frozen front end, on disk: each utterance is encoded once.
 
-Every utterance is encoded alone and rounded to 16 bits, whether it is kept or not. So what the model sees of it does not
-depend on what the cache holds: a run that resumes, shares the cache or finds it full computes the same numbers.
+Every utterance is encoded alone and rounded to 16 bits, whether it is kept or not. So the numbers do not depend on the
+state of the cache: a run that resumes, shares the cache or finds it full computes the same.
 
 B batch, S inputs (samples or feature frames), T frames, D width.
 """
@@ -32,20 +32,20 @@ from sedtrain.models.masking import MatrixProductFeatureEncoder
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # to be counted up where other numbers are computed from the same inputs
+VERSION = 2  # increase it when the same inputs give other numbers
 DIGEST_BYTES = 32
 LARGEST = torch.finfo(torch.float16).max
-FILES_AT_ONCE = 8  # that a batch reads
+NUM_READERS = 8  # threads
 
 
 class Front(NamedTuple):
-    """The frozen module that begins the model, and its name there."""
+    """The frozen first module of a model, and its name there."""
 
     name: str
     module: nn.Module
 
     def output(self, inputs: Tensor, attention_mask: Tensor) -> Tensor:
-        """(1, S) or (1, S, F) inputs without padding and their mask -> (T, D)."""
+        """Inputs (1, S) or (1, S, F) without padding, and their mask -> (T, D)."""
         if isinstance(self.module, MatrixProductFeatureEncoder):
             channels: Tensor = self.module(inputs)[0]
             return channels.T
@@ -53,7 +53,7 @@ class Front(NamedTuple):
         return frames
 
     def padded(self, frames: list[Tensor]) -> Any:
-        """Frames of each utterance -> what the module returns for all of them, with zeros where padded."""
+        """Frames of each utterance -> the module's output for the batch, padded with zeros."""
         together = pad_sequence(frames, batch_first=True)
         if isinstance(self.module, MatrixProductFeatureEncoder):
             return together.transpose(1, 2)
@@ -61,7 +61,7 @@ class Front(NamedTuple):
 
 
 def frozen_front(model: Any) -> Front | None:
-    """The whole encoder if none of its weights moves, else its convolutions of the waveform if none of theirs does."""
+    """The whole encoder if it is frozen, else its waveform convolutions if they are frozen, else None."""
     for name, module in model.encoder.named_modules(prefix="encoder"):  # the encoder itself comes first
         begins = module is model.encoder or isinstance(module, MatrixProductFeatureEncoder)
         if begins and not any(weight.requires_grad for weight in module.parameters()):
@@ -70,30 +70,30 @@ def frozen_front(model: Any) -> Front | None:
 
 
 class Store:
-    """A folder with a file for each utterance, which processes share; a damaged file is as good as none.
+    """A folder with one file per utterance, shared by processes. A damaged file counts as missing.
 
-    folder: of all stores, each named by its `key`
-    most_bytes: of all stores; this process may add its share
+    folder: holds all stores, each in a folder named by its `key`
+    max_bytes: limit of all stores together, divided among the ranks
     """
 
-    def __init__(self, folder: Path, key: str, most_bytes: float, num_ranks: int) -> None:
-        self.folder, self.most_bytes, self.num_ranks = folder / key, most_bytes, num_ranks
+    def __init__(self, folder: Path, key: str, max_bytes: float, num_ranks: int) -> None:
+        self.folder, self.max_bytes, self.num_ranks = folder / key, max_bytes, num_ranks
         self.left, self.is_full = self.share(), False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            os.utime(self.folder)  # now is its last use
+            os.utime(self.folder)  # marks it as used now
         except OSError as error:
             self.stop(self.folder, error)
 
     def share(self) -> int:
         """Bytes that this process may still add."""
-        return int(self.most_bytes - size_of(self.folder.parent)) // self.num_ranks
+        return int(self.max_bytes - size_of(self.folder.parent)) // self.num_ranks
 
     def file(self, key: str) -> Path:
         return self.folder / key[:2] / key
 
     def read(self, key: str) -> Tensor | None:
-        """(T, D) in 16 bits; None where there is no such file, or not as it was written."""
+        """(T, D) in 16 bits; None if the file is missing or damaged."""
         try:
             content = self.file(key).read_bytes()
         except OSError:
@@ -106,45 +106,45 @@ class Store:
             return None
 
     def write(self, key: str, frames: Tensor) -> None:
-        """Adds an utterance where there is room for it; files appear whole or not at all."""
+        """Adds an utterance if there is room. Files appear whole or not at all."""
         content = save({"frames": frames.contiguous()})
         content = digest(key, content) + content
         if self.is_full or not self.has_room(len(content)):
             return
         file = self.file(key)
-        unfinished = file.with_name(f"{key}.{uuid4().hex}")  # other processes may write the same
+        unfinished = file.with_name(f"{key}.{uuid4().hex}")  # other processes may write the same utterance
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_bytes(content)
             unfinished.replace(file)
         except OSError as error:
             self.stop(file, error)
-        finally:  # also where Ctrl-C ends the run
+        finally:  # also after Ctrl-C
             unfinished.unlink(missing_ok=True)
         self.left -= len(content)
 
     def stop(self, path: Path, error: OSError) -> None:
-        """Adds no more utterances."""
+        """Stops adding utterances."""
         self.is_full = True
         logger.warning("features are no longer cached, since %s cannot be written: %s", path, error)
 
     def has_room(self, num_bytes: int) -> bool:
-        """True if so many bytes may be added; for them, stores are removed that were not used for longest."""
+        """True if `num_bytes` fit. Makes room by removing other stores, the least recently used first."""
         if num_bytes > self.left:
-            others = (each for each in self.folder.parent.iterdir() if each != self.folder)
+            others = (store for store in self.folder.parent.iterdir() if store != self.folder)
             oldest_first = iter(sorted(others, key=last_use))
             while (left := self.share()) < num_bytes and (oldest := next(oldest_first, None)):
                 shutil.rmtree(oldest, ignore_errors=True)
             self.left, self.is_full = left, left < num_bytes
             if self.is_full:
                 logger.warning(
-                    "the feature cache is full, and encodes the rest in every epoch; a higher data.cache_gb helps"
+                    "the feature cache is full: the rest is encoded in every epoch; a higher data.cache_gb helps"
                 )
         return not self.is_full
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in it; those that vanish meanwhile have none."""
+    """Bytes of all files in a folder. Files that vanish meanwhile count as empty."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -154,16 +154,16 @@ def size_of(folder: Path) -> int:
 
 
 def digest(key: str, content: bytes) -> bytes:
-    """Also tells a file that was moved to the place of another."""
+    """A digest of content and key, so that a file under another key's name counts as damaged."""
     return hashlib.blake2b(content, key=key.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 class FeatureCache:
-    """Gives a model what its frozen front returned earlier for the same inputs, weights and settings.
+    """Replaces the frozen front of a model by its earlier outputs for the same inputs, weights and settings.
 
     store_of:     key -> the store of this name
-    settings:     that decide the numbers beside the weights and the configuration, such as the precision
-    time_is_last: in inputs of three dimensions
+    settings:     that change the outputs beside weights and configuration, such as the precision
+    time_is_last: inputs of three dimensions are (B, F, S), not (B, S, F)
     """
 
     def __init__(
@@ -171,13 +171,13 @@ class FeatureCache:
     ) -> None:
         self.store_of, self.settings, self.time_is_last = store_of, settings, time_is_last
         self.opened: tuple[Front, Store] | None = None
-        self.pool = ThreadPoolExecutor(FILES_AT_ONCE)
+        self.pool = ThreadPoolExecutor(NUM_READERS)
 
     @contextmanager
     def serve(self, model: Any, batch: Batch) -> Iterator[None]:
-        """Inside, the frozen front of `model` returns its cached output of `batch`; what was not cached is computed.
+        """Inside, the frozen front of `model` returns its cached output for `batch`, computing only missing utterances.
 
-        A front that has thawed is no longer served, nor is a batch without keys.
+        Does nothing for a batch without keys, or once the front has thawed.
         """
         front = frozen_front(model) if batch.keys else None
         if front is None:
@@ -195,30 +195,30 @@ class FeatureCache:
         """(T, D) of each utterance."""
         weight = next(front.module.parameters())
         found = enumerate(self.pool.map(store.read, batch.keys))
-        frames = [self.computed(front, store, batch, number) if each is None else each for number, each in found]
-        return [each.to(weight.device, weight.dtype, non_blocking=True) for each in frames]
+        frames = [self.computed(front, store, batch, row) if cached is None else cached for row, cached in found]
+        return [tensor.to(weight.device, weight.dtype, non_blocking=True) for tensor in frames]
 
-    def computed(self, front: Front, store: Store, batch: Batch, number: int) -> Tensor:
-        """(T, D) of the utterance of this number, rounded to 16 bits and stored where these can hold it."""
-        mask = batch.attention_mask[number : number + 1]
-        length, inputs = int(batch.on_host.attention_mask[number].sum()), batch.inputs[number : number + 1]
+    def computed(self, front: Front, store: Store, batch: Batch, row: int) -> Tensor:
+        """(T, D) of one utterance, rounded to 16 bits and stored, unless a value is too large for 16 bits or NaN."""
+        mask = batch.attention_mask[row : row + 1]
+        length, inputs = int(batch.on_host.attention_mask[row].sum()), batch.inputs[row : row + 1]
         inputs = inputs[..., :length] if self.time_is_last else inputs[:, :length]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # draws none of the random numbers of training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # leaves the random numbers of training alone
             frames = front.output(inputs, mask[:, :length])
-        if not frames.abs().max() <= LARGEST:  # or NaN
+        if not frames.abs().max() <= LARGEST:  # NaN compares false
             return frames
-        store.write(batch.keys[number], frames.half().cpu())
+        store.write(batch.keys[row], frames.half().cpu())
         return frames.half()
 
     def store(self, front: Front, model: Any) -> Store:
-        """The store of the front as it is, opened once."""
+        """The store for this front, opened once."""
         if self.opened is None or self.opened[0] != front:
             self.opened = front, self.store_of(key_of(front, model.encoder.config, self.settings))
         return self.opened[1]
 
 
 def key_of(front: Front, config: PreTrainedConfig, settings: Mapping[str, Any]) -> str:
-    """Another one for other weights, another configuration or attention, other settings, or other versions."""
+    """A digest of all that decides the outputs: weights, configuration, attention, settings, versions."""
     facts = {
         "versions": [VERSION, torch.__version__, transformers.__version__],
         "front": [front.name, type(front.module).__name__],
@@ -235,6 +235,7 @@ def key_of(front: Front, config: PreTrainedConfig, settings: Mapping[str, Any]) 
 
 
 def last_use(folder: Path) -> float:
+    """Seconds since the epoch; 0 if the folder has vanished."""
     try:
         return folder.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""The parts of a model that are trained: which weights move, from which step on, at which learning rate."""
+"""Fine-tuning: decides which weights move, from which step on, at which learning rate."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from sedtrain.training.optim import parameter_groups
 class PartPlan:
     """Plan for training one part of the model.
 
-    num_trainable:  parameters that move, some of them later
-    learning_rates: their peaks, in rising order
-    steps:          the steps from which they move, in rising order
+    num_trainable:  parameters that move now or later
+    learning_rates: distinct peak learning rates, in rising order
+    steps:          distinct steps from which parameters move, in rising order
     """
 
     name: str
@@ -34,16 +34,16 @@ class PartPlan:
 
 
 class FineTuning(Callback):
-    """Freezes weights for a while or for good: they have no gradient, and modules that are frozen whole evaluate.
+    """Freezes weights for some steps or for good. They have no gradient; wholly frozen modules are in eval mode.
 
-    Names are those of parts (encoder, adapter, cross_attention, decoder without it, ctc_head), of kinds of weights in them
-    (feature_encoder, encoder_self_attention, decoder_self_attention, layer_norms) or of submodules (encoder.layers.0).
+    A name is a part (encoder, adapter, cross_attention, decoder without its cross-attention, ctc_head), a kind of weights
+    (feature_encoder, encoder_self_attention, decoder_self_attention, layer_norms) or a submodule (encoder.layers.0).
 
     frozen:         names that never move
-    thaw:           names that move after so many steps; where names overlap, a weight waits for the last of them
-    moving:         names that move from the start although a name in `frozen` or `thaw` holds them
-    learning_rates: a part's learning rate over that of the optimizer
-    layer_decay:    the learning rate of a layer of encoder or decoder over that of the layer above it
+    thaw:           name -> step from which it moves; a weight with several names waits for the latest
+    moving:         names that move from the start, whatever `frozen` and `thaw` say
+    learning_rates: part -> factor of the optimizer's learning rate
+    layer_decay:    factor of the learning rate from a layer to the one below it, in encoder and decoder
     """
 
     @checked("finetune.")
@@ -58,7 +58,7 @@ class FineTuning(Callback):
         self.frozen, self.thaw, self.moving = list(frozen), dict(thaw or {}), list(moving)
         self.learning_rates, self.layer_decay = dict(learning_rates or {}), layer_decay
         self.starts: dict[str, int] = {}  # weight -> the step from which it moves
-        self.scales: dict[str, float] = {}  # weight -> its learning rate over that of the optimizer
+        self.scales: dict[str, float] = {}  # weight -> factor of the optimizer's learning rate
         self.frozen_modules: list[nn.Module] = []
         for name, rate in self.learning_rates.items():
             if name not in PARTS:
@@ -66,10 +66,10 @@ class FineTuning(Callback):
                 raise UserError(option, rate, "this is no part of a model", f"write the name of a part: {known}")
 
     def prepare(self, model: nn.Module) -> None:
-        """Decides which weights move, and stops the gradient of those that do not move yet.
+        """Decides which weights move, and turns off the gradient of weights that do not move yet.
 
-        Weights that the model has frozen itself, since no forward uses them, never move. Raises UserError for names that
-        the model does not have, and where nothing would move.
+        Weights that the model itself has frozen, because no forward pass uses them, never move. Raises UserError for names
+        that the model does not have, and if nothing would move.
         """
         movable = {name for name, weight in model.named_parameters() if weight.requires_grad}
         frozen = {weight for name in self.frozen for weight in selected(model, name, "finetune.frozen")}
@@ -101,11 +101,11 @@ class FineTuning(Callback):
             raise UserError("finetune.thaw", self.thaw, wrong, f"{write}, {ends}", f"write moving=['PART'], {ends}")
 
     def grouped(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The weights that move now or later, in groups: a checkpoint of any step fits the optimizer of any other."""
+        """Parameter groups of all weights that move now or later, so that a checkpoint fits the optimizer of any step."""
         return parameter_groups(model, self.scales)
 
     def finish(self, model: nn.Module) -> None:
-        """Runs once training is over and `model` holds the best weights; LoRA merges its matrices then."""
+        """Runs after training, when `model` holds the best weights; LoRA merges its matrices here."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.unfreeze(trainer, pl_module)
@@ -117,10 +117,9 @@ class FineTuning(Callback):
             module.eval()
 
     def unfreeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives a gradient to the weights whose step has come; on all ranks at the same step, also in a resumed run.
+        """Turns on the gradient of the weights whose step has come: the same step on all ranks, also in a resumed run.
 
-        DistributedDataParallel reduces the weights that had a gradient when it was made, so a new one is made: it reduces
-        none too early and misses none later.
+        DistributedDataParallel reduces the weights that had a gradient when it was built, so it is built anew here.
         """
         model: Any = pl_module.model
         due = [model.get_parameter(name) for name, step in self.starts.items() if step <= trainer.global_step]
@@ -134,7 +133,7 @@ class FineTuning(Callback):
         self.frozen_modules = list(frozen_modules(model))
 
     def plan(self, model: nn.Module, optimizer: Optimizer) -> list[PartPlan]:
-        """Plans of all parts, with the learning rates that the optimizer has for them."""
+        """Plans of all parts, with the optimizer's learning rates."""
         rates = {id(weight): group["initial_lr"] for group in optimizer.param_groups for weight in group["params"]}
         weights = dict(model.named_parameters())
         plans = []
@@ -150,7 +149,7 @@ class FineTuning(Callback):
 
 
 def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest modules in `module` that have weights, and none with a gradient."""
+    """The largest modules inside `module` whose weights are all frozen."""
     weights = list(module.parameters())
     if weights and not any(weight.requires_grad for weight in weights):
         yield module
@@ -162,9 +161,9 @@ def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
 class LoRA(FineTuning):
     """Trains low-rank matrices beside frozen linear layers (arXiv 2106.09685); `models.lora` adds, merges and saves them.
 
-    targets: names of parts, kinds or submodules whose linear layers are adapted
-    rank:    of the added matrices, whose product is multiplied by alpha / rank
-    merge:   saves one model with the sums; otherwise the old weights, and the added matrices in its folder `adapter`
+    targets: names of parts, kinds or submodules whose linear layers get such matrices
+    rank:    of the matrices; their product is multiplied by alpha / rank
+    merge:   True: saves one model with the sums; False: saves the old weights, and the matrices in its folder `adapter`
     """
 
     @checked("finetune.")
@@ -185,7 +184,7 @@ class LoRA(FineTuning):
         self.targets, self.rank, self.alpha, self.dropout, self.merge = list(targets), rank, alpha, dropout, merge
 
     def prepare(self, model: nn.Module) -> None:
-        """Adds the matrices first. Raises UserError also where peft is not installed or finds no layer."""
+        """Adds the matrices first. Raises UserError also if peft is not installed or finds no layer."""
         adapt(model, self.targets, self.rank, self.alpha, self.dropout)
         super().prepare(model)
 

@@ -1,13 +1,14 @@
-"""Token-exact gradients: one update, whatever the batch size, the accumulation and the number of ranks.
+"""Token-exact gradients: the same update whatever the batch size, the accumulation and the number of ranks.
 
-The gradient of a step is that of the loss summed over all its target tokens, divided by their number.
-Each micro-batch back-propagates its summed loss, not a mean, times a constant that keeps float16 in range.
-Gradients add up over micro-batches and ranks, as they always do.
-The numbers of tokens are added over the ranks once a step, and divide the gradients before these are clipped.
-A step whose loss or gradient is not finite, or that has no token, is skipped on all ranks.
-All of this happens on the device, and a fused optimizer skips the step there: the host reads the numbers only to report them.
+The gradient of a step is the gradient of the summed loss of all its target tokens, divided by their number:
+- Each micro-batch back-propagates its summed loss, not a mean, times a constant that keeps float16 in range.
+- Gradients add up over micro-batches and ranks as usual.
+- Once a step, the token counts are summed over the ranks and divide the gradients, before clipping.
+- All ranks skip a step whose loss or gradient is not finite, or that has no token.
+All of this happens on the device, where a fused optimizer also skips the step. The host reads numbers only to report them.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from torch.optim import Optimizer
 from sedtrain.models.parts import part_of
 
 SCALE = 2.0**-10
-"""Multiplies a summed loss before it is back-propagated; a power of two, so that nothing is rounded."""
+"""Factor of the summed loss in back-propagation; a power of two, so that it rounds nothing."""
 
 
 class LossSums(NamedTuple):
-    """Summed losses of one micro-batch in nats, each with the number of tokens that it is summed over; all scalars."""
+    """Summed losses of one micro-batch in nats, and the numbers of tokens in the sums; all scalars."""
 
     cross_entropy: Tensor
     num_tokens: Tensor
@@ -39,12 +40,12 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step over all its micro-batches and ranks. The first number that is read waits for the device.
+    """One optimizer step over all its micro-batches and ranks. Reading the first number waits for the device.
 
     sums:          (5,) LossSums of all micro-batches and ranks
-    norms:         (P,) norms of the gradients of each of `parts`, before they are divided and clipped
+    norms:         (P,) gradient norms by part, before division and clipping
     micro_batches: (M, 5) LossSums of this rank's micro-batches
-    num_ranks:     the strategy has divided the sum of the ranks' gradients by it
+    num_ranks:     divisor that the strategy has applied to the ranks' summed gradients
     """
 
     sums: Tensor
@@ -55,18 +56,18 @@ class Update:
 
     @property
     def factor(self) -> Tensor:
-        """What the gradients are multiplied with, a scalar on the device; exact, since only the quotient is rounded."""
+        """Factor of the gradients, a scalar on the device. Exact: only the final quotient is rounded."""
         return self.num_ranks / SCALE / self.sums[1].clamp(min=1)
 
     @property
     def skipped(self) -> Tensor:
-        """1 on the device if the optimizer has to change nothing, else 0; float32, as optimizers want it."""
+        """1 if the optimizer must change nothing, else 0: float32 on the device, as fused optimizers expect."""
         finite = self.sums.isfinite()
         return (~(finite[0] & finite[2] & self.norms.isfinite().all() & (self.sums[1] > 0))).float()
 
     @cached_property
     def numbers(self) -> tuple[list[float], list[float]]:
-        """Sums and norms, read at once."""
+        """Sums and norms, read in one transfer."""
         values = torch.cat([self.sums, self.norms]).tolist()
         return values[:5], values[5:]
 
@@ -115,32 +116,32 @@ def divide_gradients(
 
     micro_batches: (M, 5) LossSums of this rank
     over_ranks:    sums of this rank -> sums of all ranks
-    num_ranks:     the strategy has divided the sum of the ranks' gradients by it
+    num_ranks:     divisor that the strategy has applied to the ranks' summed gradients
     """
     gradients: dict[str, list[Tensor]] = {}
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             gradients.setdefault(part_of(name), []).append(weight.grad)
-    norms = [get_total_norm(of_part) for of_part in gradients.values()]
+    norms = [get_total_norm(part_gradients) for part_gradients in gradients.values()]
     norms = [(norm.full_tensor() if isinstance(norm, DTensor) else norm).float() for norm in norms]
     sums = over_ranks(micro_batches.sum(0))
     update = Update(sums, torch.stack(norms), tuple(gradients), micro_batches, num_ranks)
-    local = [each.to_local() if isinstance(each, DTensor) else each for part in gradients.values() for each in part]
-    multiply(local, update.factor)
+    every = itertools.chain.from_iterable(gradients.values())
+    multiply([grad.to_local() if isinstance(grad, DTensor) else grad for grad in every], update.factor)
     return update
 
 
 def multiply(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiplies in place with a float32 scalar, which 16 bits would round before the product."""
-    if whole := [each for each in gradients if each.dtype is torch.float32]:
-        torch._foreach_mul_(whole, factor)
-    for each in gradients:
-        if each.dtype is not torch.float32:
-            each.mul_(factor.expand_as(each))
+    """Multiplies in place by a float32 scalar. 16-bit gradients need it expanded: PyTorch rounds a scalar to 16 bits first."""
+    if float32 := [gradient for gradient in gradients if gradient.dtype is torch.float32]:
+        torch._foreach_mul_(float32, factor)
+    for gradient in gradients:
+        if gradient.dtype is not torch.float32:
+            gradient.mul_(factor.expand_as(gradient))
 
 
 def skip(update: Update, optimizer: Optimizer, model: nn.Module) -> None:
-    """Has the optimizer change nothing if the update is to be skipped; one that is not fused makes the host wait."""
+    """Has the optimizer change nothing in a skipped update. Without a fused optimizer, the host waits for the device."""
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = update.skipped  # type: ignore[attr-defined]
     elif update.skipped:
@@ -148,12 +149,12 @@ def skip(update: Update, optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def on_host(values: Mapping[str, float]) -> dict[str, Tensor]:
-    """Values for a log, which Lightning would otherwise copy to the device one by one, each time waiting for it."""
+    """Values for `log_dict` as tensors: Lightning would copy floats to the device one by one, and wait for each."""
     return {name: torch.tensor(value) for name, value in values.items()}
 
 
 class RunningStatistics:
-    """The running statistics of batch norms, without skipped steps: a NaN would stay in them forever."""
+    """Keeps skipped steps out of the running statistics of batch norms, where a NaN would stay forever."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -161,7 +162,7 @@ class RunningStatistics:
         self.kept = [buffer.clone() for buffer in self.buffers]
 
     def keep_or_restore(self, update: Update) -> None:
-        """Keeps what the micro-batches of a step changed; restores what was before a skipped one."""
+        """Keeps the statistics after a good step; restores the earlier ones after a skipped step."""
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             kept.copy_(torch.where(update.skipped > 0, kept, buffer))
             buffer.copy_(kept)

@@ -1,4 +1,4 @@
-"""Callbacks that watch a run: skipped steps, a loss that rises, a decoder that does not listen, a trial that falls behind."""
+"""Watches a run: skipped steps, a loss that rises and stays up, a decoder that hardly listens to the audio."""
 
 import json
 import logging
@@ -7,29 +7,31 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sedtrain.annotations import checked
 from sedtrain.batch import Batch
-from sedtrain.errors import Unfinished, UserError
+from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Finite, Fraction, Positive
-from sedtrain.training.checkpoints import gather_states
 from sedtrain.training.gradients import Update, on_host
+from sedtrain.training.strategies import gather_states
 
 logger = logging.getLogger(__name__)
 
-HISTORY, ENOUGH = 100, 30  # steps, at most and at least, that the last ones are compared with
-LASTING = 10  # steps for which the loss has to stay up
+LASTING = 10
+"""Steps for which a risen loss must stay up before it is reported."""
+HISTORY, MIN_HISTORY = 100, 30
+"""Most and fewest earlier steps for the comparison."""
 COUNTS = ("num_bad", "num_in_a_row", "num_rises")
 
 
 class Step(NamedTuple):
-    """A step of the optimizer whose numbers may not have been read yet.
+    """An optimizer step whose numbers may still be on the device.
 
-    utterances: of each of this rank's micro-batches
+    utterances: ids in each of this rank's micro-batches
     """
 
     number: int
@@ -37,7 +39,7 @@ class Step(NamedTuple):
     utterances: list[list[str]]
 
     def suspects(self) -> list[str]:
-        """The utterances of all ranks in micro-batches with a loss that is not finite; all, if every loss is finite."""
+        """Utterances in micro-batches with a non-finite loss, of all ranks; every utterance if all losses are finite."""
         own = list(zip(self.utterances, self.update.micro_batches.isfinite().all(dim=1).tolist(), strict=True))
         micro_batches = [micro_batch for rank in gather_states(own) for micro_batch in rank]
         chosen = [ids for ids, is_finite in micro_batches if not is_finite] or [ids for ids, _ in micro_batches]
@@ -45,19 +47,19 @@ class Step(NamedTuple):
 
 
 class Guards(Callback):
-    """Counts the steps that were skipped for a loss or gradient that is not finite, and names their utterances in a file.
+    """Counts bad steps, which are skipped for a non-finite loss or gradient, and lists their utterances in a file.
 
-    Stops a run that makes only such steps. Reports a loss that rises and stays up, gradient norms by part of the model,
-    and a decoder that hardly listens.
+    Stops a run after too many bad steps in a row. Logs gradient norms by part of the model. Warns of a loss that rises and
+    stays up, and of a decoder that hardly listens.
 
     folder:         of the run, for bad_steps.jsonl
-    max_bad_steps:  as many in a row stop the run
+    max_bad_steps:  number of bad steps in a row that stops the run
     min_loss_rise:  nats per token; see `lasting_rise`
     min_audio_gain: nats per token; a decoder that gains less from the right audio hardly listens
-    probe_after:    says so from this fraction of the steps on, and after the first 100
+    probe_after:    fraction of the steps before the first such warning; at least 100 steps
     """
 
-    counts_one_run = True  # another run that starts from a checkpoint of this one begins at 0
+    counts_one_run = True  # a new run that starts from this run's checkpoint counts from 0
 
     @checked("callbacks.guards.")
     def __init__(
@@ -81,21 +83,21 @@ class Guards(Callback):
         self.utterances.append(batch.ids)
         update: Update | None = pl_module.update
         if update is None or update is self.latest:
-            return  # the optimizer has not stepped
+            return  # no optimizer step yet
         self.unread.append(Step(trainer.global_step, update, self.utterances))
         self.latest, self.utterances = update, []
         if not pl_module.is_read:
             return
         self.judge_all(trainer)
         if not trainer._logger_connector.should_update_logs:
-            return  # Lightning takes milliseconds for values that no logger gets
+            return  # log_dict takes milliseconds even if no logger receives the values
         logged = {"train/bad_steps": float(self.num_bad), "train/loss_rises": float(self.num_rises)}
         if update.gradient_is_finite:
             logged |= {f"gradient_norm/{part}": norm for part, norm in update.gradient_norms.items()}
         pl_module.log_dict(on_host(logged), batch_size=1)
 
     def judge_all(self, trainer: Trainer) -> None:
-        """Judges the steps whose numbers have not been read. Raises UserError after too many bad ones in a row."""
+        """Judges the unread steps. Raises UserError after too many bad ones in a row."""
         unread, self.unread = self.unread, []
         for step in unread:
             self.judge(trainer, step)
@@ -108,22 +110,22 @@ class Guards(Callback):
             self.note(trainer, step, reason, "skipped")
             if self.num_in_a_row >= self.max_bad_steps:
                 wrong = f"{self.num_in_a_row} steps in a row were skipped, since their loss or gradient is not finite\n"
+                wrong += f"{self.file} names their utterances"
                 write = "write a lower optimizer.lr, trainer.precision=32-true, or data without these utterances; "
                 write += "a higher callbacks.guards.max_bad_steps lets the run continue for longer"
-                option, wrong = "callbacks.guards.max_bad_steps", f"{wrong}{self.file} names their utterances"
-                raise UserError(option, self.max_bad_steps, wrong, write)
+                raise UserError("callbacks.guards.max_bad_steps", self.max_bad_steps, wrong, write)
         elif update.num_tokens and update.gradient_is_finite:
             self.num_in_a_row = 0
             self.losses.append(update.cross_entropy)
             if rise := lasting_rise(self.losses, self.min_loss_rise):
                 self.num_rises += 1
                 reason = "the loss rose from {:.2f} to {:.2f} nats per token and stays up".format(*rise)
-                advice = "try a lower optimizer.lr or more warm-up (scheduler.warmup_fraction), or see whether these texts fit"
+                advice = "try a lower optimizer.lr or more warm-up (scheduler.warmup_fraction), or check that the texts match"
                 self.note(trainer, step, reason, advice)
-                self.losses.clear()  # from here on, this is what is usual
+                self.losses.clear()  # later losses are compared with the new level
 
-    def note(self, trainer: Trainer, step: Step, reason: str, then: str) -> None:
-        """Writes the step, its loss and its utterances to bad_steps.jsonl, and warns."""
+    def note(self, trainer: Trainer, step: Step, reason: str, consequence: str) -> None:
+        """Adds the step, its loss and its utterances to bad_steps.jsonl, and warns."""
         update, utterances = step.update, step.suspects()
         if not trainer.is_global_zero:
             return
@@ -139,27 +141,27 @@ class Guards(Callback):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         measured = f"loss {update.cross_entropy:.3g}, gradient norm {update.gradient_norm:.3g}"
         text = "step %d: %s (%s), %s; its %d utterances are in %s"
-        logger.warning(text, step.number, reason, measured, then, len(utterances), self.file)
+        logger.warning(text, step.number, reason, measured, consequence, len(utterances), self.file)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.judge_all(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns of a decoder that hardly listens, once training is past its beginning."""
+        """Warns of a decoder that hardly listens, except early in training."""
         gain = trainer.callback_metrics.get("val/audio_gain")
         if gain is None or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
             return
         beginning = max(HISTORY, self.probe_after * trainer.estimated_stepping_batches)
         if trainer.global_step >= beginning and gain < self.min_audio_gain:
             text = (
-                "step %d: the decoder hardly listens to the audio: the audio of other utterances raises its loss by only "
+                "step %d: the decoder hardly listens to the audio: with the audio of other utterances, its loss rises by only "
                 "%.3f nats per token (val/audio_gain); try loss.ctc_weight=0.3, finetune=all, more warm-up "
                 "(scheduler.warmup_fraction), another optimizer.lr, or more steps"
             )
             logger.warning(text, trainer.global_step, gain)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Judges before the checkpoint is written; runs on all ranks."""
+        """Judges the last steps, on all ranks, before the first rank writes the checkpoint."""
         self.judge_all(trainer)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -173,80 +175,29 @@ class Guards(Callback):
         return {**{name: getattr(self, name) for name in COUNTS}, "losses": list(self.losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update({name: state_dict.get(name, 0) for name in COUNTS})  # older ones count other things
+        vars(self).update({name: state_dict.get(name, 0) for name in COUNTS})  # older versions had other counts
         self.losses.extend(state_dict["losses"])
 
 
 def lasting_rise(losses: Sequence[float], least: float) -> tuple[float, float] | None:
-    """Medians of the up to 100 losses before the last 10, and of these, if all of these are above nine tenths of the others.
+    """Medians of the earlier losses and of the last 10, if each of the last 10 exceeds nine tenths of the earlier ones.
 
-    None for less of a rise. Of 110 losses in random order the last 10 are so once in 250 million times, however they are
-    distributed: batches of few or hard tokens are no reason, and a loss that falls makes it rarer still.
+    None if fewer than 30 losses came earlier, or if the medians differ by less than `least`. If 110 losses came in random
+    order, this would happen once in 250 million times, whatever their distribution: batches of few or hard tokens do not
+    cause it, and a falling loss makes it rarer still.
     """
     before, last = list(losses)[:-LASTING], list(losses)[-LASTING:]
-    if len(before) < ENOUGH or 10 * sum(loss >= min(last) for loss in before) > len(before):
+    if len(before) < MIN_HISTORY or 10 * sum(loss >= min(last) for loss in before) > len(before):
         return None
     medians = statistics.median(before), statistics.median(last)
     return medians if medians[1] - medians[0] >= least else None
 
 
 def reason_to_skip(trainer: Trainer, update: Update) -> str | None:
-    """The reason why a step was skipped; None for an overflow in float16, as long as the scaler can lower its scale."""
+    """Why a step was skipped; None for an overflow in float16 while the scaler can still lower its scale."""
     if not update.loss_is_finite:
         return "the loss is not finite"
     if update.gradient_is_finite:
         return None
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return "the gradient is not finite" if scaler is None or scaler.get_scale() < 1 else None
-
-
-class Reporting(Callback):
-    """Reports a metric of every validation to Optuna's study, and ends the run where the study would prune it.
-
-    storage, study, number: which trial
-    pruner: median ends a trial whose best validation is worse than the median of others at that step
-    full_trials: trials that run to their end before any is pruned
-    warmup_steps: step before which none is pruned
-    """
-
-    def __init__(
-        self,
-        storage: str,
-        study: str,
-        number: int,
-        metric: str,
-        pruner: Literal["median", "none"] = "median",
-        full_trials: int = 5,
-        warmup_steps: int = 0,
-    ) -> None:
-        self.storage, self.study, self.number, self.metric = storage, study, number, metric
-        self.pruner, self.full_trials, self.warmup_steps = pruner, full_trials, warmup_steps
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises Unfinished on every rank of a trial that falls behind, and UserError for a metric that is not logged."""
-        if trainer.sanity_checking:
-            return
-        value = trainer.callback_metrics.get(self.metric)
-        if value is None:
-            logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise UserError("hydra.sweeper.metric", self.metric, "this is not logged", f"write one of {logged}")
-        worse = trainer.is_global_zero and self.report(float(value), trainer.global_step)
-        if trainer.strategy.reduce_boolean_decision(worse, all=False):
-            behind = f"other trials were better there; {self.metric} {value:.4g}"
-            raise Unfinished(f"pruned at step {trainer.global_step}: {behind}", status=0)  # it has not failed
-
-    def report(self, value: float, step: int) -> bool:
-        """True if the trial is to end; the study notes it as pruned."""
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=self.full_trials, n_warmup_steps=self.warmup_steps)
-        study = optuna.load_study(study_name=self.study, storage=self.storage, pruner=pruner)
-        frozen = study.trials[self.number]
-        trial = optuna.trial.Trial(study, frozen._trial_id)
-        if step not in frozen.intermediate_values:  # a run that resumes may repeat a validation
-            trial.report(value, step)
-        worse = self.pruner == "median" and trial.should_prune()
-        if worse:
-            study.tell(self.number, state=optuna.trial.TrialState.PRUNED)
-        return worse

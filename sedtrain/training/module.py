@@ -1,14 +1,13 @@
 """The training step, the validation step and the optimizer, as Lightning calls them."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,27 +17,30 @@ from transformers import PreTrainedTokenizerBase
 from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.errors import UNSET, UserError
+from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import forget
-from sedtrain.training.checkpoints import gather_states
+from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.feature_cache import FeatureCache
 from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host, skip
 from sedtrain.training.optim import build_optimizer, parameter_groups
-from sedtrain.training.strategies import FullySharded
+from sedtrain.training.out_of_memory import memory_for
+from sedtrain.training.probe import OtherAudio
+from sedtrain.training.strategies import FullySharded, gather_states
 
 
 class SpeechSeq2SeqModule(LightningModule):
-    """Trains a SpeechEncoderDecoder with teacher forcing, and CTC beside it where `weights.ctc_weight` is above 0.
+    """Trains a SpeechEncoderDecoder with teacher forcing, and with CTC if `weights.ctc_weight` is above 0.
 
     grouped: model -> its parameters in groups, for the optimizer
-    update:  the last step of the optimizer; None before the first
-    is_read: whether its numbers are reported: each step on a CPU; elsewhere those that are logged, since the host waits
-    cache:   of what its frozen front returns; None: it is computed for each batch
+    update:  the last optimizer step; None before the first
+    is_read: True if the numbers of `update` are reported: every step on a CPU; on a GPU only logged steps, since reading
+        makes the host wait
+    cache:   outputs of the frozen front of the model; None: the front computes every batch
     """
 
     def __init__(
@@ -72,13 +74,14 @@ class SpeechSeq2SeqModule(LightningModule):
 
     @property
     def data(self) -> Any:
-        """The SpeechTextDataModule that is trained on; None where there are only loaders."""
+        """The SpeechTextDataModule of the fit; None if batches come from plain loaders."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         if self.sharding and self.sharding.is_global_zero:
             config = self.model.encoder.config
-            # the model itself can take the final weights, and says how they were computed
+            # The unsharded original takes the final weights. It shares the encoder's config, where `prepare` records how they
+            # were computed.
             self.model = copy.deepcopy(self.model, {id(config): config})
         self.execution.prepare(self.model)
         if self.sharding:
@@ -94,7 +97,7 @@ class SpeechSeq2SeqModule(LightningModule):
         return optimizer, self.scheduler(optimizer, num_training_steps=num_steps)
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
-        """Moves the schedule by a step; under a time limit, to where steps or time are, whichever is nearer to the end."""
+        """Moves the schedule one step; with `trainer.max_time`, further if more of the time than of the steps is over."""
         fraction = time_fraction(self.trainer)
         if fraction is None:
             super().lr_scheduler_step(scheduler, metric)
@@ -116,7 +119,7 @@ class SpeechSeq2SeqModule(LightningModule):
             sums = self.losses(batch)
         scalars = [scalar.detach().float().to(self.device, non_blocking=True) for scalar in sums]
         self.micro_batches.append(torch.stack(scalars))
-        # Lightning divides by the number of micro-batches, which would round 16 bits in another way for each number.
+        # Undoes Lightning's division by the number of micro-batches, which would round 16-bit gradients.
         return self.trainer.accumulate_grad_batches * SCALE * self.weights.joint(sums.cross_entropy, sums.ctc)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -128,7 +131,7 @@ class SpeechSeq2SeqModule(LightningModule):
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divides the gradients, which the trainer clips next."""
+        """Divides the gradients by the number of tokens; the trainer clips them next."""
         micro_batches = torch.stack(self.micro_batches)
         self.micro_batches.clear()
         update = self.update = divide_gradients(self.model, micro_batches, self.over_ranks, self.trainer.world_size)
@@ -142,9 +145,9 @@ class SpeechSeq2SeqModule(LightningModule):
     # --- losses
 
     def losses(self, batch: Batch) -> LossSums:
-        """Summed losses of one micro-batch; zero, with a gradient of zeros, for an empty one.
+        """Summed losses of one micro-batch; zero, with a zero gradient, for an empty one.
 
-        Sharded weights have to be gathered as often as on the other ranks, so that there the model computes with silence.
+        A sharded model still runs, on silence: every rank must gather the weights equally often.
         """
         if len(batch):
             return self.loss_sums(batch)
@@ -165,11 +168,11 @@ class SpeechSeq2SeqModule(LightningModule):
         return LossSums(loss, num_tokens, *self.ctc(encoded, known.text_labels), unsmoothed)
 
     def cached(self, batch: Batch) -> AbstractContextManager[None]:
-        """Inside, the frozen front of the model need not compute what the cache has of this batch."""
+        """Inside, the cache replaces the frozen front of the model for this batch."""
         return nullcontext() if self.cache is None else self.cache.serve(self.model, batch)
 
     def cross_entropy(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed over the target tokens: smoothed, in training only, and without smoothing and gradient."""
+        """Sums over the target tokens: with label smoothing (only in training), and without it or a gradient."""
         smoothing = self.weights.label_smoothing if self.training else 0.0
         output = self.model(
             encoder_outputs=encoded, labels=labels, label_smoothing=smoothing, output_logits=False, num_items_in_batch=1
@@ -178,7 +181,7 @@ class SpeechSeq2SeqModule(LightningModule):
         return output.loss, output.get("cross_entropy", output.loss.detach())
 
     def ctc(self, encoded: EncodedSpeech, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The summed CTC loss of the encoder's own frames and the number of aligned tokens; the pad token is the blank."""
+        """Summed CTC loss on the encoder's frames, and the number of aligned tokens. The pad token is the blank."""
         if not self.weights.ctc_weight:
             zero = torch.zeros((), device=self.device)
             return zero, zero
@@ -202,48 +205,46 @@ class SpeechSeq2SeqModule(LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> dict[str, list[str]] | None:
         if len(batch) == 0:
             return None
-        # Compiled code would be compiled again for every token.
+        # torch.compile would compile anew for every token.
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"), self.cached(batch):
             encoded = self.model.encode(batch.inputs, batch.attention_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
             found = decode_batch(self.model, self.tokenizer, batch, self.decoding)
-        hypotheses = [each.texts[0] for each in found]
+        hypotheses = [decoded.texts[0] for decoded in found]
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
 
     def probe(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
-        """(4,): summed cross-entropy, its tokens; its increase with other utterances' audio, the tokens of that comparison.
+        """(4,): summed cross-entropy, its tokens, its increase with other utterances' audio, the tokens of that comparison.
 
-        Of a text longer than the decoder's positions, the first tokens count.
+        Texts are cut to the decoder's positions.
         """
         labels = labels[:, : self.model.room(encoded)]
-        other = self.other_audio.instead_of(encoded)
+        other = self.other_audio.exchanged(encoded)
         loss, _ = self.cross_entropy(encoded, labels)
         other_loss, _ = self.cross_entropy(encoded if other is None else other, labels)
         num_tokens = (labels != IGNORE_INDEX).sum()
         return torch.stack([loss, num_tokens, other_loss - loss, num_tokens * (other is not None)])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the scores; raises UserError where no utterance could be decoded."""
+        """Logs the scores. Raises UserError if no utterance could be decoded."""
         forget(self.model)
         if self.sharding:
             self.sharding.reshard()
         loss_sum, num_tokens, gain_sum, num_compared = self.over_ranks(self.validation_sums).tolist()
         if not num_tokens:
             splits = {str(source.splits["validation"]) for source in self.data.corpus.sources}
-            wrong = "none of its utterances could be decoded: the best weights cannot be chosen\n"
+            wrong = "no utterance of this split could be decoded, so the best weights cannot be chosen\n"
             wrong += "skipped.jsonl names the fault of each"
             write = "write data.validation_split and data.columns of audio that can be decoded"
             raise UserError("data.validation_split", ", ".join(sorted(splits)), wrong, write)
         self.metrics.counts = self.over_ranks(torch.from_numpy(self.metrics.counts)).cpu().numpy()
         if self.metrics.metric_set.own and self.trainer.world_size > 1:
-            self.metrics.texts = [text for of_rank in gather_states(self.metrics.texts) for text in of_rank]
+            self.metrics.texts = [text for rank_texts in gather_states(self.metrics.texts) for text in rank_texts]
         scores = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         if num_compared:
             scores["val/audio_gain"] = gain_sum / num_compared
         self.log_dict({"val/loss": loss_sum / num_tokens, **scores}, prog_bar=True, sync_dist=True)
-
-    # --- both
 
     def over_ranks(self, sums: Tensor) -> Tensor:
         """Sums of this rank -> sums of all ranks."""
@@ -253,52 +254,11 @@ class SpeechSeq2SeqModule(LightningModule):
 
 
 def time_fraction(trainer: Trainer) -> float | None:
-    """The share of `trainer.max_time` that is over, the same on all ranks; None where there is no limit."""
-    timer = next((each for each in trainer.callbacks if isinstance(each, Timer)), None)  # type: ignore[attr-defined]
-    remaining = None if timer is None else timer.time_remaining()
-    if timer is None or remaining is None:
+    """Elapsed fraction of `trainer.max_time`, equal on all ranks; None without that limit."""
+    timers = callbacks_of(trainer, Timer)
+    remaining = timers[0].time_remaining() if timers else None
+    if remaining is None:
         return None
-    elapsed = timer.time_elapsed()
+    elapsed = timers[0].time_elapsed()
     fraction = elapsed / (elapsed + remaining)
     return fraction if trainer.world_size == 1 else float(trainer.strategy.broadcast(fraction))
-
-
-class OtherAudio:
-    """Exchanges the encoded audio of utterances, to measure whether the decoder listens to it."""
-
-    def __init__(self) -> None:
-        self.previous: EncodedSpeech | None = None
-
-    def instead_of(self, encoded: EncodedSpeech) -> EncodedSpeech | None:
-        """Gives each utterance the audio of the one before it, and the first of a batch that of the last.
-
-        An utterance alone in its batch gets the first of the previous batch; None where there is no previous batch.
-        """
-        previous, self.previous = self.previous, encoded.rows([0])
-        num_utterances = len(encoded.last_hidden_state)
-        return previous if num_utterances == 1 else encoded.rows([num_utterances - 1, *range(num_utterances - 1)])
-
-
-class OutOfMemory(UserError):
-    """A batch was too large."""
-
-
-@contextmanager
-def memory_for(batch: Batch, data: Any) -> Iterator[None]:
-    """Raises OutOfMemory where memory runs out inside: it describes the batch and names the options of `data` to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or is_oom_error(error)):
-            raise
-        num_tokens = int((batch.labels != IGNORE_INDEX).sum())
-        raise OutOfMemory(
-            "data.batch_seconds",
-            getattr(data, "batch_seconds", UNSET),
-            f"out of memory in a batch of {len(batch)} utterances: {batch.seconds:.1f} s of audio, "
-            f"an input of shape {tuple(batch.inputs.shape)}, {num_tokens:,} target tokens",
-            "write data.batches=FILE, which task=fit_batches measures for this device\n"
-            "or a smaller data.batch_seconds, with trainer.accumulate_grad_batches=NUMBER for updates of the same size\n"
-            "or data.batch_tokens=NUMBER, or trainer.precision=bf16-mixed\n"
-            "or a smaller data.max_seconds, if a single utterance is too long",
-        ) from error

@@ -17,7 +17,7 @@ from sedtrain.ranges import CountOrZero, Fraction, FractionBelowOne, NonNegative
 def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Groups of parameters, each with one `lr_scale` and either with or without weight decay.
 
-    scales: names of parameters, each with its learning rate over that of the optimizer; None: those that train, at 1
+    scales: parameter name -> factor of the optimizer's learning rate; None: 1 for each parameter with a gradient
     """
     if scales is None:
         scales = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -32,16 +32,16 @@ def parameter_groups(model: nn.Module, scales: Mapping[str, float] | None = None
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """True if weight decay acts on a parameter: not on biases, which may be matrices, nor on norms and other vectors."""
+    """True if weight decay applies: to matrices, but not to vectors, norms and biases (which may be matrices)."""
     return parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
 
 
 def build_optimizer(factory: Callable[..., Optimizer], groups: Sequence[dict[str, Any]]) -> Optimizer:
-    """The optimizer of these groups, each at its share of the learning rate."""
+    """The optimizer of these groups; `lr_scale` multiplies the learning rate of each."""
     optimizer = factory(groups)
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_scale", 1.0)
-    # A fused optimizer would unscale the gradients of mixed precision itself, after they are clipped.
+    # A fused optimizer would itself unscale the gradients of mixed precision, but only after clipping.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
@@ -54,7 +54,7 @@ def adamw_8bit(
     eps: Positive = 1e-8,
     weight_decay: NonNegative = 0.01,
 ) -> Optimizer:
-    """AdamW with both moments in 8 bits (arXiv 2110.02861). Raises UserError where bitsandbytes is not installed."""
+    """AdamW with both moments in 8 bits (arXiv 2110.02861). Raises UserError if bitsandbytes is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -72,7 +72,7 @@ def warmed_up(
     decay: Literal["cosine", "linear", "constant_with_warmup", "inverse_sqrt"] = "cosine",
     warmup_fraction: Fraction = 0.1,
 ) -> LRScheduler:
-    """A straight line up to the peak over the first `warmup_fraction` of the steps, then the decay, or none."""
+    """Linear warm-up to the peak over the first `warmup_fraction` of the steps, then the decay."""
     num_warmup_steps = round(warmup_fraction * num_training_steps)
     schedule: LRScheduler = get_scheduler(decay, optimizer, num_warmup_steps, num_training_steps)
     return schedule
@@ -87,14 +87,14 @@ def tri_stage(
     initial_scale: Fraction = 0.01,
     final_scale: PositiveFraction = 0.05,
 ) -> LRScheduler:
-    """The schedule of wav2vec 2.0 (fairseq's `tri_stage`): up in a straight line, level, down exponentially.
+    """The schedule of wav2vec 2.0 (fairseq's `tri_stage`): linear warm-up, constant, exponential decay.
 
-    The rate rises from `initial_scale` of the peak, and falls to `final_scale` of it in the steps that the first two
-    stages leave. Raises UserError where these take more than all steps.
+    The rate starts at `initial_scale` of the peak and ends at `final_scale` of it. The decay takes the steps that the first
+    two stages leave. Raises UserError if these take more than all steps.
     """
     if warmup_fraction + hold_fraction > 1:
         most = f"{1 - warmup_fraction:g}"
-        wrong = f"warmup_fraction={warmup_fraction:g} leaves a fraction of {most} of the steps"
+        wrong = f"warmup_fraction={warmup_fraction:g} leaves only a fraction of {most} of the steps"
         raise UserError("scheduler.hold_fraction", hold_fraction, wrong, f"write a fraction from 0 to {most}")
     num_warmup = round(warmup_fraction * num_training_steps)
     num_decay = max(num_training_steps - num_warmup - round(hold_fraction * num_training_steps), 0)

@@ -1,4 +1,4 @@
-"""The progress of a run: one bar in a terminal, log lines elsewhere, and the totals of what training consumed."""
+"""Progress of a run: a bar in a terminal, log lines elsewhere, and totals of time and audio."""
 
 import logging
 import time
@@ -22,10 +22,10 @@ COUNTED = ("steps", "utterances", "audio_seconds", "seconds", "validation_second
 
 
 class ProgressBar(LightningProgressBar):
-    """Shows steps, loss, validation score, seconds of audio per second, waiting and time left; counts what training consumes.
+    """Shows steps, loss, validation score, speed, data wait and time left; counts steps, utterances, audio and time.
 
-    log_every_seconds: without a terminal, how often it logs a line
-    utterances, audio_seconds: of all ranks, as of the last checkpoint; `unsummed` has this rank's since then
+    log_every_seconds: interval of log lines without a terminal
+    utterances, audio_seconds: totals of all ranks at the last checkpoint; `unsummed` holds this rank's since then
     """
 
     def __init__(self, log_every_seconds: Positive = 20.0) -> None:
@@ -38,7 +38,7 @@ class ProgressBar(LightningProgressBar):
         self.enabled = True
 
     def disable(self) -> None:
-        """Counts, but shows nothing; called by Lightning on every rank but the first."""
+        """Hides the bar, but keeps counting. Lightning calls this on every rank but the first."""
         self.enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class ProgressBar(LightningProgressBar):
             logger.info("step %d of %d  %s", trainer.global_step, self.total, self.scores(trainer))
 
     def scores(self, trainer: Trainer) -> str:
-        """The latest values, as `loss 1.234  wer 12.3 %  85 s/s  data wait 3 %`, of the time of this process."""
+        """The latest values, such as `loss 1.234  wer 12.3 %  85 s/s  data wait 3 %`; the wait is this process's."""
         latest = trainer.callback_metrics
         words = [f"loss {latest['train/loss']:.3f}"] if "train/loss" in latest else []
         for name in [name for name in METRICS if f"val/{name}" in latest][:1]:
@@ -95,7 +95,7 @@ class ProgressBar(LightningProgressBar):
         self.sum_over_ranks(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Runs on all ranks, before one writes."""
+        """Sums over the ranks; runs on all of them before the first writes."""
         self.sum_over_ranks(trainer)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -110,7 +110,7 @@ class ProgressBar(LightningProgressBar):
         self.stop()
 
     def totals(self) -> TrainingTotals:
-        """Wall-clock seconds with validation; seconds of audio per second of training without it."""
+        """Totals for results.json: the seconds include validation, the speed does not."""
         return TrainingTotals(self.seconds, self.steps, self.utterances, self.audio_seconds / self.training_seconds())
 
     def training_seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""Signals during training: Ctrl-C and SIGTERM stop it with a checkpoint, SIGUSR1 only has one written."""
+"""Signals during training: Ctrl-C and SIGTERM write a checkpoint and stop, SIGUSR1 only writes one."""
 
 import logging
 import os
@@ -8,29 +8,30 @@ from types import FrameType
 
 from lightning import Callback, LightningModule, Trainer
 
+from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.checkpoints import Checkpoints, Stopped
 from sedtrain.training.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-REQUEUE = signal.SIGUSR2  # submitit has SLURM send it before the time of a job is over
+REQUEUE = signal.SIGUSR2  # submitit has SLURM send it shortly before a job's time limit
 
 
 class StopOnInterrupt(Callback):
-    """Ctrl-C or SIGTERM stops training after the current step, with a checkpoint; a second Ctrl-C ends the command at once.
+    """Ctrl-C or SIGTERM writes a checkpoint after the current step and stops; a second Ctrl-C ends the command at once.
 
-    SIGUSR1 has a checkpoint written after the current step, and training continues. A signal to one rank acts on all.
-    Where a launcher handles REQUEUE, such as submitit, that signal stops training with a checkpoint before the launcher
-    requeues the job. SIGTERM only announces it then, and has a checkpoint written like SIGUSR1.
-    Lightning restores the handlers of before after the last checkpoint.
+    SIGUSR1 writes a checkpoint after the current step, and training continues. A signal to one rank acts on all.
+    If a launcher such as submitit handles REQUEUE, that signal writes a checkpoint and stops; then the launcher requeues
+    the job. SIGTERM only announces this, so it acts like SIGUSR1 there.
+    Lightning restores the earlier handlers after the last checkpoint.
     """
 
     def __init__(self) -> None:
         self.stopped_by: signal.Signals | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ignores SIGUSR1 where it has no handler; Lightning would requeue a SLURM job by itself."""
+        """Ignores SIGUSR1 if it has no handler: Lightning would otherwise install its own, which requeues a SLURM job."""
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -38,7 +39,7 @@ class StopOnInterrupt(Callback):
         launched = callable(signal.getsignal(REQUEUE))
         self.signal_of_other_ranks = REQUEUE if launched else signal.SIGTERM
         only_save = {signal.SIGUSR1, signal.SIGTERM} if launched else {signal.SIGUSR1}
-        checkpoints = next(each for each in trainer.checkpoint_callbacks if isinstance(each, Checkpoints))
+        checkpoints = callbacks_of(trainer, Checkpoints)[0]
 
         def receive(number: int, frame: FrameType | None) -> None:
             received = signal.Signals(number)
@@ -60,10 +61,9 @@ class StopOnInterrupt(Callback):
 
 
 def end_at_once(trainer: Trainer, checkpoints: Checkpoints) -> None:
-    """Names the saved checkpoints and ends the process with status 130; an exception would wait for the step under way."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ProgressBar):
-            callback.stop()
+    """Names the saved checkpoints and ends the process with status 130; an exception would wait for the current step."""
+    for bar in callbacks_of(trainer, ProgressBar):
+        bar.stop()
     kept = sorted(str(path) for path in Path(str(checkpoints.dirpath)).glob("*.ckpt"))
     if trainer.is_global_zero:
         saved = f"saved before: {', '.join(kept)}" if kept else "nothing is saved yet"

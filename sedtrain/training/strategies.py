@@ -1,4 +1,4 @@
-"""Devices and processes of a run: precision, weights sharded by FSDP2, restarts by torchrun, the end of failed processes."""
+"""Devices and processes of a run: precision, FSDP2, restarts by torchrun, the end of failed processes."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -21,14 +21,14 @@ from sedtrain.models.parts import layers_of
 
 
 def precision_of(device: torch.device) -> str:
-    """bf16-mixed where a CUDA device computes in bfloat16 itself, else 32-true."""
+    """bf16-mixed on a CUDA device with bfloat16 arithmetic, which some only emulate; else 32-true."""
     computes_in_16_bits = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if computes_in_16_bits else "32-true"
 
 
 @contextmanager
 def tensor_float32(device: torch.device) -> Iterator[None]:
-    """Inside, matrix products of float32 on a CUDA device round their factors to TF32, as its convolutions do anyway."""
+    """Inside, float32 matrix products on a CUDA device use TF32, as its convolutions do by default."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -39,10 +39,10 @@ def tensor_float32(device: torch.device) -> Iterator[None]:
 
 
 class FullySharded(ModelParallelStrategy):
-    """FSDP2: each layer of encoder and decoder is gathered when it is needed, the rest of the model once a batch.
+    """FSDP2: gathers each layer of encoder and decoder when it runs, and the rest of the model once a batch.
 
-    During a validation every rank holds all weights, since ranks end their hypotheses at different steps. Checkpoints are
-    those of a run in one process.
+    In a validation every rank holds all weights, because ranks finish decoding at different steps. Checkpoints equal those
+    of a single process.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,7 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, module: Any) -> None:
-        """Shards the weights of `module` in place.
-
-        Raises UserError where one rank could skip a layer for which the others then wait forever.
-        """
+        """Shards the weights of `module` in place. Raises UserError for layer drop, with which ranks would deadlock."""
         mesh = self.device_mesh["data_parallel"]
         for name in ("encoder", "decoder"):
             part = module.model.get_submodule(name)
@@ -69,11 +66,11 @@ class FullySharded(ModelParallelStrategy):
             for layer in stack[1] if stack else ():
                 fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
-        for method in ("losses", "validation_step"):  # those that use its weights
+        for method in ("losses", "validation_step"):  # they use the module's weights
             register_fsdp_forward_method(module, method)
 
     def setup_optimizers(self, trainer: lightning.Trainer) -> None:
-        """Raises UserError for an optimizer whose state differs in shape from the weights."""
+        """Raises UserError for an optimizer whose state has other shapes than the weights."""
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if not isinstance(optimizer, AdamW | Adam | SGD):
@@ -81,24 +78,24 @@ class FullySharded(ModelParallelStrategy):
                 raise UserError("optimizer", type(optimizer).__name__, wrong, write)
 
     def sharded_modules(self) -> Iterator[FSDPModule]:
-        """The modules that are gathered at once: the layers, and the rest of the LightningModule."""
+        """The units that FSDP gathers: the layers, and the LightningModule with the rest."""
         assert self.lightning_module is not None
         return (module for module in self.lightning_module.modules() if isinstance(module, FSDPModule))
 
     def unshard(self) -> None:
-        """Gives every rank all weights, so that in a validation no forward waits for another rank's."""
+        """Gives every rank all weights, so that no forward pass of a validation waits for another rank."""
         for module in self.sharded_modules():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
 
     def reshard(self) -> None:
-        """Leaves every rank with its own shards."""
+        """Leaves each rank its own shards."""
         for module in self.sharded_modules():
             module.set_reshard_after_forward(not isinstance(module, lightning.LightningModule), recurse=False)
             module.reshard()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state that the optimizer of a single process would have, on the first rank; empty on the others."""
+        """The optimizer state of a single process, on the first rank; empty on the others."""
         state = optimizer.state_dict()
         entries: dict[int, dict[str, Any]] = {}
         for number, entry in state["state"].items():
@@ -109,21 +106,21 @@ class FullySharded(ModelParallelStrategy):
         return {**state, "state": entries} if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint, from which every rank loads its shards of the optimizer's state."""
+        """Reads the checkpoint; every rank loads its shards of the optimizer state."""
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(shard_state(state, optimizer))
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Every rank loads its shards of the weights."""
+        """Loads this rank's shards of the weights."""
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
 
 
 def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The full state of an optimizer -> this rank's shards; only values with the shape of their weight are sharded."""
+    """Full optimizer state -> this rank's shards. Only values with the shape of their weight are sharded."""
 
     def shard(value: Any, weight: DTensor) -> Any:
         if not isinstance(value, Tensor) or value.shape != weight.shape:
@@ -140,11 +137,20 @@ def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     return {**state, "state": entries}
 
 
-def rejoin(strategy: Strategy) -> None:
-    """Initialises the process group in place of Lightning where torchrun has restarted this process.
+def gather_states(state: Any) -> list[Any]:
+    """Every rank's `state`, by rank. All ranks must call this."""
+    if not torch.distributed.is_initialized():
+        return [state]
+    states = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
 
-    torchrun's store outlives a restart and still has the addresses of the ended processes: whoever reads one before its
-    successor has written a new one waits forever. Each start therefore gets a prefix of its own in the store.
+
+def rejoin(strategy: Strategy) -> None:
+    """Initialises the process group, in place of Lightning, if torchrun has restarted this process.
+
+    torchrun's store outlives a restart and still holds the addresses of the ended processes. A process that reads an old
+    address waits forever, so each start writes under its own prefix.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if restarts == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -165,10 +171,10 @@ def rejoin(strategy: Strategy) -> None:
 
 
 def end_others(strategy: Strategy) -> None:
-    """Kills the processes that Lightning started beside this one, which has failed and reports the error for all.
+    """Kills the other processes that Lightning started, after this one has failed; it reports the error for all.
 
-    They would report it again. Lightning must not see them fail: it would end the process that started them, and with it
-    the next job of a sweep. So they are removed from its list first.
+    Lightning must not see them fail, since it would then end this process, and with it the next job of a sweep. So this
+    removes them from Lightning's list first.
     """
     started = getattr(strategy.launcher, "procs", [])
     processes = list(started)

@@ -1,7 +1,7 @@
-"""The share of the device's peak that training uses (model FLOPs utilization, arXiv 2204.02311).
+"""Model FLOPs utilization: the fraction of the device's peak that training uses (arXiv 2204.02311).
 
-Counted is the arithmetic of forward and backward passes on real frames and tokens, without padding, without what activation
-checkpointing computes again, and without the alignments of CTC.
+Counts forward and backward passes on real frames and tokens. Leaves out padding, the recomputation of activation
+checkpointing, and the alignments of CTC.
 
 S inputs (samples or feature frames) and U tokens of an utterance.
 """
@@ -24,36 +24,37 @@ from sedtrain.models.prefix import is_prefixed
 from sedtrain.training.gradients import on_host
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
-LONGEST = 16.0, 64  # seconds and tokens of the utterances that are measured
-SHARES = [(1 / 4, 1 / 4), (1 / 4, 1), (1 / 2, 1 / 2), (1, 1 / 4), (1, 1), (1 / 2, 1), (1, 1 / 2)]  # of the longest
+LONGEST = 16.0, 64
+"""Seconds and tokens of the largest utterance that is measured."""
+SHARES = [(1 / 4, 1 / 4), (1 / 4, 1), (1 / 2, 1 / 2), (1, 1 / 4), (1, 1), (1 / 2, 1), (1, 1 / 2)]
+"""Sizes of the measured utterances as fractions of LONGEST; the seven shapes determine six coefficients."""
 
 
 def peak_of(device: torch.device, precision: str) -> int | None:
-    """Operations a second that the device can do at most; None where Lightning does not know it, as for CPUs."""
+    """The device's peak in operations per second; None if Lightning does not know it, as for CPUs."""
     dtype = DTYPES.get(precision.partition("-")[0])
     return None if device.type != "cuda" or dtype is None else get_available_flops(device, dtype)
 
 
-def without_values(model: nn.Module) -> Any:
+def meta_copy(model: nn.Module) -> Any:
     """A copy on the meta device, which takes no memory."""
-    tensors: dict[int, Any] = {id(each): torch.empty_like(each, device="meta") for each in model.buffers()}
+    tensors: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
     for weight in model.parameters():
         tensors[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
     return copy.deepcopy(model, tensors).eval()
 
 
-def of_convolution(of_output: Any, inputs: Any, weight: Any, *options: Any, **_: Any) -> int:
-    """Operations of a convolution's backward pass by its shapes; torch counts those of each group for all channels."""
+def convolution_backward_flops(gradient: Any, inputs: Any, weight: Any, *options: Any, **_: Any) -> int:
+    """Operations of a convolution's backward pass, by shapes. PyTorch's own formula counts each group for all channels."""
     transposed, output_mask = options[4], options[7]
-    positions = math.prod(inputs if transposed else of_output) // (inputs if transposed else of_output)[1]
-    return int(2 * positions * math.prod(weight) * sum(output_mask[:2]))
+    batch, _channels, *positions = inputs if transposed else gradient
+    return int(2 * batch * math.prod(positions) * math.prod(weight) * sum(output_mask[:2]))
 
 
 def flops(model: Any, inputs: torch.Tensor, labels: torch.Tensor) -> int:
-    """Operations of one forward and backward pass of a model on the meta device; labels are in the host's memory."""
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: of_convolution}
-    ) as counter:
+    """Operations of one forward and backward pass. Model and inputs are on the meta device, labels in the host's memory."""
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         encoded = model.encode(inputs)
         loss = model(encoder_outputs=encoded, labels=labels, output_logits=False, num_items_in_batch=1).loss
         if model.ctc_head is not None:
@@ -64,13 +65,13 @@ def flops(model: Any, inputs: torch.Tensor, labels: torch.Tensor) -> int:
 
 
 def terms(inputs: Any, tokens: Any) -> Any:
-    """Of the polynomial in S and U that the operations of a Transformer are: attention is quadratic, the rest linear."""
+    """Terms of a polynomial in S and U for the operations of a Transformer: attention is quadratic, the rest linear."""
     s, u = np.asarray(inputs, float), np.asarray(tokens, float)
     return np.stack([np.ones_like(s), s, u, s * s, s * u, u * u], -1)
 
 
 class Cost:
-    """Operations of a training step for an utterance, fitted to those of utterances of seven shapes.
+    """Operations of a training step by the sizes of its utterances: a polynomial fitted to seven measured shapes.
 
     model:    on the meta device
     collator: of the run, for the layout of its inputs
@@ -93,28 +94,28 @@ class Cost:
         return terms(*(np.array(sizes) / self.largest).T)
 
     def __call__(self, batch: Batch) -> float:
-        """Operations for the utterances of a batch."""
+        """Operations of a batch."""
         known = batch.on_host
         lengths = known.attention_mask.sum(1).tolist(), (known.labels != IGNORE_INDEX).sum(1).tolist()
         return float((self.scaled(list(zip(*lengths, strict=True))) @ self.coefficients).sum()) if len(batch) else 0.0
 
 
 class Utilization(Callback):
-    """Logs `train/mfu` of this process's device in every step that is logged, where its peak is known.
+    """Logs `train/mfu` of this process's device, in the steps that are logged, if the device's peak is known.
 
-    Nothing is logged for a decoder behind a prefix, which looks into its masks, nor with `data.cache_features`.
+    Logs nothing for a prefix decoder, which reads the values of its masks, nor with `data.cache_features`.
     """
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Copies the model before its layers are compiled, sharded, or compute their activations again."""
+        """Copies the model before compilation, sharding and activation checkpointing change its layers."""
         self.started = time.perf_counter()  # a validation may come before training
         is_counted = stage == "fit" and not is_prefixed(pl_module.model.config.decoder)
         self.peak = peak_of(trainer.strategy.root_device, str(trainer.precision)) if is_counted else None
         if self.peak is None:
             return
-        self.model = without_values(pl_module.model)
+        self.model = meta_copy(pl_module.model)
         for part in (self.model.encoder, self.model.decoder):
-            if part.config._attn_implementation not in ("eager", "sdpa"):  # its kernels need a GPU
+            if part.config._attn_implementation not in ("eager", "sdpa"):  # other kernels need a GPU
                 part.config._attn_implementation = "eager"
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -123,7 +124,7 @@ class Utilization(Callback):
         self.operations, self.started = 0.0, time.perf_counter()
 
     def measure(self, module: Any) -> None:
-        """Measures the cost of an utterance, again where other weights are trained."""
+        """Fits the cost of an utterance, anew whenever other weights are trained."""
         trained = [weight.requires_grad for weight in module.model.parameters()]
         if self.peak is None or module.cache is not None or trained == self.trained:
             return

@@ -13,8 +13,9 @@ from corpora import wav
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from sedtrain.config.check import find_problems
 from sedtrain.config.instantiate import create
-from sedtrain.config.schema import conf_dir, find_problems, register
+from sedtrain.config.schema import conf_dir, register
 
 FILES = sorted(path for path in conf_dir().glob("*/*.yaml"))
 CHOICES = [(path.parent.name, path.stem) for path in FILES]

@@ -52,7 +52,7 @@ def test_only_the_name_of_an_option_is_renamed(old, now):
 # --- a run that somebody else has written
 
 SCORED = {"_target_": "sedtrain.decoding.options.DecodingOptions"}
-UNNAMED = ", and nothing that a folder alone names is imported or called"
+UNNAMED = ", and what only a folder names is never imported or called"
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_what_a_run_s_folder_alone_names_is_refused_and_the_option_to_repeat_is_
     assert wrong == f"its config.yaml has {name}={value}{UNNAMED}"
     assert (
         write
-        == f"write {group}=OPTION or experiment=NAME, with --config-dir FOLDER where it is your own, as for the training"
+        == f"write {group}=OPTION or experiment=NAME, with --config-dir FOLDER if it is your own, as for the training"
     )
 
 

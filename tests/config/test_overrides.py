@@ -178,9 +178,7 @@ def test_every_problem_is_reported_at_once(conf):
         ),
         (
             "checkpoint=a=b",
-            Problem(
-                "checkpoint", "a=b", "this has characters with a meaning of their own", "quote it: 'checkpoint=\"a=b\"'"
-            ),
+            Problem("checkpoint", "a=b", "this has special characters", "quote it: 'checkpoint=\"a=b\"'"),
         ),
         ("encoder", Problem("encoder", "", "no value is given", "write encoder=VALUE")),
         (

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from sedtrain import ranges
-from sedtrain.annotations import evaluated, within
+from sedtrain.annotations import evaluated, nested_types
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir
 from sedtrain.config.signatures import read_signature
@@ -186,7 +186,7 @@ def test_the_ends_of_a_range_belong_to_it_as_its_words_say(name, inside, outside
 
 def numeric_without_range(target):
     for each in read_signature(target).parameters.values():
-        kinds = [] if each.annotation is each.empty else list(within(evaluated(each.annotation)))
+        kinds = [] if each.annotation is each.empty else list(nested_types(evaluated(each.annotation)))
         if {int, float} & set(filter(lambda kind: isinstance(kind, type), kinds)) and not any(
             isinstance(kind, ranges.Range) for kind in kinds
         ):

@@ -4,7 +4,8 @@ import pytest
 from told import Problem, told
 
 from sedtrain.config.overrides import check_command_line
-from sedtrain.config.schema import OF_ONE_TASK, conf_dir
+from sedtrain.config.rules import READ_BY
+from sedtrain.config.schema import conf_dir
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metrics import METRICS
 
@@ -57,7 +58,7 @@ def test_flash_attention_in_32_bits_is_refused_with_the_precision_to_write():
 def test_bleu_has_the_tokenizers_that_need_no_download():
     assert check_command_line(["metrics.bleu.tokenize=zh", "target=translation"])
     write = "did you mean 'zh'? available: auto, 13a, zh, ja-mecab, ko-mecab, intl, char, none"
-    wrong = "sacrebleu has no such tokenizer, or downloads it"
+    wrong = "sacrebleu has no such tokenizer, or would download it"
     assert problems("metrics.bleu.tokenize=zhh") == [Problem("metrics.bleu.tokenize", "zhh", wrong, write)]
     [found] = problems("+metrics.bleu.lowercase=true")
     assert found == Problem("metrics.bleu.lowercase", True, "bleu has no such option", "available: target, tokenize")
@@ -74,7 +75,7 @@ def test_metrics_are_chosen_by_name_and_are_those_of_the_package():
 
 
 def test_code_of_the_hub_is_run_only_where_the_user_allows_it(tmp_path):
-    wrong = "there is no such folder; code of that name on the Hub would be downloaded and run"
+    wrong = "there is no such folder, and code of that name would be downloaded from the Hub and run"
     write = "write a folder, or allow it by +metrics.mine.trust_remote_code=true"
     assert problems("+metrics.mine.evaluate=rouge") == [Problem("metrics.mine.evaluate", "rouge", wrong, write)]
     assert problems("+metrics.mine.evaluate=rouge", "+metrics.mine.trust_remote_code=1")
@@ -88,9 +89,8 @@ def test_metrics_without_one_that_has_intervals_and_a_first_one_without_directio
     [found] = problems(f"hydra.searchpath=['{tmp_path}']", "metrics=[mine,wer]")
     assert found.option == "metrics.mine.higher_is_better"
     assert found.write == "write +metrics.mine.higher_is_better=true, or false for errors"
-    assert problems(f"hydra.searchpath=['{tmp_path}']", "metrics=mine")[0].wrong.endswith(
-        "the others have no intervals"
-    )
+    wrong = problems(f"hydra.searchpath=['{tmp_path}']", "metrics=mine")[0].wrong
+    assert wrong.startswith("target=transcription needs one of ") and wrong.endswith("other metrics have no intervals")
     own = "+metrics.mine.higher_is_better=false"
     assert check_command_line([f"hydra.searchpath=['{tmp_path}']", "metrics=[mine,wer]", own])
 
@@ -105,8 +105,9 @@ def test_a_comparison_needs_two_runs():
 def test_an_option_that_another_task_alone_reads_is_refused(option):
     name = option.partition("=")[0]
     [found] = problems("task=inspect", option)
-    assert (found.option, found.write) == (name, f"write task={OF_ONE_TASK[name]}, or leave {name} out")
-    assert found.wrong == f"task={OF_ONE_TASK[name]} alone reads it, and this is task=inspect"
+    readers = " or ".join(f"task={reader}" for reader in READ_BY[name])
+    assert (found.option, found.write) == (name, f"write {readers}, or leave {name} out")
+    assert found.wrong == f"only {readers} reads it, and this is task=inspect"
 
 
 @pytest.mark.parametrize(
@@ -149,12 +150,12 @@ def test_names_of_files_are_texts(option, value, write):
         (" =x", "=x", "no option is named"),
         ("\f", "''", "no option is named"),
         ("hydra.runtime.choices.decoder=r", "hydra.runtime.choices.decoder", "Hydra itself sets this"),
-        ("trainer.precision=null", "trainer.precision", "training has a precision"),
+        ("trainer.precision=null", "trainer.precision", "training needs a precision"),
         ("~data", "data", "every run needs this"),
         ("~seed", "seed", "every run needs this"),
         ("~trainer", "trainer", "every run needs this"),
         ("++encoder=null", "encoder", "encoder has no option"),
-        ("+callbacks.mine.speed=3", "callbacks.mine", "this has a name of its own, and a _target_"),
+        ("+callbacks.mine.speed=3", "callbacks.mine", "each entry of this group needs a name, and a _target_ below it"),
     ],
 )
 @pytest.mark.parametrize("flags", [[], ["--cfg", "job", "-m"]])

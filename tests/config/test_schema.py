@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from told import Problem, told
 
 from sedtrain.annotations import example
-from sedtrain.config.schema import Config, conf_dir, find_problems
+from sedtrain.config.check import find_problems
+from sedtrain.config.schema import Config, conf_dir
 
 MODULE = """
 from typing import Literal

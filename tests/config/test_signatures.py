@@ -69,7 +69,7 @@ def inspected(target):
         "hydra.compose",
         "sedtrain.errors.UserError",
         "sedtrain.config.schema.Config",
-        "sedtrain.config.schema.find_problems",
+        "sedtrain.config.check.find_problems",
         "sedtrain.config.signatures.split_module",
     ],
 )

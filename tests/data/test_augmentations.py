@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from test_conf import FAMILIES, composed
 
+from sedtrain.config.check import find_problems
 from sedtrain.config.instantiate import create
-from sedtrain.config.schema import find_problems
 from sedtrain.data.augment import Augmentation
 from sedtrain.data.augmentations import ColouredNoise, Gain, RecordedNoise, Reverb, Speed, TimeMask
 from sedtrain.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedtrain.config import schema
+from sedtrain.config import rules
 from sedtrain.decoding.outputs import FORMATS, LINE, LINES, Outputs, width
 from sedtrain.decoding.transcription import Segment, Transcription, Word
 from sedtrain.errors import UserError
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_transcribed(tmp
 
 
 def test_the_formats_are_those_of_the_schema():
-    assert tuple(FORMATS) == schema.FORMATS
+    assert tuple(FORMATS) == rules.FORMATS
 
 
 def test_subtitles_of_several_recordings_need_a_folder():

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import SpeechEncoderDecoderModel
 
-from sedtrain.config.schema import conf_dir, find_problems, register
+from sedtrain.config.check import find_problems
+from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import (
     ADAPTERS,

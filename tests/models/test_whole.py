@@ -25,7 +25,8 @@ from whispers import LANGUAGES, OTHERS, SECONDS, other_whole, whisper_folder
 
 from sedtrain import load
 from sedtrain.batch import Utterance
-from sedtrain.build import connect, say_if_alone, whole_checkpoint
+from sedtrain.build_model import warn_of_single_utterances, whole_checkpoint
+from sedtrain.build_saved import connect
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.sampler import DurationBatches
@@ -198,7 +199,7 @@ def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder
     saved, data = load(folder), SimpleNamespace(bounds=Bounds(3 * SECONDS), corpus=None)
     connect(data, saved, [])
     assert len(DurationBatches([0.5] * 7, data.bounds, shuffle=False)) == 3
-    assert f"a batch is one; write data.batch_seconds={8 * SECONDS} for 8" in said(
+    assert f"a batch holds only one; write data.batch_seconds={8 * SECONDS} for 8" in said(
         caplog, Bounds(7, shortest_seconds=SECONDS)
     )
     assert not said(caplog, data.bounds)
@@ -214,7 +215,7 @@ def test_an_utterance_takes_the_seconds_in_a_batch_that_the_encoder_hears(folder
 
 def said(caplog, bounds):
     caplog.clear()
-    say_if_alone(bounds)
+    warn_of_single_utterances(bounds)
     return caplog.text
 
 
@@ -384,7 +385,7 @@ def composed(overrides):
 def test_what_a_whole_checkpoint_cannot_have_is_refused(option):
     message = refused(whole_checkpoint, composed(f"checkpoint=X {option}"))
     remedy = {"adapter=conv": "adapter=linear", "pretrained=false": "pretrained=true"}[option]
-    apart = "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X for its parts alone"
+    apart = "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X to join its parts"
     assert message.endswith(f"\n    write {remedy}, or {apart}")
 
 
@@ -392,7 +393,9 @@ def test_what_a_whole_checkpoint_cannot_have_is_refused(option):
 def test_what_a_whole_checkpoint_would_not_read_is_refused(option):
     name = option.partition("=")[0]
     message = refused(whole_checkpoint, composed(f"checkpoint=X {option}"))
-    apart = "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X for its parts alone, without checkpoint"
+    apart = (
+        "encoder=OPTION decoder=OPTION encoder.checkpoint=X decoder.checkpoint=X to join its parts, without checkpoint"
+    )
     assert message.endswith(
         f"{name} = 'Y'\n    checkpoint=X is one model of encoder, decoder and prompt\n    write {name}=null, or {apart}"
     )

@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
 from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
-from sedtrain.training.loggers import MetricsFile, Tracker
+from sedtrain.training.loggers import MetricsFile
 from sedtrain.training.signals import StopOnInterrupt
+from sedtrain.training.tracking import Tracker
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",

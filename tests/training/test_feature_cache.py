@@ -41,7 +41,7 @@ def keyed(model, *seconds):
 
 
 def cache_in(folder, **options):
-    return FeatureCache(partial(Store, folder, most_bytes=GIGABYTE, num_ranks=1), {}, **options)
+    return FeatureCache(partial(Store, folder, max_bytes=GIGABYTE, num_ranks=1), {}, **options)
 
 
 def encoded(model, batch, cache):

@@ -21,22 +21,20 @@ from sedtrain.data.augment import Augment
 from sedtrain.data.augmentations import Speed
 from sedtrain.data.buckets import Bucket, groups_by_buckets
 from sedtrain.errors import UserError
-from sedtrain.training import fit_batches
+from sedtrain.training import memory_meter
 from sedtrain.training.fit_batches import (
     TOLERANCE,
     Budget,
-    ProcessMemory,
-    Trial,
     budget_of,
-    filled,
     kept_audio,
     largest,
+    largest_batch,
     lengths,
-    memory_of,
-    noise,
-    search,
+    nonempty_buckets,
 )
-from sedtrain.training.module import OutOfMemory
+from sedtrain.training.memory_meter import ProcessMemory
+from sedtrain.training.out_of_memory import OutOfMemory
+from sedtrain.training.trial_steps import Trial, noise
 
 REPOSITORY = Path(__file__).parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is counted on Linux alone")
@@ -94,7 +92,7 @@ def test_a_batch_that_fills_the_memory_is_taken_at_once():
 
 def steps_of(measure):
     return SimpleNamespace(
-        trial=lambda seconds, tokens, number: measure(number), memory=SimpleNamespace(taken=lambda: 3e9)
+        trial=lambda seconds, tokens, number: measure(number), memory=SimpleNamespace(used=lambda: 3e9)
     )
 
 
@@ -104,7 +102,7 @@ TEXT = "2 GB on the CPU (10 % kept free)"
 def refused(peak_of, at_rest=0, **options):
     budget = Budget(1.8e9, 2.0, TEXT)
     with pytest.raises(UserError) as raised:
-        search(steps_of(taking(at_rest, peak_of, **options)[0]), Bucket(30.0, 120, 50), budget, guess=1)
+        largest_batch(steps_of(taking(at_rest, peak_of, **options)[0]), Bucket(30.0, 120, 50), budget, guess=1)
     assert (raised.value.option, raised.value.value) == ("memory_gb", 2.0)
     return raised.value.wrong, raised.value.write
 
@@ -112,14 +110,16 @@ def refused(peak_of, at_rest=0, **options):
 def test_where_not_one_utterance_fits_the_bucket_is_named():
     wrong = f"not even one utterance of 30 s and 120 target tokens fits into {TEXT}: its step takes "
     write = "write data.max_seconds=LESS, activation_checkpointing=true, trainer.precision=bf16-mixed, "
-    write += "or memory_gb=MORE where there is more"
+    write += "or memory_gb=MORE, if the machine has more"
     assert refused(lambda number: int(1.9e9)) == (wrong + "1.90 GB", write)
     assert refused(lambda number: int(1.9e9), most=1.8e9) == (wrong + "more", write)
 
 
 def test_where_the_model_alone_is_too_large_it_is_said():
     wrong = f"the model with its gradients, the optimizer's state and the libraries takes {{}} GB, of {TEXT}"
-    write = "write a smaller model, finetune=lora, data.keep_decoded_hours=0, or memory_gb=MORE where there is more"
+    write = (
+        "write a smaller model, finetune=lora, data.keep_decoded_hours=0, or memory_gb=MORE, if the machine has more"
+    )
     assert refused(lambda number: int(1.95e9), at_rest=int(1.9e9)) == (wrong.format("1.90"), write)
 
     def out_of_memory(number):
@@ -137,7 +137,7 @@ def test_a_budget_is_asked_for_on_a_cpu_and_never_more_than_there_is():
     text = "2 GB on the CPU (10 % kept free, 0.30 GB for audio that is kept decoded)"
     assert budget_of(2.0, memory(80e9), "cpu", 0.3e9) == (1.5e9, 2.0, text)
     for gb, wrong, instead in [
-        (None, "nothing says how much memory training may take",
+        (None, "on a CPU the search needs a memory limit",
          "write memory_gb=NUMBER, for the whole process; 9 are free"),
         (10.0, "only 9.0 GB are free", "write memory_gb=8"),
     ]:  # fmt: skip
@@ -149,27 +149,27 @@ def test_a_budget_is_asked_for_on_a_cpu_and_never_more_than_there_is():
 
 def test_memory_that_cannot_be_measured_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError) as raised:
-        memory_of(torch.device("mps"))
+        memory_meter.memory_meter(torch.device("mps"))
     assert str(raised.value).endswith(
         "trainer.accelerator = 'mps'\n    its memory cannot be measured\n"
         "    write trainer.accelerator=cuda or trainer.accelerator=cpu"
     )
-    monkeypatch.setattr(fit_batches, "CLEAR", tmp_path / "proc" / "clear_refs")
+    monkeypatch.setattr(memory_meter, "CLEAR", tmp_path / "proc" / "clear_refs")
     with pytest.raises(UserError, match="this system does not count the peak of a process's memory"):
-        memory_of(torch.device("cpu"))
+        memory_meter.memory_meter(torch.device("cpu"))
 
 
 @linux
 def test_the_peak_of_a_process_is_forgotten_and_counted_anew():
     measured = ProcessMemory()
     measured.reset()
-    before = measured.taken()
+    before = measured.used()
     large = mmap.mmap(-1, 60_000_000)  # an allocator could take it from what earlier tests have left, and keep it
     for page in range(0, len(large), mmap.PAGESIZE):
         large[page] = 1
-    assert measured.taken() >= before + 55e6
+    assert measured.used() >= before + 55e6
     large.close()
-    assert measured.taken() <= before + 20e6 and measured.peak() >= before + 55e6
+    assert measured.used() <= before + 20e6 and measured.peak() >= before + 55e6
     measured.reset()
     assert measured.peak() <= before + 20e6
 
@@ -181,7 +181,7 @@ corpora = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), min_size=1
 def test_the_buckets_of_a_corpus_hold_all_of_it(corpus, num_buckets, num_ranks):
     seconds, tokens = (np.array(each) for each in zip(*corpus, strict=True))
     edges = np.unique(np.quantile(seconds, np.linspace(0, 1, num_buckets + 1)[1:], method="higher")).astype(float)
-    buckets = filled(edges, seconds.astype(float), tokens, num_ranks)
+    buckets = nonempty_buckets(edges, seconds.astype(float), tokens, num_ranks)
     assert [list(each) == sorted(each) for each in zip(*[bucket[:2] for bucket in buckets], strict=True)] == [
         True,
         True,
@@ -194,7 +194,7 @@ def test_the_buckets_of_a_corpus_hold_all_of_it(corpus, num_buckets, num_ranks):
 
 def test_few_long_texts_do_not_decide_what_a_bucket_is_measured_with():
     seconds, tokens = np.array([2.0] * 200 + [9.0] * 10), np.array([8] * 199 + [50] + [60] * 10)
-    assert filled(np.array([2.0, 9.0]), seconds, tokens, 1) == [(2.0, 8, 199), (9.0, 60, 11)]
+    assert nonempty_buckets(np.array([2.0, 9.0]), seconds, tokens, 1) == [(2.0, 8, 199), (9.0, 60, 11)]
 
 
 def test_lengths_are_those_that_training_batches(tmp_path):
@@ -231,7 +231,7 @@ import os, re, signal, sys, threading, time
 from pathlib import Path
 import lightning
 from sedtrain.__main__ import main
-from sedtrain.training.fit_batches import ProcessMemory
+from sedtrain.training.memory_meter import ProcessMemory
 
 class Sizes(lightning.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):

@@ -252,9 +252,8 @@ def test_a_decoder_that_hardly_listens_is_reported_after_the_beginning(
         state=SimpleNamespace(fn=function), is_global_zero=True, global_step=step, estimated_stepping_batches=1000,
     )  # fmt: skip
     Guards(str(tmp_path)).on_validation_end(trainer, None)
-    expected = (
-        "step 250: the decoder hardly listens to the audio: the audio of other utterances raises its loss by only 0.040"
-    )
+    expected = "step 250: the decoder hardly listens to the audio: "
+    expected += "with the audio of other utterances, its loss rises by only 0.040"
     assert (expected in caplog.text) == is_reported
     assert bool(caplog.records) == is_reported
 

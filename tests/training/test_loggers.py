@@ -20,7 +20,8 @@ from sedtrain.build import loggers
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import Hypothesis, installed_versions
-from sedtrain.training.loggers import MetricsFile, TensorBoard, Tracker, commit
+from sedtrain.training.loggers import MetricsFile, TensorBoard
+from sedtrain.training.tracking import Tracker, commit
 
 SHORT = [
     "encoder.tiny.num_hidden_layers=1", "decoder.tiny.num_hidden_layers=1", "decoding.max_new_tokens=5",

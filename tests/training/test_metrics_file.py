@@ -6,7 +6,8 @@ import pytest
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.report import learning_curves
-from sedtrain.training.loggers import MetricsFile, Tracker
+from sedtrain.training.loggers import MetricsFile
+from sedtrain.training.tracking import Tracker
 
 
 def metrics_file(folder):

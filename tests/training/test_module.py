@@ -133,7 +133,7 @@ def test_a_validation_in_which_nothing_is_readable_is_an_error(run):
         run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     assert str(raised.value) == (
         "1 problem:\n\n  data.validation_split = 'validation'\n"
-        "    none of its utterances could be decoded: the best weights cannot be chosen\n"
+        "    no utterance of this split could be decoded, so the best weights cannot be chosen\n"
         "    skipped.jsonl names the fault of each\n"
         "    write data.validation_split and data.columns of audio that can be decoded"
     )

@@ -84,7 +84,7 @@ def test_stages_of_more_than_all_steps_are_refused():
         tri_stage(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 10, hold_fraction=0.95)
     assert str(caught.value) == (
         "1 problem:\n\n  scheduler.hold_fraction = 0.95\n"
-        "    warmup_fraction=0.1 leaves a fraction of 0.9 of the steps\n    write a fraction from 0 to 0.9"
+        "    warmup_fraction=0.1 leaves only a fraction of 0.9 of the steps\n    write a fraction from 0 to 0.9"
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from exactness import batch, new_module
 
-from sedtrain.training.module import OtherAudio
+from sedtrain.training.probe import OtherAudio
 
 
 @pytest.fixture
@@ -75,6 +75,6 @@ def test_a_decoder_that_does_not_listen_gains_nothing(module):
 
 def test_a_model_without_masks_is_probed_too(module):
     encoded = module.model.encode(torch.randn(2, 4000))
-    other = OtherAudio().instead_of(encoded)
+    other = OtherAudio().exchanged(encoded)
     assert other.attention_mask is None
     assert torch.equal(other.last_hidden_state, encoded.last_hidden_state.flip(0))

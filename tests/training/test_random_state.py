@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from sedtrain.training.checkpoint_files import read_checkpoint, write_checkpoint
-from sedtrain.training.checkpoints import gather_states, random_state, set_random_state
+from sedtrain.training.random_state import random_state, set_random_state
+from sedtrain.training.strategies import gather_states
 
 
 def draw():

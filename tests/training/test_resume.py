@@ -18,14 +18,8 @@ from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.run_dir import keep_until
-from sedtrain.training.checkpoint_files import (
-    FREE,
-    decisive,
-    newest_whole,
-    read_checkpoint,
-    refuse_other_settings,
-    write_checkpoint,
-)
+from sedtrain.training.checkpoint_files import newest_whole, read_checkpoint, write_checkpoint
+from sedtrain.training.resume import FREE, decisive, refuse_other_settings
 
 AVERAGED = "callbacks=[default,ema]"
 SHORT = ["trainer.log_every_n_steps=1", "decoding.max_new_tokens=5"]
@@ -95,7 +89,9 @@ def test_an_unfinished_run_may_be_scored_on_another_split_and_be_stricter_with_i
 def test_a_run_without_its_configuration_is_refused_for_that(stopped):
     settings = OmegaConf.to_container(OmegaConf.load(stopped / "config.yaml"))
     (stopped / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"config\.yaml is missing: nothing says with which settings") as caught:
+    with pytest.raises(
+        UserError, match=r"config\.yaml is missing, so the settings of its checkpoints are unknown"
+    ) as caught:
         refuse_other_settings(stopped, settings)
     assert f"resume={stopped}/checkpoints/last.ckpt run_dir=ANOTHER_FOLDER" in caught.value.write
 
@@ -300,7 +296,7 @@ def test_weights_alone_are_no_checkpoint_to_start_from(command, trained, tmp_pat
     write_checkpoint({"state_dict": read_checkpoint(trained / "checkpoints/last.ckpt")["state_dict"]}, weights)
     ended = command(tmp_path / "run", f"resume={weights}")
     assert ended.status == 2
-    assert f"resume = '{weights}'\n    this checkpoint holds weights alone\n    write resume=RUN" in ended.err
+    assert f"resume = '{weights}'\n    this checkpoint holds only weights\n    write resume=RUN" in ended.err
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(command, tmp_path):
@@ -317,7 +313,8 @@ def test_a_damaged_checkpoint_is_refused(command, stopped, tmp_path):
     ended = command(tmp_path / "run", f"resume={last}")
     assert ended.status == 2
     assert (
-        f"resume = '{last}'\n    this checkpoint is damaged: last.ckpt has another digest than its content" in ended.err
+        f"resume = '{last}'\n    this checkpoint is damaged: the digest in last.ckpt does not match its content"
+        in ended.err
     )
 
 
@@ -329,14 +326,14 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(command, trained,
     assert "weights differ in name or shape (model." in ended.err
     ended = command(tmp_path / "frozen", f"resume={last}", "optimizer=adafactor")
     assert ended.status == 2
-    assert "this checkpoint trains other weights, or with another optimizer" in ended.err
+    assert "the run of this checkpoint trained other weights, or with another optimizer" in ended.err
 
 
 def test_a_checkpoint_that_could_run_code_is_refused(command, tmp_path):
     write_checkpoint({"global_step": 1, "state_dict": Path("x")}, tmp_path / "last.ckpt")
     ended = command(tmp_path / "run", f"resume={tmp_path / 'last.ckpt'}")
     assert ended.status == 2
-    assert "holds more than numbers and plain values, and could run code" in ended.err
+    assert "could run code, since it holds more than numbers and plain values" in ended.err
 
 
 # --- averages
@@ -398,7 +395,7 @@ def test_damaged_best_weights_give_way_to_the_last(command, stopped):
     damaged.write_bytes(damaged.read_bytes()[:1000])
     ended = command(stopped, *decoding())
     assert ended.status == 0, ended.err
-    assert f"{damaged} is missing or damaged, and left out of the final weights" in ended.err
+    assert f"{damaged} is missing or damaged, so it is left out of the final weights" in ended.err
 
 
 @pytest.mark.parametrize("start", [[], ["resume={trained}"]])
@@ -408,7 +405,7 @@ def test_a_training_without_a_step_says_so(command, trained, tmp_path, start):
     assert ended.status == 2
     assert ended.err.endswith(
         f"  trainer.max_steps = {steps}\n"
-        "    no step was made: training starts at the step where it ends\n"
+        "    training made no step: it starts at the step where it ends\n"
         "    write trainer.max_steps=MORE, or trainer.max_epochs=MORE\n"
     )
 

@@ -437,7 +437,7 @@ def test_a_read_only_folder_is_refused(sedtrain):
 
 FULL = [
     ("torch.save", RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0")),
-    ("sedtrain.cli.run_task", RuntimeError("[enforce fail] . unexpected pos 576 vs 534")),  # torch.save, another time
+    ("sedtrain.job.run_task", RuntimeError("[enforce fail] . unexpected pos 576 vs 534")),  # torch.save, another time
     (
         "sedtrain.models.saved.SavedModel.save",
         SafetensorError("Error while serializing: I/O error: No space left on device"),
@@ -541,7 +541,7 @@ def test_a_job_of_a_sweep_that_breaks_stops_no_other(sedtrain, trained, corpus, 
         raise RuntimeError("a fault of ours")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sedtrain.tasks.build.evaluation", fail)
+    monkeypatch.setattr("sedtrain.tasks.build_saved.evaluation", fail)
     ended = sedtrain("-m", "task=evaluate", f"checkpoint={trained}", "split=test,train", 'run_dir="${split}"')
     assert ended.status == 1
     assert ended.err.count("RuntimeError: a fault of ours") == 2

@@ -9,8 +9,8 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.training import module
 from sedtrain.training.averaging import EMA
-from sedtrain.training.fit_batches import SMALL_STEPS, TrialSteps
-from sedtrain.training.module import OutOfMemory
+from sedtrain.training.out_of_memory import OutOfMemory
+from sedtrain.training.trial_steps import SMALL_STEPS, TrialSteps
 
 
 class Counted:
@@ -22,7 +22,7 @@ class Counted:
     def reset(self):
         self.looks = 0
 
-    def taken(self):
+    def used(self):
         self.looks += 1
         return self.looks
 
@@ -94,7 +94,7 @@ def test_steps_without_effect_are_not_taken_for_a_measure(steps, monkeypatch):
     with pytest.raises(UserError) as raised:
         made.trial(1.0, 3, 2)
     assert raised.value.option == "trainer.precision"
-    assert raised.value.wrong == "no step on noise has a finite gradient, so that the optimizer never begins"
+    assert raised.value.wrong == "steps on noise have no finite gradient, so the optimizer skips all of them"
     assert raised.value.write == "write trainer.precision=bf16-mixed or 32-true"
 
 

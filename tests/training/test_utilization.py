@@ -16,7 +16,7 @@ from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.parts import Execution
 from sedtrain.training import utilization
 from sedtrain.training.module import SpeechSeq2SeqModule
-from sedtrain.training.utilization import Cost, Utilization, flops, peak_of, without_values
+from sedtrain.training.utilization import Cost, Utilization, flops, meta_copy, peak_of
 
 
 def attention(queries, keys, width):
@@ -51,7 +51,7 @@ def model():
 
 def on_meta(model, num_samples, num_tokens):
     inputs, labels = torch.empty(1, num_samples, device="meta"), torch.zeros(1, num_tokens, dtype=torch.long)
-    return flops(without_values(model), inputs, labels)
+    return flops(meta_copy(model), inputs, labels)
 
 
 @pytest.mark.parametrize("size", [(8000, 7), (16000, 7), (16000, 20)])
@@ -69,13 +69,13 @@ def test_frozen_weights_and_what_is_before_them_save_their_backward_pass(model):
 
 def test_activation_checkpointing_and_the_mode_of_training_leave_the_copy_alone(model):
     expected = on_meta(model, 8000, 7)
-    copied = without_values(model.train())
+    copied = meta_copy(model.train())
     Execution(activation_checkpointing=True).prepare(model)
     assert flops(copied, torch.empty(1, 8000, device="meta"), torch.zeros(1, 7, dtype=torch.long)) == expected
 
 
 def cost_of(model):
-    return Cost(without_values(model), Collator(feature_extractor_of(model.encoder), TOKENIZER, 1))
+    return Cost(meta_copy(model), Collator(feature_extractor_of(model.encoder), TOKENIZER, 1))
 
 
 def test_the_cost_of_a_batch_is_that_of_its_utterances_without_padding(model):
