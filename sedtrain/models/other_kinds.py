@@ -9,7 +9,7 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import BROKEN, can_attend
-from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, encoder_config
+from sedtrain.models.encoder_families import ENCODERS, ENCODERS_OF_WHOLE, encoder_config
 from sedtrain.models.prefix import can_continue
 from sedtrain.models.stacks import decoder_config
 
@@ -38,11 +38,11 @@ def refuse_other_kind(name: str, config: PreTrainedConfig) -> None:
     kind, encoder = config.model_type, encoder_config(config).model_type
     decoder = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder_config(config)), None)
     instead = ("write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote", "")
-    if encoder in OF_TYPE:
-        instead = training_with("encoder", kind if kind in OF_WHOLE else encoder, name, f"{name!r}, DECODER")
+    if encoder in ENCODERS:
+        instead = training_with("encoder", kind if kind in ENCODERS_OF_WHOLE else encoder, name, f"{name!r}, DECODER")
     elif decoder is not None and (can_attend(decoder) or can_continue(config)) and kind not in BROKEN:
         instead = training_with("decoder", kind, name, f"ENCODER, {name!r}")
-    wrong = f"this is a {kind} model, no speech encoder-decoder"
+    wrong = f"this is a {kind} model, not a speech encoder-decoder"
     if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
         wrong = f"this is a whole {kind} model"
         instead = (

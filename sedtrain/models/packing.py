@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.errors import UserError
-from sedtrain.models.masking import Steps, output_lengths
+from sedtrain.models.masked_modules import Steps, output_lengths
 from sedtrain.models.mixing import mix_into
 from sedtrain.models.unread_masks import is_traced
 

@@ -19,11 +19,14 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter
-from sedtrain.models.decoder import most_new_tokens
-from sedtrain.models.encoder import feature_extractor_of, frame_width, loads_in_stock_transformers, with_spec_augment
-from sedtrain.models.loading import attention_wanted, check_loaded, configured, load_config, load_tokenizer, loading
+from sedtrain.models.attention import building_with
+from sedtrain.models.encoder import frame_width, loads_in_stock_transformers, with_spec_augment
+from sedtrain.models.family_config import configured, load_config
+from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.other_kinds import refuse_other_kind
+from sedtrain.models.positions import most_new_tokens
 from sedtrain.models.prefix import is_prefixed, is_prompt, prompt_of
 from sedtrain.models.prompts import fault_of_prompt, whole_prompt
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -177,7 +180,7 @@ def to_finetune(checkpoint: str, options: Mapping[str, Any], attention: str | No
         with_spec_augment(config.model_type, options)  # refuses what the encoder alone lacks
     config = load_config("encoder", name, config.model_type, {}, **options)
     chosen = {} if attention is None else {"attn_implementation": attention}
-    with attention_wanted("encoder", config, chosen):
+    with building_with("encoder", config, chosen):
         saved = loaded_as(WholeSpeechModel, name, **options, **chosen)
     saved.model.train()
     return saved

@@ -216,14 +216,14 @@ KINDS = (
 for each in KINDS:  # where pickle looks for them
     globals().update({made.__name__: made for made in (each, each.config_class)})
 # the model type of a whole sequence-to-sequence model -> the class of its decoder alone
-OF_WHOLE: Mapping[str, type[StackDecoder]] = {each.whole.config_class.model_type: each for each in KINDS}
+DECODERS_OF_WHOLE: Mapping[str, type[StackDecoder]] = {each.whole.config_class.model_type: each for each in KINDS}
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the decoder alone of a whole model; any other unchanged."""
-    if config.model_type not in OF_WHOLE:
+    if config.model_type not in DECODERS_OF_WHOLE:
         return config
-    kind, whole = OF_WHOLE[config.model_type], config
+    kind, whole = DECODERS_OF_WHOLE[config.model_type], config
     config = copy.deepcopy(getattr(whole, kind.within) if kind.within else whole)
     config.__class__ = kind.config_class
     config.model_type, config.is_encoder_decoder = kind.config_class.model_type, False
@@ -243,7 +243,7 @@ def out_of_whole(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrained
     weights = {here_named(name): weight for name, weight in model.state_dict().items()}
     if "lm_head.weight" not in weights:
         return model
-    decoder = OF_WHOLE[model.config.model_type](config).to(model.device, model.dtype)
+    decoder = DECODERS_OF_WHOLE[model.config.model_type](config).to(model.device, model.dtype)
     decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()}, assign=True)
     if torch.equal(decoder.lm_head.weight, decoder.get_input_embeddings().weight):
         decoder.tie_weights()
@@ -259,4 +259,6 @@ def here_named(name: str) -> str:
 
 def whole_type(config: PreTrainedConfig) -> str:
     """The model type of the whole model, by which users know the family."""
-    return next((name for name, kind in OF_WHOLE.items() if isinstance(config, kind.config_class)), config.model_type)
+    return next(
+        (name for name, kind in DECODERS_OF_WHOLE.items() if isinstance(config, kind.config_class)), config.model_type
+    )

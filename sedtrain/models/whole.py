@@ -13,12 +13,12 @@ from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
 from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
 from sedtrain.models.encoder import EncodedSpeech, frame_width, standalone
-from sedtrain.models.encoder_families import OF_TYPE, UPSTREAM, encoder_config
+from sedtrain.models.encoder_families import ENCODERS, UPSTREAM, encoder_config
+from sedtrain.models.family_config import configured
 from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS
-from sedtrain.models.loading import configured
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.stacks import OF_WHOLE, here_named
+from sedtrain.models.stacks import DECODERS_OF_WHOLE, here_named
 
 FACTS = ("training_normalizer", "max_training_seconds", "tokens_per_second", "tags", "ctc_vocab_size")
 """Facts of training in a configuration, which `transformers` does not read."""
@@ -27,8 +27,8 @@ SPECIAL_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 def is_whole(config: PreTrainedConfig) -> bool:
     """True for a configuration of an encoder of speech and a decoder that attends to it."""
-    is_speech = config.model_type in OF_WHOLE and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
-    return is_speech and encoder_config(config).model_type in OF_TYPE
+    is_speech = config.model_type in DECODERS_OF_WHOLE and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    return is_speech and encoder_config(config).model_type in ENCODERS
 
 
 class OfFrames(Adapter, kind="of_frames"):
@@ -54,7 +54,7 @@ class OfFrames(Adapter, kind="of_frames"):
 
 def of_frames(stock: PreTrainedModel) -> OfFrames | None:
     """The modules of the decoder that frames pass first, taken out of it."""
-    if not (names := OF_WHOLE[stock.config.model_type].of_frames):
+    if not (names := DECODERS_OF_WHOLE[stock.config.model_type].of_frames):
         return None
     decoder = stock.get_decoder()
     made = OfFrames(frame_width(encoder_config(stock.config)), decoder.config.hidden_size)
@@ -91,7 +91,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        within = OF_WHOLE[self.stock_config.model_type].within
+        within = DECODERS_OF_WHOLE[self.stock_config.model_type].within
         for config in (self.stock_config, getattr(self.stock_config, within or "", self.stock_config)):
             config.vocab_size = self.decoder.config.vocab_size
         return embeddings
@@ -148,9 +148,9 @@ def with_heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech, to
 
 def own_names(stock: PreTrainedModel) -> dict[str, str]:
     """The weights of a model of `transformers`, and their names in a joined one."""
-    kind = UPSTREAM[OF_TYPE[encoder_config(stock.config).model_type]]
+    kind = UPSTREAM[ENCODERS[encoder_config(stock.config).model_type]]
     encoder = next(f"{name}." for name, module in stock.named_modules() if type(module) is kind)
-    of_frames = OF_WHOLE[stock.config.model_type].of_frames
+    of_frames = DECODERS_OF_WHOLE[stock.config.model_type].of_frames
 
     def own(name: str) -> str:
         if name.startswith(encoder):

@@ -22,7 +22,7 @@ from transformers import (
 from sedtrain import load
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder
-from sedtrain.models.decoder import max_tokens
+from sedtrain.models.positions import max_tokens
 from sedtrain.models.speech_to_text_2 import Speech2Text2ForCausalLM, Speech2Text2Processor, register
 from sedtrain.text.fast_bpe import Speech2Text2Tokenizer
 
