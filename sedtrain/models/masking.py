@@ -76,7 +76,7 @@ class Masked(PreTrainedModel):
         return mask_front_end(self, self.feature_extractor) if hasattr(self, "feature_extractor") else ()
 
     def mask_adapter(self, steps: Steps) -> Steps:
-        """Masks the family's own adapter behind the layers; returns the steps from inputs to its output."""
+        """Masks the family's own adapter; returns the steps from inputs to its output."""
         self.adapter.layerdrop = 0.0  # a dropped layer would not apply its stride, which the mask counts
         for layer in self.adapter.layers:
             convolutions = [module for name, module in layer.named_children() if name in ADAPTER_CONVOLUTIONS]

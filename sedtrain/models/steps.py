@@ -58,9 +58,9 @@ class Steps:
         self.words = words.weight
         table = positions.weight if hasattr(positions, "weight") else positions.weights
         self.positions = table[offset:].to(self.words)
-        self.before = [normed(first_norm)] if first_norm is not None else []
-        self.before += [side_by_side(into)] if into is not None else []
-        self.behind = [normed(last)] if last is not None else []
+        self.after_embedding = [normed(first_norm)] if first_norm is not None else []
+        self.after_embedding += [side_by_side(into)] if into is not None else []
+        self.after_layers = [normed(last)] if last is not None else []
         self.head = [child for child in decoder.children() if child is not decoder.base_model]
         output_layer = decoder.get_output_embeddings()
         self.output_layer = output_layer if isinstance(output_layer, DeferrableLinear) else None
@@ -89,12 +89,12 @@ class Steps:
         if self.first is not None:
             states = states + self.first
         states = states.flatten(0, 1)
-        for function in self.before:
+        for function in self.after_embedding:
             states = function(states)
         for index, layer in enumerate(self.layers):
             states = layer(states, memory, index, seen)
         memory.length += tokens.shape[1]
-        for function in self.behind:
+        for function in self.after_layers:
             states = function(states)
         return states.view(*tokens.shape, -1)
 

@@ -75,7 +75,7 @@ class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
             if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
                 hidden_states = layer(hidden_states, mask, **kwargs)
         hidden_states = self.layer_norm(hidden_states)
-        return BaseModelOutput(hidden_states if packed is None else packed.apart(hidden_states))
+        return BaseModelOutput(hidden_states if packed is None else packed.unpack(hidden_states))
 
     def stem(self, input_features: Tensor) -> Tensor:
         """(B, mel bins, S) -> (B, ceil(S / 2), D), position embeddings added."""

@@ -110,7 +110,7 @@ def options_of(draw, part, name):
     options = {}
     for key in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):
         near = values_near(option["tiny"].get(key, getattr(defaults, key, None)))
-        fitting = [value for value in VALUES + 2 * near if not [*misfit(key, value, getattr(defaults, key, None))]]
+        fitting = [value for value in VALUES + 2 * near if not misfit(key, value, getattr(defaults, key, None))]
         options[key] = draw(st.sampled_from(fitting if fitting and draw(st.integers(0, 9)) else VALUES))
     return options
 

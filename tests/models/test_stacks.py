@@ -78,7 +78,7 @@ AUDIO = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
 def whole(request):
     torch.manual_seed(0)
     model = DECODERS_OF_WHOLE[request.param].whole(AutoConfig.for_model(request.param, **WHOLE[request.param]))
-    for name in DECODERS_OF_WHOLE[request.param].of_frames:  # the joined model has these
+    for name in DECODERS_OF_WHOLE[request.param].frame_modules:  # the joined model has these
         setattr(model.model.decoder, name, {"proj": nn.Identity, "pos_emb": NoPositions}[name]())
     return model.eval()
 
