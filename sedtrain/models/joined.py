@@ -161,20 +161,17 @@ class JoinedModel(transformers.SpeechEncoderDecoderModel):
         num_items_in_batch: divides the summed loss; None divides by the number of target tokens
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        states = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        states = {name: value for name, value in states.items() if value is not None}
-        decoder_options = {
-            name.removeprefix("decoder_"): kwargs.pop(name) for name in list(kwargs) if name.startswith("decoder_")
-        }
+        wanted = ("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)
+        states = {name: value for name, value in wanted if value is not None}
+        for_decoder = [name for name in kwargs if name.startswith("decoder_")]
+        decoder_options = {name.removeprefix("decoder_"): kwargs.pop(name) for name in for_decoder}
         if encoder_outputs is None:
             encoded = self.encode(given_input(inputs, input_values, input_features), attention_mask, **states, **kwargs)
         else:
             encoded = self.as_encoded(encoder_outputs, attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            device = encoded.last_hidden_state.device
-            decoder_input_ids = on_device(self.prepare_decoder_input_ids_from_labels(labels), device)
-            if is_prefixed(self.config.decoder) and decoder_attention_mask is None and labels is not None:
-                decoder_attention_mask = on_device((labels != IGNORE_INDEX).long(), device)  # padding has no position
+            from_labels = self.inputs_from_labels(labels, decoder_attention_mask, encoded.last_hidden_state.device)
+            decoder_input_ids, decoder_attention_mask = from_labels
         if output_logits is None:
             output_logits = labels is None or not self.training or not return_dict
         with deferred_output_layer(self.decoder, deferred=not output_logits) as output_layer:
@@ -191,24 +188,38 @@ class JoinedModel(transformers.SpeechEncoderDecoderModel):
         if labels is not None:
             logits = with_zero_gradients(decoded.logits, self.possibly_unused())
             loss, plain = mean_loss(logits, output_layer, labels, label_smoothing, num_items_in_batch)
-        output = SmoothedOutput(
-            loss=loss,
-            cross_entropy=plain if label_smoothing else None,
-            logits=decoded["logits"] if output_layer is None else None,
+        results = {"loss": loss, "cross_entropy": plain if label_smoothing else None}
+        output = self.output_of(encoded, decoded, logits=decoded["logits"] if output_layer is None else None, **results)
+        return output if return_dict else output.to_tuple()
+
+    def output_of(
+        self, encoded: EncodedSpeech, decoded: Mapping[str, Any], **results: Tensor | None
+    ) -> "SmoothedOutput":
+        """The results with the states of encoder and decoder.
+
+        `encoder_last_hidden_state` may be passed back as `encoder_outputs`. It is therefore not adapted: the adapter would
+        run again on its own output; a projection would not.
+        """
+        unadapted = None if self.adapter is None else encoded.encoder_frames
+        return SmoothedOutput(
+            **results,
             past_key_values=decoded.get("past_key_values"),
             decoder_hidden_states=decoded.get("hidden_states"),
             decoder_attentions=decoded.get("attentions"),
             cross_attentions=decoded.get("cross_attentions"),
-            encoder_last_hidden_state=self.frames_to_return(encoded),
+            encoder_last_hidden_state=encoded.last_hidden_state if unadapted is None else unadapted,
             encoder_hidden_states=encoded.hidden_states,
             encoder_attentions=encoded.attentions,
         )
-        return output if return_dict else output.to_tuple()
 
-    def frames_to_return(self, encoded: EncodedSpeech) -> Tensor | None:
-        """Frames to pass back as `encoder_outputs`. They are not adapted: an adapter would run again on its own output."""
-        unadapted = None if self.adapter is None else encoded.encoder_frames
-        return encoded.last_hidden_state if unadapted is None else unadapted
+    def inputs_from_labels(
+        self, labels: Tensor | None, mask: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Decoder inputs and their mask. After a prefix, the mask leaves padding out, which has no position there."""
+        inputs = on_device(self.prepare_decoder_input_ids_from_labels(labels), device)
+        if mask is None and labels is not None and is_prefixed(self.config.decoder):
+            mask = on_device((labels != IGNORE_INDEX).long(), device)
+        return inputs, mask
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor | None) -> Tensor:
         """(B, U) labels -> (B, U) decoder inputs; raises ValueError without labels or special tokens."""

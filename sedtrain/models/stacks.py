@@ -144,7 +144,7 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
 # --- the families
 
 
-def kind(
+def family(
     whole: type[PreTrainedModel],
     stack: type[PreTrainedModel],
     of_config: type[PreTrainedConfig] | None = None,
@@ -164,10 +164,10 @@ def kind(
     }
     name = whole.config_class.__name__.replace("Config", "DecoderConfig")
     config: Any = type(name, (of_config or whole.config_class,), fields | (config_fields or {}))
-    family = next(base for base in stack.__mro__ if base.__name__.endswith("PreTrainedModel"))
+    base = next(base for base in stack.__mro__ if base.__name__.endswith("PreTrainedModel"))
     name = f"{whole.__name__.partition('For')[0]}StackDecoder"
     values |= {"__module__": __name__, "whole": whole, "stack": stack, "config_class": config}
-    made = type(name, (StackDecoder, family), values)
+    made = type(name, (StackDecoder, base), values)
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, made)
     return made
@@ -176,38 +176,38 @@ def kind(
 # transformers' flex attention reads one position bias per utterance, and T5 has one for all
 NO_FLEX: dict[str, Any] = {"_supports_flex_attn": False}
 KINDS = (
-    kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
-    kind(transformers.M2M100ForConditionalGeneration, mixed(Counting, M2M100Decoder)),
-    kind(transformers.Speech2TextForConditionalGeneration, mixed(Counting, Speech2TextDecoder)),
-    kind(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
-    kind(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
-    kind(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
-    kind(transformers.SeamlessM4TForSpeechToText, mixed(Counting, SeamlessM4TDecoder)),
-    kind(transformers.SeamlessM4Tv2ForSpeechToText, mixed(Counting, SeamlessM4Tv2Decoder)),
-    kind(
+    family(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
+    family(transformers.M2M100ForConditionalGeneration, mixed(Counting, M2M100Decoder)),
+    family(transformers.Speech2TextForConditionalGeneration, mixed(Counting, Speech2TextDecoder)),
+    family(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
+    family(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
+    family(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
+    family(transformers.SeamlessM4TForSpeechToText, mixed(Counting, SeamlessM4TDecoder)),
+    family(transformers.SeamlessM4Tv2ForSpeechToText, mixed(Counting, SeamlessM4Tv2Decoder)),
+    family(
         transformers.CanaryForConditionalGeneration,
         CanaryDecoder,
         CanaryDecoderConfig,
         within="decoder_config",
         output_bias=True,
     ),
-    kind(
+    family(
         transformers.CohereAsrForConditionalGeneration,
         UnprojectedCohereDecoder,
         output_bias=True,
         frame_modules=("proj",),
     ),
-    kind(
+    family(
         transformers.MoonshineStreamingForConditionalGeneration,
         UnprojectedMoonshineStreamingDecoder,
         frame_modules=("pos_emb", "proj"),
     ),
-    kind(
+    family(
         transformers.SpeechT5ForSpeechToText,
         mixed(Counting, TokenSpeechT5Decoder),
         _tied_weights_keys={"lm_head.weight": "decoder.prenet.embed_tokens.weight"},
     ),
-    kind(
+    family(
         transformers.T5GemmaForConditionalGeneration,
         WholeT5GemmaDecoder,
         T5GemmaModuleConfig,

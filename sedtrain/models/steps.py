@@ -34,7 +34,7 @@ class Steps:
         if found is None:
             raise AttributeError("no layers")
         stack = decoder.get_submodule(found[0].rpartition(".")[0])
-        self.scale, self.first, first_norm, into, last = 1.0, None, None, None, None
+        self.scale, self.token_type, first_norm, into, last = 1.0, None, None, None, None
         if hasattr(stack, "embed_tokens"):
             words, positions = stack.embed_tokens, stack.embed_positions
             counter = positions
@@ -49,7 +49,7 @@ class Steps:
             counter = decoder.base_model.embeddings
             words, positions, first_norm = counter.word_embeddings, counter.position_embeddings, counter.LayerNorm
             if hasattr(counter, "token_type_embeddings"):
-                self.first = counter.token_type_embeddings.weight[0]
+                self.token_type = counter.token_type_embeddings.weight[0]
             projection = getattr(decoder.base_model, "embeddings_project", None)
             into = getattr(stack, "embedding_hidden_mapping_in", projection)
             self.layers = [Layer.like_bert(layer) for layer in found[1]]
@@ -86,8 +86,8 @@ class Steps:
         """
         states = embedding(tokens, self.words)
         states = (states if self.scale == 1 else states * self.scale) + self.positions[positions]
-        if self.first is not None:
-            states = states + self.first
+        if self.token_type is not None:
+            states = states + self.token_type
         states = states.flatten(0, 1)
         for function in self.after_embedding:
             states = function(states)
@@ -101,17 +101,16 @@ class Steps:
     def logits(self, states: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)"""
         shape, states = states.shape[:2], states.flatten(0, 1)
-        if self.output_layer is None or self.output is None:
-            for module in self.head:
-                states = module(states)
-            return states.view(*shape, -1)
-        self.output_layer.deferred = True
+        layer = self.output_layer
         try:
+            if layer is not None:
+                layer.deferred = True  # returns its input, which `self.output` then multiplies
             for module in self.head:
                 states = module(states)
         finally:
-            self.output_layer.deferred = False
-        return self.output(states).view(*shape, -1)
+            if layer is not None:
+                layer.deferred = False
+        return (states if self.output is None else self.output(states)).view(*shape, -1)
 
 
 def steps_of(model: SpeechEncoderDecoder, num_positions: int = 1) -> Steps | None:
