@@ -11,8 +11,9 @@ from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
 from sedtrain.models.decoder import load_decoder
-from sedtrain.models.encoder import feature_extractor_of, load_encoder
-from sedtrain.models.stacks import OF_WHOLE
+from sedtrain.models.encoder import load_encoder
+from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.stacks import DECODERS_OF_WHOLE
 from sedtrain.text.tokenizers import train_tokenizer
 
 MEMBERS = {"byt5", "nllb", "xls_r"}  # published members of t5, m2m_100 and wav2vec2, with their code
@@ -46,7 +47,9 @@ def option_file(group, name):
     return {key: value for key, value in values.items() if key not in ("_target_", "_partial_")}
 
 
-STACKS = [name for name in OPTIONS if option_file("decoder", name)["model_type"] in OF_WHOLE]  # of whole models
+STACKS = [
+    name for name in OPTIONS if option_file("decoder", name)["model_type"] in DECODERS_OF_WHOLE
+]  # of whole models
 
 
 def tiny_encoder(name, seed=0, **options):

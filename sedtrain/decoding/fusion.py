@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel,
 
 from sedtrain.decoding.words import texts_of
 from sedtrain.errors import UserError
-from sedtrain.models.decoder import max_tokens
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
+from sedtrain.models.positions import max_tokens
 from sedtrain.text.spacing import UNSPACED
 
 

@@ -21,8 +21,8 @@ from sedtrain.decoding.searches import Wanted, generated
 from sedtrain.decoding.timestamps import heard
 from sedtrain.decoding.words import texts_of
 from sedtrain.errors import UserError
-from sedtrain.models.decoder import most_new_tokens
 from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.positions import most_new_tokens
 from sedtrain.models.saved import MOST_TOKENS, most_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.whole import with_heard_languages

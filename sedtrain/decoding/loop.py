@@ -12,7 +12,8 @@ from transformers import LogitsProcessorList
 
 from sedtrain.decoding.ctc import rows_of
 from sedtrain.models.encoder import EncodedSpeech
-from sedtrain.models.steps import Memory, Steps
+from sedtrain.models.step_layers import Memory
+from sedtrain.models.steps import Steps
 
 NEVER = -1e9  # the score by which `generate` marks what is no hypothesis
 LOOK_EVERY = 8  # steps between looks for finished texts where a look waits for the device

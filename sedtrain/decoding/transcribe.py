@@ -23,7 +23,7 @@ from sedtrain.decoding.recordings import Recording, RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.errors import UserError
 from sedtrain.models import saved
-from sedtrain.models.decoder import most_new_tokens
+from sedtrain.models.positions import most_new_tokens
 from sedtrain.models.saved import SavedModel
 from sedtrain.text.tags import TASK_OF, WholePrompt
 

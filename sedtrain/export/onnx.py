@@ -23,7 +23,8 @@ from sedtrain.decoding.recordings import collator_of
 from sedtrain.errors import UserError
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.steps import Memory, Steps, steps_of
+from sedtrain.models.step_layers import Memory
+from sedtrain.models.steps import Steps, steps_of
 from sedtrain.models.whole import WholeSpeechModel
 from sedtrain.text.tags import Tags
 

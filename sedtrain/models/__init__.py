@@ -1,4 +1,4 @@
-"""The model: encoder, adapter, decoder. `SpeechEncoderDecoder` is imported when it is asked for."""
+"""The model: encoder, adapter, decoder. Imports `SpeechEncoderDecoder` on first use."""
 
 from typing import Any
 

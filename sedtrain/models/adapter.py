@@ -1,7 +1,7 @@
-"""Adapters: modules between encoder and decoder that change the rate and the width of frames, and their mask.
+"""Adapters: modules between encoder and decoder that change the rate and width of frames.
 
-Padding never reaches a real frame: an utterance has the same output alone and in a padded batch. In every mask 0 is padding.
-An adapter that makes one frame of s makes ceil(T / s) frames; for the last one the missing frames are zeros.
+Padding never reaches a real frame: an utterance has the same output alone and in a padded batch. Masks are 0 at padding.
+An adapter with stride s makes ceil(T / s) frames; zeros fill up the input of the last one.
 
 B batch, T frames, E encoder width, D decoder width, W windows, Q queries.
 """
@@ -22,9 +22,9 @@ ADAPTERS: dict[str, "type[Adapter]"] = {}  # by kind
 
 
 class Adapter(nn.Module):
-    """Base class of adapters. A saved model finds `class Mine(Adapter, kind="mine")` by its kind, once its module is imported.
+    """Base class of adapters. A saved model finds `class Mine(Adapter, kind="mine")` by its kind; import its module first.
 
-    settings: the subclass's arguments besides the two widths, saved in the model's configuration
+    settings: arguments of the subclass other than the two widths; saved in the model's configuration
     """
 
     kind: ClassVar[str]
@@ -46,12 +46,12 @@ class Adapter(nn.Module):
 
 
 class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
-    """The configuration of a joined model that `transformers` does not have: with an adapter, or a prefix of audio.
+    """The configuration of a joined model with an adapter or a prefix of audio, which `transformers` does not have.
 
     adapter: its `kind` and its `settings`
 
-    The base class would load such a folder without its adapter or its audio, and only warn of an unknown model type. Therefore
-    the saved model type of the encoder or the decoder is one that the base class cannot resolve: it then refuses.
+    The base class would load such a folder without the adapter or the audio, and only warn of an unknown model type. The
+    model type of the encoder or decoder is therefore saved with a suffix: the base class cannot resolve it, and refuses.
     """
 
     model_type = "adapted-speech-encoder-decoder"
@@ -74,25 +74,25 @@ class AdaptedSpeechEncoderDecoderConfig(SpeechEncoderDecoderConfig):
 
 
 def needs_sedtrain(values: dict[str, Any]) -> dict[str, str]:
-    """Suffixes of the model types of encoder and decoder in a saved configuration."""
-    ends = {}
+    """Suffixes of model types in a saved configuration, for a part that only sedtrain can load."""
+    suffixes = {}
     if isinstance(adapter := values.get("adapter"), dict):
-        ends["encoder"] = f" with the {adapter['kind']} adapter of sedtrain"
+        suffixes["encoder"] = f" with the {adapter['kind']} adapter of sedtrain"
     if values["decoder"].get("listens") == "prefix":
-        ends["decoder"] = " behind a prefix of sedtrain"
-    return ends
+        suffixes["decoder"] = " behind a prefix of sedtrain"
+    return suffixes
 
 
 def adapted_config(config: SpeechEncoderDecoderConfig, adapter: Adapter | None) -> AdaptedSpeechEncoderDecoderConfig:
-    """`config` with the kind and settings of an adapter; None keeps those that it names, if any."""
-    described = (
-        getattr(config, "adapter", None) if adapter is None else {"kind": adapter.kind, "settings": adapter.settings}
-    )
+    """`config` with the kind and settings of `adapter`; None keeps those in `config`, if any."""
+    described = getattr(config, "adapter", None)
+    if adapter is not None:
+        described = {"kind": adapter.kind, "settings": adapter.settings}
     return AdaptedSpeechEncoderDecoderConfig.from_dict({**config.to_dict(), "adapter": described})
 
 
 def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[str, Any]) -> Adapter:
-    """A new adapter of the class with this kind. Raises UserError if no imported class has it, or other settings."""
+    """A new adapter of this kind. Raises UserError if no imported class has the kind, or if it takes other settings."""
     if kind not in ADAPTERS:
         wrong = f"the model was saved with an adapter of this kind; known are {', '.join(ADAPTERS)}"
         write = f'write adapter=OPTION whose _target_ is the class with kind="{kind}"'
@@ -107,9 +107,9 @@ def saved_adapter(kind: str, input_dim: int, output_dim: int, settings: Mapping[
 
 @checked("adapter.")
 def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:
-    """No module: the joined model of `transformers` has a linear layer of its own if the widths differ.
+    """Returns no module: stock joined models project with their own linear layer where the widths differ.
 
-    project: whether that layer is wanted; if not, unequal widths raise UserError
+    project: allows that layer; if False, unequal widths raise UserError
     """
     if input_dim != output_dim and not project:
         wrong = f"the encoder is {input_dim} wide and the decoder {output_dim}"
@@ -118,13 +118,13 @@ def stock_projection(input_dim: int, output_dim: int, project: bool) -> None:
 
 
 class ConvAdapter(Adapter, kind="conv"):
-    """Convolutions over 3 frames with gated linear units; each makes one frame of `stride` (arXiv 1911.08460)."""
+    """Convolutions over 3 frames with gated linear units, each with this stride (arXiv 1911.08460)."""
 
     def __init__(self, input_dim: int, output_dim: int, stride: Count = 2, num_layers: UpTo1000 = 2) -> None:
         super().__init__(input_dim, output_dim, stride=stride, num_layers=num_layers)
         if stride > 2:
             write = "write adapter.stride=2, and adapter.num_layers for a lower rate, or adapter=stack_mlp"
-            wrong, python = "convolutions over 3 frames would leave frames out", "write stride=2, and more num_layers"
+            wrong, python = "convolutions over 3 frames would skip frames", "write stride=2, and more num_layers"
             raise UserError("adapter.stride", stride, wrong, write, python)
         self.stride = stride
         widths = [input_dim] + [output_dim] * (num_layers - 1)
@@ -140,7 +140,7 @@ class ConvAdapter(Adapter, kind="conv"):
 
 
 class StackMLPAdapter(Adapter, kind="stack_mlp"):
-    """`stride` consecutive frames as one wide frame, then two linear layers (arXiv 2402.08846)."""
+    """Stacks `stride` consecutive frames into one wide frame, then applies two linear layers (arXiv 2402.08846)."""
 
     def __init__(self, input_dim: int, output_dim: int, stride: Count = 2) -> None:
         super().__init__(input_dim, output_dim, stride=stride)
@@ -153,7 +153,7 @@ class StackMLPAdapter(Adapter, kind="stack_mlp"):
 
 
 class TransformerAdapter(Adapter, kind="transformer"):
-    """A projection to the decoder's width and pre-norm Transformer layers over the whole utterance."""
+    """A projection to the decoder's width, then pre-norm Transformer layers over the whole utterance."""
 
     def __init__(
         self, input_dim: int, output_dim: int, num_layers: UpTo1000 = 2, num_heads: Count = 4, dropout: Fraction = 0.1
@@ -173,9 +173,9 @@ class TransformerAdapter(Adapter, kind="transformer"):
 
 
 class QFormerAdapter(Adapter, kind="qformer"):
-    """Learned queries that attend to each window of frames, the window-level Q-Former of SALMONN (arXiv 2310.13289).
+    """Learned queries that attend to windows of frames, the window-level Q-Former of SALMONN (arXiv 2310.13289).
 
-    Makes `num_queries` frames of `window` frames. It adds no positions: those of the encoder are in the frames.
+    Makes `num_queries` frames out of `window` frames. Adds no positions: frames already carry the encoder's.
     """
 
     def __init__(
@@ -208,33 +208,33 @@ class QFormerAdapter(Adapter, kind="qformer"):
         for layer in self.layers:
             queries = layer(queries, attended, memory_key_padding_mask=ignored)
         mask = strided(mask, self.window)
-        made = self.layer_norm(queries).reshape(batch_size, num_windows * self.num_queries, -1)
-        return made, None if mask is None else mask.repeat_interleave(self.num_queries, dim=1)
+        adapted = self.layer_norm(queries).reshape(batch_size, num_windows * self.num_queries, -1)
+        return adapted, None if mask is None else mask.repeat_interleave(self.num_queries, dim=1)
 
 
 def without_padding(frames: Tensor, mask: Tensor | None) -> Tensor:
-    """The frames with zeros in the padding, which may have held NaN."""
+    """The frames with zeros at padding, which may have held NaN."""
     return frames if mask is None else frames.masked_fill(mask[..., None] == 0, 0.0)
 
 
 def strided(mask: Tensor | None, stride: int) -> Tensor | None:
-    """(B, T) mask -> (B, ceil(T / stride)) mask of frames that are made of `stride` each."""
+    """(B, T) mask of frames -> (B, ceil(T / stride)) mask after a stride."""
     return None if mask is None else mask[:, ::stride]
 
 
 def windows(frames: Tensor, size: int) -> Tensor:
-    """(B, T, E) -> (B, ceil(T / size), size, E), the last window filled with zeros."""
+    """(B, T, E) -> (B, ceil(T / size), size, E); zeros fill the last window."""
     filled = F.pad(frames, (0, 0, 0, -frames.shape[1] % size))
     return filled.reshape(len(frames), -1, size, frames.shape[2])
 
 
 def unattended(mask: Tensor | None) -> Tensor | None:
-    """The positions that attention ignores; none in a row that is all padding, since a softmax over nothing is NaN."""
+    """True at positions that attention ignores; False throughout a row of padding, since a softmax over nothing is NaN."""
     return None if mask is None else (mask == 0) & (mask != 0).any(-1, keepdim=True)
 
 
 def layer_options(width: int, num_heads: int, dropout: float) -> dict[str, Any]:
-    """Arguments of PyTorch's Transformer layers. Raises UserError for a number of heads that does not divide the width."""
+    """Arguments of PyTorch's Transformer layers. Raises UserError if the number of heads does not divide the width."""
     if width % num_heads:
         write = f"write adapter.num_heads={max(heads for heads in range(1, num_heads) if width % heads == 0)}"
         raise UserError("adapter.num_heads", num_heads, f"it does not divide the decoder's width, {width}", write)

@@ -1,16 +1,14 @@
-"""Text decoders: any causal decoder of `transformers`, by its model type or as a module; prefix.py is for language models.
+"""Text decoders: any causal decoder of `transformers`, by its model type or as a module; prefix.py adapts language models.
 
-To add a family (of a whole sequence-to-sequence model: a row in stacks.py, too):
-1. `conf/decoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny one (like conf/decoder/gpt2.yaml).
-2. Code, only if it differs from the others: `settle_config` below for its configuration, `decoder_positions` for its
-   positions, `ENDS_WITH_OUTPUT_LAYER` in output_layer.py if its logits are exactly what its output layer returns.
-3. Its name in `FAMILIES` of tests/config/test_conf.py; then `SEDTRAIN_WRITE_SUPPORT=1 pytest tests/models/test_support.py`
-   tests it beside two encoders and writes docs/support.md, and `python tests/options_table.py` writes docs/options.md.
-
-B batch, U target tokens, D width.
+To add a family:
+1. `conf/decoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny member (see conf/decoder/gpt2.yaml).
+2. A row in stacks.py, if `transformers` has the decoder only inside a sequence-to-sequence model.
+3. Code, only if the family needs it: `settle_config` below for its configuration, `decoder_positions` in positions.py for
+   its positions, `ENDS_WITH_OUTPUT_LAYER` in output_layer.py if its logits are exactly what its output layer returns.
+4. Its name in `FAMILIES` of tests/config/test_conf.py. `SEDTRAIN_WRITE_SUPPORT=1 pytest tests/models/test_support.py` then
+   tests it with two encoders and writes docs/support.md; `python tests/options_table.py` writes docs/options.md.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,25 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-from transformers.models.canary.modeling_canary import CanaryPositionalEmbedding
 from transformers.models.xmod.modeling_xmod import XmodAdapter
 
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
+from sedtrain.models.attention import building, building_with
+from sedtrain.models.family_config import configured, default_config, load_config, published_name
 from sedtrain.models.flax_weights import pretrained
-from sedtrain.models.loading import (
-    CROSS_ATTENTION,
-    attention_of,
-    attention_wanted,
-    configured,
-    default_config,
-    load_config,
-    load_tokenizer,
-    load_weights,
-    published_name,
-)
+from sedtrain.models.loading import CROSS_ATTENTION, load_tokenizer, load_weights
 from sedtrain.models.mixing import mix_into
 from sedtrain.models.options import tried
+from sedtrain.models.positions import fix_sinusoids
 from sedtrain.models.prefix import arguments_of, behind_prefix, choose_listening, give_prompt, is_prefixed
 from sedtrain.models.stacks import decoder_config, out_of_whole
 from sedtrain.text.tokenizers import start_end_pad
@@ -45,26 +35,24 @@ ALTERNATIVES = (
     "write decoder=bert, roberta, gpt2, bart or mbart, or another decoder with cross-attention",
     "write another decoder: AutoModelForCausalLM.from_pretrained(FOLDER, is_decoder=True, add_cross_attention=True)",
 )
-"""Remedies for a decoder that cannot be used, on the command line and in Python."""
+"""Remedies for an unusable decoder, on the command line and in Python."""
 
 BROKEN = {
     "big_bird": "its cache of keys and values fails in generation",
     **dict.fromkeys(
-        ["gemma3n_text", "gemma4_text"], "its layers read embeddings of their own for each token, which audio has not"
+        ["gemma3n_text", "gemma4_text"], "each layer looks up its own embedding of a token, and audio has no tokens"
     ),
     "gpt_bigcode": "its multi-query attention has no cross-attention",
     "megatron-bert": "its cross-attention mixes up frames and tokens",
-    "minimax": "it takes no cache but its own",
-    "moshi": "it writes codes of speech beside its text",
+    "minimax": "it works only with its own kind of cache",
+    "moshi": "it writes speech codes beside its text",
     "prophetnet": "its cross-attention takes no mask of padded frames",
     **dict.fromkeys(
         ["musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"],
-        "it writes codes of music, no text",
+        "it writes music codes, not text",
     ),
 }
-"""Families that cannot be fed with audio, or whose cross-attention does not work in transformers, with the reason."""
-POSITIONS = re.compile(r"^(?!.*(rel|bias|bucket)).*(position|pos_?emb|wpe)", re.IGNORECASE)
-"""Names of tables of absolute positions, not of distances."""
+"""Families that cannot read audio, or whose cross-attention fails in transformers; with the reason."""
 
 
 @checked("decoder.")
@@ -82,14 +70,14 @@ def load_decoder(
     prompt: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A causal decoder of a family that `transformers` knows, which listens by cross-attention or to a prefix of audio.
+    """A causal decoder of a family in `transformers`, which reads the audio by cross-attention or as a prefix.
 
-    tokenizer: handed over by build; its vocabulary sizes a decoder with random weights
+    tokenizer: passed by build; sets the vocabulary size of a decoder with random weights
     tiny: the family's configuration for size=tiny; base, large: the Hub ids of the published members
-    checkpoint: a Hub id or folder that takes the place of the size's own
-    attention: None is sdpa if the family has it, else eager
-    listens: None is cross_attention if the family has it
-    prompt: text with one place for the audio, {audio}; None is a turn of the tokenizer's chat template, if it has one
+    checkpoint: a Hub id or folder, used instead of the published member of that size
+    attention: None stands for sdpa if the family has it, else eager
+    listens: None stands for cross_attention if the family has it, else prefix
+    prompt: text with {audio} once, where the audio goes; None stands for a turn of the tokenizer's chat template, if it has one
     options: values of the family's configuration class, for any size
     """
     name = published_name("decoder", size, checkpoint, {"base": base, "large": large})
@@ -105,7 +93,7 @@ def load_decoder(
         take_vocabulary(config, tokenizer)
     give_prompt(config, tokenizer, prompt)
     if name is None or not pretrained:
-        config.dtype = None  # of the published weights, which may be 16 bits
+        config.dtype = None  # else random weights would take the dtype of the published ones, perhaps 16 bits
         chosen = ("decoder.tiny", tiny) if name is None and not options else ("decoder.options", options)
         return tried(*chosen, config, new_decoder, decode_a_token)
     return as_decoder(load_weights("decoder", name, AutoModelForCausalLM, config, attention))
@@ -114,29 +102,29 @@ def load_decoder(
 def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
     """A decoder with cross-attention and random weights."""
     settle_config(config)
-    with attention_of("decoder", config):
+    with building("decoder", config):
         return as_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def decode_a_token(decoder: PreTrainedModel) -> None:
-    """A forward on a text of one token, which chunks of several do not divide, and two frames."""
+    """Runs the decoder on two frames and one token: families that need chunks of several tokens fail here."""
     frames = torch.zeros(1, 2, decoder.config.hidden_size)
     decoder(input_ids=torch.ones(1, 1, dtype=torch.long), encoder_hidden_states=frames, return_dict=True)
 
 
 def decoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` with a configuration that makes the checkpoint a decoder."""
+    """`AutoModelForCausalLM.from_pretrained`, with the configuration of a decoder."""
     if (config := options.pop("config", None)) is None:
         config, options = configured(name, options)
     config = decoder_config(config)
     settle_config(config)
-    with attention_wanted("decoder", config, options):
+    with building_with("decoder", config, options):
         decoder: PreTrainedModel = pretrained(AutoModelForCausalLM, name, config=config, **options)
     return decoder
 
 
 def take_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets size and special tokens of the vocabulary, also under the names that only some families have."""
+    """Sets vocabulary size and special tokens, including the attributes that only some families have."""
     start, end, pad = start_end_pad(tokenizer)
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = start, end, pad
@@ -151,11 +139,11 @@ def refuse_broken(config: PreTrainedConfig) -> None:
 
 
 def settle_config(config: PreTrainedConfig) -> None:
-    """Turns a configuration, in place, into that of a decoder behind a speech encoder: causal, with cross-attention.
+    """Configures, in place, a causal decoder with cross-attention, or one that reads the audio as a prefix.
 
-    `generate` sizes the key-value cache by the number of layers and heads. In some families these are the numbers of their
-    own encoder, which is absent here: they become those of the decoder, and so does the number of tokens.
-    Raises UserError for a family that does not work, and if no language is chosen (X-MOD).
+    `generate` sizes the key-value cache by the numbers of layers and heads. In some families these describe the family's
+    own encoder, which is absent here: they are set to the decoder's numbers, and so is the vocabulary size.
+    Raises UserError for a family that does not work, and for X-MOD without a chosen language.
     """
     refuse_broken(config)
     config.is_decoder, config.is_encoder_decoder, config.add_cross_attention = True, False, not is_prefixed(config)
@@ -172,7 +160,7 @@ def settle_config(config: PreTrainedConfig) -> None:
     if getattr(config, "encoder_no_repeat_ngram_size", 0):
         config.encoder_no_repeat_ngram_size = 0  # Blenderbot's encoder reads text
     if getattr(config, "begin_suppress_tokens", None):
-        config.suppress_tokens = config.begin_suppress_tokens = None  # Whisper's, by which no text is empty
+        config.suppress_tokens = config.begin_suppress_tokens = None  # Whisper's lists forbid an empty text
     if getattr(config, "default_language", "") is None:
         if len(config.languages) > 1:
             wrong = f"{config.model_type} has adapters of {len(config.languages)} languages, and none is chosen"
@@ -182,9 +170,9 @@ def settle_config(config: PreTrainedConfig) -> None:
 
 
 def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
-    """The decoder itself, its configuration settled.
+    """The decoder with its configuration settled; of a sequence-to-sequence model, the decoder alone.
 
-    Raises UserError for a decoder that would train to a finite loss without ever hearing the audio, or writes no text.
+    Raises UserError for a decoder that writes no text, or never hears the audio: it would still train to a finite loss.
     """
     if (config := decoder_config(decoder.config)) is not decoder.config:
         settle_config(config)
@@ -202,7 +190,7 @@ def as_decoder(decoder: PreTrainedModel) -> PreTrainedModel:
 
 
 def can_attend(kind: type[PreTrainedModel]) -> bool:
-    """True if a class of decoders takes the states of an encoder."""
+    """True if a decoder class accepts encoder states."""
     return "encoder_hidden_states" in arguments_of(kind.forward)
 
 
@@ -221,83 +209,24 @@ def refuse_without_cross_attention(decoder: PreTrainedModel) -> None:
         ahead = ", and each token would see the later ones" if looks_ahead else ""
         wrong = f"it was built without cross-attention: it would never hear the audio{ahead}"
         write = f"write {name}(config) with config.is_decoder = config.add_cross_attention = True"
-        own = "(modules of your own: named cross_attn, crossattention or encoder_attn)"
+        own = "(in a class of your own, name the module cross_attn, crossattention or encoder_attn)"
         raise UserError("decoder", name, wrong, f"{write} {own}")
 
 
 class AdapterOfOneType(nn.Module):
-    """Returns the type that it is given, which upstream's 16-bit autocast does not."""
+    """Returns the dtype of its input; upstream's returns another under 16-bit autocast."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         adapted: Tensor = super().forward(hidden_states)
         return adapted.to(hidden_states.dtype)
 
 
-def fix_sinusoids(decoder: nn.Module) -> None:
-    """Makes computed position embeddings buffers: as parameters they get no gradient, and loading unfreezes them."""
-    for module in decoder.modules():
-        is_computed = isinstance(module, nn.Embedding) and "Sinusoidal" in type(module).__name__
-        if is_computed and (weight := module._parameters.pop("weight", None)) is not None:
-            module.register_buffer("weight", weight.detach())
-
-
-def max_tokens(decoder: PreTrainedModel) -> int | None:
-    """The number of tokens for which the decoder has positions; None if it computes positions without end.
-
-    RoBERTa and its like leave out the positions up to the padding index.
-    """
-    tables = [
-        module.num_embeddings - getattr(module, "offset", 0)  # BART's begin at 2, which its table allows for
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
-    ]
-    tables += [module.length for module in decoder.modules() if isinstance(module, CanaryPositionalEmbedding)]
-    embeddings: Any = getattr(decoder.base_model, "embeddings", None)
-    skipped = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
-    return min(tables) - skipped if tables else None
-
-
-def most_new_tokens(wanted: int, positions: int | None, num_given: int) -> int:
-    """Tokens that a text may have behind a prompt of `num_given`: the last is written, and needs no position."""
-    return wanted if positions is None else max(1, min(wanted, positions + 1 - num_given))
-
-
-def refuse_longer(tokens: Tensor | None, most: int | None) -> None:
-    """Raises UserError for (B, U) tokens, or their embeddings, that are more than the decoder has positions for."""
-    if most is None or tokens is None or tokens.shape[1] <= most:
-        return
-    wrong = f"a text of {tokens.shape[1]} tokens is too long for the decoder's {most} positions"
-    raise UserError("labels", tuple(tokens.shape), wrong, f"write labels of at most {most} tokens")
-
-
-def decoder_positions(
-    decoder: PreTrainedModel, tokens: Tensor | None, past_length: int = 0, attention_mask: Tensor | None = None
-) -> dict[str, Tensor]:
-    """(B, U) `position_ids` that count every real token; empty if the family counts them so itself.
-
-    RoBERTa and its like give no position to pad tokens, and forget that in the next cached step: with a pad token in front or
-    within, training and cached decoding differ. Without one these positions are their own.
-
-    tokens: (B, U) ids or (B, U, D) embeddings of them, behind `past_length` tokens in the cache
-    attention_mask: (B, past_length + U), 0 where a prompt is padded
-    """
-    embeddings: Any = getattr(decoder.base_model, "embeddings", getattr(decoder.base_model, "embed_positions", None))
-    if tokens is None or not hasattr(embeddings, "create_position_ids_from_input_ids"):
-        return {}
-    batch_size, num_tokens = tokens.shape[:2]
-    if attention_mask is not None:
-        real = attention_mask.long()
-        return {"position_ids": (real.cumsum(1) * real + embeddings.padding_idx)[:, -num_tokens:]}
-    positions = torch.arange(num_tokens, device=tokens.device) + embeddings.padding_idx + 1 + past_length
-    return {"position_ids": positions.expand(batch_size, num_tokens)}
-
-
 def tokenizer_of(
     size: str, checkpoint: str | None, published: Mapping[str, str | None]
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved beside the decoder's weights; None for a decoder with random weights.
+    """The tokenizer saved with the decoder's weights; None for a decoder with random weights.
 
-    A tokenizer without a pad token pads with its end token; labels are masked by length, so that the end token still counts.
+    A tokenizer without a pad token pads with its end token. Labels are masked by length, so the end token is still learnt.
     """
     name = published_name("decoder", size, checkpoint, published)
     if name is None:

@@ -1,4 +1,4 @@
-"""Decoder stacks of `transformers`, mended: they take masked frames of their own width, and every token has a position.
+"""Decoder stacks of `transformers`, repaired: they take masked frames of their own width, and every token has a position.
 
 B batch, U target tokens, T frames, D width.
 """
@@ -19,11 +19,11 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from sedtrain.models.mixing import mix_into
 
-# --- Whisper: its decoder has no mask of frames
+# --- Whisper: upstream's decoder takes no mask of frames
 
 
 class MaskedWhisperLayer(nn.Module):
-    """Takes the mask of frames as `frame_mask`: upstream's decoder gives None for `encoder_attention_mask`."""
+    """Takes the mask of frames as `frame_mask`: upstream's decoder passes None as `encoder_attention_mask`."""
 
     def forward(self, *args: Any, frame_mask: Tensor | None = None, **kwargs: Any) -> Any:
         return super().forward(*args, **{**kwargs, "encoder_attention_mask": frame_mask})
@@ -58,11 +58,11 @@ class MaskedWhisperDecoder(WhisperDecoder):
         )
 
 
-# --- M2M100 and its like: they give pad tokens no position, and forget that in the next cached step
+# --- M2M100 and its relatives: they skip pad tokens when they count positions, except in cached steps
 
 
 class GivenPositions(nn.Module):
-    """A table of sinusoids that is read at `position_ids` where they are given, and grows up to `most` of them."""
+    """A table of sinusoids that uses `position_ids` if they are set, and grows to `most` rows."""
 
     weights: Tensor
     position_ids: Tensor | None = None
@@ -79,7 +79,7 @@ class GivenPositions(nn.Module):
 
 
 class Counting(PreTrainedModel):
-    """Mixin for a decoder that takes `position_ids`, which count every token."""
+    """Mixin for a decoder: takes `position_ids`, which count every token."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -98,7 +98,7 @@ class Counting(PreTrainedModel):
 
 
 class TokenSpeechT5Decoder(SpeechT5DecoderWithTextPrenet):
-    """Takes `input_ids` or `inputs_embeds`, as the other families do; upstream calls the ids `input_values`."""
+    """Takes `input_ids` or `inputs_embeds` like the other families; upstream calls the ids `input_values`."""
 
     @property
     def embed_tokens(self) -> nn.Embedding:
@@ -120,11 +120,11 @@ class TokenSpeechT5Decoder(SpeechT5DecoderWithTextPrenet):
         return self.wrapped_decoder(hidden_states=states, past_key_values=past_key_values, **kwargs)
 
 
-# --- Cohere, streaming Moonshine, T5Gemma: their stacks change the width of frames themselves
+# --- Cohere, streaming Moonshine, T5Gemma: upstream's stacks change the width of frames themselves
 
 
 class UnprojectedCohereDecoder(CohereAsrDecoder):
-    """Takes frames of its own width: the joined model projects them, as for every decoder."""
+    """Takes frames of its own width; the joined model projects them, as for every decoder."""
 
     def __init__(self, config: Any) -> None:
         config.encoder_config = transformers.ParakeetEncoderConfig()
@@ -133,7 +133,7 @@ class UnprojectedCohereDecoder(CohereAsrDecoder):
 
 
 class UnprojectedMoonshineStreamingDecoder(MoonshineStreamingDecoder):
-    """Takes frames of its own width with their positions: the joined model adds these, once for each utterance."""
+    """Takes frames of its own width that include position embeddings; the joined model adds them once per utterance."""
 
     def __init__(self, config: Any) -> None:
         config.encoder_config = transformers.MoonshineStreamingEncoderConfig(hidden_size=config.hidden_size)
@@ -141,9 +141,8 @@ class UnprojectedMoonshineStreamingDecoder(MoonshineStreamingDecoder):
         config.encoder_config, self.pos_emb = None, NoPositions()
 
     def forward(self, *args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        return super().forward(
-            *args, encoder_hidden_states=encoder_hidden_states.clone(), **kwargs
-        )  # upstream changes it
+        frames = encoder_hidden_states.clone()  # upstream changes them in place
+        return super().forward(*args, encoder_hidden_states=frames, **kwargs)
 
 
 class NoPositions(nn.Module):
@@ -152,12 +151,12 @@ class NoPositions(nn.Module):
 
 
 class WholeT5GemmaDecoder(T5GemmaDecoder):
-    """Takes frames of its own width, sees pad tokens as it does with a cache, and attends to all frames, however many."""
+    """Takes frames of its own width, attends to pad tokens with or without a cache, and caches all frames, however many."""
 
     def __init__(self, config: Any) -> None:
         config.cross_attention_hidden_size = config.hidden_size
         super().__init__(config)
-        config.cross_attention_hidden_size = None  # the joined model of transformers reads it too, with another meaning
+        config.cross_attention_hidden_size = None  # the joined model of transformers gives it another meaning
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache, tokens = kwargs["past_key_values"], kwargs["input_ids"]

@@ -1,60 +1,48 @@
-"""Speech encoders: any encoder of `transformers` by its model type, alone and with masks that reach everything.
+"""Speech encoders: any encoder of `transformers`, by its model type or as a module, with padding masked.
 
 To add a family:
-1. `conf/encoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny one (like conf/encoder/sew.yaml).
-2. A class in `KINDS` of encoder_families.py, which says what padding would reach; a family without one is refused.
-3. `FEATURE_EXTRACTORS` below, unless it takes normalized audio.
+1. `conf/encoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny member (see conf/encoder/sew.yaml).
+2. A class in `KINDS` of encoder_families.py, which masks every module that padding reaches; a family without one is refused.
+3. A row in `FEATURE_EXTRACTORS` of feature_extractors.py, unless the family takes a normalized waveform.
 4. Tests and docs: see decoder.py.
 
 B batch, S inputs (samples or feature frames), T frames, T' adapted frames, E encoder width, D decoder width.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
-from transformers import (
-    AutoFeatureExtractor,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    SequenceFeatureExtractor,
-)
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, WhisperFeatureExtractor
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
-from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE, UPSTREAM, encoder_config
+from sedtrain.models.attention import building, building_with, family_of
+from sedtrain.models.encoder_families import ENCODERS, ENCODERS_OF_WHOLE, UPSTREAM, encoder_config
+from sedtrain.models.family_config import configured, default_config, load_config, published_name
+from sedtrain.models.feature_extractors import feature_extractor_of_family
 from sedtrain.models.flax_weights import pretrained
-from sedtrain.models.loading import (
-    attention_of,
-    attention_wanted,
-    configured,
-    default_config,
-    family_of,
-    load_config,
-    load_weights,
-    loading,
-    published_name,
-    share_config,
-)
+from sedtrain.models.loading import load_weights, share_config
 from sedtrain.models.options import tried
+
+MOST_INPUTS = 2**17
+"""No family needs more inputs for three frames."""
 
 
 @dataclass
 class EncodedSpeech(BaseModelOutput):
-    """Audio as the decoder attends to it: computed once per utterance, and accepted back as `encoder_outputs`.
+    """Encoded audio for the decoder: computed once per utterance, and accepted by the model as `encoder_outputs`.
 
     last_hidden_state: (B, T', D) adapted to the decoder
-    attention_mask: (B, T'), 1 where a frame is real, or None if all are
-    encoder_frames, encoder_mask: (B, T, E) and (B, T), the encoder's own output
+    attention_mask: (B, T'), 1 where a frame is real; None if all are
+    encoder_frames, encoder_mask: (B, T, E) and (B, T), the encoder's output before adapter or projection
     """
 
     attention_mask: Tensor | None = None
@@ -62,44 +50,10 @@ class EncodedSpeech(BaseModelOutput):
     encoder_mask: Tensor | None = None
 
     def rows(self, order: list[int]) -> "EncodedSpeech":
-        """The utterances `order`, without the encoder's own output."""
-        audio, mask = self.last_hidden_state, self.attention_mask
-        assert audio is not None
-        return EncodedSpeech(last_hidden_state=audio[order], attention_mask=None if mask is None else mask[order])
-
-
-@dataclass
-class SmoothedOutput(Seq2SeqLMOutput):
-    """The output of the base class; cross_entropy: the loss without label smoothing and gradient, where it has smoothing."""
-
-    cross_entropy: Tensor | None = None
-
-
-def seq2seq_output(
-    losses: tuple[Tensor | None, Tensor | None],
-    decoded: Mapping[str, Any],
-    encoded: EncodedSpeech,
-    with_logits: bool,
-    adapted: bool,
-) -> SmoothedOutput:
-    """The output of the model; its `encoder_last_hidden_state` can be given back as `encoder_outputs`.
-
-    losses:  with and without smoothing
-    adapted: by an adapter, which would adapt such frames a second time; a projection would not
-    """
-    own_frames = encoded.encoder_frames if adapted else None
-    return SmoothedOutput(
-        loss=losses[0],
-        cross_entropy=losses[1],
-        logits=decoded["logits"] if with_logits else None,
-        past_key_values=decoded.get("past_key_values"),
-        decoder_hidden_states=decoded.get("hidden_states"),
-        decoder_attentions=decoded.get("attentions"),
-        cross_attentions=decoded.get("cross_attentions"),
-        encoder_last_hidden_state=encoded.last_hidden_state if own_frames is None else own_frames,
-        encoder_hidden_states=encoded.hidden_states,
-        encoder_attentions=encoded.attentions,
-    )
+        """The utterances at the indices `order`, without `encoder_frames` and `encoder_mask`."""
+        frames, mask = self.last_hidden_state, self.attention_mask
+        assert frames is not None
+        return EncodedSpeech(last_hidden_state=frames[order], attention_mask=None if mask is None else mask[order])
 
 
 @checked("encoder.")
@@ -114,11 +68,11 @@ def load_encoder(
     attention: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """An encoder of a family that `transformers` knows, with random or published or saved weights.
+    """An encoder of a family in `transformers`, with random, published or saved weights.
 
     tiny: the family's configuration for size=tiny; base, large: the Hub ids of the published members
-    checkpoint: a Hub id or folder that takes the place of the size's own
-    attention: None is sdpa if the family has it, else eager
+    checkpoint: a Hub id or folder, used instead of the published member of that size
+    attention: None stands for sdpa if the family has it, else eager
     options: values of the family's configuration class, for any size
     """
     name = published_name("encoder", size, checkpoint, {"base": base, "large": large})
@@ -126,21 +80,23 @@ def load_encoder(
     if "mask_time_prob" in options:
         options = with_spec_augment(model_type, options)
     if name is None:
-        kind_of(encoder_config(default_config("encoder", model_type)))  # refuses what cannot be an encoder
+        encoder_class(
+            encoder_config(default_config("encoder", model_type))
+        )  # refuses a family without a speech encoder
     config = load_config("encoder", name, model_type, tiny, **options)
     config._attn_implementation = attention
     if name is None or not pretrained:
-        config.dtype = None  # of the published weights, which may be 16 bits
+        config.dtype = None  # else random weights would take the dtype of the published ones, perhaps 16 bits
         chosen = ("encoder.tiny", tiny) if name is None and not options else ("encoder.options", options)
         return tried(*chosen, config, encoder_from_config, encode_silence)
-    factory, config = loader_of(config)
+    factory, config = loading_class(config)
     return standalone(load_weights("encoder", name, factory, config, attention))
 
 
 def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` with SpecAugment switched on: some checkpoints, such as w2v-BERT's, have it off.
+    """`options` with SpecAugment switched on, which some checkpoints, such as w2v-BERT's, switch off.
 
-    Raises UserError for a family without it; Whisper's is outside of its encoder.
+    Raises UserError for a family without SpecAugment in its encoder; Whisper applies it outside.
     """
     config = default_config("encoder", model_type)
     if model_type == "whisper" or not hasattr(config, "mask_time_prob"):
@@ -152,35 +108,35 @@ def with_spec_augment(model_type: str, options: Mapping[str, Any]) -> dict[str, 
 
 
 def encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """An encoder with random weights; for a sequence-to-sequence family, its encoder alone."""
+    """An encoder with random weights; of a sequence-to-sequence family, the encoder alone."""
     config = encoder_config(config)
-    kind = kind_of(config)
-    with attention_of("encoder", config):
+    kind = encoder_class(config)
+    with building("encoder", config):
         if kind is not AutoModel:
             return kind._from_config(config)
         return standalone(AutoModel.from_config(config, trust_remote_code=False))
 
 
 def encoder_from_pretrained(name: str, **options: Any) -> PreTrainedModel:
-    """`AutoModel.from_pretrained` for the encoder alone, whatever model the checkpoint `name` is of."""
+    """`AutoModel.from_pretrained` for the encoder alone; the checkpoint `name` may hold a whole model."""
     if (config := options.pop("config", None)) is None:
         config, options = configured(name, options)
-    factory, config = loader_of(config)
-    with attention_wanted("encoder", config, options):
+    factory, config = loading_class(config)
+    with building_with("encoder", config, options):
         return standalone(pretrained(factory, name, config=config, **options))
 
 
-def loader_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
-    """The class that loads an encoder's weights from a checkpoint with this configuration, and the configuration to use."""
-    if config.model_type in OF_WHOLE:
-        return OF_WHOLE[config.model_type].whole, config
+def loading_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
+    """The class that loads a checkpoint with this configuration, perhaps as a whole model, and the configuration for it."""
+    if config.model_type in ENCODERS_OF_WHOLE:
+        return ENCODERS_OF_WHOLE[config.model_type].whole, config
     inner = encoder_config(config)
-    return (AutoModel, config) if config.is_encoder_decoder and inner is not config else (kind_of(inner), inner)
+    return (AutoModel, config) if config.is_encoder_decoder and inner is not config else (encoder_class(inner), inner)
 
 
-def kind_of(config: PreTrainedConfig) -> Any:
-    """The class of an encoder with this configuration; AutoModel for a registered one that says its masks itself."""
-    if kind := OF_TYPE.get(config.model_type):
+def encoder_class(config: PreTrainedConfig) -> Any:
+    """The class of an encoder with this configuration; AutoModel for a user's registered class, which has its own masks."""
+    if kind := ENCODERS.get(config.model_type):
         return kind
     if family := family_of(config):
         refuse_without_frame_mask(family)
@@ -188,12 +144,12 @@ def kind_of(config: PreTrainedConfig) -> Any:
 
 
 def standalone(model: PreTrainedModel) -> PreTrainedModel:
-    """The encoder of `model`, or `model` itself, with its weights and with masks that reach everything, in place.
+    """The speech encoder of `model`, or `model` itself if it is one, changed in place so that padding is masked.
 
-    A class of the user's own stays as it is. Raises UserError for a model without an encoder of speech, or of masks.
+    A user's own class stays as it is. Raises UserError for a model without a speech encoder, or without a mask of its frames.
     """
     config = encoder_config(model.config)
-    kind = OF_TYPE.get(config.model_type)
+    kind = ENCODERS.get(config.model_type)
     if kind is None:
         inner: PreTrainedModel = model.get_encoder() if config.is_encoder_decoder else model
         refuse_without_frame_mask(type(inner))
@@ -203,61 +159,47 @@ def standalone(model: PreTrainedModel) -> PreTrainedModel:
     encoder: Any = next((module for module in model.modules() if type(module) is UPSTREAM[kind]), None)
     if encoder is None:
         write = f"write a model of {config.model_type} that takes speech"
-        raise UserError("encoder", type(model).__name__, "it has no encoder of speech", write)
+        raise UserError("encoder", type(model).__name__, "it has no speech encoder", write)
     share_config(encoder, config)
     encoder.__class__ = kind
-    _CAN_RECORD_REGISTRY[encoder] = encoder._can_record_outputs  # as a constructor would do
+    _CAN_RECORD_REGISTRY[encoder] = encoder._can_record_outputs  # a constructor would do this
     encoder.set_up()
     return encoder
 
 
 def loads_in_stock_transformers(config: PreTrainedConfig) -> bool:
-    """True if a joined model with this encoder or decoder loads without sedtrain."""
+    """True if a joined model with this encoder or decoder loads in `transformers` without sedtrain."""
     return config.model_type in CONFIG_MAPPING_NAMES and not config.is_encoder_decoder
 
 
-def given_input(inputs: Tensor | None, input_values: Tensor | None, input_features: Tensor | None) -> Tensor:
-    """The one of the three that is given; raises ValueError for none or several."""
-    given = [tensor for tensor in (inputs, input_values, input_features) if tensor is not None]
-    if inputs is None and len(given) != 1:
-        raise ValueError(f"give one of inputs, input_values and input_features, not {len(given)} of them")
-    return given[0]
-
-
-def states_to_return(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Encoder states that `generate` returns, by the first source that says so."""
-    names = ("output_attentions", "output_hidden_states")
-    return {name: next((of[name] for of in sources if of.get(name) is not None), None) for name in names}
-
-
 def frame_width(config: PreTrainedConfig) -> int:
-    """The width of the encoder's output frames, which the family's own adapter may change."""
+    """Width of the encoder's output frames, after the family's own adapter if it has one."""
     adapted = getattr(config, "add_adapter", False)
     width: int = getattr(config, "output_hidden_size", config.hidden_size) if adapted else config.hidden_size
     return width
 
 
 def frame_mask(encoder: PreTrainedModel, num_frames: int, attention_mask: Tensor) -> Tensor:
-    """(B, S) mask of the encoder's inputs -> (B, num_frames) mask of its frames, by the encoder's own method."""
+    """(B, S) mask of inputs -> (B, num_frames) mask of frames, by the encoder's own method."""
     mask: Tensor = encoder._get_feature_vector_attention_mask(num_frames, attention_mask)
     return mask
 
 
 def frame_spacing(encoder: PreTrainedModel) -> tuple[int, float]:
-    """Inputs from one frame of the encoder to the next, and those before the centre of the first frame."""
+    """Inputs between two frames of the encoder, and inputs before the centre of its first frame."""
 
-    def frames_of(num_inputs: int) -> int:
+    def num_frames(num_inputs: int) -> int:
         return int(frame_mask(encoder, 3, torch.ones(1, num_inputs)).sum())
 
-    two, three = (bisect_left(range(MOST_INPUTS), number, key=frames_of) for number in (2, 3))
+    two, three = (bisect_left(range(MOST_INPUTS), number, key=num_frames) for number in (2, 3))
     hop = three - two
     return hop, (two - hop) / 2
 
 
 def refuse_without_frame_mask(kind: type[PreTrainedModel]) -> None:
-    """Raises UserError for a class of encoders that does not say which of its frames are padding."""
+    """Raises UserError for an encoder class that cannot tell which of its frames are padding."""
     if not hasattr(kind, "_get_feature_vector_attention_mask"):
-        wrong = "it is no encoder of speech that says which of its frames are real in a padded batch"
+        wrong = "it is not a speech encoder that tells which of its frames are real in a padded batch"
         own = (
             "a class of your own needs a method _get_feature_vector_attention_mask(self, num_frames, attention_mask)"
             " that returns the (batch, num_frames) mask of frames for the (batch, inputs) mask of inputs"
@@ -267,63 +209,21 @@ def refuse_without_frame_mask(kind: type[PreTrainedModel]) -> None:
 
 
 def freeze_front_end(encoder: PreTrainedModel) -> None:
-    """Stops the gradient of everything before the encoder's first layer. Raises UserError if it does not say what that is."""
+    """Freezes everything before the encoder's first layer. Raises UserError for a class without `freeze_feature_encoder`."""
     if not hasattr(encoder, "freeze_feature_encoder"):
         write = "write a method freeze_feature_encoder(self) in it that stops the gradient of its front end"
         raise UserError("encoder", type(encoder).__name__, "it does not say what its front end is", write)
     encoder.freeze_feature_encoder()
 
 
-def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
-    """The feature extractor saved beside the encoder's weights, else the one that its family was defined with."""
-    name = encoder.config._name_or_path
-    if name:
-        with loading("encoder.checkpoint", name):
-            return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-    return FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
-
-
 def encode_silence(encoder: PreTrainedModel) -> None:
-    """A forward on half a second, as it is done in training."""
-    extractor: Any = FEATURE_EXTRACTORS.get(encoder.config.model_type, audio)(encoder.config)
+    """Runs the encoder on half a second of silence, as training would."""
+    extractor: Any = feature_extractor_of_family(encoder.config)
     silence = np.zeros(extractor.sampling_rate // 2, dtype=np.float32)
     with np.errstate(all="ignore"):
         made = extractor(silence, sampling_rate=extractor.sampling_rate, return_tensors="pt", padding="longest")
     inputs = made[extractor.model_input_names[0]]
-    time = 2 if isinstance(extractor, transformers.WhisperFeatureExtractor) else 1
+    time = 2 if isinstance(extractor, WhisperFeatureExtractor) else 1
     mask = torch.ones(1, inputs.shape[time], dtype=torch.long)
     frames = encoder(inputs, attention_mask=mask, return_dict=True).last_hidden_state
     frame_mask(encoder, frames.shape[1], mask)
-
-
-def audio(config: PreTrainedConfig, do_normalize: bool = True) -> SequenceFeatureExtractor:
-    return transformers.Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True)
-
-
-def pairs_of_mels(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    return transformers.SeamlessM4TFeatureExtractor(feature_size=config.feature_projection_input_dim // 2)
-
-
-def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
-    try:
-        return transformers.ParakeetFeatureExtractor(feature_size=config.num_mel_bins)
-    except ImportError as error:
-        wrong = f"its features need a package that is missing: {error}"
-        raise UserError("encoder", "parakeet", wrong, "pip install librosa") from error
-
-
-MOST_INPUTS = 1 << 17  # that three frames are made of
-
-# by the encoder's model type; any other takes normalized audio
-FEATURE_EXTRACTORS: dict[str, Callable[[PreTrainedConfig], SequenceFeatureExtractor]] = {
-    "moonshine-encoder": lambda config: audio(config, do_normalize=False),
-    "speecht5-encoder": lambda config: transformers.SpeechT5FeatureExtractor(do_normalize=False),
-    "whisper-encoder": lambda config: transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins),
-    "wav2vec2-bert": pairs_of_mels,
-    "seamless_m4t-encoder": pairs_of_mels,
-    "seamless_m4t_v2-encoder": pairs_of_mels,
-    "speech_to_text-encoder": lambda config: transformers.Speech2TextFeatureExtractor(
-        feature_size=config.input_feat_per_channel, num_mel_bins=config.input_feat_per_channel
-    ),
-    "parakeet_encoder": parakeet,
-}

@@ -1,7 +1,7 @@
-"""The encoder families, each with masks that reach everything; without padding a class computes what upstream's does.
+"""The encoder families with masks for padding; without padding, a class computes what upstream's does.
 
-Those that `transformers` has only inside sequence-to-sequence models are in sub_encoders.py: they get a model type of their
-own. docs/families.md says what upstream does with padding, family by family.
+Encoders that `transformers` has only inside sequence-to-sequence models are in sub_encoders.py, with their own model types.
+docs/families.md describes how each upstream family treats padding.
 
 B batch, S inputs (samples or feature frames), T frames, D width.
 """
@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertAdapter
 
-from sedtrain.models.loading import encoder_within
-from sedtrain.models.masking import (
+from sedtrain.models.family_config import encoder_within
+from sedtrain.models.masked_modules import (
     GuardedSpecAugment,
-    Masked,
     MaskedConv1d,
     Recomputed,
     Steps,
@@ -26,6 +25,7 @@ from sedtrain.models.masking import (
     output_lengths,
     step,
 )
+from sedtrain.models.masking import Masked
 from sedtrain.models.mixing import mix_into
 from sedtrain.models.packing import OneByOneFromDistances, Packing
 from sedtrain.models.sub_encoders import (
@@ -44,7 +44,7 @@ class MaskedWav2Vec2(Packing, GuardedSpecAugment, Masked, transformers.Wav2Vec2M
 
 
 class MaskedHubert(Packing, GuardedSpecAugment, Masked, transformers.HubertModel):
-    """A batch norm before the position embedding makes padding nonzero."""
+    """In checkpoints with a batch norm before the position embedding, that norm makes padding nonzero."""
 
     def mask_modules(self) -> Steps:
         steps = super().mask_modules()
@@ -57,7 +57,7 @@ class MaskedWavLM(Packing, GuardedSpecAugment, Masked, transformers.WavLMModel):
     attention = OneByOneFromDistances
 
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Lets a row without a frame attend to all, since attention over nothing is NaN; it is masked behind the encoder."""
+        """Unmasks rows that are too short for a frame: attention over nothing is NaN. Their frames stay masked afterwards."""
         empty = output_lengths(attention_mask.sum(-1), self.frame_steps) == 0
         return inputs, attention_mask.masked_fill(empty[:, None], 1)
 
@@ -71,7 +71,7 @@ class MaskedUniSpeechSat(Packing, GuardedSpecAugment, Masked, transformers.UniSp
 
 
 class MaskedData2VecAudio(Packing, GuardedSpecAugment, Masked, transformers.Data2VecAudioModel):
-    """The position embedding is a stack of convolutions: the first makes padding nonzero."""
+    """The position embedding is a stack of convolutions, and the first one makes padding nonzero."""
 
     def mask_modules(self) -> Steps:
         steps = super().mask_modules()
@@ -92,7 +92,7 @@ class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, transformers.Wav2Vec2C
 
 
 class FittingBertAdapter(Wav2Vec2BertAdapter):
-    """Counts frames with the padding that its convolutions have; upstream takes another."""
+    """Counts frames with the padding of its convolutions; upstream counts with a different padding."""
 
     def _compute_sub_sample_lengths_from_attention_mask(self, seq_lens: Tensor | None) -> Tensor | None:
         return None if seq_lens is None else output_lengths(seq_lens, step(self.layers[0].residual_conv))
@@ -107,7 +107,7 @@ class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, transformers.Wav2Vec2BertMo
 
 
 class PositionsOfAllFrames(torch.nn.Module):
-    """The position embedding of `frames` if set: a last frame without a partner contributes its position, not its content."""
+    """Embeds the positions of `frames`, if set, instead of the input: they still include an unpaired last frame."""
 
     frames: Tensor | None = None
 
@@ -116,9 +116,9 @@ class PositionsOfAllFrames(torch.nn.Module):
 
 
 class PairedFrames(torch.nn.Module):
-    """Mixin for an encoder that squeezes frames in pairs: one that is left over at the end of an utterance becomes zeros.
+    """Mixin for an encoder that squeezes pairs of frames: an unpaired last frame of an utterance becomes zeros.
 
-    Upstream does so at the end of the batch only; elsewhere it pairs the last frame with padding.
+    Upstream does so only at the end of the batch; elsewhere it pairs the last frame with padding.
     """
 
     config: Any
@@ -148,9 +148,9 @@ class MaskedSEWD(GuardedSpecAugment, Masked, transformers.SEWDModel):
 
 
 class MaskedParakeet(Masked, transformers.ParakeetEncoder):
-    """Upstream masks everything behind its first convolution."""
+    """Upstream masks everything after its first convolution."""
 
-    _supports_flex_attn = False  # transformers takes the first head's position bias for all heads
+    _supports_flex_attn = False  # transformers would use the first head's position bias for all heads
     front_end = ("subsampling",)
 
     def mask_modules(self) -> Steps:
@@ -167,26 +167,27 @@ KINDS: tuple[type[Masked], ...] = (
     StandaloneWhisper, StandaloneSpeech2Text, StandaloneMoonshine, StandaloneSeamlessM4T, StandaloneSeamlessM4Tv2,
     StandaloneSpeechT5, StandaloneMoonshineStreaming,
 )  # fmt: skip
-# each class -> the class of `transformers` that it replaces
+# class -> the class of `transformers` that it replaces
 UPSTREAM = {
-    kind: next(each for each in kind.__mro__ if each.__module__.startswith("transformers.models.")) for kind in KINDS
+    kind: next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")) for kind in KINDS
 }
-OF_TYPE = {kind.config_class.model_type: kind for kind in KINDS}
-# the model type of a whole sequence-to-sequence model -> the class of its encoder alone
-OF_WHOLE = {kind.whole.config_class.model_type: kind for kind in KINDS if kind.whole is not None}
+# model type of an encoder -> class
+ENCODERS = {kind.config_class.model_type: kind for kind in KINDS}
+# model type of a whole sequence-to-sequence model -> class of its encoder
+ENCODERS_OF_WHOLE = {kind.whole.config_class.model_type: kind for kind in KINDS if kind.whole is not None}
 
-for kind in OF_WHOLE.values():
+for kind in ENCODERS_OF_WHOLE.values():
     AutoConfig.register(kind.config_class.model_type, kind.config_class)
     AutoModel.register(kind.config_class, kind)
 
 
 def encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the encoder alone of a whole model; any other unchanged."""
+    """The configuration of a whole model's encoder; any other configuration unchanged."""
     inner = getattr(config, "encoder_config", None)
     if config.is_encoder_decoder and isinstance(inner, PreTrainedConfig):
         return inner
-    if config.model_type in OF_WHOLE:
-        kind = OF_WHOLE[config.model_type].config_class
+    if config.model_type in ENCODERS_OF_WHOLE:
+        kind = ENCODERS_OF_WHOLE[config.model_type].config_class
         config = copy.deepcopy(config)
         config.__class__ = kind
         config.model_type, config.is_encoder_decoder = kind.model_type, False

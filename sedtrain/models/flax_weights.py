@@ -1,6 +1,9 @@
-"""Weights of Flax models (`flax_model.msgpack`): named arrays, read without flax, and without running anything.
+"""Weights of Flax models (`flax_model.msgpack`): named arrays, read without flax and without running code.
 
-A file is a tree of msgpack maps. A leaf is an extension, [shape, dtype, bytes]; an array beyond 1 GB is a map of chunks.
+A file is a tree of msgpack maps. A leaf is an extension with [shape, dtype, bytes]; an array beyond 1 GB is a map of chunks.
+
+The package msgpack would read it too, but lets a stranger's file grow: 19 MB of nested lists took 1.3 GB. This reader takes
+as much memory as the arrays, and names the byte where a file is damaged.
 """
 
 import math
@@ -20,11 +23,11 @@ from sedtrain.models.foreign import HUB_OPTIONS, fault_of_index
 from sedtrain.plain import plain_value
 
 FILE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
-OF_TORCH = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TORCH_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 CHUNKED = "__msgpack_chunked_array__"
-ARRAY = 1  # extension of an array; a complex number is 2, a scalar of numpy 3
-KINDS = {  # first code of each kind of item whose size follows in 1, 2, 4 or 8 bytes
+ARRAY = 1  # code of an extension that holds an array; 2 is a complex number, 3 a numpy scalar
+KINDS = {  # first byte of an item -> its kind, and the number of bytes that hold its size or value
     **{0xC4 + width: ("bytes", 1 << width) for width in range(3)},
     **{0xC7 + width: ("extension", 1 << width) for width in range(3)},
     **{0xCC + width: ("number", 1 << width) for width in range(4)},
@@ -34,15 +37,15 @@ KINDS = {  # first code of each kind of item whose size follows in 1, 2, 4 or 8 
 }
 WRITE = "write {}=FOLDER saved by save_pretrained of a Flax or PyTorch model"
 MOST_DEPTH, MOST_NAMES, MOST_DIMENSIONS = 32, 200_000, 8
-STACKED = re.compile(r"\.Flax\w+Layers\.")  # all layers in one array, as nn.scan saves them
+STACKED = re.compile(r"\.Flax\w+Layers\.")  # nn.scan saves a weight of all layers as one array
 
 
 class Unreadable(ValueError):
-    """A file holds something other than named arrays; says what and where."""
+    """The file holds something other than named arrays; the message says what and where."""
 
 
 class Items:
-    """The items of a msgpack file, one after the other; each is within the file, and none is copied."""
+    """Reads the items of a msgpack file in order, without copying, and refuses those that go beyond its end."""
 
     def __init__(self, content: memoryview) -> None:
         self.content, self.position, self.num_names = content, 0, 0
@@ -55,7 +58,7 @@ class Items:
         return taken
 
     def header(self) -> tuple[str, int]:
-        """The kind of the next item, and its size in bytes or items; of a number its value."""
+        """The kind of the next item, and its size in bytes or items; for a number or flag, its value."""
         code = self.take(1)[0]
         if code < 0x80:
             return "number", code
@@ -80,7 +83,7 @@ class Items:
         return str(self.take(self.expect("text")), "utf-8")
 
     def tree(self, depth: int = 0) -> Any:
-        """The next item: a dict of these, a Tensor, a number or a flag."""
+        """The next item: a Tensor, a number, a flag, or a dict of such items."""
         kind, size = self.header()
         if kind in ("number", "flag"):
             return size
@@ -97,7 +100,7 @@ class Items:
         return unchunked({self.text(): self.tree(depth + 1) for _ in range(size)})
 
     def array(self) -> Tensor:
-        """[shape, dtype, bytes]"""
+        """The array in an extension: [shape, dtype, bytes]."""
         if self.expect("list") != 3 or (dimensions := self.expect("list")) > MOST_DIMENSIONS:
             raise Unreadable("an array is no shape, dtype and bytes")
         shape = [self.expect("number") for _ in range(dimensions)]
@@ -110,12 +113,12 @@ class Items:
 
 
 def unchunked(tree: dict[str, Any]) -> Any:
-    """The map itself, or the array whose chunks it holds."""
+    """The map, or the array that it holds in chunks."""
     if CHUNKED not in tree:
         return tree
     shape, chunks = (in_order(tree.get(name)) for name in ("shape", "chunks"))
     kinds = [(shape, int), (chunks, Tensor)]
-    if not chunks or not all(isinstance(each, kind) for several, kind in kinds for each in several):
+    if not chunks or not all(isinstance(item, kind) for items, kind in kinds for item in items):
         raise Unreadable("the chunks of an array are no shape and arrays")
     flat = torch.cat([chunk.flatten() for chunk in chunks])
     if math.prod(shape) != flat.numel():
@@ -124,11 +127,12 @@ def unchunked(tree: dict[str, Any]) -> Any:
 
 
 def in_order(tree: Any) -> list[Any]:
+    """The values of {"0": ..., "1": ...}; Flax saves lists so."""
     return [tree.get(str(number)) for number in range(len(tree))] if isinstance(tree, dict) else []
 
 
 def read_arrays(file: Path) -> dict[str, Tensor]:
-    """The arrays of a file by their names in the tree, joined by dots. Raises Unreadable for anything else in it."""
+    """The arrays of a file; names are paths in the tree, joined by dots. Raises Unreadable for anything else."""
     if not file.stat().st_size:
         raise Unreadable("it is empty")
     with file.open("rb") as opened:
@@ -142,8 +146,8 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
 
 def leaves(tree: Any, *names: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, dict):
-        for name, each in tree.items():
-            yield from leaves(each, *names, name)
+        for name, branch in tree.items():
+            yield from leaves(branch, *names, name)
     elif isinstance(tree, Tensor) and names:
         yield ".".join(names), tree
     else:
@@ -151,12 +155,12 @@ def leaves(tree: Any, *names: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def as_in_torch(name: str, array: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The weights of PyTorch that an array of Flax stands for: one, or one of each layer."""
+    """Converts an array of Flax to PyTorch's name and layout; yields one weight, or one for each layer."""
     last = name.rpartition(".")[2]
     if (stacked := STACKED.search(name)) and array.dim():
         for number, layer in enumerate(array):
             yield from as_in_torch(name.replace(stacked[0], f".{number}.", 1), layer)
-    elif last == "kernel":  # (inputs, outputs), or (width, inputs, outputs) of a convolution
+    elif last == "kernel":  # (inputs, outputs); (width, inputs, outputs) for a convolution
         yield f"{name.removesuffix(last)}weight", array.permute(*reversed(range(array.dim()))).contiguous()
     else:
         yield (f"{name.removesuffix(last)}weight" if last in ("scale", "embedding") else name), array
@@ -165,41 +169,44 @@ def as_in_torch(name: str, array: Tensor) -> Iterator[tuple[str, Tensor]]:
 def pretrained(
     factory: Any, name: Any, *args: Any, option: str = "checkpoint", from_flax: bool = False, **options: Any
 ) -> Any:
-    """`factory.from_pretrained(name, ...)` without code of the model's; also of a folder or Hub id with weights of Flax.
+    """`factory.from_pretrained(name, ...)` without running the model's own code; also loads Flax weights.
 
-    option: names it on the command line
-    from_flax: false takes weights of Flax only from a folder without others
+    option: names the checkpoint on the command line
+    from_flax: True loads Flax weights; False does so only from a folder without PyTorch weights
     """
     options.pop("trust_remote_code", None)
-    hub_options = {each: options[each] for each in HUB_OPTIONS & options.keys()}
+    hub_options = {key: options[key] for key in HUB_OPTIONS & options.keys()}
     folder = Path(name or "", hub_options.get("subfolder", ""))
-    flax, torch_ = (any((folder / file).is_file() for file in files) for files in ((FILE, INDEX), OF_TORCH))
+    flax, torch_ = (any((folder / file).is_file() for file in files) for files in ((FILE, INDEX), TORCH_FILES))
     if name is None or not (from_flax or (flax and not torch_)):
         return factory.from_pretrained(name, *args, trust_remote_code=False, **options)
     options = {"generation_config": generation_config_of(str(name), hub_options), **options}
     options["state_dict"] = flax_weights(option, str(name), hub_options)
-    factory = getattr(factory, "_model_mapping", {}).get(type(options["config"]), factory)  # AutoModel needs a name
+    # without a name, an Auto class cannot load a state_dict
+    factory = getattr(factory, "_model_mapping", {}).get(type(options["config"]), factory)
     loaded = factory.from_pretrained(None, *args, trust_remote_code=False, **options)
     (loaded[0] if isinstance(loaded, tuple) else loaded).config._name_or_path = str(name)
     return loaded
 
 
 def flax_weights(option: str, name: str, hub_options: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a folder or Hub id, named and laid out as in PyTorch. Raises UserError where there are none."""
+    """The Flax weights of a folder or Hub id, with PyTorch's names and layout. Raises UserError if there are none."""
     weights: dict[str, Tensor] = {}
     for file in flax_files(option, name, hub_options):
         try:
             arrays = read_arrays(file)
         except ValueError as error:
             raise no_weights(option, name, f"{file.name} is no file of Flax weights: {error}") from error
-        for each in list(arrays):
-            weights.update(as_in_torch(each, arrays.pop(each)))  # held once
-    for each in [each for each in weights if each.endswith("shared.weight")]:  # of encoder and decoder, as in BART
-        weights.setdefault(f"{each.removesuffix('shared.weight')}decoder.embed_tokens.weight", weights[each])
+        for path in list(arrays):
+            weights.update(as_in_torch(path, arrays.pop(path)))  # pop frees the array of Flax
+    for shared in [key for key in weights if key.endswith("shared.weight")]:  # BART's encoder and decoder share it
+        weights.setdefault(f"{shared.removesuffix('shared.weight')}decoder.embed_tokens.weight", weights[shared])
     return weights
 
 
 def flax_files(option: str, name: str, hub_options: dict[str, Any]) -> list[Path]:
+    """The files with Flax weights in a folder or Hub id. Raises UserError if there are none, or the index is damaged."""
+
     def stored(file: str) -> Path | None:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_options)
         return None if found is None else Path(found)
@@ -211,8 +218,8 @@ def flax_files(option: str, name: str, hub_options: dict[str, Any]) -> list[Path
     values = plain_value(index, option, name, WRITE.format(option))
     if wrong := fault_of_index(values):
         raise no_weights(option, name, f"{INDEX} {wrong}")
-    shards = {each: stored(each) for each in sorted(set(values["weight_map"].values()))}
-    if absent := [each for each, path in shards.items() if path is None]:
+    shards = {file: stored(file) for file in sorted(set(values["weight_map"].values()))}
+    if absent := [file for file, path in shards.items() if path is None]:
         raise no_weights(option, name, f"{INDEX} names {absent[0][:200]!r}, which is not there")
     return [path for path in shards.values() if path is not None]
 
@@ -222,7 +229,7 @@ def no_weights(option: str, name: str, wrong: str) -> UserError:
 
 
 def generation_config_of(name: str, hub_options: dict[str, Any]) -> GenerationConfig:
-    """The generation config of a folder or Hub id; of an old one without that file, what config.json says of generation."""
+    """The generation config of a folder or Hub id; without that file, from the generation settings in config.json."""
     try:
         return GenerationConfig.from_pretrained(name, **hub_options)
     except OSError:

@@ -1,8 +1,8 @@
-"""A copy of a model for decoding on a CPU: large linear layers multiply in 8 bits.
+"""A copy of a model for decoding on a CPU, whose large linear layers multiply in 8 bits.
 
-Each row of an input is scaled by its own largest value, and each row of weights by its own: but for the rounding of float32,
-the output of a row depends on nothing else in its batch. The products are oneDNN's, which `torch.compile` uses for quantized
-models too.
+Each row of an input and each row of the weights is scaled by its own largest value. The output of a row therefore does not
+depend on the rest of its batch, except for rounding in float32. oneDNN computes the products; `torch.compile` uses it for
+quantized models too.
 
 N rows of inputs, I inputs, O outputs.
 """
@@ -17,15 +17,17 @@ from transformers.pytorch_utils import Conv1D
 from sedtrain.errors import UserError
 from sedtrain.models.parts import READ_AS_WEIGHTS
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.steps import KEPT, PLAIN, attempt, steps_of
+from sedtrain.models.step_layers import PLAIN
+from sedtrain.models.steps import KEPT, steps_of, try_steps
 
 FOR_FRAMES, FOR_TOKENS = 2**16, 2**19
-"""Weights of a layer from which 8 bits are faster: for many rows at once, and for one token of a decoder."""
-STEPS, ZERO = 127, 128  # of a positive input; the unsigned value of 0
+"""Layers with at least this many weights run faster in 8 bits: on the many rows of an encoder; on one token of a decoder."""
+LEVELS, ZERO = 127, 128
+"""Levels on each side of zero; the unsigned integer that stands for zero."""
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of (N, I) -> (N, O), with an error of about 1 % of a standard deviation of its output."""
+    """A linear layer (N, I) -> (N, O) with an error of about 1 % of the standard deviation of its output."""
 
     scales: Tensor
     zeros: Tensor
@@ -35,7 +37,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = weight.detach().float()
         largest = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
-        self.register_buffer("scales", largest / STEPS, persistent=False)
+        self.register_buffer("scales", largest / LEVELS, persistent=False)
         self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.long), persistent=False)
         rounded = (weight / self.scales[:, None]).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, None)
@@ -44,8 +46,8 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
         largest = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-        rounded = (rows * (STEPS / largest)).add_(ZERO + 0.5).to(torch.uint8)
-        of_input, of_weight = (1 / STEPS, ZERO), (self.weight, self.scales, self.zeros)
+        rounded = (rows * (LEVELS / largest)).add_(ZERO + 0.5).to(torch.uint8)
+        of_input, of_weight = (1 / LEVELS, ZERO), (self.weight, self.scales, self.zeros)
         output = torch.ops.onednn.qlinear_pointwise(
             rounded, *of_input, *of_weight, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -54,7 +56,7 @@ class Int8Linear(nn.Module):
 
 
 def in_int8(model: SpeechEncoderDecoder) -> SpeechEncoderDecoder:
-    """A copy in evaluation mode; the weights of its large layers are not copied.
+    """A copy in evaluation mode, with the large layers in 8 bits instead of copied.
 
     Raises UserError for a model that is not in float32 on a CPU.
     """
@@ -69,8 +71,8 @@ def in_int8(model: SpeechEncoderDecoder) -> SpeechEncoderDecoder:
             large = [layer for layer in owner.children() if is_large(layer, smallest)]
             replaced |= {id(layer): Int8Linear(rows_of(layer), layer.bias) for layer in large}
     small: SpeechEncoderDecoder = copy.deepcopy(model, replaced).eval()
-    if steps_of(model) is not None:  # rounding would hide that they compute the same
-        KEPT[small.decoder] = attempt(small.decoder)
+    if steps_of(model) is not None:  # in 8 bits, steps and decoder round differently, so comparing them would fail
+        KEPT[small.decoder] = try_steps(small.decoder)
     return small
 
 

@@ -1,25 +1,25 @@
-"""The model under JAX, with the interface of Flax: `__call__` and greedy `generate`, each compiled once for a shape.
+"""The model under JAX, with the interface of Flax: `__call__` and greedy `generate`, compiled once per shape.
 
-B batch, S samples, T frames, D width, U target tokens, L room for a text with its start, V vocabulary.
-torchax traces the PyTorch model into operations of JAX, so that no family is written twice.
+torchax traces the PyTorch model into operations of JAX, so no family is written twice.
+
+B batch, S samples, T frames, D width, U target tokens, L longest text with its start token, V vocabulary.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GenerationConfig
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from sedtrain.errors import UserError, one_line
 from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.greedy_rules import Rules, rules_of
 from sedtrain.models.output_layer import deferred_output_layer
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -29,44 +29,24 @@ try:
     import torchax
     from torchax.interop import call_torch
     from torchax.tensor import OperatorNotFound
-except (ImportError, AttributeError) as failure:  # a torchax that does not know this torch lacks an attribute
+except (ImportError, AttributeError) as failure:  # AttributeError: torchax does not support this torch
     missing = f"it needs jax and a torchax that knows torch {torch.__version__}: {failure}"
     raise UserError("import", __name__, missing, "pip install 'sedtrain[jax]'") from failure
 
 Params = Mapping[str, Any]
 UNTRACEABLE = (OperatorNotFound, jax.errors.JAXTypeError, jax.errors.JAXIndexError)
-"""Raised for operations that torchax lacks, and for those whose shapes or branches hang on values."""
-DEFAULT_LENGTH = 21  # the start token and 20 tokens, as in transformers
-GREEDY = {"num_beams": 1, "do_sample": False, "num_return_sequences": 1, "penalty_alpha": None, "dola_layers": None}
-UNCHANGED = {
-    **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0},
-    **{"encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None, "suppress_tokens": None},
-    **{"begin_suppress_tokens": None, "exponential_decay_length_penalty": None, "stop_strings": None},
-}
-"""Values with which `generate` of transformers takes the scores as they are."""
-
-
-class Rules(NamedTuple):
-    """Bounds of a greedy search: L, the tokens that begin, end and fill a text, and those forced at its begin and end."""
-
-    room: int
-    start: int
-    ends: tuple[int, ...]
-    pad: int
-    least: int
-    first: int | None
-    last: int | None
+"""Exceptions for operations that torchax lacks, and for shapes or branches that depend on values."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """sequences: (B, U) ids with the start token, filled with pad tokens behind the end."""
+    """sequences: (B, U) ids, with the start token, and with pad tokens after the end."""
 
     sequences: Any
 
 
 class Called(nn.Module):
-    """A function of a model as a module, which `functional_call` can give other weights."""
+    """A function of a model as a module, so that `functional_call` can replace the weights."""
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -77,10 +57,10 @@ class Called(nn.Module):
 
 
 class FlaxSpeechEncoderDecoderModel:
-    """A `SpeechEncoderDecoder` as a function of JAX: the arguments, outputs and class methods that Flax's had.
+    """A `SpeechEncoderDecoder` as a JAX function, with the arguments, outputs and class methods of the former Flax class.
 
-    model:  is set to evaluation mode; its weights are copied
-    params: the copy, by the names of PyTorch. A call takes others as `params=`, so that `jax.grad` and optax work
+    model:  set to evaluation mode; its weights are copied
+    params: the copied weights, with PyTorch's names. Calls take other weights as `params=`, for `jax.grad` and optax
     """
 
     def __init__(self, model: SpeechEncoderDecoder) -> None:
@@ -92,7 +72,7 @@ class FlaxSpeechEncoderDecoderModel:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, from_pt: bool = True, **kwargs: Any) -> Self:
-        """`SpeechEncoderDecoder.from_pretrained` under JAX. from_pt: False prefers weights of Flax where both are there."""
+        """`SpeechEncoderDecoder.from_pretrained` under JAX; from_pt=False prefers Flax weights if there are both."""
         return cls(SpeechEncoderDecoder.from_pretrained(name, *args, from_flax=not from_pt, **kwargs))
 
     @classmethod
@@ -103,13 +83,13 @@ class FlaxSpeechEncoderDecoderModel:
         *model_args: Any,
         **kwargs: Any,
     ) -> Self:
-        """`SpeechEncoderDecoder.from_encoder_decoder_pretrained` under JAX; `encoder_from_pt=True` changes nothing."""
+        """`SpeechEncoderDecoder.from_encoder_decoder_pretrained` under JAX; ignores encoder_from_pt and decoder_from_pt."""
         names = encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path
         kwargs = {name: value for name, value in kwargs.items() if name not in ("encoder_from_pt", "decoder_from_pt")}
         return cls(SpeechEncoderDecoder.from_encoder_decoder_pretrained(*names, *model_args, **kwargs))
 
     def save_pretrained(self, save_directory: str | Path, params: Params | None = None, **kwargs: Any) -> None:
-        """Writes a folder that PyTorch and this class load; `params` first become the weights of `model`."""
+        """Copies `params` into `model` and saves it in a folder that PyTorch and this class load."""
         arrays = self.params if params is None else params
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
@@ -131,16 +111,16 @@ class FlaxSpeechEncoderDecoderModel:
         params: Params | None = None,
         dropout_rng: Any = None,
     ) -> Any:
-        """(B, S) audio, or features, and (B, U) decoder inputs -> an output whose logits are (B, U, V), of JAX arrays.
+        """(B, S) audio, or features, and (B, U) decoder inputs -> an output of JAX arrays, with (B, U, V) logits.
 
-        Raises ValueError without `decoder_input_ids`, and UserError for `train=True`: dropout is PyTorch's part.
+        Raises ValueError without `decoder_input_ids`, and UserError for `train=True` or `freeze_feature_encoder=True`.
         """
         if decoder_input_ids is None:
             raise ValueError("give decoder_input_ids, such as model.shift_right(labels)")
         for name, value in {"train": train, "freeze_feature_encoder": freeze_feature_encoder}.items():
             if value:
                 write = f"leave {name} out, and train with PyTorch"
-                raise UserError(name, value, "dropout and frozen parts are not drawn under JAX", write)
+                raise UserError(name, value, "there is no dropout and no freezing under JAX", write)
         integers = {
             "attention_mask": attention_mask,
             "decoder_input_ids": decoder_input_ids,
@@ -150,12 +130,12 @@ class FlaxSpeechEncoderDecoderModel:
         arguments = {name: jnp.asarray(value, jnp.int32) for name, value in integers.items() if value is not None}
         arguments["inputs"] = jnp.asarray(inputs, jnp.float32)
         options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        found = self._forward(self.params if params is None else params, arguments, options=tuple(options.items()))
-        output = Seq2SeqLMOutput(**found)
+        arrays = self._forward(self.params if params is None else params, arguments, options=tuple(options.items()))
+        output = Seq2SeqLMOutput(**arrays)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def apply_forward(self, params: Params, arguments: Params, options: tuple[tuple[str, Any], ...]) -> Any:
-        """The outputs of `forward` by name, those that are there."""
+        """The outputs of `forward` that are not None, by name."""
 
         def forward(model: SpeechEncoderDecoder, **inputs: Any) -> dict[str, Any]:
             output = model(**inputs, **dict(options), use_cache=False, return_dict=True)
@@ -172,9 +152,9 @@ class FlaxSpeechEncoderDecoderModel:
     def generate(
         self, inputs: Any, attention_mask: Any = None, params: Params | None = None, **options: Any
     ) -> Generated:
-        """The most probable tokens, one after the other: the ids of `generate` of PyTorch with `num_beams=1`.
+        """Greedy search: the same ids as PyTorch's `generate` with `num_beams=1`.
 
-        options: of the generation configuration. Raises UserError for those that ask for another search.
+        options: of the generation configuration. Raises UserError for options of another search.
         """
         rules = rules_of(self.model, options)
         mask = None if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
@@ -183,7 +163,7 @@ class FlaxSpeechEncoderDecoderModel:
         return Generated(ids[:, : int(length)])
 
     def greedy(self, params: Params, inputs: Any, attention_mask: Any, rules: Rules) -> Any:
-        """(B, L) ids, and how many of L are used."""
+        """(B, L) ids, and the number of columns in use."""
         frames, mask = self.applied(params, encode, {"inputs": inputs, "attention_mask": attention_mask})
         ends = jnp.asarray(rules.ends, jnp.int32)
 
@@ -193,8 +173,8 @@ class FlaxSpeechEncoderDecoderModel:
 
         def step(state: Any) -> Any:
             position, ids, done = state
-            heard = {"frames": frames, "mask": mask, "ids": ids, "position": position}
-            scores = self.applied(params, next_scores, heard)
+            arguments = {"frames": frames, "mask": mask, "ids": ids, "position": position}
+            scores = self.applied(params, next_scores, arguments)
             if rules.least:
                 scores = jnp.where(position < rules.least, scores.at[:, ends].set(-jnp.inf), scores)
             tokens = jnp.argmax(scores, -1).astype(jnp.int32)
@@ -210,7 +190,7 @@ class FlaxSpeechEncoderDecoderModel:
 
     @torch.no_grad()
     def applied(self, params: Params, function: Callable[..., Any], arguments: Params) -> Any:
-        """`function(model, **arguments)` with the weights `params`, traced: arrays of JAX in and out."""
+        """Traces `function(model, **arguments)` with the weights `params`; arguments and result are JAX arrays."""
 
         def traced(weights: Params, inputs: Params) -> Any:
             called = Called(self.model, function)
@@ -229,13 +209,14 @@ class FlaxSpeechEncoderDecoderModel:
 
 
 def as_jax(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Copies, on the device that JAX prefers."""
-    copied: dict[str, Any] = torchax.default_env().t2j_copy({name: each.detach() for name, each in weights.items()})
-    return copied
+    """Copies of the weights on JAX's default device."""
+    detached = {name: weight.detach() for name, weight in weights.items()}
+    copies: dict[str, Any] = torchax.default_env().t2j_copy(detached)
+    return copies
 
 
 def encode(model: SpeechEncoderDecoder, inputs: Tensor, attention_mask: Tensor | None) -> tuple[Any, Any]:
-    """The (B, T, D) states that the decoder attends to, and their mask."""
+    """(B, T, D) frames for the decoder, and their mask."""
     encoded = model.encode(inputs, attention_mask)
     return encoded.last_hidden_state, encoded.attention_mask
 
@@ -243,32 +224,10 @@ def encode(model: SpeechEncoderDecoder, inputs: Tensor, attention_mask: Tensor |
 def next_scores(
     model: SpeechEncoderDecoder, frames: Tensor, mask: Tensor | None, ids: Tensor, position: Tensor
 ) -> Tensor:
-    """(B, V) scores of the token at a position of (B, L) ids, of which those before it count."""
+    """(B, V) scores of the token at `position`, after the tokens before it in (B, L) ids."""
     encoded = EncodedSpeech(last_hidden_state=frames, attention_mask=mask)
     given: dict[str, Any] = {"inputs_embeds": None, "past_key_values": None, "use_cache": False}
     with deferred_output_layer(model.decoder, deferred=True) as output_layer:
         decoded = model.decode(encoded, input_ids=ids, attention_mask=torch.ones_like(ids), **given)
     states: Tensor = decoded.logits.index_select(1, (position - 1).view(1))[:, 0]
     return states if output_layer is None else output_layer.outputs(states)
-
-
-def rules_of(model: SpeechEncoderDecoder, options: Mapping[str, Any]) -> Rules:
-    """The bounds of a greedy search by the generation configuration and the options of a call, which go first."""
-    model.settle_generation_config()
-    config: GenerationConfig = copy.deepcopy(model.generation_config)
-    if unknown := config.update(**options):
-        name, value = next(iter(unknown.items()))
-        raise UserError(name, value, "generation has no such option", "write an option of GenerationConfig")
-    for name, plain in {**GREEDY, **UNCHANGED}.items():
-        if (value := getattr(config, name, None)) not in (plain, None, [], False):
-            write = f"write {name}={plain}, or generate with PyTorch: model.model.generate(...)"
-            raise UserError(name, value, "under JAX the search is greedy, and takes the scores as they are", write)
-    room = DEFAULT_LENGTH if config.max_length is None else config.max_length
-    room = room if config.max_new_tokens is None else 1 + config.max_new_tokens
-    room = room if model.max_tokens is None else min(room, model.max_tokens + 1)
-    start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [end for end in ends if end is not None]
-    least = max(config.min_length or 0, 1 + config.min_new_tokens if config.min_new_tokens else 0)
-    pad = config.pad_token_id if config.pad_token_id is not None else (ends or [0])[0]
-    return Rules(room, start, tuple(ends), pad, least, config.forced_bos_token_id, config.forced_eos_token_id)

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): low-rank matrices beside linear layers are added, merged and saved; by peft, which is an extra."""
+"""LoRA (arXiv 2106.09685) by peft, an extra: adds low-rank matrices to linear layers, merges and saves them."""
 
 import logging
 import warnings
@@ -19,17 +19,17 @@ from sedtrain.plain import plain_value
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "adapter"  # of a saved model, for matrices that are not merged
-PREFIX = "base_model.model."  # of the matrices' names in its file
+FOLDER = "adapter"  # within a saved model, for matrices that are not merged
+PREFIX = "base_model.model."  # peft's, before the names of matrices in its file
 OPTIONS = {"r": int, "lora_alpha": int | float, "lora_dropout": float, "fan_in_fan_out": bool, "target_modules": list}
 DESCRIBING = ("base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode")
-"""Entries on which nothing depends."""
+"""Entries of an adapter_config.json that do not affect the model."""
 WRITE = "write checkpoint=FOLDER of a run with LoRA as it was saved, or without its folder adapter"
 
 
 @contextmanager
 def peft_for(option: str, value: str) -> Iterator[Any]:
-    """The package, without its warning about GPT-2's layers. Raises UserError if it is not installed."""
+    """Imports peft, and silences its warning about GPT-2's layers. Raises UserError if peft is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -40,7 +40,7 @@ def peft_for(option: str, value: str) -> Iterator[Any]:
 
 
 def adapt(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
-    """Adds matrices beside the linear layers of the targets, in place; parameters that trained before still train."""
+    """Adds matrices to the linear layers of the targets, in place. Parameters that required gradients still do."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with peft_for("finetune", "lora") as peft:
         layers = linear_layers(model, targets)
@@ -51,7 +51,7 @@ def adapt(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dro
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The names of the linear layers in the targets that can be adapted. Raises UserError if there are none."""
+    """Names of the adaptable linear layers in the targets. Raises UserError if there are none."""
     weights = {target: selected(model, target, "finetune.targets") for target in targets}
     all_weights = set().union(*weights.values())
     uncalled = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, READ_AS_WEIGHTS))
@@ -72,12 +72,12 @@ def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers by name; none if peft has not changed the model."""
+    """The adapted layers by name; empty for a model without LoRA."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def merge(model: nn.Module) -> None:
-    """Adds the matrices to the weights, in place: the model has the modules it had before peft, and the same outputs."""
+    """Adds the matrices to the weights and removes peft's modules, in place. Outputs stay the same."""
     for name, layer in lora_layers(model).items():
         layer.merge()
         parent, _, child = name.rpartition(".")
@@ -87,14 +87,14 @@ def merge(model: nn.Module) -> None:
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under their names before peft, without its matrices."""
+    """The weights without the matrices, under their names before peft."""
     return {
         name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
     }
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the matrices, so that `model.load_adapter(folder)` of transformers and peft read them."""
+    """Writes the matrices in the format of peft, which `model.load_adapter(folder)` of transformers reads too."""
     folder.mkdir(parents=True, exist_ok=True)
     with peft_for("finetune", "lora") as peft:
         weights = peft.get_peft_model_state_dict(model).items()
@@ -104,8 +104,8 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
-    """Adds the matrices that lie beside the saved model of this name, if any. Raises UserError for another kind than LoRA."""
-    quietly = {f"_raise_exceptions_for_{each}": False for each in ("missing_entries", "connection_errors")}
+    """Adds the matrices saved in folder or Hub id `checkpoint`, if any. Raises UserError for an adapter other than LoRA."""
+    quietly = {f"_raise_exceptions_for_{key}": False for key in ("missing_entries", "connection_errors")}
     files = ("adapter_config.json", "adapter_model.safetensors")
     config, weights = (cached_file(checkpoint, f"{FOLDER}/{name}", **quietly) for name in files)
     if config is None:
@@ -123,7 +123,7 @@ def load_adapter(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 def options_of(stored: Any, checkpoint: str, peft: Any) -> dict[str, Any]:
-    """The options of LoRA in an adapter_config.json. Raises UserError for others: some name modules to import or to fetch."""
+    """LoRA's options in an adapter_config.json. Raises UserError for any other option: some import modules or fetch files."""
     stored = stored if isinstance(stored, dict) else {}
     options = {name: stored[name] for name, kind in OPTIONS.items() if isinstance(stored.get(name), kind)}
     plain, known = peft.LoraConfig().to_dict(), {*OPTIONS, *DESCRIBING}

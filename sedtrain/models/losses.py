@@ -1,6 +1,6 @@
-"""The label shift and the losses. `shift_right` is the only place where labels are shifted.
+"""The label shift and the losses. Only `shift_right` shifts labels.
 
-Every loss is a sum, beside the number of tokens that it sums over.
+Every loss is returned as a sum with its number of tokens.
 
 B batch, T frames, U target tokens, V vocabulary.
 """
@@ -20,7 +20,7 @@ from sedtrain.ranges import Fraction
 def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) -> Tensor:
     """(B, U) labels -> (B, U) decoder inputs: the start token, then the labels without their last column.
 
-    Labels that are shifted twice still train to a plausible, wrong loss: nothing else shifts them.
+    Labels shifted twice would still train to a plausible, wrong loss, so nothing else may shift them.
     """
     shifted = torch.empty_like(labels)
     shifted[:, 0] = decoder_start_token_id
@@ -29,7 +29,7 @@ def shift_right(labels: Tensor, decoder_start_token_id: int, pad_token_id: int) 
 
 
 def decoder_inputs(labels: Tensor, config: PreTrainedConfig) -> Tensor:
-    """(B, U) labels -> (B, U) decoder inputs by the special tokens of `config`; raises ValueError where they are not set."""
+    """(B, U) labels -> (B, U) decoder inputs, with the special tokens in `config`; raises ValueError if they are not set."""
     start, pad = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
     if start is None or pad is None:
         raise ValueError(
@@ -40,14 +40,14 @@ def decoder_inputs(labels: Tensor, config: PreTrainedConfig) -> Tensor:
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, U, V) logits, (B, U) labels -> summed loss in nats, number of target tokens, and the loss without smoothing.
+    """(B, U, V) logits, (B, U) labels -> summed loss in nats, number of target tokens, loss without smoothing.
 
-    All are scalars, the last without gradient. A batch without a target token gives a zero that has a gradient, not NaN.
+    All three are scalars; the last has no gradient. Without a target token the loss is 0 with a gradient, not NaN.
     """
     logits, labels = logits.flatten(0, 1).float(), labels.flatten()
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum")
     labelled, plain = labels != IGNORE_INDEX, loss.detach()
-    if label_smoothing:  # smoothing adds its share of what the target's logit is above the mean logit
+    if label_smoothing:  # smoothing adds label_smoothing * (logit of the target - mean logit)
         rows = logits.detach()
         above_mean = rows.gather(1, labels.clamp(min=0)[:, None])[:, 0] - rows.mean(1)
         plain = plain - label_smoothing * torch.where(labelled, above_mean, 0.0).sum()
@@ -55,10 +55,10 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
 
 
 def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int) -> tuple[Tensor, Tensor]:
-    """(B, T, V) logits, (B,) valid frames, (B, U) labels -> summed loss in nats, number of aligned tokens (both scalars).
+    """(B, T, V) logits, (B,) numbers of frames, (B, U) labels -> summed loss in nats, number of aligned tokens (scalars).
 
-    The end token is not aligned. An utterance with fewer frames than its labels need adds zero loss and zero tokens.
-    Frames and labels are best in the host's memory: torch reads their lengths there. Source: Graves et al. 2006.
+    The end token is not aligned. An utterance with too few frames for its labels adds no loss and no tokens.
+    Pass `num_frames` and `labels` on the CPU, where torch reads lengths. Source: Graves et al. 2006.
     """
     targets, num_targets = without_token(labels, end)
     log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
@@ -72,7 +72,7 @@ def ctc(logits: Tensor, num_frames: Tensor, labels: Tensor, blank: int, end: int
 
 
 def without_token(labels: Tensor, token: int) -> tuple[Tensor, Tensor]:
-    """(B, U) labels -> the labels other than `token` moved to the front (B, U), zeros behind, and their number (B,)."""
+    """(B, U) labels -> (B, U) labels without `token`, left-aligned and filled with zeros, and their (B,) numbers."""
     kept = (labels != IGNORE_INDEX) & (labels != token)
     order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
     num_kept = kept.sum(1)
@@ -89,17 +89,18 @@ def positions(rows: Tensor) -> Tensor:
 class LossWeights:
     """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, each divided by the number of target tokens.
 
-    ctc_weight: None stands for 0.3 if the encoder's weights start random (CTC makes cross-attention align), else for 0; the
-        cross-attention of a whole speech model aligns already, and its format has no place for a CTC head
+    ctc_weight: None stands for 0.3 if the encoder starts with random weights, since CTC makes cross-attention align; else
+        for 0. The cross-attention of a whole speech model is aligned already, and its format has no place for a CTC head
     """
 
     label_smoothing: Fraction = 0.1
     ctc_weight: Fraction | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that an option does not take."""
+        """Raises UserError for a value out of range."""
         refuse_misfits("loss.", type(self), vars(self))
 
     def joint(self, cross_entropy: Tensor, ctc: Tensor) -> Tensor:
-        """The weighted sum of two sums."""
-        return (1 - (self.ctc_weight or 0.0)) * cross_entropy + (self.ctc_weight or 0.0) * ctc
+        """The weighted sum of both losses."""
+        weight = self.ctc_weight or 0.0
+        return (1 - weight) * cross_entropy + weight * ctc

@@ -1,4 +1,4 @@
-"""Classes of `transformers` with a mixin of ours in front, made while a model is set up."""
+"""Mixes classes into modules of `transformers`, in place: parameters keep their names."""
 
 import copyreg
 from functools import cache
@@ -6,17 +6,17 @@ from typing import Any
 
 
 class Mixed(type):
-    """The type of such classes, which pickle makes again from their two parts."""
+    """The type of mixed classes; pickle stores such a class as its mixin and its base."""
 
 
 @cache
 def mixed(mixin: Any, kind: Any) -> Any:
-    """A subclass of both that keeps the name of `kind`: by names transformers, FSDP and LoRA know layers."""
+    """A subclass of both that keeps the name of `kind`: transformers, FSDP and LoRA recognise layers by class name."""
     return Mixed(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
 def mix_into(module: Any, mixin: Any) -> None:
-    """Makes the class of a module a subclass of `mixin` too, once."""
+    """Makes a module an instance of `mixin` too, unless it is one."""
     if not isinstance(module, mixin):
         kind: Any = type(module)
         module.__class__ = mixed(mixin, kind)

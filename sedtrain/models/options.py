@@ -1,8 +1,8 @@
-"""Values of a family's configuration: each in the range that its default tells, and together a model that computes."""
+"""Checks the values of a family's configuration: each by the range of its default, all together by a trial run."""
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import GenericAlias
 from typing import Annotated, Any
 
@@ -26,23 +26,26 @@ UNBUILDABLE = (
     *(ValueError, ImportError, TypeError, RuntimeError),
     *(ArithmeticError, LookupError, AssertionError, AttributeError),
 )
-"""Raised by constructors of transformers for values that do not go together."""
-ON_CPU = (None, "sdpa", "eager")  # attention implementations that compute there
-MOST_TENSORS = 50_000  # of a model; a thousand layers have about 20,000
-PASSED: set[str] = set()  # configurations, as they are written into files
+"""Exceptions that constructors in transformers raise for values that do not fit together."""
+ON_CPU = (None, "sdpa", "eager")
+"""Attention implementations that run on a CPU."""
+MOST_TENSORS = 50_000
+"""Largest number of tensors in a model; a thousand layers have about 20,000."""
+PASSED: set[str] = set()
+"""Configurations, as JSON, whose trial run has succeeded in this process."""
 Build = Callable[[PreTrainedConfig], PreTrainedModel]
 
 
 def refuse_impossible(part: str, given: Mapping[str, Mapping[str, Any]], defaults: Any) -> None:
     """Raises UserError for values that no model of the family can have.
 
-    given: values by the name of the option that holds them, such as {"options": {"hidden_size": 0}}
-    defaults: a configuration of the family with its own values
+    given: values by the option that holds them, such as {"options": {"hidden_size": 0}}
+    defaults: the family's default configuration
     """
     errors = []
     for option, values in given.items():
         for name, value in values.items():
-            if words := next(misfit(name, value, getattr(defaults, name, None)), None):
+            if words := misfit(name, value, getattr(defaults, name, None)):
                 path = f"{part}.{option}.{name}"
                 errors.append(UserError(path, value, f"expected {words}", f"write {path}=VALUE, {words}"))
     if errors:
@@ -50,7 +53,7 @@ def refuse_impossible(part: str, given: Mapping[str, Mapping[str, Any]], default
 
 
 def refuse_uneven(part: str, given: Mapping[str, Mapping[str, Any]], config: Any) -> None:
-    """Raises UserError for numbers of heads that do not divide the width; many families find out in their first step."""
+    """Raises UserError for a number of heads that does not divide the width; many families would fail in the first step."""
     width = getattr(config, "hidden_size", None) or 0
     for option, values in given.items():
         for name, value in values.items():
@@ -60,25 +63,26 @@ def refuse_uneven(part: str, given: Mapping[str, Mapping[str, Any]], config: Any
                 raise UserError(path, value, f"it does not divide the width, {width}", f"write {path}={most}")
 
 
-def misfit(name: str, value: Any, default: Any) -> Iterator[str]:
-    """The expected kind in words, where a value does not fit; where nothing is expected, any value fits."""
+def misfit(name: str, value: Any, default: Any) -> str | None:
+    """The expected kind in words if the value does not fit it, else None."""
     kind = kind_of(name, default)
     may_be_null = default is None or kind not in (FractionBelowOne, Fraction)
-    if kind is not None and not (value is None and may_be_null) and not is_of(kind, as_plain(value)):
-        yield in_words(kind)
+    fits = kind is None or (value is None and may_be_null) or is_of(kind, as_plain(value))
+    return None if fits else in_words(kind)
 
 
 def kind_of(name: str, default: Any) -> Any:
+    """The type or range of an attribute, by its name and default; None if any value fits."""
     if isinstance(default, bool | str):
         return type(default)
     if not isinstance(default, list | tuple):
         return range_of(name, default)
-    alike = len({type(each) for each in default}) == 1 and not isinstance(default[0], list | tuple)
+    alike = len({type(value) for value in default}) == 1 and not isinstance(default[0], list | tuple)
     return GenericAlias(list, (kind_of(name, min(default)) or Unknown,)) if alike else list
 
 
 def range_of(name: str, default: Any) -> Any:
-    """The range of a configuration's attribute, None where neither its name nor its default tells one."""
+    """The range of a number, by its name and default; None if they imply none."""
     if isinstance(default, bool):
         return None
     if DROPPED.search(name):
@@ -101,10 +105,10 @@ def range_of(name: str, default: Any) -> Any:
 def tried(
     option: str, value: object, config: PreTrainedConfig, build: Build, run: Callable[[PreTrainedModel], Any]
 ) -> PreTrainedModel:
-    """The model with random weights. Raises UserError where these take more than the memory, or a first forward fails.
+    """A model with random weights, after a trial run. Raises UserError if it exceeds the memory, or its forward pass fails.
 
-    option, value: what the user may have chosen of the configuration
-    run: a forward of the model, on the CPU
+    option, value: the part of the configuration that the user chose, for the error message
+    run: runs the model once, on the CPU
     """
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key in PASSED:
@@ -129,21 +133,21 @@ def tried(
 
 
 def memory() -> int:
-    """Bytes of this machine."""
+    """Bytes of memory in this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def refuse_sizes(option: str, value: object, config: PreTrainedConfig, build: Build) -> None:
-    """Raises UserError where the tensors of a model, in float32, take more than the memory, are too many, or have no number.
+    """Raises UserError if the tensors of a model, in float32, exceed the memory, are too many, or one of them is empty.
 
-    Nothing is allocated.
+    Builds on the meta device, so nothing is allocated.
     """
-    size, number, most = 0, 0, memory()
+    size, num_tensors, most = 0, 0, memory()
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal size, number
-        number += 1
-        if number > MOST_TENSORS:
+        nonlocal size, num_tensors
+        num_tensors += 1
+        if num_tensors > MOST_TENSORS:
             wrong = f"these values build a model of more than {MOST_TENSORS:,} tensors"
             raise UserError(option, value, wrong, f"write {option}.NAME=VALUE of a smaller model")
         if isinstance(tensor, nn.Parameter) and not tensor.numel():
@@ -162,5 +166,5 @@ def refuse_sizes(option: str, value: object, config: PreTrainedConfig, build: Bu
         with torch.device("meta"):
             build(config)
     finally:
-        for each in registered:
-            each.remove()
+        for hook in registered:
+            hook.remove()

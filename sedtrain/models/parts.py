@@ -1,6 +1,6 @@
 """The parameters of a joined model by part and by depth, and how its layers are executed.
 
-A set of parameters is a set of their names in `model.named_parameters()`: sharding a model replaces the objects.
+A set of parameters is a set of names in `model.named_parameters()`, not of objects: sharding a model replaces these.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,31 +15,30 @@ from sedtrain.errors import UserError
 from sedtrain.models.loading import CROSS_ATTENTION
 from sedtrain.models.packing import choose_packing
 
-# every parameter belongs to one; `decoder` is without its cross-attention, `encoder` without its own adapter
+# every parameter belongs to one; `decoder` excludes its cross-attention, `encoder` its family's own adapter
 PARTS = ("encoder", "adapter", "cross_attention", "decoder", "ctc_head")
 ADAPTERS = ("adapter", "enc_to_dec_proj", "encoder.adapter")
 READ_AS_WEIGHTS = (WavLMAttention, nn.MultiheadAttention)
-"""Modules that multiply with the weights of their layers without calling the layers: what is beside these does nothing."""
+"""Modules that read the weights of their layers but never call the layers, so replacing or extending a layer has no effect."""
 
 
 @cache
 def part_of(name: str) -> str:
-    """The part to which the parameter of this name belongs."""
+    """The part of the parameter with this name."""
     if any(name.startswith(f"{adapter}.") for adapter in ADAPTERS):
         return "adapter"
     modules = name.split(".")[:-1]
-    attends = any(
-        CROSS_ATTENTION.search(name) or name == "multihead_attn" for name in modules
-    )  # the latter is PyTorch's
+    # PyTorch's decoder layers call their cross-attention multihead_attn
+    attends = any(CROSS_ATTENTION.search(module) or module == "multihead_attn" for module in modules)
     if modules[:1] == ["decoder"] and attends:
         return "cross_attention"
     return name.partition(".")[0]
 
 
 def selected(model: nn.Module, name: str, option: str) -> set[str]:
-    """The parameters of a part, a kind or a submodule; none for a part that this model does without.
+    """The parameters of a part, a kind or a submodule called `name`; empty for a part that this model lacks.
 
-    Raises UserError, which names `option`, for any other name.
+    option: where the user wrote the name. Raises UserError for any other name.
     """
     if name in PARTS:
         return {parameter for parameter, _ in model.named_parameters() if part_of(parameter) == name}
@@ -55,13 +54,13 @@ def selected(model: nn.Module, name: str, option: str) -> set[str]:
 
 
 def names_in(model: nn.Module, modules: list[nn.Module]) -> set[str]:
-    """The parameters of some of the model's modules; tied ones under their first name."""
+    """The parameters of some of the model's modules; tied parameters under their first name."""
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
 def feature_encoder(model: Any) -> set[str]:
-    """The parameters before the encoder's first layer, which the family names by what it freezes."""
+    """The parameters before the encoder's first layer: those that `freeze_feature_encoder` freezes."""
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.freeze_feature_encoder()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad} & before
@@ -81,7 +80,7 @@ def layer_norms(model: nn.Module) -> set[str]:
     return names_in(model, [leaf for leaf in leaves if type(leaf).__name__.endswith(("LayerNorm", "RMSNorm"))])
 
 
-# sets of parameters that cross parts, or lie in one
+# sets of parameters within a part or across parts
 KINDS: dict[str, Callable[[Any], set[str]]] = {
     "feature_encoder": feature_encoder,
     "encoder_self_attention": lambda model: self_attention(model, "encoder"),
@@ -92,23 +91,24 @@ KINDS: dict[str, Callable[[Any], set[str]]] = {
 
 
 def layers_of(part: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The Transformer layers of an encoder or decoder, with their name: its longest list of modules with attention in them.
+    """Name and Transformer layers of an encoder or decoder: its longest list of modules that contain attention.
 
-    A list within a layer, such as T5's of self-attention, cross-attention and feed-forward, is none of layers.
+    Lists within a layer do not count, such as T5's of self-attention, cross-attention and feed-forward.
     """
     stacks: list[tuple[str, nn.ModuleList]] = []
     for name, module in part.named_modules():
-        attends = isinstance(module, nn.ModuleList) and any("Attention" in type(x).__name__ for x in module.modules())
+        kinds = [type(inner).__name__ for inner in module.modules()] if isinstance(module, nn.ModuleList) else []
+        attends = any("Attention" in kind for kind in kinds)
         if attends and not any(name.startswith(f"{outer}.") for outer, _ in stacks):
             stacks.append((name, cast(nn.ModuleList, module)))
     return max(stacks, key=lambda stack: len(stack[1]), default=None)
 
 
 def depths(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Parameters of encoder and decoder, each with the number of layers above it: 0 in the last layer and behind it.
+    """Parameters of encoder and decoder with their depth, the number of layers above them: 0 in the last layer and after it.
 
-    Below the first layer, as in the embeddings, it is the number of layers, also if the output layer shares them. Adapter,
-    cross-attention and CTC head have no depth: they rarely come from a checkpoint.
+    Parameters before the first layer have the number of layers; embeddings too, even if the output layer shares them.
+    Adapter, cross-attention and CTC head have no depth: they rarely come from a checkpoint.
     """
     for part in ("encoder", "decoder"):
         stack = layers_of(model.get_submodule(part))
@@ -127,11 +127,11 @@ def depths(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Execution:
-    """Execution of layers: it changes memory and time, not losses or gradients.
+    """How layers are executed; affects memory and time, not losses or gradients.
 
-    activation_checkpointing: the backward pass computes activations again, instead of keeping them
-    backend: of torch.compile, which compiles each layer in place; None: not compiled
-    packing: how the encoder computes a batch of unequal lengths, see packing.py
+    activation_checkpointing: recompute activations in the backward pass instead of keeping them
+    backend: of torch.compile, which compiles each layer in place; None to run uncompiled
+    packing: "never", "always" or "auto", see packing.py
     """
 
     activation_checkpointing: bool = False
@@ -139,13 +139,13 @@ class Execution:
     packing: str = "auto"
 
     def prepare(self, model: Any) -> None:
-        """Raises UserError for an encoder or decoder whose layers cannot compute so."""
+        """Sets up a model, in place. Raises UserError if the layers of its encoder or decoder cannot execute so."""
         choose_packing(model.get_submodule("encoder"), self.packing, self.backend)
         for name in ("encoder", "decoder"):
             part = model.get_submodule(name)
             recomputable = any(hasattr(module, "gradient_checkpointing") for module in part.modules())
             if self.activation_checkpointing and not recomputable:
-                wrong = f"the {name}, {part.config.model_type}, has no layers that can compute again"
+                wrong = f"the {name}, {part.config.model_type}, has no layers that can recompute their activations"
                 raise UserError("activation_checkpointing", True, wrong, "write activation_checkpointing=false")
             if self.backend:
                 compile_layers(name, part, self.backend)
@@ -154,7 +154,7 @@ class Execution:
 
 
 def compile_layers(name: str, part: Any, backend: str) -> None:
-    """Compiles once for all layers, since they are alike; their shapes differ from batch to batch."""
+    """Compiles the layers in place, with dynamic shapes; alike layers share one compilation."""
     stack = layers_of(part)
     if stack is None:
         wrong = f"no layers were found in the {name}, {part.config.model_type}"

@@ -1,4 +1,4 @@
-"""The prompts of whole speech models, from their tokenizer and their generation config."""
+"""Prompts of whole speech models, from their tokenizer and generation config."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,22 +11,18 @@ from sedtrain.text.tags import TASK_OF, WholePrompt, tag
 
 BEGIN = ["startofcontext", "startoftranscript", "emo:undefined"]
 END = ["pnc", "noitn", "notimestamp", "nodiarize"]
-"""Around the languages of speech and text, in Canary (arXiv 2509.14128) and Cohere's model."""
+"""Tokens before and after the languages of speech and text, in Canary (arXiv 2509.14128) and Cohere's model."""
 
 
 def whole_prompt(model_type: str, tokenizer: Any, generation: Any) -> WholePrompt | None:
-    """The prompt of a whole model's texts; None for a model of a single language.
-
-    model_type: as `transformers` names it
-    generation: the generation config
-    """
+    """The prompt of a whole model, None for a model of a single language; generation: the generation config."""
     make = PROMPTS.get(model_type)
     prompt = None if make is None else make(tokenizer, generation)
     return prompt if prompt is None or prompt.languages or model_type == "whisper" else None
 
 
 def whisper(tokenizer: Any, generation: Any) -> WholePrompt:
-    """By the ids in the generation config, where stock Whisper looks for them."""
+    """The prompt by the ids in the generation config, where stock Whisper reads them too."""
     last = getattr(generation, "no_timestamps_token_id", None)
     end = [] if last is None else [last]
     languages, tasks = (getattr(generation, name, None) or {} for name in ("lang_to_id", "task_to_id"))
@@ -34,45 +30,43 @@ def whisper(tokenizer: Any, generation: Any) -> WholePrompt:
         task: {name.strip("<|>"): [language, tasks[task], *end] for name, language in languages.items()}
         for task in (TASK_OF.values() if languages else ())
     }
-    language = (
-        (getattr(generation, "language", None) or "").lower().strip("<|>")
-    )  # a name, a code or a token, as in stock Whisper
+    language = (getattr(generation, "language", None) or "").lower().strip("<|>")  # a name, code or token
     return WholePrompt(ids, end, TO_LANGUAGE_CODE.get(language, language) or None, spaced=True)
 
 
 def canary(tokenizer: Any, generation: Any) -> WholePrompt:
-    """Transcription, and translation of English: into English, the spoken language would have to be known too."""
-    pairs = {"transcribe": {each: (each, each) for each in CANARY_LANGUAGES}}
-    pairs["translate"] = {each: ("en", each) for each in CANARY_LANGUAGES if each != "en"}
+    """Transcription, and translation from English; a prompt for translation into English must name the spoken language."""
+    pairs = {"transcribe": {code: (code, code) for code in CANARY_LANGUAGES}}
+    pairs["translate"] = {code: ("en", code) for code in CANARY_LANGUAGES if code != "en"}
     return WholePrompt(
-        {task: pairs_of(tokenizer, generation, each) for task, each in pairs.items()},
+        {task: prompts_of_pairs(tokenizer, generation, of_task) for task, of_task in pairs.items()},
         language=getattr(generation, "language", None),
     )
 
 
 def cohere(tokenizer: Any, generation: Any) -> WholePrompt:
-    ids = pairs_of(tokenizer, generation, {each: (each, each) for each in COHERE_LANGUAGES})
+    ids = prompts_of_pairs(tokenizer, generation, {code: (code, code) for code in COHERE_LANGUAGES})
     return WholePrompt({"transcribe": ids} if ids else {}, language=getattr(generation, "language", None))
 
 
-def pairs_of(tokenizer: Any, generation: Any, pairs: dict[str, tuple[str, str]]) -> dict[str, list[int]]:
-    """The prompts that the tokenizer has tokens for, by the language of the text."""
+def prompts_of_pairs(tokenizer: Any, generation: Any, pairs: dict[str, tuple[str, str]]) -> dict[str, list[int]]:
+    """Prompts of pairs of languages (speech, text), by the text's; without those that the tokenizer has no tokens for."""
     prompts = {text: [*BEGIN, speech, text, *END] for text, (speech, text) in pairs.items()}
     made = {text: tokenizer.convert_tokens_to_ids([*map(tag, names)]) for text, names in prompts.items()}
     start, unknown = generation.decoder_start_token_id, (None, tokenizer.unk_token_id)
-    return {text: ids[ids[0] == start :] for text, ids in made.items() if not any(each in unknown for each in ids)}
+    return {text: ids[ids[0] == start :] for text, ids in made.items() if not any(id in unknown for id in ids)}
 
 
 def seamless(tokenizer: Any, generation: Any) -> WholePrompt:
-    return of_language(generation, getattr(generation, "text_decoder_lang_to_code_id", None))
+    return language_prompt(generation, getattr(generation, "text_decoder_lang_to_code_id", None))
 
 
 def speech_to_text(tokenizer: Any, generation: Any) -> WholePrompt:
-    return of_language(generation, getattr(tokenizer, "lang_code_to_id", None))
+    return language_prompt(generation, getattr(tokenizer, "lang_code_to_id", None))
 
 
-def of_language(generation: Any, codes: Mapping[str, int] | None) -> WholePrompt:
-    """A token for the language of the text, whatever the task."""
+def language_prompt(generation: Any, codes: Mapping[str, int] | None) -> WholePrompt:
+    """One token for the language of the text, the same for every task."""
     ids = {language: [code] for language, code in (codes or {}).items()}
     by_task = dict.fromkeys(TASK_OF.values(), ids) if ids else {}
     return WholePrompt(by_task, language=getattr(generation, "language", None))
@@ -90,7 +84,7 @@ PROMPTS: dict[str, Callable[[Any, Any], WholePrompt]] = {
 
 
 def fault_of_prompt(generation: Any, vocab_size: int) -> str:
-    """The first setting of a generation config that describes no prompt of a whole model; "" for none."""
+    """The first setting of a generation config that is unusable for a prompt, in words; "" for none."""
     if not isinstance(language := getattr(generation, "language", None), str | None):
         return f"language={str(language)[:100]}, which is no text"
     for name in ("lang_to_id", "task_to_id", "text_decoder_lang_to_code_id", "no_timestamps_token_id"):

@@ -1,4 +1,4 @@
-"""A model with its processor: joined, loaded and saved as a Hugging Face folder."""
+"""A model with its tokenizer and feature extractor: joined, loaded and saved as a Hugging Face folder."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,14 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter
-from sedtrain.models.decoder import most_new_tokens
-from sedtrain.models.encoder import feature_extractor_of, frame_width, loads_in_stock_transformers, with_spec_augment
-from sedtrain.models.loading import attention_wanted, check_loaded, configured, load_config, load_tokenizer, loading
+from sedtrain.models.attention import building_with
+from sedtrain.models.encoder import frame_width, loads_in_stock_transformers, with_spec_augment
+from sedtrain.models.family_config import configured, load_config
+from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.other_kinds import refuse_other_kind
+from sedtrain.models.positions import most_new_tokens
 from sedtrain.models.prefix import is_prefixed, is_prompt, prompt_of
 from sedtrain.models.prompts import fault_of_prompt, whole_prompt
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -32,9 +35,11 @@ from sedtrain.run_dir import model_of
 from sedtrain.text.tags import Tags, WholePrompt, add_tags
 from sedtrain.text.tokenizers import start_end_pad
 
-MOST_TOKENS = 200  # of a text where nothing is known of its audio
+MOST_TOKENS = 200
+"""Limit on the tokens of a text if nothing is known of its audio."""
 MORE_THAN_MEAN, SPARE_TOKENS = 4, 16
-MOST_RATE, MOST_SECONDS = 1e4, 1e6  # tokens a second, and seconds, that a model's files may name
+MOST_RATE, MOST_SECONDS = 1e4, 1e6
+"""Largest values that are believed in a model's files: tokens a second, and seconds."""
 
 
 def is_within(value: object, most: float) -> TypeGuard[float]:
@@ -43,17 +48,17 @@ def is_within(value: object, most: float) -> TypeGuard[float]:
 
 
 def most_tokens(config: PreTrainedConfig, seconds: float) -> int:
-    """The most tokens of a text of so many seconds: a multiple of the mean of training texts."""
+    """Limit on the tokens of a text for audio of this length: a multiple of the mean rate of training texts."""
     rate = getattr(config, "tokens_per_second", None)
     if not is_within(rate, MOST_RATE) or not isfinite(seconds):
-        most = getattr(config, "max_text_tokens", None)  # of a whole speech model
+        most = getattr(config, "max_text_tokens", None)  # whole speech models have it
         return int(most) if most and is_within(most, MOST_RATE) else MOST_TOKENS
     return SPARE_TOKENS + ceil(MORE_THAN_MEAN * rate * seconds)
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model with what turns audio into its input and its output into text."""
+    """A model with its tokenizer and feature extractor."""
 
     model: SpeechEncoderDecoder
     tokenizer: PreTrainedTokenizerBase
@@ -61,24 +66,24 @@ class SavedModel:
 
     @property
     def training_normalizer(self) -> Mapping[str, str] | None:
-        """Name and version of the normalizer of the texts that it learnt; None where its folder does not say."""
+        """Name and version of the normalizer of its training texts; None if its folder does not say."""
         label: Mapping[str, str] | None = getattr(self.model.config, "training_normalizer", None)
         return label
 
     @property
     def max_training_seconds(self) -> float:
-        """Length of the longest utterance that it was trained on; infinite where its folder does not say."""
+        """Length of its longest training utterance; infinite if its folder does not say."""
         seconds = getattr(self.model.config, "max_training_seconds", None)
         return float(seconds) if is_within(seconds, MOST_SECONDS) else inf
 
     @property
     def is_whisper(self) -> bool:
-        """True for a whole Whisper model, which hears 30 s whatever the length of the audio."""
+        """True for a whole Whisper model, which reads 30 s whatever the length of the audio."""
         return isinstance(self.model, WholeSpeechModel) and self.model.is_whisper
 
     @property
     def tags(self) -> Tags | WholePrompt | None:
-        """The tokens that ask for a language and a task; None where it did not learn several."""
+        """The tokens that select a language and a task; None for a model of one language and task."""
         if isinstance(self.model, WholeSpeechModel):
             kind = self.model.stock_config.model_type
             if prompt := whole_prompt(kind, self.tokenizer, self.model.generation_config):
@@ -92,7 +97,7 @@ class SavedModel:
 
     @property
     def max_seconds(self) -> float:
-        """Longest audio that is taken: Whisper's positions, each of two features, or what an extractor leaves in one piece."""
+        """Longest audio that fits: two feature frames for each of Whisper's positions, or the extractor's limit for a clip."""
         extractor: Any = self.feature_extractor
         if self.model.config.encoder.model_type != "whisper-encoder":
             return float(getattr(extractor, "max_audio_clip_s", inf))
@@ -102,23 +107,22 @@ class SavedModel:
 
     @property
     def is_stock(self) -> bool:
-        """True for a model that the joined class of `transformers` loads."""
+        """True for a model that the stock joined class of `transformers` loads."""
         config = self.model.config
         adapted = isinstance(config, AdaptedSpeechEncoderDecoderConfig) or isinstance(self.model, WholeSpeechModel)
         return not adapted and all(map(loads_in_stock_transformers, (config.encoder, config.decoder)))
 
     def learn_tags(self, pairs: Collection[tuple[str | None, str]]) -> None:
-        """Gives tokenizer and model a token for each language and each task of `pairs`.
+        """Adds a token for each language and each task in `pairs` to tokenizer and model.
 
-        A whole model may have them: a single pair becomes what it writes where nothing else is asked for; of Whisper, also
-        in `transformers`.
+        A whole model keeps its own tokens. A single pair becomes its default; Whisper's default also holds in `transformers`.
         """
         if isinstance(prompt := self.tags, WholePrompt):
             for language, task in pairs:
                 prompt.of(language, task)
             if prompt.ids and len(pairs) == 1:
-                written = self.model.generation_config
-                written.language, written.task = language or prompt.language, task
+                generation = self.model.generation_config
+                generation.language, generation.task = language or prompt.language, task
             return
         tags = add_tags(self.tokenizer, pairs)
         if len(self.tokenizer) > self.model.decoder.config.vocab_size:
@@ -126,11 +130,11 @@ class SavedModel:
         self.model.config.tags = tags.ids
 
     def save(self, folder: Path, generation: Mapping[str, Any]) -> None:
-        """Writes a folder that `transformers` loads without sedtrain; `generation` becomes its generation config."""
+        """Writes a Hugging Face folder; `generation` overwrites values of its generation config."""
         values, wanted = dict(generation), generation.get("max_new_tokens")
         if wanted is None and isinstance(self.model, WholeSpeechModel):
-            values.pop("max_new_tokens", None)  # the checkpoint has a limit of its own
-        else:  # transformers does not stop at the last position
+            values.pop("max_new_tokens", None)  # the checkpoint has its own limit
+        else:  # transformers itself does not stop at the last position
             wanted = wanted or most_tokens(self.model.config, self.max_training_seconds)
             values["max_new_tokens"] = most_new_tokens(wanted, self.model.max_tokens, 1 + self.num_tags)
         for name, value in values.items():
@@ -146,7 +150,7 @@ class SavedModel:
 
 
 def processor_class(model: SpeechEncoderDecoder) -> Any:
-    """The class by which AutoProcessor loads feature extractor and tokenizer; the one of wav2vec 2.0 joins any two."""
+    """The class that AutoProcessor loads feature extractor and tokenizer with; wav2vec 2.0's takes any two."""
     if isinstance(model, WholeSpeechModel):
         return PROCESSOR_MAPPING.get(type(model.stock_config), None) or Wav2Vec2Processor
     return Wav2Vec2Processor
@@ -155,8 +159,8 @@ def processor_class(model: SpeechEncoderDecoder) -> Any:
 def load(checkpoint: str | Path) -> SavedModel:
     """A trained model with its tokenizer and feature extractor, on the CPU, in float32 and evaluation mode.
 
-    checkpoint: the folder of a run (its `model` is taken), a Hugging Face folder, or a Hub id
-    Raises UserError where it is none of these.
+    checkpoint: the folder of a run (loads its `model`), a Hugging Face folder, or a Hub id
+    Raises UserError for anything else.
     """
     name = model_of(str(checkpoint))
     with loading("checkpoint", name):
@@ -165,7 +169,7 @@ def load(checkpoint: str | Path) -> SavedModel:
 
 
 def to_finetune(checkpoint: str, options: Mapping[str, Any], attention: str | None) -> SavedModel:
-    """A whole speech model in training mode; options: values of its configuration. Raises UserError for any other."""
+    """A whole speech model in training mode; options: values of its configuration. Raises UserError for any other model."""
     name = model_of(checkpoint)
     with loading("checkpoint", name):
         config, _ = configured(name, {})
@@ -174,22 +178,22 @@ def to_finetune(checkpoint: str, options: Mapping[str, Any], attention: str | No
         write = "write resume=RUN with the options of that run to train its model further"
         raise UserError("checkpoint", checkpoint, "this is a joined model of encoder and decoder", write)
     if "mask_time_prob" in options:
-        with_spec_augment(config.model_type, options)  # refuses what the encoder alone lacks
+        with_spec_augment(config.model_type, options)  # refuses an encoder without SpecAugment
     config = load_config("encoder", name, config.model_type, {}, **options)
     chosen = {} if attention is None else {"attn_implementation": attention}
-    with attention_wanted("encoder", config, chosen):
+    with building_with("encoder", config, chosen):
         saved = loaded_as(WholeSpeechModel, name, **options, **chosen)
     saved.model.train()
     return saved
 
 
 def loaded_as(kind: type[SpeechEncoderDecoder], name: str, **options: Any) -> SavedModel:
-    """The model of this class, with tokenizer and feature extractor."""
+    """The model in folder or Hub id `name` as this class, with tokenizer and feature extractor."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with loading("checkpoint", name):
-        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, loaded = kind.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **told, **options)
+        model, report = kind.from_pretrained(name, trust_remote_code=False, **options)
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-    check_loaded("checkpoint", name, model, loaded, used=model, is_trained=True)
+    check_loaded("checkpoint", name, model, report, used=model, is_trained=True)
     with loading("checkpoint", name):
         load_adapter(model, name)
     refuse_misdescribed(name, model)
@@ -197,19 +201,19 @@ def loaded_as(kind: type[SpeechEncoderDecoder], name: str, **options: Any) -> Sa
 
 
 def refuse_misdescribed(name: str, model: SpeechEncoderDecoder) -> None:
-    """Raises UserError where a model's files do not say how texts begin, or describe what it learnt in other types."""
+    """Raises UserError if a model's files name no start token, or hold values of wrong types."""
     write = "write checkpoint=FOLDER of a run, or of a model after model.set_special_tokens(start, end, pad)"
     start, generation = getattr(model.config, "decoder_start_token_id", None), model.generation_config
-    starts = start, generation.decoder_start_token_id, generation.bos_token_id
-    if all(each is None for each in starts):
+    starts = [start, generation.decoder_start_token_id, generation.bos_token_id]
+    starts = [token for token in starts if token is not None]
+    if not starts:
         raise UserError("checkpoint", name, "its config.json names no decoder_start_token_id", write)
-    if others := [each for each in starts if each is not None and type(each) is not int]:
-        raise UserError(
-            "checkpoint", name, f"its files name {str(others[0])[:80]!r} as the token that starts a text", write
-        )
-    for each in ("tags", "training_normalizer"):
-        if not isinstance(value := getattr(model.config, each, None), dict | None):
-            raise UserError("checkpoint", name, f"its config.json has {each}={value!r}, which is no object", write)
+    if wrong_types := [token for token in starts if type(token) is not int]:
+        wrong = f"its files name {str(wrong_types[0])[:80]!r} as the token that starts a text"
+        raise UserError("checkpoint", name, wrong, write)
+    for key in ("tags", "training_normalizer"):
+        if not isinstance(value := getattr(model.config, key, None), dict | None):
+            raise UserError("checkpoint", name, f"its config.json has {key}={value!r}, which is no object", write)
     if isinstance(model, WholeSpeechModel) and (fault := fault_of_prompt(generation, model.decoder.config.vocab_size)):
         write = "write checkpoint=FOLDER with the generation_config.json of the published model"
         raise UserError("checkpoint", name, f"its generation_config.json has {fault}", write)
@@ -224,10 +228,10 @@ def join(
     adapter: Callable[[int, int], Adapter | None],
     tokenizer: PreTrainedTokenizerBase,
 ) -> SavedModel:
-    """A new model in training mode, with the start token of the decoder's pretraining, else the tokenizer's.
+    """A new model in training mode. A text starts with the token of the decoder's pretraining, else with the tokenizer's.
 
-    adapter: makes one from the widths of encoder and decoder
-    Raises UserError where the tokenizer writes more tokens than the decoder embeds, or the adapter refuses the widths.
+    adapter: makes an adapter from the widths of encoder and decoder, or None
+    Raises UserError if the tokenizer has more tokens than the decoder embeds, or the adapter refuses the widths.
     """
     config = decoder.config
     if config.vocab_size < len(tokenizer):
@@ -244,5 +248,5 @@ def join(
     between = adapter(frame_width(encoder.config), config.hidden_size)
     model = SpeechEncoderDecoder(encoder=encoder, decoder=decoder, adapter=between)
     model.set_special_tokens(start, end, pad)
-    model.train()  # from_pretrained gives evaluation mode, which Lightning keeps: dropout would never act
+    model.train()  # from_pretrained sets evaluation mode and Lightning keeps it: dropout would never act
     return SavedModel(model, tokenizer, feature_extractor_of(encoder))

@@ -1,7 +1,7 @@
-"""Speech2Text2, arXiv 2104.06678: the decoder of facebook/s2t-wav2vec2-large-en-de, which transformers 5 no longer has.
+"""Speech2Text2 (arXiv 2104.06678), the decoder of facebook/s2t-wav2vec2-large-en-de, which transformers 5 has dropped.
 
-Its layers are Marian's: attention, cross-attention and feed-forward, each with a layer norm behind the residual sum. Its
-embeddings are scaled, its positions are sinusoids that begin behind that of padding.
+Its layers are Marian's: attention, cross-attention and feed-forward, each followed by a residual sum and a layer norm.
+Embeddings are scaled. Positions are sinusoids that start after the padding index.
 
 B batch, U target tokens, D width.
 """
@@ -37,7 +37,7 @@ TIMESCALE = 10_000.0
 
 
 class Speech2Text2Config(PreTrainedConfig):
-    """Values of `decoder` in published config.json files, which hold others that nothing reads."""
+    """The values of `decoder` in published config.json files that are used; the files hold more."""
 
     model_type: ClassVar[str] = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -70,7 +70,7 @@ class Speech2Text2Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("num_hidden_layers", None)  # in published files that of another model's encoder
+        kwargs.pop("num_hidden_layers", None)  # published files hold that of an unrelated encoder
         super().__post_init__(**kwargs)
 
     @property
@@ -79,11 +79,11 @@ class Speech2Text2Config(PreTrainedConfig):
 
 
 class Sinusoids(nn.Module):
-    """Positions from 0 -> (B, U, D): sines of `offset` + position in the first half, cosines in the second.
+    """Positions from 0 on -> (B, U, D): sines of `offset` + position in the first half, cosines in the second.
 
-    Of any position; `weights` is the table of the first, for readers of tables.
+    Computes any position; `weights` is a table of the first ones, for code that reads a table.
 
-    mask:  (B, L) of all tokens so far: those that it masks are not counted; None: all are, pad tokens within a text too
+    mask:  (B, L) of the L tokens so far; masked tokens are not counted. None counts all, also pad tokens within a text
     dtype: of the result
     """
 
@@ -148,7 +148,7 @@ class Speech2Text2DecoderWrapper(MarianDecoderWrapper):
 
 
 class Speech2Text2ForCausalLM(MarianForCausalLM):
-    """The decoder with its output layer; the names of weights are the published ones."""
+    """The decoder with its output layer; weights have their published names."""
 
     config: Speech2Text2Config
     _keys_to_ignore_on_load_unexpected = Speech2Text2Decoder._keys_to_ignore_on_load_unexpected
@@ -162,11 +162,11 @@ class Speech2Text2ForCausalLM(MarianForCausalLM):
 
 
 class Speech2Text2Processor(Wav2Vec2Processor):
-    """Features of audio by a feature extractor, labels and text by the tokenizer."""
+    """Joins a feature extractor and the tokenizer, under the name in published folders."""
 
 
 def settle_published(model: PreTrainedModel) -> None:
-    """Gives a joined model, in place, what published files leave to its decoder: special tokens, embeddings of their own."""
+    """Completes a joined model from published files, in place: copies the decoder's special tokens, unties its embeddings."""
     decoder: Any = model.decoder
     if not isinstance(decoder, Speech2Text2ForCausalLM):
         return
@@ -178,11 +178,11 @@ def settle_published(model: PreTrainedModel) -> None:
 
 
 def register() -> None:
-    """Makes the Auto classes of transformers know the family, unless they do."""
+    """Registers the family with the Auto classes of transformers, once."""
     if MODEL_TYPE in CONFIG_MAPPING:
         return
     AutoConfig.register(MODEL_TYPE, Speech2Text2Config)
     AutoModelForCausalLM.register(Speech2Text2Config, Speech2Text2ForCausalLM)
     AutoTokenizer.register(Speech2Text2Config, tokenizer_class=Speech2Text2Tokenizer)
     AutoProcessor.register(Speech2Text2Config, Speech2Text2Processor)
-    REGISTERED_TOKENIZER_CLASSES[MODEL_TYPE] = Speech2Text2Tokenizer  # by which published config.json files name it
+    REGISTERED_TOKENIZER_CLASSES[MODEL_TYPE] = Speech2Text2Tokenizer  # the name in published config.json files

@@ -1,7 +1,7 @@
 """Decoders of sequence-to-sequence models: decoder stack and output layer, taken out of the whole model.
 
-To add a family: a row in `KINDS`. A class of its own is needed only where upstream's decoder leaves out the mask of frames
-or gives pad tokens no position.
+To add a family: a row in `KINDS`. It needs a class in decoder_stacks.py only if upstream's decoder ignores the mask of
+frames or gives pad tokens no position.
 
 B batch, U target tokens, T frames, D width.
 """
@@ -46,30 +46,30 @@ NAMES = {
     r"^(proj_out|lm_head\.out_proj|text_decoder_postnet\.lm_head)\.": "lm_head.",
     r"^(model\.)?shared\.": "decoder.embed_tokens.",
 }
-"""Beginnings of parameters' names in whole models, and what they are here."""
+"""Prefixes of parameter names in whole models -> prefixes in a StackDecoder."""
 
 
 class StackDecoder(PreTrainedModel, GenerationMixin):
-    """A causal language model out of the decoder stack of a sequence-to-sequence model and its output layer.
+    """A causal language model made of a sequence-to-sequence model's decoder stack and output layer.
 
-    whole: the class of that model
-    stack: the class of its decoder, or a subclass of it
-    within: attribute of the whole model's configuration that holds the decoder's; None: there is one for both
+    whole: class of the sequence-to-sequence model
+    stack: class of its decoder, or a subclass of it
+    within: attribute of the whole model's configuration that holds the decoder's; None if they share one
     output_bias: True if the output layer has a bias
-    of_frames: modules of the whole model's stack that its frames pass first, which a joined model leaves out
+    frame_modules: modules of the whole model's stack that process frames; a joined model moves them into its adapter
     """
 
     whole: ClassVar[type[PreTrainedModel]]
     stack: ClassVar[type[PreTrainedModel]]
     within: ClassVar[str | None] = None
     output_bias: ClassVar[bool] = False
-    of_frames: ClassVar[tuple[str, ...]] = ()
+    frame_modules: ClassVar[tuple[str, ...]] = ()
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"^(model\.|speecht5\.)?(encoder|speech_encoder|text_encoder|t2u_model|vocoder)\.",
-        r"^decoder\.(pos_emb|proj)\.",  # of frames
+        r"^decoder\.(pos_emb|proj)\.",  # process frames
     ]
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -80,12 +80,14 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, also from the folder of a whole model."""
-        of_family = get_checkpoint_conversion_mapping(cls.whole.config_class.model_type) or []
-        renamed = {pattern: each.target_patterns[0] for each in of_family for pattern in each.source_patterns}
+        """Loads as upstream does, also from the folder of a whole model."""
+        renamings = get_checkpoint_conversion_mapping(cls.whole.config_class.model_type) or []
+        renamed = {
+            pattern: renaming.target_patterns[0] for renaming in renamings for pattern in renaming.source_patterns
+        }
         loaded = super().from_pretrained(*args, **{"key_mapping": {**renamed, **NAMES}, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._weight_conversions = []  # by which save_pretrained would write the names of the whole model
+        model._weight_conversions = []  # else save_pretrained would write the names of the whole model
         return loaded
 
     def get_input_embeddings(self) -> nn.Module:
@@ -93,7 +95,7 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
         return embeddings
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Makes a linear layer the output layer, whose logits T5Gemma bounds."""
+        """Makes a linear layer the output layer, with T5Gemma's cap on logits if the configuration has one."""
         new_embeddings.__class__ = DeferrableLinear
         self.lm_head = cast(DeferrableLinear, new_embeddings)
         self.lm_head.cap = getattr(self.config, "final_logit_softcapping", None)
@@ -113,7 +115,7 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
-        """(B, U) tokens, or (B, U, D) embeddings, and (B, T, D) frames with their mask -> (B, U, V) logits."""
+        """(B, U) tokens or (B, U, D) embeddings, and (B, T, D) frames with their (B, T) mask -> (B, U, V) logits."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
@@ -142,17 +144,17 @@ class StackDecoder(PreTrainedModel, GenerationMixin):
 # --- the families
 
 
-def kind(
+def family(
     whole: type[PreTrainedModel],
     stack: type[PreTrainedModel],
     of_config: type[PreTrainedConfig] | None = None,
     config_fields: dict[str, Any] | None = None,
     **values: Any,
 ) -> type[StackDecoder]:
-    """The class of a family's decoders, with a configuration class of its own, which AutoModelForCausalLM finds.
+    """Makes and registers the class of a family's decoders and its configuration class.
 
-    of_config: the configuration class of the stack, if it is not that of the whole model
-    config_fields: values that the whole model would give it
+    of_config: the configuration class of the stack, if not that of the whole model
+    config_fields: values that the whole model would set in it
     values: attributes of the class
     """
     fields: dict[str, Any] = {
@@ -162,50 +164,50 @@ def kind(
     }
     name = whole.config_class.__name__.replace("Config", "DecoderConfig")
     config: Any = type(name, (of_config or whole.config_class,), fields | (config_fields or {}))
-    family = next(each for each in stack.__mro__ if each.__name__.endswith("PreTrainedModel"))
+    base = next(base for base in stack.__mro__ if base.__name__.endswith("PreTrainedModel"))
     name = f"{whole.__name__.partition('For')[0]}StackDecoder"
     values |= {"__module__": __name__, "whole": whole, "stack": stack, "config_class": config}
-    made = type(name, (StackDecoder, family), values)
+    made = type(name, (StackDecoder, base), values)
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, made)
     return made
 
 
-# transformers reads one bias of distances for each utterance, and T5 has one for all
+# transformers' flex attention reads one position bias per utterance, and T5 has one for all
 NO_FLEX: dict[str, Any] = {"_supports_flex_attn": False}
 KINDS = (
-    kind(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
-    kind(transformers.M2M100ForConditionalGeneration, mixed(Counting, M2M100Decoder)),
-    kind(transformers.Speech2TextForConditionalGeneration, mixed(Counting, Speech2TextDecoder)),
-    kind(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
-    kind(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
-    kind(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
-    kind(transformers.SeamlessM4TForSpeechToText, mixed(Counting, SeamlessM4TDecoder)),
-    kind(transformers.SeamlessM4Tv2ForSpeechToText, mixed(Counting, SeamlessM4Tv2Decoder)),
-    kind(
+    family(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
+    family(transformers.M2M100ForConditionalGeneration, mixed(Counting, M2M100Decoder)),
+    family(transformers.Speech2TextForConditionalGeneration, mixed(Counting, Speech2TextDecoder)),
+    family(transformers.MoonshineForConditionalGeneration, MoonshineDecoder),
+    family(transformers.T5ForConditionalGeneration, T5Stack, **NO_FLEX),
+    family(transformers.MT5ForConditionalGeneration, MT5Stack, **NO_FLEX),
+    family(transformers.SeamlessM4TForSpeechToText, mixed(Counting, SeamlessM4TDecoder)),
+    family(transformers.SeamlessM4Tv2ForSpeechToText, mixed(Counting, SeamlessM4Tv2Decoder)),
+    family(
         transformers.CanaryForConditionalGeneration,
         CanaryDecoder,
         CanaryDecoderConfig,
         within="decoder_config",
         output_bias=True,
     ),
-    kind(
+    family(
         transformers.CohereAsrForConditionalGeneration,
         UnprojectedCohereDecoder,
         output_bias=True,
-        of_frames=("proj",),
+        frame_modules=("proj",),
     ),
-    kind(
+    family(
         transformers.MoonshineStreamingForConditionalGeneration,
         UnprojectedMoonshineStreamingDecoder,
-        of_frames=("pos_emb", "proj"),
+        frame_modules=("pos_emb", "proj"),
     ),
-    kind(
+    family(
         transformers.SpeechT5ForSpeechToText,
         mixed(Counting, TokenSpeechT5Decoder),
         _tied_weights_keys={"lm_head.weight": "decoder.prenet.embed_tokens.weight"},
     ),
-    kind(
+    family(
         transformers.T5GemmaForConditionalGeneration,
         WholeT5GemmaDecoder,
         T5GemmaModuleConfig,
@@ -213,22 +215,23 @@ KINDS = (
         within="decoder",
     ),
 )
-for each in KINDS:  # where pickle looks for them
-    globals().update({made.__name__: made for made in (each, each.config_class)})
-# the model type of a whole sequence-to-sequence model -> the class of its decoder alone
-OF_WHOLE: Mapping[str, type[StackDecoder]] = {each.whole.config_class.model_type: each for each in KINDS}
+globals().update({made.__name__: made for decoder in KINDS for made in (decoder, decoder.config_class)})  # for pickle
+# model type of a whole sequence-to-sequence model -> class of its decoder
+DECODERS_OF_WHOLE: Mapping[str, type[StackDecoder]] = {
+    decoder.whole.config_class.model_type: decoder for decoder in KINDS
+}
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the decoder alone of a whole model; any other unchanged."""
-    if config.model_type not in OF_WHOLE:
+    """The configuration of a whole model's decoder; any other configuration unchanged."""
+    if config.model_type not in DECODERS_OF_WHOLE:
         return config
-    kind, whole = OF_WHOLE[config.model_type], config
+    kind, whole = DECODERS_OF_WHOLE[config.model_type], config
     config = copy.deepcopy(getattr(whole, kind.within) if kind.within else whole)
     config.__class__ = kind.config_class
     config.model_type, config.is_encoder_decoder = kind.config_class.model_type, False
     config._name_or_path = whole._name_or_path
-    if num_layers := getattr(config, "num_decoder_layers", None):  # T5's; None stands for as many as `num_layers`
+    if num_layers := getattr(config, "num_decoder_layers", None):  # T5's; None stands for `num_layers`
         config.num_layers, config.num_decoder_layers = num_layers, None
     for name in () if kind.within else whole.sub_configs:
         setattr(config, name, None)
@@ -239,24 +242,26 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def out_of_whole(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A decoder of this configuration with the weights of a whole model; a model without an output layer unchanged."""
-    weights = {here_named(name): weight for name, weight in model.state_dict().items()}
+    """A decoder with this configuration and a whole model's weights; a model without an output layer unchanged."""
+    weights = {stack_name(name): weight for name, weight in model.state_dict().items()}
     if "lm_head.weight" not in weights:
         return model
-    decoder = OF_WHOLE[model.config.model_type](config).to(model.device, model.dtype)
+    decoder = DECODERS_OF_WHOLE[model.config.model_type](config).to(model.device, model.dtype)
     decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()}, assign=True)
     if torch.equal(decoder.lm_head.weight, decoder.get_input_embeddings().weight):
         decoder.tie_weights()
     return decoder.train(model.training)
 
 
-def here_named(name: str) -> str:
-    """The name here of a whole model's parameter."""
+def stack_name(name: str) -> str:
+    """The name in a StackDecoder of a whole model's parameter."""
     for pattern, replacement in NAMES.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def whole_type(config: PreTrainedConfig) -> str:
-    """The model type of the whole model, by which users know the family."""
-    return next((name for name, kind in OF_WHOLE.items() if isinstance(config, kind.config_class)), config.model_type)
+    """The model type of the whole model, which users know the family by."""
+    return next(
+        (name for name, kind in DECODERS_OF_WHOLE.items() if isinstance(config, kind.config_class)), config.model_type
+    )

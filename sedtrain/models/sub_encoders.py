@@ -1,4 +1,4 @@
-"""The speech encoders that `transformers` has only inside sequence-to-sequence models, each with a model type of its own.
+"""Speech encoders that `transformers` has only inside sequence-to-sequence models, each with its own model type.
 
 B batch, S inputs (samples or feature frames), T frames, D width.
 """
@@ -30,31 +30,30 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from sedtrain.errors import UserError
-from sedtrain.models.masking import (
+from sedtrain.models.masked_modules import (
     GuardedSpecAugment,
-    Masked,
     MaskedConv1d,
     MaskedGroupNorm,
     Steps,
     length_mask,
-    mask_front_end,
     output_lengths,
     step,
 )
+from sedtrain.models.masking import Masked, mask_front_end
 from sedtrain.models.mixing import mix_into
 from sedtrain.models.packing import Packable, Packing
 
 
 def encoder_config_class(whole: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """A configuration class for the encoder alone of a sequence-to-sequence model whose class is `whole`."""
+    """A configuration class for the encoder of a sequence-to-sequence model; whole: the model's configuration class."""
     name, model_type = whole.__name__.replace("Config", "EncoderConfig"), f"{whole.model_type}-encoder"
     fields = {"__annotations__": {"is_encoder_decoder": bool}, "is_encoder_decoder": False, "model_type": model_type}
-    globals()[name] = made = type(name, (whole,), {**fields, "__module__": __name__})  # where pickle looks for it
+    globals()[name] = made = type(name, (whole,), {**fields, "__module__": __name__})  # pickle looks here for it
     return made
 
 
 class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
-    """Whisper's encoder for clips of any length up to its limit: positions are cropped, padding is masked.
+    """Whisper's encoder for clips of any length up to 30 s: positions are cropped, padding is masked.
 
     Upstream computes 30 seconds for every clip. Parameters and their names are unchanged.
     """
@@ -62,7 +61,7 @@ class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """(B, mel bins, S) features -> (B, ceil(S / 2), D). Raises UserError for more frames than it has positions."""
+        """(B, mel bins, S) features -> (B, ceil(S / 2), D). Raises UserError for more frames than positions."""
         packed, mask = self.packed, None
         hidden_states = self.stem(input_features) if packed is None else packed.one_by_one(self.stem, input_features)
         hidden_states = F.dropout(hidden_states, p=self.config.dropout, training=self.training)
@@ -76,10 +75,10 @@ class VariableLengthWhisperEncoder(Packable, WhisperEncoder):
             if layerdrop == 0.0 or torch.rand([]) >= layerdrop:
                 hidden_states = layer(hidden_states, mask, **kwargs)
         hidden_states = self.layer_norm(hidden_states)
-        return BaseModelOutput(hidden_states if packed is None else packed.apart(hidden_states))
+        return BaseModelOutput(hidden_states if packed is None else packed.unpack(hidden_states))
 
     def stem(self, input_features: Tensor) -> Tensor:
-        """(B, mel bins, S) -> (B, ceil(S / 2), D) with positions."""
+        """(B, mel bins, S) -> (B, ceil(S / 2), D), position embeddings added."""
         hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)
         num_frames = hidden_states.shape[1]
         if num_frames > self.max_source_positions:
@@ -129,21 +128,21 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
         return step(self.conv1) + step(self.conv2) + step(self.conv3)
 
     def masked_inputs(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the mask of each frame into every 384th sample, where upstream looks for it."""
+        """Spreads the mask of frames over samples: upstream reads it at every 384th sample."""
         stride = self.conv1.stride[0] * self.conv2.stride[0] * self.conv3.stride[0]
         num_frames = (inputs.shape[1] + stride - 1) // stride
         mask = self._get_feature_vector_attention_mask(num_frames, attention_mask)
         return inputs, mask.repeat_interleave(stride, dim=1)[:, : inputs.shape[1]]
 
     def _get_feat_extract_output_lengths(self, input_lengths: int) -> int:
-        """Frames of so many samples by whole numbers; upstream's divisions make a constant of a length that is traced."""
+        """Counts frames in whole numbers; upstream divides floats, which turns a traced length into a constant."""
         for kernel, stride, _ in self.steps:
             input_lengths = (input_lengths - kernel) // stride + 1
         return input_lengths
 
 
 class ExactCausalConv1d(MoonshineStreamingCausalConv1d):
-    """Counts the frames that an utterance has without padding; upstream also counts frames that it reaches in part.
+    """Counts the frames that an utterance has without padding; upstream also counts frames that lie partly in padding.
 
     lengths: (B,) of its input
     """
@@ -157,19 +156,19 @@ class ExactCausalConv1d(MoonshineStreamingCausalConv1d):
 
 
 def causal_step(convolution: Any) -> Steps:
-    """The step of a causal convolution, which begins within the zeros in front of the audio."""
+    """The step of a causal convolution, whose padding all lies before the audio."""
     kernel, stride = convolution.kernel_size[0], convolution.stride[0]
     return ((kernel, stride, (kernel - 1) // 2),)
 
 
 class StandaloneMoonshineStreaming(Masked, MoonshineStreamingEncoder):
-    """Each layer attends to a window; upstream leaves the windows out where it is given no mask."""
+    """Layers attend to a window, also without a mask; upstream then attends to everything."""
 
     config_class = MoonshineStreamingEncoderConfig
     front_end = ("embedder",)
 
     def mask_modules(self) -> Steps:
-        steps: Steps = ((1, self.embedder.frame_len, 0),)  # the last frame is filled up
+        steps: Steps = ((1, self.embedder.frame_len, 0),)  # zeros fill the last frame
         for convolution in (self.embedder.conv1, self.embedder.conv2):
             self.mask(convolution, ExactCausalConv1d, steps)
             steps += causal_step(convolution)
@@ -187,7 +186,7 @@ class StandaloneMoonshineStreaming(Masked, MoonshineStreamingEncoder):
 
 
 class FittingAdapterLayer:
-    """Mixin that counts the frames of a layer's own input; upstream takes every layer for the first."""
+    """Counts the frames of this layer's input; upstream counts every layer's like the first's."""
 
     residual_conv: Any
 
@@ -210,7 +209,7 @@ class StandaloneSeamlessM4T(MaskedSeamlessM4T, SeamlessM4TSpeechEncoder):
 
 
 class ChunkMaskedEncoder(SeamlessM4Tv2ConformerEncoder):
-    """Gives the mask as scores: upstream's is boolean, and all backends but sdpa add it to the scores, which masks nothing."""
+    """Makes the chunk mask one of scores, except for sdpa: other backends add upstream's boolean mask, which masks nothing."""
 
     def _apply_chunk_attention(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
         attended: Tensor = super()._apply_chunk_attention(attention_mask, hidden_states)
@@ -230,7 +229,7 @@ class StandaloneSeamlessM4Tv2(MaskedSeamlessM4T, SeamlessM4Tv2SpeechEncoder):
 
 
 class MaskedPrenet(GuardedSpecAugment):
-    """Mixin whose position embedding by convolutions sees zeros behind each utterance."""
+    """Mixin for a prenet whose convolutional position embedding reads zeros after the end of each utterance."""
 
     def _mask_hidden_states(
         self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None

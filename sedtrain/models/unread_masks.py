@@ -1,4 +1,4 @@
-"""Keeps `transformers` from reading masks on a device, for which the host would wait.
+"""Keeps `transformers` from reading masks on a device: the host would wait for the device.
 
 B batch, U tokens.
 """
@@ -16,20 +16,21 @@ ONE_TEXT_A_ROW: ContextVar[bool] = ContextVar("ONE_TEXT_A_ROW", default=False)
 
 
 def is_unread(tensor: Any = None) -> bool:
-    """True for a tensor that `transformers` must not look into: all it could learn is that nothing is padded."""
+    """True for a tensor that `transformers` must not read; it would only find out that nothing is padded."""
     return is_traced(tensor) or (isinstance(tensor, Tensor) and tensor.device.type != "cpu")
 
 
 def texts_in_rows(position_ids: Tensor) -> Tensor | None:
-    """(B, U) positions -> (B, U) number of the text in its row; None where each row is known to hold one.
+    """(B, U) positions -> (B, U) index of the text within its row; None if each row is known to hold a single text.
 
-    Otherwise a causal mask would be made of positions on a device, and attention could not use its causal kernel.
+    Without None, transformers would build a causal mask from positions on the device, and attention could not use its
+    causal kernel.
     """
     return None if not torch.compiler.is_compiling() and ONE_TEXT_A_ROW.get() else texts_by_positions(position_ids)
 
 
 def one_text_a_row(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a method that calls a decoder: without `position_ids` of the caller, each row holds one text."""
+    """Decorates a method that calls a decoder: each row holds one text, unless the caller passes `position_ids`."""
 
     @wraps(decode)
     def decorated(*args: Any, **inputs: Any) -> Any:

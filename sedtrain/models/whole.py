@@ -1,4 +1,4 @@
-"""Whole speech models of `transformers`, such as Whisper: both parts with their cross-attention, saved as what they were."""
+"""Whole speech models of `transformers`, such as Whisper, trained as a joined model and saved in their own format."""
 
 import copy
 from pathlib import Path
@@ -13,28 +13,28 @@ from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
 from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
 from sedtrain.models.encoder import EncodedSpeech, frame_width, standalone
-from sedtrain.models.encoder_families import OF_TYPE, UPSTREAM, encoder_config
+from sedtrain.models.encoder_families import ENCODERS, UPSTREAM, encoder_config
+from sedtrain.models.family_config import configured
 from sedtrain.models.flax_weights import pretrained
 from sedtrain.models.foreign import HUB_OPTIONS
-from sedtrain.models.loading import configured
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.stacks import OF_WHOLE, here_named
+from sedtrain.models.stacks import DECODERS_OF_WHOLE, stack_name
 
 FACTS = ("training_normalizer", "max_training_seconds", "tokens_per_second", "tags", "ctc_vocab_size")
-"""Facts of training in a configuration, which `transformers` does not read."""
+"""Entries that training adds to a configuration; `transformers` ignores them."""
 SPECIAL_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
 def is_whole(config: PreTrainedConfig) -> bool:
-    """True for a configuration of an encoder of speech and a decoder that attends to it."""
-    is_speech = config.model_type in OF_WHOLE and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
-    return is_speech and encoder_config(config).model_type in OF_TYPE
+    """True for the configuration of a sequence-to-sequence model with a known speech encoder and decoder."""
+    is_speech = config.model_type in DECODERS_OF_WHOLE and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    return is_speech and encoder_config(config).model_type in ENCODERS
 
 
-class OfFrames(Adapter, kind="of_frames"):
-    """Adds positions to frames and changes their width, as a whole model's decoder does before it attends to them.
+class DecoderInput(Adapter, kind="decoder_input"):
+    """Position embedding and projection that a whole model's decoder applies to the frames before it attends to them.
 
-    pos_emb, proj: modules of the decoder; None where it has none
+    pos_emb, proj: modules taken out of the decoder; None if it has none
     """
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
@@ -46,32 +46,32 @@ class OfFrames(Adapter, kind="of_frames"):
         if self.pos_emb is not None:
             most = self.pos_emb.num_embeddings
             if frames.shape[1] > most:
-                wrong = f"an utterance of {frames.shape[1]} frames does not fit the {most} positions of its frames"
+                wrong = f"an utterance of {frames.shape[1]} frames exceeds the {most} positions for frames"
                 raise UserError("checkpoint", "a whole model", wrong, "write a smaller data.max_seconds")
             frames = frames + self.pos_emb.weight[: frames.shape[1]]
         return frames if self.proj is None else self.proj(frames), mask
 
 
-def of_frames(stock: PreTrainedModel) -> OfFrames | None:
-    """The modules of the decoder that frames pass first, taken out of it."""
-    if not (names := OF_WHOLE[stock.config.model_type].of_frames):
+def decoder_input(stock: PreTrainedModel) -> DecoderInput | None:
+    """The adapter with the modules that the decoder applies to frames; None if it has none."""
+    if not (names := DECODERS_OF_WHOLE[stock.config.model_type].frame_modules):
         return None
     decoder = stock.get_decoder()
-    made = OfFrames(frame_width(encoder_config(stock.config)), decoder.config.hidden_size)
+    adapter = DecoderInput(frame_width(encoder_config(stock.config)), decoder.config.hidden_size)
     for name in names:
-        setattr(made, name, decoder.get_submodule(name))
-    return made
+        setattr(adapter, name, decoder.get_submodule(name))
+    return adapter
 
 
 class WholeSpeechModel(SpeechEncoderDecoder):
-    """The encoder and decoder of a sequence-to-sequence model.
+    """The encoder and decoder of a sequence-to-sequence model, joined.
 
-    stock_class, stock_config: of the model in `transformers`, as which it is saved
+    stock_class, stock_config: of the model in `transformers`, for saving
     """
 
     def __init__(self, stock: PreTrainedModel) -> None:
-        config = copy.deepcopy(stock.config)  # the parts change theirs
-        super().__init__(encoder=standalone(stock), decoder=stock, adapter=of_frames(stock))
+        config = copy.deepcopy(stock.config)  # joining changes the configurations of the parts
+        super().__init__(encoder=standalone(stock), decoder=stock, adapter=decoder_input(stock))
         self.stock_class, self.stock_config, self.generation_config = type(stock), config, stock.generation_config
         self.generation_config.eos_token_id = self.generation_config.eos_token_id or config.eos_token_id
         for name in SPECIAL_TOKENS:
@@ -86,12 +86,12 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     @property
     def is_whisper(self) -> bool:
-        """True for a model that hears 30 s, whose decoder begins with Whisper's own prompt."""
+        """True for Whisper, which reads 30 s of audio and starts a text with its own prompt."""
         return bool(self.stock_config.model_type == "whisper")
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        within = OF_WHOLE[self.stock_config.model_type].within
+        within = DECODERS_OF_WHOLE[self.stock_config.model_type].within
         for config in (self.stock_config, getattr(self.stock_config, within or "", self.stock_config)):
             config.vocab_size = self.decoder.config.vocab_size
         return embeddings
@@ -99,7 +99,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Writes what `from_pretrained` of the class in `transformers` reads; a CTC head lies in a file beside it."""
+        """Saves in the format of the class in `transformers`; a CTC head goes into a file of its own."""
         weights = self.state_dict() if state_dict is None else state_dict
         for name in FACTS:
             if (fact := getattr(self.config, name, None)) is not None:
@@ -114,7 +114,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The `from_pretrained` of the class in `transformers`, also for a folder with weights of Flax alone."""
+        """Loads as the class in `transformers` does, or Flax weights."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS & kwargs.keys()}
         config, kwargs = configured(pretrained_model_name_or_path, kwargs)
         stock_class = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING[type(config)]
@@ -129,7 +129,7 @@ class WholeSpeechModel(SpeechEncoderDecoder):
 
 
 def heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Tensor:
-    """(B,) tokens of the languages that Whisper hears, as `detect_language` of `transformers` finds them."""
+    """(B,) tokens of the languages that Whisper detects, as `detect_language` of `transformers` does."""
     ids = torch.tensor([*model.generation_config.lang_to_id.values()], device=model.device)
     start = torch.full((len(encoded.last_hidden_state), 1), model.config.decoder_start_token_id, device=model.device)
     scores = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False).logits[:, -1]
@@ -137,7 +137,7 @@ def heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Tens
 
 
 def with_heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech, tokens: Tensor) -> Tensor:
-    """(B, P) prompts, or labels, with the heard language in the place of one that nothing names."""
+    """(B, P) prompts or labels; where IGNORE_INDEX stands for the language, Whisper's detected language replaces it."""
     unnamed = tokens[:, :2] == IGNORE_INDEX
     if not unnamed.any() or not getattr(model, "is_whisper", False):
         return tokens
@@ -147,15 +147,16 @@ def with_heard_languages(model: SpeechEncoderDecoder, encoded: EncodedSpeech, to
 
 
 def own_names(stock: PreTrainedModel) -> dict[str, str]:
-    """The weights of a model of `transformers`, and their names in a joined one."""
-    kind = UPSTREAM[OF_TYPE[encoder_config(stock.config).model_type]]
+    """Names of weights in a whole model of `transformers` -> names in the joined model."""
+    kind = UPSTREAM[ENCODERS[encoder_config(stock.config).model_type]]
     encoder = next(f"{name}." for name, module in stock.named_modules() if type(module) is kind)
-    of_frames = OF_WHOLE[stock.config.model_type].of_frames
+    frame_modules = DECODERS_OF_WHOLE[stock.config.model_type].frame_modules
 
     def own(name: str) -> str:
         if name.startswith(encoder):
             return f"encoder.{name.removeprefix(encoder)}"
-        _, module, rest = f"{here_named(name)}..".split(".", 2)
-        return f"adapter.{module}.{rest.strip('.')}" if module in of_frames else f"decoder.{here_named(name)}"
+        name = stack_name(name)
+        _, module, rest = f"{name}..".split(".", 2)
+        return f"adapter.{module}.{rest.strip('.')}" if module in frame_modules else f"decoder.{name}"
 
     return {name: own(name) for name in stock.state_dict()}

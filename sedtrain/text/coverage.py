@@ -1,4 +1,4 @@
-"""Counts what a tokenizer cannot write or give back of training texts, before training starts."""
+"""Counts the characters of training texts that a tokenizer cannot write, and the texts that it changes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,13 +9,12 @@ from unicodedata import normalize
 
 from transformers import PreTrainedTokenizerBase
 
-NUM_SHOWN = 10  # characters
-NUM_CHANGED = 3  # texts
-WIDTH = 40  # characters of a text that is shown
+NUM_SHOWN, NUM_CHANGED, WIDTH = 10, 3, 40
+"""Characters and changed texts that a report shows, and characters shown of a text."""
 
 
 class Scores(Protocol):
-    """Error rates of hypotheses, read one by one."""
+    """Error rates, updated one text at a time."""
 
     def update(self, references: Sequence[str], hypotheses: Sequence[str]) -> object: ...
 
@@ -23,15 +22,15 @@ class Scores(Protocol):
 
 
 class VocabularyReport:
-    """Characters and tokens of texts, read one by one; only counts and the first text with a character are kept.
+    """Statistics of the characters and tokens of texts. Keeps counts, and the first text with each character.
 
     rewrite: applied to each text before it is encoded
-    scores:  of texts that are encoded and decoded; no model of this tokenizer writes these texts with fewer errors
+    scores:  compare decoded texts with the originals; no model with this tokenizer can make fewer errors on them
 
-    num_texts, num_emptied:  texts that are not empty; how many of them `rewrite` empties
+    num_texts, num_emptied:  non-empty texts; those of them that `rewrite` empties
     characters:              counts in rewritten texts, without white space
-    num_tokens, num_unknown: tokens of rewritten texts; how many of them are the unknown token
-    num_changed, changed:    texts that come back as others, and the first of them
+    num_tokens, num_unknown: tokens of rewritten texts; unknown tokens among them
+    num_changed, changed:    texts that encoding and decoding changes, and the first of them
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class VocabularyReport:
 
     @cached_property
     def unwritable(self) -> Counter[str]:
-        """Counts of the characters that the tokenizer writes as unknown or not at all."""
+        """Counts of the characters that the tokenizer writes as unknown, or drops."""
         found: Counter[str] = Counter()
         for character, count in self.characters.items():
             ids = self.ids(character)
@@ -93,17 +92,17 @@ class VocabularyReport:
         return not (self.unwritable or self.num_unknown or self.num_emptied or any(floors))
 
     def __str__(self) -> str:
-        """A summary, then a line for each frequent character that cannot be written and for each text that changes."""
-        return "\n".join([*self.written(), *self.given_back()])
+        """A summary, with lines for the most frequent unwritable characters and the first changed texts."""
+        return "\n".join([*self.lines_of_characters(), *self.lines_of_changes()])
 
-    def given_back(self) -> Iterator[str]:
+    def lines_of_changes(self) -> Iterator[str]:
         if self.num_changed and self.scores:
             floors = " and ".join(f"{name.upper()} {value:.2%}" for name, value in self.scores.compute().items())
-            what = f"  {self.num_changed:,} of {self.num_texts:,} texts are others when they are encoded and decoded"
-            yield f"{what}: no model scores better than {floors} on them all"
+            changes = f"  encoding and decoding changes {self.num_changed:,} of {self.num_texts:,} texts"
+            yield f"{changes}: no model scores better than {floors} on all of them"
             yield from (f"  {shown(text, back)!r} comes back as {shown(back, text)!r}" for text, back in self.changed)
 
-    def written(self) -> list[str]:
+    def lines_of_characters(self) -> list[str]:
         if not (self.unwritable or self.num_unknown or self.num_emptied):
             return [f"the tokenizer writes all {len(self.characters):,} characters of {self.num_texts:,} texts"]
         lines = [
@@ -115,20 +114,20 @@ class VocabularyReport:
         if rest := sum(islice(sorted(self.unwritable.values(), reverse=True), NUM_SHOWN, None)):
             lines.append(f"  and {len(self.unwritable) - NUM_SHOWN:,} more, {rest:,} times")
         if self.num_emptied:
-            lines.append(f"  {self.num_emptied:,} texts are empty once they are normalized for training")
+            lines.append(f"  {self.num_emptied:,} texts are empty after normalization for training")
         return lines
 
     def line(self, character: str, count: int) -> str:
-        """A character that cannot be written, and the first text with it, before it was rewritten."""
+        """An unwritable character, with the first text that has it, before rewriting."""
         text = self.first_text[character]
         position = normalize("NFC", text).find(character)
         start = max(position - WIDTH // 2, 0)
-        source = ", brought in by the normalizer," if position < 0 else ""
+        source = ", added by the normalizer," if position < 0 else ""
         return f"  {character!r} (U+{ord(character):04X}) {count:,} times{source} as in {text[start : start + WIDTH]!r}"
 
 
 def shown(text: str, other: str) -> str:
-    """The part of a text around the first character in which it differs from another."""
+    """The part of a text around its first difference from another."""
     pairs = enumerate(zip(text, other, strict=False))
     start = max(next((index for index, (left, right) in pairs if left != right), 0) - WIDTH // 2, 0)
     return text[start : start + WIDTH]

@@ -1,4 +1,4 @@
-"""The tokenizer of Speech2Text2: merges of fastBPE within words, with "@@" behind each token that continues a word."""
+"""The tokenizer of Speech2Text2: fastBPE merges within words; every token of a word but the last ends in "@@"."""
 
 import json
 from itertools import pairwise
@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizer
 from sedtrain.errors import UserError
 from sedtrain.plain import content, parsed
 
-LAST, CONTINUES = "</w>", "@@"  # behind the last symbol of a word in merges.txt; behind all but the last in vocab.json
+LAST, CONTINUES = "</w>", "@@"
+"""Suffix of a word's last symbol in merges.txt, and of its other tokens in vocab.json."""
 
 
 def read_vocabulary(file: Path) -> dict[str, int]:
@@ -18,25 +19,25 @@ def read_vocabulary(file: Path) -> dict[str, int]:
     vocabulary = parsed(file)
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise ValueError(f"{file.name} is no object of tokens with their ids")
-    wrong = [each for each in vocabulary.items() if type(each[1]) is not int or not 0 <= each[1] < 10 * len(vocabulary)]
-    if wrong:
-        raise ValueError(f"{file.name} gives {wrong[0][0][:40]!r} the id {str(wrong[0][1])[:40]!r}")
+    for token, id in vocabulary.items():
+        if type(id) is not int or not 0 <= id < 10 * len(vocabulary):
+            raise ValueError(f"{file.name} gives {token[:40]!r} the id {str(id)[:40]!r}")
     if len(set(vocabulary.values())) < len(vocabulary):
         raise ValueError(f"{file.name} gives an id to two tokens")
     return vocabulary
 
 
 def read_merges(file: Path) -> dict[tuple[str, str], int]:
-    """The rank of each pair of symbols in merges.txt, where a count may follow a pair. Raises ValueError for other lines."""
+    """The rank of each pair of symbols in merges.txt; a count may follow a pair. Raises ValueError for other lines."""
     lines = [line.split() for line in content(file).split("\n")]
     pairs = [tuple(words[:2]) for words in lines if words]
     if wrong := next((pair for pair in pairs if len(pair) < 2), None):
-        raise ValueError(f"{file.name} has a line of one symbol, {wrong[0][:40]!r}, in the place of a pair")
+        raise ValueError(f"{file.name} has a line with one symbol, {wrong[0][:40]!r}, instead of a pair")
     return {(first, second): rank for rank, (first, second) in enumerate(pairs)}
 
 
-def joined(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """The symbols with each such pair as one, from the left."""
+def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Merges every occurrence of the pair, from the left."""
     merged: list[str] = []
     for symbol in symbols:
         if merged and (merged[-1], symbol) == pair:
@@ -47,10 +48,9 @@ def joined(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 class Speech2Text2Tokenizer(PreTrainedTokenizer):
-    """Words between white space, each split by `merges.txt`; without that file it decodes only.
+    """Splits a text at white space and each word by `merges.txt`; without that file, it only decodes.
 
-    Decoding joins tokens with a space, and leaves out each "@@ ", and the "@@" of a text that ends within a word. No special
-    token is written around a text.
+    Decoding joins tokens with spaces and removes each "@@ ", and a final "@@". Encoding adds no special tokens.
     """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}
@@ -96,27 +96,27 @@ class Speech2Text2Tokenizer(PreTrainedTokenizer):
             raise UserError(
                 "decoder.checkpoint",
                 self.name_or_path,
-                "its tokenizer has no merges.txt: it decodes, and cannot encode",
+                "its tokenizer has no merges.txt, so it decodes but cannot encode",
                 "write decoder.checkpoint=FOLDER that has merges.txt beside vocab.json",
             )
         words = (text.lower() if self.do_lower_case else text).split()
         return [token for word in words for token in self.split(word, self.ranks)]
 
     def split(self, word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-        """The tokens of a word: of its neighbouring symbols those that merge first are joined, wherever they stand."""
+        """The tokens of a word: merges its neighbouring symbols, the pair of lowest rank first."""
         if word not in self.splits:
             symbols = [*word[:-1], word[-1] + LAST]
             while (
                 len(symbols) > 1
                 and (best := min(pairwise(symbols), key=lambda pair: ranks.get(pair, len(ranks)))) in ranks
             ):
-                symbols = joined(symbols, best)
-            *continued, last = symbols
-            self.splits[word] = [*(symbol + CONTINUES for symbol in continued), last.removesuffix(LAST)]
+                symbols = merge(symbols, best)
+            *others, last = symbols
+            self.splits[word] = [*(symbol + CONTINUES for symbol in others), last.removesuffix(LAST)]
         return self.splits[word]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes vocab.json, and merges.txt where there are merges; returns their paths."""
+        """Writes vocab.json, and merges.txt if there are merges; returns their paths."""
         written = {"vocab.json": json.dumps(self.encoder, ensure_ascii=False, indent=2) + "\n"}
         if self.ranks is not None:
             written["merges.txt"] = "".join(

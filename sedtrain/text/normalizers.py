@@ -1,4 +1,4 @@
-"""Text normalizers with a name and a version: two error rates compare only under the same one."""
+"""Text normalizers with a name and a version: error rates are comparable only under the same one."""
 
 import difflib
 import importlib
@@ -15,7 +15,7 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Rewrites texts: references and hypotheses before they are scored, or texts before they are learnt."""
+    """Rewrites texts: references and hypotheses before scoring, or texts before training."""
 
     name: str
     version: str
@@ -25,20 +25,19 @@ class Normalizer:
         return self.rewrite(text)
 
     def __reduce__(self) -> tuple[Callable[[str], "Normalizer"], tuple[str]]:
-        return normalizer, (self.name,)  # workers get the name: not every `rewrite` can be pickled
+        return normalizer, (self.name,)  # pickles only the name: some `rewrite` functions cannot be pickled
 
     def label(self) -> dict[str, str]:
-        """Name and version, as they are written beside scores and into saved models."""
+        """Name and version, as written into results and saved models."""
         return {"name": self.name, "version": self.version}
 
 
 def normalizer(name: str, option: str = "normalizer") -> Normalizer:
     """The normalizer called `none`, `lowercase`, `whisper_english` or `whisper_basic`.
 
-    Normalizing twice with `none` or `lowercase` changes nothing more. `whisper_english` writes number words as digits
-    ("three one four" becomes "314") and British spelling as American: use it to compare with published English scores,
-    not for spoken digits. `whisper_basic`, for any language, drops all marks, which include the vowel signs of
-    Devanagari and of its relatives.
+    `none` and `lowercase` are idempotent. `whisper_english` writes number words as digits ("three one four" becomes
+    "314") and British spelling as American: use it to compare with published English scores, not for spoken digits.
+    `whisper_basic`, for any language, drops all marks, including the vowel signs of Devanagari and related scripts.
 
     option: where the user wrote the name. Raises UserError for an unknown name.
     """
@@ -46,7 +45,7 @@ def normalizer(name: str, option: str = "normalizer") -> Normalizer:
 
 
 def find(table: Mapping[str, Entry], name: str, noun: str, option: str) -> Entry:
-    """The entry called `name`. Raises UserError with the closest name where there is none."""
+    """The entry called `name`. Raises UserError, with the closest name, if there is none."""
     if name in table:
         return table[name]
     close = difflib.get_close_matches(name, table, n=1)
@@ -55,13 +54,13 @@ def find(table: Mapping[str, Entry], name: str, noun: str, option: str) -> Entry
 
 
 def lowercase(text: str) -> str:
-    # Lower case can leave NFKC (U+1E9E, U+0130), and NFKC can bring capitals back (U+212A): hence twice.
+    # Twice, since lower() can break NFKC (U+1E9E, U+0130), and NFKC can add capitals (U+212A).
     lowered = unicodedata.normalize("NFKC", text).lower()
     return " ".join(unicodedata.normalize("NFKC", lowered).split())
 
 
 def whisper(language: str) -> Normalizer:
-    """Whisper's normalizer `english` or `basic`; those of transformers lack the 1,741 spellings that published scores use."""
+    """Whisper's normalizer `english` or `basic`. transformers' versions lack the 1,741 spellings behind published scores."""
     module = importlib.import_module(f"whisper_normalizer.{language}")
     rewrite = getattr(module, f"{language.title()}TextNormalizer")()
     return Normalizer(f"whisper_{language}", f"whisper-normalizer {version('whisper-normalizer')}", rewrite)

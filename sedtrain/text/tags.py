@@ -13,19 +13,19 @@ TASK_OF = {"transcription": "transcribe", "translation": "translate"}  # by targ
 
 @dataclass(frozen=True)
 class Tags:
-    """The languages and tasks that a model learnt; `ids` holds their tokens, by task and language."""
+    """The languages and tasks that a model has learnt; `ids` holds their tokens, by task and language."""
 
     ids: Mapping[str, Mapping[str, Sequence[int]]]
-    number = 2  # before a text
+    number = 2  # tokens before a text
 
     def of(self, language: str | None, task: str) -> list[int]:
-        """Tokens of a language; None is the only language of the task. Raises UserError for what was never learnt."""
+        """The tokens of a language and task; None stands for the task's only language. Raises UserError for unlearnt ones."""
         languages = self.ids.get(task, {})
         if language is None and len(languages) == 1:
             [language] = languages
         if language is None or language not in languages:
-            wanted = f"in {language!r}" if language else "in a language that nothing names"
-            pairs = [(target, known) for target, of in TASK_OF.items() for known in self.ids.get(of, ())]
+            wanted = f"in {language!r}" if language else "without a language"
+            pairs = [(target, known) for target, task_of in TASK_OF.items() for known in self.ids.get(task_of, ())]
             commands = [f"target={target} data.language={known}" for target, known in pairs]
             arguments = [f"target={target!r}, language={known!r}" for target, known in pairs]
             raise UserError(
@@ -46,11 +46,11 @@ class Tags:
 class WholePrompt:
     """A whole speech model's own tokens between its start token and a text.
 
-    ids:      by task and language; empty for a checkpoint of English alone, which has neither
-    last:     where there are no languages
-    language: where none is asked for
-    spaced:   True if a space begins a text of a script that has spaces
-    detects:  True if the model finds the language itself where nothing names it
+    ids:      by task and language; empty for an English-only checkpoint
+    last:     the prompt of a checkpoint without languages
+    language: default language
+    spaced:   True if a text starts with a space, in scripts that have spaces
+    detects:  True if the model detects the language when none is given
     """
 
     ids: Mapping[str, Mapping[str, Sequence[int]]]
@@ -68,7 +68,7 @@ class WholePrompt:
         return max((len(ids) for languages in self.ids.values() for ids in languages.values()), default=len(self.last))
 
     def of(self, language: str | None, task: str) -> list[int]:
-        """The tokens; IGNORE_INDEX in the place of a language that is detected. Raises UserError for what it cannot write."""
+        """The prompt; IGNORE_INDEX stands for a language to detect. Raises UserError for an unknown language or task."""
         if not self.ids and language in (None, "en"):
             return list(self.last)
         known, language = self.ids.get(task, {}), language or self.language
@@ -78,7 +78,7 @@ class WholePrompt:
         if language is None and self.detects:
             return [IGNORE_INDEX, *next(iter(known.values()))[1:]]
         if language is None or language not in known:
-            asked = f"no language {language!r}" if language else "several languages, and nothing names that of the text"
+            asked = f"no language {language!r}" if language else "several languages, and none is chosen for the text"
             asked += f" to {task} into" if language in self.languages else ""
             listed = ", ".join(sorted(known)) or "en"
             write, python = f"write data.language=ONE_OF {listed}", f"write language=ONE_OF {listed}"
@@ -94,7 +94,7 @@ def tag(name: str) -> str:
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase, learnt: Iterable[tuple[str | None, str]]) -> Tags:
-    """Adds the tags of pairs of language and task to a tokenizer, as tokens that no text becomes."""
+    """Adds the tags of (language, task) pairs to a tokenizer, as special tokens, which no text is encoded as."""
     pairs = sorted((language, task) for language, task in learnt if language is not None)
     tokens = dict.fromkeys(tag(name) for pair in pairs for name in pair)
     tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Trains tokenizers on transcripts, and encodes target texts with the tokenizer of any family."""
+"""Trains tokenizers on transcripts, and encodes target texts with any tokenizer."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -20,14 +20,14 @@ SPACE = "▁"
 def train_tokenizer(
     texts: Iterable[str], kind: Literal["bpe", "char"], vocab_size: UpToMillion, max_texts: Count | None = None
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `vocab_size` tokens that decodes what it encoded, up to white space and NFC.
+    """A tokenizer of at most `vocab_size` tokens, whose decoding undoes encoding up to white space and NFC.
 
-    `bpe` merges within words, so that each of a few distinct words becomes one token; punctuation stays apart.
-    `char` has one token a character. Both write `</s>` after a text and nothing before it, as labels need it: the
-    model prepends the start token when it shifts them. Special tokens spelled out in a text are encoded as text.
+    `bpe` merges within words, so that frequent words become one token; punctuation stays apart. `char` has one token per
+    character. Both write `</s>` after a text and nothing before it, since the model prepends the start token when it
+    shifts labels. Special tokens spelled out in a text are encoded as text.
 
-    max_texts: the first so many texts are read, one at a time; None: all
-    Raises UserError where there is no text, or where characters alone need more than `vocab_size` tokens.
+    max_texts: number of texts to read, one at a time; None for all
+    Raises UserError if there is no text, or if the characters alone need more than `vocab_size` tokens.
     """
     tokenizer = untrained(kind)
     trainer = trainers.BpeTrainer(
@@ -58,7 +58,7 @@ def train_tokenizer(
 
 
 def untrained(kind: Literal["bpe", "char"]) -> Tokenizer:
-    # With a space before the first word too, a word is the same token at every position; characters need none.
+    # A space before the first word makes a word the same token at every position; characters do not need it.
     prepend_scheme = {"bpe": "always", "char": "never"}[kind]
     one_space = normalizers.Replace(Regex(rf"[\s{SPACE}]+"), " ")
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
@@ -76,8 +76,8 @@ def untrained(kind: Literal["bpe", "char"]) -> Tokenizer:
 def start_end_pad(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     """Ids that start, end and pad a target: (bos, cls or end), (eos or sep), (pad or end).
 
-    Where padding is the end token, mask labels by length: masked by id, the model never learns to stop.
-    Raises UserError where the tokenizer has no end token.
+    If the end token is also the padding, mask labels by length: masked by id, the model would never learn to stop.
+    Raises UserError if the tokenizer has no end token.
     """
     end = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if end is None:
@@ -98,12 +98,11 @@ def first_id(*ids: int | None) -> int | None:
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_token_id: int | None) -> list[int]:
-    """Label ids of a text as the tokenizer writes targets: without the start token, with one end token, which is last.
+    """Label ids of a text: no start token, which shifting the labels prepends, and one end token, which is the last.
 
-    Shifting the labels prepends the start token. What a tokenizer writes after the end token, such as mBART's language
-    code, is dropped.
+    Drops tokens that a tokenizer writes after the end token, such as mBART's language code.
 
-    decoder_start_token_id: None where the text continues a prompt: the tokenizer then writes no token in front
+    decoder_start_token_id: None if the text continues a prompt; the tokenizer then writes no token before it
     """
     begins = decoder_start_token_id is not None
     ids: list[int] = tokenizer(text_target=text, add_special_tokens=begins)["input_ids"]
@@ -120,6 +119,6 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, decoder_start_t
 
 
 def encode_whisper(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Label ids behind Whisper's prompt: as in its pretraining, a space begins a text of a script that has spaces."""
+    """Label ids after Whisper's prompt. As in its pretraining, a text starts with a space if its script has spaces."""
     spaced = text if UNSPACED.match(text) else f" {text}"
     return [*tokenizer(spaced, add_special_tokens=False)["input_ids"], start_end_pad(tokenizer)[1]]

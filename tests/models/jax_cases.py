@@ -121,7 +121,7 @@ def test_the_code_of_the_page_runs(tmp_path, model, under_jax, monkeypatch):
 
 # --- mistakes
 
-SEARCH = "under JAX the search is greedy, and takes the scores as they are"
+SEARCH = "under JAX the search is greedy, and does not change scores"
 PYTORCH = "or generate with PyTorch: model.model.generate(...)"
 
 
@@ -145,7 +145,7 @@ def test_another_search_is_refused(under_jax, options, wrong, write):
 def test_training_is_refused(under_jax, name):
     with pytest.raises(UserError) as caught:
         under_jax(AUDIO, decoder_input_ids=IDS.numpy(), **{name: True})
-    assert caught.value.wrong == "dropout and frozen parts are not drawn under JAX"
+    assert caught.value.wrong == "there is no dropout and no freezing under JAX"
     assert caught.value.write == f"leave {name} out, and train with PyTorch"
 
 

@@ -279,7 +279,7 @@ def test_a_convolution_that_would_leave_frames_out_is_refused():
     assert problem(lambda: option("conv", "adapter.stride=3")(96, 144)) == (
         "adapter.stride",
         3,
-        "convolutions over 3 frames would leave frames out",
+        "convolutions over 3 frames would skip frames",
         "write adapter.stride=2, and adapter.num_layers for a lower rate, or adapter=stack_mlp",
     )
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
-from sedtrain.models import loading as attention
+from sedtrain.models import attention
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 pytestmark = pytest.mark.filterwarnings(  # of FlexAttention, and of what it imports

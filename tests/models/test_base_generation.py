@@ -10,7 +10,8 @@ from pairs import END, IDS, LABELS, PAD, START, assert_close, joined, ours_and_b
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from sedtrain.models.encoder import EncodedSpeech, feature_extractor_of
+from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.feature_extractors import feature_extractor_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 

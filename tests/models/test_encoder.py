@@ -8,7 +8,8 @@ from transformers import AutoModel, Wav2Vec2Config, WhisperConfig, WhisperModel
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
-from sedtrain.models.encoder import encoder_from_config, feature_extractor_of
+from sedtrain.models.encoder import encoder_from_config
+from sedtrain.models.feature_extractors import feature_extractor_of
 from sedtrain.text.tokenizers import train_tokenizer
 
 ALONE = ["whisper", "speech_to_text", "moonshine", "seamless_m4t", "seamless_m4t_v2", "speecht5"]

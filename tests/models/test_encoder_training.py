@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import frame_mask, freeze_front_end, standalone
-from sedtrain.models.masking import length_mask
+from sedtrain.models.masked_modules import length_mask
 
 LAYERDROP = {"seamless_m4t": "speech_encoder_layerdrop", "seamless_m4t_v2": "speech_encoder_layerdrop"} | dict.fromkeys(
     ["whisper", "speech_to_text", "speecht5"], "encoder_layerdrop"
@@ -147,7 +147,7 @@ class Silent(PreTrainedModel):
 
 
 def test_an_encoder_without_the_method_for_masks_is_told_which():
-    with pytest.raises(UserError, match="encoder = 'Silent'\n    it is no encoder of speech that says") as caught:
+    with pytest.raises(UserError, match="encoder = 'Silent'\n    it is not a speech encoder that tells") as caught:
         standalone(Silent())
     assert "_get_feature_vector_attention_mask(self, num_frames, attention_mask)" in caught.value.write
 

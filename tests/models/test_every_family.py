@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import BROKEN, as_decoder, load_decoder, settle_config
 from sedtrain.models.encoder import encoder_from_config, load_encoder
-from sedtrain.models.encoder_families import OF_TYPE, OF_WHOLE
+from sedtrain.models.encoder_families import ENCODERS, ENCODERS_OF_WHOLE
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 MODELS = Path(transformers.__file__).parent / "models"
@@ -114,7 +114,9 @@ def test_a_decoder_without_an_option_file_trains_and_generates_whatever_is_padde
 def test_every_encoder_of_transformers_that_says_its_masks_has_a_class_that_masks_everything():
     method = "_get_feature_vector_attention_mask"
     say = {file.parent.name for file in MODELS.glob("*/modeling_*.py") if method in file.read_text(encoding="utf-8")}
-    assert say - {"speech_encoder_decoder"} <= {model_type_to_module_name(each) for each in {*OF_TYPE, *OF_WHOLE}}
+    assert say - {"speech_encoder_decoder"} <= {
+        model_type_to_module_name(each) for each in {*ENCODERS, *ENCODERS_OF_WHOLE}
+    }
 
 
 SPEECH = [
@@ -137,6 +139,6 @@ def test_an_encoder_that_takes_no_mask_is_refused_as_configuration_and_as_module
             build()
         assert (caught.value.option, caught.value.value) == ("encoder", type(module).__name__)
         assert (
-            caught.value.wrong == "it is no encoder of speech that says which of its frames are real in a padded batch"
+            caught.value.wrong == "it is not a speech encoder that tells which of its frames are real in a padded batch"
         )
         assert "write encoder=wav2vec2, hubert, whisper or another option; a class of your own" in caught.value.write

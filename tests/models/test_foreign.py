@@ -18,7 +18,7 @@ from sedtrain.models.loading import load_tokenizer
 
 PACKAGE = Path(sedtrain.__file__).parent
 MAP = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
-CODE = "it asks for Python code from elsewhere, and no code of a model's is run"
+CODE = "it asks for Python code from elsewhere, and sedtrain runs no code of a model"
 INDEX = "model.safetensors.index.json"
 WRITE = "FOLDER of a model that transformers knows without other code"
 
@@ -59,7 +59,7 @@ def test_a_part_with_code_of_its_own_is_refused(tmp_path):
         ("preprocessor_config.json", {"auto_map": MAP}, f"preprocessor_config.json has auto_map: {CODE}"),
         ("processor_config.json", {"auto_map": MAP}, f"processor_config.json has auto_map: {CODE}"),
         ("config.json", {"decoder": {"num_hidden_layers": 10**9}},
-         "config.json has num_hidden_layers=1000000000, which would not be built for hours; no model has 10,000"),
+         "config.json has num_hidden_layers=1000000000, which would take hours to build; no model has 10,000"),
         ("adapter_config.json", {"base_model_name_or_path": "evil/base"},
          "adapter_config.json makes it an adapter of peft, whose base model would be fetched"),
         (INDEX, {"metadata": {}, "weight_map": {"a": "b.safetensors", "c": "../d.safetensors"}},

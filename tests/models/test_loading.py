@@ -23,7 +23,7 @@ from whispers import whisper_folder
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import load_decoder
 from sedtrain.models.encoder import load_encoder
-from sedtrain.models.loading import load_config, published_name
+from sedtrain.models.family_config import load_config, published_name
 
 TINY = {"hidden_size": 24, "num_attention_heads": 2}
 
@@ -110,7 +110,7 @@ def test_a_folder_with_the_weights_of_another_model_is_refused(wav2vec2, tmp_pat
     shutil.copy(tmp_path / "bert/model.safetensors", wav2vec2)
     problem = encoder_problem(wav2vec2)
     lack = "it lacks 46 of 46, such as encoder.layer_norm.bias"
-    assert problem.wrong == f"its weights are of another model: {lack}"
+    assert problem.wrong == f"its weights belong to another model: {lack}"
     assert problem.write == "write encoder.checkpoint=FOLDER whose config.json and weights belong together"
 
 
@@ -138,7 +138,7 @@ def test_a_whole_checkpoint_without_its_encoder_is_refused(tmp_path):
     whole = WhisperModel(WHISPER)
     weights = {name: weight for name, weight in whole.state_dict().items() if not name.startswith("encoder.")}
     whole.save_pretrained(tmp_path, state_dict=weights)
-    assert "its weights are of another model: it lacks 37 of 37" in encoder_problem(tmp_path, "whisper").wrong
+    assert "its weights belong to another model: it lacks 37 of 37" in encoder_problem(tmp_path, "whisper").wrong
 
 
 def test_a_decoder_gets_its_new_cross_attention_without_a_word(tmp_path, caplog):
@@ -174,7 +174,7 @@ def test_a_truncated_pickle_is_refused(wav2vec2):
 def test_a_checkpoint_of_another_family_is_refused_and_its_option_named(tmp_path):
     WhisperModel(WHISPER).save_pretrained(tmp_path)
     problem = encoder_problem(tmp_path, "hubert")
-    assert problem.wrong == "this is a whisper model, no hubert"
+    assert problem.wrong == "this is a whisper model, not hubert"
     assert problem.write == "write encoder=whisper, or if no option has that name encoder.model_type=whisper"
     BertForMaskedLM(BERT).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="write decoder=bert, or if no option"):
@@ -211,7 +211,7 @@ def test_the_home_folder_is_found(tmp_path, monkeypatch):
 def test_a_pickle_of_more_than_numbers_is_refused_in_our_words(wav2vec2):
     (wav2vec2 / "model.safetensors").unlink()
     torch.save({"weight": pytest.fail}, wav2vec2 / "pytorch_model.bin")
-    wrong = "the folder gave: weights in a pickle that is damaged, or holds more than numbers and could run code"
+    wrong = "the folder gave: a pickle of weights that is damaged, or holds more than numbers and could run code"
     assert encoder_problem(wav2vec2).wrong == wrong
 
 

@@ -14,10 +14,11 @@ from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir
 from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
-from sedtrain.models.decoder import max_tokens
-from sedtrain.models.encoder import feature_extractor_of, frame_mask, load_encoder
-from sedtrain.models.loading import default_config
+from sedtrain.models.encoder import frame_mask, load_encoder
+from sedtrain.models.family_config import default_config
+from sedtrain.models.feature_extractors import feature_extractor_of
 from sedtrain.models.options import misfit, range_of, refuse_impossible
+from sedtrain.models.positions import max_tokens
 
 EXAMPLES = int(os.environ.get("SEDTRAIN_EXAMPLES", 0))
 COUNT, FRACTION = "a whole number of 1 or more", "a fraction from 0 to 1"
@@ -109,7 +110,7 @@ def options_of(draw, part, name):
     options = {}
     for key in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):
         near = values_near(option["tiny"].get(key, getattr(defaults, key, None)))
-        fitting = [value for value in VALUES + 2 * near if not [*misfit(key, value, getattr(defaults, key, None))]]
+        fitting = [value for value in VALUES + 2 * near if not misfit(key, value, getattr(defaults, key, None))]
         options[key] = draw(st.sampled_from(fitting if fitting and draw(st.integers(0, 9)) else VALUES))
     return options
 

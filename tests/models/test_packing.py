@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sedtrain.errors import UserError
 from sedtrain.models import packing
 from sedtrain.models.encoder import frame_mask
-from sedtrain.models.encoder_families import OF_TYPE
+from sedtrain.models.encoder_families import ENCODERS
 from sedtrain.models.packing import Packing, fate_of_padding, lengths_of, why_not
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -59,7 +59,7 @@ def uneven(encoder, lengths=UNEVEN, garbage=1e3):
 
 
 def test_the_families_that_can_leave_padding_out_are_these():
-    assert {kind.config_class.model_type for kind in OF_TYPE.values() if issubclass(kind, Packing)} == {
+    assert {kind.config_class.model_type for kind in ENCODERS.values() if issubclass(kind, Packing)} == {
         *(FAMILIES - {"whisper"}), "whisper-encoder",
     }  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_products_of_a_frame_are_half_of_the_operations_that_torch_counts_but_at
 
 
 REFUSED = {
-    "w2v-bert": "only encoders like wav2vec2 and whisper leave it out",
+    "w2v-bert": "only encoders like wav2vec2 and whisper can leave it out",
     "hubert batch norm": "it has a batch norm over time",
 }
 

@@ -149,7 +149,7 @@ def test_a_language_model_whose_embeddings_have_another_width_than_its_layers_is
 
 
 def test_a_cache_of_a_fixed_size_is_refused():
-    with pytest.raises(UserError, match="has no room for the audio in front of the text"):
+    with pytest.raises(UserError, match="has no room for the audio before the text"):
         joined("llama").generate(**two_utterances(), max_new_tokens=2, cache_implementation="static")
 
 
@@ -170,7 +170,7 @@ def test_a_family_listens_as_it_can_and_as_it_is_asked_to():
         "decoder.listens = 'cross_attention': opt has no cross-attention; write decoder.listens=prefix, or none"
     )
     assert problem("bert", listens="prefix") == (
-        "decoder.listens = 'prefix': bert is no language model that can be fed by a prefix; "
+        "decoder.listens = 'prefix': bert is not a language model that can read a prefix; "
         "write decoder.listens=cross_attention, or decoder=llama or another decoder-only language model"
     )
 
@@ -211,7 +211,7 @@ def test_a_prompt_without_one_place_for_the_audio_is_refused_and_so_is_one_that_
     )
     assert problem("bert", prompt="{audio}") == (
         "decoder.prompt = '{audio}': this decoder listens by cross-attention, and reads no prompt; "
-        "write decoder.prompt=null, or decoder=llama or another decoder that is fed by a prefix"
+        "write decoder.prompt=null, or decoder=llama or another decoder that reads a prefix"
     )
 
 
@@ -225,8 +225,8 @@ def test_a_prompt_without_one_place_for_the_audio_is_refused_and_so_is_one_that_
             "{{ ''.__class__.__mro__ }}",
             "fails: SecurityError access to attribute '__class__' of 'str' object is unsafe.",
         ),
-        ("{{ lipsum.__globals__ }}", "writes what the user says 0 times"),
-        ("{{ messages[0].content * 2 }}", "writes what the user says 2 times"),
+        ("{{ lipsum.__globals__ }}", "writes the user's message 0 times"),
+        ("{{ messages[0].content * 2 }}", "writes the user's message 2 times"),
         ("{{ messages[0].content * 10**5 }}", "writes 700000 characters"),
         ("{{ 'x' * 10**10 }}", "takes more than 2 GiB of memory"),
         ("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", "takes more than 2 s"),
@@ -308,7 +308,7 @@ def test_audio_and_text_that_exceed_the_positions_are_refused_and_generation_end
     num_frames = model.encode(**{"inputs": two_utterances()["input_values"]}).last_hidden_state.shape[1]
     room = 60 - num_frames - 4
     with pytest.raises(
-        UserError, match=f"too long for the decoder's 60 positions behind {num_frames + 4} of audio and prompt"
+        UserError, match=f"too long for the decoder's 60 positions after {num_frames + 4} of audio and prompt"
     ):
         model(**two_utterances(), decoder_input_ids=torch.full((2, room + 1), 7))
     written = model.generate(**two_utterances(), max_new_tokens=100, suppress_tokens=[END])

@@ -67,7 +67,7 @@ def test_the_prompt_of_canary_names_the_languages_of_speech_and_text(tokenizer):
     message = refused(prompt.of, "en", "translate")
     assert "the checkpoint has no language 'en' to translate into\n    write data.language=ONE_OF de, fr" in message
     assert "no language 'it'\n" in refused(prompt.of, "it", "transcribe")
-    assert "nothing names that of the text" in refused(prompt.of, None, "transcribe")
+    assert "none is chosen for the text" in refused(prompt.of, None, "transcribe")
 
 
 def test_a_text_behind_a_prompt_has_no_other_token_in_front(tokenizer):

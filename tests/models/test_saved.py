@@ -108,7 +108,7 @@ def test_a_model_of_another_kind_is_named_and_what_can_be_made_of_it(kind, tmp_p
     OTHERS[kind].save_pretrained(tmp_path)
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     wrong, write = problem(tmp_path)
-    assert wrong == f"this is a {kind} model, no speech encoder-decoder"
+    assert wrong == f"this is a {kind} model, not a speech encoder-decoder"
     part = {"wav2vec2": "encoder", "bert": "decoder", "llama": "decoder"}.get(kind)
     if part is None:
         assert write == "write checkpoint=FOLDER of a run, or of a joined model that save_pretrained wrote"
@@ -121,7 +121,7 @@ def test_a_model_of_another_kind_is_named_and_what_can_be_made_of_it(kind, tmp_p
         made = create(compose("train", overrides.split()), part)
     made = made if part == "encoder" else made(TOKENIZER)
     assert made.config._name_or_path == str(tmp_path)
-    with pytest.raises(UserError, match="no speech encoder-decoder") as caught:
+    with pytest.raises(UserError, match="not a speech encoder-decoder") as caught:
         SpeechEncoderDecoder.from_pretrained(tmp_path)
     joined = f"SpeechEncoderDecoder.from_encoder_decoder_pretrained({arguments})"
     assert caught.value.python == f"write {joined}, and train it"
@@ -257,7 +257,7 @@ def without(prefix):
     [
         (without("adapter.convolutions.0.bias"), "its weights are incomplete: it lacks 1 of 159, such as adapter."),
         (without("adapter."), "its weights are incomplete: it lacks 8 of 159, such as adapter.convolutions.0.bias"),
-        (without(("encoder.", "decoder.")), "its weights are of another model: it lacks 151 of 159, such as decoder."),
+        (without(("encoder.", "decoder.")), "its weights belong to another model: it lacks 151 of 159, such as decoder."),
         (lambda weights: {**weights, "decoder.bert.embeddings.word_embeddings.weight": torch.zeros(3, 144)}, "decoder.bert."),
     ],
 )  # fmt: skip

@@ -22,7 +22,7 @@ from transformers import (
 from sedtrain import load
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder
-from sedtrain.models.decoder import max_tokens
+from sedtrain.models.positions import max_tokens
 from sedtrain.models.speech_to_text_2 import Speech2Text2ForCausalLM, Speech2Text2Processor, register
 from sedtrain.text.fast_bpe import Speech2Text2Tokenizer
 
@@ -250,7 +250,7 @@ def test_embeddings_of_two_values_stay_two_where_config_json_ties_them(published
         ("vocab.json", '{"a": []}', "the folder gave: vocab.json gives 'a' the id '[]'"),
         ("vocab.json", None, "the folder gave: there is no vocab.json"),
         ("merges.txt", "a b\n\udcff", "the folder gave: "),
-        ("merges.txt", "a\n", "the folder gave: merges.txt has a line of one symbol, 'a', in the place of a pair"),
+        ("merges.txt", "a\n", "the folder gave: merges.txt has a line with one symbol, 'a', instead of a pair"),
     ],
 )
 def test_damaged_files_of_the_tokenizer_are_one_problem(name, text, wrong, published, tmp_path):

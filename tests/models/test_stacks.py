@@ -12,7 +12,7 @@ from transformers.models.moonshine.modeling_moonshine import MoonshineEncoderMod
 from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, load_decoder, tokenizer_of
 from sedtrain.models.decoder_stacks import NoPositions
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.stacks import OF_WHOLE
+from sedtrain.models.stacks import DECODERS_OF_WHOLE
 from sedtrain.text.tokenizers import encode_target
 
 SPECIAL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2}
@@ -77,8 +77,8 @@ AUDIO = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module", params=WHOLE)
 def whole(request):
     torch.manual_seed(0)
-    model = OF_WHOLE[request.param].whole(AutoConfig.for_model(request.param, **WHOLE[request.param]))
-    for name in OF_WHOLE[request.param].of_frames:  # the joined model has these
+    model = DECODERS_OF_WHOLE[request.param].whole(AutoConfig.for_model(request.param, **WHOLE[request.param]))
+    for name in DECODERS_OF_WHOLE[request.param].frame_modules:  # the joined model has these
         setattr(model.model.decoder, name, {"proj": nn.Identity, "pos_emb": NoPositions}[name]())
     return model.eval()
 
@@ -96,7 +96,7 @@ def assert_same_logits(decoder, whole):
 
 
 def test_every_family_is_compared_with_its_whole_model():
-    assert WHOLE.keys() == OF_WHOLE.keys()
+    assert WHOLE.keys() == DECODERS_OF_WHOLE.keys()
 
 
 def test_the_folder_of_a_whole_model_gives_a_decoder_that_is_saved_alone(whole, tmp_path, caplog):
@@ -145,14 +145,14 @@ def test_whisper_s_causal_model_hears_by_its_whole_model_s_decoder():
 
 
 def test_a_whisper_decoder_suppresses_no_token():
-    decoder = as_decoder(OF_WHOLE["whisper"].whole(AutoConfig.for_model("whisper", **WHOLE["whisper"])))
+    decoder = as_decoder(DECODERS_OF_WHOLE["whisper"].whole(AutoConfig.for_model("whisper", **WHOLE["whisper"])))
     generation = SpeechEncoderDecoder(encoder=part("hubert"), decoder=decoder).generation_config
     assert (generation.suppress_tokens, generation.begin_suppress_tokens) == (None, None)
 
 
 def test_whisper_s_published_decoder_has_the_logits_of_the_whole_model(shared):
     folder = str(shared / "models/whisper-tiny.en")
-    whole = OF_WHOLE["whisper"].whole.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = DECODERS_OF_WHOLE["whisper"].whole.from_pretrained(folder, dtype=torch.float32).eval()
     decoder = load_decoder(None, "whisper", {}, checkpoint=folder).eval()
     audio = torch.randn(1, 9, whole.config.d_model, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

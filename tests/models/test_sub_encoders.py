@@ -34,7 +34,7 @@ from sedtrain.models.encoder import (
     loads_in_stock_transformers,
     standalone,
 )
-from sedtrain.models.encoder_families import OF_WHOLE
+from sedtrain.models.encoder_families import ENCODERS_OF_WHOLE
 from sedtrain.models.masking import Masked
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
@@ -61,7 +61,7 @@ def frames(encoder):
 
 
 def test_the_names_are_all_of_them():
-    assert {type(built(name)) for name in NAMES} == set(OF_WHOLE.values())
+    assert {type(built(name)) for name in NAMES} == set(ENCODERS_OF_WHOLE.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +113,7 @@ def test_any_model_of_transformers_gives_its_encoder(name, kind):
 
 
 def test_a_model_that_hears_no_speech_is_refused():
-    with pytest.raises(UserError, match="encoder = 'SpeechT5Model'\n    it has no encoder of speech") as caught:
+    with pytest.raises(UserError, match="encoder = 'SpeechT5Model'\n    it has no speech encoder") as caught:
         standalone(SpeechT5Model(whole_config("speecht5 group")))
     assert caught.value.write == "write a model of speecht5-encoder that takes speech"
 
@@ -129,7 +129,7 @@ def test_a_class_of_the_user_s_own_stays_as_it_is():
 
 def test_only_encoders_that_stock_transformers_has_load_there():
     stock = {name for name in VARIANTS if loads_in_stock_transformers(built(name).config)}
-    assert {type(built(name)) for name in VARIANTS.keys() - stock} == set(OF_WHOLE.values())
+    assert {type(built(name)) for name in VARIANTS.keys() - stock} == set(ENCODERS_OF_WHOLE.values())
     assert not loads_in_stock_transformers(whole_config("whisper"))
 
 

@@ -159,7 +159,7 @@ def test_languages_that_the_checkpoint_lacks_are_refused(folder):
     )
     if saved.tags.languages:
         message = refused(collator_of(saved), utterances(None))
-        assert "the checkpoint has several languages, and nothing names that of the text" in message
+        assert "the checkpoint has several languages, and none is chosen for the text" in message
 
 
 def test_a_saved_model_is_a_stock_folder_with_its_generation_config_and_its_learnt_language(folder, tmp_path):

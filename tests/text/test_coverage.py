@@ -102,13 +102,13 @@ def test_what_the_normalizer_brings_in_is_named_with_the_text_it_came_from():
     tokenizer = train_tokenizer(["ONE TWO", "Three"], "char", 100)
     report = VocabularyReport(tokenizer, ["ONE TWO"], normalizer("lowercase"))
     assert set(report.unwritable) == {"o", "n", "t", "w"}
-    assert "  'o' (U+006F) 2 times, brought in by the normalizer, as in 'ONE TWO'" in str(report).splitlines()
+    assert "  'o' (U+006F) 2 times, added by the normalizer, as in 'ONE TWO'" in str(report).splitlines()
 
 
 def test_texts_of_which_the_normalizer_leaves_nothing_are_counted():
     report = VocabularyReport(TOKENIZERS["char"], ["[laughs]", "", "one (inaudible)"], normalizer("whisper_basic"))
     assert report.num_emptied == 1 and not report.finds_nothing
-    assert str(report).splitlines()[-1] == "  1 texts are empty once they are normalized for training"
+    assert str(report).splitlines()[-1] == "  1 texts are empty after normalization for training"
 
 
 # --- what comes back
@@ -124,8 +124,8 @@ def test_texts_that_come_back_as_others_are_told_with_the_score_that_a_perfect_m
     )
     report = VocabularyReport(tokenizer, ["a café", "it it", "a cafe", "cafés a"], scores=floors())
     assert str(report).splitlines()[-3:] == [
-        "  2 of 4 texts are others when they are encoded and decoded: no model scores better than WER 25.00% and CER 29.17% "
-        "on them all",
+        "  encoding and decoding changes 2 of 4 texts: no model scores better than WER 25.00% and CER 29.17% "
+        "on all of them",
         "  'a café' comes back as 'a cafe'",
         "  'cafés a' comes back as 'a'",
     ]
@@ -137,8 +137,8 @@ def test_texts_that_differ_only_in_what_the_normalizer_of_the_scores_removes_hav
     assert report.finds_nothing
     assert str(report).splitlines() == [
         "the tokenizer writes all 5 characters of 2 texts",
-        "  1 of 2 texts are others when they are encoded and decoded: no model scores better than WER 0.00% and CER 0.00% "
-        "on them all",
+        "  encoding and decoding changes 1 of 2 texts: no model scores better than WER 0.00% and CER 0.00% "
+        "on all of them",
         "  'One two' comes back as 'one two'",
     ]
 

@@ -96,7 +96,7 @@ def test_without_merges_it_decodes_and_refuses_to_encode(tmp_path):
         tokenizer("für")
     [error] = raised.value.errors
     assert (error.option, error.value) == ("decoder.checkpoint", str(tmp_path))
-    assert error.wrong == "its tokenizer has no merges.txt: it decodes, and cannot encode"
+    assert error.wrong == "its tokenizer has no merges.txt, so it decodes but cannot encode"
     assert error.write == "write decoder.checkpoint=FOLDER that has merges.txt beside vocab.json"
 
 
@@ -120,6 +120,6 @@ def test_a_vocabulary_that_is_none_is_refused(vocabulary, wrong, tmp_path):
 
 
 def test_merges_that_are_none_are_refused(tmp_path):
-    wrong = r"^merges.txt has a line of one symbol, 'alone', in the place of a pair$"
+    wrong = r"^merges.txt has a line with one symbol, 'alone', instead of a pair$"
     with pytest.raises(ValueError, match=wrong):
         tokenizer_of(tmp_path, [], "a b\nalone\n")

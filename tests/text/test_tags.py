@@ -74,7 +74,7 @@ def test_the_only_language_of_a_task_need_not_be_named():
         ("it", "transcribe", "transcribe in 'it'"),
         ("en", "translate", "translate in 'en'"),
         ("de", "transcribe", "transcribe in 'de'"),
-        (None, "summarise", "summarise in a language that nothing names"),
+        (None, "summarise", "summarise without a language"),
     ],
 )
 def test_what_was_never_learnt_is_refused_with_what_was(language, task, asked):
@@ -87,7 +87,7 @@ def test_what_was_never_learnt_is_refused_with_what_was(language, task, asked):
 
 
 def test_a_language_of_several_has_to_be_named():
-    assert "asked to transcribe in a language that nothing names" in refused(tagged()[1].of, None, "transcribe")
+    assert "asked to transcribe without a language" in refused(tagged()[1].of, None, "transcribe")
 
 
 # --- batches

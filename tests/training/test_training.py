@@ -378,7 +378,7 @@ def test_a_model_whose_weights_are_another_s_is_refused(sedtrain, trained, tmp_p
     transcribe = ["task=transcribe", f"checkpoint={tmp_path}", f"audio={wav}"]
     ended = sedtrain(*transcribe)
     assert ended.status == 2
-    assert f"  checkpoint = '{tmp_path / 'model'}'\n    its weights are of another model" in ended.err
+    assert f"  checkpoint = '{tmp_path / 'model'}'\n    its weights belong to another model" in ended.err
     weights.write_bytes(b"x" * 100)
     ended = sedtrain(*transcribe)
     assert ended.status == 2
@@ -395,7 +395,7 @@ def test_a_folder_that_is_no_model_is_refused(sedtrain, tmp_path, wav, task):
     transformers.BertModel(small).save_pretrained(tmp_path)
     ended = sedtrain(f"task={task}", f"checkpoint={tmp_path}", *audio, f"run_dir={tmp_path / 'other'}")
     assert ended.status == 2
-    assert f"  checkpoint = '{tmp_path}'\n    this is a bert model, no speech encoder-decoder\n" in ended.err
+    assert f"  checkpoint = '{tmp_path}'\n    this is a bert model, not a speech encoder-decoder\n" in ended.err
 
 
 def test_audio_that_is_not_there_is_refused(sedtrain, trained):
