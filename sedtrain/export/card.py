@@ -186,7 +186,7 @@ def write_model_card(
         prompt=prompt,
         takes_audio=takes_audio,
         asked=asked,
-        adapter='\nmodel.load_adapter(f"{folder}/adapter")' if lora_layers(saved.model) else "",
+        adapter='\nmodel.load_adapter(f"{folder}/adapter")  # peft 0.20 or newer' if lora_layers(saved.model) else "",
         cast="" if saved.model.dtype.itemsize == 4 else ".to(model.dtype)",
         title=title,
         described=described,
