@@ -8,7 +8,7 @@ from tones import END, PAD, START, batch_of, joined
 from sedtrain.decoding.generate import decode_batch, token_limits
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.searches import Wanted, by_generate, by_loop, loop_of, steps_of_search
+from sedtrain.decoding.searches import SearchInputs, by_generate, by_loop, loop_of, steps_of_search
 from sedtrain.models.steps import forget, steps_of
 
 LEFT_TO_GENERATE = {"blenderbot_small", "xmod", *STACKS} - {"m2m_100", "speech_to_text", "whisper"}
@@ -31,9 +31,9 @@ def of_both(model, options, prompts, scale=1.0):
     with torch.inference_mode():
         encoded = model.encode(batch.inputs, batch.attention_mask)
         encoded.last_hidden_state = scale * encoded.last_hidden_state
-        wanted = Wanted(encoded, prompts, token_limits(model, encoded, [], prompts.shape[1], options), options)
-        ours = by_loop(model, steps_of_search(model, options), wanted)
-        theirs = by_generate(model, wanted)
+        inputs = SearchInputs(encoded, prompts, token_limits(model, encoded, [], prompts.shape[1], options), options)
+        ours = by_loop(model, steps_of_search(model, options), inputs)
+        theirs = by_generate(model, inputs)
     return [(Hypotheses.of_rows(rows, None, ENDS, PAD).ids, scores) for rows, scores in (ours, theirs)]
 
 
