@@ -19,9 +19,9 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE
 from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.readers import cache_folder
+from sedtrain.decoding.collator import collator_of, positions_of_audio
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.recordings import collator_of, positions_of_audio
 from sedtrain.errors import REFUSED, Attempts, UserError
 from sedtrain.evaluation.evaluate import Scoring
 from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, MetricSet, OwnMetric, chosen

@@ -45,7 +45,10 @@ class LanguageModel:
         return scores.tolist()
 
     def pieces(self, ids: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens (L,) of pieces that fit the model's positions, and which are scored: the first half of a later piece is context."""
+        """Pieces of a text, as (L,) tokens and a mask of those to score.
+
+        A piece fits the model's positions. The first half of each later piece is context and is not scored again.
+        """
         half = (max_tokens(self.model) or len(ids) + 1) // 2
         for start in range(0, max(len(ids) - half, half), half):
             piece = torch.tensor(ids[start : start + 2 * half], dtype=torch.long)

@@ -48,22 +48,6 @@ class FrameTimes:
         return self.first + (frame - 0.5) * self.hop
 
 
-def frames_per_second(saved: SavedModel) -> float:
-    """Frames that the decoder gets per second of audio: the encoder's, unless the adapter changes their number."""
-    return adapted_frames(saved, 1000) / 1000 / FrameTimes.of(saved).hop
-
-
-@torch.no_grad()
-def adapted_frames(saved: SavedModel, number: int) -> int:
-    """Frames that the adapter makes of this number of encoder frames."""
-    model = saved.model
-    frames = torch.zeros(1, number, model.encoder_output_dim, dtype=model.dtype, device=model.device)
-    with torch.random.fork_rng(devices=[]):  # dropout leaves the run's own random state alone
-        adapted = model.adapt({"last_hidden_state": frames}, None).last_hidden_state
-    assert adapted is not None
-    return int(adapted.shape[1])
-
-
 def input_times(extractor: Any) -> tuple[float, float]:
     """Seconds from input to input of the encoder (samples, or frames of features), and the centre of the first.
 
@@ -78,7 +62,7 @@ def input_times(extractor: Any) -> tuple[float, float]:
 
 
 def timed(words: Sequence[HeardWord], audio: Tensor, sampling_rate: int, times: FrameTimes) -> tuple[Word, ...]:
-    """Words in seconds of their (S,) audio: each from its first loud block to its last, between the borders to its neighbours."""
+    """Words in seconds of their (S,) audio: each from its first to its last loud block, within the borders to others."""
     if not words:
         return ()
     levels = decibels(audio, sampling_rate)

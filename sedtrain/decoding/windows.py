@@ -64,7 +64,7 @@ def planned(activity: NDArray[np.float64], limit: int, overlaps: bool = False) -
 
 
 def speech(activity: NDArray[np.float64], limit: int) -> list[Span]:
-    """Stretches of speech between pauses, with margins of at most half a pause; margins make none longer than the limit."""
+    """Stretches of speech between pauses, with margins of at most half a pause that keep them within the limit."""
     starts, ends = np.flatnonzero(np.diff(np.pad(activity > 0, 1).astype(int))).reshape(-1, 2).T
     is_pause = starts[1:] - ends[:-1] >= MIN_PAUSE
     bounds = zip(starts[np.r_[True, is_pause]], ends[np.r_[is_pause, True]], strict=True) if len(starts) else ()
@@ -136,7 +136,7 @@ def joined(one: Segment, two: Segment) -> tuple[Segment, Segment]:
 
 
 def within(words: Sequence[Word], first: int, last: int) -> tuple[Word, ...]:
-    """The words from letter `first` to before letter `last` of a text; a word at the edge is cut, as scripts without spaces need."""
+    """The words from letter `first` to before letter `last`, cut there: without spaces in the script, a word can be long."""
     ends = [0, *accumulate(len(word.text) for word in words)]
     pieces = [word.text[max(first - start, 0) : max(last - start, 0)] for word, start in zip(words, ends, strict=False)]
     return tuple(replace(word, text=piece) for word, piece in zip(words, pieces, strict=True) if piece)

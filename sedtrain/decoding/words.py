@@ -52,6 +52,6 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: 
 
 
 def may_part(left: str, right: str) -> bool:
-    """True if a word may end between two letters of a script without spaces: not before a closing mark, nor after an opening one."""
+    """True if a word may end here, in a script without spaces: not before a closing mark, nor after an opening one."""
     closes = category(right)[0] == "M" or category(right) in ("Pe", "Pf", "Po")
     return bool(UNSPACED.match(left) or UNSPACED.match(right)) and not closes and category(left) not in ("Pi", "Ps")

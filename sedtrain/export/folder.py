@@ -18,13 +18,14 @@ from sedtrain.export.options import ExportOptions
 from sedtrain.export.origin import Origin
 from sedtrain.models.lora import lora_layers, merge
 from sedtrain.models.saved import SavedModel
+from sedtrain.run_dir import writing_to
 
 logger = logging.getLogger(__name__)
 
 
 def refuse_taken(folder: Path) -> None:
     """Raises UserError for a file, a folder that holds anything, and the current one."""
-    with writing(folder):
+    with writing_to(folder):
         is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile("."))
     if is_taken:
         wrong = "something is there already, or you are in it, and nothing is overwritten"
@@ -32,20 +33,10 @@ def refuse_taken(folder: Path) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raises UserError where the system refuses what is done within."""
-    try:
-        yield
-    except OSError as error:
-        write = "write out=FOLDER that you may write to, on a disk with room"
-        raise UserError("out", str(folder), f"cannot be written to: {error}", write) from error
-
-
-@contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder` if nothing raises, else is removed. Raises UserError for one that is taken."""
     refuse_taken(folder)
-    with writing(folder):
+    with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".export-", dir=folder.parent) as place:
             unfinished = Path(place, folder.name)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sedtrain.batch import Batch, Utterance
 from sedtrain.data.audio import audio_blocks
 from sedtrain.data.paths import EMBEDDED
+from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.hypotheses import end_tokens
-from sedtrain.decoding.recordings import collator_of
 from sedtrain.errors import UserError
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder

@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from sedtrain.decoding.outputs import FORMATS
+from sedtrain.decoding.outputs import FORMATS, times
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.serving.requests import Asked
 
@@ -32,12 +32,9 @@ def verbose(found: Transcription, asked: Asked, target: str) -> dict[str, Any]:
         values["segments"] = [segment_of(number, each) for number, each in enumerate(found.segments)]
     if "word" in asked.granularities:
         words = [word for segment in found.segments for word in segment.words or ()]
-        values["words"] = [
-            {"word": each.text, "start": round(each.start, 3), "end": round(each.end, 3)} for each in words
-        ]
+        values["words"] = [{"word": word.text, **times(word)} for word in words]
     return values
 
 
 def segment_of(number: int, segment: Segment) -> dict[str, Any]:
-    times = {"start": round(segment.start, 3), "end": round(segment.end, 3)}
-    return {"id": number, **times, "text": segment.text, "doubt": segment.doubt}
+    return {"id": number, **times(segment), "text": segment.text, "doubt": segment.doubt}

@@ -9,11 +9,12 @@ from tones import END, HOP, PAD, SAMPLES, batch_of, drawn_texts, joined, train
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
 from sedtrain.decoding.alignment import checked_by_ctc
+from sedtrain.decoding.collator import frames_per_second
 from sedtrain.decoding.ctc import Lattice, lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.timestamps import FrameTimes, frames_per_second, timed
+from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Word
 from sedtrain.models.adapter import QFormerAdapter, StackMLPAdapter
 from sedtrain.models.saved import join

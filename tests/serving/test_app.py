@@ -86,7 +86,7 @@ def test_verbose_json_has_the_segments_and_words_that_are_asked_for(transcriber,
     [
         ({"model": "whisper-1"}, 404, "model", "this server has the model 'tiny', and not 'whisper-1'"),
         ({"response_format": "xml"}, 422, "response_format", "there is no format 'xml'; known are json, text, srt,"),
-        ({"language": "de"}, 422, "language", "this model was trained without tags of languages, so that"),
+        ({"language": "de"}, 422, "language", "this model was trained without language tags, so it cannot"),
         ({"prompt": "Names: Ada"}, 422, "prompt", "this server takes no prompt; it can be started with"),
         ({"temperature": "0.7"}, 422, "temperature", "temperature is '0.7'; this server takes 0 alone"),
         ({"temperature": "warm"}, 422, "temperature", "temperature is 'warm'; this server takes 0 alone"),
