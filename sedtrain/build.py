@@ -24,7 +24,8 @@ from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import REFUSED, Attempts, UserError
 from sedtrain.evaluation.evaluate import Scoring
-from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, CorpusMetrics, MetricSet, OwnMetric, chosen
+from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet, OwnMetric
+from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, chosen
 from sedtrain.evaluation.metrics_of_run import metric_set, of_evaluate, of_function
 from sedtrain.evaluation.results import Results
 from sedtrain.evaluation.scored_runs import read_results

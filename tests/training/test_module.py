@@ -17,7 +17,7 @@ from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import evaluate
-from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.models.encoder import feature_extractor_of
 from sedtrain.models.losses import LossWeights, ctc, shift_right
 from sedtrain.training.module import SpeechSeq2SeqModule
