@@ -1,4 +1,4 @@
-"""A transcription as the body of an answer, in the formats of OpenAI's clients."""
+"""A transcription as the body of an answer, in the formats of OpenAI's API."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip; charset=utf-8
 
 
 def reply(found: Transcription, asked: Asked, target: str) -> Response:
-    """The answer of status 200; target: transcription or translation."""
+    """The successful answer; target: transcription or translation."""
     if asked.format == "json":
         return JSONResponse({"text": found.text})
     if asked.format == "verbose_json":
@@ -21,7 +21,7 @@ def reply(found: Transcription, asked: Asked, target: str) -> Response:
 
 
 def verbose(found: Transcription, asked: Asked, target: str) -> dict[str, Any]:
-    """Times in seconds. What this model does not compute, such as `no_speech_prob`, is left out."""
+    """The values of verbose_json, with times in seconds; without those that sedtrain does not compute (`no_speech_prob`)."""
     values: dict[str, Any] = {
         "task": {"transcription": "transcribe", "translation": "translate"}[target],
         "language": asked.language,
