@@ -23,8 +23,8 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import Steps, steps_of
 
-Found = tuple[list[list[int]], list[list[float] | None]]
-"""Rows of tokens, where the hypotheses of one utterance are neighbours, and the scores of each utterance."""
+Found = tuple[list[list[list[int]]], list[list[float] | None]]
+"""For each utterance, the tokens of its hypotheses, and their scores."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,10 @@ class SearchInputs:
 def by_decoder(model: SpeechEncoderDecoder, inputs: SearchInputs) -> list[Hypotheses]:
     """Texts that the decoder writes; beam search gives them scores."""
     model.settle_generation_config()
-    ends, num_best = end_tokens(model.generation_config), inputs.options.num_return_sequences
     steps = steps_of_search(model, inputs.options, inputs.most)
-    rows, scores = by_generate(model, inputs) if steps is None else by_loop(model, steps, inputs)
-    pad = model.config.pad_token_id
-    return [
-        Hypotheses.of_rows(rows[n * num_best : (n + 1) * num_best], scores[n], ends, pad)
-        for n in range(len(inputs.prompts))
-    ]
+    found = by_generate(model, inputs) if steps is None else by_loop(model, steps, inputs)
+    ends, pad = end_tokens(model.generation_config), model.config.pad_token_id
+    return [Hypotheses.of_rows(rows, scores, ends, pad) for rows, scores in zip(*found, strict=True)]
 
 
 def steps_of_search(model: SpeechEncoderDecoder, options: DecodingOptions, most: int | None = None) -> Steps | None:
@@ -123,15 +119,15 @@ def by_loop(model: SpeechEncoderDecoder, steps: Steps, inputs: SearchInputs) -> 
     if options.search == "speculative":
         assert inputs.lattice is not None
         task = Task(steps, inputs.encoded, prompts, inputs.limits, ends, LogitsProcessorList())
-        return speculate(task, inputs.lattice.best_path[0]), no_scores
+        return [[row] for row in speculate(task, inputs.lattice.best_path[0])], no_scores
     own = inputs.processors(ends)
     processors = processors_of(model, options, prompts.shape[1], inputs.most, prompts.device, own)
     leaves = len(own) == len(inputs.added)  # joint scores count the rows of the batch
     task = Task(steps, inputs.encoded, prompts, inputs.limits, ends, processors, leaves)
     if options.num_beams == 1:
-        return greedy(task), no_scores
+        return [[row] for row in greedy(task)], no_scores
     texts, scores = beam_search(task, options.num_beams, options.num_return_sequences, options.length_penalty)
-    return [row for each in texts for row in each], scores.tolist()
+    return texts, scores.tolist()
 
 
 def by_generate(model: SpeechEncoderDecoder, inputs: SearchInputs) -> Found:
@@ -154,7 +150,7 @@ def by_generate(model: SpeechEncoderDecoder, inputs: SearchInputs) -> Found:
     )
     rows = (output.sequences if is_scored else output)[:, prompts.shape[1] :]
     scores = output.sequences_scores.unflatten(0, (-1, num_best)).tolist() if is_scored else [None] * len(prompts)
-    return rows.tolist(), scores
+    return rows.unflatten(0, (-1, num_best)).tolist(), scores
 
 
 @dataclass(eq=False)

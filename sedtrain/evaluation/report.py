@@ -58,7 +58,7 @@ def write_report(
         num_words = [sum(reference != "" for reference, _ in words) for words in pairs]
         groups = scores_by_group(ranking, metric_set, evaluation, num_words, labels)
         sections += [
-            html.row(*groups, *([errors_by_kind(pairs) + frequent_errors(pairs)] if ranking == "wer" else [])),
+            html.row(*groups, *([word_errors(pairs)] if ranking == "wer" else [])),
             pictures([evaluation.hypotheses[index] for index in order], listen_to) if listen_to else "",
             worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of, worst),
         ]
@@ -146,22 +146,19 @@ def pictures(ranked: Sequence[Hypothesis], listen_to: Callable[[Hypothesis], Lis
     return html.headed("Where the decoder listens", html.quiet("; ".join(notes)), html.row(*figures))
 
 
-def errors_by_kind(pairs: Iterable[list[WordPair]]) -> str:
-    counts = Counter(kind(pair) for words in pairs for pair in words)
-    num_words = max(counts["hit"] + counts["substitution"] + counts["deletion"], 1)
-    rows = [(f"{name}s", f"{counts[name]:,}", percent(counts[name] / num_words)) for name in KINDS]
-    return html.headed("Errors by kind", html.table(("kind", "words", "of the reference"), rows))
-
-
-def frequent_errors(pairs: Iterable[list[WordPair]]) -> str:
+def word_errors(pairs: Iterable[list[WordPair]]) -> str:
+    """Numbers of errors by kind, and the most frequent errors of each kind."""
     counts = Counter(pair for words in pairs for pair in words)
-    rows = [
-        (name, pair[0] or "–", pair[1] or "–", f"{count:,}")
-        for name in KINDS
-        for pair, count in [each for each in counts.most_common() if kind(each[0]) == name][:NUM_CONFUSIONS]
-    ]
-    listed = html.table(("kind", "reference", "hypothesis", "times"), rows, num_texts=3)
-    return html.headed("Most frequent errors", listed) if rows else ""
+    num_words = max(sum(count for (reference, _), count in counts.items() if reference), 1)
+    kinds, frequent = [], []
+    for name in KINDS:
+        errors = [(pair, count) for pair, count in counts.most_common() if kind(pair) == name]
+        total = sum(count for _, count in errors)
+        kinds.append((f"{name}s", f"{total:,}", percent(total / num_words)))
+        frequent += [(name, *(word or "–" for word in pair), f"{count:,}") for pair, count in errors[:NUM_CONFUSIONS]]
+    by_kind = html.headed("Errors by kind", html.table(("kind", "words", "of the reference"), kinds))
+    listed = html.table(("kind", "reference", "hypothesis", "times"), frequent, num_texts=3)
+    return by_kind + (html.headed("Most frequent errors", listed) if frequent else "")
 
 
 def worst_utterances(

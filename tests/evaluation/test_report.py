@@ -257,7 +257,9 @@ def test_the_worst_and_two_others_are_pictured_with_what_is_known(report):
     html = report(pairs, more=more, listen_to=heard(np.ones((3, 9)), [(0.1, 0.5), (0.6, 0.7), (0.7, 1.9)]))
     shown = html.split("Where the decoder listens")[1].split("<h2>")[0]
     assert re.findall("<figcaption>(.*?)</figcaption>", shown) == ["utterance-2", "utterance-1", "utterance-0"]
-    assert all(text in shown for text in ("$a", "&lt;b&gt;", "七", "cross-attention", "where CTC hears", "data:image/png"))
+    assert all(
+        text in shown for text in ("$a", "&lt;b&gt;", "七", "cross-attention", "where CTC hears", "data:image/png")
+    )
     assert len(shown) < 3 * 30_000
     assert "no attention weights" in report(pairs, listen_to=heard())
     assert "without a CTC head" in report(pairs, listen_to=heard())
