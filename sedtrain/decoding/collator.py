@@ -30,7 +30,7 @@ def adapted_frames(saved: SavedModel, number: int) -> int:
 
 
 def positions_of_audio(saved: SavedModel) -> Callable[[float], int] | None:
-    """Most positions of the decoder that prompt and audio of so many seconds take; None if audio takes none."""
+    """A function from seconds of audio to the most positions that prompt and audio take; None if audio takes none."""
     config = saved.model.config.decoder
     if not is_prefixed(config):
         return None

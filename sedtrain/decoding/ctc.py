@@ -16,7 +16,7 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 IMPOSSIBLE = -torch.inf
-ELEMENTS_AT_ONCE = 2**24  # scores in memory together, where only those of a few tokens are kept
+ELEMENTS_AT_ONCE = 2**24  # scores in memory at once, if only a few tokens' scores are kept
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Lattice:
     def best_path(self) -> tuple[list[list[int]], list[float]]:
         """The most probable token of each frame, without repetitions and blanks: ids and log-probability per utterance.
 
-        The log-probability is that of this one path, not of all paths that give the text.
+        The log-probability belongs to this one path, not to all paths that give the text.
         """
         scores, tokens = self.log_probs.max(-1)
         changes = tokens.diff(dim=1, prepend=torch.full_like(tokens[:, :1], -1)) != 0

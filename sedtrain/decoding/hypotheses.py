@@ -48,7 +48,7 @@ class Hypotheses:
 
     @property
     def support(self) -> float | None:
-        """How far CTC supports the best text, from 0 to 1; None if CTC was not asked."""
+        """Support of CTC for the best text, from 0 to 1; None if CTC was not asked."""
         return None if self.confidence is None else self.confidence * self.agreement
 
     @property

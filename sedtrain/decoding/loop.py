@@ -14,7 +14,7 @@ from sedtrain.decoding.ctc import rows_of
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.steps import Memory, Steps
 
-NEVER = -1e9  # the score by which `generate` marks what is no hypothesis
+NEVER = -1e9  # `generate` gives this score to empty places of hypotheses
 LOOK_EVERY = 8  # steps between looks for finished texts on an accelerator, since each look waits for it
 STAY = 0.75  # finished utterances leave the batch once at most this share of it is unfinished
 

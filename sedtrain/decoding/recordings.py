@@ -67,7 +67,7 @@ class Recording:
         self.decoded.append((segment, confidence))
 
     def transcription(self) -> Transcription:
-        """The texts so far, without those of windows in which CTC hears nothing, unless it hears nothing anywhere."""
+        """The texts so far. A window in which CTC hears nothing has no text, if CTC hears something in another window."""
         hears = any(confidence for _, confidence in self.decoded)
         segments = [segment for segment, confidence in self.decoded if confidence != 0 or not hears]
         return Transcription(self.name, self.num_samples / self.rate, tuple(segments))

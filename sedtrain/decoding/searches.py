@@ -106,7 +106,7 @@ def processors_of(
 
 
 def loop_of(model: SpeechEncoderDecoder, options: DecodingOptions) -> str:
-    """`sedtrain` where its own loop searches, `generate` where that of transformers does."""
+    """The loop that searches: `sedtrain`, its own, or `generate`, the one of transformers."""
     if options.search in ("ctc", "rescore"):
         return "sedtrain"
     return "generate" if steps_of_search(model, options) is None else "sedtrain"

@@ -50,7 +50,7 @@ class Transcriber(RecordingDecoder):
         self.refuse_unlearnt(self.language)
         tags = self.collator.tags
         if isinstance(tags, WholePrompt) and tags.detects and not (self.language or tags.language):
-            logger.info("no language is named: the model finds that of each recording")
+            logger.info("no language is named: the model finds the language of each recording")
         if self.with_words and self.saved.model.ctc_head is None:
             logger.warning(
                 "words have no times: the model was trained without a CTC head; train with loss=joint loss.ctc_weight=0.3"

@@ -19,7 +19,7 @@ MIN_SPEECH = 3  # hops; shorter sounds are clicks
 MIN_PAUSE = 8  # hops, 0.25 s; shorter ones are inside words
 LONG_PAUSE = 16  # hops, 0.5 s; a longer one always ends a window, like the pause between two training utterances
 MARGIN = 6  # hops, 0.2 s of a pause that stay with the speech: words begin and end quietly
-OVERLAP = 4  # a window cut inside speech shares one part in so many with the next
+OVERLAP = 4  # a window cut inside speech shares a quarter of its length with the next
 HELD_SECONDS = 30  # of audio in memory before windows are planned, at least
 
 

@@ -72,7 +72,7 @@ class Comparison:
     notes: list[str]
 
     def headline(self) -> str:
-        """The number of utterances that were compared, and how many each run has beside them."""
+        """The number of compared utterances, and how many more each run has."""
         others = ", ".join(f"{n:,} of {name}" for n, name in zip(self.left_out, self.names, strict=True) if n)
         left_out = f" ({others} left out: another run lacks them)" if others else ""
         return f"{self.split}: {self.num_utterances:,} utterances in common{left_out}"

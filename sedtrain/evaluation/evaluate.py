@@ -135,7 +135,9 @@ def evaluate(
         num_cut += any(segment.cut_at for segment in recording.segments)
     if not hypotheses:
         wrong = "none of the utterances could be decoded: there is nothing to score"
-        write = "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
+        write = (
+            "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with these"
+        )
         raise UserError("data", f"{num_skipped} utterances", wrong, write)
     texts = [h.reference for h in hypotheses], [h.hypothesis for h in hypotheses]
     counts = metric_set.count(*texts)

@@ -1,4 +1,4 @@
-"""Where the decoder attends to the audio while it writes a text, and when CTC hears the text's tokens.
+"""Shows the frames that the decoder attends to while it writes a text, and the times at which CTC hears its tokens.
 
 U tokens, T frames.
 """

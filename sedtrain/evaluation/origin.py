@@ -39,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run differs from the first.
+    """The sources of the difference between a run and the first run.
 
     groups:     groups of utterances by length, speaker and language
     confusions: reference word, hypothesis word, and their number in the first and in the other run; largest change first

@@ -117,7 +117,7 @@ class Results:
 
     @property
     def headline(self) -> str:
-        """How many utterances were scored, and how many were not and why, such as `155 scored, 4 too long`."""
+        """Numbers of utterances that were scored, and of the others by reason, such as `155 scored, 4 too long`."""
         counts = {"scored": self.num_utterances, **self.not_scored}
         of_scored = {"with an empty reference": self.num_empty, "cut at the limit of tokens": self.num_cut}
         text = ", ".join(f"{count:,} {what}" for what, count in counts.items())

@@ -10,7 +10,7 @@ from sedtrain.errors import UserError
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a model is exported.
+    """The form of an exported model.
 
     dtype:   precision of the saved weights; int8 is refused with the reason
     lora:    merged: the matrices of LoRA are added to the weights; apart: they stay in the folder `adapter`

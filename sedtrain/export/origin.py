@@ -25,7 +25,7 @@ SHOWN: dict[str, tuple[str, ...] | None] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What a card says about a model's training.
+    """Facts about a model's training for its card.
 
     data:        names of the training data; empty if unknown
     datasets, base_models: Hub ids
