@@ -19,10 +19,10 @@ from sedtrain.terminal import saved_files, show, table
 MAX_RUNS = 20
 HEADINGS = ("run", "value", "95 % interval", "difference", "its 95 % interval", "p, t-test", "p, swaps", "p, corrected")
 HOW = """
-Each difference is a run minus the first run, in points (percent). Two paired tests use the units of the intervals: a t-test
-of the jackknife, and approximate randomisation, which swaps units between the runs at random. The verdict takes the larger of
-both p-values, corrected for the number of runs that are compared with the first (Holm). Below 0.05 it is a difference.
-Metrics are not corrected for each other: the first metric decides.
+Differences are those from the first run, in points (percent). Two paired tests resample the units of the intervals: a t-test
+of the jackknife, and approximate randomisation, which swaps the runs' units at random. The verdict takes the larger of both
+p-values, corrected for the number of runs that are compared with the first (Holm), and calls it a difference below 0.05.
+Metrics are not corrected for each other: the first decides.
 """
 
 
@@ -39,13 +39,13 @@ def compare(folders: Sequence[str], run_dir: Path) -> None:
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart, without control characters."""
+    """The last parts of paths that tell them apart, without what a terminal would act on."""
     number = next(n for n in range(1, 1000) if len({each.parts[-n:] for each in places}) == len(places))
     return [printable("/".join(each.parts[-number:])) for each in places]
 
 
 def tables(comparison: Comparison) -> list[RenderableType]:
-    """Tables and lines for the terminal, with the verdicts last, where people see them."""
+    """Tables and lines for the terminal; the verdicts come last, where they are seen."""
     numbers = ("value and\n95 % interval", "difference and\n95 % interval", "p, t", "p, swaps", "p, Holm")
     shown: list[RenderableType] = [f"{comparison.headline()}, {comparison.units}"]
     for metric in comparison.values:
@@ -67,7 +67,7 @@ def tables(comparison: Comparison) -> list[RenderableType]:
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Writes one self-contained HTML file."""
+    """Writes one HTML file without links to anything outside it."""
     title = f"{' and '.join([', '.join(comparison.names[:-1]), comparison.names[-1]])}: comparison"
     facts = {
         "data": comparison.data,
@@ -87,7 +87,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 
 def run_rows(comparison: Comparison, metric: str) -> list[tuple[str, ...]]:
-    """A row for each run: value and interval; for all but the first run, the difference with its tests."""
+    """A row for each run: value and interval, and of each but the first the difference with its tests."""
     rows = []
     for number, (name, value) in enumerate(zip(comparison.names, comparison.values[metric], strict=True)):
         tests: tuple[str, ...] = ("",) * 5
