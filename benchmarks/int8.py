@@ -18,8 +18,9 @@ from transformers import BartConfig, BartForCausalLM, HubertConfig, HubertModel
 from sedtrain.build_saved import connect
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.searches import Wanted, generated
-from sedtrain.evaluation.intervals import confidence_intervals, paired_test
+from sedtrain.decoding.searches import SearchInputs, by_decoder
+from sedtrain.evaluation.intervals import confidence_intervals
+from sedtrain.evaluation.paired_tests import paired_test
 from sedtrain.models.int8 import in_int8
 from sedtrain.models.saved import load
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
@@ -65,7 +66,7 @@ def speed(rounds=5):
                 if part == "encoder":
                     encoded = model.encode(audio, torch.ones_like(audio, dtype=torch.long))
                 else:
-                    generated(model, Wanted(encoded, prompt, torch.tensor([NUM_TOKENS]), DecodingOptions()))
+                    by_decoder(model, SearchInputs(encoded, prompt, torch.tensor([NUM_TOKENS]), DecodingOptions()))
                 taken = time.process_time() - began
                 best[name, part] = min(taken, best.get((name, part), taken))
     for part in ("encoder", "decoder"):

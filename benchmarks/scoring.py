@@ -20,7 +20,7 @@ import jiwer
 import sacrebleu
 
 from sedtrain.compare import compare
-from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
+from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
 from sedtrain.text.normalizers import normalizer
 
 NUMBER, BATCH = 10_000, 16

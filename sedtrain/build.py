@@ -23,7 +23,8 @@ from sedtrain.data.readers import cache_folder
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import REFUSED, Attempts, UserError
-from sedtrain.evaluation.metrics import TRANSCRIPTION, CorpusMetrics, MetricSet, chosen
+from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
+from sedtrain.evaluation.metrics import TRANSCRIPTION, chosen
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.parts import Execution
 from sedtrain.models.saved import SavedModel

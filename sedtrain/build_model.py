@@ -11,7 +11,7 @@ from sedtrain.config.instantiate import create
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.decoding.recordings import positions_of_audio
+from sedtrain.decoding.collator import positions_of_audio
 from sedtrain.errors import REFUSED, Attempts, UserError
 from sedtrain.models.decoder import tokenizer_of
 from sedtrain.models.losses import LossWeights

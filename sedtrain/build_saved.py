@@ -10,11 +10,12 @@ from sedtrain.config.instantiate import create
 from sedtrain.data.corpus import refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE
+from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.generate import refuse_impossible
-from sedtrain.decoding.recordings import collator_of
 from sedtrain.errors import Attempts
 from sedtrain.evaluation.evaluate import Scoring
-from sedtrain.evaluation.metrics import METRICS, MetricSet, OwnMetric, chosen
+from sedtrain.evaluation.metric_set import MetricSet, OwnMetric
+from sedtrain.evaluation.metrics import METRICS, chosen
 from sedtrain.evaluation.metrics_of_run import metric_set, of_evaluate, of_function
 from sedtrain.evaluation.results import Results
 from sedtrain.evaluation.scored_runs import read_results

@@ -5,7 +5,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,6 +56,16 @@ def claim(run: Path) -> FileLock:
             raise
         logger.warning("run_dir=%s: this disk has no locks; make sure that no other process uses the folder", run)
     return lock
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raises UserError of the option `out` where the system refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        write = "write out=FOLDER that you may write to, on a disk with room"
+        raise UserError("out", str(folder), f"cannot be written to: {error}", write) from error
 
 
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object], keep: Path | None = None) -> None:

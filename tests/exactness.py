@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 
 from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.models.losses import LossWeights
 from sedtrain.training.guards import Guards
 from sedtrain.training.module import SpeechSeq2SeqModule

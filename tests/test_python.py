@@ -19,7 +19,7 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.transcribe import Model, decoding_options
 from sedtrain.errors import UserError
-from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.models.adapter import ConvAdapter, QFormerAdapter, TransformerAdapter, saved_adapter, stock_projection
 from sedtrain.models.decoder import load_decoder, new_decoder
 from sedtrain.models.encoder import encoder_from_config, load_encoder

@@ -12,9 +12,9 @@ from transformers import WhisperForConditionalGeneration
 
 import sedtrain as package
 from sedtrain.batch import Utterance
+from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.recordings import collator_of
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,26 @@
-"""The frames of each token of a known text, by CTC: Viterbi over the text's tokens with blanks around them.
+"""Aligns texts to the encoder's frames by CTC: Viterbi over the text's tokens with blanks around them.
 
 B batch, T frames, V vocabulary of the CTC head, U tokens, S = 2 U + 1 states: blank, token, blank, token, ..., blank.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
 
 from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice
+from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
+from sedtrain.decoding.words import words_in
 
 
 @dataclass(frozen=True)
 class AlignedToken:
-    """A token in frames `start` to `end`, the last not included; confidence: its mean probability in them."""
+    """A token in frames `start` to before `end`; confidence: its mean probability in them."""
 
     token: int
     start: int
@@ -24,9 +29,9 @@ class AlignedToken:
 
 
 def align(lattice: Lattice, texts: Sequence[Sequence[int]]) -> list[list[AlignedToken] | None]:
-    """The most probable path of each of the B texts; None if it has none, as for a text of more tokens than frames.
+    """The most probable path of each of the B texts; None if there is none, as for a text of more tokens than frames.
 
-    Between two equal tokens stands a blank. A text has no end token and no blank.
+    A text has no end token and no blank. The path has a blank between two equal tokens.
     Source: Graves et al. 2006.
     """
     states = states_of(texts, lattice.blank).to(lattice.log_probs.device)
@@ -39,7 +44,7 @@ def align(lattice: Lattice, texts: Sequence[Sequence[int]]) -> list[list[Aligned
 
 
 def states_of(texts: Sequence[Sequence[int]], blank: int) -> Tensor:
-    """(B, S) tokens of the states, blanks behind them."""
+    """(B, S) tokens of the states, padded with blanks."""
     longest = max(map(len, texts), default=0)
     states = torch.full((len(texts), 2 * longest + 1), blank)
     for row, text in zip(states, texts, strict=True):
@@ -48,9 +53,9 @@ def states_of(texts: Sequence[Sequence[int]], blank: int) -> Tensor:
 
 
 def best_states(emissions: Tensor, skippable: Tensor, num_states: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S, T) log-probabilities -> (B,) score of the best path to the last token or the blank behind it, its (B, T) states.
+    """(B, S, T) log-probabilities -> (B,) scores and (B, T) states of the best paths, which end in the last token or blank.
 
-    skippable: (B, S) the state may follow the one before its predecessor
+    skippable: (B, S) True if a path may skip the state before this one
     """
     scores = emissions[..., 0].masked_fill(torch.arange(emissions.shape[1], device=emissions.device) > 1, IMPOSSIBLE)
     steps = []
@@ -68,10 +73,44 @@ def best_states(emissions: Tensor, skippable: Tensor, num_states: Tensor) -> tup
 
 
 def spans(text: Sequence[int], path: Sequence[int], probabilities: Sequence[float]) -> list[AlignedToken]:
-    """The text's tokens with their frames; `path` holds the states of all frames."""
+    """The text's tokens with their frames; `path` holds the state of each frame."""
     aligned = []
     for number, token in enumerate(text):
         start = path.index(2 * number + 1)
         end = start + path.count(2 * number + 1)
         aligned.append(AlignedToken(token, start, end, sum(probabilities[start:end]) / (end - start)))
     return aligned
+
+
+# --- CTC about the texts of a search
+
+
+def checked_by_ctc(
+    tokenizer: PreTrainedTokenizerBase, lattice: Lattice, found: Sequence[Hypotheses], with_words: bool
+) -> list[Hypotheses]:
+    """The hypotheses with confidence and agreement of CTC about the best text, and with the frames of its words if asked."""
+    silent = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    texts, alone = (
+        [[token for token in row if token not in silent] for row in rows]
+        for rows in ([each.ids[0] for each in found], lattice.best_path[0])
+    )
+    return [
+        replace(
+            each,
+            confidence=fmean(token.confidence for token in tokens) if of_ctc and tokens else 0.0,
+            agreement=Levenshtein.normalized_similarity(text, of_ctc),
+            words=words_of(tokenizer, text, each.texts[0], tokens) if with_words and tokens is not None else None,
+        )
+        for each, text, of_ctc, tokens in zip(found, texts, alone, align(lattice, texts), strict=True)
+    ]
+
+
+def words_of(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, aligned: Sequence[AlignedToken]
+) -> tuple[HeardWord, ...]:
+    """The words of aligned tokens; a word's confidence is the mean of its tokens'."""
+    return tuple(
+        HeardWord(word, of_word[0].start, of_word[-1].end, fmean(token.confidence for token in of_word))
+        for word, first, last in words_in(tokenizer, ids, text)
+        for of_word in [aligned[first:last]]
+    )

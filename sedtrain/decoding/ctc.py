@@ -16,12 +16,12 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 IMPOSSIBLE = -torch.inf
-ELEMENTS_AT_ONCE = 2**24  # scores of all tokens, where those of a few are wanted
+ELEMENTS_AT_ONCE = 2**24  # scores in memory at once, if only a few tokens' scores are kept
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """(B, T, V) log-probabilities of a token in each frame; padded frames hold nothing but blanks, which change no score."""
+    """(B, T, V) log-probabilities of each token in each frame. Padded frames are certain blanks, which change no score."""
 
     log_probs: Tensor
     num_frames: Tensor
@@ -29,7 +29,7 @@ class Lattice:
 
     @classmethod
     def of(cls, logits: Tensor, num_frames: Tensor, blank: int, end: int) -> "Lattice":
-        """From (B, T, V) scores and (B,) numbers of frames. CTC writes no end token, whose probability the others share."""
+        """From (B, T, V) scores and (B,) numbers of frames. CTC writes no end token: the others share its probability."""
         no_end = torch.arange(logits.shape[2], device=logits.device) == (end if end != blank else -1)
         log_probs = logits.float().masked_fill(no_end, IMPOSSIBLE).log_softmax(-1)
         padded = torch.arange(logits.shape[1], device=logits.device) >= num_frames[:, None]
@@ -38,17 +38,28 @@ class Lattice:
         return cls(log_probs, num_frames, blank)
 
     @cached_property
+    def best_path(self) -> tuple[list[list[int]], list[float]]:
+        """The most probable token of each frame, without repetitions and blanks: ids and log-probability per utterance.
+
+        The log-probability belongs to this one path, not to all paths that give the text.
+        """
+        scores, tokens = self.log_probs.max(-1)
+        changes = tokens.diff(dim=1, prepend=torch.full_like(tokens[:, :1], -1)) != 0
+        kept = changes & (tokens != self.blank)
+        return [row[of_row].tolist() for row, of_row in zip(tokens, kept, strict=True)], scores.sum(1).tolist()
+
+    @cached_property
     def peaks(self) -> Tensor:
-        """(B, 1, V): the highest log-probability of each token."""
+        """(B, 1, V) the highest log-probability of each token."""
         return self.log_probs.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
 
     @cached_property
     def relative(self) -> Tensor:
-        """(B, T, V): probabilities divided by those of the peaks."""
+        """(B, T, V) probabilities, divided by the peak of their token."""
         return (self.log_probs - self.peaks).exp()
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
-        """(B, K) tokens -> (B, K, T) log-probabilities; impossible for tokens that CTC does not know."""
+        """(B, K) tokens -> (B, K, T) log-probabilities; -inf for tokens that CTC does not know."""
         frames, vocabulary = self.log_probs.shape[1:]
         known = tokens.clamp(max=vocabulary - 1)
         log_probs = self.log_probs.gather(2, known[:, None].expand(-1, frames, -1)).transpose(1, 2)
@@ -74,7 +85,7 @@ def lattice_of(model: SpeechEncoderDecoder, encoded: EncodedSpeech) -> Lattice:
 
 
 def lattice_of_tokens(model: SpeechEncoderDecoder, encoded: EncodedSpeech, columns: Sequence[int]) -> Lattice:
-    """The lattice of a few tokens, the blank first; scores of all tokens are in memory for a few frames at a time."""
+    """The lattice of a few tokens, the blank first. The whole vocabulary is in memory for a few frames at a time only."""
     assert model.ctc_head is not None and encoded.encoder_frames is not None
     num_frames, end = frames_of(encoded), model.config.eos_token_id
     tokens = torch.tensor([columns], device=num_frames.device)
@@ -93,22 +104,19 @@ def lattice_of_tokens(model: SpeechEncoderDecoder, encoded: EncodedSpeech, colum
 
 
 def best_path(lattice: Lattice, max_tokens: int) -> list[Hypotheses]:
-    """The most probable token of each frame, without repetitions and blanks, cut to `max_tokens`; scored is that one path."""
-    scores, tokens = lattice.log_probs.max(-1)
-    changes = tokens.diff(dim=1, prepend=torch.full_like(tokens[:, :1], -1)) != 0
-    kept = changes & (tokens != lattice.blank)
-    rows = zip(tokens, kept, scores.sum(1).tolist(), strict=True)
-    return [Hypotheses([row[of_row].tolist()[:max_tokens]], [score]) for row, of_row, score in rows]
+    """The best path of each utterance, cut to `max_tokens`."""
+    return [Hypotheses([ids[:max_tokens]], [score]) for ids, score in zip(*lattice.best_path, strict=True)]
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """K beginnings of the text of each utterance, with the probability of every text that begins with them.
+    """K prefixes of the text of each utterance; a score sums the probability of all texts that begin with the prefix.
 
-    Source: Watanabe et al. 2017 (arXiv 1609.06773), algorithm 2, whose sum over frames is here one product of matrices.
+    Source: Watanabe et al. 2017 (arXiv 1609.06773), algorithm 2; its sum over frames is one matrix product here.
 
-    in_token, in_blank: (B, K, T + 1) paths that have written the prefix after t frames and end in its last token, in a blank
-    last:   (B, K) its last token, -1 for none
+    in_token, in_blank: (B, K, T + 1) log-probability of having written the prefix after t frames, in paths that end in its
+        last token and in a blank
+    last:   (B, K) the last token, -1 for none
     scores: (B, K)
     """
 
@@ -127,15 +135,15 @@ class Prefixes:
 
     @property
     def whole(self) -> Tensor:
-        """(B, K): the prefix is the whole text."""
+        """(B, K) log-probability of the prefix as the whole text."""
         return torch.logaddexp(self.in_token[..., -1], self.in_blank[..., -1])
 
     def before(self) -> Tensor:
-        """(B, K, T): the prefix is written before frame t."""
+        """(B, K, T) log-probability of having written the prefix before frame t."""
         return torch.logaddexp(self.in_token, self.in_blank)[..., :-1]
 
     def extensions(self) -> Tensor:
-        """(B, K, V) scores of the prefix and one token more."""
+        """(B, K, V) scores of the prefix with one more token."""
         lattice, before = self.lattice, self.before()
         padded = torch.arange(before.shape[2], device=before.device) >= lattice.num_frames[:, None]
         before = before.masked_fill(padded[:, None], IMPOSSIBLE)
@@ -149,7 +157,7 @@ class Prefixes:
         return scores
 
     def extended(self, parents: Tensor, tokens: Tensor) -> "Prefixes":
-        """Prefixes `parents` (B, K') with one more of `tokens` (B, K'); impossible for a blank."""
+        """Prefixes `parents` (B, K'), each with one more token of `tokens` (B, K'); a blank scores -inf."""
         old = self.chosen(parents)
         token = self.lattice.of_tokens(tokens).masked_fill((tokens == self.lattice.blank)[..., None], IMPOSSIBLE)
         blank = self.lattice.log_probs[:, None, :, self.lattice.blank].expand_as(token)
@@ -176,9 +184,9 @@ def recurrence(decay: Tensor, gain: Tensor) -> Tensor:
 
 
 def prefix_beam(lattice: Lattice, num_beams: int, num_best: int, max_tokens: int) -> list[Hypotheses]:
-    """The `num_best` most probable texts of at most `max_tokens`, summed over their paths, as far as `num_beams` prefixes see.
+    """The `num_best` texts of at most `max_tokens` that are most probable, summed over their paths; keeps `num_beams` prefixes.
 
-    A prefix is at least as probable as any text that begins with it: the search ends when no prefix can do better.
+    A prefix is at least as probable as any text that begins with it, so the search ends once no prefix beats the texts found.
     Source: Graves et al. 2006, prefix search, with a beam.
     """
     frames, vocabulary = lattice.log_probs.shape[1:]

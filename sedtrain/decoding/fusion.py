@@ -1,4 +1,4 @@
-"""A language model beside the decoder: it scores each word that a search has completed.
+"""Shallow fusion: a language model scores each word that the search completes.
 
 R rows of beams, U tokens, V vocabulary of the decoder, N texts, L tokens of the language model.
 Words are scored, not tokens, so that the language model may have any tokenizer.
@@ -32,7 +32,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def log_probs(self, texts: Sequence[str], are_whole: bool) -> list[float]:
-        """(N,) log-probabilities of texts, with the end token if they are whole."""
+        """N log-probabilities of texts; whole texts are scored with the end token."""
         before, behind = ([] if token is None else [token] for token in (self.start, self.end))
         rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         rows = [[*before, *row, *(behind if are_whole else [])] for row in rows]
@@ -45,7 +45,10 @@ class LanguageModel:
         return scores.tolist()
 
     def pieces(self, ids: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(L,) tokens for which the model has positions, and which of them are scored: half of a later piece is context."""
+        """Pieces of a text, as (L,) tokens and a mask of those to score.
+
+        A piece fits the model's positions. The first half of each later piece is context and is not scored again.
+        """
         half = (max_tokens(self.model) or len(ids) + 1) // 2
         for start in range(0, max(len(ids) - half, half), half):
             piece = torch.tensor(ids[start : start + 2 * half], dtype=torch.long)
@@ -53,7 +56,7 @@ class LanguageModel:
                 yield piece, torch.arange(len(piece)) >= (half if start else 1)
 
     def scores_of(self, ids: Tensor, scored: Tensor) -> Tensor:
-        """(M, L) tokens, padding behind them -> (M,) log-probabilities of the scored ones."""
+        """(M, L) tokens, padded at the end -> (M,) log-probabilities of the scored tokens."""
         log_probs = self.model(input_ids=ids.to(self.model.device)).logits[:, :-1].float().log_softmax(-1).cpu()
         found: Tensor = log_probs.gather(2, ids[:, 1:, None])[..., 0]
         return found.masked_fill(~scored[:, 1:], 0.0).sum(1)
@@ -61,7 +64,7 @@ class LanguageModel:
 
 @lru_cache(maxsize=1)
 def language_model(name: str) -> LanguageModel:
-    """The causal language model of a folder or Hub id, on the CPU. Raises UserError where it is none."""
+    """The causal language model in a folder or of a Hub id, on the CPU. Raises UserError for anything else."""
     with loading("decoding.lm", name):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
@@ -80,10 +83,10 @@ class Fusion(LogitsProcessor):
     """Adds `weight` · log p(word | words before it) to tokens that complete a word: the first token of the next, and the end.
 
     tokenizer: of the decoder
-    begins:    (V,) the token begins a word, see `word_beginnings`
+    begins:    (V,) True for a token that begins a word, see `word_beginnings`
     ends:      tokens that end a text
     num_given: tokens of the prompt
-    known:     scores of texts, each of which is computed once in a search
+    known:     scores of texts already computed in this search
     """
 
     language_model: LanguageModel
@@ -98,7 +101,7 @@ class Fusion(LogitsProcessor):
         """(R, U) tokens, (R, V) scores of the decoder -> (R, V) scores of both."""
         rows = input_ids[:, self.num_given :]
         is_first = self.begins[rows] & (torch.arange(rows.shape[1], device=rows.device) > 0)
-        of_last = [int(max(row.nonzero(), default=0)) for row in is_first]  # where the last word begins
+        of_last = [int(max(row.nonzero(), default=0)) for row in is_first]  # token that begins the last word
         texts = texts_of(self.tokenizer, rows.tolist())
         scored = texts_of(self.tokenizer, [row[:start] for row, start in zip(rows.tolist(), of_last, strict=True)])
         before = self.log_probs(scored, False)
@@ -107,7 +110,7 @@ class Fusion(LogitsProcessor):
         return scores
 
     def log_probs(self, texts: Sequence[str], are_whole: bool) -> Tensor:
-        """(R,) scores of texts."""
+        """(R,) scores of texts, each computed once."""
         new = [text for text in dict.fromkeys(texts) if (text, are_whole) not in self.known]
         if new:
             found = self.language_model.log_probs(new, are_whole)
@@ -117,7 +120,7 @@ class Fusion(LogitsProcessor):
 
 @lru_cache(maxsize=2)
 def word_beginnings(tokenizer: PreTrainedTokenizerBase, size: int, device: torch.device) -> Tensor:
-    """(V,) True for a token that begins a word behind another: white space stands before it, or it is an ideograph."""
+    """(V,) True for a token that begins a new word after another: it starts with white space or is an ideograph."""
     before = tokenizer(known_word(tokenizer), add_special_tokens=False)["input_ids"]
     alone = tokenizer.decode(before)
     written = tokenizer.batch_decode([[*before, token] for token in range(min(size, len(tokenizer)))])
@@ -130,6 +133,6 @@ def word_beginnings(tokenizer: PreTrainedTokenizerBase, size: int, device: torch
 
 
 def known_word(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of some token that is made of letters."""
+    """A word that the tokenizer knows: the text of its first token that is made of letters."""
     texts = (tokenizer.decode([token]).strip() for token in range(len(tokenizer)))
     return next((text for text in texts if text.isalpha()), "a")

@@ -1,6 +1,6 @@
-"""Text from audio: by the decoder in greedy search, beam search or sampling, with CTC beside it, before it or instead of it.
+"""Texts of a batch: written by the decoder (greedy, beam search, sampling), by CTC, or by both together.
 
-B batch, P prompt, U generated tokens.
+B batch, P prompt.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
-from sedtrain.decoding.ctc import Lattice, best_path, frames_of, lattice_of, prefix_beam
+from sedtrain.decoding.alignment import checked_by_ctc
+from sedtrain.decoding.ctc import best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.fusion import Fusion, language_model, word_beginnings
 from sedtrain.decoding.hotwords import HotWords, tree_of
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import rescored
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.searches import Wanted, generated
-from sedtrain.decoding.timestamps import heard
+from sedtrain.decoding.searches import SearchInputs, by_decoder
 from sedtrain.decoding.words import texts_of
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
@@ -37,33 +37,30 @@ def decode_batch(
     with_confidence: bool = False,
     with_words: bool = False,
 ) -> list[Hypotheses]:
-    """The best `num_return_sequences` hypotheses for each of the B utterances, in their order, without prompts.
+    """The best `num_return_sequences` hypotheses of each of the B utterances, without prompts, in the order of the batch.
 
-    with_confidence, with_words: ask CTC how sure it is of the best ones, and where their words are, where there is a head
-    The model keeps its mode. Raises UserError for a search that needs a CTC head which the model lacks.
+    with_confidence: ask CTC how sure it is of each best hypothesis; with_words: and where its words are. Both need a CTC head
+    The model keeps its training or evaluation mode. Raises UserError for a search whose CTC head the model lacks.
     """
     refuse_impossible(model, tokenizer, options)
     was_training = model.training
     if was_training:  # each change of the mode visits all modules
         model.eval()
-    prompts = batch.prompts
-    if prompts is None:
-        prompts = torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
     encoded = model.encode(batch.inputs, batch.padding_mask)
-    prompts = with_heard_languages(model, encoded, prompts)
+    prompts = with_heard_languages(model, encoded, prompts_of(model, batch))
     limits = token_limits(model, encoded, batch.durations, prompts.shape[1], options)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)
-    if lattice is not None and options.search in ("ctc", "rescore"):
-        found = by_ctc(model, encoded, prompts, options, lattice, int(limits.max()))
+    inputs = SearchInputs(encoded, prompts, limits, options, lattice)
+    if options.search in ("ctc", "rescore"):
+        found = by_ctc(model, inputs)
     else:
-        added = added_scores(model, tokenizer, prompts, options)
-        found = generated(model, Wanted(encoded, prompts, limits, options, lattice, added))
+        found = by_decoder(model, replace(inputs, added=added_scores(model, tokenizer, prompts, options)))
     found = [
         replace(each, texts=tuple(texts_of(tokenizer, each.ids)), limit=limit)
         for each, limit in zip(found, limits.tolist(), strict=True)
     ]
     if (with_confidence or with_words) and model.ctc_head is not None:
-        found = heard(tokenizer, lattice or lattice_of(model, encoded), found, with_words)
+        found = checked_by_ctc(tokenizer, lattice or lattice_of(model, encoded), found, with_words)
     if was_training:
         model.train()
     return found
@@ -72,7 +69,7 @@ def decode_batch(
 def refuse_impossible(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, options: DecodingOptions
 ) -> None:
-    """Raises UserError for a search without its CTC head, no language model, and hot words that cannot be written."""
+    """Raises UserError for a missing CTC head or language model, and for hot words that the tokenizer cannot write."""
     if options.search != "attention" and model.ctc_head is None:
         wrong = "it needs the CTC head of the model, which was trained without one"
         write = "write decoding=greedy or decoding=beam, or train with loss=joint loss.ctc_weight=0.3"
@@ -84,6 +81,13 @@ def refuse_impossible(
         tree_of(tokenizer, tuple(options.hotwords))
 
 
+def prompts_of(model: SpeechEncoderDecoder, batch: Batch) -> Tensor:
+    """(B, P) tokens in front of each text: those of the batch, or the start token alone."""
+    if batch.prompts is not None:
+        return batch.prompts
+    return torch.full((len(batch), 1), model.config.decoder_start_token_id, device=batch.inputs.device)
+
+
 def token_limits(
     model: SpeechEncoderDecoder,
     encoded: EncodedSpeech,
@@ -91,32 +95,28 @@ def token_limits(
     num_given: int,
     options: DecodingOptions,
 ) -> Tensor:
-    """(B,) the most tokens of each text behind a prompt of `num_given`, whatever else is in the batch.
+    """(B,) most tokens of each text after its prompt; the rest of the batch does not change it.
 
     durations: seconds of each utterance; empty where unknown
+    num_given: tokens of the prompt
     """
     frames, most = encoded.last_hidden_state, options.max_new_tokens
     by_seconds = [most_tokens(model.config, seconds) for seconds in durations] if most is None else []
     limits = torch.tensor(by_seconds or [most or MOST_TOKENS] * len(frames), device=frames.device)
     if model.ctc_head is not None:
-        by_frames = frames_of(encoded) + 1  # a token a frame, and the end
+        by_frames = frames_of(encoded) + 1  # one token per frame, and the end
         limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
     return limits.clamp(max=most_new_tokens(int(limits.max()), model.room(encoded), num_given))
 
 
-def by_ctc(
-    model: SpeechEncoderDecoder,
-    encoded: EncodedSpeech,
-    prompts: Tensor,
-    options: DecodingOptions,
-    lattice: Lattice,
-    most: int,
-) -> list[Hypotheses]:
-    """Texts of CTC of at most so many tokens, as it ranks them or as both do."""
+def by_ctc(model: SpeechEncoderDecoder, inputs: SearchInputs) -> list[Hypotheses]:
+    """Texts that CTC finds, in its own order; with search=rescore, in the order of their joint scores."""
+    options, lattice, most = inputs.options, inputs.lattice, inputs.most
+    assert lattice is not None
     num_beams, num_best = options.num_beams, options.num_return_sequences
     if options.search == "rescore":
         found = prefix_beam(lattice, num_beams, num_beams, most)
-        return rescored(model, encoded, prompts, found, options.ctc_weight, num_best)
+        return rescored(model, inputs.encoded, inputs.prompts, found, options.ctc_weight, num_best)
     if num_beams == 1:
         return best_path(lattice, most)
     return prefix_beam(lattice, num_beams, num_best, most)
@@ -125,15 +125,15 @@ def by_ctc(
 def added_scores(
     model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, options: DecodingOptions
 ) -> list[LogitsProcessor]:
-    """The language model and the hot words that are asked for."""
+    """Processors of scores for the language model and the hot words in the options."""
     if not (options.lm or options.hotwords):
         return []
     begins = word_beginnings(tokenizer, model.decoder.config.vocab_size, prompts.device)
-    place, added = (begins, end_tokens(model.generation_config), prompts.shape[1]), list[LogitsProcessor]()
+    shared, added = (begins, end_tokens(model.generation_config), prompts.shape[1]), list[LogitsProcessor]()
     if options.lm:
         loaded = language_model(options.lm)
         loaded.model.to(prompts.device)
-        added.append(Fusion(loaded, options.lm_weight, tokenizer, *place))
+        added.append(Fusion(loaded, options.lm_weight, tokenizer, *shared))
     if options.hotwords:
-        added.append(HotWords(tree_of(tokenizer, tuple(options.hotwords)), options.hotword_bonus, *place))
+        added.append(HotWords(tree_of(tokenizer, tuple(options.hotwords)), options.hotword_bonus, *shared))
     return added

@@ -1,6 +1,6 @@
 """Hot words: a search gets a bonus for the tokens of names and terms that the user expects.
 
-R rows of beams, U tokens, V vocabulary. A bonus is taken back where the text leaves a word before its end.
+R rows of beams, U tokens, V vocabulary. A word that the text leaves before its end loses its bonus again.
 Source: the context graph of WeNet and icefall, an automaton of Aho and Corasick (1975).
 """
 
@@ -20,9 +20,9 @@ from sedtrain.errors import UserError
 
 @dataclass
 class Node:
-    """A place in the tree of the words' tokens, `depth` tokens from its root.
+    """A node in the tree of the words' tokens, `depth` tokens below its root.
 
-    shorter: the place of the longest end of these tokens that begins a word too; None at the root
+    shorter: the node of the longest suffix of these tokens that also begins a word; None at the root
     """
 
     depth: int = 0
@@ -44,7 +44,7 @@ class Node:
         return 0 if node is None else (1 << node.depth) - 1
 
     def link(self, root: Node) -> None:
-        """Sets `shorter` of the places below this one, level by level."""
+        """Sets `shorter` of the nodes below this one, level by level."""
         level = [self]
         while level:
             for node in level:
@@ -57,7 +57,10 @@ class Node:
 
 
 class HotWords(LogitsProcessor):
-    """Adds `bonus` to each token that begins or continues a hot word of the tree of `tree_of`; see `Fusion`."""
+    """Adds `bonus` to each token that begins or continues a hot word.
+
+    tree: from `tree_of`; begins, ends, num_given: see `Fusion`
+    """
 
     def __init__(self, tree: Node, bonus: float, begins: Tensor, ends: Collection[int], num_given: int) -> None:
         self.tree, self.bonus, self.num_given = tree, bonus, num_given
@@ -70,7 +73,7 @@ class HotWords(LogitsProcessor):
         return scores + self.bonus * gains
 
     def gains(self, row: Sequence[int]) -> Tensor:
-        """(V,) change of the number of tokens with a bonus by each next token."""
+        """(V,) how each next token changes the number of tokens that have a bonus."""
         node, kept = self.tree, 0
         for token in row:
             node, kept, _ = self.step(node, kept, token)
@@ -84,9 +87,9 @@ class HotWords(LogitsProcessor):
         return gains
 
     def step(self, node: Node, kept: int, token: int) -> tuple[Node, int, int]:
-        """The place behind one more token, which of its tokens keep their bonus anyhow, and the change of the number.
+        """Reads one token: the new node, the tokens that now keep their bonus, and the change in tokens that have one.
 
-        kept: bit n is set for the n-th last token of the place
+        kept: bit n is set if the node's n-th token from the end keeps its bonus, as part of a completed word
         """
         change = -node.depth
         if self.completes[token]:
@@ -101,7 +104,7 @@ class HotWords(LogitsProcessor):
 
 @lru_cache(maxsize=1)
 def tree_of(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> Node:
-    """The tokens of words at the beginning of a text, and of those behind other words as what is `shorter`.
+    """The tree of the words at the beginning of a text; its `shorter` is the tree of the same words after another word.
 
     Raises UserError for words that the tokenizer cannot write.
     """

@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 @dataclass(frozen=True)
 class HeardWord:
-    """A word in the encoder's frames `start` to `end`, the last not included.
+    """A word in the encoder's frames from `start` to before `end`.
 
-    confidence: mean probability that CTC gives its tokens in their frames, from 0 to 1
+    confidence: mean probability, from 0 to 1, that CTC gives the word's tokens in their frames
     """
 
     text: str
@@ -25,13 +25,13 @@ class HeardWord:
 class Hypotheses:
     """The n-best texts of one utterance, the best first.
 
-    ids:    tokens of each, without prompt, end and padding
-    scores: by which the search ranks them; None if it computes none
-    limit:  tokens that the best one may have; 0: any number
-    confidence: mean probability that CTC gives the tokens of the best one in their frames, 0 where it hears nothing;
-        None if it was not asked, or there is nothing to ask
-    agreement: share of the tokens that CTC alone would write too
-    words:  of the best one, where they are looked for; None where it cannot be aligned
+    ids:    tokens of each text, without prompt, end and padding
+    scores: scores by which the search ranks the texts; None if it computes none
+    limit:  most tokens that the best text could have; 0: any number
+    confidence: mean probability that CTC gives the tokens of the best text in their frames, 0 where CTC hears nothing;
+        None if CTC was not asked, or there is no CTC head
+    agreement: share of the best text's tokens that CTC alone would write too
+    words:  words of the best text; None if not asked for, or if the text cannot be aligned
     """
 
     ids: list[list[int]]
@@ -48,21 +48,25 @@ class Hypotheses:
 
     @property
     def support(self) -> float | None:
-        """How far CTC is of the opinion of the search, from 0 to 1; None if it was not asked."""
+        """Support of CTC for the best text, from 0 to 1; None if CTC was not asked."""
         return None if self.confidence is None else self.confidence * self.agreement
 
     @property
     def is_cut(self) -> bool:
-        """True if the best one was cut at the limit."""
+        """True if the best text was cut at the limit."""
         return 0 < self.limit <= len(self.ids[0])
 
     @classmethod
     def of_rows(
         cls, rows: Sequence[Sequence[int]], scores: list[float] | None, ends: Collection[int], pad: int
     ) -> Self:
-        """From rows of tokens behind the prompt, each cut at the first of `ends`."""
-        texts = (takewhile(lambda token: token not in ends, row) for row in rows)
-        return cls([[token for token in text if token != pad] for text in texts], scores)
+        """From rows of tokens after the prompt, each cut at the first of `ends`."""
+        return cls([[token for token in until_end(row, ends) if token != pad] for row in rows], scores)
+
+
+def until_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """The ids before the first end."""
+    return list(takewhile(lambda token: token not in ends, ids))
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:

@@ -1,6 +1,6 @@
-"""CTC beside the decoder: in every step of a beam, or as a second opinion on whole texts.
+"""Joint scores of decoder and CTC: in every step of a beam, or for whole texts that CTC has found.
 
-B batch, K beams, P prompt, U tokens, V vocabulary of the decoder. Both score (1 - w) · log p(decoder) + w · log p(CTC).
+B batch, K beams, P prompt, U tokens, V vocabulary of the decoder. A joint score is (1 - w) · log p(decoder) + w · log p(CTC).
 Source: Watanabe et al. 2017 (arXiv 1609.06773), sections III-A and III-B.
 """
 
@@ -20,9 +20,9 @@ from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 
 class JointScores(LogitsProcessor):
-    """Adds to each token what it changes in the CTC score of the text so far; for an end token, of the whole text.
+    """Mixes into each token's score the change that the token makes to the CTC score of the text.
 
-    The sum over a hypothesis is then its joint score, for `generate` to search.
+    An end token changes it to the score of the whole text. The scores of a hypothesis then sum to its joint score.
 
     ends: tokens that end a text
     """
@@ -39,7 +39,7 @@ class JointScores(LogitsProcessor):
         ctc = pad(self.prefixes.extensions(), (0, scores.shape[1]), value=IMPOSSIBLE)[..., : scores.shape[1]]
         ctc[..., self.ends] = self.prefixes.whole[..., None]
         gain = torch.where(ctc.isneginf(), IMPOSSIBLE, ctc - before).flatten(0, 1)
-        scores = scores.log_softmax(-1) if beams.shape[1] == 1 else scores  # beam search has done it
+        scores = scores.log_softmax(-1) if beams.shape[1] == 1 else scores  # beam search has normalised them
         if self.ctc_weight == 1:
             return gain.masked_fill(scores.isneginf(), IMPOSSIBLE)
         return (1 - self.ctc_weight) * scores + self.ctc_weight * gain
@@ -63,7 +63,7 @@ def rescored(
     ctc_weight: float,
     num_best: int,
 ) -> list[Hypotheses]:
-    """The `num_best` of the texts that CTC found by their joint scores; the n-th of all utterances are scored at once.
+    """The `num_best` texts of CTC with the best joint scores. The decoder scores the n-th texts of all utterances at once.
 
     prompts: (B, P) start token and tags
     """
@@ -84,7 +84,7 @@ def reordered(found: Hypotheses, decoder: list[float], ctc_weight: float, num_be
 def decoder_scores(
     model: SpeechEncoderDecoder, encoded: EncodedSpeech, prompts: Tensor, texts: list[list[int]]
 ) -> Tensor:
-    """(B,) log-probabilities of a text of each utterance behind its prompt."""
+    """(B,) log-probabilities of one text per utterance, after its prompt."""
     targets = pad_sequence([torch.tensor(ids, device=prompts.device) for ids in texts], True, -1)
     inputs = torch.cat([prompts, targets[:, :-1].clamp(min=0)], 1)
     logits = model(encoder_outputs=encoded, decoder_input_ids=inputs, use_cache=False).logits

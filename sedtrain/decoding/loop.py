@@ -15,20 +15,19 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.step_layers import Memory
 from sedtrain.models.steps import Steps
 
-NEVER = -1e9  # the score by which `generate` marks what is no hypothesis
-LOOK_EVERY = 8  # steps between looks for finished texts where a look waits for the device
-STAY = 0.75  # finished utterances leave the batch when at most this part of it is left
+NEVER = -1e9  # `generate` gives this score to empty places of hypotheses
+LOOK_EVERY = 8  # steps between looks for finished texts on an accelerator, since each look waits for it
+STAY = 0.75  # finished utterances leave the batch once at most this share of it is unfinished
 
 
 @dataclass(frozen=True)
 class Task:
-    """Utterances and what bounds and changes their texts.
+    """Utterances to decode, the limits of their texts, and the processors of their scores.
 
     prompts: (B, P)
-    limits:  (B,) most tokens behind the prompt
+    limits:  (B,) most tokens after the prompt
     ends:    tokens that end a text
-    processors: of scores
-    leaves:  False if processors count the rows of the batch, which finished utterances then do not leave
+    leaves:  finished utterances may leave the batch; False if a processor counts its rows
     """
 
     steps: Steps
@@ -47,7 +46,7 @@ class Task:
         return memory, states
 
     def empty_texts(self) -> Tensor:
-        """(B, P + U) prompts and room for the longest text, full of ends."""
+        """(B, P + U) prompts, then end tokens as room for the longest text."""
         room = self.prompts.new_full((len(self.prompts), int(self.limits.max())), self.ends[0])
         return torch.cat([self.prompts, room], 1)
 
@@ -68,7 +67,7 @@ class Task:
         return scores.view(*texts.shape[:2], -1)
 
     def leaving(self, done: Tensor, num_tokens: int) -> Tensor | None:
-        """The (B',) rows that stay, if it is time to look for them; None: all."""
+        """The (B',) unfinished rows, if the others leave the batch now; None: all stay."""
         if done.device.type != "cpu" and num_tokens % LOOK_EVERY and num_tokens < int(self.limits.max()):
             return None
         [left] = torch.nonzero(~done, as_tuple=True)
@@ -78,7 +77,7 @@ class Task:
 
 @torch.inference_mode()
 def greedy(task: Task) -> list[list[int]]:
-    """The most probable tokens of each utterance, step by step, with the end and with what follows it."""
+    """The most probable token in each step. A row goes on behind its end token; what follows there means nothing."""
     memory, states = task.read_prompts()
     limits, num_prompt = task.limits, task.prompts.shape[1]
     rows, ids = torch.arange(len(limits), device=limits.device), task.empty_texts()
@@ -101,12 +100,13 @@ def greedy(task: Task) -> list[list[int]]:
 
 @dataclass
 class Beams:
-    """The hypotheses of each utterance: those that go on and those that have ended.
+    """The running and the ended hypotheses of each utterance.
 
-    ids, ended_ids:       (B, N, P + U)
-    scores, ended_scores: (B, N) sums of log-probabilities; divided by length ** length_penalty
-    has_ended:            (B, N) the place among the ended is taken
-    done:                 (B,) no running hypothesis can be better than the ended ones, by the rule of `generate`
+    ids, ended_ids: (B, N, P + U)
+    scores:         (B, N) sums of log-probabilities
+    ended_scores:   (B, N) sums divided by length ** length_penalty
+    has_ended:      (B, N) this place among the ended is taken
+    done:           (B,) no running hypothesis can beat the ended ones, by the rule of `generate`
     """
 
     ids: Tensor
@@ -118,7 +118,7 @@ class Beams:
 
     @classmethod
     def empty(cls, texts: Tensor, num_beams: int) -> "Beams":
-        """One hypothesis of each utterance, its prompt; the other places are impossible."""
+        """One hypothesis per utterance, its prompt; the other places score NEVER."""
         ids = texts[:, None].repeat(1, num_beams, 1)
         scores = torch.full(ids.shape[:2], NEVER, device=ids.device)
         first = scores.index_fill(1, ids.new_zeros(1), 0.0)
@@ -126,7 +126,7 @@ class Beams:
         return cls(ids, first, ids.clone(), scores, has_ended, has_ended[:, 0].clone())
 
     def grow(self, log_probs: Tensor, position: int, number: int, task: Task, limits: Tensor, penalty: float) -> Tensor:
-        """Adds a token, the `number`-th of the text, by (B, S, V) log-probabilities; returns (B, N) beams that go on."""
+        """Adds the `number`-th token of the text by (B, S, V) log-probabilities; returns the (B, N) parents of the beams."""
         num_beams = self.ids.shape[1]
         num_kept = max(2, 1 + len(task.ends)) * num_beams
         best, tokens = log_probs.topk(min(num_kept, log_probs.shape[2]))
@@ -145,7 +145,7 @@ class Beams:
         return parents.gather(1, going_on)
 
     def end(self, ids: Tensor, scores: Tensor, hits: Tensor, length: float) -> None:
-        """Takes those of (B, K) candidates that have ended, if they are among the N best of all and of those."""
+        """Keeps the N best ended hypotheses. A candidate of (B, K) that ends now has to be among the first N too."""
         num_beams = self.ids.shape[1]
         ends = hits & (torch.arange(hits.shape[1], device=hits.device) < num_beams)
         scores = scores / length + self.done[:, None] * NEVER + ~ends * NEVER
@@ -160,16 +160,17 @@ class Beams:
 
 @torch.inference_mode()
 def beam_search(task: Task, num_beams: int, num_best: int, penalty: float) -> tuple[list[list[list[int]]], Tensor]:
-    """The `num_best` hypotheses of each utterance, with the end and with what follows it, and their (B, num_best) scores.
+    """The `num_best` hypotheses of each utterance, not cut at their ends, and their (B, num_best) scores.
 
-    penalty: of length, by whose power sums of log-probabilities are divided
+    penalty: a score is the sum of log-probabilities divided by length ** penalty
     """
     memory, states = task.read_prompts()
     limits, num_prompt = task.limits, task.prompts.shape[1]
     rows, beams = torch.arange(len(limits), device=limits.device), Beams.empty(task.empty_texts(), num_beams)
     texts, scores = beams.ended_ids.clone(), beams.ended_scores.clone()
     own = torch.full((num_beams, num_beams), -torch.inf, device=limits.device).fill_diagonal_(0.0)
-    seen = own.new_zeros(len(limits), num_beams, num_prompt + (texts.shape[2] - num_prompt) * num_beams)  # by each beam
+    most_slots = num_prompt + (texts.shape[2] - num_prompt) * num_beams
+    seen = own.new_zeros(len(limits), num_beams, most_slots)  # added to attention: 0 where a beam sees a slot
     for position in range(num_prompt, texts.shape[2]):
         number = position + 1 - num_prompt
         log_probs = task.scores(states, beams.ids[:, : states.shape[1], :position], log=True)

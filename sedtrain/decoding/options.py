@@ -10,30 +10,31 @@ from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction, UpTo1000
 
 Search = Literal["attention", "joint", "ctc", "rescore", "speculative"]
-OURS = {
+NOT_PASSED_ON = {
     *("search", "ctc_weight", "num_return_sequences", "lm", "lm_weight", "hotwords", "hotword_bonus"),
     *("window", "pauses", "int8"),
 }
-"""Options that `generate` does not get as they are."""
+"""Options that `generate` does not take, or gets in another form."""
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """Settings of the search for hypotheses; most names are those of `transformers.GenerationConfig`.
+    """Settings of the search for texts; most names are those of `transformers.GenerationConfig`.
 
-    search: attention: the decoder alone; ctc: CTC alone; joint: both in each step of a beam; rescore: the best texts of CTC by
-        their joint score; speculative: CTC drafts, the decoder verifies, with the ids of greedy search
-    ctc_weight: of CTC in a joint score, (1 - w) · decoder + w · CTC
-    num_return_sequences: texts of each utterance in `decode_batch`
-    max_new_tokens: null: four times the tokens that training texts have in that time, and 16; 200 where the model does not say.
-        With a CTC head, never more than an utterance has frames.
+    search: attention: the decoder alone writes the text; ctc: CTC alone; joint: both, in each step of a beam;
+        rescore: CTC finds the best texts and the joint score ranks them; speculative: CTC drafts the text and the decoder
+        verifies it, which gives the ids of greedy search
+    ctc_weight: w in the joint score (1 - w) · decoder + w · CTC
+    num_return_sequences: number of texts that `decode_batch` returns per utterance
+    max_new_tokens: most tokens of a text. null: four times as many tokens as training texts of that duration have, plus 16;
+        200 where the model does not say how many those are. With a CTC head, never more tokens than the utterance has frames
     top_k, no_repeat_ngram_size: 0 is off; top_p: 1 is off
-    lm: folder or Hub id of a causal language model, whose log-probabilities of words are added with `lm_weight`
-    hotwords: words and terms that get `hotword_bonus` for each of their tokens, in nats
-    window: seconds that are decoded at once; longer recordings are cut at pauses. None: the longest utterance in training,
-        30 s where that is not known. Never more than the encoder takes
-    int8: evaluation and transcription multiply in 8 bits, on a CPU; validation in training does not
-    pauses: found by `energy`, or by `silero`, silero-vad; auto: that where it is installed
+    lm: folder or Hub id of a causal language model; `lm_weight` times its log-probability of each word is added
+    hotwords: words and terms to expect; each of their tokens gets `hotword_bonus`, in nats
+    window: seconds decoded at once; longer recordings are cut at pauses. None: the longest utterance in training, or 30 s
+        where that is unknown. Never more than the encoder takes
+    pauses: how pauses are found: by `energy`, by `silero` (silero-vad), or `auto`: silero-vad where it is installed
+    int8: evaluation and transcription multiply in 8 bits, on a CPU; validation during training does not
     """
 
     search: Search = "attention"
@@ -71,12 +72,12 @@ class DecodingOptions:
             raise UserError("decoding.num_beams", self.num_beams, "search=speculative is greedy search", write, python)
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             write = f"write decoding.num_beams={self.num_return_sequences} or more"
-            wrong = f"num_beams={self.num_beams} beams end in at most as many texts"
+            wrong = f"num_beams={self.num_beams} gives at most {self.num_beams} texts"
             raise UserError("decoding.num_return_sequences", self.num_return_sequences, wrong, write)
         activity_of(self.pauses)
 
     def generation_kwargs(self) -> dict[str, Any]:
-        """The options that matter for this search: `generate` warns of the others."""
+        """The options that matter for this search, as `generate` takes them; it warns of any others."""
         sampling = {"temperature", "top_k", "top_p"} if not self.do_sample else set()
         beams = {"length_penalty"} if self.num_beams == 1 else set()
-        return {name: value for name, value in asdict(self).items() if name not in sampling | beams | OURS}
+        return {name: value for name, value in asdict(self).items() if name not in sampling | beams | NOT_PASSED_ON}

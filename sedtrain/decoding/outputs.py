@@ -1,41 +1,22 @@
-"""A transcription as text, JSON, SubRip (srt) and WebVTT (vtt), on a line of the terminal or in files of a folder."""
+"""Writes transcriptions as text, JSON or subtitles: on the terminal, or in files of a folder."""
 
-import html
 import json
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
-from unicodedata import east_asian_width
 
+from sedtrain.decoding.subtitles import as_srt, as_vtt
 from sedtrain.decoding.transcription import Segment, Transcription, Word
 from sedtrain.errors import UserError
-from sedtrain.run_dir import write_whole
-from sedtrain.text.spacing import UNSPACED
-
-LINE, LINES = 42, 2  # columns of a subtitle's line, lines of a subtitle
-MOST_SECONDS, PAUSE_SECONDS = 7.0, 1.0  # of a subtitle; between words, where another begins
-PIECE = re.compile(rf"{UNSPACED.pattern} ?|(?:(?!{UNSPACED.pattern})\S)+ ?")
-TimedPiece = tuple[str, Word]
-
-
-@dataclass(frozen=True)
-class Cue:
-    """A subtitle from `start` to `end`, in milliseconds."""
-
-    start: int
-    end: int
-    text: str
+from sedtrain.run_dir import without_nan, write_whole, writing_to
 
 
 def as_json(found: Transcription, language: str | None) -> str:
-    """One line; times in seconds."""
+    """One line of JSON; times in seconds."""
     values = {
         "audio": found.audio,
         "seconds": round(found.seconds, 3),
@@ -43,41 +24,26 @@ def as_json(found: Transcription, language: str | None) -> str:
         "text": found.text,
         "segments": [of_segment(segment) for segment in found.segments],
     }
-    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(without_nan(values), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def of_segment(segment: Segment) -> dict[str, Any]:
     return {
-        "start": round(segment.start, 3),
-        "end": round(segment.end, 3),
+        **times(segment),
         "text": segment.text,
-        "score": finite(segment.score),
+        "score": segment.score,
         "words": None if segment.words is None else [of_word(word) for word in segment.words],
-        "others": [{"text": text, "score": finite(score)} for text, score in segment.others],
+        "others": [{"text": text, "score": score} for text, score in segment.others],
         "doubt": segment.doubt,
     }
 
 
-def finite(score: float | None) -> float | None:
-    """JSON has no infinity."""
-    return score if score is not None and isfinite(score) else None
-
-
 def of_word(word: Word) -> dict[str, Any]:
-    times = {"start": round(word.start, 3), "end": round(word.end, 3)}
-    return {"text": word.text, **times, "confidence": round(word.confidence, 4)}
+    return {"text": word.text, **times(word), "confidence": round(word.confidence, 4)}
 
 
-def as_srt(found: Transcription, language: str | None) -> str:
-    """SubRip has no way to write `-->` in a text."""
-    numbered = enumerate(cues(found), start=1)
-    blocks = [f"{number}\n{interval(cue, ',')}\n{cue.text.replace('-->', '->')}\n" for number, cue in numbered]
-    return "\n".join(blocks)
-
-
-def as_vtt(found: Transcription, language: str | None) -> str:
-    blocks = [f"{interval(cue, '.')}\n{html.escape(cue.text, quote=False)}\n" for cue in cues(found)]
-    return "\n".join(["WEBVTT\n", *blocks])
+def times(part: Segment | Word) -> dict[str, float]:
+    return {"start": round(part.start, 3), "end": round(part.end, 3)}
 
 
 FORMATS: dict[str, Callable[[Transcription, str | None], str]] = {
@@ -88,86 +54,8 @@ FORMATS: dict[str, Callable[[Transcription, str | None], str]] = {
 }
 
 
-# --- subtitles
-
-
-def interval(cue: Cue, point: str) -> str:
-    return f"{stamp(cue.start, point)} --> {stamp(cue.end, point)}"
-
-
-def stamp(milliseconds: int, point: str) -> str:
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}{rest:03}"
-
-
-def cues(found: Transcription) -> Iterator[Cue]:
-    """Subtitles of at most two lines where the times of words are known, else one a segment."""
-    for segment in found.segments:
-        for pieces in subtitles(segment):
-            start = round(1000 * pieces[0][1].start)
-            end = max(round(1000 * pieces[-1][1].end), start + 1)
-            yield Cue(start, end, "\n".join(wrapped([text for text, _ in pieces])))
-
-
-def subtitles(segment: Segment) -> list[list[TimedPiece]]:
-    """The pieces of the text, those of a subtitle together."""
-    pieces = timed_pieces(segment)
-    if pieces is None:
-        whole = Word(segment.text, segment.start, segment.end, 0.0)
-        only = [(piece, whole) for piece in PIECE.findall(" ".join(segment.text.split()))]
-        return [only] if only else []
-    found: list[list[TimedPiece]] = []
-    for piece in pieces:
-        if found and fits([*found[-1], piece]):
-            found[-1].append(piece)
-        else:
-            found.append([piece])
-    return found
-
-
-def timed_pieces(segment: Segment) -> list[TimedPiece] | None:
-    """The text, cut where its words begin; None where it has none with times."""
-    text, places = " ".join(segment.text.split()), [0]
-    for word in segment.words or ():
-        place = text.find(word.text, places[-1])
-        if place < 0:
-            return None
-        places.append(place + len(word.text))
-    if not segment.words:
-        return None
-    starts = [end - len(word.text) for word, end in zip(segment.words, places[1:], strict=True)]
-    ends = [*starts[1:], len(text)]
-    return [(text[start:end], word) for start, end, word in zip(starts, ends, segment.words, strict=True)]
-
-
-def fits(pieces: Sequence[TimedPiece]) -> bool:
-    """True if words may stand in one subtitle; each but the last has been let in before."""
-    (_, first), (_, last) = pieces[0], pieces[-1]
-    pause = last.start - pieces[-2][1].end
-    seconds = last.end - first.start
-    return len(wrapped([text for text, _ in pieces])) <= LINES and pause < PAUSE_SECONDS and seconds <= MOST_SECONDS
-
-
-def wrapped(pieces: Sequence[str]) -> list[str]:
-    """Lines of pieces, as wide as they may be; wide characters count twice."""
-    lines: list[str] = []
-    for piece in pieces:
-        if lines and width((lines[-1] + piece).rstrip()) <= LINE:
-            lines[-1] += piece
-        else:
-            lines.append(piece)
-    return [line.strip() for line in lines]
-
-
-def width(text: str) -> int:
-    return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
-
-
-# --- where they go
-
-
 def show(content: str) -> None:
-    """Prints; where the reader of a pipe has ended, as behind `| head`, ends the command with the status of SIGPIPE."""
+    """Prints. If the reader of the pipe has gone, as after `| head`, ends the command with the status of SIGPIPE."""
     try:
         print(content, end="", flush=True)
     except BrokenPipeError:
@@ -177,9 +65,9 @@ def show(content: str) -> None:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Formats, and the folder of files; None: the terminal, for one format.
+    """The formats to write, and where to: files in `folder`, or one format on the terminal if it is None.
 
-    language: what the model was asked to write
+    language: the language that the model was asked to write
     """
 
     formats: tuple[str, ...]
@@ -187,17 +75,17 @@ class Outputs:
     language: str | None
 
     def names(self, paths: Sequence[str]) -> dict[str, str]:
-        """Names of files for recordings, laid out in the folder as the recordings are, without suffix.
+        """The file name of each recording, without suffix, in the same layout as the recordings.
 
-        Where two differ by their suffix alone, all keep it. Raises UserError for subtitles of several recordings on a terminal,
-        and for a folder that cannot be made.
+        All keep their suffix where two names differ only in it. Raises UserError for subtitles of several recordings on a
+        terminal, and for a folder that cannot be made.
         """
         if self.folder is None:
             if len(paths) > 1 and {"srt", "vtt"} & {*self.formats}:
                 wrong = "subtitles of several recordings do not go to the terminal together"
                 raise UserError("out", None, wrong, "write out=FOLDER")
             return {}
-        with self.writable():
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         whole = [os.path.abspath("stdin" if path == "-" else path) for path in paths]
         root = os.path.commonpath([os.path.dirname(path) for path in whole])
@@ -207,21 +95,13 @@ class Outputs:
         return dict(zip(paths, stems if distinct else names, strict=True))
 
     def write(self, found: Transcription, name: str | None) -> None:
-        """Prints a transcription, or writes its files, each whole. Raises UserError where the folder cannot be written to."""
+        """Prints a transcription or writes its files, each whole. Raises UserError if the folder cannot be written to."""
         for each in self.formats:
             content = FORMATS[each](found, self.language)
             if self.folder is None or name is None:
                 show(f"{found.audio}\t{content}" if each == "text" else content)
                 continue
             file = self.folder / f"{name}.{'txt' if each == 'text' else each}"
-            with self.writable():
+            with writing_to(self.folder):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, content)
-
-    @contextmanager
-    def writable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            write = "write out=FOLDER that you may write to, on a disk with room"
-            raise UserError("out", str(self.folder), f"cannot be written to: {error}", write) from error

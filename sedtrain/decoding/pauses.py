@@ -1,4 +1,4 @@
-"""Activity of speech in a recording, hop by hop: by silero-vad where it is installed, else by energy.
+"""Speech activity of a recording, hop by hop: by silero-vad where it is installed, else by energy.
 
 S samples, N hops.
 """
@@ -20,14 +20,14 @@ from sedtrain.errors import UserError
 Pauses = Literal["auto", "energy", "silero"]
 Samples = NDArray[np.float32]
 Activity = Callable[[Samples, int], NDArray[np.float64]]
-"""(S,) samples at a rate -> (N,) activity of each hop, above 0 where somebody speaks, lowest where it is quietest."""
+"""(S,) samples at a rate -> (N,) activity of each hop: above 0 where somebody speaks, lowest where it is quietest."""
 
 HOPS_PER_SECOND = 31.25  # 512 samples at 16 kHz, the step of silero-vad
-SILENT = -80.0  # dB below full scale: no more than the noise of 16 bits
-ABOVE_FLOOR = 6.0  # dB that speech rises above the background; the levels of steady noise vary by less than 1 dB
-FLOOR_PERCENT = 10  # of the hops around are background, also where somebody speaks without a pause
-FLOOR_SECONDS = 15  # on each side: the background may change
-SMOOTHED = 3  # hops
+SILENT = -80.0  # dB of full scale: no more than the noise of 16 bits
+ABOVE_FLOOR = 6.0  # dB by which speech exceeds the background; the levels of steady noise vary by less than 1 dB
+FLOOR_PERCENT = 10  # the background is this percentile of the levels around, even if somebody speaks without a pause
+FLOOR_SECONDS = 15  # around means this far on each side, since the background may change
+SMOOTHED = 3  # hops that a level is averaged over
 SILERO_RATE = 16_000
 USES_SILERO = Lock()  # the model keeps a state between hops
 
@@ -37,7 +37,7 @@ def samples_per_hop(rate: int) -> int:
 
 
 def activity_of(pauses: Pauses) -> Activity:
-    """Raises UserError where silero-vad is asked for and is not installed."""
+    """The function that finds speech. Raises UserError for `silero` where silero-vad is not installed."""
     installed = find_spec("silero_vad") is not None
     if pauses == "silero" and not installed:
         write = "pip install 'sedtrain[vad]', or write decoding.pauses=energy"
@@ -46,9 +46,9 @@ def activity_of(pauses: Pauses) -> Activity:
 
 
 def by_energy(samples: Samples, rate: int) -> NDArray[np.float64]:
-    """Level above silence and above the background around, in dB.
+    """Level in dB above silence or above the background, whichever is higher.
 
-    Differences of samples are measured: a constant offset, rumble and hum count little, and most noise becomes steady.
+    It measures differences between samples, so that a constant offset, rumble and hum count little and most noise is steady.
     """
     hop = samples_per_hop(rate)
     changes = np.diff(samples, append=samples[-1:])
@@ -64,7 +64,7 @@ def by_energy(samples: Samples, rate: int) -> NDArray[np.float64]:
 
 
 def by_silero(samples: Samples, rate: int) -> NDArray[np.float64]:
-    """Probability of speech by silero-vad, less one half; the model comes with the package."""
+    """Probability of speech by silero-vad, minus one half; the package brings its model."""
     hop, length = samples_per_hop(SILERO_RATE), -(-len(samples) // samples_per_hop(rate))
     if rate != SILERO_RATE:
         samples = soxr.resample(samples, rate, SILERO_RATE)
@@ -78,7 +78,7 @@ def by_silero(samples: Samples, rate: int) -> NDArray[np.float64]:
 
 @cache
 def silero() -> Any:
-    """Its import sets the number of threads of the whole process, which is set back."""
+    """The model of silero-vad. Its import changes the number of threads of the whole process, which is set back."""
     num_threads = torch.get_num_threads()
     import silero_vad
 

@@ -1,11 +1,11 @@
-"""Texts of recordings of any length by a saved model: its windows, decoded in batches."""
+"""Decodes recordings of any length: their windows, in batches, by a saved model."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from math import ceil, isinf
+from math import isinf
 
 import torch
 
@@ -14,65 +14,27 @@ from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.sampler import DurationBatches
+from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Activity, Samples, activity_of
-from sedtrain.decoding.timestamps import FrameTimes, adapted_frames, frames_per_second, timed
+from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
 from sedtrain.decoding.windows import Window, joined, windows_of
 from sedtrain.models.int8 import in_int8
-from sedtrain.models.prefix import is_prefixed, num_in_front
-from sedtrain.models.saved import SPARE_TOKENS, SavedModel
+from sedtrain.models.saved import SavedModel
 from sedtrain.models.whole import heard_languages
 from sedtrain.text.tags import WholePrompt
 
 DEFAULT_SECONDS = 30.0
-NUM_HELD = 32  # windows at once, from which batches of similar lengths are made
-SURE = 0.5  # support by CTC; with the demo's model speech has 0.7 to 1, noise and music 0 to 0.5
-REPETITIVE = 2.4  # bytes of a text per byte when compressed; Radford et al. 2022 (arXiv 2212.04356), section 4.5
-
-
-def positions_of_audio(saved: SavedModel) -> Callable[[float], int] | None:
-    """Positions at most that prompt and audio of so many seconds take in front of a text; None: it takes none."""
-    config = saved.model.config.decoder
-    if not is_prefixed(config):
-        return None
-    rate, of_one_frame = frames_per_second(saved), adapted_frames(saved, 1)
-    return lambda seconds: num_in_front(config, ceil(rate * seconds) + of_one_frame)
-
-
-def longest_audio(saved: SavedModel) -> float:
-    """Seconds that the encoder takes, and that leave a text some of the decoder's positions."""
-    in_front, most = positions_of_audio(saved), saved.model.max_tokens
-    if in_front is None or most is None:
-        return saved.max_seconds
-    return min(saved.max_seconds, max(0.1, (most - SPARE_TOKENS - in_front(0.0)) / frames_per_second(saved)))
-
-
-def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str, detects: bool = False) -> Collator:
-    """The Collator of a saved model.
-
-    rewrite: normalizes texts before they become labels
-    detects: leaves languages that nothing names to a model that can find them: Whisper
-    """
-    tags = saved.tags
-    if detects and saved.is_whisper and isinstance(tags, WholePrompt):
-        tags = replace(tags, detects=bool(tags.ids))
-    return Collator(
-        saved.feature_extractor,
-        saved.tokenizer,
-        saved.model.config.decoder_start_token_id,
-        rewrite,
-        tags,
-        longest_audio(saved),
-        behind_prompt=is_prefixed(saved.model.config.decoder),
-        pads=saved.is_whisper,
-    )
+NUM_HELD = 32  # windows in memory, from which batches of similar lengths are made
+SURE = 0.5  # least support by CTC for a text without doubt; the demo's model: speech 0.7 to 1, noise and music 0 to 0.5
+REPETITIVE = 2.4  # compression ratio of a text that repeats itself; Radford et al. 2022 (arXiv 2212.04356), section 4.5
 
 
 class Recording:
-    """A recording on its way to a text: its windows, read as they are asked for, and the segments of those decoded.
+    """A recording while it is decoded: its windows, read one by one, and the segments so far.
 
     blocks: its samples at the rate of the decoder's collator
     """
@@ -105,7 +67,7 @@ class Recording:
         self.decoded.append((segment, confidence))
 
     def transcription(self) -> Transcription:
-        """The texts so far. Where CTC hears nothing in a window, although it hears words in others, there is no text."""
+        """The texts so far. A window in which CTC hears nothing has no text, if CTC hears something in another window."""
         hears = any(confidence for _, confidence in self.decoded)
         segments = [segment for segment, confidence in self.decoded if confidence != 0 or not hears]
         return Transcription(self.name, self.num_samples / self.rate, tuple(segments))
@@ -113,7 +75,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class RecordingDecoder:
-    """A saved model with the options of its search and what bounds a batch of windows; words need a CTC head."""
+    """A saved model with the options of its search and the bounds of a batch of windows; words need a CTC head."""
 
     saved: SavedModel
     options: DecodingOptions
@@ -134,14 +96,14 @@ class RecordingDecoder:
 
     @property
     def window_seconds(self) -> float:
-        """Length up to which audio is decoded at once."""
+        """Longest audio that is decoded at once."""
         learnt = self.saved.max_training_seconds
         return min(self.options.window or (DEFAULT_SECONDS if isinf(learnt) else learnt), self.collator.max_seconds)
 
     def transcription(
         self, name: str, blocks: Iterable[Samples], language: str | None = None, task: str = "transcribe"
     ) -> Transcription:
-        """The text of a recording from its samples at the rate of the collator."""
+        """The text of a recording, from its samples at the rate of the collator."""
         recording = Recording(self, name, blocks, language, task, self.with_words)
         while windows := list(islice(recording.windows, NUM_HELD)):
             if len(windows) > 1:
@@ -150,9 +112,9 @@ class RecordingDecoder:
         return recording.transcription()
 
     def add_texts(self, windows: Sequence[tuple[Recording, Window]], returns_memory: bool = True) -> None:
-        """Decodes windows of one or several recordings, those of similar length together; adds their texts in this order.
+        """Decodes windows of one or more recordings in batches of similar length, and adds their texts in the given order.
 
-        returns_memory: to the system after each batch, which takes a fifth of the time of a small model
+        returns_memory: gives freed memory back to the system after each batch, which takes a fifth of a small model's time
         """
         bounds = replace(self.bounds, shortest_seconds=self.collator.shortest_seconds)
         seconds = [len(window.samples) / self.collator.sampling_rate for _, window in windows]
@@ -166,23 +128,14 @@ class RecordingDecoder:
 
     def batch_of(self, windows: Sequence[tuple[Recording, Window]]) -> Batch:
         rate = self.collator.sampling_rate
-        utterances = [
-            Utterance(
-                "",
-                torch.from_numpy(window.samples),
-                rate,
-                "",
-                recording.language,
-                None,
-                len(window.samples) / rate,
-                recording.task,
-            )
-            for recording, window in windows
-        ]
+        utterances = []
+        for recording, window in windows:
+            audio, seconds = torch.from_numpy(window.samples), len(window.samples) / rate
+            utterances.append(Utterance("", audio, rate, "", recording.language, None, seconds, recording.task))
         return self.collator(utterances).to(self.saved.model.device)
 
     def find_language(self, recording: Recording, window: Window) -> None:
-        """Gives all windows of a recording the language that Whisper hears in the first, where nothing names one."""
+        """Sets a recording's language to the one that Whisper hears in this window, unless something names a language."""
         tags, model = self.collator.tags, self.saved.model
         if recording.language or not (isinstance(tags, WholePrompt) and tags.detects) or tags.language:
             return
@@ -193,7 +146,7 @@ class RecordingDecoder:
         recording.language = next(language for language, ids in languages if ids[0] == int(found))
 
     def decode(self, windows: Sequence[tuple[Recording, Window]]) -> list[Hypotheses]:
-        """The texts of windows in one batch; with words if a recording wants them."""
+        """The texts of windows, decoded as one batch; with words if any recording wants them."""
         batch, saved = self.batch_of(windows), self.saved
         with_words = any(recording.with_words for recording, _ in windows)
         return decode_batch(saved.model, saved.tokenizer, batch, self.options, True, with_words)
@@ -217,7 +170,7 @@ class RecordingDecoder:
 
 
 def doubt(text: str, support: float | None) -> str | None:
-    """A reason to doubt a text: CTC does not hear it or hears something else, or it repeats itself."""
+    """A reason to doubt a text: CTC does not hear it, or it repeats itself."""
     written = text.encode()
     if text and support is not None and support < SURE:
         return f"CTC supports it by {support:.2f} of 1, as in noise or music"

@@ -1,4 +1,4 @@
-"""Texts that the decoder writes: by the loop of this package where it drives the decoder, else by `generate` of transformers.
+"""Searches in which the decoder writes the text: in sedtrain's own loop where that can drive it, else in `generate`.
 
 B batch, N beams, P prompt, U generated tokens.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from sedtrain.decoding.ctc import Lattice, best_path
+from sedtrain.decoding.ctc import Lattice
 from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import JointScores
 from sedtrain.decoding.loop import Task, beam_search, greedy
@@ -23,18 +23,18 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import Steps, steps_of
 
-Found = tuple[list[list[int]], list[list[float] | None]]
-"""Rows of tokens, the hypotheses of an utterance together, and the scores of each utterance."""
+Found = tuple[list[list[list[int]]], list[list[float] | None]]
+"""For each utterance, the tokens of its hypotheses, and their scores."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Utterances and how their texts are searched.
+class SearchInputs:
+    """Encoded utterances, and how to search their texts.
 
     prompts: (B, P)
-    limits:  (B,) most tokens behind the prompt
-    lattice: of CTC, for the searches that use it
-    added:   processors of scores that look at each row alone
+    limits:  (B,) most tokens after the prompt
+    lattice: scores of CTC, for the searches that use it
+    added:   processors of scores that look at each row by itself
     """
 
     encoded: EncodedSpeech
@@ -49,29 +49,25 @@ class Wanted:
         return int(self.limits.max())
 
     def processors(self, ends: list[int]) -> list[LogitsProcessor]:
-        """Processors of scores: CTC's in a joint search, and those that were added."""
+        """The added processors of scores; in a joint search, CTC's first."""
         if self.lattice is None or self.options.search != "joint" or not self.options.ctc_weight:
             return [*self.added]
         return [JointScores(self.lattice, self.options.ctc_weight, ends), *self.added]
 
 
-def generated(model: SpeechEncoderDecoder, wanted: Wanted) -> list[Hypotheses]:
-    """The texts; the scores are those of the beams."""
+def by_decoder(model: SpeechEncoderDecoder, inputs: SearchInputs) -> list[Hypotheses]:
+    """Texts that the decoder writes; beam search gives them scores."""
     model.settle_generation_config()
-    ends, num_best = end_tokens(model.generation_config), wanted.options.num_return_sequences
-    steps = steps_of_search(model, wanted.options, wanted.most)
-    rows, scores = by_generate(model, wanted) if steps is None else by_loop(model, steps, wanted)
-    pad = model.config.pad_token_id
-    return [
-        Hypotheses.of_rows(rows[n * num_best : (n + 1) * num_best], scores[n], ends, pad)
-        for n in range(len(wanted.prompts))
-    ]
+    steps = steps_of_search(model, inputs.options, inputs.most)
+    found = by_generate(model, inputs) if steps is None else by_loop(model, steps, inputs)
+    ends, pad = end_tokens(model.generation_config), model.config.pad_token_id
+    return [Hypotheses.of_rows(rows, scores, ends, pad) for rows, scores in zip(*found, strict=True)]
 
 
 def steps_of_search(model: SpeechEncoderDecoder, options: DecodingOptions, most: int | None = None) -> Steps | None:
-    """What the loop of this package searches with; None where the search is left to `generate`.
+    """The decoder's steps for sedtrain's own loop; None where `generate` has to search.
 
-    most: tokens of a text, for which the decoder needs positions
+    most: tokens of the longest text; the decoder needs a position for each
     """
     generation = model.generation_config
     is_special = generation.early_stopping or generation.stop_strings or generation.max_time
@@ -90,10 +86,10 @@ def processors_of(
     device: torch.device,
     own: Sequence[LogitsProcessor] = (),
 ) -> LogitsProcessorList:
-    """What changes scores: `own`, the options and the settings that were saved with the model.
+    """Processors that change scores: `own`, and those that the options and the model's saved settings ask for.
 
-    No end is forced at the limit of a text, as BART's is: a text that is cut has to be told from one that ends.
-    Raises UserError for saved settings that are none.
+    BART would force an end at the limit. Here none is forced, since a cut text has to be told from one that ended.
+    Raises UserError for saved settings that transformers refuses.
     """
     generation = copy(model.generation_config)
     values = options.generation_kwargs() | {"forced_eos_token_id": None, "max_length": num_prompt + most}
@@ -110,57 +106,56 @@ def processors_of(
 
 
 def loop_of(model: SpeechEncoderDecoder, options: DecodingOptions) -> str:
-    """Names what searches: sedtrain's own loop, or `generate` of transformers for what that loop does not drive."""
+    """The loop that searches: `sedtrain`, its own, or `generate`, the one of transformers."""
     if options.search in ("ctc", "rescore"):
         return "sedtrain"
     return "generate" if steps_of_search(model, options) is None else "sedtrain"
 
 
-def by_loop(model: SpeechEncoderDecoder, steps: Steps, wanted: Wanted) -> Found:
-    """The rows that `generate` would write."""
-    options, prompts, ends = wanted.options, wanted.prompts, end_tokens(model.generation_config)
-    unknown: list[list[float] | None] = [None] * len(prompts)
+def by_loop(model: SpeechEncoderDecoder, steps: Steps, inputs: SearchInputs) -> Found:
+    """The rows that `generate` would write, by sedtrain's own loop."""
+    options, prompts, ends = inputs.options, inputs.prompts, end_tokens(model.generation_config)
+    no_scores: list[list[float] | None] = [None] * len(prompts)
     if options.search == "speculative":
-        assert wanted.lattice is not None
-        drafts = [found.ids[0] for found in best_path(wanted.lattice, wanted.most)]
-        task = Task(steps, wanted.encoded, prompts, wanted.limits, ends, LogitsProcessorList())
-        return speculate(task, drafts), unknown
-    own = wanted.processors(ends)
-    processors = processors_of(model, options, prompts.shape[1], wanted.most, prompts.device, own)
-    leaves = len(own) == len(wanted.added)  # joint scores count the rows of the batch
-    task = Task(steps, wanted.encoded, prompts, wanted.limits, ends, processors, leaves)
+        assert inputs.lattice is not None
+        task = Task(steps, inputs.encoded, prompts, inputs.limits, ends, LogitsProcessorList())
+        return [[row] for row in speculate(task, inputs.lattice.best_path[0])], no_scores
+    own = inputs.processors(ends)
+    processors = processors_of(model, options, prompts.shape[1], inputs.most, prompts.device, own)
+    leaves = len(own) == len(inputs.added)  # joint scores count the rows of the batch
+    task = Task(steps, inputs.encoded, prompts, inputs.limits, ends, processors, leaves)
     if options.num_beams == 1:
-        return greedy(task), unknown
+        return [[row] for row in greedy(task)], no_scores
     texts, scores = beam_search(task, options.num_beams, options.num_return_sequences, options.length_penalty)
-    return [row for each in texts for row in each], scores.tolist()
+    return texts, scores.tolist()
 
 
-def by_generate(model: SpeechEncoderDecoder, wanted: Wanted) -> Found:
-    """The rows that `generate` writes; those of a speculative search are those of greedy search, in as many calls."""
-    options, prompts, num_best = wanted.options, wanted.prompts, wanted.options.num_return_sequences
+def by_generate(model: SpeechEncoderDecoder, inputs: SearchInputs) -> Found:
+    """The rows that `generate` writes. A speculative search becomes greedy search here, which writes the same ids."""
+    options, prompts, num_best = inputs.options, inputs.prompts, inputs.options.num_return_sequences
     kwargs: dict[str, Any] = {
         **options.generation_kwargs(),
         "num_return_sequences": num_best,
-        "max_new_tokens": wanted.most + 1,  # never reached: there BART is forced to end its text
-        "stopping_criteria": StoppingCriteriaList([InTime(prompts.shape[1] + wanted.limits)]),
-        "logits_processor": LogitsProcessorList(wanted.processors(end_tokens(model.generation_config))),
+        "max_new_tokens": inputs.most + 1,  # never reached: there BART is forced to end its text
+        "stopping_criteria": StoppingCriteriaList([OwnLimit(prompts.shape[1] + inputs.limits)]),
+        "logits_processor": LogitsProcessorList(inputs.processors(end_tokens(model.generation_config))),
     }
-    if is_scored := num_best > 1 and options.num_beams > 1:  # it keeps the scores of all tokens in all steps
+    if is_scored := num_best > 1 and options.num_beams > 1:  # only then, as the scores of all steps stay in memory
         kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(
-        encoder_outputs=wanted.encoded,
+        encoder_outputs=inputs.encoded,
         decoder_input_ids=prompts,
-        synced_gpus=False,  # where weights lie in pieces on several ranks, the validation has gathered them
+        synced_gpus=False,  # validation has gathered weights that are sharded over ranks
         **kwargs,
     )
     rows = (output.sequences if is_scored else output)[:, prompts.shape[1] :]
     scores = output.sequences_scores.unflatten(0, (-1, num_best)).tolist() if is_scored else [None] * len(prompts)
-    return rows.tolist(), scores
+    return rows.unflatten(0, (-1, num_best)).tolist(), scores
 
 
 @dataclass(eq=False)
-class InTime(StoppingCriteria):
-    """Ends each utterance at its own length, whatever the others of the batch are.
+class OwnLimit(StoppingCriteria):
+    """Ends each text at the limit of its utterance, whatever else is in the batch.
 
     limits: (B,) tokens, prompt included
     """

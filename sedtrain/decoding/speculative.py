@@ -1,4 +1,4 @@
-"""The ids of greedy search in fewer calls of the decoder: CTC writes a draft, each call verifies all of the draft at once.
+"""The ids of greedy search in fewer calls of the decoder: CTC drafts a text, and each call verifies the whole draft.
 
 B batch, P prompt, U tokens, V vocabulary.
 """
@@ -11,18 +11,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sedtrain.decoding.loop import Task
 
-WINDOW = 3  # tokens of the draft among which one that the decoder wrote is looked for
+WINDOW = 3  # first tokens of a wrong draft, among which the decoder's token is looked for
 
 
 @torch.inference_mode()
 def speculate(task: Task, drafts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows of greedy search, computed behind what is in memory; a wrong draft's slots stay there, and nothing sees them.
+    """The rows that greedy search writes. Keys and values of refused tokens stay in memory, hidden by the mask.
 
-    drafts: of each utterance, without end token
+    drafts: one for each utterance, without end token
     """
     steps, ends, num_prompt = task.steps, task.ends, task.prompts.shape[1]
     found = zip(task.prompts.tolist(), drafts, task.limits.tolist(), strict=True)
-    rows = [Row(n, prompt, [*draft, ends[0]], num_prompt + limit) for n, (prompt, draft, limit) in enumerate(found)]
+    rows = [Row(prompt, [*draft, ends[0]], num_prompt + limit) for prompt, draft, limit in found]
     memory = steps.listen(task.encoded)
     for position in range(num_prompt - 1):
         steps.step(task.prompts[:, position : position + 1], position, memory)
@@ -49,12 +49,11 @@ def speculate(task: Task, drafts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 @dataclass
 class Row:
-    """One utterance: the text that the decoder has written, prompt included, and the draft of what follows.
+    """One utterance: the text that the decoder has written, prompt included, and a draft of the rest.
 
-    limit: the most tokens of the text
+    limit: most tokens of the text
     """
 
-    number: int
     text: list[int]
     draft: list[int]
     limit: int
@@ -64,10 +63,10 @@ class Row:
         return (self.text + self.draft)[: self.limit - 1]
 
     def accept(self, choices: Sequence[int], ends: Sequence[int], first: int) -> bool:
-        """Writes the decoder's choices up to the first that differs from the draft; True if the text ends.
+        """Writes the decoder's choices, up to and with the first that differs from the draft; True if the text ends.
 
-        choices: behind the tokens from the place `first` on
-        Where they differ, the draft continues behind the decoder's token, or drops one of its own for it.
+        choices: the decoder's next token after each token from place `first` on
+        After a difference the draft goes on behind the decoder's token where it is near, else one drafted token is dropped.
         """
         while True:
             token = choices[len(self.text) - 1 - first]

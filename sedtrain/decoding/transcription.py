@@ -17,13 +17,13 @@ class Word:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a recording that was decoded at once, from `start` to `end` seconds.
+    """A part of a recording that was decoded at once, from `start` to `end` seconds.
 
-    score:   by which the search ranks texts; None if it computes none
-    words:   None if the model cannot say where they are
+    score:   score by which the search ranks texts; None if it computes none
+    words:   words with their times; None if the model cannot time them
     others:  the next best texts of n-best search, with their scores
-    cut_at:  number of tokens at which the text was cut; 0 if it ends by itself
-    doubt:   a reason to believe that nobody says this
+    cut_at:  number of tokens at which the text was cut; 0 if it ended by itself
+    doubt:   a reason to think that nobody said this
     """
 
     text: str
@@ -46,7 +46,7 @@ class Transcription:
 
     @property
     def text(self) -> str:
-        """The texts of all segments, with spaces between them where their script has some."""
+        """The texts of all segments, with spaces between them in scripts that use spaces."""
         text = ""
         for segment in self.segments:
             is_spaced = text and segment.text and not (UNSPACED.match(text[-1]) or UNSPACED.match(segment.text[0]))

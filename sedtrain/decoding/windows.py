@@ -1,6 +1,6 @@
-"""Windows of a recording: cut at pauses, of bounded length, without the silence between them; and their texts joined.
+"""Cuts recordings at pauses into windows of bounded length, drops the silence between them, and joins overlapping texts.
 
-A recording is read as a stream; about a minute of it is held at a time. All positions in a plan are hops of `pauses`.
+A recording is read as a stream, about a minute at a time. Positions in a plan are hops of `pauses`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,15 +17,15 @@ from sedtrain.text.spacing import UNSPACED
 
 MIN_SPEECH = 3  # hops; shorter sounds are clicks
 MIN_PAUSE = 8  # hops, 0.25 s; shorter ones are inside words
-LONG_PAUSE = 16  # hops, 0.5 s; a longer one always ends a window, as between utterances in training
-MARGIN = 6  # hops, 0.2 s of a pause that stay with the speech: beginnings and ends of words are quiet
-OVERLAP = 4  # windows that are cut inside speech share this part of their length
-HELD_SECONDS = 30
+LONG_PAUSE = 16  # hops, 0.5 s; a longer one always ends a window, like the pause between two training utterances
+MARGIN = 6  # hops, 0.2 s of a pause that stay with the speech: words begin and end quietly
+OVERLAP = 4  # a window cut inside speech shares a quarter of its length with the next
+HELD_SECONDS = 30  # of audio in memory before windows are planned, at least
 
 
 @dataclass(frozen=True)
 class Span:
-    """From `start` to before `end`; overlaps: it begins inside the one before, where no pause was in reach."""
+    """Hops from `start` to before `end`; overlaps: it begins inside the span before, as no pause was in reach."""
 
     start: int
     end: int
@@ -37,7 +37,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Window:
-    """Samples of a recording from sample `start` on; overlaps: see Span."""
+    """Samples of a recording, beginning at sample `start`; overlaps: see Span."""
 
     start: int
     samples: Samples
@@ -47,7 +47,7 @@ class Window:
 def planned(activity: NDArray[np.float64], limit: int, overlaps: bool = False) -> list[Span]:
     """Windows of at most `limit` hops that hold all speech, in order of time.
 
-    overlaps: the first one begins inside a window that was planned before
+    overlaps: the first one begins inside a window that was planned earlier
     """
     windows: list[Span] = []
     for span in speech(activity, limit):
@@ -64,7 +64,7 @@ def planned(activity: NDArray[np.float64], limit: int, overlaps: bool = False) -
 
 
 def speech(activity: NDArray[np.float64], limit: int) -> list[Span]:
-    """Stretches of speech between pauses, each with a margin of at most half the pause, for which none exceeds the limit."""
+    """Stretches of speech between pauses, with margins of at most half a pause that keep them within the limit."""
     starts, ends = np.flatnonzero(np.diff(np.pad(activity > 0, 1).astype(int))).reshape(-1, 2).T
     is_pause = starts[1:] - ends[:-1] >= MIN_PAUSE
     bounds = zip(starts[np.r_[True, is_pause]], ends[np.r_[is_pause, True]], strict=True) if len(starts) else ()
@@ -78,7 +78,7 @@ def speech(activity: NDArray[np.float64], limit: int) -> list[Span]:
 
 
 def pieces(span: Span, activity: NDArray[np.float64], limit: int) -> Iterator[Span]:
-    """A span in pieces of at most `limit`: cut at the quietest hop of their second half; where all are loud, they overlap."""
+    """A span in pieces of at most `limit`, cut at the quietest hop of a piece's second half; if that is loud, they overlap."""
     while len(span) > limit:
         first = span.start + (limit + 1) // 2
         cut = first + int(activity[first : span.start + limit].argmin())
@@ -93,9 +93,9 @@ def pieces(span: Span, activity: NDArray[np.float64], limit: int) -> Iterator[Sp
 
 
 def windows_of(blocks: Iterable[Samples], rate: int, seconds: float, activity_of: Activity) -> Iterator[Window]:
-    """The windows of a recording, each of at most `seconds`; a recording that is not longer is one, unless it is silent.
+    """The windows of a recording, each of at most `seconds`. A short recording is one window, a silent one has none.
 
-    blocks: its samples from the beginning to the end
+    blocks: its samples from beginning to end
     """
     hop, limit = samples_per_hop(rate), max(4, int(seconds * rate) // samples_per_hop(rate))
     enough = max(HELD_SECONDS * rate, 4 * limit * hop)
@@ -117,7 +117,7 @@ def windows_of(blocks: Iterable[Samples], rate: int, seconds: float, activity_of
 
 
 def joined(one: Segment, two: Segment) -> tuple[Segment, Segment]:
-    """Segments of overlapping windows with the words that both have only once; they meet between those, in the overlap."""
+    """Two overlapping segments, cut so that the words they share stand once and their times meet in the overlap."""
     texts = one.text + two.text
     space, split = ("", list) if " " not in texts and UNSPACED.search(texts) else (" ", str.split)
     first, second = split(one.text), split(two.text)
@@ -136,16 +136,16 @@ def joined(one: Segment, two: Segment) -> tuple[Segment, Segment]:
 
 
 def within(words: Sequence[Word], first: int, last: int) -> tuple[Word, ...]:
-    """The words of the letters `first` to before `last` of a text; a word may hold several where no spaces part words."""
+    """The words from letter `first` to before letter `last`, cut there: without spaces in the script, a word can be long."""
     ends = [0, *accumulate(len(word.text) for word in words)]
     pieces = [word.text[max(first - start, 0) : max(last - start, 0)] for word, start in zip(words, ends, strict=False)]
     return tuple(replace(word, text=piece) for word, piece in zip(words, pieces, strict=True) if piece)
 
 
 def seam(first: Sequence[str], second: Sequence[str]) -> tuple[int, int]:
-    """Words to keep of the first text, and to drop of the second, whose beginning overlaps the end of the first.
+    """Number of words to keep of the first text, and to drop of the second, which repeats the end of the first.
 
-    Up to the end of the longest sequence that the second half of one and the first half of the other share.
+    Both count to the end of the longest sequence that the first text's second half shares with the second's first half.
     """
     before, until = len(first) // 2, -(-len(second) // 2)
     match = SequenceMatcher(None, first[before:], second[:until], autojunk=False).find_longest_match()

@@ -1,4 +1,4 @@
-"""The words of a decoded text, and the tokens that write them, whatever tokenizer it is."""
+"""The words of a decoded text and the tokens that write them, for any tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
@@ -11,14 +11,14 @@ from sedtrain.text.spacing import UNSPACED
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
-    """Texts of tokens, without special tokens and the white space around them."""
+    """Texts of rows of tokens, without special tokens and without white space around them."""
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def words_in(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> Iterator[tuple[str, int, int]]:
-    """The words of a decoded text, each with its first token and the one behind its last.
+    """The words of a decoded text, each with the number of its first token and of the one after its last.
 
-    Words stand between white space; in scripts without it, such as Chinese, a token is a word, together with its marks.
+    White space separates words. In scripts without it, such as Chinese, each token is a word, together with its marks.
     """
     tokens = iter(letter_tokens(tokenizer, ids, text))
     for written in text.split():
@@ -34,10 +34,10 @@ def words_in(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) 
 
 
 def letter_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
-    """The first and the last token of each letter of a decoded text, white space left out.
+    """The first and the last token of each letter of a decoded text, without its white space.
 
-    A letter belongs to the token with which it appears while the text grows token by token, and to those before it that show
-    nothing yet, such as the first bytes of a character. Tokens of white space and special tokens belong to no letter.
+    The text is decoded token by token. A letter belongs to the token that makes it appear, and to the tokens just before that
+    show nothing yet, such as the first bytes of a character. White space and special tokens belong to no letter.
     """
     letters, found, first = "".join(text.split()), list[tuple[int, int]](), None
     for number, token in enumerate(ids):
@@ -52,6 +52,6 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: 
 
 
 def may_part(left: str, right: str) -> bool:
-    """True between letters of scripts without spaces, but not before what closes and behind what opens."""
+    """True if a word may end here, in a script without spaces: not before a closing mark, nor after an opening one."""
     closes = category(right)[0] == "M" or category(right) in ("Pe", "Pf", "Po")
     return bool(UNSPACED.match(left) or UNSPACED.match(right)) and not closes and category(left) not in ("Pi", "Ps")

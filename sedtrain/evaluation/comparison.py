@@ -7,20 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sedtrain.errors import UserError
-from sedtrain.evaluation.groups import Origin, origin
-from sedtrain.evaluation.intervals import (
+from sedtrain.evaluation.intervals import Interval, Units, confidence_intervals, sums_of_units
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.metrics import Counts, title_of
+from sedtrain.evaluation.origin import Origin, origin
+from sedtrain.evaluation.paired_tests import (
     LEVEL,
-    Interval,
     PairedDifference,
-    Units,
     chances_of_swaps,
-    confidence_intervals,
     holm,
     paired_test,
     smallest_chance,
-    sums_of_units,
 )
-from sedtrain.evaluation.metrics import Counts, MetricSet, title_of
 from sedtrain.evaluation.results import BestHypothesis, scored_as
 from sedtrain.evaluation.scored_runs import ScoredRun
 from sedtrain.text.normalizers import normalizer
@@ -30,10 +28,10 @@ WRITE = "compare runs of the same data, split and normalizer; task=evaluate scor
 
 @dataclass(frozen=True)
 class Difference:
-    """A run minus the first one in one metric.
+    """A run minus the first run in one metric.
 
-    p_swaps: of approximate randomisation: how often random swaps of the runs' units differ as much; None for too few
-    p_value: the larger of both tests' p-values, times what Holm's correction for several runs asks
+    p_swaps: p-value of approximate randomisation; None for too few units
+    p_value: the larger p-value of both tests, after Holm's correction for several runs
     """
 
     paired: PairedDifference
@@ -52,12 +50,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs over their common utterances, each beside the first.
+    """Several runs over their common utterances; every other run is compared with the first.
 
-    values:      by metric, an interval of each run
-    differences: by metric, a difference of each run but the first
-    origins:     of each run but the first, in points of the metric `ranking`
-    left_out:    utterances of each run that another lacks
+    values:      the interval of each run, by metric
+    differences: the difference of each other run, by metric
+    origins:     for each other run, where its difference comes from, in points of the metric `ranking`
+    left_out:    for each run, the number of utterances that another run lacks
     """
 
     names: list[str]
@@ -74,13 +72,13 @@ class Comparison:
     notes: list[str]
 
     def headline(self) -> str:
-        """The number of utterances that were compared, and how many each run has beside them."""
+        """The number of compared utterances, and how many more each run has."""
         others = ", ".join(f"{n:,} of {name}" for n, name in zip(self.left_out, self.names, strict=True) if n)
         left_out = f" ({others} left out: another run lacks them)" if others else ""
         return f"{self.split}: {self.num_utterances:,} utterances in common{left_out}"
 
     def verdicts(self) -> list[str]:
-        """A line for each metric and run but the first."""
+        """A line for each metric and each other run."""
         return [
             f"{title_of(metric)}: {difference.verdict(name, self.names[0])}"
             for metric, differences in self.differences.items()
@@ -89,7 +87,7 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[ScoredRun], names: list[str]) -> Comparison:
-    """Compares runs by metrics that all of them have. Raises UserError where they are not of the same texts."""
+    """Compares runs by the metrics that all of them have. Raises UserError if they did not score the same texts."""
     refuse_different(runs)
     common = [each for id, each in runs[0].utterances.items() if all(id in run.utterances for run in runs)]
     if not common:
@@ -121,7 +119,7 @@ def compare_runs(runs: Sequence[ScoredRun], names: list[str]) -> Comparison:
 
 
 def counts_of_runs(metric_set: MetricSet, references: list[str], texts: list[list[str]]) -> list[Counts]:
-    """(N, K) counts of each run; what runs write alike is counted once."""
+    """(N, K) counts of each run; a text equal to the first run's is not counted again."""
     first = metric_set.count(references, texts[0])
     counts = [first]
     for hypotheses in texts[1:]:
@@ -133,7 +131,7 @@ def counts_of_runs(metric_set: MetricSet, references: list[str], texts: list[lis
 
 
 def speakers_of(runs: Sequence[ScoredRun], common: Sequence[BestHypothesis]) -> list[str | None]:
-    """The speaker of each utterance, as the first run that knows one has it."""
+    """The speaker of each utterance, from the first run that knows one."""
     return [
         next((run.utterances[each.id].speaker for run in runs if run.utterances[each.id].speaker), None)
         for each in common
@@ -199,7 +197,7 @@ def notes_of(
 def differences_of(
     metric_set: MetricSet, first: Counts, others: Sequence[Counts], speakers: Sequence[str | None]
 ) -> dict[str, list[Difference]]:
-    """Every run against the first, in every metric; p-values are corrected for the number of runs (Holm)."""
+    """Every other run against the first, in every metric; p-values are corrected for the number of runs (Holm)."""
     paired = [paired_test(metric_set, first, each, speakers) for each in others]
     swaps = [chances_of_swaps(metric_set, first, each, speakers) for each in others]
     found = {}

@@ -18,17 +18,10 @@ from sedtrain.decoding.searches import loop_of
 from sedtrain.errors import UserError
 from sedtrain.evaluation.intervals import Interval, confidence_intervals
 from sedtrain.evaluation.listening import Listening, listen
-from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.provenance import commit, installed_versions
 from sedtrain.evaluation.report import write_report
-from sedtrain.evaluation.results import (
-    Evaluation,
-    Hypothesis,
-    Results,
-    TrainingTotals,
-    commit,
-    installed_versions,
-    write_hypotheses,
-)
+from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, write_hypotheses
 from sedtrain.models.saved import SavedModel
 
 logger = logging.getLogger(__name__)
@@ -38,8 +31,8 @@ logger = logging.getLogger(__name__)
 class Scoring:
     """Settings and components of scoring.
 
-    folder: where results.json, hypotheses.jsonl and report.html go; metrics.csv is read from it
-    checkpoint: the model that is scored; None for one that was trained in this folder
+    folder: gets results.json, hypotheses.jsonl and report.html; its metrics.csv is read
+    checkpoint: the scored model; None for one that was trained in this folder
     """
 
     target: str
@@ -53,7 +46,7 @@ class Scoring:
     def score(
         self, saved: SavedModel, data: SpeechTextDataModule, train: TrainingTotals | None = None
     ) -> tuple[Results, Evaluation]:
-        """Scores a model on the data and writes the files. Raises UserError where no utterance could be read."""
+        """Scores a model on the data and writes the files. Raises UserError if no utterance could be read."""
         saved.model.to(self.device)
         decoder = RecordingDecoder(saved, self.decoding, bounds=data.bounds)
         loop = loop_of(decoder.saved.model, self.decoding)
@@ -109,7 +102,7 @@ class Scoring:
 def evaluate(
     decoder: RecordingDecoder, batches: Iterable[Batch], long: Iterable[Utterance], metric_set: MetricSet
 ) -> Evaluation:
-    """Scores every batch, and long utterances by windows. Raises UserError where no utterance could be decoded."""
+    """Scores every batch, and long utterances by windows. Raises UserError if no utterance could be decoded."""
     model, tokenizer, options = decoder.saved.model, decoder.saved.tokenizer, decoder.options
     num_skipped = num_cut = 0
     hypotheses: list[Hypothesis] = []
@@ -142,7 +135,9 @@ def evaluate(
         num_cut += any(segment.cut_at for segment in recording.segments)
     if not hypotheses:
         wrong = "none of the utterances could be decoded: there is nothing to score"
-        write = "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
+        write = (
+            "write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with these"
+        )
         raise UserError("data", f"{num_skipped} utterances", wrong, write)
     texts = [h.reference for h in hypotheses], [h.hypothesis for h in hypotheses]
     counts = metric_set.count(*texts)

@@ -1,29 +1,23 @@
-"""Groups of utterances, by duration, length, speaker, language and dataset: their scores, and where two runs differ.
+"""Scores of groups of utterances: by duration, length, speaker, language and dataset."""
 
-Shapes: N utterances, K counts.
-"""
-
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from sedtrain.evaluation import html
 from sedtrain.evaluation.intervals import Interval, confidence_intervals
-from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet, word_pairs
-from sedtrain.evaluation.results import BestHypothesis, Evaluation, percent
-from sedtrain.text.normalizers import Normalizer
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.metrics import METRICS
+from sedtrain.evaluation.results import Evaluation, percent
 
-NUM_RANGES, NUM_NAMES = 6, 10  # groups by a number, and the worst of those by a name
-NUM_GROUPS, NUM_CONFUSIONS, NUM_CHANGED = 12, 12, 20  # by which two runs differ most
+NUM_RANGES, NUM_NAMES = 6, 10  # most groups by a number; worst groups by a name that are shown
 
 Groups = list[tuple[str, list[int]]]
 """Names of groups and the rows of their utterances."""
 
 
 def by_number(values: Sequence[float | None]) -> Groups:
-    """Groups of about equal size, in order; none where a value is missing."""
+    """Groups of about equal size, in order; no groups if a value is missing."""
     numbers = np.array([value for value in values if value is not None])
     if len(numbers) < len(values):
         return []
@@ -46,9 +40,9 @@ def by_name(values: Sequence[str | None]) -> Groups:
 def scores_by_group(
     name: str, metric_set: MetricSet, evaluation: Evaluation, num_words: Sequence[int], labels: Collection[str]
 ) -> list[str]:
-    """A figure for each numeric property and a table for each name, where utterances differ in it.
+    """A figure for each numeric property and a table for each named one, if utterances differ in it.
 
-    num_words: of each reference
+    num_words: words of each reference
     labels:    names of the datasets of a mix, with which ids begin
     """
     utterances, title = evaluation.hypotheses, METRICS[name].title
@@ -72,7 +66,7 @@ def scores_by_group(
         return html.bars_figure(caption, [label for label, _ in groups], intervals, what)
 
     def table(what: str, groups: Groups) -> str:
-        """The worst groups, and all others as one."""
+        """The worst groups, and the rest as one."""
         sums = np.stack([evaluation.counts[rows].sum(axis=0) for _, rows in groups])
         order = np.argsort(metric_set.values(sums)[name] * (1 if METRICS[name].higher_is_better else -1), kind="stable")
         shown, rest = ([groups[index] for index in part] for part in (order[:NUM_NAMES], order[NUM_NAMES:]))
@@ -88,114 +82,3 @@ def scores_by_group(
         for what, groups in groupings.items()
         if len(groups) > 1
     ]
-
-
-# --- where the difference between two runs comes from
-
-
-@dataclass(frozen=True)
-class Group:
-    """Utterances that have something in common: values of both runs, and the points of the whole difference they explain."""
-
-    name: str
-    num_utterances: int
-    first: float
-    other: float
-    points: float
-
-
-@dataclass(frozen=True)
-class Change:
-    """An utterance that two runs write differently; values of the metric that ranks utterances."""
-
-    utterance: BestHypothesis
-    hypothesis: str
-    first: float
-    other: float
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The origin of the difference between a run and the first.
-
-    groups:     by what they have in common: length, speaker, language
-    confusions: reference word, hypothesis word, times in the first run and in the other, those that changed most first
-    changes:    utterances that changed most
-    """
-
-    groups: Mapping[str, list[Group]]
-    confusions: list[tuple[str, str, int, int]]
-    changes: list[Change]
-
-
-def origin(
-    metric_set: MetricSet,
-    utterances: Sequence[BestHypothesis],
-    speakers: Sequence[str | None],
-    hypotheses: Sequence[str],
-    first: Counts,
-    other: Counts,
-) -> Origin:
-    """Groups, confusions and utterances in which a run and the first differ most."""
-    keys: dict[str, Sequence[str | None]] = {
-        "length": length_groups(first[:, 0]),
-        "speaker": list(speakers),
-        "language": [each.language for each in utterances],
-    }
-    groups = {
-        what: groups_of(metric_set, names, first, other, all_in_order=what == "length")
-        for what, names in keys.items()
-        if len({*names} - {None}) > 1
-    }
-    name = metric_set.ranking()
-    values = [metric_set.values(counts)[name] for counts in (first, other)]
-    changed = [row for row, each in enumerate(utterances) if each.hypothesis != hypotheses[row]]
-    most = sorted(changed, key=lambda row: (-abs(values[1][row] - values[0][row]), -int(first[row, 0])))[:NUM_CHANGED]
-    changes = [Change(utterances[row], hypotheses[row], float(values[0][row]), float(values[1][row])) for row in most]
-    both = [(utterances[row].reference, utterances[row].hypothesis, hypotheses[row]) for row in changed]
-    return Origin(
-        groups, changed_confusions(both, metric_set.normalize), [each for each in changes if each.first != each.other]
-    )
-
-
-def length_groups(words: Counts) -> list[str]:
-    """The group of each utterance, of about equal size, such as `4–6 words` of the reference."""
-    names = [""] * len(words)
-    for span, rows in by_number(words.tolist()):
-        for row in rows:
-            names[row] = f"{span} word{'' if span == '1' else 's'}"
-    return names
-
-
-def groups_of(
-    metric_set: MetricSet, names: Sequence[str | None], first: Counts, other: Counts, all_in_order: bool
-) -> list[Group]:
-    """Groups of utterances by name: all by their shortest length, or those that explain most and the rest as one.
-
-    The points of a group are how the whole value changes where only its utterances come from the other run.
-    """
-    rows = dict(by_name(names))
-    ranking, total = metric_set.ranking(), first.sum(axis=0)
-    before = float(metric_set.values(total)[ranking])
-
-    def group(name: str, of_group: list[int]) -> Group:
-        sums = first[of_group].sum(axis=0), other[of_group].sum(axis=0)
-        own, others, moved = (float(metric_set.values(each)[ranking]) for each in (*sums, total - sums[0] + sums[1]))
-        return Group(name, len(of_group), own, others, moved - before)
-
-    if all_in_order:
-        return [group(name, rows[name]) for name in sorted(rows, key=lambda name: int(first[rows[name], 0].min()))]
-    groups = sorted((group(*each) for each in rows.items()), key=lambda each: -abs(each.points))
-    rest = [row for each in groups[NUM_GROUPS:] for row in rows[each.name]]
-    return [*groups[:NUM_GROUPS], *([group(f"{len(groups) - NUM_GROUPS:,} others", rest)] if rest else [])]
-
-
-def changed_confusions(texts: Iterable[tuple[str, str, str]], normalize: Normalizer) -> list[tuple[str, str, int, int]]:
-    """Pairs of words whose number changed most, of references and what both runs wrote."""
-    counts: tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]] = (Counter(), Counter())
-    for reference, *hypotheses in texts:
-        for counter, hypothesis in zip(counts, hypotheses, strict=True):
-            counter.update(pair for pair in word_pairs(reference, hypothesis, normalize) if pair[0] != pair[1])
-    before, after = counts
-    most = sorted({*before, *after}, key=lambda pair: (-abs(after[pair] - before[pair]), pair))[:NUM_CONFUSIONS]
-    return [(*pair, before[pair], after[pair]) for pair in most if before[pair] != after[pair]]

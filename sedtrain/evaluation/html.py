@@ -1,4 +1,4 @@
-"""Pieces of the HTML reports: page, tables, figures, players; all text is escaped."""
+"""Pieces of the HTML reports: page, tables, figures, players. All text is escaped."""
 
 import base64
 import csv
@@ -24,9 +24,9 @@ from sedtrain.run_dir import write_whole
 Audio = tuple[np.ndarray, int]  # (S,) samples in -1..1, sampling rate in hertz
 Curve = tuple[list[int], list[float]]  # optimizer steps, values
 
-INK = "#010203"  # stands for the page's text colour, which follows the reader's theme
+INK = "#010203"  # placeholder for the page's text colour, which follows the reader's theme
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-# Blue, vermilion and green of Okabe and Ito can be told apart by every reader, on black and on white.
+# Okabe and Ito's blue, vermilion and green: every reader can tell them apart, on black and on white.
 LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
 MAX_TOKENS, MAX_COLUMNS = 30, 150  # labels beside an attention picture, and its resolution
 MAX_EDGES = 9  # labels below a histogram; more would overlap
@@ -59,7 +59,7 @@ def read_curves(metrics_csv: Path) -> dict[str, Curve]:
 
 
 def curves_figure(caption: str, curves: Mapping[str, Curve], percent: bool = False) -> str:
-    """Values against optimizer steps; a dot marks each value of a validation, as these are few."""
+    """Values against optimizer steps; a dot marks each validation, as these are few."""
 
     def draw(axes: Axes) -> None:
         for (name, curve), (colour, line) in zip(curves.items(), cycle(LINES)):
@@ -109,7 +109,7 @@ def attention_figure(
     attention: np.ndarray | None,
     spans: Sequence[tuple[float, float]] | None,
 ) -> str:
-    """A line for each token: a shade where the decoder attends to the audio, a bar where CTC hears the token.
+    """A row for each token: shades show where the decoder attends to the audio, a bar shows where CTC hears the token.
 
     attention: (U, T) weights; the highest of each token is the darkest
     """
@@ -131,7 +131,7 @@ def attention_figure(
         axes.set_xlabel("seconds")
         axes.grid(visible=False)
 
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # glyphs that only the browser's fonts have
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # matplotlib lacks glyphs that the browser has
         return figure(caption, draw, percent=False, height=0.7 + 0.17 * min(max(len(tokens), 5), MAX_TOKENS))
 
 
@@ -152,7 +152,7 @@ def figure(caption: str, draw: Callable[[Axes], None], percent: bool, height: fl
 
 
 def write_page(path: Path, title: str, sections: Iterable[str]) -> None:
-    """Writes one HTML file, which links to nothing outside it."""
+    """Writes one self-contained HTML file."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>\n{STYLE}</style>"
@@ -175,12 +175,12 @@ def bullets(texts: Iterable[str]) -> str:
 
 
 def wide(content: str) -> str:
-    """Scrolls sideways where the page is narrower."""
+    """Content that scrolls sideways on a narrow page."""
     return f'<div class="wide">{content}</div>'
 
 
 def folded(summary: str, content: str) -> str:
-    """Closed until it is clicked."""
+    """Content that shows when its summary is clicked."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
@@ -205,7 +205,7 @@ def table(
 ) -> str:
     """A table of text cells: the first `num_texts` of a row are words, the others numbers.
 
-    sounds: what a row says aloud, in a column of its own; None where it cannot be played
+    sounds: audio of each row, played in a column of its own; None if it cannot be played
     """
 
     def line(cells: Sequence[str], tag: str, last: str = "") -> str:
@@ -219,7 +219,7 @@ def table(
 
 
 def player(samples: np.ndarray, sampling_rate: int) -> str:
-    """Plays (S,) samples that are in the page itself, as FLAC: browsers and phones play it at every sampling rate."""
+    """A player of (S,) samples, which the page holds as FLAC: browsers and phones play it at every sampling rate."""
     file = io.BytesIO()
     soundfile.write(file, samples, sampling_rate, format="FLAC", subtype="PCM_16")
     content = base64.b64encode(file.getvalue()).decode("ascii")

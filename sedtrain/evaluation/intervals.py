@@ -1,35 +1,34 @@
-"""95 % confidence intervals and paired tests, from counts per utterance.
+"""95 % confidence intervals, from counts per utterance.
 
-Utterances of one speaker resemble each other, so that speakers are resampled where they are known (arXiv 1912.09508):
-each is left out once (the cluster jackknife), and the standard error is multiplied by a quantile of Student's t, as few
-speakers say little about their own spread. Percentiles of a bootstrap cover less: with four speakers 81 % instead of 95 %,
-and with rare errors 88 %; `tests/evaluation/test_intervals.py` simulates the coverage.
+Utterances of one speaker resemble each other, so known speakers are resampled, not utterances (arXiv 1912.09508). Each speaker
+is left out once (the cluster jackknife). The standard error is multiplied by a quantile of Student's t, since few speakers say
+little about their own spread. Percentiles of a bootstrap cover less than 95 %: 81 % with four speakers, 88 % with rare errors;
+`tests/evaluation/test_intervals.py` simulates the coverage.
 
-Shapes: N utterances, K counts, G units: the speakers, or the utterances where no speaker is known.
+Shapes: N utterances, K counts, G units: the speakers, or the utterances if no speaker is known.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import atan, exp, inf, isnan, nan, pi, sqrt, tan
+from math import atan, exp, isnan, nan, pi, sqrt, tan
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sedtrain.evaluation.metrics import Counts, MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.metrics import Counts
 
 Speakers = Sequence[str | None]
-"""The speaker of each utterance; None where unknown. Empty where nothing says speakers."""
+"""The speaker of each utterance, None where unknown; empty if the data have no speakers."""
 
 FEW_SPEAKERS = 10
-LEVEL = 0.05
-NUM_SWAPS, CHUNK = 5000, 2_000_000  # random swaps of a test; units times swaps at once
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric of a corpus and its 95 % interval; NaN where there is a single utterance."""
+    """A metric of a corpus and its 95 % interval, whose ends are NaN for a single unit."""
 
     value: float
     low: float
@@ -41,21 +40,11 @@ class Interval:
         return "unknown" if isnan(self.low + self.high) else f"{100 * self.low:.2f} to {100 * self.high:.2f} %"
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """Metric of the second run minus that of the first, its 95 % interval, and how often chance does as much."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-
-
 class Units(NamedTuple):
-    """Units of the intervals: `speaker`, or `utterance` where there is no second speaker.
+    """Units of the intervals: `speaker`, or `utterance` if there are not two speakers.
 
-    num_speakers:        None where nothing says speakers
-    num_without_speaker: utterances of unknown speakers beside those of known ones; each is a unit of its own
+    num_speakers:        None if no speaker is known
+    num_without_speaker: utterances of unknown speakers, if others are known; each is a unit of its own
     """
 
     resampled: str
@@ -92,73 +81,8 @@ def confidence_intervals(metric_set: MetricSet, counts: Counts, speakers: Speake
     return intervals
 
 
-def paired_test(
-    metric_set: MetricSet, first: Counts, second: Counts, speakers: Speakers = ()
-) -> dict[str, PairedDifference]:
-    """Two-sided t-test of two runs over the same utterances in the same order, resampled as the intervals are.
-
-    `first` and `second` are (N, K).
-    """
-    if first.shape != second.shape:
-        raise ValueError(f"paired runs score the same utterances: {first.shape} against {second.shape} counts")
-    sums = np.stack([sums_of_units(counts, speakers) for counts in (first, second)])
-    total = sums.sum(axis=1, keepdims=True)
-    values, without_one = metric_set.values(total[:, 0]), metric_set.values(total - sums)
-    freedom = degrees_of_freedom(sums[0])
-    tests = {}
-    for name in values:
-        difference, error = float(np.diff(values[name])[0]), standard_error(np.diff(without_one[name], axis=0)[0])
-        width = quantile(freedom) * error
-        p_value = chance(abs(difference) / error if error else inf, freedom) if difference else 1.0
-        tests[name] = PairedDifference(difference, difference - width, difference + width, p_value)
-    return tests
-
-
-def chances_of_swaps(
-    metric_set: MetricSet, first: Counts, second: Counts, speakers: Sequence[str | None]
-) -> dict[str, float]:
-    """Approximate randomisation: how often the runs, with their units swapped at random, differ as much as they do.
-
-    The units are those of the intervals (Noreen 1989; Riezler and Maxwell 2005). Nothing where they are too few to tell.
-    """
-    sums = [sums_of_units(counts, speakers) for counts in (first, second)]
-    if smallest_chance(len(sums[0])) >= LEVEL:
-        return {}
-    totals, change = [each.sum(axis=0) for each in sums], sums[1] - sums[0]
-    change = change[change.any(axis=1)]  # to swap what is alike changes nothing
-    observed = {name: abs(float(values)) for name, values in differences(metric_set, *totals).items()}
-    generator, num_larger, num_drawn = np.random.default_rng(0), dict.fromkeys(observed, 0), 0
-    while num_drawn < NUM_SWAPS:
-        number = min(max(CHUNK // max(len(change), 1), 1), NUM_SWAPS - num_drawn)
-        swaps = generator.integers(0, 2, (number, len(change)), dtype=np.int8)
-        moved = np.rint(swaps.astype(np.float32) @ change.astype(np.float32)).astype(np.int64)
-        num_drawn += number
-        for name, values in differences(metric_set, totals[0] + moved, totals[1] - moved).items():
-            num_larger[name] += int((np.abs(values) >= observed[name] - 1e-12).sum())
-    return {name: (number + 1) / (NUM_SWAPS + 1) for name, number in num_larger.items()}
-
-
-def differences(metric_set: MetricSet, first: Counts, second: Counts) -> dict[str, npt.NDArray[np.float64]]:
-    values = metric_set.values(first), metric_set.values(second)
-    return {name: values[1][name] - values[0][name] for name in metric_set.metrics}
-
-
-def smallest_chance(num_units: int) -> float:
-    """The smallest p-value that swaps of so many units can have: all swapped or none."""
-    return 2.0 ** (1 - num_units)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for the number of tests (Holm 1979): several tests err together no more often than one."""
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
-
-
 def sums_of_units(counts: Counts, speakers: Speakers) -> Counts:
-    """(G, K) sums over the utterances of each unit; the same name is the same speaker, in whatever dataset of a mix."""
+    """(G, K) sums over the utterances of each unit; the same name is the same speaker in all datasets of a mix."""
     if Units.of(speakers).resampled == "utterance":
         return counts
     names = [number if speaker is None else speaker for number, speaker in enumerate(speakers)]
@@ -170,30 +94,30 @@ def sums_of_units(counts: Counts, speakers: Speakers) -> Counts:
 
 
 def standard_error(without_one: npt.NDArray[np.float64]) -> float:
-    """Standard error of a metric from its values (G,) without each unit; NaN where there is one unit."""
+    """Standard error of a metric, from its values (G,), each without one unit; NaN for a single unit."""
     return sqrt(len(without_one) - 1) * float(np.std(without_one)) if len(without_one) > 1 else nan
 
 
 def degrees_of_freedom(sums: Counts) -> int:
-    """The effective number of units less one: small where a few speakers say most of the words."""
+    """The effective number of units minus one, which is small if a few speakers say most of the words."""
     sizes = sums[:, 0].astype(np.float64)
     return max(round(float(sizes.sum() ** 2 / max((sizes**2).sum(), 1.0))) - 1, 1)
 
 
 def least_width(freedom: int, num_words: int) -> float:
-    """The error rate at which no error in so many words is seen once in 40 times.
+    """The error rate at which `num_words` words would show no error once in 40 times.
 
-    3.7 over the number of words for many units (the rule of three at 97.5 %), more for few, whose error rates may differ:
-    they are taken to be exponentially distributed.
+    For many units it is 3.7 / `num_words` (the rule of three at 97.5 %). It is higher for few, as their error rates may differ:
+    these are taken to be exponentially distributed.
     """
     units = freedom + 1
     return float((40 ** (1 / units) - 1) * units / max(num_words, 1))
 
 
 def bounds(wrong: float, width: float, least: float) -> tuple[float, float]:
-    """Ends of the interval of an error rate, symmetric on the logarithmic scale, which keeps rare errors covered.
+    """Ends of the interval of an error rate: symmetric on a logarithmic scale, which covers rare errors.
 
-    Above 1 the plain scale bounds it, as few speakers would have it end at millions.
+    Above 1 the linear scale bounds it: with few speakers, the logarithmic one would reach millions.
     """
     if isnan(width):
         return nan, nan
@@ -213,7 +137,7 @@ def student(freedom: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float
 
 def quantile(freedom: int) -> float:
     """The |t| that chance exceeds once in 20 times."""
-    freedom = min(freedom, 10_000)  # nothing changes beyond
+    freedom = min(freedom, 10_000)  # more change nothing
     angles, probabilities = student(freedom)
     return sqrt(freedom) * tan(float(np.interp(0.95, probabilities, angles)))
 

@@ -1,6 +1,6 @@
-"""Frames that the decoder attends to while it writes a text, and the times at which CTC hears the text's tokens.
+"""Shows the frames that the decoder attends to while it writes a text, and the times at which CTC hears its tokens.
 
-B batch, which is one utterance, U tokens, T frames, V vocabulary of the CTC head.
+U tokens, T frames.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.whole import with_heard_languages
 
-MOST_SECONDS, MOST_TOKENS = 30.0, 60  # of an utterance that is looked at, of its text
+MOST_SECONDS, MOST_TOKENS = 30.0, 60  # longest utterance that is looked at; first tokens of its text
 
 
 @dataclass(frozen=True)
 class Listening:
     """One utterance of `seconds` and the tokens of a text.
 
-    attention: (U, T) cross-attention, the mean of all heads and layers; None where the decoder gives no weights
-    spans:     start and end of each token by CTC, in seconds; None without a CTC head, and for a text that does not fit
+    attention: (U, T) cross-attention, the mean of all heads and layers; None if the decoder gives no weights
+    spans:     start and end of each token in seconds, by CTC; None without a CTC head, and for a text that cannot be aligned
     """
 
     seconds: float
@@ -38,7 +38,7 @@ class Listening:
 
 @torch.inference_mode()
 def listen(model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batch: Batch) -> Listening:
-    """Looks at the first tokens of the text in the labels of a batch of one utterance."""
+    """Looks at the first tokens of the labels in a batch of one utterance."""
     num_tags = batch.labels.shape[1] - batch.text_labels.shape[1]
     labels = batch.labels[:, : num_tags + MOST_TOKENS]
     text = [token for token in batch.text_labels[0].tolist() if token != model.config.eos_token_id]
@@ -55,11 +55,11 @@ def listen(model: SpeechEncoderDecoder, tokenizer: PreTrainedTokenizerBase, batc
 
 
 def cross_attention(model: SpeechEncoderDecoder, encoded: EncodedSpeech, labels: Tensor) -> Tensor | None:
-    """(1, U) labels -> (U, T) weights of each label on the frames; None where the decoder gives no weights."""
+    """(1, U) labels -> (U, T) attention weights; None if the decoder gives none."""
     inputs = model.prepare_decoder_input_ids_from_labels(labels)
     wanted = {"output_attentions": True, "output_logits": False, "use_cache": False}
     config = model.decoder.config
-    chosen, config._attn_implementation = config._attn_implementation, "eager"  # which alone gives weights
+    chosen, config._attn_implementation = config._attn_implementation, "eager"  # the only one that gives weights
     try:
         output = model(encoder_outputs=encoded, decoder_input_ids=inputs, **wanted)
     finally:

@@ -1,6 +1,6 @@
-"""The metrics of a run: those of the package, BLEU with the tokenizer that publications use for the language, and a user's own.
+"""The metrics of a run: the package's, with the tokenizer for BLEU that publications use for the language, and a user's own.
 
-A user's metric is any function, or one of Hugging Face `evaluate`.
+A user's own metric is a function, or a metric of Hugging Face `evaluate`.
 """
 
 import re
@@ -13,7 +13,8 @@ from typing import Any
 
 from sedtrain.data.corpus import Corpus, pairs_of
 from sedtrain.errors import UserError, one_line
-from sedtrain.evaluation.metrics import METRICS, MetricSet, OwnMetric
+from sedtrain.evaluation.metric_set import MetricSet, OwnMetric
+from sedtrain.evaluation.metrics import METRICS
 from sedtrain.text.normalizers import normalizer
 
 OPTION = "metrics.bleu.tokenize"
@@ -22,10 +23,10 @@ BY_LANGUAGE = {
     **dict.fromkeys(("ja", "jpn", "japanese"), "ja-mecab"),
     **dict.fromkeys(("ko", "kor", "korean"), "ko-mecab"),
 }
-"""Tokenizers by the words of a language's name, such as `zh-CN`, `cmn_hans_cn` or `Mandarin Chinese`; others take 13a."""
+"""Tokenizers by a word in a language's name, such as `zh-CN`, `cmn_hans_cn` or `Mandarin Chinese`; other languages take 13a."""
 PACKAGES = {"ja-mecab": "sacrebleu[ja]", "ko-mecab": "sacrebleu[ko]"}
 EAST_ASIAN = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # kana, Chinese characters, Hangul
-NUM_TEXTS = 1000  # of a split whose language nothing names
+NUM_TEXTS = 1000  # texts of a split that are looked at if nothing names its language
 TRIAL = ["two words"]
 
 
@@ -37,7 +38,7 @@ def metric_set(
     splits: Iterable[str],
     own: Sequence[OwnMetric] = (),
 ) -> MetricSet:
-    """Metrics of these splits of a corpus. Raises UserError where there is no such normalizer, or tokenizer of BLEU."""
+    """Metrics for these splits of a corpus. Raises UserError for an unknown normalizer, or no tokenizer for BLEU."""
     rewrites = any(METRICS[name].signature is None for name in names)
     tokenizer = bleu_tokenizer(tokenize, corpus, splits) if "bleu" in names else "13a"
     return MetricSet(names, normalizer(normalizer_name if rewrites else "none"), tokenizer, own)
@@ -49,8 +50,8 @@ def metric_set(
 def bleu_tokenizer(tokenize: str, corpus: Corpus, splits: Iterable[str]) -> str:
     """The tokenizer for the texts of these splits; `tokenize` names it, or is `auto`.
 
-    Raises UserError where nothing says the language of Chinese, Japanese or Korean texts, where languages need different
-    tokenizers, and where a tokenizer's package is not installed.
+    Raises UserError if Chinese, Japanese or Korean texts have no named language, if languages need different tokenizers, or
+    if the tokenizer's package is not installed.
     """
     languages = [(split, language) for split in dict.fromkeys(splits) for language, _ in pairs_of(corpus, split)]
     if tokenize == "auto":
@@ -70,15 +71,13 @@ def tokenizer_of(corpus: Corpus, split: str, language: str | None) -> str:
         return next((BY_LANGUAGE[word] for word in words if word in BY_LANGUAGE), "13a")
     letters = [letter for text in islice(corpus.texts(split), NUM_TEXTS) for letter in text if letter.isalpha()]
     if 2 * sum(map(bool, map(EAST_ASIAN.match, letters))) > len(letters):
-        wrong = (
-            "nothing says the language of the texts, which have no spaces between words: BLEU needs a tokenizer for it"
-        )
+        wrong = "the texts have no spaces between words, and nothing names the language, whose tokenizer BLEU needs"
         raise UserError("data.language", None, wrong, "write data.language=zh, ja or ko")
     return "13a"
 
 
 def refuse_missing(tokenize: str) -> None:
-    """Raises UserError where a tokenizer's package is not installed."""
+    """Raises UserError if the tokenizer's package is not installed."""
     try:
         MetricSet(["bleu"], tokenize=tokenize).signatures()
     except (ImportError, RuntimeError) as error:
@@ -90,18 +89,19 @@ def refuse_missing(tokenize: str) -> None:
 
 
 def of_function(name: str, function: Callable[..., Any], signature: str, higher_is_better: bool | None) -> OwnMetric:
-    """A metric by a function of references and hypotheses. Raises UserError where it fails on a pair of texts."""
+    """A metric from a function of references and hypotheses. Raises UserError if it fails on a pair of texts."""
     metric = OwnMetric(name, function, signature, higher_is_better)
     metric.value(TRIAL, TRIAL)
     return metric
 
 
 def of_evaluate(name: str, evaluate: str, higher_is_better: bool | None, key: str | None, **options: Any) -> OwnMetric:
-    """A metric of the package `evaluate`, whose code is run.
+    """A metric of the package `evaluate`; its code is run.
 
-    evaluate: a folder, or a name on the Hub, which the command line has allowed
-    key: which of several numbers that it returns; options: of its `compute`
-    Raises UserError where it cannot be loaded, or gives no number.
+    evaluate: a folder, or a name on the Hub that the command line has allowed
+    key: name of the number to take, if it returns several
+    options: options of its `compute`
+    Raises UserError if it cannot be loaded or gives no number.
     """
     import evaluate as package
 

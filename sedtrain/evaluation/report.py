@@ -1,4 +1,4 @@
-"""Writes report.html: scores, learning curves, errors and worst utterances of a run, on one page without links."""
+"""Writes report.html: scores, learning curves, errors and worst utterances of a run, on one self-contained page."""
 
 import csv
 import logging
@@ -12,7 +12,8 @@ import numpy as np
 from sedtrain.evaluation import html
 from sedtrain.evaluation.groups import scores_by_group
 from sedtrain.evaluation.listening import MOST_SECONDS, Listening
-from sedtrain.evaluation.metrics import METRICS, MetricSet, word_pairs
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.metrics import METRICS, word_pairs
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, percent
 from sedtrain.text.normalizers import normalizer
 
@@ -34,12 +35,12 @@ def write_report(
     labels: Collection[str] = (),
     listen_to: Callable[[Hypothesis], Listening] | None = None,
 ) -> None:
-    """Writes one HTML file without links to anything outside it.
+    """Writes the page.
 
-    metrics_csv: of the run; without this file the page has no curves
-    audio_of:    audio by utterance id; called for the worst utterances only
+    metrics_csv: the run's metrics; without this file the page has no curves
+    audio_of:    gives audio by utterance id; called for the worst utterances only
     labels:      names of the datasets of a mix, with which ids begin
-    listen_to:   where the decoder listens while it writes a hypothesis; called for three utterances
+    listen_to:   finds where the decoder listens while it writes a hypothesis; called for three utterances
     """
     normalize = normalizer(results.normalizer["name"])
     metric_set = MetricSet([name for name in evaluation.metrics if name in METRICS], normalize)
@@ -57,7 +58,7 @@ def write_report(
         num_words = [sum(reference != "" for reference, _ in words) for words in pairs]
         groups = scores_by_group(ranking, metric_set, evaluation, num_words, labels)
         sections += [
-            html.row(*groups, *([errors_by_kind(pairs) + frequent_errors(pairs)] if ranking == "wer" else [])),
+            html.row(*groups, *([word_errors(pairs)] if ranking == "wer" else [])),
             pictures([evaluation.hypotheses[index] for index in order], listen_to) if listen_to else "",
             worst_utterances(ranking, values, evaluation.hypotheses, pairs, audio_of, worst),
         ]
@@ -86,7 +87,7 @@ def facts(results: Results) -> str:
     facts = {
         "data": results.data,
         "split": results.split,
-        "model": results.checkpoint or "of this run",
+        "model": results.checkpoint or "trained in this run",
         "run folder": results.run_dir,
         "commit": f"{commit['id'][:12]}{', with changed files' if commit['dirty'] else ''}" if commit else "none",
         "sedtrain": results.versions.get("sedtrain") or "not installed",
@@ -106,7 +107,7 @@ def learning_curves(metrics_csv: Path) -> str:
     try:
         curves = html.read_curves(metrics_csv)
     except (ValueError, TypeError, KeyError, csv.Error) as error:
-        logger.warning("%s is no table of metrics, and the page has no learning curves: %s", metrics_csv, error)
+        logger.warning("%s is no table of metrics, so the page has no learning curves: %s", metrics_csv, error)
         return ""
     figures = {
         "Cross-entropy without label smoothing, nats per token": ["train/cross_entropy", "val/loss"],
@@ -122,21 +123,21 @@ def learning_curves(metrics_csv: Path) -> str:
 
 
 def pictures(ranked: Sequence[Hypothesis], listen_to: Callable[[Hypothesis], Listening]) -> str:
-    """The worst of the utterances that are short enough and not left empty, and two that are further down the ranking."""
+    """Pictures of three utterances: the worst, and two from further down. Long ones and empty hypotheses are left out."""
     usable = [each for each in ranked if each.hypothesis and (each.seconds or 0) <= MOST_SECONDS]
     chosen = [usable[index] for index in sorted({len(usable) * part // 3 for part in range(3)})] if usable else []
     try:
         found = [(utterance.id, listen_to(utterance)) for utterance in chosen]
-    except Exception as error:  # whatever a decoder of the user's own does, the scores are worth a page
+    except Exception as error:  # the page is worth writing even if a user's own decoder fails here
         logger.warning("the report has no picture of the attention: %s: %s", type(error).__name__, error)
         return ""
     if not found:
         return ""
-    notes = ["shades: cross-attention of the decoder, mean of all layers and heads", "bars: the same tokens by CTC"]
+    notes = ["shades: cross-attention of the decoder, mean of all layers and heads", "bars: where CTC hears the token"]
     if all(each.attention is None for _, each in found):
         notes[0] = "this decoder gives no attention weights"
     if all(each.spans is None for _, each in found):
-        notes[1] = "without a CTC head there are no times to compare them with"
+        notes[1] = "without a CTC head there are no bars to compare them with"
     figures = [
         html.attention_figure(id, each.tokens, each.seconds, each.attention, each.spans)
         for id, each in found
@@ -145,22 +146,19 @@ def pictures(ranked: Sequence[Hypothesis], listen_to: Callable[[Hypothesis], Lis
     return html.headed("Where the decoder listens", html.quiet("; ".join(notes)), html.row(*figures))
 
 
-def errors_by_kind(pairs: Iterable[list[WordPair]]) -> str:
-    counts = Counter(kind(pair) for words in pairs for pair in words)
-    num_words = max(counts["hit"] + counts["substitution"] + counts["deletion"], 1)
-    rows = [(f"{name}s", f"{counts[name]:,}", percent(counts[name] / num_words)) for name in KINDS]
-    return html.headed("Errors by kind", html.table(("kind", "words", "of the reference"), rows))
-
-
-def frequent_errors(pairs: Iterable[list[WordPair]]) -> str:
+def word_errors(pairs: Iterable[list[WordPair]]) -> str:
+    """Numbers of errors by kind, and the most frequent errors of each kind."""
     counts = Counter(pair for words in pairs for pair in words)
-    rows = [
-        (name, pair[0] or "–", pair[1] or "–", f"{count:,}")
-        for name in KINDS
-        for pair, count in [each for each in counts.most_common() if kind(each[0]) == name][:NUM_CONFUSIONS]
-    ]
-    listed = html.table(("kind", "reference", "hypothesis", "times"), rows, num_texts=3)
-    return html.headed("Most frequent errors", listed) if rows else ""
+    num_words = max(sum(count for (reference, _), count in counts.items() if reference), 1)
+    kinds, frequent = [], []
+    for name in KINDS:
+        errors = [(pair, count) for pair, count in counts.most_common() if kind(pair) == name]
+        total = sum(count for _, count in errors)
+        kinds.append((f"{name}s", f"{total:,}", percent(total / num_words)))
+        frequent += [(name, *(word or "–" for word in pair), f"{count:,}") for pair, count in errors[:NUM_CONFUSIONS]]
+    by_kind = html.headed("Errors by kind", html.table(("kind", "words", "of the reference"), kinds))
+    listed = html.table(("kind", "reference", "hypothesis", "times"), frequent, num_texts=3)
+    return by_kind + (html.headed("Most frequent errors", listed) if frequent else "")
 
 
 def worst_utterances(
@@ -171,7 +169,7 @@ def worst_utterances(
     audio_of: Callable[[str], html.Audio] | None,
     worst: Sequence[int],
 ) -> str:
-    """Utterances with the worst score, `worst` in this order; "" where no utterance has an error."""
+    """The utterances of the rows `worst`, in this order; "" if there are none."""
     if not worst:
         return ""
     title, legend = METRICS[name].title, ""
@@ -190,7 +188,7 @@ def worst_utterances(
 
 
 def other_texts(utterance: Hypothesis) -> str:
-    """All texts of an n-best search with their scores, folded; "" where there is one."""
+    """All texts of an n-best search with their scores, folded; "" if there is only one."""
     if not utterance.others:
         return ""
     texts = [(utterance.hypothesis, utterance.score), *utterance.others]

@@ -1,29 +1,22 @@
-"""Scores and hypotheses of a split; results.json adds how it was decoded and the versions of what decides a number."""
+"""Scores and hypotheses of a split, and everything that results.json says about them."""
 
 import json
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sedtrain.evaluation.intervals import Interval, Units
-from sedtrain.evaluation.metrics import METRICS, Counts, MetricSet, title_of
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.metrics import METRICS, Counts, title_of
 from sedtrain.run_dir import without_nan, write_json, write_whole
-
-PACKAGES = ("sedtrain", "torch", "transformers", "lightning", "datasets", "rapidfuzz", "sacrebleu")
 
 
 @dataclass(frozen=True)
 class BestHypothesis:
-    """An utterance's reference, and what the model wrote; speaker, language and seconds where they are known.
+    """An utterance's reference and the model's best text; speaker, language and seconds where they are known.
 
-    score: by which the search ranks texts; None if it computes none
+    score: score by which the search ranks texts; None if it computes none
     """
 
     id: str
@@ -37,14 +30,14 @@ class BestHypothesis:
 
 @dataclass(frozen=True)
 class Hypothesis(BestHypothesis):
-    """With `others`, the next best texts of n-best search and their scores."""
+    """A best hypothesis with `others`, the next best texts of n-best search and their scores."""
 
     others: tuple[tuple[str, float | None], ...] = ()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split: `counts` (N, K) are of the N hypotheses, of which `num_cut` were cut at the limit of tokens."""
+    """Scores of a split: N hypotheses with counts (N, K); `num_cut` of them were cut at the limit of tokens."""
 
     metrics: dict[str, Interval]
     hypotheses: list[Hypothesis]
@@ -59,7 +52,7 @@ class Evaluation:
 
     @property
     def units(self) -> Units:
-        """Units that the intervals resample."""
+        """Units that the intervals are computed by."""
         return Units.of(self.speakers)
 
 
@@ -67,7 +60,7 @@ class Evaluation:
 class TrainingTotals:
     """Cost of training: wall-clock seconds, optimizer steps, utterances seen, seconds of audio per second.
 
-    ended_by: the option that ended it before the last of the `planned_steps`
+    ended_by: the option that ended training before the last of `planned_steps`
     """
 
     seconds: float
@@ -84,17 +77,17 @@ class Results:
 
     metrics:             fractions, not percent
     rtfx:                seconds of audio decoded per second of wall clock
-    train:               None where nothing was trained
-    skipped:             number of utterances by reason, of all splits of the run
-    not_scored:          number of utterances of this split by reason
-    num_empty:           utterances whose reference is empty: what is written for them counts as insertions
-    training_normalizer: of the texts that the model learnt; None where the model does not say
-    signatures:          sacrebleu's description of each of its metrics, and what the user named for others
+    train:               None if nothing was trained
+    skipped:             utterances left out of any split of the run, counted by reason
+    not_scored:          utterances left out of this split, counted by reason
+    num_empty:           utterances with an empty reference: all words written for them are insertions
+    training_normalizer: normalizer of the training texts; None if the model does not say
+    signatures:          sacrebleu's descriptions of its metrics, and descriptions of the user's own
     resampled, num_speakers, num_without_speaker: units of the intervals, see `Units`
-    data:                the dataset and its own name of the split
-    checkpoint:          the model that was scored; None for the one that was trained in `run_dir`
-    commit:              of the working directory, see `commit`
-    float32:             the metrics without decoding.int8; None where it is off
+    data:                the dataset and its own name for the split
+    checkpoint:          the scored model; None for the one trained in `run_dir`
+    commit:              commit of the working directory, see `provenance.commit`
+    float32:             the metrics without decoding.int8; None if that is off
     """
 
     task: str
@@ -124,7 +117,7 @@ class Results:
 
     @property
     def headline(self) -> str:
-        """Number of utterances that were scored, and of the others by reason, such as `155 scored, 4 too long`."""
+        """Numbers of utterances that were scored, and of the others by reason, such as `155 scored, 4 too long`."""
         counts = {"scored": self.num_utterances, **self.not_scored}
         of_scored = {"with an empty reference": self.num_empty, "cut at the limit of tokens": self.num_cut}
         text = ", ".join(f"{count:,} {what}" for what, count in counts.items())
@@ -138,7 +131,7 @@ class Results:
         return f"95 % interval, {units}"
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Title, value and interval of each metric as people read them: percent, save for numbers of the user's own."""
+        """Title, value and interval of each metric for people: in percent, except for the user's own metrics."""
         both = [("", self.metrics), (" in float32", self.float32 or {})]
         return [
             (title_of(name) + note, percent(each.value), each.ends)
@@ -157,7 +150,7 @@ class Results:
 
 
 def scored_as(names: Iterable[str], normalizer: Mapping[str, str], signatures: Mapping[str, str]) -> list[str]:
-    """Lines that say how texts are compared: one for all metrics of normalized texts, one for each of sacrebleu's."""
+    """Lines that say how texts are compared: one for all metrics of normalized texts, one for each other metric."""
     normalized = [title_of(name) for name in names if name not in signatures]
     line = f"{', '.join(normalized)}: normalizer {' '.join(normalizer.values())}"
     signed = [f"{title_of(name)}: {text}" for name, text in signatures.items()]
@@ -169,50 +162,9 @@ def percent(fraction: float) -> str:
 
 
 def write_hypotheses(path: Path, evaluation: Evaluation, metric_set: MetricSet) -> None:
-    """Writes a line of JSON for each utterance, with its counts of the first metric that has any."""
+    """Writes a line of JSON per utterance, with its counts of the first metric of METRICS."""
     deciding = next(iter(metric_set.metrics))
     rows = zip(evaluation.hypotheses, evaluation.counts.tolist(), strict=True)
     values = ({**asdict(each), "errors": metric_set.named(counts, deciding)} for each, counts in rows)
     lines = (json.dumps(without_nan(each), ensure_ascii=False, allow_nan=False) for each in values)
     write_whole(path, "".join(f"{line}\n" for line in lines))
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Versions of Python and of PACKAGES; None for a package that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
-def commit() -> dict[str, Any] | None:
-    """The commit of the working directory, and whether its files differ; None where there is none.
-
-    The configuration of a checkout may name commands that git would run to compare files (filters, fsmonitor, those of
-    submodules): they are compared by a copy of the index, in a repository without configuration.
-    """
-    try:
-        asked = git("rev-parse", "HEAD", "--show-toplevel", "--git-path", "objects", "--git-path", "index")
-        if asked.returncode:
-            return None
-        head, *paths = asked.stdout.splitlines()
-        top, objects, index = map(os.path.abspath, paths)
-        with tempfile.TemporaryDirectory() as bare:
-            for name in ("objects", "refs"):
-                Path(bare, name).mkdir()
-            Path(bare, "HEAD").write_text(head)
-            shutil.copy2(index, bare)  # with its time, by which git knows entries of the same moment
-            places = {"GIT_DIR": bare, "GIT_INDEX_FILE": f"{bare}/index", "GIT_WORK_TREE": top}
-            options = "--quiet", "--ignore-submodules=dirty", "--no-ext-diff", "--no-textconv"
-            compared = git("diff", *options, "HEAD", GIT_OBJECT_DIRECTORY=objects, **places)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
-    return {"id": head, "dirty": compared.returncode == 1} if compared.returncode in (0, 1) else None
-
-
-def git(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command, environment = ["git", *arguments], {**os.environ, **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)

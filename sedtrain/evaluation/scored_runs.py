@@ -1,4 +1,4 @@
-"""Reads what a run wrote about its scores, results.json and hypotheses.jsonl: a stranger's files, bounded and checked."""
+"""Reads a run's results.json and hypotheses.jsonl. They may be a stranger's: sizes are bounded, contents checked."""
 
 import json
 import re
@@ -21,16 +21,16 @@ MAX_LINE = 1_000_000  # bytes of an utterance
 WRITE = "write folders of runs that have ended, or of task=evaluate"
 TEXTS, OPTIONAL, NUMBERS = ("id", "reference", "hypothesis"), ("speaker", "language"), ("seconds", "score")
 COUNTED = ("num_utterances", "audio_seconds", "num_empty", "num_cut", "num_speakers", "num_without_speaker")
-LARGEST = 1e300  # a number; JSON can spell numbers that no float can hold
+LARGEST = 1e300  # JSON can spell numbers that no float can hold
 HALF = re.compile("[\ud800-\udfff]")
-"""Halves of characters, which JSON can spell and no file can hold."""
+"""Halves of surrogate pairs, which JSON can spell and no file can hold."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
     """The scores of a run: names of its metrics, how they were computed, and its utterances by id.
 
-    metrics: those of the package; own: others
+    metrics: names in METRICS; own: other names
     """
 
     folder: Path
@@ -44,13 +44,13 @@ class ScoredRun:
 
     @property
     def tokenize(self) -> str:
-        """The tokenizer of BLEU; none that sacrebleu would download."""
+        """The tokenizer of BLEU; never one that sacrebleu would download."""
         found = re.search(r"\|tok:([\w-]+)\|", self.signatures.get("bleu", ""))
         return found[1] if found and found[1] in BLEU_TOKENIZERS else "13a"
 
     @classmethod
     def read(cls, folder: str) -> "ScoredRun":
-        """Raises UserError where a file is missing, too large, or holds something else."""
+        """Raises UserError if a file is missing, too large, or holds something else."""
         place = Path(folder).expanduser()
         stored = stored_results(place, "runs", folder, WRITE)
         if not (place / "hypotheses.jsonl").is_file():
@@ -69,7 +69,7 @@ class ScoredRun:
 
 
 def stored_results(folder: Path, option: str, value: str, write: str) -> dict[str, Any]:
-    """The content of results.json. Raises UserError where it is missing, too large, or holds something else."""
+    """The content of results.json. Raises UserError if it is missing, too large, or holds something else."""
     file = folder / "results.json"
     if not file.is_file():
         raise UserError(option, value, f"there is no file {file}", write)
@@ -80,7 +80,7 @@ def stored_results(folder: Path, option: str, value: str, write: str) -> dict[st
 
 
 def read_results(folder: Path, option: str, value: str, write: str) -> Results:
-    """The results in a folder, for a card. Raises the UserError of `option`, `value` and `write` where they are none."""
+    """The results in a folder, for a card. Raises UserError of `option`, `value` and `write` if there are none."""
     stored = stored_results(folder, option, value, write)
     counts, learnt, train = (stored.get(name) for name in ("not_scored", "training_normalizer", "train"))
     names_learnt = isinstance(learnt, dict) and all(isinstance(each, str) for each in learnt.values())
@@ -105,19 +105,19 @@ def read_results(folder: Path, option: str, value: str, write: str) -> Results:
 
 
 def numbers(stored: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """The entries of these names, or all, that are numbers."""
+    """The entries that are numbers, of these names or of all."""
     stored = stored if isinstance(stored, dict) else {}
     return {name: stored[name] for name in names or stored if is_number(stored.get(name))}
 
 
 def interval(stored: Any) -> Interval:
-    """NaN for what is no number."""
+    """The interval in a table; NaN for a missing number."""
     ends = numbers(stored)
     return Interval(*(float(ends.get(name, nan)) for name in ("value", "low", "high")))
 
 
 def is_results(stored: Any) -> bool:
-    """True if the parts of results.json that are used have the types that they should have."""
+    """True if the parts of results.json that are read have the right types."""
     if not isinstance(stored, dict) or not isinstance(stored.get("metrics"), dict):
         return False
     tables: tuple[Any, Any] = stored.get("normalizer"), stored.get("signatures", {})
@@ -147,7 +147,7 @@ def read_utterances(file: Path, folder: str) -> dict[str, BestHypothesis]:
 
 
 def parsed(line: bytes) -> BestHypothesis | None:
-    """None for a line that is no utterance."""
+    """The utterance of a line; None if it is none."""
     try:
         stored = json.loads(line) if len(line) <= MAX_LINE else None
     except (ValueError, RecursionError):
@@ -167,7 +167,7 @@ def is_number(value: Any) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would act on, and without halves of characters."""
+    """The text without control characters, which a terminal would obey, and without halves of surrogate pairs."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 

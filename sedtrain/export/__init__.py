@@ -1,1 +1,1 @@
-"""A saved model for others: its Hugging Face folder with a card, ONNX graphs, the upload to the Hub."""
+"""Exports a saved model: the Hugging Face folder with its card, ONNX graphs, the upload to the Hub."""

@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 from sedtrain.decoding.hypotheses import end_tokens
 from sedtrain.evaluation.results import Results
 from sedtrain.export.metadata import metadata, write_eval_results
-from sedtrain.export.onnx import greedy
+from sedtrain.export.onnx_check import greedy
 from sedtrain.export.origin import Origin
 from sedtrain.models.lora import lora_layers
 from sedtrain.models.saved import SavedModel
@@ -28,7 +28,7 @@ CARD = """---
 {import_torch}from transformers import AutoProcessor
 {import_model}
 
-folder = "."  # where this card lies: its folder, or its name on the Hub
+folder = "."  # the folder of this card, or its name on the Hub
 model = {model_class}.from_pretrained(folder){adapter}
 processor = AutoProcessor.from_pretrained(folder)
 inputs = {takes_audio}(audio, sampling_rate={sampling_rate}, return_tensors="pt"){cast}  # audio: one channel, float{prompt}
@@ -47,7 +47,7 @@ Utterances: {headline}; {minutes:.1f} minutes of audio.
 """
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
-# transformers has no class for this encoder alone, for this adapter, or for audio in front of a text
+# transformers has no class for this encoder by itself, for this adapter, or for audio in front of the text
 from sedtrain import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 """.strip()
 WHOLE = "from transformers import AutoModelForSpeechSeq2Seq"
@@ -89,12 +89,12 @@ TRAINING = """
 
 
 def inert(text: str) -> str:
-    """The text without what Markdown, a table, HTML or a span of code would act on."""
+    """The text without characters that Markdown or HTML would interpret."""
     return re.sub(r"[\\`*<>\[\]|]", " ", " ".join(text.split()))
 
 
 def scores(results: Results) -> str:
-    """The table of metrics, and how and on what they were computed."""
+    """The table of metrics, how they were computed, and on which data."""
     return SCORES.format(
         split=inert(results.split),
         rows="\n".join(f"| {' | '.join(map(inert, row))} |" for row in results.rows()),
@@ -108,7 +108,7 @@ def scores(results: Results) -> str:
 
 
 def training(results: Results | None, origin: Origin) -> str:
-    """How long it was trained, and with which options; empty where neither is known."""
+    """The length and the options of the training; empty if both are unknown."""
     done = results.train if results else None
     totals = (
         f"{done.steps:,} steps on {done.utterances:,} utterances in {done.seconds / 60:,.1f} minutes." if done else ""
@@ -118,13 +118,13 @@ def training(results: Results | None, origin: Origin) -> str:
 
 
 def first_tags(tags: Tags | WholePrompt | None) -> list[int]:
-    """The tokens of the first language and task that a model learnt; none where it has no tags."""
+    """The tokens of the first task and language that a model learnt; none if it has no tags."""
     known = tags.ids.values() if isinstance(tags, Tags) else []
     return next((list(ids) for languages in known for ids in languages.values()), [])
 
 
 def onnx_snippet(saved: SavedModel, int8: str) -> str:
-    """The loop that the graphs were checked with, and a call of it."""
+    """The loop that checked the graphs, and a call of it."""
     generation = saved.model.generation_config
     source = re.sub(r": (Any|int|Sequence\[int\])| -> Any", "", inspect.getsource(greedy))
     tags = first_tags(saved.tags)
@@ -139,7 +139,7 @@ def onnx_snippet(saved: SavedModel, int8: str) -> str:
 
 
 def prompt_of(saved: SavedModel, task: str) -> tuple[str, str]:
-    """What a snippet asks the model for by tokens, and by arguments of `generate`."""
+    """Code of the snippet that asks for a language and task: by prompt tokens, and by arguments of `generate`."""
     tags = saved.tags
     if isinstance(tags, WholePrompt) and saved.is_whisper:
         return "", f', language="LANGUAGE", task="{task}"' if tags.languages and not tags.language else ""
@@ -162,12 +162,12 @@ def write_model_card(
     onnx: bool = False,
     int8: str = "",
 ) -> None:
-    """Writes README.md of the Hugging Face folder: the metrics, and code that loads the model; and the score for the Hub.
+    """Writes README.md with the metrics and code that loads the model, and the score in the Hub's form.
 
     results: None for a model that was not scored
     task: transcription or translation
-    onnx: tells of the graphs in the folder `onnx`
-    int8: how far the texts of those in 8 bits are from theirs
+    onnx: adds code for the graphs in the folder `onnx`
+    int8: a sentence that compares the texts of the graphs in 8 bits and in float32; empty without these graphs
     """
     prompt, asked = prompt_of(saved, TASK_OF[task])
     config, data = saved.model.config, inert(origin.data)
@@ -176,7 +176,9 @@ def write_model_card(
     described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
     loads, model_class, takes_audio = STOCK if saved.is_stock else OWN, "SpeechEncoderDecoderModel", "processor"
     if isinstance(saved.model, WholeSpeechModel):
-        takes_audio = "processor.feature_extractor"  # processors of some families take a text first, or a language
+        takes_audio = (
+            "processor.feature_extractor"  # the processors of some families expect a text first, or a language
+        )
         loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
         described = f"A whole `{title}` model"
     card = CARD.format(

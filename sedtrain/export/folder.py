@@ -1,4 +1,4 @@
-"""The folder that others get: weights in their precision, LoRA merged or apart, ONNX graphs, the card."""
+"""Writes the exported folder: weights in the chosen precision, LoRA merged or apart, ONNX graphs, the card."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -18,34 +18,25 @@ from sedtrain.export.options import ExportOptions
 from sedtrain.export.origin import Origin
 from sedtrain.models.lora import lora_layers, merge
 from sedtrain.models.saved import SavedModel
+from sedtrain.run_dir import writing_to
 
 logger = logging.getLogger(__name__)
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises UserError for a file, a folder that holds anything, and the current one."""
-    with writing(folder):
+    """Raises UserError for a file, a folder that is not empty, and the current folder."""
+    with writing_to(folder):
         is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile("."))
     if is_taken:
-        wrong = "something is there already, or you are in it, and nothing is overwritten"
+        wrong = "it exists already, or you are in it, and nothing is overwritten"
         raise UserError("out", str(folder), wrong, "write out=NEW_FOLDER")
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raises UserError where the system refuses what is done within."""
-    try:
-        yield
-    except OSError as error:
-        write = "write out=FOLDER that you may write to, on a disk with room"
-        raise UserError("out", str(folder), f"cannot be written to: {error}", write) from error
-
-
-@contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` if nothing raises, else is removed. Raises UserError for one that is taken."""
+    """A folder to fill, which becomes `folder` at the end; an error removes it. Raises UserError if `folder` is taken."""
     refuse_taken(folder)
-    with writing(folder):
+    with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".export-", dir=folder.parent) as place:
             unfinished = Path(place, folder.name)
@@ -63,10 +54,14 @@ def write_folder(
     origin: Origin,
     task: str,
 ) -> None:
-    """Writes the model, which is changed; generation: of its generation config. Raises UserError for what cannot be."""
+    """Writes the model and changes it: LoRA is merged, weights are cast.
+
+    generation: settings for generation_config.json
+    Raises UserError for `export.lora=apart` without LoRA, and for graphs that cannot be made.
+    """
     has_lora = bool(lora_layers(saved.model))
     if options.lora == "apart" and not has_lora:
-        wrong = "this model has no matrices apart from its weights: it was trained without LoRA, or merged"
+        wrong = "this model has no matrices apart from its weights: it was trained without LoRA, or LoRA was merged"
         raise UserError("export.lora", options.lora, wrong, "write export.lora=merged")
     with made_whole(folder) as unfinished:
         if options.lora == "merged":

@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub reads of a model: the metadata of its card, and its score on a dataset."""
+"""Writes what the Hugging Face Hub reads about a model: the metadata of its card, and its score on a dataset."""
 
 from collections.abc import Iterator
 from math import isnan
@@ -13,15 +13,15 @@ from sedtrain.export.origin import NO_NAME, Origin, hub_data
 from sedtrain.run_dir import write_whole
 
 PIPELINE_TAG = "automatic-speech-recognition"
-"""Of translation too, as the Hub's task `translation` takes text; such models have the tag `speech-translation`."""
+"""Also for translation, since the Hub's task `translation` takes text; such models have the tag `speech-translation`."""
 TASK_NAMES = {"transcription": "Speech recognition", "translation": "Speech translation"}
 TAGS = {"transcription": ["sedtrain"], "translation": ["sedtrain", "speech-translation"]}
 
 
 def write_eval_results(folder: Path, results: Results) -> None:
-    """Writes .eval_results/sedtrain.yaml, the first metric for a dataset of the Hub; nothing for other data.
+    """Writes the first metric to .eval_results/sedtrain.yaml if the data are a dataset of the Hub.
 
-    The Hub shows it where that dataset is a benchmark with a task of the name of the configuration.
+    The Hub shows it if that dataset is a benchmark with a task named like the dataset's configuration.
     """
     known = [(name, each) for name, each in results.metrics.items() if name in METRICS and not isnan(each.value)]
     of_hub = hub_data(results.data)
@@ -37,7 +37,7 @@ def write_eval_results(folder: Path, results: Results) -> None:
 
 
 def model_index(results: Results) -> Iterator[EvalResult]:
-    """The metrics as the Hub lists them, in percent, with their intervals; none for a metric of no utterance."""
+    """The metrics in the form of the Hub, in percent and with their intervals; metrics without a value are left out."""
     dataset, configuration = hub_data(results.data) or (NO_NAME.sub("_", results.data.rpartition(", ")[0]), None)
     for name, each in results.metrics.items():
         factor = 100 if name in METRICS else 1
@@ -58,7 +58,7 @@ def model_index(results: Results) -> Iterator[EvalResult]:
 
 
 def metadata(title: str, task: str, results: Results | None, origin: Origin, library: str) -> str:
-    """The YAML on top of the card; library: which loads the model."""
+    """The YAML on top of the card; library: the one that loads the model."""
     codes = [code.partition("-")[0] for code in origin.languages]
     return ModelCardData(
         model_name=title,

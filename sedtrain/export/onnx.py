@@ -1,4 +1,4 @@
-"""A model as two ONNX graphs: encoder.onnx hears audio, decoder.onnx writes the next token with keys and values as inputs.
+"""Writes a model as two ONNX graphs: encoder.onnx encodes audio, decoder.onnx scores the next token.
 
 B batch, S samples, T frames, P past tokens, U new tokens, H heads, W width of a head, V vocabulary.
 """
@@ -6,35 +6,26 @@ B batch, S samples, T frames, P past tokens, U new tokens, H heads, W width of a
 import logging
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow.parquet
 import torch
 from torch import Tensor, nn
 
-from sedtrain.batch import Batch, Utterance
-from sedtrain.data.audio import audio_blocks
-from sedtrain.data.paths import EMBEDDED
-from sedtrain.decoding.hypotheses import end_tokens
-from sedtrain.decoding.recordings import collator_of
-from sedtrain.errors import UserError
+from sedtrain.errors import UserError, one_line
+from sedtrain.export.onnx_check import WITHOUT, refuse_other_ids
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.step_layers import Memory
 from sedtrain.models.steps import Steps, steps_of
 from sedtrain.models.whole import WholeSpeechModel
-from sedtrain.text.tags import Tags
 
 NAMES = "encoder", "decoder"
-NUM_CHECKED, FORCED_TOKENS, MOST_TOKENS = 6, 24, 100
-WITHOUT = "write export=folder, whose model transformers and sedtrain load"
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+"""An escape code in messages of torch.onnx."""
 
 
 class Growing(Memory):
-    """A memory whose keys and values are tensors of a graph: a step makes longer ones."""
+    """A memory for graphs: keys and values grow by a step, and are not written in place."""
 
     def write(self, index: int, new: Tensor) -> Tensor:
         self.slots[index] = torch.cat([self.slots[index], new], 3)
@@ -42,7 +33,7 @@ class Growing(Memory):
 
 
 class Encoder(nn.Module):
-    """(B, S) audio and mask -> (B, T) mask of frames, and for each layer of the decoder two (B, H, T, W)."""
+    """(B, S) audio and mask -> (B, T) mask of frames, then keys and values (B, H, T, W) for each layer of the decoder."""
 
     def __init__(self, model: SpeechEncoderDecoder, steps: Steps) -> None:
         super().__init__()
@@ -58,7 +49,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, U) tokens, (B, T) mask, keys and values of the audio and of P tokens -> (B, U, V) logits, those of P + U tokens."""
+    """Scores U tokens after P earlier ones.
+
+    (B, U) tokens, (B, T) mask, keys and values of the audio and of P tokens -> (B, U, V) logits, and the keys and values of
+    P + U tokens
+    """
 
     def __init__(self, model: SpeechEncoderDecoder, steps: Steps) -> None:
         super().__init__()
@@ -80,12 +75,12 @@ class Decoder(nn.Module):
 
 
 def write_onnx(saved: SavedModel, folder: Path) -> None:
-    """Writes encoder.onnx and decoder.onnx of a model in float32 on the CPU, once onnxruntime writes the ids of `generate`.
+    """Writes encoder.onnx and decoder.onnx of a model in float32 on the CPU, and checks that they write the ids of `generate`.
 
     Raises UserError for a missing extra, a family that has no such graphs, and other ids.
     """
     try:
-        import onnx  # noqa: F401 - torch asks for it late
+        import onnx  # noqa: F401 - torch imports it only when it exports
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -101,26 +96,20 @@ def write_onnx(saved: SavedModel, folder: Path) -> None:
     try:
         trace(model, steps, folder)
     except torch.onnx.OnnxExporterError as error:
-        cause = one_line(error.__cause__ or error)
+        cause = COLOUR.sub("", one_line(error.__cause__ or error))
         raise UserError("export.onnx", True, f"torch cannot export this model: {cause}", WITHOUT) from error
     sessions = [onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in NAMES]
     failures = onnxruntime.capi.onnxruntime_pybind11_state
     try:
         refuse_other_ids(saved, *sessions)
     except (failures.Fail, failures.InvalidArgument, failures.RuntimeException) as error:
-        raise UserError(
-            "export.onnx", True, f"onnxruntime cannot run its graphs: {one_line(error)}", WITHOUT
-        ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Its beginning, without the codes of colours."""
-    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())[:200]
+        wrong = f"onnxruntime cannot run its graphs: {one_line(error)}"
+        raise UserError("export.onnx", True, wrong, WITHOUT) from error
 
 
 @torch.no_grad()
 def trace(model: SpeechEncoderDecoder, steps: Steps, folder: Path) -> None:
-    """Exports both modules, with dynamic sizes by name."""
+    """Exports both modules with named dynamic sizes."""
     layers = [f"{number}.{{}}.{kind}" for number in range(len(steps.layers)) for kind in ("key", "value")]
     audio, own = ([each.format(part) for each in layers] for part in NAMES)
     mask = torch.ones(2, 8000, dtype=torch.long)
@@ -131,11 +120,10 @@ def trace(model: SpeechEncoderDecoder, steps: Steps, folder: Path) -> None:
     past = [each.new_zeros(2, each.shape[1], 3, each.shape[3]) for each in heard]
     tokens = torch.ones(2, 2, dtype=torch.long)
     samples, by_frame, by_token = ({0: "batch", 1: each} for each in ("samples", "frames", "tokens"))
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
-        logging.ERROR
-    )  # that torchvision is missing
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    registration.setLevel(logging.ERROR)  # it warns that torchvision is missing
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch's exporter says of itself
+        warnings.simplefilter("ignore")  # torch's exporter warns about itself
         torch.onnx.export(
             encoder,
             inputs,
@@ -159,85 +147,3 @@ def trace(model: SpeechEncoderDecoder, steps: Steps, folder: Path) -> None:
             ),
             verbose=False,
         )
-
-
-def greedy(
-    encoder: Any, decoder: Any, inputs: Any, mask: Any, prompt: Any, ends: Sequence[int], most: int, least: int = 0
-) -> Any:
-    """Ids of each utterance by two sessions of onnxruntime; what follows an end has no meaning.
-
-    (B, S) float32 audio and its mask, (B, P) int64 prompt -> (B, U) ids, U from `least` to `most`
-    """
-    heard = encoder.run(None, {"input_values": inputs, "attention_mask": mask.astype("int64")})
-    places = decoder.get_inputs()
-    past = [np.zeros((len(prompt), each.shape[1], 0, each.shape[3]), "float32") for each in places[1 + len(heard) :]]
-    ids, new = prompt, prompt
-    ended = np.zeros(len(prompt), bool)
-    for number in range(1, most + 1):
-        values = [new, *heard, *past]
-        logits, *past = decoder.run(None, {each.name: value for each, value in zip(places, values, strict=True)})
-        if number <= least:
-            logits[:, -1, list(ends)] = -np.inf
-        new = logits[:, -1:].argmax(-1)
-        ids = np.concatenate([ids, new], 1)
-        ended |= np.isin(new[:, 0], ends)
-        if ended.all():
-            break
-    return ids[:, prompt.shape[1] :]
-
-
-def refuse_other_ids(saved: SavedModel, encoder: Any, decoder: Any) -> None:
-    """Raises UserError where onnxruntime writes other ids than `generate`, for utterances of the embedded corpus.
-
-    Each text is compared up to its end, and again with the end forbidden for FORCED_TOKENS tokens. The last token that
-    fits is left out: there some families force an end.
-    """
-    batch, model, ends = check_set(saved), saved.model, end_tokens(saved.model.generation_config)
-    prompt = prompts_of(saved, batch)
-    room = room_of(saved, prompt)
-    for least, most in ((0, room), (min(FORCED_TOKENS, room), min(FORCED_TOKENS, room))):
-        settings = {"num_beams": 1, "do_sample": False, "max_new_tokens": most, "min_new_tokens": least or None}
-        whole = model.generate(batch.inputs, attention_mask=batch.attention_mask, decoder_input_ids=prompt, **settings)
-        arrays = batch.inputs.numpy(), batch.attention_mask.numpy(), prompt.numpy()
-        found = greedy(encoder, decoder, *arrays, ends, most, least)
-        wanted = [until_end(row, ends) for row in whole[:, prompt.shape[1] :][:, : most - 1].tolist()]
-        texts = [until_end(row, ends) for row in found[:, : most - 1].tolist()]
-        if wrong := sum(text != each for text, each in zip(texts, wanted, strict=True)):
-            words = f"onnxruntime writes other tokens than transformers for {wrong} of {len(wanted)} utterances"
-            raise UserError("export.onnx", True, words, WITHOUT)
-
-
-def prompts_of(saved: SavedModel, batch: Batch) -> Tensor:
-    """(B, P) tokens in front of each text."""
-    return (
-        torch.full((len(batch), 1), saved.model.config.decoder_start_token_id)
-        if batch.prompts is None
-        else batch.prompts
-    )
-
-
-def room_of(saved: SavedModel, prompts: Tensor) -> int:
-    """Tokens that a text of a check may have."""
-    most = saved.model.max_tokens
-    return MOST_TOKENS if most is None else min(MOST_TOKENS, most - prompts.shape[1])
-
-
-def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """The ids in front of the first end."""
-    return ids[: next((number for number, each in enumerate(ids) if each in ends), len(ids))]
-
-
-def check_set(saved: SavedModel, number: int = NUM_CHECKED) -> Batch:
-    """The first utterances of the embedded corpus, padded, with the prompt of the first language and task that there are."""
-    collator, tags = collator_of(saved), saved.tags
-    task, language = "transcribe", None
-    if isinstance(tags, Tags):
-        task, languages = next(iter(tags.ids.items()))
-        language = next(iter(languages))
-    cells = pyarrow.parquet.read_table(EMBEDDED / "test.parquet", columns=["audio"]).slice(0, number)["audio"]
-    utterances = []
-    for cell in cells.to_pylist():
-        samples = torch.from_numpy(np.concatenate(list(audio_blocks(cell, collator.sampling_rate))))
-        seconds = len(samples) / collator.sampling_rate
-        utterances.append(Utterance("", samples, collator.sampling_rate, "", language, None, seconds, task))
-    return collator(utterances)

@@ -1,23 +1,25 @@
-"""The ONNX graphs in 8 bits: products of matrices by the dynamic quantization of onnxruntime, beside those in float32."""
+"""Writes the ONNX graphs in 8 bits beside those in float32: onnxruntime quantizes their matrix products dynamically."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sedtrain.decoding.hypotheses import end_tokens
+from sedtrain.decoding.generate import prompts_of
+from sedtrain.decoding.hypotheses import end_tokens, until_end
 from sedtrain.evaluation.metrics import count_edits
-from sedtrain.export.onnx import NAMES, check_set, greedy, prompts_of, room_of, until_end
+from sedtrain.export.onnx import NAMES
+from sedtrain.export.onnx_check import check_set, greedy, room_of
 from sedtrain.models.saved import SavedModel
 
 NUM_COMPARED = 50
 
 
 def write_int8(saved: SavedModel, folder: Path) -> str:
-    """Writes encoder_int8.onnx and decoder_int8.onnx; returns how far their texts are from those of the other graphs."""
+    """Writes encoder_int8.onnx and decoder_int8.onnx; returns a comparison of their texts with those of float32."""
     from onnxruntime.quantization import quantize_dynamic
 
     settings = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "use_external_data_format": True}
-    logging.disable(logging.WARNING)  # that graphs could be simplified first; torch has done so
+    logging.disable(logging.WARNING)  # it advises to simplify the graphs first, which torch has done
     try:
         for name in NAMES:
             quantize_dynamic(folder / f"{name}.onnx", folder / f"{name}_int8.onnx", **settings)
@@ -27,12 +29,12 @@ def write_int8(saved: SavedModel, folder: Path) -> str:
 
 
 def texts(saved: SavedModel, folder: Path, ending: str) -> list[str]:
-    """What two graphs write for utterances of the embedded corpus, one at a time."""
+    """Texts that two graphs write for utterances of the embedded corpus, one at a time."""
     import onnxruntime
 
     encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}{ending}.onnx") for name in NAMES)
     batch, ends = check_set(saved, NUM_COMPARED), end_tokens(saved.model.generation_config)
-    prompts, found = prompts_of(saved, batch), list[str]()
+    prompts, found = prompts_of(saved.model, batch), list[str]()
     for inputs, mask, prompt in zip(batch.inputs, batch.attention_mask, prompts, strict=True):
         length = int(mask.sum())
         audio, heard, given = (each[None].numpy() for each in (inputs[:length], mask[:length], prompt))
@@ -42,7 +44,7 @@ def texts(saved: SavedModel, folder: Path, ending: str) -> list[str]:
 
 
 def compared(wanted: Sequence[str], found: Sequence[str]) -> str:
-    """How many texts are the same, and how many words have to be edited in the others."""
+    """A sentence about how many texts are equal and how many words differ."""
     pairs = [*zip(wanted, found, strict=True)]
     same, words = sum(one == two for one, two in pairs), sum(len(one.split()) for one in wanted)
     edits = sum(sum(count_edits(one.split(), two.split())[:3]) for one, two in pairs)

@@ -1,4 +1,4 @@
-"""What a run's options say of its model, as far as it concerns readers elsewhere; they may be a stranger's."""
+"""Reads from a run's options, which may be a stranger's, what a model card says about training."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from sedtrain.text.tags import Tags, WholePrompt
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_DATA = re.compile(rf"hf://datasets/({HUB_ID.pattern})[@/].+|({HUB_ID.pattern})(?:@.+)?")
-"""A dataset of the Hub as `data.path` names it: files of it by a URL, or an id; each may name a revision."""
+"""A dataset of the Hub as `data.path` names it: a URL of its files, or an id; both may name a revision."""
 NO_NAME = re.compile(r"[^\w.-]+")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-\w+)*")
 SHOWN: dict[str, tuple[str, ...] | None] = {
@@ -20,17 +20,17 @@ SHOWN: dict[str, tuple[str, ...] | None] = {
     "data": ("batch_seconds", "batch_tokens", "max_seconds"),
     "trainer": ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val"),
 }
-"""Groups and values of the configuration that a card shows; None: all of a group."""
+"""Options that a card shows, by group; None: all options of the group."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a card says of a model's training.
+    """Facts about a model's training for its card.
 
-    data:        names of what it was trained on; empty where nothing says so
+    data:        names of the training data; empty if unknown
     datasets, base_models: Hub ids
-    languages:   codes of the texts
-    settings:    options of the training, without places on a machine
+    languages:   language codes of the texts
+    settings:    options of the training, without paths of a machine
     """
 
     data: str
@@ -44,9 +44,10 @@ class Origin:
 def origin_of(
     settings: Mapping[str, Any], language: str | None, license: str | None, tags: Tags | WholePrompt | None
 ) -> Origin:
-    """Of a run's configuration as plain values, empty where there is none.
+    """The origin of a model.
 
-    language: of the texts, beside those that the tags of the model name
+    settings: its run's configuration as plain values; empty if there is none
+    language: language of the texts, in addition to those that the model's tags name
     """
     paths = list(data_paths(settings))
     languages = [language] if language else []
@@ -66,7 +67,7 @@ def is_on_hub(name: str) -> bool:
 
 
 def hub_dataset(path: str) -> str | None:
-    """The id of a dataset of the Hub; None for files of this machine, and for those of other servers."""
+    """The id of a dataset of the Hub; None for files of this machine or of other servers."""
     found = HUB_DATA.fullmatch(path)
     if not found or (found[2] and is_here(found[2])):
         return None
@@ -74,7 +75,7 @@ def hub_dataset(path: str) -> str | None:
 
 
 def hub_data(described: str) -> tuple[str, str | None] | None:
-    """Id and configuration of a single dataset and split of the Hub, from `Corpus.described`; None for other data."""
+    """Id and configuration from `Corpus.described`, for one split of one dataset of the Hub; None for other data."""
     path, *rest = described.split(", ")
     found = HUB_DATA.fullmatch(path)
     if not found or "+" in described or len(rest) not in (1, 2):
@@ -94,7 +95,7 @@ def data_paths(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def checkpoints(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Names of what training started from."""
+    """Names of the pretrained models that training started from."""
     size, pretrained = settings.get("size"), settings.get("pretrained")
     for part in (settings, table(settings.get("encoder")), table(settings.get("decoder"))):
         name = part.get("checkpoint") or (part.get(str(size)) if pretrained and size != "tiny" else None)
@@ -111,7 +112,7 @@ def shown(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def without_places(value: Any) -> Any:
-    """The value with the names alone of files and folders."""
+    """The value with paths shortened to their last names."""
     if isinstance(value, dict):
         return {str(key): without_places(each) for key, each in value.items()}
     if isinstance(value, list):

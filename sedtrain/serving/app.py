@@ -30,8 +30,8 @@ from sedtrain.serving.requests import FIELDS, Asked, Refused
 from sedtrain.serving.workers import Workers
 
 UPLOAD_SECONDS = 300.0
-AROUND_FILE = 100_000  # bytes of a form beside its file
-LEFT = 499  # nginx's status of a client that did not wait
+AROUND_FILE = 100_000  # bytes of a form besides its file
+CLIENT_LEFT = 499  # nginx's status for a client that did not wait
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -40,7 +40,7 @@ PAGE_HEADERS = {
 
 
 class Service:
-    """The routes of a transcriber, used by threads of its own while the application runs; model: its name in requests."""
+    """The routes, with threads that transcribe while the application runs; model: its name in requests."""
 
     def __init__(self, transcriber: Transcriber, options: ServeOptions, model: str) -> None:
         self.transcriber, self.options, self.model = transcriber, options, model
@@ -102,9 +102,9 @@ class Service:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place among the requests that are answered at once. Raises Refused where all are taken."""
+        """A place among the requests that are answered at once. Raises Refused if all are taken."""
         if self.num_active >= self.options.max_requests:
-            wrong = f"{self.num_active} requests are being answered, which is the most at once; come back later"
+            wrong = f"{self.num_active} requests are being answered, the most that this server takes; come back later"
             raise Refused(429, wrong, headers={"Retry-After": "1"})
         self.num_active += 1
         try:
@@ -113,7 +113,7 @@ class Service:
             self.num_active -= 1
 
     async def answer(self, request: Request) -> Response:
-        """Raises Refused."""
+        """Reads the form, transcribes its file and makes the reply. Raises Refused."""
         try:
             async with asyncio.timeout(UPLOAD_SECONDS):
                 form = await counted(request, self.options.max_bytes + AROUND_FILE).form(
@@ -122,7 +122,7 @@ class Service:
         except TimeoutError as error:
             raise Refused(408, f"the upload took more than {UPLOAD_SECONDS:g} s") from error
         except ClientDisconnect as error:
-            raise Refused(LEFT, "the client has left during its upload") from error
+            raise Refused(CLIENT_LEFT, "the client has left during its upload") from error
         try:
             asked = Asked.of(form, self.model)
             self.refuse_impossible(asked)
@@ -139,7 +139,7 @@ class Service:
         return reply(found, asked, self.transcriber.target)
 
     def refuse_impossible(self, asked: Asked) -> None:
-        """Raises Refused for a file, a language or words that this server, or its model, cannot take."""
+        """Raises Refused for a file that is too large, a language that the model never learnt, and words without CTC."""
         if (asked.file.size or 0) > self.options.max_bytes:
             raise too_large(self.options.max_bytes)
         try:
@@ -147,14 +147,13 @@ class Service:
         except UserError as error:
             raise Refused(422, error.wrong, "language") from error
         if "word" in asked.granularities and self.transcriber.saved.model.ctc_head is None:
-            raise Refused(
-                422, "words have no times: the model was trained without a CTC head", "timestamp_granularities[]"
-            )
+            wrong = "words have no times: the model was trained without a CTC head"
+            raise Refused(422, wrong, "timestamp_granularities[]")
 
     def begin(self, asked: Asked, file: Any) -> Future[Transcription]:
-        """Copies the upload to a file with a name, and begins its text; blocks for some milliseconds.
+        """Copies the upload to the named `file` and submits it to the workers; blocks for some milliseconds.
 
-        Raises Refused for audio that is too long, UserError for what is no audio.
+        Raises Refused for audio that is too long, UserError for a file that is no audio.
         """
         copyfileobj(asked.file.file, file)
         file.flush()
@@ -166,7 +165,7 @@ class Service:
 
 
 def counted(request: Request, most: int) -> Request:
-    """The request, whose body raises Refused once it has more than so many bytes, whatever its header says."""
+    """The request; reading its body raises Refused after `most` bytes, whatever its header says."""
     num_bytes = 0
 
     async def receive() -> Message:
@@ -185,27 +184,27 @@ def too_large(most: int) -> Refused:
 
 
 async def awaited(text: Future[Transcription], receive: Receive) -> Transcription:
-    """The text, once it is there; where the client leaves before, it is cancelled, and Refused is raised."""
-    found, gone = asyncio.wrap_future(text), asyncio.ensure_future(left(receive))
+    """Waits for the text. If the client leaves before, the text is cancelled and Refused is raised."""
+    found, gone = asyncio.wrap_future(text), asyncio.ensure_future(disconnected(receive))
     either: set[asyncio.Future[Any]] = {found, gone}
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not found.done():
-            raise Refused(LEFT, "the client has left")
+            raise Refused(CLIENT_LEFT, "the client has left")
         return found.result()
     finally:
         found.cancel()
         gone.cancel()
 
 
-async def left(receive: Receive) -> None:
-    """Returns when the client has left."""
+async def disconnected(receive: Receive) -> None:
+    """Returns once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def refusal(request: Request, error: Exception) -> Response:
-    """The answer to what is refused, by us or by Starlette, such as an unknown path."""
+    """The answer to a request that this server or Starlette refuses, such as one for an unknown path."""
     assert isinstance(error, HTTPException)
     body = failure(error.status_code, error.detail, getattr(error, "field", None))
     return JSONResponse(body, error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Counters of a server, for Prometheus."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Counters of one server; num_active: the number of requests that are being answered."""
+    """Counters of one server; num_active: gives the number of requests being answered."""
 
     def __init__(self, num_active: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "sedtrain_requests", "Requests for a text by the status of their answer", ["status"], registry=self.registry
+            "sedtrain_requests", "Requests for a text, by status of the answer", ["status"], registry=self.registry
         )
         self.seconds = Histogram(
             "sedtrain_request_seconds",

@@ -14,13 +14,14 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where a server listens, and how much it takes.
+    """The address and the limits of a server.
 
-    host, port: the address; port 0 is a free one
-    names: of hosts, by which requests may reach it beside LOOPBACK and `host`
-    model: its name in requests; None: that of the checkpoint's folder
-    max_megabytes, max_seconds: of an upload (10^6 bytes), of its audio
-    max_requests: at once
+    host, port: where it listens; port 0 takes any free port
+    names: host names of the server in requests, in addition to LOOPBACK and `host`
+    model: name of the model in requests; None: the name of the checkpoint's folder
+    max_megabytes: largest upload, in 10^6 bytes
+    max_seconds: longest audio
+    max_requests: requests answered at once
 
     Raises UserError for a name with wildcards.
     """
@@ -37,12 +38,12 @@ class ServeOptions:
         refuse_misfits("serve.", type(self), vars(self))
         for name in self.names:
             if "*" in name:
-                wrong = "any page of the web could reach the server by such a name"
+                wrong = "with such a name, any web page could reach the server"
                 raise UserError("serve.names", name, wrong, "write 'serve.names=[speech.example.org]'")
 
     @property
     def hosts(self) -> list[str]:
-        """What the Host header of a request may name."""
+        """Names that the Host header of a request may have."""
         return [*LOOPBACK, self.host, *self.names]
 
     @property

@@ -1,4 +1,4 @@
-"""Keeps pages of other sites from using a server through the browser of somebody who visits them."""
+"""Refuses requests that pages of other sites make through a visitor's browser."""
 
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class SameOrigin:
-    """Answers 400 to a request for another host than `hosts`, and 403 to one of a page, by its Origin, from another host."""
+    """Answers 400 to a request whose Host is not in `hosts`, and 403 to one whose Origin is another host."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self.app, self.hosts = app, {each.lower() for each in hosts}
@@ -20,7 +20,7 @@ class SameOrigin:
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
             if host_of(host) not in self.hosts:
-                wrong = f"this server is not {host!r}; serve.names lists the names by which it may be reached"
+                wrong = f"this server is not {host!r}; serve.names lists its other names"
                 app = JSONResponse(failure(400, wrong), 400)
             elif origin is not None and urlsplit(origin).netloc != host:
                 app = JSONResponse(failure(403, f"pages of {origin} may not use this server"), 403)
@@ -28,14 +28,14 @@ class SameOrigin:
 
 
 def host_of(header: str) -> str | None:
-    """The host of a Host header in lower case, without its port and without the brackets of IPv6."""
+    """The host of a Host header, in lower case, without port and without the brackets of IPv6; None if it has none."""
     try:
         return urlsplit(f"//{header}").hostname
-    except ValueError:  # half of a pair of brackets
+    except ValueError:  # an unpaired bracket
         return None
 
 
 def failure(status: int, reason: str, field: str | None = None) -> dict[str, object]:
-    """The body of an error as OpenAI's clients read it."""
+    """The body of an error, in the form of OpenAI's API."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": reason, "type": kind, "param": field, "code": status}}

@@ -1,4 +1,4 @@
-"""What a request for a text asks, as OpenAI's clients write it, and what it is refused for."""
+"""Reads a request for a text, in the form of OpenAI's API, and refuses what the server cannot do."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
-FIXED = {  # fields with the one value that they may have, and the reason
+FIXED = {  # fields with the only value that they may have, and the reason
     "stream": ("false", "this server sends a text once it is whole"),
     "chunking_strategy": ("auto", "this server cuts recordings at pauses"),
     "include[]": ("", "this server computes no log-probabilities of tokens"),
@@ -19,7 +19,7 @@ FIELDS = (
 
 
 class Refused(HTTPException):
-    """A request that gets no text: the HTTP status, the reason, and the field of the form that it is about."""
+    """A refused request: the HTTP status, the reason, and the form field at fault."""
 
     def __init__(
         self, status: int, reason: str, field: str | None = None, headers: dict[str, str] | None = None
@@ -30,9 +30,9 @@ class Refused(HTTPException):
 
 @dataclass(frozen=True)
 class Asked:
-    """A file whose text is asked for, and in which form.
+    """A file to transcribe, and the form of the answer.
 
-    granularities: of verbose_json, what is given with times: segments, words
+    granularities: parts that verbose_json lists with times: segment, word
     """
 
     file: UploadFile
@@ -42,7 +42,7 @@ class Asked:
 
     @classmethod
     def of(cls, form: FormData, model: str) -> "Asked":
-        """Raises Refused for a field that is lacking, unknown or cannot be done; model: the name of the only one."""
+        """Reads a form. Raises Refused for a missing or unknown field, or an impossible value; model: the only model's name."""
         for field, value in form.multi_items():
             if field.removesuffix("[]") + "[]" not in FIELDS and field not in FIELDS:
                 raise Refused(422, f"there is no field {field!r}; known are {', '.join(FIELDS)}", field)
@@ -51,7 +51,7 @@ class Asked:
             if len(form.getlist(field)) > 1 and not field.startswith("timestamp"):
                 raise Refused(422, f"{field} is given several times", field)
         if "file" not in form:
-            raise Refused(422, "send one file of audio in the field file", "file")
+            raise Refused(422, "send one audio file in the field file", "file")
         texts = {field: cast(str, value).strip() for field, value in form.items() if field != "file"}
         if (named := texts.get("model")) not in (None, "", model):
             raise Refused(404, f"this server has the model {model!r}, and not {named!r}", "model")
@@ -64,13 +64,14 @@ class Asked:
 
     @property
     def with_words(self) -> bool:
-        """Whether the text needs times of words."""
+        """True if the answer needs times of words."""
         return self.format in ("srt", "vtt") or "word" in self.granularities
 
 
 def refuse_other_search(texts: dict[str, str]) -> None:
-    """Raises Refused for a prompt, which nothing here takes, a temperature (the server's `decoding` is for all), and values
-    that are not those of FIXED.
+    """Raises Refused for other values than those of FIXED, a prompt, and a temperature.
+
+    The search is the same for all requests: `decoding` of the server.
     """
     for field, (taken, reason) in FIXED.items():
         given = texts.get(field) or texts.get(field.removesuffix("[]")) or taken
@@ -85,13 +86,13 @@ def refuse_other_search(texts: dict[str, str]) -> None:
         is_zero = False
     if not is_zero:
         wrong = (
-            f"temperature is {temperature!r}; this server takes 0 alone: how it searches was chosen when it was started"
+            f"temperature is {temperature!r}; this server takes only 0, as its search was chosen when it was started"
         )
         raise Refused(422, wrong, "temperature")
 
 
 def granularities_of(form: FormData, format: str) -> tuple[str, ...]:
-    """The `timestamp_granularities[]` of a form, each once; segments where there are none."""
+    """The `timestamp_granularities[]` of a form, each once; `segment` if it has none."""
     field = "timestamp_granularities[]"
     given = tuple(dict.fromkeys(cast(list[str], [*form.getlist(field), *form.getlist(field.removesuffix("[]"))])))
     for each in given:

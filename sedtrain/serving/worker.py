@@ -1,4 +1,4 @@
-"""Transcribes recordings together: the windows of all, a share of each in turn."""
+"""Transcribes several recordings at once: in each round, some windows of every recording."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,20 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """A recording whose text is awaited, and the windows of it that were read ahead: two at first. Raises UserError."""
+    """A recording to transcribe, and its windows that were read ahead: two at first, which may raise UserError."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.ahead = recording, list(islice(recording.windows, 2))
         self.text: Future[Transcription] = Future()
 
     def windows(self, number: int) -> list[Window]:
-        """Its next windows; one more is read, since `ahead` is empty once there are none left."""
+        """The next `number` windows. One more is read ahead, so that `ahead` is empty only when no window is left."""
         read = [*self.ahead, *islice(self.recording.windows, number + 1 - len(self.ahead))]
         self.ahead = read[number:]
         return read[:number]
 
     def end(self, error: Exception | None = None) -> None:
-        """Hands over the text, or why there is none; nobody waits for it where it was cancelled."""
+        """Delivers the text or the error, unless the text was cancelled."""
         if not self.text.set_running_or_notify_cancel():
             return
         if error is None:
@@ -40,16 +40,17 @@ Share = tuple[Job, list[Window]]
 
 
 class Worker:
-    """What one thread does with its transcriber; `note_batch` is told how many windows are decoded together.
+    """The work of one thread with its transcriber.
 
-    held: windows at once
+    note_batch: called with the number of windows that are decoded together
+    held: most windows at once
     """
 
     def __init__(self, transcriber: Transcriber, note_batch: Callable[[int], object], held: int = NUM_HELD) -> None:
         self.transcriber, self.note_batch, self.held = transcriber, note_batch, held
 
     def advance(self, jobs: Sequence[Job]) -> list[Job]:
-        """Decodes the next windows of each job, so that short recordings pass long ones; returns the unfinished ones."""
+        """Decodes the next windows of each job, so that short recordings pass long ones; returns the unfinished jobs."""
         jobs = [job for job in jobs if not job.text.cancelled()]
         number = max(1, self.held // max(1, len(jobs)))
         shares = []
@@ -68,7 +69,7 @@ class Worker:
         return [job for job in decoded if job.ahead]
 
     def decode(self, shares: Sequence[Share]) -> list[Job]:
-        """Decodes windows of all jobs together, each alone where that fails; returns the jobs for which it did not."""
+        """Decodes the windows of all jobs together, or each job's alone if that fails; returns the jobs that succeeded."""
         windows = [(job.recording, window) for job, windows in shares for window in windows]
         try:
             if windows:

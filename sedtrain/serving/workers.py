@@ -1,4 +1,4 @@
-"""The workers of a server: one on an accelerator; on a CPU as many as PyTorch has threads, which they divide."""
+"""The workers of a server: one on an accelerator; on a CPU several, which divide PyTorch's threads among them."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,11 +18,14 @@ from sedtrain.decoding.transcription import Transcription
 from sedtrain.serving.worker import Job, Worker
 
 MOST_WORKERS = 4
-IDLE_SECONDS = 1.0  # before freed memory is returned: the next request would wait for it
+IDLE_SECONDS = 1.0  # before freed memory goes back to the system; a next request would have to wait for that
 
 
 class Workers:
-    """Threads with a transcriber each, whose weights are shared; `note_batch` is told how many windows are decoded together."""
+    """Threads with a transcriber each, which share their weights.
+
+    note_batch: called with the number of windows that are decoded together
+    """
 
     def __init__(self, transcriber: Transcriber, note_batch: Callable[[int], object]) -> None:
         self.transcriber, self.num_threads = transcriber, torch.get_num_threads()
@@ -43,16 +46,16 @@ class Workers:
         return all(thread.is_alive() for thread in self.threads)
 
     def submit(self, file: str, language: str | None, with_words: bool) -> Future[Transcription]:
-        """The text of a file, to come; to cancel it ends the work on it. The first windows are read in the caller's thread.
+        """The text of a file, to come; cancelling it stops the work. The first windows are read in the caller's thread.
 
-        Raises UserError for what cannot be read, now or with the text.
+        Raises UserError for audio that cannot be read; an error further on in the file comes with the text.
         """
         job = Job(self.transcriber.recording_of(file, language, with_words))
         self.arrivals.put(job)
         return job.text
 
     def stop(self) -> None:
-        """Ends each thread after the windows that it decodes now; texts that are awaited are cancelled."""
+        """Ends each thread after the windows that it decodes now, and cancels all unfinished texts."""
         self.is_ending = True
         self.arrivals.put(None)
         for thread in self.threads:
@@ -70,10 +73,10 @@ class Workers:
                 jobs = worker.advance([*jobs, *filter(None, arrived)])
         for job in jobs:
             job.text.cancel()
-        self.arrivals.put(None)  # wakes the next
+        self.arrivals.put(None)  # wakes the next thread
 
     def awaited(self) -> Job | None:
-        """The next that arrives; memory is returned to the system where nothing does for a while."""
+        """The next job to arrive. If none does for a while, freed memory goes back to the system first."""
         try:
             return self.arrivals.get(timeout=IDLE_SECONDS)
         except Empty:
@@ -81,7 +84,7 @@ class Workers:
             return self.arrivals.get()
 
     def share(self, most: int) -> list[Job | None]:
-        """At most so many of those that wait, and not more than leaves as many for each other worker."""
+        """This worker's equal share of the waiting jobs, but not more than `most`."""
         taken: list[Job | None] = []
         with suppress(Empty):  # another worker was faster
             for _ in range(min(most, ceil(self.arrivals.qsize() / len(self.threads)))):
@@ -90,7 +93,7 @@ class Workers:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Gives this thread its part of PyTorch's threads, among those that compute now."""
+        """Divides PyTorch's threads among the workers that compute now, while this one does."""
         with self.lock:
             self.num_busy += 1
             torch.set_num_threads(max(1, self.num_threads // self.num_busy))
@@ -102,7 +105,7 @@ class Workers:
 
 
 def sharing_weights(transcriber: Transcriber) -> Transcriber:
-    """A copy for another thread: modules, which keep what they computed last, are its own; tensors are those of the first."""
+    """A copy for another thread. It has its own modules, which keep their last results, and shares all tensors."""
     tensors = [
         each
         for module in transcriber.saved.model.modules()

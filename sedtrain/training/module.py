@@ -18,7 +18,7 @@ from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import UserError
-from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
+from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution

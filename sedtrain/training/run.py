@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Timer
 
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import BatchesWithEpoch
-from sedtrain.decoding.timestamps import frames_per_second
+from sedtrain.decoding.collator import frames_per_second
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import TrainingTotals
 from sedtrain.models.packing import fate_of_padding

@@ -154,7 +154,7 @@ REFUSED = [
     ({"search": "speculative", "num_beams": 2}, "decoding.num_beams", "search=speculative is greedy search",
      "write decoding.num_beams=1, or decoding=joint for a beam"),
     ({"num_beams": 2, "num_return_sequences": 3}, "decoding.num_return_sequences",
-     "num_beams=2 beams end in at most as many texts", "write decoding.num_beams=3 or more"),
+     "num_beams=2 gives at most 2 texts", "write decoding.num_beams=3 or more"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from tones import END, PAD, START, batch_of, joined
 from sedtrain.decoding.generate import decode_batch, token_limits
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.searches import Wanted, by_generate, by_loop, loop_of, steps_of_search
+from sedtrain.decoding.searches import SearchInputs, by_generate, by_loop, loop_of, steps_of_search
 from sedtrain.models.steps import forget, steps_of
 
 LEFT_TO_GENERATE = {"blenderbot_small", "xmod", *STACKS} - {"m2m_100", "speech_to_text", "whisper"}
@@ -31,10 +31,12 @@ def of_both(model, options, prompts, scale=1.0):
     with torch.inference_mode():
         encoded = model.encode(batch.inputs, batch.attention_mask)
         encoded.last_hidden_state = scale * encoded.last_hidden_state
-        wanted = Wanted(encoded, prompts, token_limits(model, encoded, [], prompts.shape[1], options), options)
-        ours = by_loop(model, steps_of_search(model, options), wanted)
-        theirs = by_generate(model, wanted)
-    return [(Hypotheses.of_rows(rows, None, ENDS, PAD).ids, scores) for rows, scores in (ours, theirs)]
+        inputs = SearchInputs(encoded, prompts, token_limits(model, encoded, [], prompts.shape[1], options), options)
+        ours = by_loop(model, steps_of_search(model, options), inputs)
+        theirs = by_generate(model, inputs)
+    return [
+        ([Hypotheses.of_rows(each, None, ENDS, PAD).ids for each in rows], scores) for rows, scores in (ours, theirs)
+    ]
 
 
 def test_every_family_is_driven_but_those_whose_layers_have_other_parts(model, request):
@@ -68,7 +70,7 @@ def test_the_ids_are_those_of_generate(model):
         assert ours == theirs
         if options.num_return_sequences > 1:
             assert scores == [pytest.approx(each, abs=1e-4) for each in expected]
-        lengths |= {len(text) for text in ours}
+        lengths |= {len(text) for texts in ours for text in texts}
     assert len(lengths) > 1
 
 

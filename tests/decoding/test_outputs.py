@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedtrain.config import rules
-from sedtrain.decoding.outputs import FORMATS, LINE, LINES, Outputs, width
+from sedtrain.decoding.outputs import FORMATS, Outputs
+from sedtrain.decoding.subtitles import LINE, LINES, width
 from sedtrain.decoding.transcription import Segment, Transcription, Word
 from sedtrain.errors import UserError
 

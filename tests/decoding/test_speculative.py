@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.loop import Task
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.searches import InTime
+from sedtrain.decoding.searches import OwnLimit
 from sedtrain.decoding.speculative import speculate
 from sedtrain.models.steps import Steps, steps_of
 
@@ -50,7 +50,7 @@ def searches(model, drafts, most=10, prompts=None):
     prompts = torch.full((len(TEXTS), 1), START) if prompts is None else prompts
     options = {"encoder_outputs": encoded, "decoder_input_ids": prompts, "max_new_tokens": most, "do_sample": False}
     limits = torch.full((len(TEXTS),), most)
-    options["stopping_criteria"] = StoppingCriteriaList([InTime(prompts.shape[1] + limits)])
+    options["stopping_criteria"] = StoppingCriteriaList([OwnLimit(prompts.shape[1] + limits)])
     options["max_new_tokens"] = most + 1  # else BART is forced to end there
     expected, by_greedy = number_of_calls(model, lambda: model.generate(**options))
     task = Task(steps_of(model), encoded, prompts, limits, [END], LogitsProcessorList())

@@ -8,11 +8,13 @@ from tones import END, HOP, PAD, SAMPLES, batch_of, drawn_texts, joined, train
 
 from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
+from sedtrain.decoding.alignment import checked_by_ctc
+from sedtrain.decoding.collator import frames_per_second
 from sedtrain.decoding.ctc import Lattice, lattice_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import HeardWord, Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.timestamps import FrameTimes, frames_per_second, heard, timed
+from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Word
 from sedtrain.models.adapter import QFormerAdapter, StackMLPAdapter
 from sedtrain.models.saved import join
@@ -58,7 +60,7 @@ def test_borders_of_words_are_within_two_frames_of_the_known_ones(hearing):
     texts = drawn_texts(24, seed=2)
     batch = batch_of(texts, seed=2)
     said = [Hypotheses([text], texts=(DIGITS.decode(text),)) for text in texts]
-    found = heard(DIGITS, lattice_of(hearing, hearing.encode(batch.inputs, batch.attention_mask)), said, True)
+    found = checked_by_ctc(DIGITS, lattice_of(hearing, hearing.encode(batch.inputs, batch.attention_mask)), said, True)
     times, errors = FrameTimes(HOP / RATE, 15 / RATE), []
     for text, each, audio, mask in zip(texts, found, batch.inputs, batch.attention_mask, strict=True):
         words = timed(each.words, audio[: mask.sum()], RATE, times)
@@ -79,10 +81,12 @@ def test_words_do_not_depend_on_the_utterances_beside_theirs(hearing):
     texts = drawn_texts(6, seed=5)
     batch = batch_of(texts, seed=5)
     said = [Hypotheses([text], texts=(DIGITS.decode(text),)) for text in texts]
-    together = heard(DIGITS, lattice_of(hearing, hearing.encode(batch.inputs, batch.attention_mask)), said, True)
+    together = checked_by_ctc(
+        DIGITS, lattice_of(hearing, hearing.encode(batch.inputs, batch.attention_mask)), said, True
+    )
     for number, (audio, mask) in enumerate(zip(batch.inputs, batch.attention_mask, strict=True)):
         lattice = lattice_of(hearing, hearing.encode(audio[None, : mask.sum()]))
-        [alone] = heard(DIGITS, lattice, [said[number]], True)
+        [alone] = checked_by_ctc(DIGITS, lattice, [said[number]], True)
         spans = [[(word.text, word.start, word.end) for word in each.words] for each in (together[number], alone)]
         assert spans[0] == spans[1]
 
@@ -164,14 +168,14 @@ def test_a_text_that_has_no_path_has_no_words_and_an_empty_one_has_none(hearing)
     batch = batch_of([[5, 6, 7], [6]], seed=3)
     encoded = hearing.encode(batch.inputs, batch.attention_mask)
     found = [Hypotheses([[5] * 200], texts=("一" * 200,)), Hypotheses([[]], texts=("",))]
-    assert [each.words for each in heard(DIGITS, lattice_of(hearing, encoded), found, True)] == [None, ()]
+    assert [each.words for each in checked_by_ctc(DIGITS, lattice_of(hearing, encoded), found, True)] == [None, ()]
 
 
 def test_ctc_supports_a_text_as_far_as_it_hears_the_same_tokens():
     logits = 10 * torch.eye(len(DIGITS))[[5, PAD, 6, PAD, 7, PAD, 8]]
     lattice = Lattice.of(logits[None], torch.tensor([7]), PAD, END)
     found = [
-        heard(DIGITS, lattice, [Hypotheses([text], texts=("",))], False)[0]
+        checked_by_ctc(DIGITS, lattice, [Hypotheses([text], texts=("",))], False)[0]
         for text in ([5, 6, 7, 8], [5, 6, 6, 5], [5, 6], [])
     ]
     assert [each.agreement for each in found] == [1, 0.5, 0.5, 0]

@@ -20,9 +20,9 @@ import sedtrain as package
 from sedtrain.data.audio_paths import stored
 from sedtrain.data.buckets import Bounds
 from sedtrain.decoding import recordings
+from sedtrain.decoding.collator import collator_of, positions_of_audio
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.outputs import show
-from sedtrain.decoding.recordings import collator_of, positions_of_audio
 from sedtrain.decoding.transcribe import Transcriber, decoding_options
 from sedtrain.decoding.windows import Window
 from sedtrain.errors import UserError
@@ -215,7 +215,7 @@ def test_options_that_cannot_be_are_refused(model, speech):
     assert refusal(model.transcribe, speech[0], target="translate")[0] == "target"
     option, wrong, _ = refusal(model.transcribe, speech[0], language="de")
     assert option == "data.language"
-    assert "trained without tags of languages" in wrong
+    assert "trained without language tags" in wrong
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from corpora import data_module, refused, write
 from sacrebleu.metrics import BLEU, CHRF
 
-from sedtrain.evaluation.metrics import CorpusMetrics, MetricSet
+from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
 from sedtrain.evaluation.metrics_of_run import metric_set
 from sedtrain.text.normalizers import normalizer
 
@@ -99,7 +99,7 @@ def test_a_tokenizer_that_is_not_installed_is_refused_with_its_package(
 def test_chinese_whose_language_nothing_names_is_refused(tmp_path):
     assert refused(chosen, tmp_path, CHINESE[0]) == (
         "1 problem:\n\n  data.language = null\n"
-        "    nothing says the language of the texts, which have no spaces between words: BLEU needs a tokenizer for it\n"
+        "    the texts have no spaces between words, and nothing names the language, whose tokenizer BLEU needs\n"
         "    write data.language=zh, ja or ko"
     )
 

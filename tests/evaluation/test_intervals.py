@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from sedtrain.evaluation.intervals import Interval, Units, chance, confidence_intervals, paired_test, quantile
-from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.intervals import Interval, Units, chance, confidence_intervals, quantile
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.paired_tests import paired_test
 
 WER = MetricSet(["wer"])
 WORDS = 10

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedtrain.errors import UserError
-from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION, CorpusMetrics, MetricSet
+from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
+from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.metrics_of_run import of_evaluate, of_function
 from sedtrain.text.normalizers import normalizer
 
@@ -240,7 +241,7 @@ def test_a_metric_of_evaluate_says_which_numbers_it_gives_and_what_cannot_be_loa
 
 def test_packages_of_single_metrics_are_imported_when_these_are_counted():
     script = (
-        "import sys, sedtrain.evaluation.metrics as metrics\n"
+        "import sys, sedtrain.evaluation.metric_set as metrics\n"
         "print({'torch', 'jiwer', 'sacrebleu', 'pandas', 'datasets', 'evaluate', 'wandb'} & {*sys.modules})\n"
         "metrics.MetricSet(['bleu']).count(['a'], ['b']); print('sacrebleu' in sys.modules)"
     )

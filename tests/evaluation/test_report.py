@@ -11,7 +11,8 @@ import soundfile
 
 from sedtrain.evaluation.intervals import confidence_intervals
 from sedtrain.evaluation.listening import Listening
-from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION, MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals
 
@@ -256,7 +257,9 @@ def test_the_worst_and_two_others_are_pictured_with_what_is_known(report):
     html = report(pairs, more=more, listen_to=heard(np.ones((3, 9)), [(0.1, 0.5), (0.6, 0.7), (0.7, 1.9)]))
     shown = html.split("Where the decoder listens")[1].split("<h2>")[0]
     assert re.findall("<figcaption>(.*?)</figcaption>", shown) == ["utterance-2", "utterance-1", "utterance-0"]
-    assert all(text in shown for text in ("$a", "&lt;b&gt;", "七", "cross-attention", "by CTC", "data:image/png"))
+    assert all(
+        text in shown for text in ("$a", "&lt;b&gt;", "七", "cross-attention", "where CTC hears", "data:image/png")
+    )
     assert len(shown) < 3 * 30_000
     assert "no attention weights" in report(pairs, listen_to=heard())
     assert "without a CTC head" in report(pairs, listen_to=heard())
@@ -320,7 +323,7 @@ def test_the_page_names_data_split_run_commit_and_version(tmp_path):
     for name, fact in {
         "data": results.data,
         "split": "test",
-        "model": "of this run",
+        "model": "trained in this run",
         "run folder": results.run_dir,
         "commit": "89abcdef89ab, with changed files",
         "sedtrain": "0.1.7",

@@ -8,15 +8,9 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 
 from sedtrain.evaluation.intervals import Interval
-from sedtrain.evaluation.metrics import MetricSet
-from sedtrain.evaluation.results import (
-    Evaluation,
-    Hypothesis,
-    Results,
-    TrainingTotals,
-    installed_versions,
-    write_hypotheses,
-)
+from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.provenance import installed_versions
+from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, write_hypotheses
 from sedtrain.export.metadata import write_eval_results
 
 RESULTS = Results(

@@ -130,7 +130,7 @@ def test_a_model_that_transformers_has_no_class_for_says_so_and_its_card_s_code_
         (["export.dtype=int8"], "transformers has no class that loads the 8-bit layers of sedtrain"),
         (["export.lora=apart"], "this model has no matrices apart from its weights"),
         (["export.dtype=float8"], "export.dtype = 'float8'"),
-        (["export.license=Apache 2.0"], "the Hub knows licenses by names in lower case without spaces"),
+        (["export.license=Apache 2.0"], "the Hub names licenses in lower case without spaces"),
         (["hub=digits"], "this names no user or organization"),
         (["hub=a/b/c"], "write hub=USER/NAME"),
         (["hub=a/b", "dry_run=false"], "an upload needs a token of the Hub that may write"),

@@ -44,7 +44,7 @@ def test_a_hub_that_refuses_or_is_not_there_is_told_in_words(tmp_path, asked, mo
     with pytest.raises(UserError) as caught:
         upload(tmp_path, "me/digits", private=True)
     assert caught.value.wrong == "the Hub did not take it: no network"
-    assert "the folder is complete" in caught.value.write
+    assert "the folder in out is complete" in caught.value.write
     assert asked == []
 
 

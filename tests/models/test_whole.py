@@ -30,10 +30,11 @@ from sedtrain.build_saved import connect
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.sampler import DurationBatches
+from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.recordings import Recording, RecordingDecoder, collator_of
+from sedtrain.decoding.recordings import Recording, RecordingDecoder
 from sedtrain.decoding.windows import Window
 from sedtrain.models.saved import refuse_misdescribed, to_finetune
 from sedtrain.models.whole import WholeSpeechModel

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from sedtrain.decoding.outputs import FORMATS
 from sedtrain.serving import app
-from sedtrain.serving.app import LEFT, awaited
+from sedtrain.serving.app import CLIENT_LEFT, awaited
 from sedtrain.serving.requests import Refused
 
 
@@ -86,10 +86,10 @@ def test_verbose_json_has_the_segments_and_words_that_are_asked_for(transcriber,
     [
         ({"model": "whisper-1"}, 404, "model", "this server has the model 'tiny', and not 'whisper-1'"),
         ({"response_format": "xml"}, 422, "response_format", "there is no format 'xml'; known are json, text, srt,"),
-        ({"language": "de"}, 422, "language", "this model was trained without tags of languages, so that"),
+        ({"language": "de"}, 422, "language", "this model was trained without language tags, so it cannot"),
         ({"prompt": "Names: Ada"}, 422, "prompt", "this server takes no prompt; it can be started with"),
-        ({"temperature": "0.7"}, 422, "temperature", "temperature is '0.7'; this server takes 0 alone"),
-        ({"temperature": "warm"}, 422, "temperature", "temperature is 'warm'; this server takes 0 alone"),
+        ({"temperature": "0.7"}, 422, "temperature", "temperature is '0.7'; this server takes only 0"),
+        ({"temperature": "warm"}, 422, "temperature", "temperature is 'warm'; this server takes only 0"),
         ({"model": ["other", "tiny"]}, 422, "model", "model is given several times"),
         ({"stream": "true"}, 422, "stream", "stream cannot be 'true': this server sends a text once it is whole"),
         ({"include[]": "logprobs"}, 422, "include[]", "include[] cannot be 'logprobs': this server computes no log-prob"),
@@ -123,7 +123,7 @@ def test_an_upload_that_cannot_be_read_is_refused_with_the_reason(client, file, 
 
 
 def test_a_request_without_a_file_is_refused(client):
-    wrong = "send one file of audio in the field file"
+    wrong = "send one audio file in the field file"
     assert reason(client.post(ROUTE, json={"file": "a.wav"})) == (422, "file", wrong)
     assert reason(client.post(ROUTE, data={"file": "a.wav"})) == (422, "file", "file has to be a file")
     form = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -187,7 +187,7 @@ def test_a_client_that_leaves_during_its_upload_is_no_fault_of_the_server(client
 
     with pytest.raises(Refused) as refused:
         asyncio.run(client.service.answer(Request(form, receive)))
-    assert (refused.value.status_code, refused.value.detail) == (LEFT, "the client has left during its upload")
+    assert (refused.value.status_code, refused.value.detail) == (CLIENT_LEFT, "the client has left during its upload")
 
 
 def test_a_client_that_leaves_ends_the_work_on_its_text():
@@ -198,7 +198,7 @@ def test_a_client_that_leaves_ends_the_work_on_its_text():
 
     with pytest.raises(Refused) as refused:
         asyncio.run(awaited(text, left))
-    assert refused.value.status_code == LEFT and text.cancelled()
+    assert refused.value.status_code == CLIENT_LEFT and text.cancelled()
 
 
 def test_no_file_stays_behind(client, file, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_without_a_ctc_head_subtitles_have_segments_and_words_are_refused(file):
 
 def test_another_host_and_pages_of_another_origin_are_refused(client, file):
     for host in ("evil.example", "localhost.evil.example:8000", "[::2]", "["):
-        wrong = f"this server is not {host!r}; serve.names lists the names by which it may be reached"
+        wrong = f"this server is not {host!r}; serve.names lists its other names"
         assert reason(client.get("/health", headers={"Host": host})) == (400, None, wrong)
     for host in ("LocalHost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"):
         assert client.get("/health", headers={"Host": host}).status_code == 200

@@ -60,7 +60,7 @@ def test_an_address_that_is_taken_is_refused():
 
 
 def test_names_with_wildcards_are_refused():
-    with pytest.raises(UserError, match="any page of the web could reach the server by such a name"):
+    with pytest.raises(UserError, match="with such a name, any web page could reach the server"):
         ServeOptions(names=["*.org"])
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sedtrain.evaluation.metrics import TRANSCRIPTION, CorpusMetrics, MetricSet
+from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
+from sedtrain.evaluation.metrics import TRANSCRIPTION
 from sedtrain.text.coverage import VocabularyReport
 from sedtrain.text.normalizers import normalizer
 from sedtrain.text.tokenizers import train_tokenizer

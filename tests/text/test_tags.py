@@ -324,7 +324,7 @@ def test_a_model_without_tags_cannot_be_asked_for_a_language(trained, sedtrain, 
     assert ended.status != 0
     assert (
         "  data.language = 'de'\n"
-        "    this model was trained without tags of languages, so that it cannot be asked for one\n"
+        "    this model was trained without language tags, so it cannot be asked for a language\n"
         "    write no data.language, or a checkpoint that was trained with data.tags=true\n"
     ) in ended.err
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.models.losses import LossWeights
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.training.guards import Guards

@@ -17,7 +17,7 @@ from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import evaluate
-from sedtrain.evaluation.metrics import MetricSet
+from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.models.feature_extractors import feature_extractor_of
 from sedtrain.models.losses import LossWeights, ctc, shift_right
 from sedtrain.training.module import SpeechSeq2SeqModule
@@ -145,7 +145,7 @@ def test_an_evaluation_in_which_nothing_is_readable_is_an_error(run):
         evaluate(RecordingDecoder(run.saved, DecodingOptions()), [empty], [], MetricSet(["wer"]))
     assert str(raised.value) == (
         "1 problem:\n\n  data = '0 utterances'\n    none of the utterances could be decoded: there is nothing to score\n"
-        "    write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with this"
+        "    write data.path and data.columns of audio that can be read; skipped.jsonl says what is wrong with these"
     )
 
 

@@ -330,7 +330,7 @@ def test_texts_that_are_cut_at_the_limit_of_tokens_are_counted_beside_the_scores
     page = (tmp_path / "report.html").read_text()
     assert cut.partition(": ")[2] in page
     assert "2-best texts" in page and "Where the decoder listens" in page
-    assert "cross-attention of the decoder" in page and "the same tokens by CTC" in page
+    assert "cross-attention of the decoder" in page and "where CTC hears the token" in page
 
 
 def test_a_folder_is_evaluated_on_the_data_that_is_named_with_the_scores_of_float32_beside_those_of_8_bits(
