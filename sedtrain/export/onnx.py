@@ -11,24 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import torch
 from torch import Tensor, nn
 
-from sedtrain.batch import Batch, Utterance
-from sedtrain.data.audio import audio_blocks
-from sedtrain.data.paths import EMBEDDED
 from sedtrain.decoding.hypotheses import end_tokens
-from sedtrain.decoding.recordings import collator_of
 from sedtrain.errors import UserError
+from sedtrain.export.check_set import check_set, prompts_of, room_of
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import Memory, Steps, steps_of
 from sedtrain.models.whole import WholeSpeechModel
-from sedtrain.text.tags import Tags
 
 NAMES = "encoder", "decoder"
-NUM_CHECKED, FORCED_TOKENS, MOST_TOKENS = 6, 24, 100
+FORCED_TOKENS = 24
 WITHOUT = "write export=folder, whose model transformers and sedtrain load"
 
 
@@ -206,37 +201,6 @@ def refuse_other_ids(saved: SavedModel, encoder: Any, decoder: Any) -> None:
             raise UserError("export.onnx", True, words, WITHOUT)
 
 
-def prompts_of(saved: SavedModel, batch: Batch) -> Tensor:
-    """(B, P) tokens in front of each text."""
-    return (
-        torch.full((len(batch), 1), saved.model.config.decoder_start_token_id)
-        if batch.prompts is None
-        else batch.prompts
-    )
-
-
-def room_of(saved: SavedModel, prompts: Tensor) -> int:
-    """Tokens that a text of a check may have."""
-    most = saved.model.max_tokens
-    return MOST_TOKENS if most is None else min(MOST_TOKENS, most - prompts.shape[1])
-
-
 def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """The ids in front of the first end."""
     return ids[: next((number for number, each in enumerate(ids) if each in ends), len(ids))]
-
-
-def check_set(saved: SavedModel, number: int = NUM_CHECKED) -> Batch:
-    """The first utterances of the embedded corpus, padded, with the prompt of the first language and task that there are."""
-    collator, tags = collator_of(saved), saved.tags
-    task, language = "transcribe", None
-    if isinstance(tags, Tags):
-        task, languages = next(iter(tags.ids.items()))
-        language = next(iter(languages))
-    cells = pyarrow.parquet.read_table(EMBEDDED / "test.parquet", columns=["audio"]).slice(0, number)["audio"]
-    utterances = []
-    for cell in cells.to_pylist():
-        samples = torch.from_numpy(np.concatenate(list(audio_blocks(cell, collator.sampling_rate))))
-        seconds = len(samples) / collator.sampling_rate
-        utterances.append(Utterance("", samples, collator.sampling_rate, "", language, None, seconds, task))
-    return collator(utterances)

@@ -1,12 +1,11 @@
 """The ONNX graphs in 8 bits: products of matrices by the dynamic quantization of onnxruntime, beside those in float32."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from sedtrain.decoding.hypotheses import end_tokens
-from sedtrain.evaluation.metrics import count_edits
-from sedtrain.export.onnx import NAMES, check_set, greedy, prompts_of, room_of, until_end
+from sedtrain.export.check_set import check_set, compared, prompts_of, room_of
+from sedtrain.export.onnx import NAMES, greedy, until_end
 from sedtrain.models.saved import SavedModel
 
 NUM_COMPARED = 50
@@ -39,12 +38,3 @@ def texts(saved: SavedModel, folder: Path, ending: str) -> list[str]:
         [ids] = greedy(encoder, decoder, audio, heard, given, ends, room_of(saved, prompts)).tolist()
         found.append(saved.tokenizer.decode(until_end(ids, ends), skip_special_tokens=True))
     return found
-
-
-def compared(wanted: Sequence[str], found: Sequence[str]) -> str:
-    """How many texts are the same, and how many words have to be edited in the others."""
-    pairs = [*zip(wanted, found, strict=True)]
-    same, words = sum(one == two for one, two in pairs), sum(len(one.split()) for one in wanted)
-    edits = sum(sum(count_edits(one.split(), two.split())[:3]) for one, two in pairs)
-    texts = f"{same} of {len(pairs)} utterances of the embedded corpus have the text of float32"
-    return f"In 8 bits, {texts}; {edits} of {words} words differ"

@@ -12,7 +12,7 @@ from sedtrain.errors import UserError
 class ExportOptions:
     """How a model is written for others.
 
-    dtype:   of the saved weights; int8 is refused with the reason
+    dtype:   of the saved weights; int8: of linear layers, by torchao, which then loads the folder too
     lora:    matrices that were saved apart are added to the weights, or stay apart in the folder `adapter`
     onnx:    writes the folder `onnx` too, in float32
     onnx_int8: and beside these graphs the same ones in 8 bits
@@ -28,19 +28,13 @@ class ExportOptions:
     private: bool = True
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that do not fit, a license that the Hub cannot know, and 8 bits where there are none."""
+        """Raises UserError for values that do not fit, and a license that the Hub cannot know."""
         refuse_misfits("export.", type(self), vars(self))
         if self.license is not None and not re.fullmatch(r"[a-z0-9.+-]+", self.license):
             wrong = "the Hub knows licenses by names in lower case without spaces, and `other`"
             raise UserError(
                 "export.license", self.license, wrong, "write export.license=apache-2.0, mit, cc-by-4.0, ..."
             )
-        if self.dtype == "int8":
-            wrong = (
-                "transformers has no class that loads the 8-bit layers of sedtrain, which are made when decoding begins"
-            )
-            write = "write export.dtype=bfloat16 for a small folder, or export=onnx export.onnx_int8=true for graphs in 8 bits"
-            raise UserError("export.dtype", self.dtype, wrong, write)
         if self.onnx_int8 and not self.onnx:
             wrong = "graphs in 8 bits are made of those in float32"
             raise UserError("export.onnx_int8", True, wrong, "write export=onnx export.onnx_int8=true")

@@ -15,9 +15,9 @@ from pairs import PAD, START, joined
 
 from sedtrain.errors import UserError
 from sedtrain.export import onnx
+from sedtrain.export.check_set import compared
 from sedtrain.export.folder import write_folder
 from sedtrain.export.onnx import Decoder, Encoder, refuse_other_ids, until_end, write_onnx
-from sedtrain.export.onnx_int8 import compared
 from sedtrain.export.options import ExportOptions
 from sedtrain.export.origin import Origin
 from sedtrain.models.saved import join
