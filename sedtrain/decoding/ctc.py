@@ -105,7 +105,7 @@ def best_path(lattice: Lattice, max_tokens: int) -> list[Hypotheses]:
 class Prefixes:
     """K beginnings of the text of each utterance, with the probability of every text that begins with them.
 
-    Source: Watanabe et al. 2017 (arXiv 1609.06773), algorithm 2, whose sum over frames is here one product of matrices.
+    Source: Watanabe et al. 2017 (doi 10.1109/JSTSP.2017.2763455), algorithm 2; a product of matrices sums over frames.
 
     in_token, in_blank: (B, K, T + 1) paths that have written the prefix after t frames and end in its last token, in a blank
     last:   (B, K) its last token, -1 for none
