@@ -38,9 +38,9 @@ configs:
 """
 
 
-def wav(seconds, seed=0):
+def wav(seconds, seed=0, rate=16_000):
     file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, round(seconds * 16_000)), 16_000, format="WAV")
+    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, round(seconds * rate)), rate, format="WAV")
     return file.getvalue()
 
 

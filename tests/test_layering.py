@@ -60,6 +60,7 @@ ONLY_IN = {
     "uvicorn": "serving",
     "prometheus_client": "serving",
     "onnxruntime": "export.onnx export.onnx_int8",
+    "torchao": "export.int8",
     "jax": "models.jax",
     "torchax": "models.jax",
 }

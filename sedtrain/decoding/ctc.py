@@ -112,7 +112,7 @@ def best_path(lattice: Lattice, max_tokens: int) -> list[Hypotheses]:
 class Prefixes:
     """K prefixes of the text of each utterance; a score sums the probability of all texts that begin with the prefix.
 
-    Source: Watanabe et al. 2017 (arXiv 1609.06773), algorithm 2; its sum over frames is one matrix product here.
+    Source: Watanabe et al. 2017 (doi 10.1109/JSTSP.2017.2763455), algorithm 2; its sum over frames is one matrix product here.
 
     in_token, in_blank: (B, K, T + 1) log-probability of having written the prefix after t frames, in paths that end in its
         last token and in a blank

@@ -1,7 +1,7 @@
 """Joint scores of decoder and CTC: in every step of a beam, or for whole texts that CTC has found.
 
 B batch, K beams, P prompt, U tokens, V vocabulary of the decoder. A joint score is (1 - w) · log p(decoder) + w · log p(CTC).
-Source: Watanabe et al. 2017 (arXiv 1609.06773), sections III-A and III-B.
+Source: Watanabe et al. 2017 (doi 10.1109/JSTSP.2017.2763455); the loss with the same weights: arXiv 1609.06773.
 """
 
 from collections.abc import Collection

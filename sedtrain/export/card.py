@@ -22,7 +22,7 @@ CARD = """---
 ---
 # {title}{on_data}
 
-{described}{trained}.
+{described}{trained}.{in_8_bits}
 {scores}
 ```python
 {import_torch}from transformers import AutoProcessor
@@ -45,6 +45,8 @@ SCORES = """
 Scored on {scored_data}. Text normalizer for training: `{training_normalizer}`.
 Utterances: {headline}; {minutes:.1f} minutes of audio.
 """
+IN_8_BITS = """ Its linear layers have weights in 8 bits, which `transformers` reads with \
+`pip install 'torchao>=0.18'`. {compared}."""
 STOCK = "from transformers import SpeechEncoderDecoderModel"
 OWN = """
 # transformers has no class for this encoder by itself, for this adapter, or for audio in front of the text
@@ -160,14 +162,16 @@ def write_model_card(
     task: str,
     *,
     onnx: bool = False,
-    int8: str = "",
+    onnx_int8: str = "",
+    in_8_bits: str = "",
 ) -> None:
     """Writes README.md with the metrics and code that loads the model, and the score in the Hub's form.
 
     results: None for a model that was not scored
     task: transcription or translation
     onnx: adds code for the graphs in the folder `onnx`
-    int8: a sentence that compares the texts of the graphs in 8 bits and in float32; empty without these graphs
+    onnx_int8: a sentence that compares the texts of the graphs in 8 bits and in float32; empty without these graphs
+    in_8_bits: a sentence that compares the texts of the model in 8 bits and in float32; empty for other models
     """
     prompt, asked = prompt_of(saved, TASK_OF[task])
     config, data = saved.model.config, inert(origin.data)
@@ -192,12 +196,13 @@ def write_model_card(
         cast="" if saved.model.dtype.itemsize == 4 else ".to(model.dtype)",
         title=title,
         described=described,
+        in_8_bits=IN_8_BITS.format(compared=in_8_bits) if in_8_bits else "",
         model_class=model_class,
         on_data=f" on {data}" if data else "",
         trained=f", trained with sedtrain on `{data}`" if data else "",
         scores=scores(results) if results else "",
         sampling_rate=saved.feature_extractor.sampling_rate,
-        onnx=onnx_snippet(saved, int8) if onnx else "",
+        onnx=onnx_snippet(saved, onnx_int8) if onnx else "",
         training=training(results, origin),
     )
     if results:

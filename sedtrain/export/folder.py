@@ -7,11 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from sedtrain.errors import UserError
 from sedtrain.evaluation.results import Results
 from sedtrain.export.card import write_model_card
+from sedtrain.export.int8 import refuse_int8, to_int8
 from sedtrain.export.onnx import write_onnx
 from sedtrain.export.onnx_int8 import write_int8
 from sedtrain.export.options import ExportOptions
@@ -63,14 +62,21 @@ def write_folder(
     if options.lora == "apart" and not has_lora:
         wrong = "this model has no matrices apart from its weights: it was trained without LoRA, or LoRA was merged"
         raise UserError("export.lora", options.lora, wrong, "write export.lora=merged")
+    if options.dtype == "int8":
+        refuse_int8(saved, options.lora)
     with made_whole(folder) as unfinished:
         if options.lora == "merged":
             merge(saved.model)
-        note = ""
+        note = in_8_bits = ""
         if options.onnx:
             write_onnx(saved, unfinished / "onnx")
         if options.onnx_int8:
             logger.info("%s", note := write_int8(saved, unfinished / "onnx"))
-        saved.model.to(getattr(torch, options.dtype))
+        if options.dtype == "bfloat16":
+            saved.model.bfloat16()
         saved.save(unfinished, generation)
-        write_model_card(unfinished, saved, results, origin, task, onnx=options.onnx, int8=note)
+        if options.dtype == "int8":
+            logger.info("%s", in_8_bits := to_int8(saved, unfinished))
+        write_model_card(
+            unfinished, saved, results, origin, task, onnx=options.onnx, onnx_int8=note, in_8_bits=in_8_bits
+        )

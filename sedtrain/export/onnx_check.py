@@ -7,21 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
-import torch
-from torch import Tensor
 
-from sedtrain.batch import Batch, Utterance
-from sedtrain.data.audio import audio_blocks
-from sedtrain.data.paths import EMBEDDED
-from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.generate import prompts_of
 from sedtrain.decoding.hypotheses import end_tokens, until_end
 from sedtrain.errors import UserError
+from sedtrain.export.check_set import check_set, room_of
 from sedtrain.models.saved import SavedModel
-from sedtrain.text.tags import Tags
 
-NUM_CHECKED, FORCED_TOKENS, MOST_TOKENS = 6, 24, 100
+FORCED_TOKENS = 24
 WITHOUT = "write export=folder, whose model transformers and sedtrain load"
 
 
@@ -69,25 +62,3 @@ def refuse_other_ids(saved: SavedModel, encoder: Any, decoder: Any) -> None:
         if wrong := sum(text != each for text, each in zip(texts, wanted, strict=True)):
             words = f"onnxruntime writes other tokens than transformers for {wrong} of {len(wanted)} utterances"
             raise UserError("export.onnx", True, words, WITHOUT)
-
-
-def room_of(saved: SavedModel, prompts: Tensor) -> int:
-    """Most tokens of a text in a check."""
-    most = saved.model.max_tokens
-    return MOST_TOKENS if most is None else min(MOST_TOKENS, most - prompts.shape[1])
-
-
-def check_set(saved: SavedModel, number: int = NUM_CHECKED) -> Batch:
-    """The first utterances of the embedded corpus, padded, with the prompt of the model's first task and language."""
-    collator, tags = collator_of(saved), saved.tags
-    task, language = "transcribe", None
-    if isinstance(tags, Tags):
-        task, languages = next(iter(tags.ids.items()))
-        language = next(iter(languages))
-    cells = pyarrow.parquet.read_table(EMBEDDED / "test.parquet", columns=["audio"]).slice(0, number)["audio"]
-    utterances = []
-    for cell in cells.to_pylist():
-        samples = torch.from_numpy(np.concatenate(list(audio_blocks(cell, collator.sampling_rate))))
-        seconds = len(samples) / collator.sampling_rate
-        utterances.append(Utterance("", samples, collator.sampling_rate, "", language, None, seconds, task))
-    return collator(utterances)

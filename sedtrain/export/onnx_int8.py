@@ -1,14 +1,13 @@
 """Writes the ONNX graphs in 8 bits beside those in float32: onnxruntime quantizes their matrix products dynamically."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from sedtrain.decoding.generate import prompts_of
 from sedtrain.decoding.hypotheses import end_tokens, until_end
-from sedtrain.evaluation.metrics import count_edits
+from sedtrain.export.check_set import check_set, compared, room_of
 from sedtrain.export.onnx import NAMES
-from sedtrain.export.onnx_check import check_set, greedy, room_of
+from sedtrain.export.onnx_check import greedy
 from sedtrain.models.saved import SavedModel
 
 NUM_COMPARED = 50
@@ -41,12 +40,3 @@ def texts(saved: SavedModel, folder: Path, ending: str) -> list[str]:
         [ids] = greedy(encoder, decoder, audio, heard, given, ends, room_of(saved, prompts)).tolist()
         found.append(saved.tokenizer.decode(until_end(ids, ends), skip_special_tokens=True))
     return found
-
-
-def compared(wanted: Sequence[str], found: Sequence[str]) -> str:
-    """A sentence about how many texts are equal and how many words differ."""
-    pairs = [*zip(wanted, found, strict=True)]
-    same, words = sum(one == two for one, two in pairs), sum(len(one.split()) for one in wanted)
-    edits = sum(sum(count_edits(one.split(), two.split())[:3]) for one, two in pairs)
-    texts = f"{same} of {len(pairs)} utterances of the embedded corpus have the text of float32"
-    return f"In 8 bits, {texts}; {edits} of {words} words differ"

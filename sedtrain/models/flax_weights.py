@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from sedtrain.errors import UserError
 from sedtrain.models.foreign import HUB_OPTIONS, fault_of_index
+from sedtrain.models.rounded import in_float32
 from sedtrain.plain import plain_value
 
 FILE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
@@ -179,7 +180,10 @@ def pretrained(
     folder = Path(name or "", hub_options.get("subfolder", ""))
     flax, torch_ = (any((folder / file).is_file() for file in files) for files in ((FILE, INDEX), TORCH_FILES))
     if name is None or not (from_flax or (flax and not torch_)):
-        return factory.from_pretrained(name, *args, trust_remote_code=False, **options)
+        loaded = factory.from_pretrained(name, *args, trust_remote_code=False, **options)
+        if "quantization_config" not in options:
+            in_float32(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
     options = {"generation_config": generation_config_of(str(name), hub_options), **options}
     options["state_dict"] = flax_weights(option, str(name), hub_options)
     # without a name, an Auto class cannot load a state_dict

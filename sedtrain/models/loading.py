@@ -133,6 +133,9 @@ def loading(option: str, name: str) -> Iterator[None]:
         refuse_code(option, name)
         yield
     except Exception as error:  # a folder's files may hold anything, so loading may raise anything
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("torchao"):
+            wrong = "its weights are in 8 bits by torchao, which is not installed"
+            raise UserError(option, name, wrong, "pip install 'sedtrain[int8]'") from error
         if isinstance(error, UserError) and not (option == "checkpoint" and error.option.endswith(".model_type")):
             raise
         error = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error

@@ -175,15 +175,19 @@ def test_tiny_is_the_default_and_a_part_follows_the_root():
 class Card(NamedTuple):
     """The columns of a published dataset beside its audio, with their types, and two rows of them.
 
+    name: of its configuration
     splits: those that the option reads
     expected: text, id, speaker and language of the first row; None: the id is made from split and number
+    rate: of the audio
     """
 
+    name: str
     features: dict[str, str]
     rows: list[tuple]
     splits: tuple[str, str, str]
     expected: tuple[str, str | None, object, str | None]
     target: str = "transcription"
+    rate: int = 16_000
 
 
 LIBRISPEECH = {"file": "string", "text": "string", "speaker_id": "int64", "chapter_id": "int64", "id": "string"}
@@ -194,22 +198,30 @@ COVOST = {"client_id": "string", "file": "string", "sentence": "string", "transl
 TRANSLATED = [("c1", "a.mp3", "Good day.", "Guten Tag.", "common_voice_en_1"), ("c2", "b.mp3", "Two.", "Zwei.", "cv_2")]
 USUAL = ("train", "validation", "test")
 CARDS = {
-    "librispeech_100h": Card(LIBRISPEECH, SPOKEN, ("train.100", "validation", "test"), READ),
-    "librispeech_960h": Card(LIBRISPEECH, SPOKEN, (ALL_TRAIN, "validation.clean", "test.clean"), READ),
+    "librispeech_100h": Card("clean", LIBRISPEECH, SPOKEN, ("train.100", "validation", "test"), READ),
+    "librispeech_960h": Card("all", LIBRISPEECH, SPOKEN, (ALL_TRAIN, "validation.clean", "test.clean"), READ),
     "common_voice": Card(
-        {"client_id": "string", "path": "string", "sentence": "string", "up_votes": "int64", "locale": "string"},
-        [("c1", "a.mp3", "Good day.", 2, "en"), ("c1", "b.mp3", "Two.", 3, "en")],
-        USUAL, ("Good day.", None, "c1", "en"),
+        "en",
+        {"client_id": "string", "path": "string", "sentence": "string", "up_votes": "int64", "down_votes": "int64",
+         "age": "string", "gender": "string", "accent": "string", "locale": "string", "segment": "string",
+         "variant": "string"},
+        [("c1", "a.mp3", "Good day.", 2, 0, "", "", "", "en", "", ""), ("c1", "b.mp3", "Two.", 3, 1, "", "", "", "en", "", "")],
+        USUAL, ("Good day.", None, "c1", "en"), rate=48_000,
     ),
     "fleurs": Card(
-        {"id": "int32", "num_samples": "int32", "transcription": "string", "raw_transcription": "string",
-         "gender": "int64", "lang_id": "int64", "language": "string"},
-        [(7, 8000, "good day", "Good day.", 0, 19, "English"), (7, 8000, "good day", "Good day.", 1, 19, "English")],
+        "en_us",
+        {"id": "int32", "num_samples": "int32", "path": "string", "transcription": "string", "raw_transcription": "string",
+         "gender": "int64", "lang_id": "int64", "language": "string", "lang_group_id": "int64"},
+        [(7, 8000, "a.wav", "good day", "Good day.", 0, 19, "English", 0),
+         (7, 8000, "b.wav", "good day", "Good day.", 1, 19, "English", 0)],
         USUAL, ("good day", None, None, None),
     ),
-    "covost2": Card(COVOST, TRANSLATED, USUAL, ("Good day.", "common_voice_en_1", "c1", None)),
-    "covost2, translated": Card(COVOST, TRANSLATED, USUAL, ("Guten Tag.", "common_voice_en_1", "c1", None), "translation"),
+    "covost2": Card("en_de", COVOST, TRANSLATED, USUAL, ("Good day.", "common_voice_en_1", "c1", None), rate=48_000),
+    "covost2, translated": Card(
+        "en_de", COVOST, TRANSLATED, USUAL, ("Guten Tag.", "common_voice_en_1", "c1", None), "translation", 48_000
+    ),
     "mls": Card(
+        "german",
         {"original_path": "string", "begin_time": "float64", "end_time": "float64", "transcript": "string",
          "audio_duration": "float64", "speaker_id": "string", "chapter_id": "string", "file": "string", "id": "string"},
         [("u", 331.8, 332.3, "guten tag", 0.5, "4800", "10003", "a.opus", "4800_10003_000000"),
@@ -217,6 +229,7 @@ CARDS = {
         ("train", "dev", "test"), ("guten tag", "4800_10003_000000", "4800", None),
     ),
     "voxpopuli": Card(
+        "en",
         {"audio_id": "string", "language": "int64", "raw_text": "string", "normalized_text": "string",
          "gender": "string", "speaker_id": "string", "is_gold_transcript": "bool", "accent": "string"},
         [("20180206-en_1", 0, "", "good day", "female", "96718", True, "None"),
@@ -226,21 +239,22 @@ CARDS = {
 }  # fmt: skip
 
 
-def publish(folder, name, card):
+def publish(folder, card):
     """Writes a dataset as the Hub stores it: Parquet with the types of `datasets`, and a card that names splits."""
     types = {column: datasets.Value(each) for column, each in card.features.items()}
-    schema = datasets.Features({**types, "audio": datasets.Audio(sampling_rate=16_000)}).arrow_schema
+    schema = datasets.Features({**types, "audio": datasets.Audio(sampling_rate=card.rate)}).arrow_schema
     files = []
     (folder / "data").mkdir(parents=True)
     for place, split in [each for own in card.splits for each in enumerate(own.split("+"))]:
         rows = [
-            dict(zip(card.features, row, strict=True), audio={"bytes": wav(0.5), "path": "x.wav"}) for row in card.rows
+            dict(zip(card.features, row, strict=True), audio={"bytes": wav(0.5, rate=card.rate), "path": "x.wav"})
+            for row in card.rows
         ]
         if place:  # of splits that are joined
             rows = [{**row, "id": f"{row['id']}-{place}"} for row in rows]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), folder / f"data/{split}.parquet")
         files.append({"split": split, "path": f"data/{split}.parquet"})
-    config = yaml.safe_dump({"configs": [{"config_name": name, "data_files": files}]})
+    config = yaml.safe_dump({"configs": [{"config_name": card.name, "data_files": files}]})
     (folder / "README.md").write_text(f"---\n{config}---\n")
 
 
@@ -269,9 +283,9 @@ def test_a_dataset_of_the_hub_is_read_by_its_option(name, tmp_path, monkeypatch)
     is_pattern = hub_path.startswith("hf://")
     local = f"file://{path}/{hub_path.partition('parquet/')[2]}" if is_pattern else path
     config = composed(f"data={option}", f'data.path="{local}"', f"data.target={card.target}")
-    publish(path, config.data.name, card)
+    publish(path, card)
     if is_pattern:
-        spread(path, config.data.name)
+        spread(path, card.name)
     corpus = create(config, "data").corpus
     text, id, speaker, language = card.expected
     for split, own in zip(USUAL, card.splits, strict=True):

@@ -127,7 +127,6 @@ def test_a_model_that_transformers_has_no_class_for_says_so_and_its_card_s_code_
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["export.dtype=int8"], "transformers has no class that loads the 8-bit layers of sedtrain"),
         (["export.lora=apart"], "this model has no matrices apart from its weights"),
         (["export.dtype=float8"], "export.dtype = 'float8'"),
         (["export.license=Apache 2.0"], "the Hub names licenses in lower case without spaces"),

@@ -16,10 +16,10 @@ from pairs import PAD, START, joined
 from sedtrain.decoding.hypotheses import until_end
 from sedtrain.errors import UserError
 from sedtrain.export import onnx
+from sedtrain.export.check_set import compared
 from sedtrain.export.folder import write_folder
 from sedtrain.export.onnx import Decoder, Encoder, write_onnx
 from sedtrain.export.onnx_check import refuse_other_ids
-from sedtrain.export.onnx_int8 import compared
 from sedtrain.export.options import ExportOptions
 from sedtrain.export.origin import Origin
 from sedtrain.models.saved import join
