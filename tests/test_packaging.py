@@ -12,7 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 
 
 def test_a_wheel_carries_every_option_file_the_corpus_and_the_style_of_pages(tmp_path):
@@ -61,6 +62,14 @@ def test_every_extra_that_a_page_a_message_or_the_image_names_exists():
     texts = [file.read_text(encoding="utf-8") for file in [*files, *ROOT.glob("sedtrain/**/*.py")]]
     found = {each for text in texts for names in re.findall(r"sedtrain\[([\w,]+)\]", text) for each in names.split(",")}
     assert {"lora", "onnx", "serve"} <= found <= set(PROJECT["optional-dependencies"])
+
+
+def test_an_image_is_built_of_what_the_wheel_needs_and_of_nothing_else():
+    everything, *lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] != "#"]
+    wheel = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]
+    sources = {*wheel["packages"], *wheel["force-include"], PROJECT["readme"], *PROJECT["license-files"]}
+    assert everything == "*"
+    assert {line[1:] for line in lines if line[0] == "!"} == {*sources, "pyproject.toml", "constraints.txt"}
 
 
 def test_workflows_and_the_script_of_ci_call_what_there_is():
