@@ -18,7 +18,7 @@ from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import BatchesWithEpoch, Kept, SplitDataset
+from sedtrain.data.dataset import BatchesWithEpoch, SplitDataset
 from sedtrain.data.limits import Limits
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
@@ -132,8 +132,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         """
         kept = dataset.kept
         if most < inf:
-            is_used = np.round(kept.seconds, 2) <= most
-            kept = Kept(kept.references[is_used], kept.seconds[is_used])
+            kept = kept[np.round(kept.seconds, 2) <= most]
         rank, num_ranks = self.own_rank() if over_ranks else (0, 1)
         return BatchesWithEpoch(
             dataset, kept, self.bounds, shuffle=shuffle, seed=self.seed, rank=rank, num_ranks=num_ranks
@@ -194,7 +193,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def long_utterances(self, split: str, most: float) -> Iterator[Utterance]:
         """The utterances of a split that are longer than `most` seconds, one by one; notes those that cannot be read."""
         dataset = self.split(split)
-        for part, row in dataset.kept.references[np.round(dataset.kept.seconds, 2) > most].tolist():
+        for part, row, _ in dataset.kept[np.round(dataset.kept.seconds, 2) > most].tolist():
             found = dataset.decode((part, row), of_any_length=True)
             self.skipped.decoded(split, 1, [found] if isinstance(found, Skipped) else [])
             if isinstance(found, Utterance):

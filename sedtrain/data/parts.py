@@ -17,10 +17,11 @@ from filelock import FileLock
 from sedtrain.data.parquet import batches
 from sedtrain.data.paths import fetch, file_name, local_path, names_of, split_files
 from sedtrain.data.readers import read_rows, reading, suffix_of
-from sedtrain.data.source import Source, check_columns
+from sedtrain.data.roles import check_columns, cleaned
+from sedtrain.data.source import Source
 from sedtrain.data.sources import load_rows, places_of
-from sedtrain.data.tables import PROBLEM, readable_cells
-from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows, as_text
+from sedtrain.data.tables import PROBLEM, as_texts
+from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows
 from sedtrain.errors import UserError
 
 
@@ -80,7 +81,7 @@ class Part:
             check_columns({role: column}, rows.features, self.place or f"{self.source.path} ({self.name})")
             tables = rows.select_columns([column]).with_format("arrow").iter(CELLS_AT_ONCE)
             found = (table[column] for table in tables)
-        yield from (as_text(cell) for cells in found for cell in readable_cells(cells))
+        yield from (text or "" for cells in found for text in cleaned(as_texts(cells)).to_pylist())
 
     def parquet_cells(self, role: str, column: str) -> Iterator[pa.Array]:
         assert self.place is not None

@@ -1,20 +1,11 @@
 """One dataset: where it is, the names of its splits, and which of its columns hold what."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import datasets
 
 from sedtrain.data.paths import local_path
-from sedtrain.data.tables import in_words
 from sedtrain.errors import UserError
-
-NUMBERS = ("null", "int", "uint", "float", "decimal")
-TIMES = (*NUMBERS, "string", "large_string")
-TEXTS = (*TIMES, "bool")
 
 
 @dataclass(frozen=True)
@@ -81,45 +72,3 @@ class Source:
             return Path(self.audio_folder).expanduser()
         where = local_path(self.path)
         return where if where.is_dir() else where.parent
-
-
-def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """True for a column of single values of one of these kinds of Arrow types."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
-
-
-def is_audio(feature: Any) -> bool:
-    is_both = isinstance(feature, dict) and not feature.keys().isdisjoint({"bytes", "path"})
-    is_plain = holds(feature, ("null", "binary", "large_binary", "string", "large_string"))
-    return is_plain or is_both or isinstance(feature, datasets.Audio)
-
-
-WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "audio": (is_audio, "bytes or the path of a file"),
-    "text": (partial(holds, kinds=TEXTS), "text"),
-    "id": (partial(holds, kinds=TEXTS), "text or numbers"),
-    **dict.fromkeys(("seconds", "start", "end"), (partial(holds, kinds=TIMES), "numbers")),
-}
-"""Types that the column of a role may have."""
-
-
-def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any], place: str) -> None:
-    """Raises UserError for a missing column, with the names of the others, and for a column of another type.
-
-    columns: the column of each role; features: what each column holds; place: where they are, for the message
-    """
-    for role, column in columns.items():
-        if column is None:
-            continue
-        fits, wanted = WANTED.get(role, (lambda feature: True, ""))
-        if column not in features:
-            wrong = f"{place} has no column {column!r} for the {role}, it has {in_words(features)}"
-            names = "audio, transcription, translation, id, speaker, language, seconds, start or end"
-            write = f"write data.columns.NAME=ONE_OF_THESE, where NAME is {names}"
-        elif not fits(features[column]):
-            kind = str(features[column])[:80]
-            wrong = f"{place} has {kind} in the column {column!r} for the {role}, expected {wanted}"
-            write = f"write data.columns.NAME=COLUMN that holds {wanted}"
-        else:
-            continue
-        raise UserError("data.columns", column, wrong, write)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from sedtrain.data.buckets import Bounds, Floats, Integers
+from sedtrain.data.buckets import Bounds, Integers
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import BatchesWithEpoch, Kept, Reference, SplitDataset
+from sedtrain.data.dataset import BatchesWithEpoch, Kept, Reference, SplitDataset, among, joined
 from sedtrain.data.sampler import Position, other_reading, random_keys, refuse_other
 from sedtrain.errors import UserError
 
@@ -77,18 +77,18 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         After the last visit blocks are empty.
         """
         order = self.order(epoch)
-        parts: list[tuple[int, Integers, Floats]] = []
+        found = []
         end, room = start, self.corpus.block_rows or sys.maxsize
         while end.visit < len(order) and room > 0:
             part, visit = order[end.visit]
             visited = self.rows_visited(part, visit, epoch)
             rows = visited[end.row : end.row + room]
-            parts.append((part, *self.usable(part, rows)))
+            found.append(self.usable(part, rows))
             room, last = room - len(rows), end.row + len(rows)
             end = BlockStart(end.visit + 1, 0) if last >= len(visited) else BlockStart(end.visit, last)
         for part, _ in order[end.visit : end.visit + NUM_AHEAD]:
             self.dataset.parts.parts[part].fetch_ahead()
-        return Kept.of(parts), end
+        return joined(found), end
 
     def rows_visited(self, part: int, visit: int, epoch: int) -> Integers:
         """The rows that a visit reads, each once: the visits of all epochs go round and round through the part."""
@@ -102,13 +102,13 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
             rows = np.argsort(random_keys((self.seed, part), num_rows), kind="stable")[rows]
         return rows
 
-    def usable(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
-        """Those of these rows that are used, and their seconds."""
+    def usable(self, part: int, rows: Integers) -> Kept:
+        """Those of these rows that are used."""
         if not len(rows):
-            return rows, np.empty(0)
+            return joined([])
         if len(self.dataset):
-            return self.dataset.kept.among(part, rows)
-        used = self.corpus.usable("train", self.dataset.parts[part], rows.tolist())
+            return among(self.dataset.kept, part, rows)
+        used = self.corpus.usable("train", part, self.dataset.parts[part], rows.tolist())
         self.corpus.skipped.judge("train")
         return used
 
