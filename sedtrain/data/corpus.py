@@ -91,7 +91,10 @@ class Corpus:
         return self.streaming and split == "train"
 
     def find_parts(self, split: str) -> Parts:
-        """The parts of all datasets; files in a stream and on a server. Raises UserError where no dataset has the split."""
+        """The parts of all datasets; files in a stream and on a server. Of a stream those of two blocks stay open.
+
+        Raises UserError where no dataset has the split.
+        """
         found: list[Part] = []
         for source in self.sources:
             by_file = self.streaming or "://" in source.path
@@ -99,7 +102,7 @@ class Corpus:
         if not found:
             wrong, write = f"no dataset of it has a {split} split", f"write data.mix.NAME.{split}_split=SPLIT of one"
             raise UserError("data.mix", UNSET, wrong, write)
-        return Parts(found)
+        return Parts(found, 2 * self.block_rows if self.block_rows and self.is_streamed(split) else None)
 
     def texts(self, split: str) -> Iterator[str]:
         """The target texts, read part by part; of a stream no more than their column, where files allow it."""

@@ -22,7 +22,6 @@ from sedtrain.data.dataset import BatchesWithEpoch, SplitDataset
 from sedtrain.data.limits import Limits
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.options import sources_of
-from sedtrain.data.parts import Parts
 from sedtrain.data.readers import cache_folder
 from sedtrain.data.sampler import Position
 from sedtrain.data.skipped import SkippedUtterances
@@ -115,7 +114,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         assert self.collator is not None, "build hands the collator over"
         return SplitDataset(
             self.corpus.parts(split),
-            self.corpus.kept(split),
+            None if self.corpus.is_streamed(split) else self.corpus.kept(split),
             self.collator,
             0 if self.num_workers else self.keep_decoded_hours,
             augment,
@@ -144,12 +143,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def stream(self) -> StreamedBatches:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
-        assert self.collator is not None, "build hands the collator over"
-        if self.corpus.block_rows is None:
-            dataset = self.split("train", self.augment)
-        else:
-            parts = Parts(self.corpus.parts("train").parts, 2 * self.corpus.block_rows)
-            dataset = SplitDataset(parts, None, self.collator, 0, self.augment, self.limits)
+        dataset = self.split("train", self.augment)
         return StreamedBatches(dataset, self.corpus, self.bounds, self.seed, *self.own_rank())
 
     def batch_sizes(self) -> str:

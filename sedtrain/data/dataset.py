@@ -10,10 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from sedtrain.batch import Batch, Skipped, Utterance
-from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds, Integers
 from sedtrain.data.collate import Collator
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.limits import WHOLE, Limits, too_long
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.parts import Parts
@@ -145,8 +145,8 @@ class SplitDataset(Dataset[Batch | UserError]):
             return Skipped(f"{broken.name}-{index}", "unreadable shard", str(error), broken.path)
         try:
             utterance = rows.utterance(index, self.collator.sampling_rate, self.is_scored)
-        except UNREADABLE as error:
-            return rows.unreadable(index, error)
+        except RefusedAudio as error:
+            return rows.skipped(index, error.reason, str(error))
         if of_any_length:
             return utterance
         if utterance.seconds > self.limits.max_seconds + ROUNDED:

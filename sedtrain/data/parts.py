@@ -147,22 +147,19 @@ class Parts(Sequence[UtteranceRows]):
         return len(self.parts)
 
     def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
-        rows = self.opened.get(number)
-        if rows is None:
-            rows = self.opened[number] = self.parts[number].open()
+        found = self.opened.get(number)
+        rows = self.parts[number].open() if found is None else found
+        if found is None or self.num_rows is not None:
+            self.opened.pop(number, None)
+            self.opened[number] = rows
             self.close_oldest()
-        elif self.num_rows is not None:
-            self.opened[number] = self.opened.pop(number, rows)
         return rows
 
     def close_oldest(self) -> None:
-        opened = list(self.opened.items())
-        num_open = sum(len(rows) for _, rows in opened)
-        for number, rows in opened[:-1]:
-            num_open -= len(rows)
-            if self.num_rows is None or num_open < self.num_rows:
+        for oldest in list(self.opened)[:-1]:
+            if self.num_rows is None or sum(map(len, list(self.opened.values())[1:])) < self.num_rows:
                 break
-            self.opened.pop(number, None)
+            self.opened.pop(oldest, None)
 
     def remove_copy(self, number: int) -> None:
         self.opened.pop(number, None)

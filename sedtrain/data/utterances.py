@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from torch.utils.data import get_worker_info
 
 from sedtrain.batch import Skipped, Utterance
-from sedtrain.data.audio import UNREADABLE, fields_of, read_audio, refuse_silence, seconds_between
+from sedtrain.data.audio import fields_of, read_audio, refuse_silence, seconds_between
 from sedtrain.data.buckets import Floats, Integers
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.paths import local_path
 from sedtrain.data.roles import by_role, check_columns, cleaned, unclean
 from sedtrain.data.source import Source
@@ -143,8 +144,8 @@ class UtteranceRows:
         """The length by the header of the audio, or the reason for which there is none, with a detail."""
         try:
             return seconds_between(row["audio"], self.folder, row["start"], row["end"], declared)
-        except UNREADABLE as error:
-            return getattr(error, "reason", "unreadable audio"), str(error)
+        except RefusedAudio as error:
+            return error.reason, str(error)
 
     def problem(self, index: int, seconds: float) -> Reason | None:
         """Reason and detail for a row that cannot be used, else None; seconds: its length, NaN where none was found."""
@@ -174,14 +175,10 @@ class UtteranceRows:
         path = str(self.folder / str(values["path"]))
         return path if values.get("offset") is None else f"{path}, byte {values['offset']}"
 
-    def unreadable(self, index: int, error: Exception) -> Skipped:
-        """The row as an utterance that is left out for an error of UNREADABLE."""
-        return self.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
-
     def utterance(self, index: int, sampling_rate: int, may_be_silent: bool = False) -> Utterance:
         """Row `index`, decoded, mixed down and resampled to `sampling_rate`.
 
-        Raises one of UNREADABLE for audio that cannot be decoded, is not as long as the columns say, or is silent.
+        Raises RefusedAudio for audio that cannot be decoded, is not as long as the columns say, or is silent.
         """
         row = self.row(index)
         audio = read_audio(row["audio"], sampling_rate, self.folder, row["start"], row["end"], row["seconds"])

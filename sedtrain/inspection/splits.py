@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sedtrain.batch import Skipped
-from sedtrain.data.audio import UNREADABLE, opened
+from sedtrain.data.audio import opened
 from sedtrain.data.buckets import Floats
 from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import Reference, kept_rows
 from sedtrain.data.durations import durations
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.parts import Parts
 from sedtrain.data.paths import local_path
 from sedtrain.data.utterances import UtteranceRows
@@ -153,8 +154,8 @@ def hear(parts: Parts, reference: Reference, may_be_silent: bool) -> Sound | Ski
         with opened(rows.row(index)["audio"], rows.folder) as file:
             rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
         samples = rows.utterance(index, rate, may_be_silent).audio.numpy()
-    except UNREADABLE as error:
-        return rows.unreadable(index, error)
+    except RefusedAudio as error:
+        return rows.skipped(index, error.reason, str(error))
     seconds, silent = len(samples) / rate, silence(samples, rate)
     return Sound(rate, channels, format, seconds, level(samples), is_clipped(samples), silent)
 

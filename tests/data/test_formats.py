@@ -17,10 +17,11 @@ import soundfile
 from corpora import known, utterance_rows
 
 from sedtrain.batch import Skipped
-from sedtrain.data.audio import UNREADABLE, ByteRange, path_in, read_audio
+from sedtrain.data.audio import ByteRange, path_in, read_audio
 from sedtrain.data.audio_paths import audio_paths
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import SplitDataset
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.parts import parts_of
 from sedtrain.data.readers import READERS
 from sedtrain.data.source import Columns, Source
@@ -505,7 +506,7 @@ def test_dirty_samples_of_a_shard_are_problems_of_their_own(tmp_path):
     reasons = {"x/a": "broken JSON", "x/b": "text that is not UTF-8", "x/c": "no audio"}
     assert {id: reason for id, (reason, _) in found.items()} == reasons
     rows = rows_of(tmp_path / "x.tar", WITH_ID)
-    with pytest.raises(UNREADABLE):
+    with pytest.raises(RefusedAudio):
         rows.utterance(rows.index_of("x/c"), RATE)
 
 
@@ -570,7 +571,7 @@ def test_of_a_long_recording_only_the_segment_is_decoded(tmp_path):
     content = bytearray((tmp_path / "a.flac").read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)  # what lies behind is destroyed
     np.testing.assert_array_equal(read_audio(bytes(content), RATE, None, 10.0, 11.0), samples[160_000:176_000])
-    with pytest.raises(UNREADABLE):
+    with pytest.raises(RefusedAudio):
         read_audio(bytes(content), RATE, None, 50.0, 51.0)
 
 
