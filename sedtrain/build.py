@@ -17,8 +17,8 @@ from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of, refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE
-from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.readers import cache_folder
+from sedtrain.data.source import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import collator_of, positions_of_audio

@@ -21,10 +21,10 @@ from sedtrain.data.corpus import Corpus
 from sedtrain.data.dataset import BatchesWithEpoch, SplitDataset
 from sedtrain.data.limits import Limits
 from sedtrain.data.memory import return_freed_memory
-from sedtrain.data.options import sources_of
 from sedtrain.data.readers import cache_folder
 from sedtrain.data.sampler import Position
 from sedtrain.data.skipped import SkippedUtterances
+from sedtrain.data.source import sources_of
 from sedtrain.data.streaming import StreamedBatches
 from sedtrain.data.workers import Loader, start_worker, usual_workers
 from sedtrain.errors import UserError

@@ -23,7 +23,6 @@ from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-SLICED = re.compile(r"([^\[+]+)(\[.*\])")
 SPLIT_LIKE = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
@@ -45,8 +44,8 @@ def load_rows(path: str, split: str, name: str | None = None, format: str | None
         raise UserError("data.path", path, f"format={format} reads files, and there are none", write)
     holds_any = local_path(path).is_file() or (is_pattern(path) and "{split}" not in path)
     with readable(path, split):
-        slices = [SLICED.fullmatch(part) or [part, part] for part in ([split] if holds_any else split.split("+"))]
-        rows = joined([cut(whole_rows(path, whole[1], name, format), whole[0]) for whole in slices])
+        slices = [each.partition("[") for each in ([split] if holds_any else split.split("+"))]
+        rows = joined([cut(whole_rows(path, whole, name, format), mark + rest) for whole, mark, rest in slices])
     if len(rows) == 0:
         raise UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
     return rows
@@ -94,11 +93,9 @@ def readable(path: str, split: str) -> Iterator[None]:
         raise UserError("data.path", path, f"split {split!r}: {words}", write) from error
 
 
-def cut(rows: datasets.Dataset, split: str) -> datasets.Dataset:
-    """The slice of a split that it is asked for, as in `train[:90%]`."""
-    if not (sliced := SLICED.fullmatch(split)):
-        return rows
-    [wanted] = datasets.ReadInstruction.from_spec(f"rows{sliced[2]}").to_absolute({"rows": len(rows)})
+def cut(rows: datasets.Dataset, part: str) -> datasets.Dataset:
+    """The part of a split that is asked for, such as `[:90%]`; all of it where nothing is."""
+    [wanted] = datasets.ReadInstruction.from_spec(f"rows{part}").to_absolute({"rows": len(rows)})
     return rows.select(range(wanted.from_, wanted.to))
 
 
