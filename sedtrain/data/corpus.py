@@ -16,9 +16,9 @@ from sedtrain.data.durations import durations
 from sedtrain.data.limits import LIMITED, WHOLE, Limits
 from sedtrain.data.parts import Part, Parts, parts_of
 from sedtrain.data.paths import public_name
-from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import SkippedUtterances, in_words
 from sedtrain.data.source import Source
+from sedtrain.data.tables import BrokenFile
 from sedtrain.data.utterances import Reason, UtteranceRows
 from sedtrain.errors import UNSET, Attempts, UserError
 from sedtrain.launch import is_first_of_machine

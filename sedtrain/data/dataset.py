@@ -17,8 +17,8 @@ from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.limits import WHOLE, Limits, too_long
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.parts import Parts
-from sedtrain.data.readers import BrokenFile
 from sedtrain.data.sampler import DurationBatches
+from sedtrain.data.tables import BrokenFile
 from sedtrain.data.utterances import CELLS_AT_ONCE
 from sedtrain.errors import UserError
 

@@ -15,9 +15,9 @@ from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import expanded, files_at, files_of, is_here, is_pattern, local_path, missing_split
-from sedtrain.data.readers import BrokenFile, cache_folder, one_line, read_rows, suffix_of
+from sedtrain.data.readers import cache_folder, one_line, read_rows, suffix_of
 from sedtrain.data.source import Source
-from sedtrain.data.tables import joined
+from sedtrain.data.tables import BrokenFile, joined
 from sedtrain.data.toolkits import formatted_rows
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable

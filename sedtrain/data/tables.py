@@ -4,6 +4,7 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 import datasets
@@ -18,12 +19,12 @@ NOT_TEXT = "\0object\0"
 """Prefix of a list or an object that stands where others have text."""
 
 
-class OtherFormat(ValueError):
-    """A file that is not what its suffix says; the message says what it is, `write` what to write instead."""
+class BrokenFile(ValueError):
+    """A file that cannot be read at all, or is not what its suffix says. write: what to write instead, where that is known"""
 
-    def __init__(self, wrong: str, write: str) -> None:
+    def __init__(self, wrong: str, write: str | None = None, file: str | Path = "") -> None:
         super().__init__(wrong)
-        self.write = write
+        self.write, self.file = write, file
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes | None]:
@@ -48,9 +49,9 @@ def text_or_problem(content: bytes | None, position: str) -> Row:
 
 
 def refuse_utf16(beginning: bytes) -> None:
-    """Raises OtherFormat for UTF-16 and UTF-32, which have a mark at their beginning or many zeros."""
+    """Raises BrokenFile for UTF-16 and UTF-32, which have a mark at their beginning or many zeros."""
     if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or beginning.count(0) > len(beginning) / 4:
-        raise OtherFormat("its text is UTF-16 or UTF-32, not UTF-8", "write it as UTF-8")
+        raise BrokenFile("its text is UTF-16 or UTF-32, not UTF-8", "write it as UTF-8")
 
 
 def in_words(names: Iterable[str]) -> str:
@@ -59,16 +60,16 @@ def in_words(names: Iterable[str]) -> str:
 
 
 def refuse_same_names(names: Sequence[str]) -> None:
-    """Raises OtherFormat where two columns have one name: nothing says which is meant."""
+    """Raises BrokenFile where two columns have one name: nothing says which is meant."""
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise OtherFormat(f"two columns are called {twice!r}", "write columns of different names")
+        raise BrokenFile(f"two columns are called {twice!r}", "write columns of different names")
 
 
 def as_table(rows: Iterable[Row], names: Iterable[str] = ()) -> pa.Table:
     """A table of rows, text in every column.
 
     names: columns that it has although no row may have them
-    Raises OtherFormat for more names than a table has: each would be a column as long as all rows.
+    Raises BrokenFile for more names than a table has: each would be a column as long as all rows.
     """
     columns: dict[str, list[Any]] = {name: [] for name in names}
     num_rows = 0
@@ -77,7 +78,7 @@ def as_table(rows: Iterable[Row], names: Iterable[str] = ()) -> pa.Table:
             column = columns.setdefault(name, [])
             if len(columns) > MOST_COLUMNS:
                 wrong = f"it has more than {MOST_COLUMNS:,} columns: names of values, perhaps, where names of columns belong"
-                raise OtherFormat(wrong, "write data.path=FILE in which all rows have the same few columns")
+                raise BrokenFile(wrong, "write data.path=FILE in which all rows have the same few columns")
             column += [None] * (num_rows - 1 - len(column)) + [value]
     return pa.table({name: as_array(column + [None] * (num_rows - len(column))) for name, column in columns.items()})
 

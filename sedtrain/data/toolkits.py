@@ -37,8 +37,7 @@ NEMO = {
 
 def formatted_rows(format: str, path: Path, split: str, name: str | None) -> datasets.Dataset:
     """The rows of a split. Raises UserError where one of its files is missing, or holds something else than the format."""
-    table = as_table(FORMATS[format](path, split, name), COLUMNS)
-    return datasets.Dataset(table.select([column for column in (*COLUMNS, PROBLEM) if column in table.column_names]))
+    return datasets.Dataset(as_table(FORMATS[format](path, split, name), COLUMNS))
 
 
 def recognised(path: str | None) -> str | None:
