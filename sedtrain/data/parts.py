@@ -20,7 +20,7 @@ from sedtrain.data.readers import read_rows, reading, suffix_of
 from sedtrain.data.roles import check_columns, cleaned
 from sedtrain.data.source import Source
 from sedtrain.data.sources import load_rows, places_of
-from sedtrain.data.tables import PROBLEM, as_texts
+from sedtrain.data.tables import as_texts
 from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows
 from sedtrain.errors import UserError
 
@@ -40,13 +40,14 @@ class Part:
     copies: Path = Path()
 
     @property
-    def path(self) -> str | None:
-        """The file or URL, where it is a single one."""
+    def path(self) -> str:
+        """The file or URL, where it is a single one, else what the dataset is read from."""
         folder = local_path(self.source.path)
-        if self.place is not None or not folder.is_dir():
-            return self.place
-        files = split_files(folder, self.name.partition("[")[0]) if not self.source.format else []
-        return str(files[0]) if len(files) == 1 else None
+        if self.place is not None or not folder.exists():
+            return self.place or self.source.path
+        is_split = folder.is_dir() and not self.source.format
+        files = split_files(folder, self.name.partition("[")[0]) if is_split else []
+        return str(files[0] if len(files) == 1 else folder)
 
     @property
     def copy(self) -> Path:
@@ -76,9 +77,9 @@ class Part:
             found = self.parquet_cells(role, column)
         else:
             rows = self.rows()
-            if not set(rows.column_names) - {PROBLEM}:  # a file without a readable line
-                return
             check_columns({role: column}, rows.features, self.place or f"{self.source.path} ({self.name})")
+            if column not in rows.column_names:
+                return
             tables = rows.select_columns([column]).with_format("arrow").iter(CELLS_AT_ONCE)
             found = (table[column] for table in tables)
         yield from (text or "" for cells in found for text in cleaned(as_texts(cells)).to_pylist())

@@ -81,9 +81,7 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
         copy = (cache or cache_folder()) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
             write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
-    rows = datasets.Dataset.from_file(str(copy))
-    is_whole = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
-    return rows.remove_columns(PROBLEM) if is_whole else rows
+    return datasets.Dataset.from_file(str(copy))
 
 
 def cache_folder(name: str = "") -> Path:

@@ -45,6 +45,8 @@ def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any]
 
     columns: the column of each role; features: what each column holds; place: where they are, for the message
     """
+    if not features.keys() - {PROBLEM}:  # of a file without a readable line
+        return
     for role, column in columns.items():
         if column is None:
             continue

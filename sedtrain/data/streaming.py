@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, floor
 from typing import NamedTuple
 
@@ -52,8 +52,8 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
     def __init__(
         self, dataset: SplitDataset, corpus: Corpus, bounds: Bounds, seed: int, rank: int = 0, num_ranks: int = 1
     ) -> None:
-        self.dataset, self.corpus, self.bounds = dataset, corpus, bounds
-        self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
+        self.dataset, self.corpus, self.seed = dataset, corpus, seed
+        self.cut = partial(BatchesWithEpoch, dataset, bounds=bounds, seed=seed, rank=rank, num_ranks=num_ranks)
         self.weights = corpus.weights()
         self.block = lru_cache(maxsize=2)(self.read_block)
         self.start_epoch(0)
@@ -157,16 +157,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
 
     def begin(self, kept: Kept, steps: int, start: BlockStart) -> BatchesWithEpoch:
         """The batches of a block that begins after so many steps; removes copies that no worker of any rank still reads."""
-        batches = BatchesWithEpoch(
-            self.dataset,
-            kept,
-            self.bounds,
-            shuffle=True,
-            seed=self.seed,
-            rank=self.rank,
-            num_ranks=self.num_ranks,
-            block=start,
-        )
+        batches = self.cut(kept, shuffle=True, block=start)
         batches.set_epoch(self.epoch)
         self.begun.append(BegunBlock(steps, start, batches))
         first = self.begun[0].start.visit

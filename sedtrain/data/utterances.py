@@ -16,7 +16,6 @@ from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import fields_of, read_audio, refuse_silence, seconds_between
 from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.headers import RefusedAudio
-from sedtrain.data.paths import local_path
 from sedtrain.data.roles import by_role, check_columns, cleaned, unclean
 from sedtrain.data.source import Source
 from sedtrain.data.tables import PROBLEM
@@ -35,7 +34,7 @@ class UtteranceRows:
     """Rows of a dataset as utterances, decoded one by one.
 
     name:  of the split or of its file; rows without an id are named after it
-    file:  the file that holds the rows, where there is one
+    file:  what the rows are read from, for the list of what is left out
     table: as `by_role` makes it, with texts that have no control characters
     problems: why rows cannot be used, by their number
 
@@ -43,13 +42,10 @@ class UtteranceRows:
     """
 
     def __init__(self, rows: datasets.Dataset, source: Source, name: str, file: str | None = None) -> None:
-        features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
-        if features:  # a file without a readable line has none
-            check_columns(vars(source.columns), features, f"{source.path} ({name})")
+        check_columns(vars(source.columns), rows.features, f"{source.path} ({name})")
         self.source, self.name, self.folder = source, name, source.folder
         self.prefix = f"{source.label}/" if source.label else ""
-        where = local_path(source.path)
-        self.file = file or (str(where) if where.exists() else source.path)
+        self.file = file or source.path
         self.fingerprint = f"{rows._fingerprint} {source.columns}"
         self.table = by_role(rows, source)
         found = self.table[PROBLEM]
