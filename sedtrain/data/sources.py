@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 from datasets.utils.file_utils import cached_path
 
 from sedtrain.data.audio_paths import files_in
@@ -86,7 +87,13 @@ def readable(path: str, split: str) -> Iterator[None]:
         write = "write data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network"
         python = "write path=FOLDER with Parquet files, or path='spoken_digits', which needs no network"
         raise UserError("data.path", path, wrong, write, python) from error
-    except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetGenerationError) as error:
+    except (
+        ValueError,
+        OSError,
+        RecursionError,
+        pa.ArrowException,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
         words = f"{error.file}: {error}" if isinstance(error, BrokenFile) else one_line(error.__cause__ or error)
         options = "data.train_split, data.validation_split, data.test_split"
         write = getattr(error, "write", None) or f"write {options} that the dataset has, in files that can be read"

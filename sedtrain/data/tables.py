@@ -108,24 +108,13 @@ def as_words(value: Any) -> str | None:
 
 
 def joined(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
-    """The rows of all; a column of numbers in one and of text in another holds text."""
+    """The rows of all, numbers in the wider type. Raises ArrowTypeError for a column of other types."""
     if len(tables) == 1:
         return tables[0]
-    parts = [table.with_format("arrow")[:] for table in tables]
-    try:
-        rows = pa.concat_tables(parts, promote_options="permissive")
-    except pa.ArrowTypeError:
-        rows = pa.concat_tables(map(with_texts, parts), promote_options="permissive")
-    fingerprint = datasets.fingerprint.Hasher.hash([table._fingerprint for table in tables])
-    return datasets.Dataset(rows, fingerprint=fingerprint)
-
-
-def with_texts(table: pa.Table) -> pa.Table:
-    """The table with text in every column of plain values."""
-    for number, field in enumerate(table.schema):
-        if not (pa.types.is_nested(field.type) or is_binary(field.type)):
-            table = table.set_column(number, field.name, as_texts(table[number]))
-    return table
+    rows = pa.concat_tables([table.with_format("arrow")[:] for table in tables], promote_options="permissive")
+    return datasets.Dataset(
+        rows, fingerprint=datasets.fingerprint.Hasher.hash([table._fingerprint for table in tables])
+    )
 
 
 def as_texts(cells: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
@@ -142,10 +131,6 @@ def as_texts(cells: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
 
 def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def decoded(content: bytes) -> str | None:
