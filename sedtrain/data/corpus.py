@@ -144,13 +144,9 @@ class Corpus:
         attempt.report()
 
     def refuse_unreadable(self, split: str) -> None:
-        parts = self.parts(split).parts
-        for number, part in enumerate(parts):
-            with self.noting(split, number):
-                part.open()
-                return
-        wrong = f"none of the {len(parts)} shards of {split!r} can be read"
-        raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
+        if next(self.open_all(split), None) is None:
+            wrong = f"none of the {len(self.parts(split))} shards of {split!r} can be read"
+            raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
 
     def kept(self, split: str) -> Kept:
         if split not in self.found:
