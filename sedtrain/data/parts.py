@@ -21,7 +21,7 @@ from sedtrain.data.roles import check_columns, cleaned
 from sedtrain.data.source import Source
 from sedtrain.data.sources import load_rows, places_of
 from sedtrain.data.tables import as_texts
-from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 
 
@@ -72,20 +72,17 @@ class Part:
 
     def texts(self, role: str) -> Iterator[str]:
         """The column of a role as text; of a Parquet file no other column is read or fetched. Raises as `open` does."""
-        column = getattr(self.source.columns, role)
         if self.place is not None and suffix_of(file_name(self.place)) == ".parquet":
-            found = self.parquet_cells(role, column)
+            found = (cleaned(as_texts(cells)).to_pylist() for cells in self.parquet_cells(role))
         else:
-            rows = self.rows()
-            check_columns({role: column}, rows.features, self.place or f"{self.source.path} ({self.name})")
-            if column not in rows.column_names:
-                return
-            tables = rows.select_columns([column]).with_format("arrow").iter(CELLS_AT_ONCE)
-            found = (table[column] for table in tables)
-        yield from (text or "" for cells in found for text in cleaned(as_texts(cells)).to_pylist())
+            rows = self.open()
+            known = ([index for index in chunk if index not in rows.problems] for chunk in rows.chunks())
+            found = (rows.cells(role, indices) for indices in known)
+        yield from (text or "" for texts in found for text in texts)
 
-    def parquet_cells(self, role: str, column: str) -> Iterator[pa.Array]:
+    def parquet_cells(self, role: str) -> Iterator[pa.Array]:
         assert self.place is not None
+        column = getattr(self.source.columns, role)
         with reading(self.place), ExitStack() as opened:
             content = opened.enter_context(fsspec.open(self.place))
             try:

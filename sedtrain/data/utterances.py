@@ -91,10 +91,12 @@ class UtteranceRows:
 
     def cells(self, role: str, indices: Sequence[int] | None = None) -> list[Any]:
         """A column of all or of some rows."""
-        column, first = self.table[role], indices[0] if indices else 0
-        if indices is None or list(indices) == list(range(first, first + len(indices))):
-            return list(column.slice(first, indices and len(indices)).to_pylist())
-        return [column[index].as_py() for index in indices]
+        column = self.table[role]
+        wanted = range(len(self)) if indices is None else indices
+        first = wanted[0] if wanted else 0
+        if list(wanted) == list(range(first, first + len(wanted))):
+            return list(column.slice(first, len(wanted)).to_pylist())
+        return [column[index].as_py() for index in wanted]
 
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """The texts of all or of some rows; reads no audio."""
