@@ -242,7 +242,7 @@ def plan(num_rows):
         ours = [tracemalloc.Filter(True, f"*/{package}/*") for package in ("numpy", "sedtrain")]
         found = tracemalloc.take_snapshot().filter_traces(ours).statistics("filename")
     left_out = sum(each.size for each in found if each.traceback[0].filename.endswith("skipped.py"))
-    planned, number = sum(each.size for each in found) - left_out, len(sampler.references)
+    planned, number = sum(each.size for each in found) - left_out, len(sampler.kept)
     print(f"{number:,} utterances: {planned / number:.1f} bytes each", end="; ")
     print(f"{num_rows - number:,} left out: {left_out / (num_rows - number):.0f} bytes each")
     steps = ", ".join(f"{sampler.num_steps(ranks):,} of {ranks}" for ranks in (1, 8, 64))

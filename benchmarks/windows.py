@@ -133,7 +133,7 @@ def main():
         return
     connect(data, saved, ["test"])
     dataset = data.split("test")
-    utterances = [dataset.decode(reference) for reference in dataset.kept.references.tolist()]
+    utterances = [dataset.decode(reference) for reference in dataset.kept[["part", "row"]].tolist()]
     audio, texts = [each.audio.numpy() for each in utterances], [each.text for each in utterances]
     longest = saved.max_training_seconds
     joins, joined_texts = zip(*long_utterances(utterances, 3 * longest), strict=True)

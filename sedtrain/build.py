@@ -18,8 +18,8 @@ from sedtrain.build_saved import metrics_of, resolved, rewritten_data
 from sedtrain.config.instantiate import create
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.datamodule import SpeechTextDataModule
-from sedtrain.data.options import lasting, refuse_same_for_all
 from sedtrain.data.readers import cache_folder
+from sedtrain.data.source import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.errors import REFUSED, Attempts, UserError

@@ -19,10 +19,8 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
-from sedtrain.data.headers import Claim, claim_of
+from sedtrain.data.headers import Claim, RefusedAudio, claim_of
 
-UNREADABLE = (soundfile.LibsndfileError, OSError)
-"""The errors of audio that cannot be read."""
 SUFFIXES = {*soundfile.available_formats()} - {"RAW"} | {"AIF", "AIFC", "MP2", "OGA", "OPUS", "SND", "SPH", "WAVE"}
 """Suffixes of formats that can be read; raw audio does not say its sampling rate."""
 OTHER_SUFFIXES = {
@@ -38,18 +36,8 @@ TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file, or in exces
 LONGEST = 1 << 40  # samples; libsndfile gives 1 << 63 for a length that it does not know
 
 
-class RefusedAudio(OSError):
-    """Audio that is not used; `reason` is a short phrase that many utterances share, so that reasons can be counted."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-def fault_of(error: Exception) -> str:
-    """The reason of an error of UNREADABLE, and what it says beside that."""
-    reason = getattr(error, "reason", "unreadable audio")
-    return str(error) if reason in str(error) else f"{reason}: {error}"
+def fault_of(error: RefusedAudio) -> str:
+    return str(error) if error.reason in str(error) else f"{error.reason}: {error}"
 
 
 def is_audio_file(name: str) -> bool:
@@ -134,31 +122,33 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
     """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
 
     folder: relative paths begin here and must stay inside; None: the user gave the path, which may lead anywhere
-    Raises RefusedAudio for what is no audio, whatever its name says, and for an impossible sampling rate or length.
+    Raises RefusedAudio for what cannot be read, whatever its name says, and for an impossible sampling rate or length.
     """
-    fields = fields_of(cell)
-    if (content := fields.get("bytes")) is not None:
-        refuse_empty(len(content), "0 bytes")
-        claim = claim_of(Content(content), len(content))
-        file: io.IOBase = Content(claim.mended(content))
-    elif fields.get("path"):
-        file, claim = file_of(fields, folder)
-    else:
-        raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
-    with file:
-        if claim.fault:
-            raise RefusedAudio(*claim.fault)
-        try:  # libsndfile reads a FileIO by itself, without the lock of Python, and any other file by calls of its methods
-            sound = Sound(file.fileno() if type(file) is io.FileIO else file, closefd=False)
-        except soundfile.LibsndfileError as error:
-            raise RefusedAudio("unreadable audio", words_of(error)) from error
-        with sound:
+    try:
+        file, claim = content_of(fields_of(cell), folder)
+        # libsndfile reads a FileIO by itself, without the lock of Python, and any other file by calls of its methods
+        with file, Sound(file.fileno() if type(file) is io.FileIO else file, closefd=False) as sound:
             if sound.samplerate not in RATES:
                 raise RefusedAudio("impossible sampling rate", f"{sound.samplerate} Hz")
             if sound.frames > LONGEST:
                 raise RefusedAudio("unreadable audio", "it does not say its length")
             sound.missing = claim.missing * sound.frames / sound.samplerate
             yield sound
+    except RefusedAudio:
+        raise
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise RefusedAudio("unreadable audio", words_of(error)) from error
+
+
+def content_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, Claim]:
+    """The audio of a cell as a file, and the claim of its header."""
+    if (content := fields.get("bytes")) is not None:
+        refuse_empty(len(content), "0 bytes")
+        claim = claim_of(Content(content), len(content))
+        return Content(claim.mended(content)), claim
+    if not fields.get("path"):
+        raise RefusedAudio("no audio", "the row has neither audio bytes nor a path")
+    return file_of(fields, folder)
 
 
 def file_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, Claim]:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from sedtrain.data.audio import UNREADABLE, fault_of, is_audio_file, is_media_file, opened
+from sedtrain.data.audio import fault_of, is_audio_file, is_media_file, opened
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -39,7 +40,7 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
         try:
             with opened(found[0]):
                 pass
-        except UNREADABLE as error:
+        except RefusedAudio as error:
             raise UserError("audio", found[0], fault_of(error), "write audio=FILE that libsndfile can read") from error
     return found
 
@@ -98,8 +99,8 @@ def audio_files(option: str, folder: str, write: str) -> list[str]:
         try:
             with opened(file) as sound:
                 if not sound.frames:
-                    raise OSError("it has no samples")
-        except UNREADABLE as error:
+                    raise RefusedAudio("no samples", "it has no samples")
+        except RefusedAudio as error:
             write = "write a folder whose audio files can all be read"
             raise UserError(option, folder, f"{file} cannot be read ({error})", write) from error
     return files

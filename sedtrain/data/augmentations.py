@@ -14,12 +14,13 @@ import soundfile
 import soxr
 from numpy.random import Generator
 
-from sedtrain.data.audio import UNREADABLE, frames, opened
+from sedtrain.data.audio import frames, opened
 from sedtrain.data.audio_paths import audio_files
 from sedtrain.data.augment import Augmentation, Samples
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.paths import local_path
 from sedtrain.data.readers import one_line
-from sedtrain.data.source import check_columns
+from sedtrain.data.roles import check_columns
 from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError
 from sedtrain.ranges import Finite, Fraction, Positive, PositiveFraction, UpTo1000
@@ -139,7 +140,7 @@ class RecordedNoise(Noise):
             try:
                 with opened(self.recordings[drawn], self.folder) as recording:
                     return stretch(recording, num_samples, sampling_rate, random)
-            except UNREADABLE as error:
+            except RefusedAudio as error:
                 if drawn not in self.unreadable:
                     logger.warning("noise: recording %d cannot be read (%s)", drawn, one_line(error))
                 self.unreadable.add(drawn)

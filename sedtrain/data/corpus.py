@@ -9,19 +9,17 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sedtrain.batch import Skipped
-from sedtrain.data.buckets import Floats, Integers
-from sedtrain.data.dataset import Kept
+from sedtrain.data.buckets import Floats
+from sedtrain.data.dataset import Kept, chunks, joined, kept_rows
 from sedtrain.data.durations import durations
 from sedtrain.data.limits import LIMITED, WHOLE, Limits
 from sedtrain.data.parts import Part, Parts, parts_of
 from sedtrain.data.paths import public_name
-from sedtrain.data.readers import BrokenFile
 from sedtrain.data.skipped import SkippedUtterances, in_words
 from sedtrain.data.source import Source
-from sedtrain.data.utterances import Reason, UtteranceRows, as_text
+from sedtrain.data.tables import BrokenFile
+from sedtrain.data.utterances import Reason, UtteranceRows
 from sedtrain.errors import UNSET, Attempts, UserError
 from sedtrain.launch import is_first_of_machine
 from sedtrain.text.tags import Tags, WholePrompt
@@ -67,7 +65,8 @@ class Corpus:
         self.refused: Callable[[str, float], Reason | None] = lambda text, seconds: None
         if is_first_of_machine():  # the rank that outlives the others of its machine
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
-        self.parts, self.kept = cache(self.find_parts), cache(self.find_kept)
+        self.parts = cache(self.find_parts)
+        self.found: dict[str, Kept] = {}
 
     @property
     def path(self) -> str:
@@ -92,7 +91,10 @@ class Corpus:
         return self.streaming and split == "train"
 
     def find_parts(self, split: str) -> Parts:
-        """The parts of all datasets; files in a stream and on a server. Raises UserError where no dataset has the split."""
+        """The parts of all datasets; files in a stream and on a server. Of a stream those of two blocks stay open.
+
+        Raises UserError where no dataset has the split.
+        """
         found: list[Part] = []
         for source in self.sources:
             by_file = self.streaming or "://" in source.path
@@ -100,7 +102,7 @@ class Corpus:
         if not found:
             wrong, write = f"no dataset of it has a {split} split", f"write data.mix.NAME.{split}_split=SPLIT of one"
             raise UserError("data.mix", UNSET, wrong, write)
-        return Parts(found)
+        return Parts(found, 2 * self.block_rows if self.block_rows and self.is_streamed(split) else None)
 
     def texts(self, split: str) -> Iterator[str]:
         """The target texts, read part by part; of a stream no more than their column, where files allow it."""
@@ -142,20 +144,21 @@ class Corpus:
         attempt.report()
 
     def refuse_unreadable(self, split: str) -> None:
-        parts = self.parts(split).parts
-        for number, part in enumerate(parts):
-            with self.noting(split, number):
-                part.open()
-                return
-        wrong = f"none of the {len(parts)} shards of {split!r} can be read"
-        raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
+        if next(self.open_all(split), None) is None:
+            wrong = f"none of the {len(self.parts(split))} shards of {split!r} can be read"
+            raise UserError("data.path", self.path, wrong, "write data.path of files that are whole")
+
+    def kept(self, split: str) -> Kept:
+        if split not in self.found:
+            self.found[split] = self.find_kept(split)
+        return self.found[split]
 
     def find_kept(self, split: str) -> Kept:
         """The utterances of a split that are used; of a split that is scored, all that can be.
 
         Raises UserError where nothing is left of the split, or a split that is scored has no text at all.
         """
-        kept = Kept.of(self.filtered(split))
+        kept = joined(self.filtered(split))
         if not len(kept):
             raise self.none_left(split)
         may_be_empty = split == "train" or self.limits.min_characters == 0  # training keeps no empty text unless asked
@@ -167,42 +170,41 @@ class Corpus:
         self.skipped.judge(split)
         return kept
 
-    def filtered(self, split: str) -> Iterator[tuple[int, Integers, Floats]]:
-        """Parts, their rows that are used, and the seconds of these, some thousand at a time."""
+    def filtered(self, split: str) -> Iterator[Kept]:
+        """The rows of all parts that are used, some thousand at a time."""
         for part, rows in self.open_all(split):
             lengths = durations(rows)
             for chunk in rows.chunks():
-                yield part, *self.usable(split, rows, chunk, lengths[chunk.start : chunk.stop])
+                yield self.usable(split, part, rows, chunk, lengths[chunk.start : chunk.stop])
 
     def usable(
-        self, split: str, rows: UtteranceRows, indices: Sequence[int], seconds: Floats | None = None
-    ) -> tuple[Integers, Floats]:
-        """The rows that are used, and their seconds; the others are noted."""
-        used, others = self.filter(split, rows, indices, seconds)
-        self.skipped.planned(split, len(indices), list(others.values()))
-        return np.array([*used], np.int64), np.array([*used.values()], np.float64)
+        self, split: str, part: int, rows: UtteranceRows, indices: Sequence[int], seconds: Floats | None = None
+    ) -> Kept:
+        """The rows that are used; the others are noted. seconds: of each row, where they are known already"""
+        some = kept_rows(part, indices, rows.seconds(indices) if seconds is None else seconds)
+        return self.noted(split, rows, some, self.reasons(split, rows, some), len(some))
 
-    def filter(
-        self, split: str, rows: UtteranceRows, indices: Sequence[int], seconds: Floats | None = None
-    ) -> tuple[dict[int, float], dict[int, Skipped]]:
-        """The seconds of the rows that are used, by index, and the other rows with the reason.
+    def noted(
+        self, split: str, rows: UtteranceRows, some: Kept, reasons: Sequence[Reason | None], num_seen: int
+    ) -> Kept:
+        """The rows without a reason against them; the others are noted."""
+        pairs = zip(some.row.tolist(), reasons, strict=True)
+        self.skipped.planned(split, num_seen, [rows.skipped(index, *reason) for index, reason in pairs if reason])
+        return some[[reason is None for reason in reasons]]
 
-        seconds: of each row, where they are known already; NaN for a row whose length cannot be found
-        """
+    def reasons(self, split: str, rows: UtteranceRows, some: Kept) -> list[Reason | None]:
+        """Why rows are not used, None for each that is; the length of one is NaN where it cannot be found."""
+        indices = some.row.tolist()
+        cells = zip(indices, some.seconds.tolist(), rows.texts(indices), strict=True)
+        return [self.reason(split, rows, *each) for each in cells]
+
+    def reason(self, split: str, rows: UtteranceRows, index: int, seconds: float, text: str) -> Reason | None:
         limits, is_learnt = self.limits_of(split), split == "train"
-        used: dict[int, float] = {}
-        others: dict[int, Skipped] = {}
-        known = rows.seconds(indices) if seconds is None else seconds
-        for index, length, text in zip(indices, known.tolist(), rows.texts(indices), strict=True):
-            reason = rows.problem(index, length) or limits.refused_length(length)
-            if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
-                reason = rows.misdeclared(index) or reason
-            reason = reason or limits.refused_text(text, self.rewrite if is_learnt else str)
-            if reason := reason or (self.refused(text, length) if is_learnt else None):
-                others[index] = rows.skipped(index, *reason)
-            else:
-                used[index] = length
-        return used, others
+        reason = rows.problem(index, seconds) or limits.refused_length(seconds)
+        if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
+            reason = rows.misdeclared(index) or reason
+        reason = reason or limits.refused_text(text, self.rewrite if is_learnt else str)
+        return reason or (self.refused(text, seconds) if is_learnt else None)
 
     def leave_out(self, refused: Callable[[str, float], Reason | None]) -> None:
         """Leaves out the training utterances for whose text and seconds `refused` gives a reason; of a stream, as they come.
@@ -213,18 +215,16 @@ class Corpus:
         self.refused = refused
         if kept is None:
             return
-        kept.keep([self.learnable(*chunk) for chunk in kept.chunks()])
+        self.found["train"] = joined([self.learnable(part, some) for part, some in chunks(kept)])
         self.skipped.judge("train")
-        if not len(kept):
+        if not len(self.found["train"]):
             raise self.none_left("train")
 
-    def learnable(self, part: int, indices: Sequence[int], seconds: Iterable[float]) -> NDArray[np.bool_]:
-        """True for each of these training rows that can be learnt; notes the others."""
+    def learnable(self, part: int, some: Kept) -> Kept:
+        """Those of these training rows that can be learnt; notes the others, which have been counted as seen."""
         rows = self.parts("train")[part]
-        reasons = list(map(self.refused, rows.texts(indices), seconds))
-        others = [rows.skipped(index, *reason) for index, reason in zip(indices, reasons, strict=True) if reason]
-        self.skipped.planned("train", 0, others)  # 0 more: all of them have been counted as seen
-        return np.array([reason is None for reason in reasons], np.bool_)
+        reasons = list(map(self.refused, rows.texts(some.row.tolist()), some.seconds.tolist()))
+        return self.noted("train", rows, some, reasons, num_seen=0)
 
     def none_left(self, split: str) -> UserError:
         reasons = self.skipped.of_split[split]
@@ -242,7 +242,7 @@ class Corpus:
         if self.streaming:
             return [part.source.weight for part in parts]
         sizes: Counter[str] = Counter()
-        for part, size in zip(*np.unique(self.kept("train").references[:, 0], return_counts=True), strict=True):
+        for part, size in zip(*np.unique(self.kept("train").part, return_counts=True), strict=True):
             sizes[parts[part].source.label] += int(size)
         factors = dict(zip(sizes, temperature_weights(list(sizes.values()), self.temperature), strict=True))
         return [part.source.weight * factors.get(part.source.label, 1.0) for part in parts]
@@ -290,7 +290,7 @@ def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
                 texts = part.texts("language") if part.source.columns.language else [""]
                 found |= {(text or part.source.language, part.source.task) for text in texts}
         return found
-    for number, indices, _ in corpus.kept(split).chunks():
-        rows, source = parts[number], parts.parts[number].source
-        found |= {(as_text(cell) or source.language, source.task) for cell in rows.cells("language", indices)}
+    for number, some in chunks(corpus.kept(split)):
+        languages, source = parts[number].cells("language", some.row.tolist()), parts[number].source
+        found |= {(language or source.language, source.task) for language in languages}
     return found

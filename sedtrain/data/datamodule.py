@@ -18,14 +18,13 @@ from sedtrain.data.augment import Augment
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.collate import Collator
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import BatchesWithEpoch, Kept, SplitDataset
+from sedtrain.data.dataset import BatchesWithEpoch, SplitDataset
 from sedtrain.data.limits import Limits
 from sedtrain.data.memory import return_freed_memory
-from sedtrain.data.options import sources_of
-from sedtrain.data.parts import Parts
 from sedtrain.data.readers import cache_folder
 from sedtrain.data.sampler import Position
 from sedtrain.data.skipped import SkippedUtterances
+from sedtrain.data.source import sources_of
 from sedtrain.data.streaming import StreamedBatches
 from sedtrain.data.workers import Loader, start_worker, usual_workers
 from sedtrain.errors import UserError
@@ -115,7 +114,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         assert self.collator is not None, "build hands the collator over"
         return SplitDataset(
             self.corpus.parts(split),
-            self.corpus.kept(split),
+            None if self.corpus.is_streamed(split) else self.corpus.kept(split),
             self.collator,
             0 if self.num_workers else self.keep_decoded_hours,
             augment,
@@ -132,8 +131,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         """
         kept = dataset.kept
         if most < inf:
-            is_used = np.round(kept.seconds, 2) <= most
-            kept = Kept(kept.references[is_used], kept.seconds[is_used])
+            kept = kept[np.round(kept.seconds, 2) <= most]
         rank, num_ranks = self.own_rank() if over_ranks else (0, 1)
         return BatchesWithEpoch(
             dataset, kept, self.bounds, shuffle=shuffle, seed=self.seed, rank=rank, num_ranks=num_ranks
@@ -145,12 +143,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
 
     def stream(self) -> StreamedBatches:
         """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
-        assert self.collator is not None, "build hands the collator over"
-        if self.corpus.block_rows is None:
-            dataset = self.split("train", self.augment)
-        else:
-            parts = Parts(self.corpus.parts("train").parts, 2 * self.corpus.block_rows)
-            dataset = SplitDataset(parts, None, self.collator, 0, self.augment, self.limits)
+        dataset = self.split("train", self.augment)
         return StreamedBatches(dataset, self.corpus, self.bounds, self.seed, *self.own_rank())
 
     def batch_sizes(self) -> str:
@@ -194,7 +187,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def long_utterances(self, split: str, most: float) -> Iterator[Utterance]:
         """The utterances of a split that are longer than `most` seconds, one by one; notes those that cannot be read."""
         dataset = self.split(split)
-        for part, row in dataset.kept.references[np.round(dataset.kept.seconds, 2) > most].tolist():
+        for part, row, _ in dataset.kept[np.round(dataset.kept.seconds, 2) > most].tolist():
             found = dataset.decode((part, row), of_any_length=True)
             self.skipped.decoded(split, 1, [found] if isinstance(found, Skipped) else [])
             if isinstance(found, Utterance):

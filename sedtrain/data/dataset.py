@@ -10,15 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from sedtrain.batch import Batch, Skipped, Utterance
-from sedtrain.data.audio import UNREADABLE
 from sedtrain.data.augment import Augment
-from sedtrain.data.buckets import Bounds, Floats, Integers
+from sedtrain.data.buckets import Bounds, Integers
 from sedtrain.data.collate import Collator
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.limits import WHOLE, Limits, too_long
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.data.parts import Parts
-from sedtrain.data.readers import BrokenFile
 from sedtrain.data.sampler import DurationBatches
+from sedtrain.data.tables import BrokenFile
 from sedtrain.data.utterances import CELLS_AT_ONCE
 from sedtrain.errors import UserError
 
@@ -27,49 +27,34 @@ ROUNDED = 0.01  # seconds by which resampled audio may be longer than its header
 
 Reference = tuple[int, int]
 """An utterance: the number of its part, and its row there."""
-References = NDArray[np.int32]
-"""(N, 2) several of these."""
+KEPT = np.dtype([("part", np.int32), ("row", np.int32), ("seconds", np.float64)])
+Kept = Any  # NumPy's annotations know nothing of the fields of its slices
+"""(N,) the utterances of a split that are used, in order, as an array of KEPT."""
 
 
-class Kept:
-    """The utterances of a split that are used, in order: (N, 2) `references`, (N,) `seconds`."""
+def kept_rows(part: int, rows: Sequence[int] | Integers, seconds: ArrayLike) -> Kept:
+    """Rows of one part, and the seconds of each."""
+    kept = np.recarray(len(rows), dtype=KEPT)
+    kept.part, kept.row, kept.seconds = part, rows, seconds
+    return kept
 
-    def __init__(self, references: References, seconds: Floats) -> None:
-        self.references, self.seconds = references, seconds
 
-    @classmethod
-    def of(cls, parts: Iterable[tuple[int, ArrayLike, ArrayLike]]) -> "Kept":
-        """parts: the number of each, its rows, and the seconds of each row"""
-        references, seconds = [np.empty((0, 2), np.int32)], [np.empty(0)]
-        for part, rows, lengths in parts:
-            indices = np.asarray(rows, np.int32)
-            references.append(np.column_stack([np.full_like(indices, part), indices]))
-            seconds.append(np.asarray(lengths, np.float64))
-        return cls(np.concatenate(references), np.concatenate(seconds))
+def joined(several: Iterable[Kept]) -> Kept:
+    return np.concatenate([kept_rows(0, [], []), *several]).view(np.recarray)
 
-    def __len__(self) -> int:
-        return len(self.references)
 
-    def chunks(self) -> Iterator[tuple[int, list[int], list[float]]]:
-        """Parts, rows and their seconds, in order; as many at a time as may be Python values at once."""
-        parts = self.references[:, 0]
-        ends = np.flatnonzero(np.diff(parts, append=-1)) + 1  # of rows of one part
-        for start, end in pairwise([0, *ends.tolist()]):
-            for first in range(start, end, CELLS_AT_ONCE):
-                some = slice(first, min(first + CELLS_AT_ONCE, end))
-                yield int(parts[start]), self.references[some, 1].tolist(), self.seconds[some].tolist()
+def chunks(kept: Kept) -> Iterator[tuple[int, Kept]]:
+    """Parts and their utterances, in order; as many at a time as may be Python values at once."""
+    ends = np.flatnonzero(np.diff(kept.part, append=-1)) + 1  # of rows of one part
+    for start, end in pairwise([0, *ends.tolist()]):
+        for first in range(start, end, CELLS_AT_ONCE):
+            yield int(kept.part[start]), kept[first : min(first + CELLS_AT_ONCE, end)]
 
-    def among(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
-        """Those of these rows of a part that are used, and their seconds; of a split that is in order."""
-        place = slice(*np.searchsorted(self.references[:, 0], [part, part + 1]))
-        known, seconds = self.references[place, 1], self.seconds[place]
-        is_known = np.isin(rows, known)
-        return rows[is_known], seconds[np.searchsorted(known, rows[is_known])]
 
-    def keep(self, wanted: Sequence[NDArray[np.bool_]]) -> None:
-        """Keeps the utterances that are wanted, chunk by chunk."""
-        is_wanted = np.concatenate(wanted)
-        self.references, self.seconds = self.references[is_wanted], self.seconds[is_wanted]
+def among(kept: Kept, part: int, rows: Integers) -> Kept:
+    """Those of these rows of a part that are kept, of a split that is in order."""
+    known = kept[slice(*np.searchsorted(kept.part, [part, part + 1]))]
+    return known[np.searchsorted(known.row, rows[np.isin(rows, known.row)])]
 
 
 class SplitDataset(Dataset[Batch | UserError]):
@@ -93,7 +78,7 @@ class SplitDataset(Dataset[Batch | UserError]):
     ) -> None:
         self.parts, self.collator, self.augment = parts, collator, augment
         self.limits, self.is_scored = limits, is_scored
-        self.kept = Kept.of([]) if kept is None else kept
+        self.kept = joined([]) if kept is None else kept
         self.keeps_decoded = kept is not None and self.total_seconds() <= 3600 * keep_decoded_hours
         self.decoded: dict[Reference, Utterance | Skipped] = {}
 
@@ -120,13 +105,13 @@ class SplitDataset(Dataset[Batch | UserError]):
 
     def num_tokens(self, kept: Kept) -> Integers:
         """(N,) target tokens of these utterances."""
-        texts = (text for part, rows, _ in kept.chunks() for text in self.parts[part].texts(rows))
+        texts = (text for part, some in chunks(kept) for text in self.parts[part].texts(some.row.tolist()))
         return np.fromiter(map(self.collator.num_tokens, texts), np.int64, len(kept))
 
     def tokens_per_second(self) -> float:
         """The mean of some thousand utterances."""
         step = len(self) // NUM_COUNTED + 1
-        counted = Kept(self.kept.references[::step], self.kept.seconds[::step])
+        counted = self.kept[::step]
         return float(self.num_tokens(counted).sum() / counted.seconds.sum())
 
     def utterance_of(self, id: str) -> Utterance:
@@ -160,8 +145,8 @@ class SplitDataset(Dataset[Batch | UserError]):
             return Skipped(f"{broken.name}-{index}", "unreadable shard", str(error), broken.path)
         try:
             utterance = rows.utterance(index, self.collator.sampling_rate, self.is_scored)
-        except UNREADABLE as error:
-            return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
+        except RefusedAudio as error:
+            return rows.skipped(index, error.reason, str(error))
         if of_any_length:
             return utterance
         if utterance.seconds > self.limits.max_seconds + ROUNDED:
@@ -180,9 +165,9 @@ class BatchesWithEpoch(DurationBatches):
     def __init__(self, dataset: SplitDataset, kept: Kept, bounds: Bounds, **options: Any) -> None:
         tokens = dataset.num_tokens(kept) if bounds.buckets or bounds.batch_tokens else None
         super().__init__(dataset.longest * kept.seconds, bounds, tokens=tokens, **options)
-        self.dataset, self.references = dataset, kept.references
+        self.dataset, self.kept = dataset, kept
 
     def __iter__(self) -> Iterator[tuple[int, list[Reference]]]:
         epoch, batches = self.epoch, super().__iter__()
         return_freed_memory()  # that the order was made in; workers are forked next
-        return ((epoch, list(map(tuple, self.references[numbers].tolist()))) for numbers in batches)
+        return ((epoch, self.kept[["part", "row"]][numbers].tolist()) for numbers in batches)

@@ -13,6 +13,7 @@ import datasets
 
 from sedtrain.data.audio import is_audio_file, is_media_file, leaves_folder
 from sedtrain.data.audio_paths import files_in
+from sedtrain.data.parquet import ROWS_AT_ONCE
 from sedtrain.data.readers import read_rows
 from sedtrain.data.tables import (
     MAX_TEXT_BYTES,
@@ -20,7 +21,6 @@ from sedtrain.data.tables import (
     Row,
     as_table,
     in_words,
-    joined,
     lines_of,
     problem,
     text_or_problem,
@@ -46,9 +46,11 @@ def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
     """
     files = sorted(files_in(folder))
     inside = [Path(file) for file in files if os.path.basename(file) in METADATA]
-    for metadata in ([own] if (own := metadata_of(folder)) else inside, [above and metadata_of(above)]):
-        if found := [metadata_rows(file, folder) for file in metadata if file]:
-            return joined(found)
+    metadata = [own] if (own := metadata_of(folder)) else inside
+    if not metadata and above and (outside := metadata_of(above)):
+        metadata = [outside]
+    if metadata:
+        return datasets.Dataset(as_table(row for file in metadata for row in metadata_rows(file, folder)))
     audio = [file for file in files if is_media_file(file)]
     stems = by_stem(audio)
     if listed := [file for file in files if file.lower().endswith(".trans.txt")]:
@@ -71,23 +73,19 @@ def metadata_of(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def metadata_rows(path: Path, folder: Path) -> datasets.Dataset:
+def metadata_rows(path: Path, folder: Path) -> Iterator[Row]:
     """The rows of a metadata file for files in `folder`, with `audio` from its file_name, and that as `id` if it has none."""
     rows = read_rows(path)
     if "file_name" not in rows.column_names:
         wrong = f"{path.name} has no column 'file_name', it has {in_words(rows.column_names)}"
         write = f"write a {path.name} with file_name, relative to its folder, and text"
         raise UserError("data.path", str(path.parent), wrong, write)
-    names = rows["file_name"][:]
-    if "audio" in rows.column_names:
-        rows = rows.remove_columns("audio")
-    if "id" not in rows.column_names:
-        rows = rows.add_column("id", names)
-    rows = rows.add_column("audio", [name and path_below(path.parent, str(name)) for name in names])
-    if path.parent == folder or folder in path.parents:
-        return rows
-    start = os.path.join(os.path.abspath(folder), "")
-    return rows.select([index for index, file in enumerate(rows["audio"]) if not file or file.startswith(start)])
+    start = "" if path.is_relative_to(folder) else os.path.join(os.path.abspath(folder), "")
+    for row in (row for some in rows.with_format("arrow").iter(ROWS_AT_ONCE) for row in some.to_pylist()):
+        name = row["file_name"]
+        audio = name and path_below(path.parent, str(name))
+        if not audio or audio.startswith(start):
+            yield {"id": name, **row, "audio": audio}
 
 
 def path_below(folder: Path, name: str) -> str:

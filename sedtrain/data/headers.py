@@ -24,6 +24,14 @@ RESYNC = 3 * LARGEST_FRAME + 4096  # bytes in which the first frames of MP3 are 
 MP3_RATES = (44_100, 48_000, 32_000)  # of MPEG 1; MPEG 2 has half of it, 2.5 a quarter
 
 
+class RefusedAudio(OSError):
+    """Audio that cannot be read, or is not used; `reason` is a short phrase, by which utterances are counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Claim:
     """What is wrong with the length that a header claims.
@@ -31,14 +39,12 @@ class Claim:
     missing:   what the file lacks of it, as a fraction of what libsndfile counts as frames; below 0, what is beyond it
     at, patch: bytes of the header to be replaced from there on, so that it says a length it left open
     prefix:    bytes that stand for all before `at`, for that
-    fault:     the reason and detail of a file that is not used, whatever its length
     """
 
     missing: float = 0.0
     at: int = 0
     patch: bytes = b""
     prefix: bytes = b""
-    fault: tuple[str, str] | None = None
 
     def mended(self, content: bytes) -> bytes:
         """The bytes of the file with the length that its header left open."""
@@ -48,7 +54,7 @@ class Claim:
 
 
 def claim_of(file: BinaryIO, size: int) -> Claim:
-    """The claim of a file of `size` bytes; an empty one for unknown formats and broken headers."""
+    """The claim of a file of `size` bytes; an empty one for unknown formats and broken headers. Raises RefusedAudio."""
     try:
         first = read_at(file, 0, 4)
         start = 0
@@ -61,8 +67,7 @@ def claim_of(file: BinaryIO, size: int) -> Claim:
         if first == b"OggS":
             return ogg_claim(file, size)
         if other := other_format(read_at(file, start, 12)):
-            wrong = f"{other}, which libsndfile does not read; convert it to FLAC"
-            return Claim(fault=("unreadable audio", wrong))
+            raise RefusedAudio("unreadable audio", f"{other}, which libsndfile does not read; convert it to FLAC")
         if data := data_of(file, first):
             return data.claim(file, size)
         found = mp3_start(read_at(file, start, RESYNC))
@@ -204,8 +209,9 @@ def flac_claim(file: BinaryIO, start: int, size: int) -> Claim:
     ends = {frame.stop for frame in frames}
     found = max((frame.stop for frame in frames if frame.start in ends or len(frames) == 1), default=0)
     if not claimed:
-        no_frame = ("unreadable audio", "FLAC without a frame at its end")
-        return Claim(at=start + 18, patch=struct.pack(">Q", fields | found), fault=None if found else no_frame)
+        if not found:
+            raise RefusedAudio("unreadable audio", "FLAC without a frame at its end")
+        return Claim(at=start + 18, patch=struct.pack(">Q", fields | found))
     return Claim() if not found or claimed in ends else Claim((claimed - found) / claimed)
 
 
@@ -247,16 +253,16 @@ def crc8(content: bytes) -> int:
 
 
 def ogg_claim(file: BinaryIO, size: int) -> Claim:
-    """A fault where the last page is cut off, or where another stream follows the first: libsndfile would not read it."""
+    """Raises RefusedAudio where the last page is cut off, or another stream follows, which libsndfile would not read."""
     at, is_in_stream = 0, False
     while at < size and (page := read_at(file, at, 27)).startswith(b"OggS"):
         sizes = file.read(page[26]) if len(page) == 27 else b""
         if len(page) < 27 or len(sizes) < page[26] or (end := at + 27 + len(sizes) + sum(sizes)) > size:
-            return Claim(fault=("truncated audio", "the last page of OGG is cut off"))
+            raise RefusedAudio("truncated audio", "the last page of OGG is cut off")
         begins_stream = bool(page[5] & 2)
         if begins_stream and is_in_stream:
             wrong = f"libsndfile reads nothing of OGG from byte {at:,} on; convert it to FLAC"
-            return Claim(fault=("several streams in one file", wrong))
+            raise RefusedAudio("several streams in one file", wrong)
         at, is_in_stream = end, is_in_stream or not begins_stream
     return Claim()
 
@@ -318,7 +324,7 @@ def counted_mp3(file: BinaryIO, start: int, size: int, first: Frame) -> Claim:
         return Claim()
     rest = content[sum(frame.size for frame in frames) :]
     if len(rest) > LARGEST_FRAME and rest.lstrip(b"\0")[:3] not in (b"", b"TAG", b"APE", b"ID3", b"LYR"):
-        return Claim(fault=("undecodable audio", f"MP3 that breaks off after {len(frames):,} frames"))
+        raise RefusedAudio("undecodable audio", f"MP3 that breaks off after {len(frames):,} frames")
     header = bytes([content[0], content[1] | 1, *content[2:4]])
     xing = header.ljust(first.xing, b"\0") + b"Xing" + struct.pack(">II", 1, len(frames))
     return Claim(at=start, prefix=xing.ljust(first.size, b"\0"))

@@ -17,10 +17,11 @@ from filelock import FileLock
 from sedtrain.data.parquet import batches
 from sedtrain.data.paths import fetch, file_name, local_path, names_of, split_files
 from sedtrain.data.readers import read_rows, reading, suffix_of
-from sedtrain.data.source import Source, check_columns
+from sedtrain.data.roles import check_columns, cleaned
+from sedtrain.data.source import Source
 from sedtrain.data.sources import load_rows, places_of
-from sedtrain.data.tables import PROBLEM, readable_cells
-from sedtrain.data.utterances import CELLS_AT_ONCE, UtteranceRows, as_text
+from sedtrain.data.tables import as_texts
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 
 
@@ -39,13 +40,14 @@ class Part:
     copies: Path = Path()
 
     @property
-    def path(self) -> str | None:
-        """The file or URL, where it is a single one."""
+    def path(self) -> str:
+        """The file or URL, where it is a single one, else what the dataset is read from."""
         folder = local_path(self.source.path)
-        if self.place is not None or not folder.is_dir():
-            return self.place
-        files = split_files(folder, self.name.partition("[")[0]) if not self.source.format else []
-        return str(files[0]) if len(files) == 1 else None
+        if self.place is not None or not folder.exists():
+            return self.place or self.source.path
+        is_split = folder.is_dir() and not self.source.format
+        files = split_files(folder, self.name.partition("[")[0]) if is_split else []
+        return str(files[0] if len(files) == 1 else folder)
 
     @property
     def copy(self) -> Path:
@@ -70,20 +72,17 @@ class Part:
 
     def texts(self, role: str) -> Iterator[str]:
         """The column of a role as text; of a Parquet file no other column is read or fetched. Raises as `open` does."""
-        column = getattr(self.source.columns, role)
         if self.place is not None and suffix_of(file_name(self.place)) == ".parquet":
-            found = self.parquet_cells(role, column)
+            found = (cleaned(as_texts(cells)).to_pylist() for cells in self.parquet_cells(role))
         else:
-            rows = self.rows()
-            if not set(rows.column_names) - {PROBLEM}:  # a file without a readable line
-                return
-            check_columns({role: column}, rows.features, self.place or f"{self.source.path} ({self.name})")
-            tables = rows.select_columns([column]).with_format("arrow").iter(CELLS_AT_ONCE)
-            found = (table[column] for table in tables)
-        yield from (as_text(cell) for cells in found for cell in readable_cells(cells))
+            rows = self.open()
+            known = ([index for index in chunk if index not in rows.problems] for chunk in rows.chunks())
+            found = (rows.cells(role, indices) for indices in known)
+        yield from (text or "" for texts in found for text in texts)
 
-    def parquet_cells(self, role: str, column: str) -> Iterator[pa.Array]:
+    def parquet_cells(self, role: str) -> Iterator[pa.Array]:
         assert self.place is not None
+        column = getattr(self.source.columns, role)
         with reading(self.place), ExitStack() as opened:
             content = opened.enter_context(fsspec.open(self.place))
             try:
@@ -146,22 +145,19 @@ class Parts(Sequence[UtteranceRows]):
         return len(self.parts)
 
     def __getitem__(self, number: int) -> UtteranceRows:  # type: ignore[override]
-        rows = self.opened.get(number)
-        if rows is None:
-            rows = self.opened[number] = self.parts[number].open()
+        found = self.opened.get(number)
+        rows = self.parts[number].open() if found is None else found
+        if found is None or self.num_rows is not None:
+            self.opened.pop(number, None)
+            self.opened[number] = rows
             self.close_oldest()
-        elif self.num_rows is not None:
-            self.opened[number] = self.opened.pop(number, rows)
         return rows
 
     def close_oldest(self) -> None:
-        opened = list(self.opened.items())
-        num_open = sum(len(rows) for _, rows in opened)
-        for number, rows in opened[:-1]:
-            num_open -= len(rows)
-            if self.num_rows is None or num_open < self.num_rows:
+        for oldest in list(self.opened)[:-1]:
+            if self.num_rows is None or sum(map(len, list(self.opened.values())[1:])) < self.num_rows:
                 break
-            self.opened.pop(number, None)
+            self.opened.pop(oldest, None)
 
     def remove_copy(self, number: int) -> None:
         self.opened.pop(number, None)

@@ -30,7 +30,7 @@ from sedtrain.data.separated import read_separated
 from sedtrain.data.tables import (
     MAX_TEXT_BYTES,
     PROBLEM,
-    OtherFormat,
+    BrokenFile,
     Row,
     as_table,
     lines_of,
@@ -48,14 +48,6 @@ NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot of the base name
 
 
-class BrokenFile(ValueError):
-    """A file that cannot be read at all; its message is the reason."""
-
-    def __init__(self, file: str | Path, error: Exception) -> None:
-        super().__init__(str(error) if isinstance(error, OtherFormat) else one_line(error))
-        self.file, self.write = file, getattr(error, "write", None)
-
-
 @contextmanager
 def reading(file: str | Path) -> Iterator[None]:
     """Raises BrokenFile for errors that come from what a file holds; UserError stays."""
@@ -63,8 +55,11 @@ def reading(file: str | Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except BrokenFile as error:
+        error.file = file
+        raise
     except (ValueError, OSError, EOFError, zlib.error, RecursionError, pa.ArrowException, tarfile.ReadError) as error:
-        raise BrokenFile(file, error) from error
+        raise BrokenFile(one_line(error), file=file) from error
 
 
 def one_line(error: BaseException) -> str:
@@ -86,9 +81,7 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
         copy = (cache or cache_folder()) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
             write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
-    rows = datasets.Dataset.from_file(str(copy))
-    is_whole = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
-    return rows.remove_columns(PROBLEM) if is_whole else rows
+    return datasets.Dataset.from_file(str(copy))
 
 
 def cache_folder(name: str = "") -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sedtrain.data.tables import MAX_TEXT_BYTES, OtherFormat, Row, as_table, problem, refuse_same_names, refuse_utf16
+from sedtrain.data.tables import MAX_TEXT_BYTES, BrokenFile, Row, as_table, problem, refuse_same_names, refuse_utf16
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "|"}
 QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
@@ -27,7 +27,7 @@ def read_separated(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
     """One table, text in every column. Empty cells are null, broken lines a problem of their own.
 
     A cell in quotation marks, with marks inside doubled, is what stands between them. Tab separated values are also
-    written without that, as in Common Voice: any other mark in them is text. Raises OtherFormat.
+    written without that, as in Common Voice: any other mark in them is text. Raises BrokenFile.
     """
     content = path.read_bytes()
     refuse_utf16(content[:1000])
@@ -38,14 +38,14 @@ def read_separated(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
 
 
 def header_of(line: str, delimiter: str) -> list[str]:
-    """The names of the columns. Raises OtherFormat for other separators, and for two columns of one name."""
+    """The names of the columns. Raises BrokenFile for other separators, and for two columns of one name."""
     (cells, wrong), _ = cells_of([line], delimiter)
     header = line.split(delimiter) if wrong else cells
     others = [other for other in SEPARATORS if other != delimiter and any(other in name for name in header)]
     if others and (delimiter == "," or len(header) == 1):
         found = SEPARATORS[max(others, key=line.count)]
         write = "write .csv with commas or .tsv with tabs between columns, and their names in the first line"
-        raise OtherFormat(f"its columns are separated by {found}, not by {SEPARATORS[delimiter]}", write)
+        raise BrokenFile(f"its columns are separated by {found}, not by {SEPARATORS[delimiter]}", write)
     refuse_same_names([name for name in header if name])
     return header
 

@@ -1,20 +1,20 @@
-"""One dataset: where it is, the names of its splits, and which of its columns hold what."""
+"""Datasets as the options of the group `data` name them: where each is, its splits, and which of its columns hold what."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import datasets
-
-from sedtrain.data.paths import local_path
-from sedtrain.data.tables import in_words
+from sedtrain.data.buckets import buckets_of
+from sedtrain.data.paths import absolute_path, is_pattern, local_path
+from sedtrain.data.toolkits import COLUMNS, FORMATS, TRANSLATED, recognised
 from sedtrain.errors import UserError
+from sedtrain.text.tags import TASK_OF
 
-NUMBERS = ("null", "int", "uint", "float", "decimal")
-TIMES = (*NUMBERS, "string", "large_string")
-TEXTS = (*TIMES, "bool")
+SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
+OPTIONS = ("path", "name", "format", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
+"""Options that each dataset of a mix may set for itself."""
 
 
 @dataclass(frozen=True)
@@ -83,43 +83,99 @@ class Source:
         return where if where.is_dir() else where.parent
 
 
-def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """True for a column of single values of one of these kinds of Arrow types."""
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
+def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with absolute paths and the buckets themselves as `batches`, so that they mean the same in any folder."""
+    lasting = dict(data)
+    if lasting.get("path"):
+        lasting["path"] = absolute_path(lasting["path"])
+    if lasting.get("mix"):
+        lasting["mix"] = {
+            name: {**source, "path": absolute_path(source["path"])} if source.get("path") else source
+            for name, source in lasting["mix"].items()
+        }
+    if lasting.get("batches"):
+        lasting["batches"] = [bucket._asdict() for bucket in buckets_of(lasting["batches"])]
+    return lasting
 
 
-def is_audio(feature: Any) -> bool:
-    is_both = isinstance(feature, dict) and not feature.keys().isdisjoint({"bytes", "path"})
-    is_plain = holds(feature, ("null", "binary", "large_binary", "string", "large_string"))
-    return is_plain or is_both or isinstance(feature, datasets.Audio)
-
-
-WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "audio": (is_audio, "bytes or the path of a file"),
-    "text": (partial(holds, kinds=TEXTS), "text"),
-    "id": (partial(holds, kinds=TEXTS), "text or numbers"),
-    **dict.fromkeys(("seconds", "start", "end"), (partial(holds, kinds=TIMES), "numbers")),
-}
-"""Types that the column of a role may have."""
-
-
-def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any], place: str) -> None:
-    """Raises UserError for a missing column, with the names of the others, and for a column of another type.
-
-    columns: the column of each role; features: what each column holds; place: where they are, for the message
-    """
-    for role, column in columns.items():
-        if column is None:
-            continue
-        fits, wanted = WANTED.get(role, (lambda feature: True, ""))
-        if column not in features:
-            wrong = f"{place} has no column {column!r} for the {role}, it has {in_words(features)}"
-            names = "audio, transcription, translation, id, speaker, language, seconds, start or end"
-            write = f"write data.columns.NAME=ONE_OF_THESE, where NAME is {names}"
-        elif not fits(features[column]):
-            kind = str(features[column])[:80]
-            wrong = f"{place} has {kind} in the column {column!r} for the {role}, expected {wanted}"
-            write = f"write data.columns.NAME=COLUMN that holds {wanted}"
+def refuse_same_for_all(sources: Iterable[Source]) -> None:
+    """Raises UserError where training, validation and test data would be the same files."""
+    errors = []
+    for source in filter(is_same_for_all, sources):
+        if names_several_files(source.path):
+            wrong = "the same files would be training, validation and test data at once"
+            write = "PATTERN with {split} where they differ (the same files for all splits are fine for task=evaluate)"
         else:
-            continue
-        raise UserError("data.columns", column, wrong, write)
+            wrong = "one file would be training, validation and test data at once"
+            write = "FOLDER with train, validation and test files (a single file is fine for task=evaluate)"
+        option = f"data.mix.{source.label}.path" if source.label else "data.path"
+        errors.append(UserError(option, source.path, wrong, f"write {option}={write}"))
+    if errors:
+        raise UserError.all_of(errors)
+
+
+def is_same_for_all(source: Source) -> bool:
+    """True where several splits would be one file or, by a pattern or URL without `{split}`, the same files.
+
+    Different slices of a file, such as `train[:90%]` and `train[90%:]`, are not the same.
+    """
+    path, splits = source.path, [str(split) for split in source.splits.values() if split is not None]
+    slices = {split.partition("[")[2] for split in splits}
+    if len(splits) < 2 or (len(slices) == len(splits) and "" not in slices):
+        return False
+    return Path(path).expanduser().is_file() or (names_several_files(path) and "{split}" not in path)
+
+
+def names_several_files(path: str) -> bool:
+    return is_pattern(path) or "://" in path
+
+
+def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
+    """The datasets of a mix by name, or the only one; `common` has the options that a dataset leaves out."""
+    if not mix:
+        return [source_of(common, "data")]
+    sources = []
+    for label, options in mix.items():
+        where = f"data.mix.{label}"
+        for option, value in options.items():
+            if option not in OPTIONS:
+                write = f"write {where}.NAME, NAME one of {', '.join(OPTIONS)}"
+                raise UserError(f"{where}.{option}", value, "there is no such option", write)
+        columns = {**common["columns"], **options.get("columns", {})}
+        sources.append(source_of({**common, **options, "columns": columns, "label": label}, where))
+    return sources
+
+
+def source_of(options: Mapping[str, Any], where: str) -> Source:
+    """The dataset of some options, which stand in `where`. Raises UserError for values of a mix, which no signature checks."""
+
+    def refuse(option: str, value: object, wrong: str, write: str) -> NoReturn:
+        raise UserError(f"{where}.{option}", value, wrong, f"write {where}.{write}")
+
+    path, weight, target = options["path"], options.get("weight", 1.0), options["target"]
+    columns, language = options["columns"], options["language"]
+    if path is None:
+        instead = ", or data.mix" if where == "data" else ""
+        refuse("path", None, "no dataset is named", f"path=FOLDER_OR_FILE_OR_HUB_ID{instead}")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < inf:
+        refuse("weight", weight, "this has to be a number above 0", "weight=NUMBER, a number above 0")
+    if target not in TASK_OF:
+        refuse("target", target, "there is no such target", f"target=ONE_OF {', '.join(TASK_OF)}")
+    if not isinstance(language, str | None):
+        refuse("language", language, "this is no text", "language in quotes, as YAML reads no and on as values")
+    if (format := options.get("format") or recognised(path)) is not None:
+        if format not in FORMATS:
+            refuse("format", format, "there is no such format", f"format=ONE_OF {', '.join(FORMATS)}")
+        if target == "translation" and format not in TRANSLATED:
+            write = f"format={TRANSLATED[0]}, or data=manifest with data.columns.translation=COLUMN"
+            refuse("format", format, "target=translation: this format has no translations", write)
+        columns = {name: name for name in COLUMNS if name != "text"} | {"transcription": "text"}
+    return Source(
+        columns=Columns.of(columns, target, where),
+        format=format,
+        splits={split: options[option] for option, split in SPLITS.items()},
+        weight=float(weight),
+        label=options.get("label", ""),
+        task=TASK_OF[target],
+        **{option: options[option] for option in ("path", "name", "audio_folder", "language")},
+    )

@@ -9,21 +9,21 @@ from itertools import chain
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 from datasets.utils.file_utils import cached_path
 
 from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import expanded, files_at, files_of, is_here, is_pattern, local_path, missing_split
-from sedtrain.data.readers import BrokenFile, cache_folder, one_line, read_rows, suffix_of
+from sedtrain.data.readers import cache_folder, one_line, read_rows, suffix_of
 from sedtrain.data.source import Source
-from sedtrain.data.tables import joined
+from sedtrain.data.tables import BrokenFile, joined
 from sedtrain.data.toolkits import formatted_rows
 from sedtrain.errors import UserError
 from sedtrain.hub import go_offline_if_unreachable
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-SLICED = re.compile(r"([^\[+]+)(\[.*\])")
 SPLIT_LIKE = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
@@ -45,8 +45,8 @@ def load_rows(path: str, split: str, name: str | None = None, format: str | None
         raise UserError("data.path", path, f"format={format} reads files, and there are none", write)
     holds_any = local_path(path).is_file() or (is_pattern(path) and "{split}" not in path)
     with readable(path, split):
-        slices = [SLICED.fullmatch(part) or [part, part] for part in ([split] if holds_any else split.split("+"))]
-        rows = joined([cut(whole_rows(path, whole[1], name, format), whole[0]) for whole in slices])
+        slices = [each.partition("[") for each in ([split] if holds_any else split.split("+"))]
+        rows = joined([cut(whole_rows(path, whole, name, format), mark + rest) for whole, mark, rest in slices])
     if len(rows) == 0:
         raise UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
     return rows
@@ -87,18 +87,22 @@ def readable(path: str, split: str) -> Iterator[None]:
         write = "write data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network"
         python = "write path=FOLDER with Parquet files, or path='spoken_digits', which needs no network"
         raise UserError("data.path", path, wrong, write, python) from error
-    except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetGenerationError) as error:
+    except (
+        ValueError,
+        OSError,
+        RecursionError,
+        pa.ArrowException,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
         words = f"{error.file}: {error}" if isinstance(error, BrokenFile) else one_line(error.__cause__ or error)
         options = "data.train_split, data.validation_split, data.test_split"
         write = getattr(error, "write", None) or f"write {options} that the dataset has, in files that can be read"
         raise UserError("data.path", path, f"split {split!r}: {words}", write) from error
 
 
-def cut(rows: datasets.Dataset, split: str) -> datasets.Dataset:
-    """The slice of a split that it is asked for, as in `train[:90%]`."""
-    if not (sliced := SLICED.fullmatch(split)):
-        return rows
-    [wanted] = datasets.ReadInstruction.from_spec(f"rows{sliced[2]}").to_absolute({"rows": len(rows)})
+def cut(rows: datasets.Dataset, part: str) -> datasets.Dataset:
+    """The part of a split that is asked for, such as `[:90%]`; all of it where nothing is."""
+    [wanted] = datasets.ReadInstruction.from_spec(f"rows{part}").to_absolute({"rows": len(rows)})
     return rows.select(range(wanted.from_, wanted.to))
 
 

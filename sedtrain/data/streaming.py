@@ -7,16 +7,16 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, floor
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from sedtrain.data.buckets import Bounds, Floats, Integers
+from sedtrain.data.buckets import Bounds, Integers
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import BatchesWithEpoch, Kept, Reference, SplitDataset
+from sedtrain.data.dataset import BatchesWithEpoch, Kept, Reference, SplitDataset, among, joined
 from sedtrain.data.sampler import Position, other_reading, random_keys, refuse_other
 from sedtrain.errors import UserError
 
@@ -52,8 +52,8 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
     def __init__(
         self, dataset: SplitDataset, corpus: Corpus, bounds: Bounds, seed: int, rank: int = 0, num_ranks: int = 1
     ) -> None:
-        self.dataset, self.corpus, self.bounds = dataset, corpus, bounds
-        self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
+        self.dataset, self.corpus, self.seed = dataset, corpus, seed
+        self.cut = partial(BatchesWithEpoch, dataset, bounds=bounds, seed=seed, rank=rank, num_ranks=num_ranks)
         self.weights = corpus.weights()
         self.block = lru_cache(maxsize=2)(self.read_block)
         self.start_epoch(0)
@@ -77,18 +77,18 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         After the last visit blocks are empty.
         """
         order = self.order(epoch)
-        parts: list[tuple[int, Integers, Floats]] = []
+        found = []
         end, room = start, self.corpus.block_rows or sys.maxsize
         while end.visit < len(order) and room > 0:
             part, visit = order[end.visit]
             visited = self.rows_visited(part, visit, epoch)
             rows = visited[end.row : end.row + room]
-            parts.append((part, *self.usable(part, rows)))
+            found.append(self.usable(part, rows))
             room, last = room - len(rows), end.row + len(rows)
             end = BlockStart(end.visit + 1, 0) if last >= len(visited) else BlockStart(end.visit, last)
         for part, _ in order[end.visit : end.visit + NUM_AHEAD]:
             self.dataset.parts.parts[part].fetch_ahead()
-        return Kept.of(parts), end
+        return joined(found), end
 
     def rows_visited(self, part: int, visit: int, epoch: int) -> Integers:
         """The rows that a visit reads, each once: the visits of all epochs go round and round through the part."""
@@ -102,13 +102,13 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
             rows = np.argsort(random_keys((self.seed, part), num_rows), kind="stable")[rows]
         return rows
 
-    def usable(self, part: int, rows: Integers) -> tuple[Integers, Floats]:
-        """Those of these rows that are used, and their seconds."""
+    def usable(self, part: int, rows: Integers) -> Kept:
+        """Those of these rows that are used."""
         if not len(rows):
-            return rows, np.empty(0)
+            return joined([])
         if len(self.dataset):
-            return self.dataset.kept.among(part, rows)
-        used = self.corpus.usable("train", self.dataset.parts[part], rows.tolist())
+            return among(self.dataset.kept, part, rows)
+        used = self.corpus.usable("train", part, self.dataset.parts[part], rows.tolist())
         self.corpus.skipped.judge("train")
         return used
 
@@ -157,16 +157,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
 
     def begin(self, kept: Kept, steps: int, start: BlockStart) -> BatchesWithEpoch:
         """The batches of a block that begins after so many steps; removes copies that no worker of any rank still reads."""
-        batches = BatchesWithEpoch(
-            self.dataset,
-            kept,
-            self.bounds,
-            shuffle=True,
-            seed=self.seed,
-            rank=self.rank,
-            num_ranks=self.num_ranks,
-            block=start,
-        )
+        batches = self.cut(kept, shuffle=True, block=start)
         batches.set_epoch(self.epoch)
         self.begun.append(BegunBlock(steps, start, batches))
         first = self.begun[0].start.visit

@@ -37,8 +37,7 @@ NEMO = {
 
 def formatted_rows(format: str, path: Path, split: str, name: str | None) -> datasets.Dataset:
     """The rows of a split. Raises UserError where one of its files is missing, or holds something else than the format."""
-    table = as_table(FORMATS[format](path, split, name), COLUMNS)
-    return datasets.Dataset(table.select([column for column in (*COLUMNS, PROBLEM) if column in table.column_names]))
+    return datasets.Dataset(as_table(FORMATS[format](path, split, name), COLUMNS))
 
 
 def recognised(path: str | None) -> str | None:
@@ -159,18 +158,13 @@ def rows_of_lhotse(path: Path, split: str, name: str | None) -> Iterator[Row]:
     """Cuts as JSON lines, also packed: FILE, a pattern, or of a folder the file whose name has `cuts` and the split's name."""
     patterns = ["*cuts*SPLIT.jsonl", "*cuts*SPLIT.jsonl.gz", "SPLIT.jsonl.gz"]
     for file in files_of(str(path), split) or [split_file(path, patterns, split)]:
-        with reading(file):
-            yield from rows_of_cuts(file)
-
-
-def rows_of_cuts(file: Path) -> Iterator[Row]:
-    if file.suffix == ".gz":
-        refuse_unpacking(str(file), file.name)
-    with fsspec.open(file, compression="infer") as lines:
-        for number, line in enumerate(lines_of(lines), start=1):
-            if line is None or line.strip():
-                cut = json_row(line, position := f"{file.name}, line {number}")
-                yield from [cut] if PROBLEM in cut else rows_of_cut(cut, position)
+        with reading(file), fsspec.open(file, compression="infer") as lines:
+            if file.suffix == ".gz":
+                refuse_unpacking(str(file), file.name)
+            for number, line in enumerate(lines_of(lines), start=1):
+                if line is None or line.strip():
+                    cut = json_row(line, position := f"{file.name}, line {number}")
+                    yield from [cut] if PROBLEM in cut else rows_of_cut(cut, position)
 
 
 def rows_of_cut(cut: Row, position: str) -> Iterator[Row]:

@@ -1,7 +1,6 @@
 """Rows of a dataset as utterances: ids, texts, lengths, decoded audio, and what is wrong with a row."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isnan, nan
@@ -14,16 +13,16 @@ import pyarrow.compute as pc
 from torch.utils.data import get_worker_info
 
 from sedtrain.batch import Skipped, Utterance
-from sedtrain.data.audio import UNREADABLE, fields_of, read_audio, refuse_silence, seconds_between
+from sedtrain.data.audio import fields_of, read_audio, refuse_silence, seconds_between
 from sedtrain.data.buckets import Floats, Integers
-from sedtrain.data.paths import local_path
-from sedtrain.data.source import Source, check_columns
-from sedtrain.data.tables import NOT_TEXT, PROBLEM, by_role
+from sedtrain.data.headers import RefusedAudio
+from sedtrain.data.roles import by_role, check_columns, cleaned, unclean
+from sedtrain.data.source import Source
+from sedtrain.data.tables import PROBLEM
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tab, line feed, carriage return
 ROWS_AT_ONCE = 64  # rows whose headers one thread reads at a time
 CELLS_AT_ONCE = 10_000  # rows whose cells may be Python values together, each many times larger than in a table
 
@@ -34,38 +33,37 @@ Reason = tuple[str, str]
 class UtteranceRows:
     """Rows of a dataset as utterances, decoded one by one.
 
-    name:     of the split or of its file; rows without an id are named after it
-    file:     the file that holds the rows, where there is one
-    table:    a column for each role of `Columns`, as `by_role` makes it
+    name:  of the split or of its file; rows without an id are named after it
+    file:  what the rows are read from, for the list of what is left out
+    table: as `by_role` makes it, with texts that have no control characters
     problems: why rows cannot be used, by their number
 
     Raises UserError for a column that is missing or holds something else than it should, and for two rows with one id.
     """
 
     def __init__(self, rows: datasets.Dataset, source: Source, name: str, file: str | None = None) -> None:
-        features = {name: feature for name, feature in rows.features.items() if name != PROBLEM}
-        if features:  # a file without a readable line has none
-            check_columns(vars(source.columns), features, f"{source.path} ({name})")
+        check_columns(vars(source.columns), rows.features, f"{source.path} ({name})")
         self.source, self.name, self.folder = source, name, source.folder
         self.prefix = f"{source.label}/" if source.label else ""
-        where = local_path(source.path)
-        self.file = file or (str(where) if where.exists() else source.path)
+        self.file = file or source.path
         self.fingerprint = f"{rows._fingerprint} {source.columns}"
-        self.table, self.problems = by_role(rows, vars(source.columns))
-        self.warn_of_control()
+        self.table = by_role(rows, source)
+        found = self.table[PROBLEM]
+        indices = pc.indices_nonzero(found.is_valid()).to_pylist()
+        self.problems: dict[int, str] = dict(zip(indices, found.drop_null().to_pylist(), strict=True))
+        self.take_out_control()
         self.refuse_same_ids()
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def warn_of_control(self) -> None:
-        """Warns of texts with control characters, which `as_text` takes out; workers leave it to their parent."""
-        if get_worker_info() is not None:
-            return
-        cells = pc.cast(self.table["text"], pa.large_string())
-        has_control = pc.and_not(pc.match_substring_regex(cells, CONTROL.pattern), pc.starts_with(cells, NOT_TEXT))
-        found = pc.indices_nonzero(has_control)
+    def take_out_control(self) -> None:
+        """Takes control characters out of the texts, and warns of them; workers leave that to their parent."""
+        number, texts = self.table.column_names.index("text"), self.table["text"].cast(pa.large_string())
+        found = pc.indices_nonzero(unclean(texts))
         if len(found):
+            self.table = self.table.set_column(number, "text", cleaned(texts))
+        if len(found) and get_worker_info() is None:
             words = "%s: texts from which control characters are taken out: %d (first: %s)"
             logger.warning(words, self.name, len(found), self.id(found[0].as_py()))
 
@@ -88,18 +86,21 @@ class UtteranceRows:
 
     def row(self, index: int) -> dict[str, Any]:
         """The cells of a row by role."""
-        return {role: self.table[role][index].as_py() for role in self.table.column_names}
+        [row] = self.table.slice(index, 1).to_pylist()
+        return dict(row)
 
     def cells(self, role: str, indices: Sequence[int] | None = None) -> list[Any]:
         """A column of all or of some rows."""
         column = self.table[role]
-        if indices is None or isinstance(indices, range):
-            return list((column if indices is None else column[indices.start : indices.stop]).to_pylist())
-        return [column[index].as_py() for index in indices]
+        wanted = range(len(self)) if indices is None else indices
+        first = wanted[0] if wanted else 0
+        if list(wanted) == list(range(first, first + len(wanted))):
+            return list(column.slice(first, len(wanted)).to_pylist())
+        return [column[index].as_py() for index in wanted]
 
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:
         """The texts of all or of some rows; reads no audio."""
-        return [as_text(value) for value in self.cells("text", indices)]
+        return [text or "" for text in self.cells("text", indices)]
 
     def ids(self) -> Iterator[str]:
         return (id for chunk in self.chunks() for id in map(self.id_of, chunk, self.cells("id", chunk)))
@@ -109,16 +110,16 @@ class UtteranceRows:
         return next((index for index, each in enumerate(self.ids()) if each == id), None)
 
     def id(self, index: int) -> str:
-        return self.id_of(index, self.row(index)["id"])
+        return self.id_of(index, self.table["id"][index].as_py())
 
-    def id_of(self, index: int, value: Any) -> str:
-        return self.prefix + (f"{self.name}-{index}" if value is None else str(value))
+    def id_of(self, index: int, given: str | None) -> str:
+        return self.prefix + (f"{self.name}-{index}" if given is None else given)
 
     def seconds(self, indices: Sequence[int] | None = None) -> Floats:
         """(N,) the length of each utterance, from its columns, else from the header of its audio, else NaN."""
-        lengths = np.array(self.cells("seconds", indices), dtype=np.float64)
-        missing = np.isnan(lengths)
         among = np.array(range(len(self)) if indices is None else indices, np.int64)
+        lengths = self.declared()[among]
+        missing = np.isnan(lengths)
         lengths[missing] = list(self.by_header(among[missing]))
         return lengths
 
@@ -141,8 +142,8 @@ class UtteranceRows:
         """The length by the header of the audio, or the reason for which there is none, with a detail."""
         try:
             return seconds_between(row["audio"], self.folder, row["start"], row["end"], declared)
-        except UNREADABLE as error:
-            return getattr(error, "reason", "unreadable audio"), str(error)
+        except RefusedAudio as error:
+            return error.reason, str(error)
 
     def problem(self, index: int, seconds: float) -> Reason | None:
         """Reason and detail for a row that cannot be used, else None; seconds: its length, NaN where none was found."""
@@ -162,8 +163,7 @@ class UtteranceRows:
 
     def skipped(self, index: int, reason: str, detail: str) -> Skipped:
         """The row as an utterance that is left out."""
-        row = self.row(index)
-        return Skipped(self.id_of(index, row["id"]), reason, detail, self.location(row["audio"]))
+        return Skipped(self.id(index), reason, detail, self.location(self.table["audio"][index].as_py()))
 
     def location(self, cell: Any) -> str:
         """The file of a cell's audio, with the byte where it begins in a larger file; for bytes, the file of their row."""
@@ -176,7 +176,7 @@ class UtteranceRows:
     def utterance(self, index: int, sampling_rate: int, may_be_silent: bool = False) -> Utterance:
         """Row `index`, decoded, mixed down and resampled to `sampling_rate`.
 
-        Raises one of UNREADABLE for audio that cannot be decoded, is not as long as the columns say, or is silent.
+        Raises RefusedAudio for audio that cannot be decoded, is not as long as the columns say, or is silent.
         """
         row = self.row(index)
         audio = read_audio(row["audio"], sampling_rate, self.folder, row["start"], row["end"], row["seconds"])
@@ -186,21 +186,9 @@ class UtteranceRows:
             id=self.id_of(index, row["id"]),
             audio=audio,
             sampling_rate=sampling_rate,
-            text=as_text(row["text"]),
-            language=as_text(row["language"]) or self.source.language,
-            speaker=as_text(row["speaker"]).strip() or None,
+            text=row["text"] or "",
+            language=row["language"] or self.source.language,
+            speaker=row["speaker"],
             seconds=len(audio) / sampling_rate,
             task=self.source.task,
         )
-
-
-def as_text(value: Any) -> str:
-    """A cell as text: as JSON writes numbers and truth, without control characters; NaN is empty."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value)
-    if text.startswith(NOT_TEXT) or not CONTROL.search(text):
-        return text
-    return CONTROL.sub(lambda control: " " if control[0].isspace() else "", text)  # a form feed, for example, separates

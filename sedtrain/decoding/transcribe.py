@@ -15,7 +15,8 @@ import soxr
 from numpy.typing import NDArray
 
 from sedtrain.annotations import checked
-from sedtrain.data.audio import RATES, UNREADABLE, audio_blocks, fault_of, one_channel, seconds_between
+from sedtrain.data.audio import RATES, audio_blocks, fault_of, one_channel, seconds_between
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.pauses import Samples
@@ -122,7 +123,7 @@ def readable(path: str | Path) -> Iterator[None]:
     """Raises UserError where audio cannot be read."""
     try:
         yield
-    except UNREADABLE as error:
+    except RefusedAudio as error:
         raise UserError("audio", str(path), fault_of(error), "write audio=FILE that can be read to its end") from error
 
 
@@ -137,7 +138,7 @@ def resampled(audio: NDArray[Any], from_rate: int | None, to_rate: int) -> Sampl
         raise UserError("audio", shape, "this has to be one channel of floating-point samples", write)
     try:
         samples = one_channel(audio.astype(np.float32)[:, None])
-    except UNREADABLE as error:
+    except RefusedAudio as error:
         raise UserError("audio", shape, str(error), "write finite samples from -1 to 1, at least one") from error
     return samples if from_rate == to_rate else soxr.resample(samples, from_rate, to_rate)
 

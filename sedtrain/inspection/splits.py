@@ -4,22 +4,22 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat
-from math import isnan
+from math import nan
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sedtrain.batch import Skipped
-from sedtrain.data.audio import UNREADABLE, opened
+from sedtrain.data.audio import opened
 from sedtrain.data.buckets import Floats
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import Reference
+from sedtrain.data.dataset import Reference, kept_rows
 from sedtrain.data.durations import durations
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.parts import Parts
 from sedtrain.data.paths import local_path
-from sedtrain.data.utterances import UtteranceRows, as_text
+from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
 
 Samples = NDArray[np.float32]  # (S,) in -1..1
@@ -70,33 +70,30 @@ class Entry(NamedTuple):
 
 @dataclass
 class SplitEntries:
-    """Usable utterances of one split, `num_drawn` of which were decoded, and skipped ones with their seconds if known."""
+    """Usable utterances of one split, `num_drawn` of which were decoded, and skipped ones with their seconds or NaN."""
 
     split: str
     parts: Parts
     entries: list[Entry] = field(default_factory=list)
-    skipped: list[tuple[Skipped, float | None]] = field(default_factory=list)
+    skipped: list[tuple[Skipped, float]] = field(default_factory=list)
     num_drawn: int = 0
     num_read: int = 0
     is_whole: bool = True  # whether all rows of the split were read
 
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
         """Filters rows of a part as for training."""
-        seconds = None if corpus.streaming else durations(rows)[: len(indices)]
-        kept, skipped = corpus.filter(self.split, rows, indices, seconds)
-        used = list(kept)
-        self.entries += map(
-            Entry,
-            [(part, index) for index in used],
-            map(rows.id_of, used, rows.cells("id", used)),
-            kept.values(),
-            map(str.strip, rows.texts(used)),
-            (as_text(cell).strip() or None for cell in rows.cells("speaker", used)),
-            (as_text(cell) or rows.source.language for cell in rows.cells("language", used)),
-            repeat(self.parts.parts[part].source.label or None),
-        )
-        lengths = (None if isnan(length) else length for length in rows.seconds(list(skipped)).tolist())
-        self.skipped += zip(skipped.values(), lengths, strict=True)
+        seconds = rows.seconds(indices) if corpus.streaming else durations(rows)[: len(indices)]
+        some = kept_rows(part, indices, seconds)
+        roles = (rows.cells(role, indices) for role in ("id", "text", "speaker", "language"))
+        reasons = corpus.reasons(self.split, rows, some)
+        for index, length, reason, id, text, speaker, language in zip(
+            indices, seconds.tolist(), reasons, *roles, strict=True
+        ):
+            if reason:
+                self.skipped.append((rows.skipped(index, *reason), length))
+                continue
+            told = (text or "").strip(), speaker, language or rows.source.language, rows.source.label or None
+            self.entries.append(Entry((part, index), rows.id_of(index, id), length, *told))
         self.num_read += len(indices)
         self.is_whole = self.is_whole and len(indices) == len(rows)
 
@@ -143,7 +140,7 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
             found.is_whole = False
             break
         if (rows := corpus.open(split, part)) is None:
-            found.skipped.append((Skipped(described.name, "unreadable shard"), None))
+            found.skipped.append((Skipped(described.name, "unreadable shard"), nan))
         else:
             found.add(corpus, part, rows, range(len(rows))[:room])
     return found
@@ -157,8 +154,8 @@ def hear(parts: Parts, reference: Reference, may_be_silent: bool) -> Sound | Ski
         with opened(rows.row(index)["audio"], rows.folder) as file:
             rate, channels, format = int(file.samplerate), int(file.channels), f"{file.format} {file.subtype}"
         samples = rows.utterance(index, rate, may_be_silent).audio.numpy()
-    except UNREADABLE as error:
-        return rows.skipped(index, getattr(error, "reason", "undecodable audio"), str(error))
+    except RefusedAudio as error:
+        return rows.skipped(index, error.reason, str(error))
     seconds, silent = len(samples) / rate, silence(samples, rate)
     return Sound(rate, channels, format, seconds, level(samples), is_clipped(samples), silent)
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import ceil, floor, log10
+from math import ceil, floor, isnan, log10
 from pathlib import Path
 
 import numpy as np
@@ -182,11 +182,11 @@ class SkippedFor:
     examples: list[str]
 
 
-def group_skipped(skipped: Iterable[tuple[Skipped, float | None]]) -> list[SkippedFor]:
+def group_skipped(skipped: Iterable[tuple[Skipped, float]]) -> list[SkippedFor]:
     """Groups by reason, the most frequent first."""
     groups: dict[str, list[tuple[str, float]]] = {}
     for (id, reason, detail, _), seconds in skipped:
-        groups.setdefault(reason, []).append((f"{id} ({detail})" if detail else id, seconds or 0.0))
+        groups.setdefault(reason, []).append((f"{id} ({detail})" if detail else id, 0.0 if isnan(seconds) else seconds))
     return [
         SkippedFor(reason, len(found), sum(each for _, each in found) / 3600, [id for id, _ in found[:NUM_EXAMPLES]])
         for reason, found in sorted(groups.items(), key=lambda group: -len(group[1]))

@@ -15,7 +15,8 @@ from corpora import COLUMNS, data_module, fit, listed, wav, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedtrain.data.audio import UNREADABLE, RefusedAudio, read_audio
+from sedtrain.data.audio import read_audio
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.errors import UserError
 from sedtrain.text.normalizers import normalizer
 
@@ -226,7 +227,7 @@ def test_memory_is_taken_for_what_is_there_whatever_the_header_claims():
     assert soundfile.info(io.BytesIO(content)).frames == 2**36 - 1
 
     def refused():
-        with pytest.raises(UNREADABLE):
+        with pytest.raises(RefusedAudio):
             read_audio(content, RATE)
 
     assert peak_of(refused) < 100e6

@@ -14,8 +14,8 @@ from corpora import data_module, listed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedtrain.data.audio import Content, RefusedAudio, read_audio, seconds_between
-from sedtrain.data.headers import claim_of, crc8, mp3_frame
+from sedtrain.data.audio import Content, read_audio, seconds_between
+from sedtrain.data.headers import RefusedAudio, claim_of, crc8, mp3_frame
 from sedtrain.errors import UserError
 
 RATE = 16_000
@@ -181,7 +181,8 @@ def test_the_checksum_is_that_of_flac():
 )
 def test_broken_headers_claim_nothing_that_fails(first, rest):
     content = first + rest
-    claim_of(Content(content), len(content))
+    with contextlib.suppress(RefusedAudio):
+        claim_of(Content(content), len(content))
 
 
 SHORT = [

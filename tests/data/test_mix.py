@@ -58,7 +58,7 @@ def test_each_has_its_own_columns_splits_target_language_and_folder(datasets_of,
     }
     assert {text for id, text in texts.items() if id.startswith("hub/")} == {"one", "two", "three", "four"}
     whole = mix_module(tmp_path, datasets_of).split("train")
-    read = [whole.read(reference) for reference in map(tuple, whole.kept.references.tolist())]
+    read = [whole.read(reference) for reference in whole.kept[["part", "row"]].tolist()]
     kinds = Counter((each.id.partition("/")[0], each.language, each.task) for each in read)
     assert kinds == {
         ("parquet", "de", "translate"): 6,

@@ -11,11 +11,11 @@ from corpora import COLUMNS, data_module, known, refused, utterance_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedtrain.data.readers import BrokenFile, read_rows
+from sedtrain.data.readers import read_rows
 from sedtrain.data.separated import read_separated
 from sedtrain.data.source import Columns
 from sedtrain.data.sources import load_rows
-from sedtrain.data.tables import PROBLEM
+from sedtrain.data.tables import PROBLEM, BrokenFile
 
 NAMES = ["audio", "text", "id"]
 CHARACTERS = st.sampled_from([*"ab0 .,;|'\"-é€", "\t", "\n", "\u2028", "\x85", "\x0b", "\ufeff", "字"])

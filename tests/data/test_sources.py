@@ -12,8 +12,9 @@ import soundfile
 import torch
 from corpora import known, utterance_rows
 
-from sedtrain.data.audio import UNREADABLE, read_audio
+from sedtrain.data.audio import read_audio
 from sedtrain.data.audio_paths import audio_paths
+from sedtrain.data.headers import RefusedAudio
 from sedtrain.data.paths import absolute_path
 from sedtrain.data.source import Columns
 from sedtrain.data.sources import load_rows
@@ -203,7 +204,7 @@ UNDECODABLE = {
 
 @pytest.mark.parametrize("cell", UNDECODABLE.values(), ids=UNDECODABLE)
 def test_audio_that_cannot_be_decoded_is_an_error_that_the_policy_knows(cell):
-    with pytest.raises(UNREADABLE):
+    with pytest.raises(RefusedAudio):
         read_audio(cell, 16_000)
 
 

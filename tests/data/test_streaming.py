@@ -17,7 +17,7 @@ from sedtrain.batch import Skipped
 from sedtrain.data import streaming
 from sedtrain.data.buckets import Bounds, Bucket
 from sedtrain.data.corpus import Corpus
-from sedtrain.data.dataset import BatchesWithEpoch, Kept, SplitDataset
+from sedtrain.data.dataset import BatchesWithEpoch, SplitDataset, kept_rows
 from sedtrain.data.limits import Limits
 from sedtrain.data.parts import Parts
 from sedtrain.data.streaming import BlockStart, StreamedBatches
@@ -156,9 +156,9 @@ def test_95_percent_of_the_audio_is_real_in_blocks_of_the_usual_size():
     """Log-normal with sigma 0.65, 1 to 20 s; batches of 24 s: 99 %, of 120 s: 96 %; larger ones want larger blocks."""
     seconds = np.random.default_rng(0).lognormal(log(5), 0.65, 20_000).clip(1, 20)
     batches = sampler([1000] * 20, num_rows=4096, batch_seconds=120.0, num_buckets=30)
-    batches.corpus.filter = lambda split, rows, indices, *_: (
-        {i: seconds[1000 * rows.part + i] for i in indices}, {}
-    )  # fmt: skip
+    batches.corpus.usable = lambda split, part, rows, indices: kept_rows(
+        part, indices, seconds[1000 * part + np.array(indices)]
+    )
     padded = sum(len(refs) * max(seconds[1000 * part + index] for part, index in refs) for _, refs in batches)
     assert seconds.sum() / padded > 0.95
 
@@ -299,7 +299,7 @@ def test_a_position_between_two_blocks_is_not_taken_for_one_of_another_order(oth
 
 
 def test_a_position_in_a_corpus_that_is_not_streamed_is_refused_and_the_other_way_round():
-    kept = Kept.of([(0, range(30), [1.0] * 30)])
+    kept = kept_rows(0, range(30), [1.0] * 30)
     whole = BatchesWithEpoch(SimpleNamespace(longest=1.0), kept, Bounds(5.0), shuffle=True)
     batches = sampler([30])
     list(batches)

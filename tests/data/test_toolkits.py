@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedtrain.data.folders import kaldi_rows
-from sedtrain.data.options import sources_of
 from sedtrain.data.parts import parts_of
+from sedtrain.data.source import sources_of
 from sedtrain.data.tables import PROBLEM
 from sedtrain.data.toolkits import rows_of_cut
 from sedtrain.errors import UserError
