@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "search": "annotations errors evaluation run_dir terminal",
     "tasks": "build build_saved errors export inspection run_dir terminal training",
     "transcribe": "config data decoding errors models serving terminal",
-    "serving": "annotations data decoding errors ranges",
+    "serving": "annotations data decoding errors ranges text",
     "build": "build_model build_saved config data decoding errors evaluation models text training transcribe",
     "build_model": "build_saved config data decoding errors models text training",
     "build_saved": "config data decoding errors evaluation export models plain run_dir text transcribe",

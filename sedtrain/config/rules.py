@@ -14,7 +14,7 @@ from sedtrain.config.schema import ROOT, conf_dir, plain
 from sedtrain.errors import UNSET, UserError
 from sedtrain.ranges import Count, CountOrZero, NonNegative, Positive
 
-FORMATS = ("text", "json", "srt", "vtt")
+TRANSCRIPT_FORMATS = ("text", "json", "srt", "vtt")
 NAMED_GROUPS = ("augment", "callbacks", "logger")
 """Groups that hold several objects by name."""
 DECIDED_ELSEWHERE = {
@@ -121,8 +121,8 @@ def named_group_rules(entries: Any, group: str) -> Iterator[UserError]:
 def format_rules(value: object, out: object) -> Iterator[UserError]:
     """One format of texts, or a list of them; only files can hold several."""
     formats = value if isinstance(value, list) else [value]
-    for unknown in [name for name in formats if name not in FORMATS] or ([value] if value == [] else []):
-        yield UserError("format", value, f"format has no option {unknown!r}", suggest(str(unknown), FORMATS))
+    for unknown in [name for name in formats if name not in TRANSCRIPT_FORMATS] or ([value] if value == [] else []):
+        yield UserError("format", value, f"format has no option {unknown!r}", suggest(str(unknown), TRANSCRIPT_FORMATS))
     if len(formats) > 1 and not out:
         yield UserError("out", out, "the terminal takes only one format", "write out=FOLDER")
 

@@ -46,7 +46,7 @@ def times(part: Segment | Word) -> dict[str, float]:
     return {"start": round(part.start, 3), "end": round(part.end, 3)}
 
 
-FORMATS: dict[str, Callable[[Transcription, str | None], str]] = {
+TRANSCRIPT_WRITERS: dict[str, Callable[[Transcription, str | None], str]] = {
     "text": lambda found, language: f"{found.text}\n",
     "json": as_json,
     "srt": as_srt,
@@ -97,7 +97,7 @@ class Outputs:
     def write(self, found: Transcription, name: str | None) -> None:
         """Prints a transcription or writes its files, each whole. Raises UserError if the folder cannot be written to."""
         for each in self.formats:
-            content = FORMATS[each](found, self.language)
+            content = TRANSCRIPT_WRITERS[each](found, self.language)
             if self.folder is None or name is None:
                 show(f"{found.audio}\t{content}" if each == "text" else content)
                 continue

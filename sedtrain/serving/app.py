@@ -23,10 +23,9 @@ from sedtrain.decoding.transcribe import Transcriber, seconds_of
 from sedtrain.decoding.transcription import Transcription
 from sedtrain.errors import UserError
 from sedtrain.serving.metrics import Metrics
+from sedtrain.serving.openai_api import FIELDS, Asked, Refused, failure, reply
 from sedtrain.serving.options import ServeOptions
-from sedtrain.serving.origin import SameOrigin, failure
-from sedtrain.serving.replies import reply
-from sedtrain.serving.requests import FIELDS, Asked, Refused
+from sedtrain.serving.same_origin import SameOrigin
 from sedtrain.serving.workers import Workers
 
 UPLOAD_SECONDS = 300.0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedtrain.config import rules
-from sedtrain.decoding.outputs import FORMATS, Outputs
+from sedtrain.decoding.outputs import TRANSCRIPT_WRITERS, Outputs
 from sedtrain.decoding.subtitles import LINE, LINES, width
 from sedtrain.decoding.transcription import Segment, Transcription, Word
 from sedtrain.errors import UserError
@@ -39,7 +39,7 @@ def seconds(hours, minutes, rest, thousandths):
 
 def cues_of(found, kind):
     """Start, end and lines of each subtitle; every character belongs to the grammar."""
-    content = FORMATS[kind](found, None)
+    content = TRANSCRIPT_WRITERS[kind](found, None)
     if kind == "vtt":
         header, *blocks = content.split("\n\n")
         assert header.strip() == "WEBVTT"
@@ -58,7 +58,7 @@ def test_json_is_one_line_with_all_that_is_known():
     words = (Word("ein", 0.1, 0.25, 0.98765), Word("„Ei“", 0.3, 0.5, 1.0))
     others = ("kein Ei", -1.75), ("", -math.inf)
     found = recording(Segment("ein „Ei“", 0.0, 0.61254, -1.5, words, others), Segment("", 1.0, 2.0, -math.inf))
-    written = FORMATS["json"](found, "de")
+    written = TRANSCRIPT_WRITERS["json"](found, "de")
     assert written.count("\n") == 1 and "„Ei“" in written
     assert json.loads(written) == {
         "audio": "a.wav", "seconds": 90.0, "language": "de", "text": "ein „Ei“",
@@ -112,10 +112,11 @@ def test_a_subtitle_ends_at_a_pause_after_two_lines_and_after_seven_seconds():
 
 def test_times_of_hours_and_arrows_and_marks_of_markup_are_written_as_each_format_has_them():
     found = recording(Segment("a --> <b> & c", 3_661.0005, 36_000.9996))
-    assert FORMATS["srt"](found, None) == "1\n01:01:01,000 --> 10:00:01,000\na -> <b> & c\n"
+    assert TRANSCRIPT_WRITERS["srt"](found, None) == "1\n01:01:01,000 --> 10:00:01,000\na -> <b> & c\n"
     vtt = "WEBVTT\n\n01:01:01.000 --> 10:00:01.000\na --&gt; &lt;b&gt; &amp; c\n"
-    assert FORMATS["vtt"](found, None) == vtt
-    assert (FORMATS["srt"](recording(), None), FORMATS["vtt"](recording(Segment("", 0, 1)), None)) == ("", "WEBVTT\n")
+    assert TRANSCRIPT_WRITERS["vtt"](found, None) == vtt
+    srt, vtt = (TRANSCRIPT_WRITERS[kind] for kind in ("srt", "vtt"))
+    assert (srt(recording(), None), vtt(recording(Segment("", 0, 1)), None)) == ("", "WEBVTT\n")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_names_of_files_do_not_collide_and_lie_as_the_recordings_do(tmp_path, pa
 
 
 def test_each_format_is_a_file_and_a_folder_that_cannot_be_written_to_is_told(tmp_path):
-    Outputs(tuple(FORMATS), tmp_path / "out", "de").write(recording(spoken("ä b")), "c/x")
+    Outputs(tuple(TRANSCRIPT_WRITERS), tmp_path / "out", "de").write(recording(spoken("ä b")), "c/x")
     files = {file.name for file in (tmp_path / "out/c").iterdir()}
     assert files == {"x.txt", "x.json", "x.srt", "x.vtt"}
     assert (tmp_path / "out/c/x.txt").read_text(encoding="utf-8") == "ä b\n"
@@ -149,7 +150,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_transcribed(tmp
 
 
 def test_the_formats_are_those_of_the_schema():
-    assert tuple(FORMATS) == rules.FORMATS
+    assert tuple(TRANSCRIPT_WRITERS) == rules.TRANSCRIPT_FORMATS
 
 
 def test_subtitles_of_several_recordings_need_a_folder():

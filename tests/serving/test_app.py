@@ -11,10 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from services import ROUTE, client_of, noise_file, reason, sent, tiny_model, transcriber_of
 from starlette.requests import Request
 
-from sedtrain.decoding.outputs import FORMATS
+from sedtrain.decoding.outputs import TRANSCRIPT_WRITERS
 from sedtrain.serving import app
 from sedtrain.serving.app import CLIENT_LEFT, awaited
-from sedtrain.serving.requests import Refused
+from sedtrain.serving.openai_api import Refused
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_format_is_that_of_task_transcribe(transcriber, client, file, format, 
     transcriber.add_texts([(recording, window) for window in recording.windows])
     answer = sent(client, file.read_bytes(), response_format=format)
     assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
-    assert answer.text == FORMATS[format](recording.transcription(), None)
+    assert answer.text == TRANSCRIPT_WRITERS[format](recording.transcription(), None)
 
 
 @pytest.mark.parametrize("granularities", [[], ["segment"], ["word"], ["word", "segment"]])

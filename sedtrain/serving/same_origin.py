@@ -7,6 +7,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sedtrain.serving.openai_api import failure
+
 
 class SameOrigin:
     """Answers 400 to a request whose Host is not in `hosts`, and 403 to one whose Origin is another host."""
@@ -33,9 +35,3 @@ def host_of(header: str) -> str | None:
         return urlsplit(f"//{header}").hostname
     except ValueError:  # an unpaired bracket
         return None
-
-
-def failure(status: int, reason: str, field: str | None = None) -> dict[str, object]:
-    """The body of an error, in the form of OpenAI's API."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": reason, "type": kind, "param": field, "code": status}}

@@ -7,8 +7,7 @@ from services import noise_file, tiny_model, transcriber_of
 from sedtrain.decoding import recordings
 from sedtrain.decoding.transcribe import Transcriber
 from sedtrain.errors import UserError
-from sedtrain.serving.worker import Job, Worker
-from sedtrain.serving.workers import Workers, sharing_weights
+from sedtrain.serving.workers import Job, Worker, Workers, sharing_weights
 
 
 @pytest.fixture(scope="module")

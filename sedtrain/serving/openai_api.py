@@ -1,12 +1,17 @@
-"""Reads a request for a text, in the form of OpenAI's API, and refuses what the server cannot do."""
+"""Reads requests for a text and writes answers, in the form of OpenAI's API; refuses what the server cannot do."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
 
-FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+from sedtrain.decoding.outputs import TRANSCRIPT_WRITERS, times
+from sedtrain.decoding.transcription import Segment, Transcription
+from sedtrain.text.tags import TASK_OF
+
+RESPONSE_FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
 FIXED = {  # fields with the only value that they may have, and the reason
     "stream": ("false", "this server sends a text once it is whole"),
@@ -57,8 +62,10 @@ class Asked:
             raise Refused(404, f"this server has the model {model!r}, and not {named!r}", "model")
         refuse_other_search(texts)
         format = texts.get("response_format") or "json"
-        if format not in FORMATS:
-            raise Refused(422, f"there is no format {format!r}; known are {', '.join(FORMATS)}", "response_format")
+        if format not in RESPONSE_FORMATS:
+            raise Refused(
+                422, f"there is no format {format!r}; known are {', '.join(RESPONSE_FORMATS)}", "response_format"
+            )
         granularities = granularities_of(form, format)
         return cls(cast(UploadFile, form["file"]), format, texts.get("language") or None, granularities)
 
@@ -101,3 +108,41 @@ def granularities_of(form: FormData, format: str) -> tuple[str, ...]:
     if given and format != "verbose_json":
         raise Refused(422, f"response_format={format} has no granularities; write response_format=verbose_json", field)
     return given or ("segment",)
+
+
+MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip; charset=utf-8", "vtt": "text/vtt"}
+
+
+def reply(found: Transcription, asked: Asked, target: str) -> Response:
+    """The successful answer; target: transcription or translation."""
+    if asked.format == "json":
+        return JSONResponse({"text": found.text})
+    if asked.format == "verbose_json":
+        return JSONResponse(verbose(found, asked, target))
+    return Response(TRANSCRIPT_WRITERS[asked.format](found, asked.language), media_type=MEDIA_TYPES[asked.format])
+
+
+def verbose(found: Transcription, asked: Asked, target: str) -> dict[str, Any]:
+    """The values of verbose_json, with times in seconds; without those that sedtrain does not compute (`no_speech_prob`)."""
+    values: dict[str, Any] = {
+        "task": TASK_OF[target],
+        "language": asked.language,
+        "duration": round(found.seconds, 3),
+        "text": found.text,
+    }
+    if "segment" in asked.granularities:
+        values["segments"] = [segment_of(number, each) for number, each in enumerate(found.segments)]
+    if "word" in asked.granularities:
+        words = [word for segment in found.segments for word in segment.words or ()]
+        values["words"] = [{"word": word.text, **times(word)} for word in words]
+    return values
+
+
+def segment_of(number: int, segment: Segment) -> dict[str, Any]:
+    return {"id": number, **times(segment), "text": segment.text, "doubt": segment.doubt}
+
+
+def failure(status: int, reason: str, field: str | None = None) -> dict[str, object]:
+    """The body of an error, in the form of OpenAI's API."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": reason, "type": kind, "param": field, "code": status}}
