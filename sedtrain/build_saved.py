@@ -19,8 +19,8 @@ from sedtrain.evaluation.metrics import METRICS, chosen
 from sedtrain.evaluation.metrics_of_run import metric_set, of_evaluate, of_function
 from sedtrain.evaluation.results import Results
 from sedtrain.evaluation.scored_runs import read_results
-from sedtrain.export.options import ExportOptions
-from sedtrain.export.origin import Origin, origin_of
+from sedtrain.export.card_facts import CardFacts, card_facts_of
+from sedtrain.export.folder import ExportOptions
 from sedtrain.models.saved import SavedModel
 from sedtrain.plain import plain_value
 from sedtrain.run_dir import config_of
@@ -96,7 +96,7 @@ def whole_data(cfg: DictConfig) -> SpeechTextDataModule:
 
 def export_parts(
     cfg: DictConfig,
-) -> tuple[SavedModel, ExportOptions, dict[str, Any], Results | None, Origin, str]:
+) -> tuple[SavedModel, ExportOptions, dict[str, Any], Results | None, CardFacts, str]:
     """The arguments of `write_folder`. Raises one UserError for everything that the components refuse."""
     attempt = Attempts()
     saved, options, search = attempt(saved_model, cfg), attempt(create, cfg, "export"), attempt(create, cfg, "decoding")
@@ -106,15 +106,15 @@ def export_parts(
     has_scores = (run / "results.json").is_file()
     results = attempt(read_results, run, "checkpoint", cfg.checkpoint, write) if has_scores else None
     attempt.report()
-    return saved, options, search.generation_kwargs(), results, origin(cfg, settings, saved), cfg.target
+    return saved, options, search.generation_kwargs(), results, card_facts(cfg, settings, saved), cfg.target
 
 
-def origin(cfg: DictConfig, settings: dict[str, Any], saved: SavedModel) -> Origin:
-    """The origin of a model, for its card.
+def card_facts(cfg: DictConfig, settings: dict[str, Any], saved: SavedModel) -> CardFacts:
+    """What the card of a model says about its training.
 
     settings: of its training
     """
-    return origin_of(settings, cfg.data.get("language"), cfg.export.license, saved.tags)
+    return card_facts_of(settings, cfg.data.get("language"), cfg.export.license, saved.tags)
 
 
 def inspected_data(cfg: DictConfig) -> SpeechTextDataModule:

@@ -15,7 +15,7 @@ from sedtrain import build, build_saved, terminal
 from sedtrain.errors import Unfinished
 from sedtrain.export.card import write_model_card
 from sedtrain.export.folder import refuse_taken, write_folder
-from sedtrain.export.upload import files_of, refuse_impossible, upload
+from sedtrain.hub import files_of, refuse_impossible, upload
 from sedtrain.inspection.summary import inspected
 from sedtrain.inspection.tables import tables, write_page
 from sedtrain.run_dir import config_of, is_finished, write_whole
@@ -56,8 +56,8 @@ def train(cfg: DictConfig) -> None:
         results, evaluation = build_saved.scoring(cfg, run.data).score(run.saved, run.data, run.totals())
     terminal.show(*terminal.scored(results, evaluation, run.folder))
     log_scores(run.trainer, results)
-    origin = build_saved.origin(cfg, settings, run.saved)
-    write_model_card(run.folder / "model", run.saved, results, origin, cfg.target)
+    facts = build_saved.card_facts(cfg, settings, run.saved)
+    write_model_card(run.folder / "model", run.saved, results, facts, cfg.target)
 
 
 def keep_configuration(run_dir: str, settings: dict[str, Any]) -> None:

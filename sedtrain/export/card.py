@@ -8,9 +8,8 @@ import yaml  # type: ignore[import-untyped]
 
 from sedtrain.decoding.hypotheses import end_tokens
 from sedtrain.evaluation.results import Results
-from sedtrain.export.metadata import metadata, write_eval_results
-from sedtrain.export.onnx_check import greedy
-from sedtrain.export.origin import Origin
+from sedtrain.export.card_facts import CardFacts, metadata, write_eval_results
+from sedtrain.export.checks import greedy
 from sedtrain.models.lora import lora_layers
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.whole import WholeSpeechModel
@@ -109,14 +108,14 @@ def scores(results: Results) -> str:
     )
 
 
-def training(results: Results | None, origin: Origin) -> str:
+def training(results: Results | None, facts: CardFacts) -> str:
     """The length and the options of the training; empty if both are unknown."""
     done = results.train if results else None
     totals = (
         f"{done.steps:,} steps on {done.utterances:,} utterances in {done.seconds / 60:,.1f} minutes." if done else ""
     )
-    settings = yaml.safe_dump(dict(origin.settings), sort_keys=False, allow_unicode=True).replace("```", "'''")
-    return TRAINING.format(totals=totals, settings=settings) if origin.settings else totals
+    settings = yaml.safe_dump(dict(facts.settings), sort_keys=False, allow_unicode=True).replace("```", "'''")
+    return TRAINING.format(totals=totals, settings=settings) if facts.settings else totals
 
 
 def first_tags(tags: Tags | WholePrompt | None) -> list[int]:
@@ -158,7 +157,7 @@ def write_model_card(
     folder: Path,
     saved: SavedModel,
     results: Results | None,
-    origin: Origin,
+    facts: CardFacts,
     task: str,
     *,
     onnx: bool = False,
@@ -174,7 +173,7 @@ def write_model_card(
     in_8_bits: a sentence that compares the texts of the model in 8 bits and in float32; empty for other models
     """
     prompt, asked = prompt_of(saved, TASK_OF[task])
-    config, data = saved.model.config, inert(origin.data)
+    config, data = saved.model.config, inert(facts.data)
     encoder, decoder = config.encoder, config.decoder
     title = f"{encoder.model_type} + {decoder.model_type}"
     described = f"A `{encoder.model_type}` speech encoder joined to a `{decoder.model_type}` text decoder"
@@ -186,7 +185,7 @@ def write_model_card(
         loads, model_class, title = WHOLE, "AutoModelForSpeechSeq2Seq", saved.model.stock_config.model_type
         described = f"A whole `{title}` model"
     card = CARD.format(
-        metadata=metadata(title, task, results, origin, "sedtrain" if loads == OWN else "transformers"),
+        metadata=metadata(title, task, results, facts, "sedtrain" if loads == OWN else "transformers"),
         import_torch="import torch\n" if prompt else "",
         import_model=loads,
         prompt=prompt,
@@ -203,7 +202,7 @@ def write_model_card(
         scores=scores(results) if results else "",
         sampling_rate=saved.feature_extractor.sampling_rate,
         onnx=onnx_snippet(saved, onnx_int8) if onnx else "",
-        training=training(results, origin),
+        training=training(results, facts),
     )
     if results:
         write_eval_results(folder, results)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSpeechSeq2Seq, SpeechEncoderDecoderModel, T
 
 from sedtrain.decoding.generate import prompts_of
 from sedtrain.errors import UserError, one_line
-from sedtrain.export.check_set import check_set, compared, room_of
+from sedtrain.export.checks import check_set, compared, room_of
 from sedtrain.models.lora import lora_layers
 from sedtrain.models.parts import READ_AS_WEIGHTS
 from sedtrain.models.saved import SavedModel

@@ -11,7 +11,7 @@ from sedtrain.evaluation.intervals import Interval
 from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.evaluation.provenance import installed_versions
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, write_hypotheses
-from sedtrain.export.metadata import write_eval_results
+from sedtrain.export.card_facts import write_eval_results
 
 RESULTS = Results(
     task="train",

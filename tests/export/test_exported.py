@@ -16,10 +16,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from sedtrain.errors import UserError
-from sedtrain.export.folder import made_whole, refuse_taken, write_folder
-from sedtrain.export.metadata import metadata
-from sedtrain.export.options import ExportOptions
-from sedtrain.export.origin import Origin, origin_of
+from sedtrain.export.card_facts import CardFacts, card_facts_of, metadata
+from sedtrain.export.folder import ExportOptions, made_whole, refuse_taken, write_folder
 from sedtrain.models.lora import adapt
 from sedtrain.models.saved import join, load
 
@@ -72,7 +70,13 @@ def test_the_card_has_what_the_hub_reads(trained, exported):
 def test_a_folder_in_bfloat16_has_half_the_size_and_its_card_s_code_runs(exported, tmp_path, wav):
     saved, small = load(exported[0]), tmp_path / "small"
     write_folder(
-        small, saved, ExportOptions(dtype="bfloat16"), {"max_new_tokens": 12}, None, Origin("digits"), "transcription"
+        small,
+        saved,
+        ExportOptions(dtype="bfloat16"),
+        {"max_new_tokens": 12},
+        None,
+        CardFacts("digits"),
+        "transcription",
     )
     whole, half = (load_file(folder / "model.safetensors") for folder in (exported[0], small))
     assert all(torch.equal(half[name], weight.bfloat16()) for name, weight in whole.items())
@@ -100,7 +104,7 @@ def test_plain_transformers_reads_lora_merged_and_apart(tmp_path, monkeypatch, l
     with torch.no_grad():
         expected = saved.model(**inputs).logits
         folder = Path("RUN/model")
-        write_folder(folder, saved, ExportOptions(lora=lora), {}, None, Origin("digits"), "transcription")
+        write_folder(folder, saved, ExportOptions(lora=lora), {}, None, CardFacts("digits"), "transcription")
         stock = transformers.SpeechEncoderDecoderModel.from_pretrained(folder)
         if lora == "apart":
             assert (stock(**inputs).logits - expected).abs().max() > 0.1
@@ -114,7 +118,7 @@ def test_plain_transformers_reads_lora_merged_and_apart(tmp_path, monkeypatch, l
 def test_a_model_that_transformers_has_no_class_for_says_so_and_its_card_s_code_runs(tmp_path, wav):
     saved = join(tiny_encoder("whisper"), tiny_decoder("bert"), lambda *widths: None, TOKENIZER)
     write_folder(
-        tmp_path / "out", saved, ExportOptions(), {"max_new_tokens": 4}, None, Origin("digits"), "transcription"
+        tmp_path / "out", saved, ExportOptions(), {"max_new_tokens": 4}, None, CardFacts("digits"), "transcription"
     )
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.get("library_name") == "sedtrain" and "from sedtrain import SpeechEncoderDecoder as" in card.text
@@ -156,7 +160,7 @@ def test_export_needs_a_model_and_a_folder(sedtrain, arguments):
 def test_nothing_is_overwritten(exported, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(UserError, match="nothing is overwritten"):
-        write_folder(tmp_path, load(exported[0]), ExportOptions(), {}, None, Origin("digits"), "transcription")
+        write_folder(tmp_path, load(exported[0]), ExportOptions(), {}, None, CardFacts("digits"), "transcription")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -201,7 +205,7 @@ def test_scores_of_a_stranger_are_taken_as_texts_and_numbers(sedtrain, trained, 
 
 
 def test_languages_of_a_region_are_not_among_those_of_iso_639():
-    found = yaml.safe_load(metadata("a", "translation", None, Origin("", languages=("zh-CN", "de")), "transformers"))
+    found = yaml.safe_load(metadata("a", "translation", None, CardFacts("", languages=("zh-CN", "de")), "transformers"))
     assert (found["language"], found["language_bcp47"]) == (["zh", "de"], ["zh-CN"])
     assert (found["pipeline_tag"], found["tags"][-1]) == ("automatic-speech-recognition", "speech-translation")
 
@@ -222,11 +226,11 @@ def test_a_card_names_what_the_hub_has_and_no_place_on_this_machine(tmp_path):
             },
         },
     }
-    found = origin_of(settings, "en", None, None)
+    found = card_facts_of(settings, "en", None, None)
     assert found.datasets == ("openslr/librispeech_asr", "google/fleurs")
     assert found.base_models == ("facebook/hubert-base-ls960",)
     assert found.data == (
         f"openslr/librispeech_asr@main + {tmp_path.name} + hf://datasets/google/fleurs/{{split}}/*.parquet"
     )
     assert found.settings == {"size": "base", "augment": {"noise": {"path": "noises", "probability": 0.5}}}
-    assert origin_of({"data": [], "encoder": 3}, None, None, None) == Origin("")
+    assert card_facts_of({"data": [], "encoder": 3}, None, None, None) == CardFacts("")

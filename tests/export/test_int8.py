@@ -15,9 +15,8 @@ from whispers import whisper_folder
 
 from sedtrain.errors import UserError
 from sedtrain.export import int8
-from sedtrain.export.folder import write_folder
-from sedtrain.export.options import ExportOptions
-from sedtrain.export.origin import Origin
+from sedtrain.export.card_facts import CardFacts
+from sedtrain.export.folder import ExportOptions, write_folder
 from sedtrain.models.lora import adapt
 from sedtrain.models.saved import join, load
 
@@ -39,7 +38,7 @@ def small(encoder="hubert", decoder="bert"):
 
 
 def written(folder, saved, **options):
-    write_folder(folder, saved, ExportOptions(**options), SHORT, None, Origin("noise"), "transcription")
+    write_folder(folder, saved, ExportOptions(**options), SHORT, None, CardFacts("noise"), "transcription")
     return folder
 
 

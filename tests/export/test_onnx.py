@@ -16,12 +16,10 @@ from pairs import PAD, START, joined
 from sedtrain.decoding.hypotheses import until_end
 from sedtrain.errors import UserError
 from sedtrain.export import onnx
-from sedtrain.export.check_set import compared
-from sedtrain.export.folder import write_folder
+from sedtrain.export.card_facts import CardFacts
+from sedtrain.export.checks import compared, refuse_other_ids
+from sedtrain.export.folder import ExportOptions, write_folder
 from sedtrain.export.onnx import Decoder, Encoder, write_onnx
-from sedtrain.export.onnx_check import refuse_other_ids
-from sedtrain.export.options import ExportOptions
-from sedtrain.export.origin import Origin
 from sedtrain.models.saved import join
 from sedtrain.models.steps import steps_of
 
@@ -57,7 +55,7 @@ def test_onnxruntime_writes_the_ids_of_transformers_and_the_card_s_loop_their_te
     saved, folder = small(), tmp_path / "out"
     torch.nn.init.normal_(saved.model.decoder.get_output_embeddings().weight, std=2.0)  # texts that vary
     options = ExportOptions(onnx=True, onnx_int8=True)
-    write_folder(folder, saved, options, {"max_new_tokens": 8}, None, Origin("noise"), "transcription")
+    write_folder(folder, saved, options, {"max_new_tokens": 8}, None, CardFacts("noise"), "transcription")
     sizes = {path.name: path.stat().st_size for path in (folder / "onnx").iterdir()}
     assert all(sizes[f"{name}_int8.onnx.data"] < sizes[f"{name}.onnx.data"] for name in ("encoder", "decoder"))
     assert re.search(r"In 8 bits, \d+ of 50 utterances .* words differ\.\n", (folder / "README.md").read_text())

@@ -1,12 +1,22 @@
-"""Reads from a run's options, which may be a stranger's, what a model card says about training."""
+"""What a model card says about training and data, from a run's options and scores; the metadata that the Hub reads.
+
+The options may be a stranger's.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+
 from sedtrain.data.paths import is_here, public_name
+from sedtrain.evaluation.metrics import METRICS, title_of
+from sedtrain.evaluation.results import Results
+from sedtrain.run_dir import write_whole
 from sedtrain.text.tags import Tags, WholePrompt
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -21,10 +31,14 @@ SHOWN: dict[str, tuple[str, ...] | None] = {
     "trainer": ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val"),
 }
 """Options that a card shows, by group; None: all options of the group."""
+PIPELINE_TAG = "automatic-speech-recognition"
+"""Also for translation, since the Hub's task `translation` takes text; such models have the tag `speech-translation`."""
+TASK_NAMES = {"transcription": "Speech recognition", "translation": "Speech translation"}
+TAGS = {"transcription": ["sedtrain"], "translation": ["sedtrain", "speech-translation"]}
 
 
 @dataclass(frozen=True)
-class Origin:
+class CardFacts:
     """Facts about a model's training for its card.
 
     data:        names of the training data; empty if unknown
@@ -41,10 +55,10 @@ class Origin:
     license: str | None = None
 
 
-def origin_of(
+def card_facts_of(
     settings: Mapping[str, Any], language: str | None, license: str | None, tags: Tags | WholePrompt | None
-) -> Origin:
-    """The origin of a model.
+) -> CardFacts:
+    """What a card says about the training of a model.
 
     settings: its run's configuration as plain values; empty if there is none
     language: language of the texts, in addition to those that the model's tags name
@@ -52,7 +66,7 @@ def origin_of(
     paths = list(data_paths(settings))
     languages = [language] if language else []
     languages += [each for of_task in tags.ids.values() for each in of_task] if isinstance(tags, Tags) else []
-    return Origin(
+    return CardFacts(
         data=" + ".join(dict.fromkeys(map(public_name, paths))),
         datasets=tuple(dict.fromkeys(filter(None, map(hub_dataset, paths)))),
         base_models=tuple(dict.fromkeys(filter(is_on_hub, checkpoints(settings)))),
@@ -118,3 +132,59 @@ def without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [without_places(each) for each in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+
+
+def write_eval_results(folder: Path, results: Results) -> None:
+    """Writes the first metric to .eval_results/sedtrain.yaml if the data are a dataset of the Hub.
+
+    The Hub shows it if that dataset is a benchmark with a task named like the dataset's configuration.
+    """
+    known = [(name, each) for name, each in results.metrics.items() if name in METRICS and not isnan(each.value)]
+    of_hub = hub_data(results.data)
+    if not (of_hub and known):
+        return
+    name, interval = known[0]
+    scored_as = "; ".join(results.scored_as())
+    notes = f"{METRICS[name].title} in percent, 95 % interval {interval.ends}, of {results.data}; {scored_as}"
+    entry = EvalResultEntry(of_hub[0], of_hub[1] or "default", round(100 * interval.value, 2), notes=notes)
+    (folder / ".eval_results").mkdir(exist_ok=True)
+    listed = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+    write_whole(folder / ".eval_results/sedtrain.yaml", listed)
+
+
+def model_index(results: Results) -> Iterator[EvalResult]:
+    """The metrics in the form of the Hub, in percent and with their intervals; metrics without a value are left out."""
+    dataset, configuration = hub_data(results.data) or (NO_NAME.sub("_", results.data.rpartition(", ")[0]), None)
+    for name, each in results.metrics.items():
+        factor = 100 if name in METRICS else 1
+        ends = [] if isnan(each.low + each.high) else [round(factor * end, 2) for end in (each.low, each.high)]
+        if not isnan(each.value):
+            yield EvalResult(
+                task_type=PIPELINE_TAG,
+                task_name=TASK_NAMES[results.task],
+                dataset_type=dataset,
+                dataset_name=results.data,
+                dataset_config=configuration,
+                dataset_split=results.split,
+                metric_type=name,
+                metric_name=title_of(name) if name in METRICS else name,
+                metric_value=round(factor * each.value, 2),
+                metric_args={"interval_95_percent": ends, "resampled": results.resampled} if ends else None,
+            )
+
+
+def metadata(title: str, task: str, results: Results | None, facts: CardFacts, library: str) -> str:
+    """The YAML on top of the card; library: the one that loads the model."""
+    codes = [code.partition("-")[0] for code in facts.languages]
+    return ModelCardData(
+        model_name=title,
+        language=list(dict.fromkeys(codes)) or None,
+        language_bcp47=[code for code in facts.languages if "-" in code] or None,
+        license=facts.license,
+        library_name=library,
+        pipeline_tag=PIPELINE_TAG,
+        tags=["speech-encoder-decoder", *TAGS[task]],
+        base_model=list(facts.base_models) or None,
+        datasets=list(facts.datasets) or None,
+        eval_results=(list(model_index(results)) if results else None) or None,
+    ).to_yaml()

@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import RepoUrl
 
 from sedtrain.errors import UserError
-from sedtrain.export.upload import files_of, refuse_impossible, upload
+from sedtrain.hub import files_of, refuse_impossible, upload
 
 
 @pytest.fixture
