@@ -58,7 +58,7 @@ from sedtrain.config.instantiate import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
 from sedtrain.data.readers import read_rows
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.text.tokenizers import train_tokenizer
 
 ENCODERS = ("wav2vec2", "moonshine", "whisper", "w2v_bert", "speech_to_text", "parakeet")

@@ -11,9 +11,9 @@ from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
 from sedtrain.models.decoder import load_decoder
+from sedtrain.models.decoder_families import DECODERS_OF_WHOLE
 from sedtrain.models.encoder import load_encoder
-from sedtrain.models.feature_extractors import feature_extractor_of
-from sedtrain.models.stacks import DECODERS_OF_WHOLE
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.text.tokenizers import train_tokenizer
 
 MEMBERS = {"byt5", "nllb", "xls_r"}  # published members of t5, m2m_100 and wav2vec2, with their code

@@ -26,7 +26,7 @@ from sedtrain.decoding.fusion import language_model
 from sedtrain.errors import UserError
 from sedtrain.evaluation.provenance import commit
 from sedtrain.models.decoder import load_decoder
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.models.loading import load_tokenizer
 from sedtrain.models.saved import SavedModel, to_finetune
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder

@@ -21,7 +21,7 @@ from sedtrain.decoding.speculative import speculate
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.steps import Steps, steps_of
+from sedtrain.models.steps import Steps, decoder_steps
 
 Found = tuple[list[list[list[int]]], list[list[float] | None]]
 """For each utterance, the tokens of its hypotheses, and their scores."""
@@ -75,7 +75,7 @@ def steps_of_search(model: SpeechEncoderDecoder, options: DecodingOptions, most:
         return None
     if options.search == "speculative" and processors_of(model, options, 1, 1, model.device):
         return None
-    return steps_of(model, most or options.max_new_tokens or 1)
+    return decoder_steps(model, most or options.max_new_tokens or 1)
 
 
 def processors_of(

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 WordPair = tuple[str, str]  # reference word and hypothesis word; "" for none
 
-KINDS = ("substitution", "deletion", "insertion")
+EDIT_KINDS = ("substitution", "deletion", "insertion")
 NUM_WORST, NUM_CONFUSIONS = 20, 6  # utterances, and errors of each kind
 
 
@@ -151,7 +151,7 @@ def word_errors(pairs: Iterable[list[WordPair]]) -> str:
     counts = Counter(pair for words in pairs for pair in words)
     num_words = max(sum(count for (reference, _), count in counts.items() if reference), 1)
     kinds, frequent = [], []
-    for name in KINDS:
+    for name in EDIT_KINDS:
         errors = [(pair, count) for pair, count in counts.most_common() if kind(pair) == name]
         total = sum(count for _, count in errors)
         kinds.append((f"{name}s", f"{total:,}", percent(total / num_words)))
@@ -174,7 +174,7 @@ def worst_utterances(
         return ""
     title, legend = METRICS[name].title, ""
     if name == "wer":
-        keys = ", ".join(f'<span class="key {kind}">{kind}</span>' for kind in KINDS)
+        keys = ", ".join(f'<span class="key {kind}">{kind}</span>' for kind in EDIT_KINDS)
         legend = f'<p class="quiet">Words: {keys}</p>'
     articles = []
     for index in worst:

@@ -18,7 +18,7 @@ from sedtrain.export.checks import WITHOUT, check_set, compared, greedy, refuse_
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.step_layers import Memory
-from sedtrain.models.steps import Steps, steps_of
+from sedtrain.models.steps import Steps, decoder_steps
 from sedtrain.models.whole import WholeSpeechModel
 
 NAMES = "encoder", "decoder"
@@ -90,7 +90,7 @@ def write_onnx(saved: SavedModel, folder: Path) -> None:
         wrong = f"it needs onnx, onnxruntime and onnxscript: {error}"
         raise UserError("export.onnx", True, wrong, "pip install 'sedtrain[onnx]'") from error
     model = saved.model.requires_grad_(False)
-    steps = steps_of(model)
+    steps = decoder_steps(model)
     if steps is None or isinstance(model, WholeSpeechModel) or model.encoder.main_input_name != "input_values":
         names = model.config.encoder.model_type, model.config.decoder.model_type
         wrong = "graphs are made of encoders of raw audio and of decoders that sedtrain drives itself, not of {} + {}"

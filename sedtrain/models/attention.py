@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from sedtrain.errors import UserError, in_python, one_line
-from sedtrain.models.options import UNBUILDABLE
+from sedtrain.models.config_ranges import UNBUILDABLE
 
 ATTENTION_FLAGS = {
     "sdpa": "_supports_sdpa",

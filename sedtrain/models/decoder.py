@@ -2,7 +2,7 @@
 
 To add a family:
 1. `conf/decoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny member (see conf/decoder/gpt2.yaml).
-2. A row in stacks.py, if `transformers` has the decoder only inside a sequence-to-sequence model.
+2. A row in decoder_families.py, if `transformers` has the decoder only inside a sequence-to-sequence model.
 3. Code, only if the family needs it: `settle_config` below for its configuration, `decoder_positions` in positions.py for
    its positions, `ENDS_WITH_OUTPUT_LAYER` in output_layer.py if its logits are exactly what its output layer returns.
 4. Its name in `FAMILIES` of tests/config/test_conf.py. `SEDTRAIN_WRITE_SUPPORT=1 pytest tests/models/test_support.py` then
@@ -21,14 +21,13 @@ from transformers.models.xmod.modeling_xmod import XmodAdapter
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.models.attention import building, building_with
-from sedtrain.models.family_config import configured, default_config, load_config, published_name
-from sedtrain.models.flax_weights import pretrained
-from sedtrain.models.loading import CROSS_ATTENTION, load_tokenizer, load_weights
-from sedtrain.models.mixing import mix_into
-from sedtrain.models.options import tried
+from sedtrain.models.config_ranges import tried
+from sedtrain.models.decoder_families import decoder_config, out_of_whole
+from sedtrain.models.family_settings import configured, default_config, load_config, published_name
+from sedtrain.models.loading import CROSS_ATTENTION, load_tokenizer, load_weights, pretrained
+from sedtrain.models.mixins import mix_into
 from sedtrain.models.positions import fix_sinusoids
 from sedtrain.models.prefix import arguments_of, behind_prefix, choose_listening, give_prompt, is_prefixed
-from sedtrain.models.stacks import decoder_config, out_of_whole
 from sedtrain.text.tokenizers import start_end_pad
 
 ALTERNATIVES = (

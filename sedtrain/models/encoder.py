@@ -2,8 +2,8 @@
 
 To add a family:
 1. `conf/encoder/NAME.yaml`: its `model_type`, its published members, the shape of its tiny member (see conf/encoder/sew.yaml).
-2. A class in `KINDS` of encoder_families.py, which masks every module that padding reaches; a family without one is refused.
-3. A row in `FEATURE_EXTRACTORS` of feature_extractors.py, unless the family takes a normalized waveform.
+2. A class in `ENCODER_CLASSES` of encoder_families.py, which masks every module that padding reaches; else it is refused.
+3. A row in `FEATURE_EXTRACTORS` of family_settings.py, unless the family takes a normalized waveform.
 4. Tests and docs: see decoder.py.
 
 B batch, S inputs (samples or feature frames), T frames, T' adapted frames, E encoder width, D decoder width.
@@ -25,12 +25,16 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.models.attention import building, building_with, family_of
+from sedtrain.models.config_ranges import tried
 from sedtrain.models.encoder_families import ENCODERS, ENCODERS_OF_WHOLE, UPSTREAM, encoder_config
-from sedtrain.models.family_config import configured, default_config, load_config, published_name
-from sedtrain.models.feature_extractors import feature_extractor_of_family
-from sedtrain.models.flax_weights import pretrained
-from sedtrain.models.loading import load_weights, share_config
-from sedtrain.models.options import tried
+from sedtrain.models.family_settings import (
+    configured,
+    default_config,
+    feature_extractor_of_family,
+    load_config,
+    published_name,
+)
+from sedtrain.models.loading import load_weights, pretrained, share_config
 
 MOST_INPUTS = 2**17
 """No family needs more inputs for three frames."""

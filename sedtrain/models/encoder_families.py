@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertAdapter
 
-from sedtrain.models.family_config import encoder_within
-from sedtrain.models.masked_modules import (
+from sedtrain.models.family_settings import encoder_within
+from sedtrain.models.masking import Masked
+from sedtrain.models.mixins import (
     GuardedSpecAugment,
     MaskedConv1d,
     Recomputed,
-    Steps,
+    Strides,
     length_mask,
+    mix_into,
     output_lengths,
     step,
 )
-from sedtrain.models.masking import Masked
-from sedtrain.models.mixing import mix_into
 from sedtrain.models.packing import OneByOneFromDistances, Packing
 from sedtrain.models.sub_encoders import (
     StandaloneMoonshine,
@@ -46,7 +46,7 @@ class MaskedWav2Vec2(Packing, GuardedSpecAugment, Masked, transformers.Wav2Vec2M
 class MaskedHubert(Packing, GuardedSpecAugment, Masked, transformers.HubertModel):
     """In checkpoints with a batch norm before the position embedding, that norm makes padding nonzero."""
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         steps = super().mask_modules()
         if self.config.conv_pos_batch_norm:
             self.mask(self.encoder.pos_conv_embed.conv, MaskedConv1d, steps)
@@ -73,7 +73,7 @@ class MaskedUniSpeechSat(Packing, GuardedSpecAugment, Masked, transformers.UniSp
 class MaskedData2VecAudio(Packing, GuardedSpecAugment, Masked, transformers.Data2VecAudioModel):
     """The position embedding is a stack of convolutions, and the first one makes padding nonzero."""
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         steps = super().mask_modules()
         for layer in self.encoder.pos_conv_embed.layers:
             self.mask(layer.conv, MaskedConv1d, steps)
@@ -81,7 +81,7 @@ class MaskedData2VecAudio(Packing, GuardedSpecAugment, Masked, transformers.Data
 
 
 class MaskedWav2Vec2Conformer(GuardedSpecAugment, Masked, transformers.Wav2Vec2ConformerModel):
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         steps = super().mask_modules()
         for layer in self.encoder.layers:
             mix_into(layer, Recomputed)
@@ -101,7 +101,7 @@ class FittingBertAdapter(Wav2Vec2BertAdapter):
 class MaskedWav2Vec2Bert(GuardedSpecAugment, Masked, transformers.Wav2Vec2BertModel):
     front_end = ("feature_projection",)
 
-    def mask_adapter(self, steps: Steps) -> Steps:
+    def mask_adapter(self, steps: Strides) -> Strides:
         mix_into(self.adapter, FittingBertAdapter)
         return super().mask_adapter(steps)
 
@@ -137,7 +137,7 @@ class PairedFrames(torch.nn.Module):
 
 
 class MaskedSEW(GuardedSpecAugment, Masked, transformers.SEWModel):
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         mix_into(self.encoder, PairedFrames)
         mix_into(self.encoder.pos_conv_embed, PositionsOfAllFrames)
         return Masked.mask_modules(self)
@@ -153,7 +153,7 @@ class MaskedParakeet(Masked, transformers.ParakeetEncoder):
     _supports_flex_attn = False  # transformers would use the first head's position bias for all heads
     front_end = ("subsampling",)
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         convolutions = [layer for layer in self.subsampling.layers if isinstance(layer, torch.nn.Conv2d)]
         return sum((step(convolution) for convolution in convolutions), ())
 
@@ -161,7 +161,7 @@ class MaskedParakeet(Masked, transformers.ParakeetEncoder):
         return inputs.masked_fill(attention_mask[..., None] == 0, 0.0), attention_mask
 
 
-KINDS: tuple[type[Masked], ...] = (
+ENCODER_CLASSES: tuple[type[Masked], ...] = (
     MaskedWav2Vec2, MaskedHubert, MaskedWavLM, MaskedUniSpeech, MaskedUniSpeechSat, MaskedData2VecAudio,
     MaskedWav2Vec2Conformer, MaskedWav2Vec2Bert, MaskedSEW, MaskedSEWD, MaskedParakeet,
     StandaloneWhisper, StandaloneSpeech2Text, StandaloneMoonshine, StandaloneSeamlessM4T, StandaloneSeamlessM4Tv2,
@@ -169,12 +169,13 @@ KINDS: tuple[type[Masked], ...] = (
 )  # fmt: skip
 # class -> the class of `transformers` that it replaces
 UPSTREAM = {
-    kind: next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")) for kind in KINDS
+    kind: next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
+    for kind in ENCODER_CLASSES
 }
 # model type of an encoder -> class
-ENCODERS = {kind.config_class.model_type: kind for kind in KINDS}
+ENCODERS = {kind.config_class.model_type: kind for kind in ENCODER_CLASSES}
 # model type of a whole sequence-to-sequence model -> class of its encoder
-ENCODERS_OF_WHOLE = {kind.whole.config_class.model_type: kind for kind in KINDS if kind.whole is not None}
+ENCODERS_OF_WHOLE = {kind.whole.config_class.model_type: kind for kind in ENCODER_CLASSES if kind.whole is not None}
 
 for kind in ENCODERS_OF_WHOLE.values():
     AutoConfig.register(kind.config_class.model_type, kind.config_class)

@@ -19,8 +19,7 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from sedtrain.errors import UserError
-from sedtrain.models.foreign import HUB_OPTIONS, fault_of_index
-from sedtrain.models.rounded import in_float32
+from sedtrain.models.foreign import fault_of_index
 from sedtrain.plain import plain_value
 
 FILE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
@@ -28,7 +27,7 @@ TORCH_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mod
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 CHUNKED = "__msgpack_chunked_array__"
 ARRAY = 1  # code of an extension that holds an array; 2 is a complex number, 3 a numpy scalar
-KINDS = {  # first byte of an item -> its kind, and the number of bytes that hold its size or value
+ITEM_KINDS = {  # first byte of an item -> its kind, and the number of bytes that hold its size or value
     **{0xC4 + width: ("bytes", 1 << width) for width in range(3)},
     **{0xC7 + width: ("extension", 1 << width) for width in range(3)},
     **{0xCC + width: ("number", 1 << width) for width in range(4)},
@@ -69,9 +68,9 @@ class Items:
             return "flag", code & 1
         if 0xD4 <= code <= 0xD8:
             return "extension", 1 << (code - 0xD4)
-        if code not in KINDS:
+        if code not in ITEM_KINDS:
             raise Unreadable(f"byte {self.position - 1:,} is {code:#x}, which begins no map, text or array")
-        kind, width = KINDS[code]
+        kind, width = ITEM_KINDS[code]
         return kind, int.from_bytes(self.take(width), "big")
 
     def expect(self, wanted: str) -> int:
@@ -165,32 +164,6 @@ def as_in_torch(name: str, array: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{name.removesuffix(last)}weight", array.permute(*reversed(range(array.dim()))).contiguous()
     else:
         yield (f"{name.removesuffix(last)}weight" if last in ("scale", "embedding") else name), array
-
-
-def pretrained(
-    factory: Any, name: Any, *args: Any, option: str = "checkpoint", from_flax: bool = False, **options: Any
-) -> Any:
-    """`factory.from_pretrained(name, ...)` without running the model's own code; also loads Flax weights.
-
-    option: names the checkpoint on the command line
-    from_flax: True loads Flax weights; False does so only from a folder without PyTorch weights
-    """
-    options.pop("trust_remote_code", None)
-    hub_options = {key: options[key] for key in HUB_OPTIONS & options.keys()}
-    folder = Path(name or "", hub_options.get("subfolder", ""))
-    flax, torch_ = (any((folder / file).is_file() for file in files) for files in ((FILE, INDEX), TORCH_FILES))
-    if name is None or not (from_flax or (flax and not torch_)):
-        loaded = factory.from_pretrained(name, *args, trust_remote_code=False, **options)
-        if "quantization_config" not in options:
-            in_float32(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-    options = {"generation_config": generation_config_of(str(name), hub_options), **options}
-    options["state_dict"] = flax_weights(option, str(name), hub_options)
-    # without a name, an Auto class cannot load a state_dict
-    factory = getattr(factory, "_model_mapping", {}).get(type(options["config"]), factory)
-    loaded = factory.from_pretrained(None, *args, trust_remote_code=False, **options)
-    (loaded[0] if isinstance(loaded, tuple) else loaded).config._name_or_path = str(name)
-    return loaded
 
 
 def flax_weights(option: str, name: str, hub_options: dict[str, Any]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from sedtrain.errors import UserError
 from sedtrain.models.parts import READ_AS_WEIGHTS
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.step_layers import PLAIN
-from sedtrain.models.steps import KEPT, steps_of, try_steps
+from sedtrain.models.steps import KEPT, decoder_steps, try_steps
 
 FOR_FRAMES, FOR_TOKENS = 2**16, 2**19
 """Layers with at least this many weights run faster in 8 bits: on the many rows of an encoder; on one token of a decoder."""
@@ -71,7 +71,7 @@ def in_int8(model: SpeechEncoderDecoder) -> SpeechEncoderDecoder:
             large = [layer for layer in owner.children() if is_large(layer, smallest)]
             replaced |= {id(layer): Int8Linear(rows_of(layer), layer.bias) for layer in large}
     small: SpeechEncoderDecoder = copy.deepcopy(model, replaced).eval()
-    if steps_of(model) is not None:  # in 8 bits, steps and decoder round differently, so comparing them would fail
+    if decoder_steps(model) is not None:  # in 8 bits, steps and decoder round differently, so comparing them would fail
         KEPT[small.decoder] = try_steps(small.decoder)
     return small
 

@@ -19,12 +19,12 @@ from sedtrain.models.decoder import as_decoder, new_decoder, settle_config
 from sedtrain.models.encoder import EncodedSpeech, encoder_from_config, frame_mask, frame_width, standalone
 from sedtrain.models.loading import joint_config, share_config
 from sedtrain.models.losses import decoder_inputs
-from sedtrain.models.masked_modules import on_device, with_zero_gradients
 from sedtrain.models.masking import Masked
+from sedtrain.models.mixins import on_device, with_zero_gradients
+from sedtrain.models.no_sync_masks import one_text_a_row
 from sedtrain.models.output_layer import deferred_output_layer, make_deferrable, mean_loss
 from sedtrain.models.positions import decoder_positions, max_tokens, refuse_longer
 from sedtrain.models.prefix import is_prefixed, num_in_front, refuse_long_row
-from sedtrain.models.unread_masks import one_text_a_row
 
 
 class JoinedModel(transformers.SpeechEncoderDecoderModel):

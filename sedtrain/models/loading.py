@@ -20,12 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     SpeechEncoderDecoderConfig,
 )
+from transformers.utils.quantization_config import QuantizationMethod
 
 from sedtrain.errors import UserError, in_python, one_line
 from sedtrain.hub import go_offline_if_unreachable
 from sedtrain.models.attention import building
-from sedtrain.models.flax_weights import pretrained
-from sedtrain.models.foreign import refuse_code
+from sedtrain.models.flax_weights import FILE, INDEX, TORCH_FILES, flax_weights, generation_config_of
+from sedtrain.models.foreign import HUB_OPTIONS, refuse_code
 from sedtrain.models.speech_to_text_2 import register
 
 logger = logging.getLogger(__name__)
@@ -183,3 +184,42 @@ def share_config(part: nn.Module, config: transformers.PreTrainedConfig) -> None
     for module in part.modules():
         if isinstance(getattr(module, "config", None), kind):
             module.config = config
+
+
+def pretrained(
+    factory: Any, name: Any, *args: Any, option: str = "checkpoint", from_flax: bool = False, **options: Any
+) -> Any:
+    """`factory.from_pretrained(name, ...)` without running the model's own code; also loads Flax weights.
+
+    option: names the checkpoint on the command line
+    from_flax: True loads Flax weights; False does so only from a folder without PyTorch weights
+    """
+    options.pop("trust_remote_code", None)
+    hub_options = {key: options[key] for key in HUB_OPTIONS & options.keys()}
+    folder = Path(name or "", hub_options.get("subfolder", ""))
+    flax, torch_ = (any((folder / file).is_file() for file in files) for files in ((FILE, INDEX), TORCH_FILES))
+    if name is None or not (from_flax or (flax and not torch_)):
+        loaded = factory.from_pretrained(name, *args, trust_remote_code=False, **options)
+        if "quantization_config" not in options:
+            in_float32(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+    options = {"generation_config": generation_config_of(str(name), hub_options), **options}
+    options["state_dict"] = flax_weights(option, str(name), hub_options)
+    # without a name, an Auto class cannot load a state_dict
+    factory = getattr(factory, "_model_mapping", {}).get(type(options["config"]), factory)
+    loaded = factory.from_pretrained(None, *args, trust_remote_code=False, **options)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).config._name_or_path = str(name)
+    return loaded
+
+
+def in_float32(model: Any) -> None:
+    """Gives every weight that torchao holds in 8 bits its value in float32; other models stay as they are."""
+    if getattr(model, "quantization_method", None) != QuantizationMethod.TORCHAO:
+        return
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
+                setattr(module, name, nn.Parameter(weight.dequantize().float()))
+                vars(module).pop("extra_repr", None)  # shows the weight's class, and cannot be pickled
+    model.hf_quantizer.remove_quantization_config(model)
+    model._weight_conversions = None  # with which transformers would save 8 bits again

@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
 from sedtrain.models.convolution import is_gelu, strided_convolution
-from sedtrain.models.masked_modules import (
+from sedtrain.models.mixins import (
     GuardedSpecAugment,
     MaskedConv1d,
     MaskedGroupNorm,
     Recomputed,
-    Steps,
+    Strides,
     length_mask,
+    mix_into,
     on_device,
     output_lengths,
     step,
     with_zero_gradients,
 )
-from sedtrain.models.mixing import mix_into
 
 ADAPTER_CONVOLUTIONS = ("conv", "residual_conv", "self_attn_conv")
 """Names, in a layer of a family's own adapter, of the convolutions that read the layer's input."""
@@ -43,9 +43,9 @@ class Masked(PreTrainedModel):
 
     front_end: tuple[str, ...] = ("feature_extractor",)
     whole: type[PreTrainedModel] | None = None
-    frame_steps: Steps
-    steps: Steps
-    masked_modules: dict[Steps, list[Any]]
+    frame_steps: Strides
+    steps: Strides
+    masked_modules: dict[Strides, list[Any]]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -71,11 +71,11 @@ class Masked(PreTrainedModel):
                 used = getattr(self.config, "apply_spec_augment", True) and self.config.mask_time_prob > 0
                 owner.masked_spec_embed.requires_grad_(used)
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         """Masks the front end and the layers; returns the steps from inputs to frames."""
         return mask_front_end(self, self.feature_extractor) if hasattr(self, "feature_extractor") else ()
 
-    def mask_adapter(self, steps: Steps) -> Steps:
+    def mask_adapter(self, steps: Strides) -> Strides:
         """Masks the family's own adapter; returns the steps from inputs to its output."""
         self.adapter.layerdrop = 0.0  # a dropped layer would not apply its stride, which the mask counts
         for layer in self.adapter.layers:
@@ -85,7 +85,7 @@ class Masked(PreTrainedModel):
             steps += step(convolutions[0])
         return steps
 
-    def mask(self, module: Any, kind: type, preceding: Steps) -> None:
+    def mask(self, module: Any, kind: type, preceding: Strides) -> None:
         """Mixes `kind` into a module that reads its input after the steps `preceding`; each forward tells it their lengths."""
         mix_into(module, kind)
         self.masked_modules.setdefault(preceding, []).append(module)
@@ -165,9 +165,9 @@ class MatrixProductFeatureEncoder(Wav2Vec2FeatureEncoder):
         return any(layer.gradient_checkpointing and layer.training for layer in self.conv_layers)
 
 
-def mask_front_end(encoder: Masked, feature_encoder: Any) -> Steps:
+def mask_front_end(encoder: Masked, feature_encoder: Any) -> Strides:
     """Masks a front end like wav2vec2's; returns its steps."""
-    steps: Steps = sum((step(layer.conv) for layer in feature_encoder.conv_layers), ())
+    steps: Strides = sum((step(layer.conv) for layer in feature_encoder.conv_layers), ())
     norms = [getattr(layer, "layer_norm", None) for layer in feature_encoder.conv_layers]
     if isinstance(norms[0], nn.GroupNorm):
         encoder.mask(norms[0], MaskedGroupNorm, steps[:1])

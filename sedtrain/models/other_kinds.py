@@ -9,9 +9,9 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import BROKEN, can_attend
+from sedtrain.models.decoder_families import decoder_config
 from sedtrain.models.encoder_families import ENCODERS, ENCODERS_OF_WHOLE, encoder_config
 from sedtrain.models.prefix import can_continue
-from sedtrain.models.stacks import decoder_config
 
 AMONG_TOKENS = "its decoder is a language model that reads the audio among its tokens, and has no cross-attention"
 NOT_WHOLE = {

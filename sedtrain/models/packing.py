@@ -17,9 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.errors import UserError
-from sedtrain.models.masked_modules import Steps, output_lengths
-from sedtrain.models.mixing import mix_into
-from sedtrain.models.unread_masks import is_traced
+from sedtrain.models.mixins import Strides, mix_into, output_lengths
+from sedtrain.models.no_sync_masks import is_traced
 
 PRODUCTS_OF_AN_UTTERANCE = 2**28
 """Cost of computing an utterance by itself, in products: forward and backward calls take some milliseconds."""
@@ -158,7 +157,7 @@ class Packing(PreTrainedModel):
     """
 
     attention: type[nn.Module] = OneByOne
-    frame_steps: Steps
+    frame_steps: Strides
     packable: list[Any]
     products: int
 
@@ -223,7 +222,7 @@ def products_of_a_frame(encoder: nn.Module) -> int:
     return products
 
 
-def lengths_of(attention_mask: Tensor, steps: Steps) -> Lengths:
+def lengths_of(attention_mask: Tensor, steps: Strides) -> Lengths:
     inputs = torch.cat([attention_mask.sum(-1).cpu(), torch.tensor([attention_mask.shape[1]])])
     *frames, num_frames = output_lengths(inputs, steps).tolist()
     return Lengths(inputs[:-1].tolist(), frames, num_frames)

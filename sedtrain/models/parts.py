@@ -42,12 +42,12 @@ def selected(model: nn.Module, name: str, option: str) -> set[str]:
     """
     if name in PARTS:
         return {parameter for parameter, _ in model.named_parameters() if part_of(parameter) == name}
-    if name in KINDS:
-        return KINDS[name](model)
+    if name in PARAMETER_SETS:
+        return PARAMETER_SETS[name](model)
     try:
         return names_in(model, [model.get_submodule(name)])
     except AttributeError:
-        known = ", ".join(dict.fromkeys([*PARTS, *KINDS, *(child for child, _ in model.named_children())]))
+        known = ", ".join(dict.fromkeys([*PARTS, *PARAMETER_SETS, *(child for child, _ in model.named_children())]))
         wrong = f"the model has no part {name!r}, it has {known} and their submodules"
         write = "names of parts that it has"
         raise UserError(option, name, wrong, f"write finetune=all, or {write}", f"write {write}") from None
@@ -81,7 +81,7 @@ def layer_norms(model: nn.Module) -> set[str]:
 
 
 # sets of parameters within a part or across parts
-KINDS: dict[str, Callable[[Any], set[str]]] = {
+PARAMETER_SETS: dict[str, Callable[[Any], set[str]]] = {
     "feature_encoder": feature_encoder,
     "encoder_self_attention": lambda model: self_attention(model, "encoder"),
     "decoder_self_attention": lambda model: self_attention(model, "decoder"),

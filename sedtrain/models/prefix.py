@@ -20,7 +20,7 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.chat_template import rendered
-from sedtrain.models.mixing import mix_into
+from sedtrain.models.mixins import mix_into
 
 NEEDED = {"attention_mask", "inputs_embeds", "past_key_values"}
 """Arguments that a language model needs to continue a prefix of embeddings."""

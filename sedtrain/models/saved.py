@@ -21,8 +21,7 @@ from sedtrain.errors import UserError
 from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig, Adapter
 from sedtrain.models.attention import building_with
 from sedtrain.models.encoder import frame_width, loads_in_stock_transformers, with_spec_augment
-from sedtrain.models.family_config import configured, load_config
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import configured, feature_extractor_of, load_config
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.lora import FOLDER, base_weights, load_adapter, lora_layers, save_adapter
 from sedtrain.models.other_kinds import refuse_other_kind

@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as KNOWN_TO_PIPELINES
+from transformers.utils import cached_file
 
 from sedtrain.models.adapter import AdaptedSpeechEncoderDecoderConfig
 from sedtrain.models.attention import refuse_unsupported
-from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
 from sedtrain.models.decoder import decoder_from_pretrained
 from sedtrain.models.encoder import encoder_from_pretrained, freeze_front_end
-from sedtrain.models.family_config import configured
-from sedtrain.models.flax_weights import pretrained
+from sedtrain.models.family_settings import configured
 from sedtrain.models.foreign import HUB_OPTIONS
 from sedtrain.models.joined import JoinedModel, given_input
+from sedtrain.models.loading import pretrained
 from sedtrain.models.masking import Masked
 from sedtrain.models.other_kinds import refuse_other_kind
 from sedtrain.models.output_layer import make_deferrable
 from sedtrain.models.prefix import arguments_of
 from sedtrain.models.speech_to_text_2 import settle_published
+
+CTC_FILE = "ctc_head.safetensors"
 
 
 class SpeechEncoderDecoder(JoinedModel):
@@ -167,6 +170,19 @@ def states_to_return(*sources: Mapping[str, Any]) -> dict[str, Any]:
     """Encoder states that `generate` returns, by the first source with a value."""
     names = ("output_attentions", "output_hidden_states")
     return {name: next((source[name] for source in sources if source.get(name) is not None), None) for name in names}
+
+
+def save_ctc_head(model: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes the CTC head in `weights`, if the model has one."""
+    if model.ctc_head is not None:
+        head = {name: weights[f"ctc_head.{name}"].contiguous() for name in model.ctc_head.state_dict()}
+        save_file(head, folder / CTC_FILE)
+
+
+def load_ctc_head(model: Any, name: Any, **hub_options: Any) -> None:
+    """Reads the CTC head from the folder or Hub id `name`, if the model has one."""
+    if model.ctc_head is not None:
+        model.ctc_head.load_state_dict(load_file(cached_file(name, CTC_FILE, **hub_options)))
 
 
 KNOWN_TO_PIPELINES |= {

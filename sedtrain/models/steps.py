@@ -113,7 +113,7 @@ class Steps:
         return (states if self.output is None else self.output(states)).view(*shape, -1)
 
 
-def steps_of(model: SpeechEncoderDecoder, num_positions: int = 1) -> Steps | None:
+def decoder_steps(model: SpeechEncoderDecoder, num_positions: int = 1) -> Steps | None:
     """The decoder's steps with its present weights; None if they compute something else, or lack `num_positions` positions."""
     decoder = model.decoder
     if decoder not in KEPT:

@@ -30,17 +30,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from sedtrain.errors import UserError
-from sedtrain.models.masked_modules import (
+from sedtrain.models.masking import Masked, mask_front_end
+from sedtrain.models.mixins import (
     GuardedSpecAugment,
     MaskedConv1d,
     MaskedGroupNorm,
-    Steps,
+    Strides,
     length_mask,
+    mix_into,
     output_lengths,
     step,
 )
-from sedtrain.models.masking import Masked, mask_front_end
-from sedtrain.models.mixing import mix_into
 from sedtrain.models.packing import Packable, Packing
 
 
@@ -94,7 +94,7 @@ class StandaloneWhisper(Packing, Masked, VariableLengthWhisperEncoder):
     front_end = ("conv1", "conv2")
     whole = transformers.WhisperModel
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         self.mask(self.conv1, MaskedConv1d, ())
         self.mask(self.conv2, MaskedConv1d, step(self.conv1))
         self.embed_positions.requires_grad_(False)  # sinusoids
@@ -110,8 +110,8 @@ class StandaloneSpeech2Text(Masked, Speech2TextEncoder):
     front_end = ("conv",)
     whole = transformers.Speech2TextModel
 
-    def mask_modules(self) -> Steps:
-        steps: Steps = ()
+    def mask_modules(self) -> Strides:
+        steps: Strides = ()
         for convolution in self.conv.conv_layers:
             self.mask(convolution, MaskedConv1d, steps)
             steps += step(convolution)
@@ -123,7 +123,7 @@ class StandaloneMoonshine(Masked, MoonshineEncoder):
     front_end = ("conv1", "conv2", "conv3", "groupnorm")
     whole = transformers.MoonshineModel
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         self.mask(self.groupnorm, MaskedGroupNorm, step(self.conv1))
         return step(self.conv1) + step(self.conv2) + step(self.conv3)
 
@@ -155,7 +155,7 @@ class ExactCausalConv1d(MoonshineStreamingCausalConv1d):
         return frames * mask[:, None], mask
 
 
-def causal_step(convolution: Any) -> Steps:
+def causal_step(convolution: Any) -> Strides:
     """The step of a causal convolution, whose padding all lies before the audio."""
     kernel, stride = convolution.kernel_size[0], convolution.stride[0]
     return ((kernel, stride, (kernel - 1) // 2),)
@@ -167,8 +167,8 @@ class StandaloneMoonshineStreaming(Masked, MoonshineStreamingEncoder):
     config_class = MoonshineStreamingEncoderConfig
     front_end = ("embedder",)
 
-    def mask_modules(self) -> Steps:
-        steps: Steps = ((1, self.embedder.frame_len, 0),)  # zeros fill the last frame
+    def mask_modules(self) -> Strides:
+        steps: Strides = ((1, self.embedder.frame_len, 0),)  # zeros fill the last frame
         for convolution in (self.embedder.conv1, self.embedder.conv2):
             self.mask(convolution, ExactCausalConv1d, steps)
             steps += causal_step(convolution)
@@ -197,7 +197,7 @@ class FittingAdapterLayer:
 class MaskedSeamlessM4T(Masked):
     front_end = ("feature_projection",)
 
-    def mask_adapter(self, steps: Steps) -> Steps:
+    def mask_adapter(self, steps: Strides) -> Strides:
         for layer in self.adapter.layers:
             mix_into(layer, FittingAdapterLayer)
         return super().mask_adapter(steps)
@@ -223,7 +223,7 @@ class StandaloneSeamlessM4Tv2(MaskedSeamlessM4T, SeamlessM4Tv2SpeechEncoder):
     config_class = encoder_config_class(transformers.SeamlessM4Tv2Config)
     whole = transformers.SeamlessM4Tv2ForSpeechToText
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         mix_into(self.encoder, ChunkMaskedEncoder)
         return ()
 
@@ -247,7 +247,7 @@ class StandaloneSpeechT5(Masked, SpeechT5EncoderWithSpeechPrenet):
     front_end = ("prenet.feature_encoder",)
     whole = transformers.SpeechT5ForSpeechToText
 
-    def mask_modules(self) -> Steps:
+    def mask_modules(self) -> Strides:
         steps = mask_front_end(self, self.prenet.feature_encoder)
         self.mask(self.prenet, MaskedPrenet, steps)
         return steps

@@ -11,14 +11,13 @@ from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, PreTrainedConfig, P
 from sedtrain.batch import IGNORE_INDEX
 from sedtrain.errors import UserError
 from sedtrain.models.adapter import Adapter
-from sedtrain.models.ctc_head import load_ctc_head, save_ctc_head
+from sedtrain.models.decoder_families import DECODERS_OF_WHOLE, stack_name
 from sedtrain.models.encoder import EncodedSpeech, frame_width, standalone
 from sedtrain.models.encoder_families import ENCODERS, UPSTREAM, encoder_config
-from sedtrain.models.family_config import configured
-from sedtrain.models.flax_weights import pretrained
+from sedtrain.models.family_settings import configured
 from sedtrain.models.foreign import HUB_OPTIONS
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.stacks import DECODERS_OF_WHOLE, stack_name
+from sedtrain.models.loading import pretrained
+from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder, load_ctc_head, save_ctc_head
 
 FACTS = ("training_normalizer", "max_training_seconds", "tokens_per_second", "tags", "ctc_vocab_size")
 """Entries that training adds to a configuration; `transformers` ignores them."""

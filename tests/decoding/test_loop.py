@@ -9,7 +9,7 @@ from sedtrain.decoding.generate import decode_batch, token_limits
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.searches import SearchInputs, by_generate, by_loop, loop_of, steps_of_search
-from sedtrain.models.steps import forget, steps_of
+from sedtrain.models.steps import decoder_steps, forget
 
 LEFT_TO_GENERATE = {"blenderbot_small", "xmod", *STACKS} - {"m2m_100", "speech_to_text", "whisper"}
 TEXTS = [[5, 6, 7, 8, 9], [9, 8], [7, 7, 7, 6], [12]]
@@ -41,7 +41,7 @@ def of_both(model, options, prompts, scale=1.0):
 
 def test_every_family_is_driven_but_those_whose_layers_have_other_parts(model, request):
     is_left = request.node.callspec.params["model"] in LEFT_TO_GENERATE
-    assert (steps_of(model) is None) == is_left
+    assert (decoder_steps(model) is None) == is_left
     for search in ("attention", "joint", "speculative"):
         assert loop_of(model, DecodingOptions(search=search)) == ("generate" if is_left else "sedtrain")
     for search in ("ctc", "rescore"):
@@ -60,7 +60,7 @@ SEARCHES = [
 
 
 def test_the_ids_are_those_of_generate(model):
-    if steps_of(model) is None:
+    if decoder_steps(model) is None:
         pytest.skip("the family is left to generate")
     lengths = set()
     for number, search in enumerate(SEARCHES):

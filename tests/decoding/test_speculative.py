@@ -15,7 +15,7 @@ from sedtrain.decoding.loop import Task
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.searches import OwnLimit
 from sedtrain.decoding.speculative import speculate
-from sedtrain.models.steps import Steps, steps_of
+from sedtrain.models.steps import Steps, decoder_steps
 
 TEXTS = [[5, 6, 7, 8, 9], [9, 8], [7, 7, 7, 6]]
 
@@ -32,7 +32,7 @@ def trained(request):
 
 def number_of_calls(model, search):
     """What the search returns, and how often it calls the decoder."""
-    steps_of(model)  # the first call compares the steps with the decoder
+    decoder_steps(model)  # the first call compares the steps with the decoder
     calls = []
     hook = model.decoder.register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -53,7 +53,7 @@ def searches(model, drafts, most=10, prompts=None):
     options["stopping_criteria"] = StoppingCriteriaList([OwnLimit(prompts.shape[1] + limits)])
     options["max_new_tokens"] = most + 1  # else BART is forced to end there
     expected, by_greedy = number_of_calls(model, lambda: model.generate(**options))
-    task = Task(steps_of(model), encoded, prompts, limits, [END], LogitsProcessorList())
+    task = Task(decoder_steps(model), encoded, prompts, limits, [END], LogitsProcessorList())
     written, by_speculation = number_of_calls(model, lambda: speculate(task, drafts))
     return texts_of(expected[:, prompts.shape[1] :]), texts_of(written), by_greedy, by_speculation
 

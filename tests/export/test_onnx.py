@@ -21,7 +21,7 @@ from sedtrain.export.checks import compared, refuse_other_ids
 from sedtrain.export.folder import ExportOptions, write_folder
 from sedtrain.export.onnx import Decoder, Encoder, write_onnx
 from sedtrain.models.saved import join
-from sedtrain.models.steps import steps_of
+from sedtrain.models.steps import decoder_steps
 
 ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
 
@@ -35,7 +35,7 @@ def small(encoder="hubert", decoder="bert", **options):
 @pytest.mark.parametrize("decoder", ["bert", "gpt2", "bart"])
 def test_the_modules_write_the_logits_of_the_model_however_the_tokens_are_cut(decoder):
     model = joined("wav2vec2", decoder).requires_grad_(False)
-    steps = steps_of(model)
+    steps = decoder_steps(model)
     audio, mask = torch.randn(2, 4000), torch.ones(2, 4000, dtype=torch.long)
     audio[1, 2000:], mask[1, 2000:] = 0.0, 0
     ids = torch.tensor([[START, 7, 8, 9, 10], [START, 11, 12, 13, 14]])
@@ -125,7 +125,7 @@ def test_the_check_passes_for_the_modules_and_fails_for_those_of_other_weights(d
     saved = join(tiny_encoder("wav2vec2"), tiny_decoder(decoder), lambda *widths: None, TOKENIZER)
     model = saved.model.eval().requires_grad_(False)
     torch.nn.init.normal_(model.decoder.get_output_embeddings().weight, std=2.0)  # texts that vary
-    steps = steps_of(model)
+    steps = decoder_steps(model)
     sizes = steps.layers[0].num_heads, steps.layers[0].head_width
     sessions = [InTorch(kind(model, steps), *sizes) for kind in (Encoder, Decoder)]
     refuse_other_ids(saved, *sessions)

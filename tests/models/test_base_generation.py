@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from sedtrain.models.encoder import EncodedSpeech
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 

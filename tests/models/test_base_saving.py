@@ -9,8 +9,7 @@ from pairs import END, IDS, LABELS, PAD, PARTS, START, WAVE_ENCODER, assert_clos
 from safetensors.torch import load_file
 from transformers import AutoModelForSpeechSeq2Seq, SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel
 
-from sedtrain.models.ctc_head import CTC_FILE
-from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
+from sedtrain.models.speech_encoder_decoder import CTC_FILE, SpeechEncoderDecoder
 
 BOTH = pytest.mark.parametrize("kind", [SpeechEncoderDecoder, SpeechEncoderDecoderModel])
 

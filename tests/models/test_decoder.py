@@ -17,7 +17,7 @@ from transformers import (
 
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import CROSS_ATTENTION, tokenizer_of
-from sedtrain.models.stacks import whole_type
+from sedtrain.models.decoder_families import whole_type
 from sedtrain.text.tokenizers import train_tokenizer
 
 TEXTS = ["one two three", "four five six", "seven eight nine"]

@@ -6,7 +6,7 @@ from families import OPTIONS, STACKS, option_file, tiny_decoder
 from transformers import HubertConfig, HubertModel
 
 from sedtrain.errors import UserError
-from sedtrain.models.family_config import default_config
+from sedtrain.models.family_settings import default_config
 from sedtrain.models.positions import decoder_positions, max_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 

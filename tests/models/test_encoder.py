@@ -9,7 +9,7 @@ from sedtrain.batch import Utterance
 from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import encoder_from_config
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.text.tokenizers import train_tokenizer
 
 ALONE = ["whisper", "speech_to_text", "moonshine", "seamless_m4t", "seamless_m4t_v2", "speecht5"]

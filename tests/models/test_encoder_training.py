@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import frame_mask, freeze_front_end, standalone
-from sedtrain.models.masked_modules import length_mask
+from sedtrain.models.mixins import length_mask
 
 LAYERDROP = {"seamless_m4t": "speech_encoder_layerdrop", "seamless_m4t_v2": "speech_encoder_layerdrop"} | dict.fromkeys(
     ["whisper", "speech_to_text", "speecht5"], "encoder_layerdrop"

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.models.parts import Execution, compile_layers, layers_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 

@@ -14,8 +14,8 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncode
 from sedtrain.models import convolution as kernels
 from sedtrain.models.convolution import strided_convolution
 from sedtrain.models.encoder import encoder_from_config
-from sedtrain.models.masked_modules import MaskedGroupNorm
 from sedtrain.models.masking import MatrixProductFeatureEncoder
+from sedtrain.models.mixins import MaskedGroupNorm
 
 
 @st.composite

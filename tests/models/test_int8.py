@@ -11,7 +11,7 @@ from sedtrain.errors import UserError
 from sedtrain.models import int8
 from sedtrain.models.int8 import Int8Linear, in_int8
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.steps import steps_of
+from sedtrain.models.steps import decoder_steps
 
 
 def joined(encoder, decoder):
@@ -71,7 +71,7 @@ def test_every_family_computes_nearly_the_same(encoder, decoder, all_sizes):
     assert 0 < (rounded - exact).std() < 0.1 * exact.std()
     alone = logits(small, batch, slice(0, 1))
     assert (alone - rounded[:1]).std() < 0.02 * exact.std()  # sums in another order round some values otherwise
-    assert (steps_of(small) is None) == (steps_of(model) is None)
+    assert (decoder_steps(small) is None) == (decoder_steps(model) is None)
 
 
 def test_small_layers_stay_as_they_are():

@@ -23,7 +23,7 @@ from whispers import whisper_folder
 from sedtrain.errors import UserError
 from sedtrain.models.decoder import load_decoder
 from sedtrain.models.encoder import load_encoder
-from sedtrain.models.family_config import load_config, published_name
+from sedtrain.models.family_settings import load_config, published_name
 
 TINY = {"hidden_size": 24, "num_attention_heads": 2}
 

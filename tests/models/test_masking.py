@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from sedtrain.models.encoder import encoder_from_config, frame_mask
 from sedtrain.models.encoder_families import UPSTREAM
-from sedtrain.models.masked_modules import MaskedConv1d, MaskedGroupNorm, length_mask, output_lengths
+from sedtrain.models.mixins import MaskedConv1d, MaskedGroupNorm, length_mask, output_lengths
 
 AUDIO = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

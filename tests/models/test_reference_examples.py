@@ -35,7 +35,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder as SpeechEncoderDecoderModel
 
 ENCODER = {

@@ -178,6 +178,6 @@ def test_an_adapter_without_its_weights_is_refused(tmp_path, own_tokenizer):
 def own_tokenizer():
     from families import TOKENIZER
 
-    from sedtrain.models.feature_extractors import feature_extractor_of
+    from sedtrain.models.family_settings import feature_extractor_of
 
     return TOKENIZER, feature_extractor_of(joined().encoder)

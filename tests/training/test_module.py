@@ -18,7 +18,7 @@ from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.errors import UserError
 from sedtrain.evaluation.evaluate import evaluate
 from sedtrain.evaluation.metric_set import MetricSet
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.models.losses import LossWeights, ctc, shift_right
 from sedtrain.training.module import SpeechSeq2SeqModule
 

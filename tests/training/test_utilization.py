@@ -12,7 +12,7 @@ from pairs import BART, WAVE_ENCODER, joined
 from torch import nn
 
 from sedtrain.data.collate import Collator
-from sedtrain.models.feature_extractors import feature_extractor_of
+from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.models.parts import Execution
 from sedtrain.training import utilization
 from sedtrain.training.module import SpeechSeq2SeqModule

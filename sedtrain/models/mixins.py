@@ -1,26 +1,48 @@
-"""Convolutions, norms over time and SpecAugment that ignore padding: mixins for modules of `transformers`.
+"""Mixins for modules of `transformers`, mixed in place: convolutions, norms over time and SpecAugment that ignore padding.
 
 B batch, C channels, G groups, T frames, D width.
 """
 
+import copyreg
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
-Steps = tuple[tuple[int, int, int], ...]
+Strides = tuple[tuple[int, int, int], ...]
 """(kernel, stride, padding) of consecutive convolutions."""
 
 
-def step(convolution: nn.Module) -> Steps:
+class Mixed(type):
+    """The type of mixed classes; pickle stores such a class as its mixin and its base."""
+
+
+@cache
+def mixed(mixin: Any, kind: Any) -> Any:
+    """A subclass of both that keeps the name of `kind`: transformers, FSDP and LoRA recognise layers by class name."""
+    return Mixed(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
+
+
+def mix_into(module: Any, mixin: Any) -> None:
+    """Makes a module an instance of `mixin` too, unless it is one."""
+    if not isinstance(module, mixin):
+        kind: Any = type(module)
+        module.__class__ = mixed(mixin, kind)
+
+
+copyreg.pickle(Mixed, lambda kind: (mixed, kind.__bases__))
+
+
+def step(convolution: nn.Module) -> Strides:
     """The step of one convolution along time, its first axis."""
     kernel, stride, padding = (getattr(convolution, name)[0] for name in ("kernel_size", "stride", "padding"))
     return ((kernel, stride, padding),)
 
 
-def output_lengths(lengths: Tensor, steps: Steps) -> Tensor:
+def output_lengths(lengths: Tensor, steps: Strides) -> Tensor:
     """(B,) lengths before convolutions -> (B,) lengths after them; 0 for an input shorter than a kernel."""
     for kernel, stride, padding in steps:
         lengths = ((lengths + 2 * padding - kernel).div(stride, rounding_mode="floor") + 1).clamp(min=0)

@@ -17,7 +17,7 @@ from transformers.models.speecht5.modeling_speecht5 import SpeechT5DecoderWithTe
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaDecoder
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-from sedtrain.models.mixing import mix_into
+from sedtrain.models.mixins import mix_into
 
 # --- Whisper: upstream's decoder takes no mask of frames
 

@@ -1,22 +1,22 @@
-"""The configuration of an encoder or decoder, from its family or a checkpoint, with the user's options.
+"""What a family or a checkpoint decides: the configuration of an encoder or decoder, the feature extractor of an encoder.
 
-`part` is "encoder" or "decoder"; the options in error messages begin with it.
+The user's options overwrite the configuration. `part` is "encoder" or "decoder"; options in error messages begin with it.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig, PreTrainedModel, SequenceFeatureExtractor
 
 from sedtrain.errors import UserError, one_line
+from sedtrain.models.config_ranges import UNBUILDABLE, refuse_impossible, refuse_uneven
+from sedtrain.models.decoder_families import decoder_config, whole_type
 from sedtrain.models.foreign import HUB_OPTIONS, refuse_code
 from sedtrain.models.loading import joined_model, loading
-from sedtrain.models.options import UNBUILDABLE, refuse_impossible, refuse_uneven
-from sedtrain.models.stacks import decoder_config, whole_type
 
 LOADING_OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
 
@@ -137,3 +137,48 @@ def refuse_other_family(part: str, name: str, config: PreTrainedConfig, model_ty
         wrong = f"this is a {other} model, not {model_type}"
         write = f"write {part}={other.replace('-', '_')}, or if no option has that name {part}.model_type={other}"
         raise UserError(f"{part}.checkpoint", name, wrong, write, f"write model_type={other!r}")
+
+
+def feature_extractor_of(encoder: PreTrainedModel) -> SequenceFeatureExtractor:
+    """The feature extractor saved with the encoder's weights, else the one of its family."""
+    name = encoder.config._name_or_path
+    if name:
+        with loading("encoder.checkpoint", name):
+            return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+    return feature_extractor_of_family(encoder.config)
+
+
+def feature_extractor_of_family(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    return FEATURE_EXTRACTORS.get(config.model_type, waveform)(config)
+
+
+def waveform(config: PreTrainedConfig, do_normalize: bool = True) -> SequenceFeatureExtractor:
+    return transformers.Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=True)
+
+
+def stacked_mels(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    """Two frames of mel bins make one input."""
+    return transformers.SeamlessM4TFeatureExtractor(feature_size=config.feature_projection_input_dim // 2)
+
+
+def parakeet(config: PreTrainedConfig) -> SequenceFeatureExtractor:
+    try:
+        return transformers.ParakeetFeatureExtractor(feature_size=config.num_mel_bins)
+    except ImportError as error:
+        wrong = f"its features need a package that is missing: {error}"
+        raise UserError("encoder", "parakeet", wrong, "pip install librosa") from error
+
+
+# by the encoder's model type; any other takes a normalized waveform
+FEATURE_EXTRACTORS: dict[str, Callable[[PreTrainedConfig], SequenceFeatureExtractor]] = {
+    "moonshine-encoder": lambda config: waveform(config, do_normalize=False),
+    "speecht5-encoder": lambda config: transformers.SpeechT5FeatureExtractor(do_normalize=False),
+    "whisper-encoder": lambda config: transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins),
+    "wav2vec2-bert": stacked_mels,
+    "seamless_m4t-encoder": stacked_mels,
+    "seamless_m4t_v2-encoder": stacked_mels,
+    "speech_to_text-encoder": lambda config: transformers.Speech2TextFeatureExtractor(
+        feature_size=config.input_feat_per_channel, num_mel_bins=config.input_feat_per_channel
+    ),
+    "parakeet_encoder": parakeet,
+}

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, WhisperForCausalLM
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoderModelOutput
 
 from sedtrain.models.decoder import as_decoder, decoder_from_pretrained, load_decoder, tokenizer_of
-from sedtrain.models.decoder_stacks import NoPositions
+from sedtrain.models.decoder_families import DECODERS_OF_WHOLE
+from sedtrain.models.repaired_decoders import NoPositions
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
-from sedtrain.models.stacks import DECODERS_OF_WHOLE
 from sedtrain.text.tokenizers import encode_target
 
 SPECIAL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2}

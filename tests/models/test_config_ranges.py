@@ -14,10 +14,9 @@ from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir
 from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
+from sedtrain.models.config_ranges import misfit, range_of, refuse_impossible
 from sedtrain.models.encoder import frame_mask, load_encoder
-from sedtrain.models.family_config import default_config
-from sedtrain.models.feature_extractors import feature_extractor_of
-from sedtrain.models.options import misfit, range_of, refuse_impossible
+from sedtrain.models.family_settings import default_config, feature_extractor_of
 from sedtrain.models.positions import max_tokens
 
 EXAMPLES = int(os.environ.get("SEDTRAIN_EXAMPLES", 0))
@@ -186,7 +185,7 @@ def test_values_that_leave_a_layer_without_weights_are_refused():
 
 
 def test_values_that_build_layers_without_end_are_refused(monkeypatch):
-    monkeypatch.setattr("sedtrain.models.options.MOST_TENSORS", 500)
+    monkeypatch.setattr("sedtrain.models.config_ranges.MOST_TENSORS", 500)
     with pytest.raises(UserError) as caught:
         tiny_encoder("data2vec", options={"num_conv_pos_embeddings": 10**10})
     [error] = caught.value.errors
@@ -202,7 +201,7 @@ def test_values_of_the_tiny_member_are_told_where_no_option_is_chosen():
 
 
 def test_weights_beyond_the_memory_are_refused_before_they_are_allocated(monkeypatch):
-    monkeypatch.setattr("sedtrain.models.options.memory", lambda: 10**9)
+    monkeypatch.setattr("sedtrain.models.config_ranges.memory", lambda: 10**9)
     with pytest.raises(UserError) as caught:
         tiny_encoder("hubert", options={"hidden_size": 1_000_000})
     [error] = caught.value.errors

@@ -1,7 +1,7 @@
 """Decoders of sequence-to-sequence models: decoder stack and output layer, taken out of the whole model.
 
-To add a family: a row in `KINDS`. It needs a class in decoder_stacks.py only if upstream's decoder ignores the mask of
-frames or gives pad tokens no position.
+To add a family: a row in `DECODER_CLASSES`. It needs a class in repaired_decoders.py only if upstream's decoder ignores the
+mask of frames or gives pad tokens no position.
 
 B batch, U target tokens, T frames, D width.
 """
@@ -30,7 +30,9 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 from transformers.utils.generic import can_return_tuple
 
-from sedtrain.models.decoder_stacks import (
+from sedtrain.models.mixins import mixed
+from sedtrain.models.output_layer import DeferrableLinear
+from sedtrain.models.repaired_decoders import (
     Counting,
     MaskedWhisperDecoder,
     TokenSpeechT5Decoder,
@@ -38,8 +40,6 @@ from sedtrain.models.decoder_stacks import (
     UnprojectedMoonshineStreamingDecoder,
     WholeT5GemmaDecoder,
 )
-from sedtrain.models.mixing import mixed
-from sedtrain.models.output_layer import DeferrableLinear
 
 NAMES = {
     r"^(model\.decoder|text_decoder|speecht5\.decoder)\.": "decoder.",
@@ -175,7 +175,7 @@ def family(
 
 # transformers' flex attention reads one position bias per utterance, and T5 has one for all
 NO_FLEX: dict[str, Any] = {"_supports_flex_attn": False}
-KINDS = (
+DECODER_CLASSES = (
     family(transformers.WhisperForConditionalGeneration, MaskedWhisperDecoder),
     family(transformers.M2M100ForConditionalGeneration, mixed(Counting, M2M100Decoder)),
     family(transformers.Speech2TextForConditionalGeneration, mixed(Counting, Speech2TextDecoder)),
@@ -215,10 +215,12 @@ KINDS = (
         within="decoder",
     ),
 )
-globals().update({made.__name__: made for decoder in KINDS for made in (decoder, decoder.config_class)})  # for pickle
+globals().update(
+    {made.__name__: made for decoder in DECODER_CLASSES for made in (decoder, decoder.config_class)}
+)  # for pickle
 # model type of a whole sequence-to-sequence model -> class of its decoder
 DECODERS_OF_WHOLE: Mapping[str, type[StackDecoder]] = {
-    decoder.whole.config_class.model_type: decoder for decoder in KINDS
+    decoder.whole.config_class.model_type: decoder for decoder in DECODER_CLASSES
 }
 
 

@@ -8,7 +8,7 @@ from families import ENCODERS, OPTIONS, PREFIXED, tiny_decoder, tiny_encoder
 from torch.nn.utils import parametrize
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from sedtrain.models.mixing import mixed
+from sedtrain.models.mixins import mixed
 
 
 def without_weight_norm(module):
