@@ -54,7 +54,7 @@ from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.collate import Collator
 from sedtrain.data.readers import read_rows

@@ -32,14 +32,13 @@ from hydra import compose, initialize_config_dir
 
 import sedtrain
 from sedtrain.build_saved import connect
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.decoding.ctc import best_path, lattice_of
 from sedtrain.decoding.generate import decode_batch
-from sedtrain.evaluation.intervals import confidence_intervals
 from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.evaluation.metrics import TRANSCRIPTION
-from sedtrain.evaluation.paired_tests import paired_test
+from sedtrain.evaluation.statistics import confidence_intervals, paired_test
 from sedtrain.models.saved import load
 from sedtrain.models.steps import Steps
 from sedtrain.text.normalizers import normalizer

@@ -19,8 +19,7 @@ from sedtrain.build_saved import connect
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.searches import SearchInputs, by_decoder
-from sedtrain.evaluation.intervals import confidence_intervals
-from sedtrain.evaluation.paired_tests import paired_test
+from sedtrain.evaluation.statistics import confidence_intervals, paired_test
 from sedtrain.models.int8 import in_int8
 from sedtrain.models.saved import load
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder

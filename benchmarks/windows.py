@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from rapidfuzz.distance import Levenshtein
 
 from sedtrain.build_saved import connect
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.decoding.recordings import Recording, RecordingDecoder
 from sedtrain.decoding.windows import Window

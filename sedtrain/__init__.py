@@ -15,7 +15,7 @@ from typing import Any
 __version__ = "0.1.0"
 FOUND_IN = {
     "SpeechEncoderDecoder": "sedtrain.models.speech_encoder_decoder",
-    "load": "sedtrain.decoding.transcribe",
+    "load": "sedtrain.decoding.transcriber",
     "run": "sedtrain.interactive",
     "compose": "sedtrain.interactive",
 }

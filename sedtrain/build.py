@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from sedtrain.build_model import connect_new_model, new_model, prepare_model
 from sedtrain.build_saved import metrics_of, resolved, rewritten_data
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.data.augment import Augment, options_of
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.readers import cache_folder

@@ -7,7 +7,7 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain.build_saved import connect
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.data.buckets import Bounds
 from sedtrain.data.corpus import learnt_pairs, pairs_of
 from sedtrain.data.datamodule import SpeechTextDataModule

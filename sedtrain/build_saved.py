@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.data.corpus import refuse_unlearnt
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sedtrain import launch
-from sedtrain.config.composition import COMPOSITION_ERRORS, composition_error
+from sedtrain.config.hydra_calls import COMPOSITION_ERRORS, composition_error
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.console import INTERRUPTED, Failed, fail

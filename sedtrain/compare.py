@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from sedtrain.errors import UserError
 from sedtrain.evaluation import html
 from sedtrain.evaluation.comparison import Comparison, compare_runs
+from sedtrain.evaluation.differences import Change, Group, Origin
 from sedtrain.evaluation.metrics import title_of
-from sedtrain.evaluation.origin import Change, Group, Origin
 from sedtrain.evaluation.results import percent
 from sedtrain.evaluation.scored_runs import ScoredRun, printable
 from sedtrain.run_dir import write_json

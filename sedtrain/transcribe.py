@@ -11,11 +11,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import terminal
-from sedtrain.config.instantiate import create, import_target
+from sedtrain.config.hydra_calls import create, import_target
 from sedtrain.data.audio_paths import audio_paths, stored
 from sedtrain.data.buckets import Bounds
 from sedtrain.decoding.outputs import Outputs
-from sedtrain.decoding.transcribe import Transcriber
+from sedtrain.decoding.transcriber import Transcriber
 from sedtrain.errors import Attempts, Unfinished, UserError
 from sedtrain.models.saved import SavedModel, load
 

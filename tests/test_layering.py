@@ -66,8 +66,8 @@ ONLY_IN = {
 }
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
-    "__init__ __main__ annotations cli config.check config.composition config.inherit config.job_check "
-    "config.metric_rules config.overrides config.rules config.schema config.signatures console errors job launch plain "
+    "__init__ __main__ annotations cli config.check config.hydra_calls config.inherit config.job_check "
+    "config.overrides config.rules config.schema config.signatures console errors job launch plain "
     "ranges run_dir"
 )
 # The use of a saved model needs none of these.
@@ -184,7 +184,7 @@ def test_runs_are_compared_without_torch():
 
 def test_recordings_are_transcribed_without_lightning_and_datasets():
     used = closure({"transcribe"})
-    assert {"decoding.transcribe", "data.audio_paths", "config.instantiate"} <= used
+    assert {"decoding.transcriber", "data.audio_paths", "config.hydra_calls"} <= used
     assert set().union(*(PACKAGES[name] for name in used)) & {"lightning", "datasets", "pyarrow", "pandas"} == set()
 
 

@@ -17,7 +17,7 @@ from sedtrain.config.signatures import read_signature
 from sedtrain.data.augmentations import ColouredNoise, Gain, RecordedNoise, Reverb, Speed, TimeMask
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.transcribe import Model, decoding_options
+from sedtrain.decoding.transcriber import Model, decoding_options
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.models.adapter import ConvAdapter, QFormerAdapter, TransformerAdapter, saved_adapter, stock_projection

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sedtrain.config.composition import hydra_known
+from sedtrain.config.hydra_calls import hydra_known
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 

@@ -24,7 +24,7 @@ import sedtrain as package
 from sedtrain.compare import compare
 from sedtrain.decoding.fusion import language_model
 from sedtrain.errors import UserError
-from sedtrain.evaluation.provenance import commit
+from sedtrain.evaluation.results import commit
 from sedtrain.models.decoder import load_decoder
 from sedtrain.models.family_settings import feature_extractor_of
 from sedtrain.models.loading import load_tokenizer

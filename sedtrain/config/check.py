@@ -10,8 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from sedtrain.annotations import example, misfits, suggest
-from sedtrain.config.metric_rules import OF_METRICS
-from sedtrain.config.rules import broken_rules
+from sedtrain.config.rules import OF_METRICS, broken_rules
 from sedtrain.config.schema import ANNOTATIONS, ROOT, first_line, plain
 from sedtrain.config.signatures import read_signature
 from sedtrain.errors import UNSET, UserError, as_yaml

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sedtrain.annotations import closest, suggest
 from sedtrain.config.check import check_references, find_problems
-from sedtrain.config.composition import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
+from sedtrain.config.hydra_calls import COMPOSITION_ERRORS, compose_choices, composition_error, hydra_known
 from sedtrain.config.schema import ANNOTATIONS, plain
 from sedtrain.errors import UNSET, UserError
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from sedtrain.decoding.words import texts_of
+from sedtrain.decoding.alignment import texts_of
 from sedtrain.errors import UserError
 from sedtrain.models.loading import check_loaded, load_tokenizer, loading
 from sedtrain.models.positions import max_tokens

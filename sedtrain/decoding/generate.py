@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from sedtrain.batch import Batch
-from sedtrain.decoding.alignment import checked_by_ctc
+from sedtrain.decoding.alignment import checked_by_ctc, texts_of
 from sedtrain.decoding.ctc import best_path, frames_of, lattice_of, prefix_beam
 from sedtrain.decoding.fusion import Fusion, language_model, word_beginnings
 from sedtrain.decoding.hotwords import HotWords, tree_of
@@ -19,7 +19,6 @@ from sedtrain.decoding.hypotheses import Hypotheses, end_tokens
 from sedtrain.decoding.joint import rescored
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.searches import SearchInputs, by_decoder
-from sedtrain.decoding.words import texts_of
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.positions import most_new_tokens

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sedtrain.annotations import refuse_misfits
-from sedtrain.decoding.pauses import Pauses, activity_of
+from sedtrain.decoding.windows import Pauses, activity_of
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, CountOrZero, Exponent, Fraction, NonNegative, Positive, PositiveFraction, UpTo1000
 

@@ -18,10 +18,9 @@ from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.pauses import Activity, Samples, activity_of
 from sedtrain.decoding.timestamps import FrameTimes, timed
 from sedtrain.decoding.transcription import Segment, Transcription
-from sedtrain.decoding.windows import Window, joined, windows_of
+from sedtrain.decoding.windows import Activity, Samples, Window, activity_of, joined, windows_of
 from sedtrain.models.int8 import in_int8
 from sedtrain.models.saved import SavedModel
 from sedtrain.models.whole import heard_languages

@@ -7,20 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sedtrain.errors import UserError
-from sedtrain.evaluation.intervals import Interval, Units, confidence_intervals, sums_of_units
+from sedtrain.evaluation.differences import Origin, origin
 from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.evaluation.metrics import Counts, title_of
-from sedtrain.evaluation.origin import Origin, origin
-from sedtrain.evaluation.paired_tests import (
+from sedtrain.evaluation.results import BestHypothesis, scored_as
+from sedtrain.evaluation.scored_runs import ScoredRun
+from sedtrain.evaluation.statistics import (
     LEVEL,
+    Interval,
     PairedDifference,
+    Units,
     chances_of_swaps,
+    confidence_intervals,
     holm,
     paired_test,
     smallest_chance,
+    sums_of_units,
 )
-from sedtrain.evaluation.results import BestHypothesis, scored_as
-from sedtrain.evaluation.scored_runs import ScoredRun
 from sedtrain.text.normalizers import normalizer
 
 WRITE = "compare runs of the same data, split and normalizer; task=evaluate scores a run again"

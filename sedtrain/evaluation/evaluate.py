@@ -16,12 +16,19 @@ from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.decoding.searches import loop_of
 from sedtrain.errors import UserError
-from sedtrain.evaluation.intervals import Interval, confidence_intervals
-from sedtrain.evaluation.listening import Listening, listen
+from sedtrain.evaluation.attention_picture import Listening, listen
 from sedtrain.evaluation.metric_set import MetricSet
-from sedtrain.evaluation.provenance import commit, installed_versions
 from sedtrain.evaluation.report import write_report
-from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, write_hypotheses
+from sedtrain.evaluation.results import (
+    Evaluation,
+    Hypothesis,
+    Results,
+    TrainingTotals,
+    commit,
+    installed_versions,
+    write_hypotheses,
+)
+from sedtrain.evaluation.statistics import Interval, confidence_intervals
 from sedtrain.models.saved import SavedModel
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from sedtrain.evaluation import html
-from sedtrain.evaluation.intervals import Interval, confidence_intervals
 from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import Evaluation, percent
+from sedtrain.evaluation.statistics import Interval, confidence_intervals
 
 NUM_RANGES, NUM_NAMES = 6, 10  # most groups by a number; worst groups by a name that are shown
 

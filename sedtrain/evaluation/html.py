@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sedtrain.evaluation.intervals import Interval
+from sedtrain.evaluation.statistics import Interval
 from sedtrain.run_dir import write_whole
 
 Audio = tuple[np.ndarray, int]  # (S,) samples in -1..1, sampling rate in hertz

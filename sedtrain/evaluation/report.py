@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sedtrain.evaluation import html
+from sedtrain.evaluation.attention_picture import MOST_SECONDS, Listening
 from sedtrain.evaluation.groups import scores_by_group
-from sedtrain.evaluation.listening import MOST_SECONDS, Listening
 from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.evaluation.metrics import METRICS, word_pairs
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, percent

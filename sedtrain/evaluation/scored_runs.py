@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sedtrain.errors import UserError
-from sedtrain.evaluation.intervals import Interval
 from sedtrain.evaluation.metrics import METRICS
 from sedtrain.evaluation.results import BestHypothesis, Results, TrainingTotals
+from sedtrain.evaluation.statistics import Interval
 from sedtrain.plain import plain_value
 from sedtrain.ranges import BLEU_TOKENIZERS
 from sedtrain.text.normalizers import NORMALIZERS

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive
 
-from sedtrain.decoding.transcribe import Transcriber, seconds_of
+from sedtrain.decoding.transcriber import Transcriber, seconds_of
 from sedtrain.decoding.transcription import Transcription
 from sedtrain.errors import UserError
 from sedtrain.serving.metrics import Metrics

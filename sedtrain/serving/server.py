@@ -7,7 +7,7 @@ import socket
 import uvicorn
 
 from sedtrain.data.memory import keep_freed_memory
-from sedtrain.decoding.transcribe import Transcriber
+from sedtrain.decoding.transcriber import Transcriber
 from sedtrain.errors import UserError
 from sedtrain.serving.app import Service
 from sedtrain.serving.options import ServeOptions

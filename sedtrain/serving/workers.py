@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sedtrain.data.memory import return_freed_memory
 from sedtrain.decoding.recordings import NUM_HELD, Recording
-from sedtrain.decoding.transcribe import Transcriber
+from sedtrain.decoding.transcriber import Transcriber
 from sedtrain.decoding.transcription import Transcription
 from sedtrain.decoding.windows import Window
 

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from sedtrain.batch import Batch
 from sedtrain.errors import UserError
-from sedtrain.evaluation.provenance import commit, installed_versions
-from sedtrain.evaluation.results import Hypothesis, Results
+from sedtrain.evaluation.results import Hypothesis, Results, commit, installed_versions
 from sedtrain.launch import is_first
 from sedtrain.models.parts import part_of
 from sedtrain.training.gradients import on_host

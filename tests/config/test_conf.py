@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sedtrain.config.check import find_problems
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.config.schema import conf_dir, register
 
 FILES = sorted(path for path in conf_dir().glob("*/*.yaml"))

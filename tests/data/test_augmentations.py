@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 from test_conf import FAMILIES, composed
 
 from sedtrain.config.check import find_problems
-from sedtrain.config.instantiate import create
+from sedtrain.config.hydra_calls import create
 from sedtrain.data.augment import Augmentation
 from sedtrain.data.augmentations import ColouredNoise, Gain, RecordedNoise, Reverb, Speed, TimeMask
 from sedtrain.errors import UserError

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedtrain.config import rules
-from sedtrain.decoding.outputs import TRANSCRIPT_WRITERS, Outputs
-from sedtrain.decoding.subtitles import LINE, LINES, width
+from sedtrain.decoding.outputs import LINE, LINES, TRANSCRIPT_WRITERS, Outputs, width
 from sedtrain.decoding.transcription import Segment, Transcription, Word
 from sedtrain.errors import UserError
 

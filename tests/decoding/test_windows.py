@@ -15,11 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedtrain.data.audio import audio_blocks, read_audio
-from sedtrain.decoding import pauses
 from sedtrain.decoding import windows as module
-from sedtrain.decoding.pauses import activity_of, by_energy, samples_per_hop
 from sedtrain.decoding.transcription import Segment, Transcription, Word
-from sedtrain.decoding.windows import LONG_PAUSE, MIN_SPEECH, joined, planned, windows_of
+from sedtrain.decoding.windows import (
+    LONG_PAUSE,
+    MIN_SPEECH,
+    activity_of,
+    by_energy,
+    joined,
+    planned,
+    samples_per_hop,
+    windows_of,
+)
 from sedtrain.errors import UserError
 
 RATE = 16_000
@@ -148,9 +155,9 @@ def test_recordings_read_in_several_threads_do_not_share_the_state_of_silero(mon
             time.sleep(0.001)
             return torch.tensor(float(self.num_hops))
 
-    monkeypatch.setattr(pauses, "silero", cache(Counting))
+    monkeypatch.setattr(module, "silero", cache(Counting))
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: pauses.by_silero(np.zeros(5120, np.float32), RATE), range(4)))
+        found = list(threads.map(lambda _: module.by_silero(np.zeros(5120, np.float32), RATE), range(4)))
     for each in found:
         np.testing.assert_array_equal(each, np.arange(10) + 0.5)
 

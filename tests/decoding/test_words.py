@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from sedtrain.decoding.words import words_in
+from sedtrain.decoding.alignment import words_in
 from sedtrain.text.spacing import with_spacing
 from sedtrain.text.tokenizers import train_tokenizer
 

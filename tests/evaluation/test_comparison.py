@@ -13,13 +13,12 @@ from test_results import RESULTS
 
 from sedtrain.compare import compare, short_names
 from sedtrain.errors import UserError
-from sedtrain.evaluation import paired_tests
+from sedtrain.evaluation import statistics
 from sedtrain.evaluation.comparison import compare_runs, differences_of
-from sedtrain.evaluation.intervals import confidence_intervals
 from sedtrain.evaluation.metric_set import MetricSet
-from sedtrain.evaluation.paired_tests import chances_of_swaps, holm, paired_test
 from sedtrain.evaluation.results import Evaluation, Hypothesis, write_hypotheses
 from sedtrain.evaluation.scored_runs import ScoredRun
+from sedtrain.evaluation.statistics import chances_of_swaps, confidence_intervals, holm, paired_test
 
 WER = MetricSet(["wer"])
 WORDS = ["one", "two", "three", "four", "five", "six"]
@@ -141,7 +140,7 @@ def test_chances_of_swaps_are_those_of_all_swaps():
 
 @pytest.mark.parametrize("num_speakers", [None, 40, 8])
 def test_equally_good_runs_are_told_apart_7_times_in_100_at_most_by_either_test(num_speakers, monkeypatch):
-    monkeypatch.setattr(paired_tests, "NUM_SWAPS", 800)
+    monkeypatch.setattr(statistics, "NUM_SWAPS", 800)
     generator, p_values = np.random.default_rng(1), []
     speakers = [str(n % num_speakers) for n in range(240)] if num_speakers else [None] * 240
     for _ in range(300):

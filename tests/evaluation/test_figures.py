@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sedtrain.evaluation.html import INK, attention_figure, bars_figure, curves_figure, read_curves
-from sedtrain.evaluation.intervals import Interval
+from sedtrain.evaluation.statistics import Interval
 
 
 def test_blank_cells_are_passed_over(tmp_path):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from sedtrain.evaluation.intervals import confidence_intervals
-from sedtrain.evaluation.listening import Listening
+from sedtrain.evaluation.attention_picture import Listening
 from sedtrain.evaluation.metric_set import MetricSet
 from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals
+from sedtrain.evaluation.statistics import confidence_intervals
 
 PAIRS = [
     ("one two three", "one two three"),

@@ -7,10 +7,16 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from sedtrain.evaluation.intervals import Interval
 from sedtrain.evaluation.metric_set import MetricSet
-from sedtrain.evaluation.provenance import installed_versions
-from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals, write_hypotheses
+from sedtrain.evaluation.results import (
+    Evaluation,
+    Hypothesis,
+    Results,
+    TrainingTotals,
+    installed_versions,
+    write_hypotheses,
+)
+from sedtrain.evaluation.statistics import Interval
 from sedtrain.export.card_facts import write_eval_results
 
 RESULTS = Results(

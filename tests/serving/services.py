@@ -6,7 +6,7 @@ from families import TOKENIZER, tiny_decoder, tiny_encoder
 from starlette.testclient import TestClient
 
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.transcribe import Transcriber
+from sedtrain.decoding.transcriber import Transcriber
 from sedtrain.models.saved import join
 from sedtrain.serving.app import Service
 from sedtrain.serving.options import ServeOptions

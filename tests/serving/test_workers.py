@@ -5,7 +5,7 @@ import torch
 from services import noise_file, tiny_model, transcriber_of
 
 from sedtrain.decoding import recordings
-from sedtrain.decoding.transcribe import Transcriber
+from sedtrain.decoding.transcriber import Transcriber
 from sedtrain.errors import UserError
 from sedtrain.serving.workers import Job, Worker, Workers, sharing_weights
 

@@ -19,8 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from sedtrain.build import loggers
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
-from sedtrain.evaluation.provenance import installed_versions
-from sedtrain.evaluation.results import Hypothesis
+from sedtrain.evaluation.results import Hypothesis, installed_versions
 from sedtrain.training.loggers import MetricsFile, TensorBoard
 from sedtrain.training.tracking import Tracker, commit
 

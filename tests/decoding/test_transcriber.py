@@ -23,7 +23,7 @@ from sedtrain.decoding import recordings
 from sedtrain.decoding.collator import collator_of, positions_of_audio
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.decoding.outputs import show
-from sedtrain.decoding.transcribe import Transcriber, decoding_options
+from sedtrain.decoding.transcriber import Transcriber, decoding_options
 from sedtrain.decoding.windows import Window
 from sedtrain.errors import UserError
 from sedtrain.models import SpeechEncoderDecoder, int8
@@ -298,7 +298,7 @@ def test_windows_are_decoded_by_length_within_the_bounds_of_training_batches(mod
 
 
 def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "sedtrain.decoding.transcribe"]
+    return [record.getMessage() for record in caplog.records if record.name == "sedtrain.decoding.transcriber"]
 
 
 def test_a_long_recording_is_decoded_by_windows_and_texts_that_are_cut_are_told(model, caplog):

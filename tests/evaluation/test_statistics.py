@@ -3,9 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from sedtrain.evaluation.intervals import Interval, Units, chance, confidence_intervals, quantile
 from sedtrain.evaluation.metric_set import MetricSet
-from sedtrain.evaluation.paired_tests import paired_test
+from sedtrain.evaluation.statistics import Interval, Units, chance, confidence_intervals, paired_test, quantile
 
 WER = MetricSet(["wer"])
 WORDS = 10

@@ -9,8 +9,8 @@ from tones import START, batch_of, two_tokens
 from sedtrain.decoding import ctc
 from sedtrain.decoding.alignment import align
 from sedtrain.decoding.ctc import lattice_of
-from sedtrain.evaluation import listening
-from sedtrain.evaluation.listening import cross_attention, listen
+from sedtrain.evaluation import attention_picture
+from sedtrain.evaluation.attention_picture import cross_attention, listen
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 
@@ -53,7 +53,7 @@ def test_times_are_those_of_the_whole_lattice(chunk_elements, monkeypatch):
 
 
 def test_of_a_long_text_the_first_tokens_are_looked_at_without_tags(monkeypatch):
-    monkeypatch.setattr(listening, "MOST_TOKENS", 3)
+    monkeypatch.setattr(attention_picture, "MOST_TOKENS", 3)
     model = two_tokens()
     batch = batch_of([[4, 5, 6, 6, 5, 6]], prompts=torch.tensor([[START, 4]]))
     found = listen(model, Letters(), batch)

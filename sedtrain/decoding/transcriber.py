@@ -19,9 +19,9 @@ from sedtrain.data.audio import RATES, audio_blocks, fault_of, one_channel, seco
 from sedtrain.data.headers import RefusedAudio
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
-from sedtrain.decoding.pauses import Samples
 from sedtrain.decoding.recordings import Recording, RecordingDecoder
 from sedtrain.decoding.transcription import Segment, Transcription
+from sedtrain.decoding.windows import Samples
 from sedtrain.errors import UserError
 from sedtrain.models import saved
 from sedtrain.models.positions import most_new_tokens

@@ -1,15 +1,19 @@
-"""Composes configurations by Hydra from group choices; its errors become UserErrors."""
+"""Composes configurations and makes the objects that they describe, by Hydra; its errors become UserErrors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -17,7 +21,10 @@ from sedtrain.annotations import example, misfits, suggest
 from sedtrain.config.schema import ANNOTATIONS, first_line, plain
 from sedtrain.errors import UNSET, UserError
 
+logger = logging.getLogger(__name__)
+
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
+REFUSALS = (ValueError, TypeError, ImportError)
 
 
 def compose_choices(
@@ -97,3 +104,36 @@ def typed_error(error: OmegaConfBaseException, option: str, value: object) -> Us
     found = UserError(key, refused, first_line(error), write)
     found = next(misfits(key, refused, ANNOTATIONS.get(key, "Any")), found)
     return UserError(found.option, found.value, f"{found.wrong}{set_by}", found.write)
+
+
+def create(cfg: DictConfig, path: str) -> Any:
+    """The object of the node at the dotted `path`, or a partial if the node says `_partial_`.
+
+    Raises UserError for values that the target refuses, now or when the partial is called.
+    """
+    node = OmegaConf.select(cfg, path)
+    made = guarded(node, path, instantiate, node, _convert_="all")
+    is_partial = isinstance(node, DictConfig) and node.get("_partial_", False)
+    return partial(guarded, node, path, made) if is_partial else made
+
+
+def import_target(cfg: DictConfig, path: str) -> None:
+    """Imports the target of the node at `path`, without calling it."""
+    node = OmegaConf.select(cfg, path)
+    guarded(node, path, get_object, node["_target_"])
+
+
+def guarded(node: Any, path: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls the function; a refusal that is not yet a UserError becomes one at `path`."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        cause = (isinstance(error, InstantiationException) and error.__cause__) or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, REFUSALS) and type(cause).__name__ != "MisconfigurationException":  # Lightning's
+            raise
+        logger.debug("%s is refused", path, exc_info=cause)
+        target = str(node.get("_target_", path))
+        write = f"write values that {target.rpartition('.')[2]} takes, such as {path}.OPTION=VALUE"
+        raise UserError(path, target, first_line(cause), write) from error
