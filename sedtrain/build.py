@@ -22,6 +22,7 @@ from sedtrain.data.readers import cache_folder
 from sedtrain.data.source import lasting, refuse_same_for_all
 from sedtrain.decoding.generate import refuse_impossible
 from sedtrain.decoding.options import DecodingOptions
+from sedtrain.devices import device, precision_of, refuse_absent
 from sedtrain.errors import REFUSED, Attempts, UserError
 from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
 from sedtrain.evaluation.metrics import TRANSCRIPTION, chosen
@@ -34,9 +35,8 @@ from sedtrain.training.feature_cache import FeatureCache, Store, frozen_front
 from sedtrain.training.finetune import FineTuning
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.run import TrainingRun, run_trainer
-from sedtrain.training.strategies import FullySharded, precision_of
+from sedtrain.training.strategies import FullySharded
 from sedtrain.training.tracking import Tracker
-from sedtrain.transcribe import device, refuse_absent
 
 NUM_TEXTS_OF_LANGUAGE = 1000
 
@@ -154,7 +154,9 @@ def loggers(cfg: DictConfig) -> list[Tracker]:
 def trainer_maker(cfg: DictConfig) -> Callable[..., lightning.Trainer]:
     """A function that makes a Trainer with the options of `trainer`; precision=auto becomes the device's."""
     make: Callable[..., lightning.Trainer] = create(cfg, "trainer")
-    return partial(make, precision=precision_of(device(cfg))) if cfg.trainer.get("precision") == "auto" else make
+    if cfg.trainer.get("precision") != "auto":
+        return make
+    return partial(make, precision=precision_of(device(cfg.trainer.get("accelerator"))))
 
 
 def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
@@ -183,5 +185,5 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """The whole configuration as plain values that stay valid in another folder and on another machine."""
     settings = resolved(cfg)
     if cfg.trainer.get("precision") == "auto":
-        settings["trainer"]["precision"] = precision_of(device(cfg))
+        settings["trainer"]["precision"] = precision_of(device(cfg.trainer.get("accelerator")))
     return {**settings, "data": lasting(settings["data"])}

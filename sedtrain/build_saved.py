@@ -12,6 +12,7 @@ from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.limits import WHOLE
 from sedtrain.decoding.collator import collator_of
 from sedtrain.decoding.generate import refuse_impossible
+from sedtrain.devices import device
 from sedtrain.errors import Attempts
 from sedtrain.evaluation.evaluate import Scoring
 from sedtrain.evaluation.metric_set import MetricSet, OwnMetric
@@ -25,7 +26,7 @@ from sedtrain.models.saved import SavedModel
 from sedtrain.plain import plain_value
 from sedtrain.run_dir import config_of
 from sedtrain.text.normalizers import normalizer
-from sedtrain.transcribe import device, saved_model
+from sedtrain.transcribe import saved_model
 
 
 def rewritten_data(cfg: DictConfig) -> SpeechTextDataModule:
@@ -73,7 +74,8 @@ def own_metric(name: str, node: DictConfig) -> OwnMetric:
 def scoring(cfg: DictConfig, data: SpeechTextDataModule) -> Scoring:
     metrics, options = metrics_of(cfg, data, [cfg.split]), create(cfg, "decoding")
     checkpoint = None if cfg.task == "train" else cfg.checkpoint
-    return Scoring(cfg.target, cfg.split, metrics, options, device(cfg), Path(cfg.run_dir), checkpoint)
+    scores_on = device(cfg.trainer.get("accelerator"))
+    return Scoring(cfg.target, cfg.split, metrics, options, scores_on, Path(cfg.run_dir), checkpoint)
 
 
 def evaluation(cfg: DictConfig) -> tuple[Scoring, SavedModel, SpeechTextDataModule]:

@@ -193,7 +193,7 @@ class Search:
         given = {name: self.settings[name] for name in ("study", "pruner", "full_trials", "warmup_steps")}
         options = {"storage": self.storage, "number": number, "metric": f"val/{self.objective.name}", **given}
         listed = ",".join(f"{name}:{json.dumps(value)}" for name, value in options.items())
-        return f"+callbacks.search={{_target_:sedtrain.training.trial_report.TrialReport,{listed}}}"
+        return f"+callbacks.search={{_target_:sedtrain.training.optuna_report.TrialReport,{listed}}}"
 
     def tell(self, number: int, folder: Path) -> None:
         """Records in the study how a trial ended, unless the run itself has recorded that it was pruned."""

@@ -3,11 +3,9 @@
 import logging
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sedtrain import terminal
@@ -16,6 +14,7 @@ from sedtrain.data.audio_paths import audio_paths, stored
 from sedtrain.data.buckets import Bounds
 from sedtrain.decoding.outputs import Outputs
 from sedtrain.decoding.transcriber import Transcriber
+from sedtrain.devices import device
 from sedtrain.errors import Attempts, Unfinished, UserError
 from sedtrain.models.saved import SavedModel, load
 
@@ -60,7 +59,7 @@ def transcriber_of(cfg: DictConfig) -> Transcriber:
     with_words, bounds = outputs_of(cfg).formats != ("text",), attempt(bounds_of, cfg)
     made: Transcriber = attempt(make, saved, options, with_words, bounds)
     attempt.report()
-    saved.model.to(device(cfg))
+    saved.model.to(device(cfg.trainer.get("accelerator")))
     return made
 
 
@@ -82,19 +81,3 @@ def saved_model(cfg: DictConfig) -> SavedModel:
     for group in ("encoder", "decoder", "adapter"):
         import_target(cfg, group)
     return load(cfg.checkpoint)
-
-
-def device(cfg: DictConfig) -> torch.device:
-    """The accelerator of this process; the CPU without one, or with trainer.accelerator=cpu."""
-    refuse_absent(cfg.trainer.get("accelerator"))
-    may_use = cfg.trainer.get("accelerator") != "cpu" and torch.accelerator.is_available()
-    return (torch.accelerator.current_accelerator() if may_use else None) or torch.device("cpu")
-
-
-def refuse_absent(accelerator: object) -> None:
-    """Raises UserError for an accelerator that this machine does not have."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    is_here = {"cuda": has_cuda, "mps": has_mps, "gpu": has_cuda or has_mps, "tpu": find_spec("torch_xla") is not None}
-    if not is_here.get(str(accelerator), True):
-        wrong, write = "PyTorch finds none on this machine", "write trainer.accelerator=auto or cpu"
-        raise UserError("trainer.accelerator", accelerator, wrong, write)

@@ -20,7 +20,7 @@ import lightning
 import torch
 from forked import Forked
 
-from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_intact, read_checkpoint
 
 MOMENTS = ("loading", "forward", "backward", "update", "validating", "writing")
 SHORT = [
@@ -107,7 +107,7 @@ def kill_once(run, overrides, draw, moment):
 
 def whole_checkpoints(run):
     """Whether every file under the name of a checkpoint is whole."""
-    return all(map(is_whole, (run / "checkpoints").glob("*.ckpt")))
+    return all(map(is_intact, (run / "checkpoints").glob("*.ckpt")))
 
 
 def equal(one, other):

@@ -16,9 +16,8 @@ import torch
 import transformers
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Timer
-from omegaconf import OmegaConf
 
-from sedtrain import build, build_saved, transcribe
+from sedtrain import build, build_saved, devices, transcribe
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.buckets import Bounds
 from sedtrain.errors import UserError
@@ -159,7 +158,7 @@ def test_an_accelerator_that_the_machine_lacks_is_refused_by_all_that_would_use_
         )
     }
     assert refused(build.make_trainer, cfg, build.create(cfg, "finetune")) == expected
-    assert refused(transcribe.device, cfg) == expected
+    assert refused(devices.device, cfg.trainer.accelerator) == expected
 
 
 def test_everything_that_components_refuse_is_reported_at_once(built, tmp_path):
@@ -572,7 +571,7 @@ def test_characters_that_a_pretrained_tokenizer_cannot_write_are_warned_of(built
 def test_a_model_writes_on_the_accelerator_that_there_is_and_may_be_used(monkeypatch, is_there, accelerator, expected):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: is_there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert transcribe.device(OmegaConf.create({"trainer": {"accelerator": accelerator}})) == torch.device(expected)
+    assert devices.device(accelerator) == torch.device(expected)
 
 
 class Asked(Exception):

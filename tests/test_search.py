@@ -21,7 +21,7 @@ from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.search import distribution, search
-from sedtrain.training.trial_report import TrialReport
+from sedtrain.training.optuna_report import TrialReport
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,7 +150,7 @@ def searched(tmp_path, empty_database):
             lr, folder = given["optimizer.lr"], tmp_path / "sweep" / str(number)
             (folder / "model").mkdir(parents=True, exist_ok=True)
             options = given["callbacks.search"]
-            assert options.pop("_target_") == "sedtrain.training.trial_report.TrialReport"
+            assert options.pop("_target_") == "sedtrain.training.optuna_report.TrialReport"
             reporting = TrialReport(**options)
             for step in (1, 2):
                 if number == dying and step == 2:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sedtrain.annotations import checked
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, InnerFraction
-from sedtrain.training.callbacks import callbacks_of
+from sedtrain.training.tracking import callbacks_of
 
 OWN_WEIGHTS = "current_model_state"
 """Entry of an EMA checkpoint with the weights that training continues from; `state_dict` holds their average."""

@@ -1,11 +1,13 @@
-"""Checkpoint files: written whole, verified by a digest, read without running code."""
+"""Checkpoint files: written whole, verified by a digest, read without running code; the random state that they hold."""
 
 import hashlib
 import logging
 import pickle
+import random
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
@@ -58,11 +60,11 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 def set_aside_damaged(folder: Path) -> None:
     """Renames a damaged `last.ckpt`, which the next write would otherwise move over the whole `previous.ckpt`."""
     last = folder / LAST
-    if last.is_file() and not is_whole(last):
+    if last.is_file() and not is_intact(last):
         last.replace(last.with_name(f"{LAST}.damaged"))
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """True if the file ends with the digest of its content."""
     size = path.stat().st_size - TRAILER_BYTES
     if size <= 0:
@@ -79,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         instead = "write resume=auto, or resume=FILE of a run's checkpoints"
         raise UserError("resume", str(path), "there is no such checkpoint", instead)
-    if not is_whole(path):
+    if not is_intact(path):
         wrong = f"this checkpoint is damaged: the digest in {path.name} does not match its content"
         instead = f"write resume={path.with_name(PREVIOUS)} or {BEST}; resume=auto takes the newest that is whole"
         raise UserError("resume", str(path), wrong, instead)
@@ -94,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def newest_whole(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder; None without checkpoints. Raises UserError if all are damaged."""
     last = folder / LAST
-    if last.is_file() and is_whole(last):
+    if last.is_file() and is_intact(last):
         return last
     if last.is_dir():
         write = f"write mv {last} ANOTHER_PLACE in your shell, then resume"
@@ -102,7 +104,7 @@ def newest_whole(folder: Path) -> Path | None:
     found = [path for path in (folder / BEST, last, folder / PREVIOUS) if path.is_file()]
     if not found:
         return None
-    steps = {path: read_checkpoint(path)["global_step"] for path in found if is_whole(path)}
+    steps = {path: read_checkpoint(path)["global_step"] for path in found if is_intact(path)}
     if not steps:
         names = ", ".join(path.name for path in found)
         wrong = f"every checkpoint of this run is damaged: {names}"
@@ -124,3 +126,25 @@ class CheckpointFiles(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and PyTorch's generators, and of this process's GPU."""
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    keys = {**numpy["state"], "key": numpy["state"]["key"].tolist()}
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": keys},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restores what `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -17,11 +17,9 @@ from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Positive
 from sedtrain.run_dir import LAST
 from sedtrain.training.averaging import EMA, OWN_WEIGHTS
-from sedtrain.training.callbacks import callbacks_of
-from sedtrain.training.checkpoint_files import CheckpointFiles, set_aside_damaged
-from sedtrain.training.random_state import random_state, set_random_state
+from sedtrain.training.checkpoint_files import CheckpointFiles, random_state, set_aside_damaged, set_random_state
 from sedtrain.training.strategies import gather_states
-from sedtrain.training.tracking import trackers
+from sedtrain.training.tracking import callbacks_of, trackers
 
 NEVER = sys.maxsize  # as `val_check_batch`: Lightning never validates
 

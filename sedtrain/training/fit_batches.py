@@ -16,10 +16,9 @@ from sedtrain.data.streaming import BlockStart
 from sedtrain.errors import UserError
 from sedtrain.ranges import Positive
 from sedtrain.run_dir import write_whole
-from sedtrain.training.memory_meter import MemoryMeter, memory_meter
-from sedtrain.training.out_of_memory import OutOfMemory
+from sedtrain.training.memory import MemoryMeter, OutOfMemory, memory_meter
+from sedtrain.training.memory_trials import Trial, TrialSteps
 from sedtrain.training.run import TrainingRun
-from sedtrain.training.trial_steps import Trial, TrialSteps
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from sedtrain.annotations import checked
 from sedtrain.batch import Batch
 from sedtrain.errors import UserError
+from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.ranges import Count, Finite, Fraction, Positive
 from sedtrain.training.gradients import Update, on_host
 from sedtrain.training.strategies import gather_states
@@ -201,3 +202,19 @@ def reason_to_skip(trainer: Trainer, update: Update) -> str | None:
         return None
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return "the gradient is not finite" if scaler is None or scaler.get_scale() < 1 else None
+
+
+class OtherAudio:
+    """Exchanges the encoded audio of utterances, batch after batch."""
+
+    def __init__(self) -> None:
+        self.previous: EncodedSpeech | None = None
+
+    def exchanged(self, encoded: EncodedSpeech) -> EncodedSpeech | None:
+        """Gives each utterance the audio of the one before it in the batch; the first gets the last one's.
+
+        A single utterance gets the first of the previous batch; None if there is no previous batch.
+        """
+        previous, self.previous = self.previous, encoded.rows([0])
+        num_utterances = len(encoded.last_hidden_state)
+        return previous if num_utterances == 1 else encoded.rows([num_utterances - 1, *range(num_utterances - 1)])

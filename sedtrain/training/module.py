@@ -24,13 +24,13 @@ from sedtrain.models.losses import LossWeights, ctc
 from sedtrain.models.parts import Execution
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import forget
-from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.feature_cache import FeatureCache
 from sedtrain.training.gradients import SCALE, LossSums, RunningStatistics, Update, divide_gradients, on_host, skip
+from sedtrain.training.guards import OtherAudio
+from sedtrain.training.memory import memory_for
 from sedtrain.training.optim import build_optimizer, parameter_groups
-from sedtrain.training.out_of_memory import memory_for
-from sedtrain.training.probe import OtherAudio
 from sedtrain.training.strategies import FullySharded, gather_states
+from sedtrain.training.tracking import callbacks_of
 
 
 class SpeechSeq2SeqModule(LightningModule):

@@ -23,15 +23,14 @@ from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.saved import SavedModel
 from sedtrain.run_dir import checkpoints_of
 from sedtrain.training.averaging import AverageBest, mean_weights
-from sedtrain.training.callbacks import callbacks_of
-from sedtrain.training.checkpoint_files import is_whole, newest_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_intact, newest_whole, read_checkpoint
 from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.finetune import FineTuning, PartPlan
 from sedtrain.training.module import SpeechSeq2SeqModule
 from sedtrain.training.progress import ProgressBar
 from sedtrain.training.signals import StopOnInterrupt
 from sedtrain.training.strategies import end_others, rejoin, tensor_float32
-from sedtrain.training.tracking import Tracker, Tracking
+from sedtrain.training.tracking import Tracker, Tracking, callbacks_of
 from sedtrain.training.utilization import Utilization
 
 logger = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ class TrainingRun:
         averages = [path for average in self.callbacks(AverageBest) for path in average.paths]
         best = self.callbacks(Checkpoints)[0].best_model_path
         chosen = averages or ([Path(best)] if best else [])
-        whole = [path for path in chosen if path.is_file() and is_whole(path)]
+        whole = [path for path in chosen if path.is_file() and is_intact(path)]
         for path in set(chosen) - set(whole):
             logger.warning("%s is missing or damaged, so it is left out of the final weights", path)
         return whole or [self.last()]

@@ -8,9 +8,9 @@ from types import FrameType
 
 from lightning import Callback, LightningModule, Trainer
 
-from sedtrain.training.callbacks import callbacks_of
 from sedtrain.training.checkpoints import Checkpoints, Stopped
 from sedtrain.training.progress import ProgressBar
+from sedtrain.training.tracking import callbacks_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Devices and processes of a run: precision, FSDP2, restarts by torchrun, the end of failed processes."""
+"""Devices and processes of a run: TF32, FSDP2, restarts by torchrun, the end of failed processes."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -18,12 +18,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from sedtrain.errors import UserError
 from sedtrain.models.parts import layers_of
-
-
-def precision_of(device: torch.device) -> str:
-    """bf16-mixed on a CUDA device with bfloat16 arithmetic, which some only emulate; else 32-true."""
-    computes_in_16_bits = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if computes_in_16_bits else "32-true"
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import heapq
 import logging
 from collections.abc import Callable, Mapping
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
@@ -18,6 +18,8 @@ from sedtrain.models.parts import part_of
 from sedtrain.training.gradients import on_host
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NUM_SAMPLES = 8
 """Utterances whose texts are logged in every validation, always the same ones."""
@@ -155,3 +157,8 @@ def log_scores(trainer: Trainer, results: Results) -> None:
     for tracker in trackers(trainer):
         tracker.log_metrics(scores, logged_steps(trainer))
         tracker.close()
+
+
+def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
+    """The callbacks of a Trainer that are instances of `kind`."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

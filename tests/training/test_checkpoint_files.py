@@ -12,7 +12,7 @@ from sedtrain.errors import UserError
 from sedtrain.training import checkpoint_files
 from sedtrain.training.checkpoint_files import (
     CheckpointFiles,
-    is_whole,
+    is_intact,
     newest_whole,
     read_checkpoint,
     set_aside_damaged,
@@ -50,14 +50,14 @@ def test_any_bit_that_flips_is_found(tmp_path_factory, written, place, bit):
     damaged[place % len(damaged)] ^= 1 << bit
     path = tmp_path_factory.getbasetemp() / "flipped.ckpt"
     path.write_bytes(damaged)
-    assert not is_whole(path)
+    assert not is_intact(path)
 
 
 @given(length=st.integers(min_value=0))
 def test_a_file_cut_anywhere_is_found(tmp_path_factory, written, length):
     path = tmp_path_factory.getbasetemp() / "cut.ckpt"
     path.write_bytes(written[: length % len(written)])
-    assert not is_whole(path)
+    assert not is_intact(path)
 
 
 def test_the_one_before_stays_and_stands_in_where_the_last_is_damaged_or_missing(tmp_path, caplog):
@@ -83,7 +83,7 @@ def test_a_damaged_last_one_takes_the_place_of_no_other_at_the_next_write(tmp_pa
     set_aside_damaged(tmp_path)
     write_checkpoint({"global_step": 3}, last)
     assert (step_of(last), step_of(previous)) == (3, 1)
-    assert not is_whole(tmp_path / "last.ckpt.damaged")
+    assert not is_intact(tmp_path / "last.ckpt.damaged")
 
 
 def test_of_several_that_are_whole_the_newest_stands_in(tmp_path):

@@ -12,7 +12,7 @@ from corpora import OVERLAPPING, STREAMED, data_module
 from kill_and_resume import equal
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_intact, read_checkpoint
 from sedtrain.training.checkpoints import NEVER, Checkpoints, Stopped, ValidateEvery
 from sedtrain.training.loggers import MetricsFile
 from sedtrain.training.signals import StopOnInterrupt
@@ -138,8 +138,8 @@ def test_a_training_that_goes_on_sets_a_damaged_last_checkpoint_aside(good, tmp_
     damaged = tmp_path / "checkpoints/last.ckpt"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     fit(good, tmp_path, start=tmp_path / "checkpoints/previous.ckpt")
-    assert not is_whole(tmp_path / "checkpoints/last.ckpt.damaged")
-    assert is_whole(damaged)
+    assert not is_intact(tmp_path / "checkpoints/last.ckpt.damaged")
+    assert is_intact(damaged)
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_epochs": None, "max_steps": 11}], ids=["epochs", "steps"])

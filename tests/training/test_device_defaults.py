@@ -10,8 +10,9 @@ from sedtrain import build
 from sedtrain.batch import Batch
 from sedtrain.data import workers
 from sedtrain.data.workers import Loader, usual_workers
+from sedtrain.devices import precision_of
 from sedtrain.training.progress import ProgressBar
-from sedtrain.training.strategies import precision_of, tensor_float32
+from sedtrain.training.strategies import tensor_float32
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

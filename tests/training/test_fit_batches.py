@@ -21,7 +21,7 @@ from sedtrain.data.augment import Augment
 from sedtrain.data.augmentations import Speed
 from sedtrain.data.buckets import Bucket, groups_by_buckets
 from sedtrain.errors import UserError
-from sedtrain.training import memory_meter
+from sedtrain.training import memory as meters
 from sedtrain.training.fit_batches import (
     TOLERANCE,
     Budget,
@@ -32,9 +32,8 @@ from sedtrain.training.fit_batches import (
     lengths,
     nonempty_buckets,
 )
-from sedtrain.training.memory_meter import ProcessMemory
-from sedtrain.training.out_of_memory import OutOfMemory
-from sedtrain.training.trial_steps import Trial, noise
+from sedtrain.training.memory import OutOfMemory, ProcessMemory
+from sedtrain.training.memory_trials import Trial, noise
 
 REPOSITORY = Path(__file__).parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is counted on Linux alone")
@@ -149,14 +148,14 @@ def test_a_budget_is_asked_for_on_a_cpu_and_never_more_than_there_is():
 
 def test_memory_that_cannot_be_measured_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError) as raised:
-        memory_meter.memory_meter(torch.device("mps"))
+        meters.memory_meter(torch.device("mps"))
     assert str(raised.value).endswith(
         "trainer.accelerator = 'mps'\n    its memory cannot be measured\n"
         "    write trainer.accelerator=cuda or trainer.accelerator=cpu"
     )
-    monkeypatch.setattr(memory_meter, "CLEAR", tmp_path / "proc" / "clear_refs")
+    monkeypatch.setattr(meters, "CLEAR", tmp_path / "proc" / "clear_refs")
     with pytest.raises(UserError, match="this system does not count the peak of a process's memory"):
-        memory_meter.memory_meter(torch.device("cpu"))
+        meters.memory_meter(torch.device("cpu"))
 
 
 @linux
@@ -231,7 +230,7 @@ import os, re, signal, sys, threading, time
 from pathlib import Path
 import lightning
 from sedtrain.__main__ import main
-from sedtrain.training.memory_meter import ProcessMemory
+from sedtrain.training.memory import ProcessMemory
 
 class Sizes(lightning.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):

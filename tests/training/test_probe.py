@@ -4,7 +4,7 @@ import pytest
 import torch
 from exactness import batch, new_module
 
-from sedtrain.training.probe import OtherAudio
+from sedtrain.training.guards import OtherAudio
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import random
 import numpy as np
 import torch
 
-from sedtrain.training.checkpoint_files import read_checkpoint, write_checkpoint
-from sedtrain.training.random_state import random_state, set_random_state
+from sedtrain.training.checkpoint_files import random_state, read_checkpoint, set_random_state, write_checkpoint
 from sedtrain.training.strategies import gather_states
 
 

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file
 from sharded import BF16, STARTS_LATE, WHOLE, arguments
 
-from sedtrain.training.checkpoint_files import is_whole, read_checkpoint
+from sedtrain.training.checkpoint_files import is_intact, read_checkpoint
 
 LOGGED = ["train/loss", "train/ctc_loss", "val/loss", "val/wer", "val/cer", "val/mine", "val/audio_gain"]
 FIRST, THEN = range(3), range(3, 6)
@@ -118,7 +118,7 @@ def test_two_ranks_have_the_weights_of_one_process_and_their_average_when_a_part
 
 def test_a_checkpoint_of_two_ranks_is_one_whole_file_of_the_same_layout(runs):
     paths = [runs / name / "checkpoints" / "last.ckpt" for name in ("single_late", "fsdp_late")]
-    assert is_whole(paths[1])
+    assert is_intact(paths[1])
     single, sharded = map(read_checkpoint, paths)
     assert sharded["state_dict"].keys() == single["state_dict"].keys()
     expected, state = single["optimizer_states"][0], sharded["optimizer_states"][0]

@@ -1,13 +1,21 @@
-"""Memory that training takes: of the process on a CPU, of PyTorch on a GPU. Sizes are in bytes."""
+"""Memory that training takes: of the process on a CPU, of PyTorch on a GPU; an error of its own where it runs out.
+
+Sizes are in bytes.
+"""
 
 import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities.memory import is_oom_error
 
+from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.data.memory import return_freed_memory
-from sedtrain.errors import UserError
+from sedtrain.errors import UNSET, UserError
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # written to clear_refs: see proc(5)
@@ -85,3 +93,31 @@ def memory_meter(device: torch.device) -> MemoryMeter:
 def read_proc_bytes(file: Path, name: str) -> int:
     """A size in a file of /proc, which counts in kB."""
     return 1024 * int(re.findall(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)[0])
+
+
+class OutOfMemory(UserError):
+    """A batch was too large."""
+
+
+@contextmanager
+def memory_for(batch: Batch, data: Any) -> Iterator[None]:
+    """Raises OutOfMemory if memory runs out in this context.
+
+    data: the SpeechTextDataModule; None if batches come from plain loaders
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or is_oom_error(error)):
+            raise
+        num_tokens = int((batch.labels != IGNORE_INDEX).sum())
+        raise OutOfMemory(
+            "data.batch_seconds",
+            getattr(data, "batch_seconds", UNSET),
+            f"out of memory in a batch of {len(batch)} utterances: {batch.seconds:.1f} s of audio, "
+            f"an input of shape {tuple(batch.inputs.shape)}, {num_tokens:,} target tokens",
+            "write data.batches=FILE, which task=fit_batches measures for this device\n"
+            "or a smaller data.batch_seconds, with trainer.accumulate_grad_batches=NUMBER for updates of the same size\n"
+            "or data.batch_tokens=NUMBER, or trainer.precision=bf16-mixed\n"
+            "or a smaller data.max_seconds, if a single utterance is too long",
+        ) from error

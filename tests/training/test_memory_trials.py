@@ -9,8 +9,8 @@ from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.training import module
 from sedtrain.training.averaging import EMA
-from sedtrain.training.out_of_memory import OutOfMemory
-from sedtrain.training.trial_steps import SMALL_STEPS, TrialSteps
+from sedtrain.training.memory import OutOfMemory
+from sedtrain.training.memory_trials import SMALL_STEPS, TrialSteps
 
 
 class Counted:

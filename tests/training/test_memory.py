@@ -7,7 +7,7 @@ import torch
 from exactness import Loader, batch, new_module, trainer_of
 
 from sedtrain.errors import UserError
-from sedtrain.training.out_of_memory import memory_for
+from sedtrain.training.memory import memory_for
 
 MESSAGE = """\
 1 problem:

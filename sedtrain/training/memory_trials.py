@@ -15,9 +15,8 @@ from sedtrain.batch import Batch
 from sedtrain.data.collate import Collator
 from sedtrain.errors import UserError
 from sedtrain.training.averaging import EMA
-from sedtrain.training.memory_meter import MemoryMeter
+from sedtrain.training.memory import MemoryMeter, OutOfMemory
 from sedtrain.training.module import SpeechSeq2SeqModule
-from sedtrain.training.out_of_memory import OutOfMemory
 from sedtrain.training.run import TrainingRun
 
 SMALL_STEPS = 2
