@@ -27,6 +27,16 @@ def test_a_wheel_carries_every_option_file_the_corpus_and_the_style_of_pages(tmp
     assert wheel.stat().st_size < 8_500_000
 
 
+def test_git_holds_no_large_file_but_the_embedded_corpus():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no checkout of git")
+    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    large = [name for name in names if (ROOT / name).stat().st_size > 100_000]
+    assert len(names) > 500
+    assert {str(Path(name).parent) for name in large} == {"sedtrain/data/spoken_digits"}
+
+
 @pytest.mark.parametrize(
     ("package", "bad"),
     [
