@@ -144,7 +144,7 @@ def by_role(rows: datasets.Dataset, columns: Mapping[str, str | None]) -> tuple[
     stored = rows.select_columns([name for name in rows.column_names if name in used]).with_format("arrow")[:]
     cells, problems = {}, {}
     if PROBLEM in stored.column_names:
-        rows_of_problems = pc.indices_nonzero(stored[PROBLEM].is_valid()).to_pylist()
+        rows_of_problems = rows_where(stored[PROBLEM].is_valid()).to_pylist()
         problems = dict(zip(rows_of_problems, stored[PROBLEM].drop_null().to_pylist(), strict=True))
     for role, column in columns.items():
         if column is None or column not in stored.column_names:
@@ -160,12 +160,17 @@ def by_role(rows: datasets.Dataset, columns: Mapping[str, str | None]) -> tuple[
     return pa.table(cells), problems
 
 
+def rows_where(mask: pa.ChunkedArray) -> pa.Array:
+    """The rows that a mask marks; also of no chunk, which pyarrow before 26 dies of."""
+    return pc.indices_nonzero(mask.combine_chunks())
+
+
 def readable(cells: pa.ChunkedArray, column: str) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """The cells, null where a text is not UTF-8, and the problems by row."""
     if is_readable(cells):
         return cells, {}
     texts = pa.chunked_array([pa.array(readable_cells(cells), pa.string())])
-    broken = pc.indices_nonzero(pc.and_(cells.is_valid(), texts.is_null())).to_pylist()
+    broken = rows_where(pc.and_(cells.is_valid(), texts.is_null())).to_pylist()
     return texts, dict.fromkeys(broken, f"text that is not UTF-8: column {column}")
 
 
@@ -178,7 +183,7 @@ def as_times(cells: pa.ChunkedArray, column: str) -> tuple[pa.ChunkedArray, dict
     spelt = cells.to_pylist() if is_text(cells.type) else None
     times = cells.cast(pa.float64()) if spelt is None else pa.chunked_array([[time_of(value) for value in spelt]])
     wrong = pc.or_(pc.less(times, 0), pc.greater(times, MOST_SECONDS)).fill_null(False)
-    found = pc.indices_nonzero(wrong).to_pylist()
+    found = rows_where(wrong).to_pylist()
     values = [spelt[index] for index in found] if spelt else [times[index].as_py() for index in found]
     is_empty = pc.or_(wrong, pc.is_nan(times))
     if pc.any(is_empty).as_py():

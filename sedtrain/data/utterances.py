@@ -18,7 +18,7 @@ from sedtrain.data.audio import UNREADABLE, fields_of, read_audio, refuse_silenc
 from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.paths import local_path
 from sedtrain.data.source import Source, check_columns
-from sedtrain.data.tables import NOT_TEXT, PROBLEM, by_role
+from sedtrain.data.tables import NOT_TEXT, PROBLEM, by_role, rows_where
 from sedtrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class UtteranceRows:
             return
         cells = pc.cast(self.table["text"], pa.large_string())
         has_control = pc.and_not(pc.match_substring_regex(cells, CONTROL.pattern), pc.starts_with(cells, NOT_TEXT))
-        found = pc.indices_nonzero(has_control)
+        found = rows_where(has_control)
         if len(found):
             words = "%s: texts from which control characters are taken out: %d (first: %s)"
             logger.warning(words, self.name, len(found), self.id(found[0].as_py()))
