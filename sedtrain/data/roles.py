@@ -155,3 +155,8 @@ def cleaned(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 def unclean(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """True for texts with control characters."""
     return pc.and_not(pc.match_substring_regex(texts, CONTROL), pc.starts_with(texts, NOT_TEXT))
+
+
+def rows_where(mask: pa.ChunkedArray) -> pa.Array:
+    """The numbers of the rows that a mask marks; pyarrow before 26 crashes on a mask without chunks."""
+    return pc.indices_nonzero(mask.combine_chunks())
