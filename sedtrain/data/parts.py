@@ -73,12 +73,14 @@ class Part:
     def texts(self, role: str) -> Iterator[str]:
         """The column of a role as text; of a Parquet file no other column is read or fetched. Raises as `open` does."""
         if self.place is not None and suffix_of(file_name(self.place)) == ".parquet":
-            found = (cleaned(as_texts(cells)).to_pylist() for cells in self.parquet_cells(role))
-        else:
-            rows = self.open()
-            known = ([index for index in chunk if index not in rows.problems] for chunk in rows.chunks())
-            found = (rows.cells(role, indices) for indices in known)
-        yield from (text or "" for texts in found for text in texts)
+            for cells in self.parquet_cells(role):
+                yield from (text or "" for text in cleaned(as_texts(cells)).to_pylist())
+            return
+        rows = self.open()
+        for chunk in rows.chunks():
+            for index, text in zip(chunk, rows.cells(role, chunk), strict=True):
+                if text is not None or index not in rows.problems:
+                    yield text or ""
 
     def parquet_cells(self, role: str) -> Iterator[pa.Array]:
         assert self.place is not None

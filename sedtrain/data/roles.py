@@ -121,7 +121,8 @@ def times_of(cells: pa.ChunkedArray, column: str) -> Cells:
         times = pa.chunked_array([[time_of(value) for value in spelt.to_pylist()]], pa.float64())
     is_wrong = pc.or_(pc.less(times, 0), pc.greater(times, MOST_SECONDS)).fill_null(False)
     if pc.any(is_wrong).as_py():
-        wrong = [f"impossible time: {column} = {str(value)[:12]}" for value in spelt.to_pylist()]
+        shown = spelt if is_text(spelt.type) else times
+        wrong = [f"impossible time: {column} = {str(value)[:12]}" for value in shown.to_pylist()]
         problems.append(pc.if_else(is_wrong, pa.array(wrong), None))
     is_empty = pc.or_(is_wrong, pc.is_nan(times))
     return pc.if_else(is_empty, None, times) if pc.any(is_empty).as_py() else times, *problems
@@ -138,7 +139,8 @@ def time_of(value: str | None) -> float | None:
 def known(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """Clean texts without spaces around them, null where they are empty."""
     clean = pc.utf8_trim_whitespace(cleaned(texts))
-    return pc.if_else(pc.not_equal(clean, ""), clean, None)
+    names = pc.if_else(pc.not_equal(clean, ""), clean, None)
+    return texts if names.equals(texts) else names
 
 
 def cleaned(texts: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -153,3 +155,8 @@ def cleaned(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 def unclean(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """True for texts with control characters."""
     return pc.and_not(pc.match_substring_regex(texts, CONTROL), pc.starts_with(texts, NOT_TEXT))
+
+
+def rows_where(mask: pa.ChunkedArray) -> pa.Array:
+    """The numbers of the rows that a mask marks; pyarrow before 26 crashes on a mask without chunks."""
+    return pc.indices_nonzero(mask.combine_chunks())

@@ -16,7 +16,7 @@ from sedtrain.batch import Skipped, Utterance
 from sedtrain.data.audio import fields_of, read_audio, refuse_silence, seconds_between
 from sedtrain.data.buckets import Floats, Integers
 from sedtrain.data.headers import RefusedAudio
-from sedtrain.data.roles import by_role, check_columns, cleaned, unclean
+from sedtrain.data.roles import by_role, check_columns, cleaned, rows_where, unclean
 from sedtrain.data.source import Source
 from sedtrain.data.tables import PROBLEM
 from sedtrain.errors import UserError
@@ -49,7 +49,7 @@ class UtteranceRows:
         self.fingerprint = f"{rows._fingerprint} {source.columns}"
         self.table = by_role(rows, source)
         found = self.table[PROBLEM]
-        indices = pc.indices_nonzero(found.is_valid()).to_pylist()
+        indices = rows_where(found.is_valid()).to_pylist()
         self.problems: dict[int, str] = dict(zip(indices, found.drop_null().to_pylist(), strict=True))
         self.take_out_control()
         self.refuse_same_ids()
@@ -60,7 +60,7 @@ class UtteranceRows:
     def take_out_control(self) -> None:
         """Takes control characters out of the texts, and warns of them; workers leave that to their parent."""
         number, texts = self.table.column_names.index("text"), self.table["text"].cast(pa.large_string())
-        found = pc.indices_nonzero(unclean(texts))
+        found = rows_where(unclean(texts))
         if len(found):
             self.table = self.table.set_column(number, "text", cleaned(texts))
         if len(found) and get_worker_info() is None:

@@ -376,6 +376,16 @@ def test_a_file_that_is_no_parquet_is_told(tmp_path):
     assert "\n" not in wrong
 
 
+def test_a_column_of_numbers_in_one_parquet_file_and_of_text_in_the_next_is_told_by_its_name(tmp_path):
+    for number, ids in enumerate(([1], ["b"])):
+        parquet(tmp_path / f"train-{number}.parquet", audio=[b""], text=["a"], id=ids)
+    _, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    assert value == str(tmp_path)
+    assert wrong.endswith("Unable to merge: Field id has incompatible types: int64 vs string")
+    parquet(tmp_path / "train-1.parquet", audio=[b""], text=["a"], id=[2.5])
+    assert load_rows(str(tmp_path), "train")["id"][:] == [1.0, 2.5]
+
+
 # --- audio files by name
 
 
