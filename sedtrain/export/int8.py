@@ -3,6 +3,7 @@
 The layers compute in float32 with these weights. Embeddings are in bfloat16 on disk, and float32 once loaded.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,20 @@ def to_int8(saved: SavedModel, folder: Path) -> str:
     from torchao.quantization import Int8WeightOnlyConfig
 
     kind: Any = AutoModelForSpeechSeq2Seq if isinstance(saved.model, WholeSpeechModel) else SpeechEncoderDecoderModel
-    model = kind.from_pretrained(folder).eval()
+    load = partial(kind.from_pretrained, folder, trust_remote_code=False)
+    model = load().eval()
     wanted = texts(saved, model)
     left = [name for name, module in model.named_modules() if isinstance(module, READ_AS_WEIGHTS)]
     output = model.get_output_embeddings()  # often those of the input
     left += [name for name, module in model.named_modules() if module is output]
     weights = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left)
-    model = kind.from_pretrained(folder, quantization_config=weights)
+    model = load(quantization_config=weights)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.data = module.weight.data.bfloat16()
     model.save_pretrained(folder)
     try:
-        return compared(wanted, texts(saved, kind.from_pretrained(folder).eval()))
+        return compared(wanted, texts(saved, load().eval()))
     except RuntimeError as error:  # of a layer that reads its weights in its own way
         wrong = f"torchao cannot run this model: {one_line(error, 160)}"
         raise UserError("export.dtype", "int8", wrong, WITHOUT) from error
