@@ -18,10 +18,10 @@ from sedtrain.data.audio import frames, opened
 from sedtrain.data.audio_paths import audio_files
 from sedtrain.data.augment import Augmentation, Samples
 from sedtrain.data.headers import RefusedAudio
+from sedtrain.data.load_rows import load_rows
 from sedtrain.data.paths import local_path
 from sedtrain.data.readers import one_line
 from sedtrain.data.roles import check_columns
-from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError
 from sedtrain.ranges import Finite, Fraction, Positive, PositiveFraction, UpTo1000
 

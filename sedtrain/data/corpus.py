@@ -122,7 +122,7 @@ class Corpus:
             yield
         except BrokenFile as error:
             part = self.parts(split).parts[number]
-            self.skipped.broken_file(part.name, part.path, str(error), len(self.parts(split)), split)
+            self.skipped.note_broken_file(part.name, part.path, str(error), len(self.parts(split)), split)
 
     def open(self, split: str, number: int) -> UtteranceRows | None:
         """The rows of one part; None for a part that cannot be read, which is noted."""
@@ -167,7 +167,7 @@ class Corpus:
             wrong = f"all {len(kept)} texts of {name!r} are empty: only insertions would be scored"
             write = "write data.columns of the texts, or data.min_characters=0 where nobody speaks in any of this audio"
             raise UserError("data.columns", column, wrong, write)
-        self.skipped.judge(split)
+        self.skipped.refuse_too_many(split)
         return kept
 
     def filtered(self, split: str) -> Iterator[Kept]:
@@ -189,7 +189,7 @@ class Corpus:
     ) -> Kept:
         """The rows without a reason against them; the others are noted."""
         pairs = zip(some.row.tolist(), reasons, strict=True)
-        self.skipped.planned(split, num_seen, [rows.skipped(index, *reason) for index, reason in pairs if reason])
+        self.skipped.note_planned(split, num_seen, [rows.skipped(index, *reason) for index, reason in pairs if reason])
         return some[[reason is None for reason in reasons]]
 
     def reasons(self, split: str, rows: UtteranceRows, some: Kept) -> list[Reason | None]:
@@ -216,7 +216,7 @@ class Corpus:
         if kept is None:
             return
         self.found["train"] = joined([self.learnable(part, some) for part, some in chunks(kept)])
-        self.skipped.judge("train")
+        self.skipped.refuse_too_many("train")
         if not len(self.found["train"]):
             raise self.none_left("train")
 

@@ -174,7 +174,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         most: longer utterances, in seconds, are for `long_utterances`
         """
         for batch in self.loader(self.batches_of(self.split(split), shuffle=False, over_ranks=False, most=most)):
-            self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
+            self.skipped.note_decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             self.make_room()
             yield batch
 
@@ -189,7 +189,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         dataset = self.split(split)
         for part, row, _ in dataset.kept[np.round(dataset.kept.seconds, 2) > most].tolist():
             found = dataset.decode((part, row), of_any_length=True)
-            self.skipped.decoded(split, 1, [found] if isinstance(found, Skipped) else [])
+            self.skipped.note_decoded(split, 1, [found] if isinstance(found, Skipped) else [])
             if isinstance(found, Utterance):
                 yield found
 
@@ -202,7 +202,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             self.make_room(at_once=self.bounds.buckets is not None)
         split = "train" if self.trainer is None or self.trainer.training else "validation"
         over_ranks = self.over_ranks if self.trainer and self.trainer.world_size > 1 else None
-        self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped, over_ranks)
+        self.skipped.note_decoded(split, len(batch) + len(batch.skipped), batch.skipped, over_ranks)
         return batch
 
     def over_ranks(self, numbers: list[int]) -> list[int]:

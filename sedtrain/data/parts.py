@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet
 from filelock import FileLock
 
+from sedtrain.data.load_rows import load_rows, places_of
 from sedtrain.data.parquet import batches
 from sedtrain.data.paths import fetch, file_name, local_path, names_of, split_files
 from sedtrain.data.readers import read_rows, reading, suffix_of
 from sedtrain.data.roles import check_columns, cleaned
 from sedtrain.data.source import Source
-from sedtrain.data.sources import load_rows, places_of
 from sedtrain.data.tables import as_texts
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError

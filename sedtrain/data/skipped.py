@@ -64,8 +64,8 @@ class SkippedUtterances:
         self.met: Mapping[str, set[Key]] = defaultdict(set)  # those counted in `of_split`
         self.read()
 
-    def planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
-        """Notes utterances left out of `num_seen` before they are decoded; all ranks call it alike, and `judge` after the last.
+    def note_planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
+        """Notes utterances left out of `num_seen` before they are decoded; all ranks call it alike, then `refuse_too_many` once.
 
         Raises UserError if one faulty utterance stops the run.
         """
@@ -75,14 +75,14 @@ class SkippedUtterances:
         self.before_decoding[split].num_seen += num_seen
         self.before_decoding[split].num_bad += num_faults(skipped)
 
-    def decoded(
+    def note_decoded(
         self,
         split: str,
         num_seen: int,
         skipped: Sequence[Skipped],
         over_ranks: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
-        """Notes the utterances of a batch that could not be decoded. Raises as `planned` and `judge` do, on all ranks at once.
+        """Notes the utterances of a batch that could not be decoded. Raises UserError on all ranks at once.
 
         over_ranks: numbers of this rank -> their sums over all, where there are several; all call it at the same batch
         """
@@ -102,9 +102,9 @@ class SkippedUtterances:
             found = skipped[0] if skipped else self.last_noted
             assert found is not None, "the rank that met it has listed it"
             raise bad(found)
-        self.judge(split, total)
+        self.refuse_too_many(split, total)
 
-    def broken_file(self, name: str, path: str | None, error: str, num_files: int, split: str = "train") -> None:
+    def note_broken_file(self, name: str, path: str | None, error: str, num_files: int, split: str = "train") -> None:
         """Notes a file of a split that cannot be read. Raises UserError if it, or so many, stop the run."""
         utterance = Skipped(name, "unreadable shard", error, path)
         self.note([utterance], split)
@@ -119,7 +119,7 @@ class SkippedUtterances:
             )
             raise UserError("data.max_bad_fraction", self.max_bad_fraction, wrong, write)
 
-    def judge(self, split: str, decoded: FilterCounts | None = None) -> None:
+    def refuse_too_many(self, split: str, decoded: FilterCounts | None = None) -> None:
         """Raises UserError where more of a split is bad than `max_bad_fraction`, as far as it has been seen."""
         planned, decoded = self.before_decoding[split], decoded or self.in_decoding[split]
         if planned.fraction + (1 - planned.fraction) * decoded.fraction <= self.max_bad_fraction:

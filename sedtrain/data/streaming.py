@@ -109,7 +109,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         if len(self.dataset):
             return among(self.dataset.kept, part, rows)
         used = self.corpus.usable("train", part, self.dataset.parts[part], rows.tolist())
-        self.corpus.skipped.judge("train")
+        self.corpus.skipped.refuse_too_many("train")
         return used
 
     def remove_copies_between(self, first: int, last: int) -> None:
