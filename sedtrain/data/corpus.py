@@ -42,7 +42,7 @@ class Corpus:
 
     temperature: see `temperature_weights`
     block_rows:  rows of a block if the training split is streamed shard by shard; None: all splits are read whole
-    batch_seconds: `limits.scored` derives from it the longest utterance that is scored in a batch
+    batch_seconds: scored utterances may be this long, or a multiple of what `limits` allow in training if that is longer
     copies:      the folder for fetched and converted files, removed when the process ends
     rewrite:     normalizes training texts before they are learnt
     refused:     text and seconds -> the reason why the model cannot learn the utterance; set once there is a model
