@@ -153,7 +153,7 @@ class Data:
         return Claim((self.claimed - found) / max(1, counted))
 
     def is_end(self, tail: bytes, pad: int) -> bool:
-        """True if no audio follows, but a chunk with a printable name, filling zeros, or nothing."""
+        """True if the audio is followed by a chunk with a printable name, by filling zeros or by nothing."""
         names = [tail[at : at + 4] for at in (0, pad)] if self.alignment else []
         is_chunk = any(name.isascii() and name.decode().isprintable() and name not in LAYOUTS for name in names)
         return is_chunk or not tail.strip(b"\0")
