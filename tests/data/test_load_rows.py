@@ -15,9 +15,9 @@ from corpora import known, utterance_rows
 from sedtrain.data.audio import read_audio
 from sedtrain.data.audio_paths import audio_paths
 from sedtrain.data.headers import RefusedAudio
+from sedtrain.data.load_rows import load_rows
 from sedtrain.data.paths import absolute_path
 from sedtrain.data.source import Columns
-from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError
 
 PLAIN = Columns(audio="audio", text="text")
