@@ -1,7 +1,6 @@
 """A command line as jobs: one, or several of a sweep. Each job has its own folder and processes."""
 
 import errno
-import gc
 import logging
 import os
 import signal
@@ -9,7 +8,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from sedtrain.config.inherit import inherit_run
 from sedtrain.config.overrides import check_command_line
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import Unfinished, UserError
+from sedtrain.imports import imported_task
 from sedtrain.launch import is_first
 from sedtrain.run_dir import claim, config_of
 
@@ -297,22 +296,3 @@ def run_task(cfg: DictConfig) -> None:
 
     disable_progress_bar()
     task(cfg)
-
-
-def imported_task(name: str) -> Callable[[DictConfig], None]:
-    """The function of a task other than `compare`; the first job imports what it needs."""
-    is_first_job = "torch" not in sys.modules
-    if is_first_job:
-        gc.disable()  # imports take a third less time where nobody looks for garbage among what stays for good
-    if name == "transcribe":
-        from sedtrain.transcribe import transcribe as task
-    elif name == "serve":
-        from sedtrain.transcribe import serve as task
-    else:
-        from sedtrain import tasks
-
-        task = getattr(tasks, name)
-    if is_first_job:
-        gc.freeze()
-        gc.enable()
-    return task

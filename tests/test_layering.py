@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "sedtrain"
 MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli launch",
-    "cli": "compare config errors launch run_dir tasks transcribe",
+    "cli": "compare config errors imports launch run_dir",
+    "imports": "tasks transcribe",
     "interactive": "build cli config errors training",
     "compare": "errors evaluation run_dir terminal",
     "search": "annotations errors evaluation run_dir terminal",
@@ -62,7 +63,7 @@ ONLY_IN = {
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
     "__init__ __main__ annotations cli config.composition config.inherit config.metric_rules config.overrides "
-    "config.schema config.signatures errors launch plain ranges run_dir"
+    "config.schema config.signatures errors imports launch plain ranges run_dir"
 )
 # The use of a saved model needs none of these.
 NOT_FOR_INFERENCE = {"lightning", "hydra", "omegaconf", "datasets", "pyarrow", "pandas", "jiwer", "sacrebleu"}

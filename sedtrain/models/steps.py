@@ -21,10 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.models.output_layer import DeferrableLinear
 from sedtrain.models.parts import layers_of
+from sedtrain.models.products import FAST_LINEAR
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 Function = Callable[[Tensor], Tensor]
-PLAIN = (nn.Linear, Conv1D, DeferrableLinear)
+PLAIN = (nn.Linear, Conv1D, DeferrableLinear, FAST_LINEAR)
 FIRST_SLOTS = 32  # of which as many are made as are needed, by doubling
 KEPT: "WeakKeyDictionary[nn.Module, Kept | None]" = WeakKeyDictionary()
 """Decoders that were tried, with their steps; None: the steps do not compute what the decoder does."""
