@@ -106,20 +106,24 @@ def token_limits(
     if model.ctc_head is not None:
         by_frames = frames_of(encoded) + 1  # one token per frame, and the end
         limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
-    return limits.clamp(max=most_new_tokens(int(limits.max()), model.room(encoded), num_given))
+    if (rooms := model.rooms(encoded)) is not None:
+        num_given += options.search == "rescore"  # which also reads the last token
+        rows = zip(limits.tolist(), rooms, strict=True)
+        limits = limits.new_tensor([most_new_tokens(limit, room, num_given) for limit, room in rows])
+    return limits
 
 
 def by_ctc(model: SpeechEncoderDecoder, inputs: SearchInputs) -> list[Hypotheses]:
     """Texts that CTC finds, in its own order; with search=rescore, in the order of their joint scores."""
-    options, lattice, most = inputs.options, inputs.lattice, inputs.most
+    options, lattice, limits = inputs.options, inputs.lattice, inputs.limits
     assert lattice is not None
     num_beams, num_best = options.num_beams, options.num_return_sequences
     if options.search == "rescore":
-        found = prefix_beam(lattice, num_beams, num_beams, most)
+        found = prefix_beam(lattice, num_beams, num_beams, limits)
         return rescored(model, inputs.encoded, inputs.prompts, found, options.ctc_weight, num_best)
     if num_beams == 1:
-        return best_path(lattice, most)
-    return prefix_beam(lattice, num_beams, num_best, most)
+        return best_path(lattice, limits.tolist())
+    return prefix_beam(lattice, num_beams, num_best, limits)
 
 
 def added_scores(
