@@ -36,9 +36,11 @@ def decode_batch(
     options: DecodingOptions,
     with_confidence: bool = False,
     with_words: bool = False,
+    encoded: EncodedSpeech | None = None,
 ) -> list[Hypotheses]:
     """The best `num_return_sequences` hypotheses of each of the B utterances, without prompts, in the order of the batch.
 
+    encoded: the batch as `model.encode` returns it in evaluation mode, if the caller has it
     with_confidence: ask CTC how sure it is of each best hypothesis; with_words: and where its words are. Both need a CTC head
     The model keeps its training or evaluation mode. Raises UserError for a search whose CTC head the model lacks.
     """
@@ -46,7 +48,8 @@ def decode_batch(
     was_training = model.training
     if was_training:  # each change of the mode visits all modules
         model.eval()
-    encoded = model.encode(batch.inputs, batch.padding_mask)
+    if encoded is None:
+        encoded = model.encode(batch.inputs, batch.padding_mask)
     prompts = with_heard_languages(model, encoded, prompts_of(model, batch))
     limits = token_limits(model, encoded, batch.durations, prompts.shape[1], options)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)

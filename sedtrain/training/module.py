@@ -207,9 +207,9 @@ class SpeechSeq2SeqModule(LightningModule):
             return None
         # torch.compile would compile anew for every token.
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"), self.cached(batch):
-            encoded = self.model.encode(batch.inputs, batch.attention_mask)
+            encoded = self.model.encode(batch.inputs, batch.padding_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
-            found = decode_batch(self.model, self.tokenizer, batch, self.decoding)
+            found = decode_batch(self.model, self.tokenizer, batch, self.decoding, encoded=encoded)
         hypotheses = [decoded.texts[0] for decoded in found]
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
