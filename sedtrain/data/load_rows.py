@@ -16,7 +16,7 @@ from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import expanded, files_at, files_of, is_here, is_pattern, local_path, missing_split
-from sedtrain.data.readers import cache_folder, one_line, read_rows, suffix_of
+from sedtrain.data.readers import READERS, cache_folder, one_line, read_rows, suffix_of
 from sedtrain.data.source import Source
 from sedtrain.data.tables import BrokenFile, joined
 from sedtrain.data.toolkits import formatted_rows
@@ -173,7 +173,7 @@ def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
     """
     by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
     files = list(map(str, by_split.get(split, ())))
-    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None, ".parquet": None}
+    wanted = {**dict.fromkeys(READERS), ".csv": ",", ".tsv": "\t", ".tar": ""}  # separators; `datasets` reads tars
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
 
 
