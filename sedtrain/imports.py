@@ -1,14 +1,20 @@
 """Imports a task with everything that it needs, which takes most of the time of a short one."""
 
 import gc
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, whenever transformers imports torchao, of kernels for GPUs and of names that torch deprecates."""
+
 
 def imported_task(name: str) -> Callable[[Any], None]:
     """The function of a task other than `compare`. Importing it takes seconds for the first job of a process."""
+    for logger in NOISY:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     is_first_job = "torch" not in sys.modules
     if is_first_job:
         gc.disable()  # imports take a third less time without searches for garbage among objects that stay for good
