@@ -89,12 +89,12 @@ def processes(parent: int) -> list[int]:
 
 
 def resident(process: int) -> int:
-    """Kilobytes; pages that processes share are counted in parts."""
+    """Bytes; pages that processes share are counted in parts."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def watch(arguments: list[str]) -> None:
@@ -103,7 +103,7 @@ def watch(arguments: list[str]) -> None:
     while command.poll() is None:
         most = max(most, sum(map(resident, processes(command.pid))))
         time.sleep(0.5)
-    print(f"peak: {most / 1e3:.0f} MB")
+    print(f"peak: {most / 1e6:.0f} MB")
 
 
 def main() -> None:

@@ -1,12 +1,9 @@
 """One job of the command: its folder, its processes, its task, and the errors that become messages."""
 
 import errno
-import gc
 import logging
 import os
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from sedtrain import launch
 from sedtrain.config.inherit import inherit_run
 from sedtrain.console import close_log, fail, log_to_file, open_log, quieten_libraries
 from sedtrain.errors import Unfinished, UserError
+from sedtrain.imports import imported_task
 from sedtrain.launch import is_first
 from sedtrain.run_dir import claim, config_of
 
@@ -149,22 +147,3 @@ def run_task(cfg: DictConfig) -> None:
 
     disable_progress_bar()
     task(cfg)
-
-
-def imported_task(name: str) -> Callable[[DictConfig], None]:
-    """The function of a task other than `compare`. Importing it takes seconds for the first job of a process."""
-    is_first_job = "torch" not in sys.modules
-    if is_first_job:
-        gc.disable()  # imports take a third less time without searches for garbage among objects that stay for good
-    if name == "transcribe":
-        from sedtrain.transcribe import transcribe as task
-    elif name == "serve":
-        from sedtrain.transcribe import serve as task
-    else:
-        from sedtrain import tasks
-
-        task = getattr(tasks, name)
-    if is_first_job:
-        gc.freeze()
-        gc.enable()
-    return task

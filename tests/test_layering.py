@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "__main__": "cli launch",
     "cli": "config console errors job launch",
     "interactive": "build config console errors job training",
-    "job": "compare config console errors launch run_dir tasks transcribe",
+    "job": "compare config console errors imports launch run_dir",
+    "imports": "tasks transcribe",
     "console": "launch",
     "compare": "errors evaluation run_dir terminal",
     "search": "annotations errors evaluation run_dir terminal",
@@ -68,7 +69,7 @@ ONLY_IN = {
 # Imported before the configuration has passed: nothing here may be slow.
 LIGHT = (
     "__init__ __main__ annotations cli config.check config.hydra_calls config.inherit config.job_check "
-    "config.overrides config.rules config.schema config.signatures console errors job launch plain "
+    "config.overrides config.rules config.schema config.signatures console errors imports job launch plain "
     "ranges run_dir"
 )
 # The use of a saved model needs none of these.

@@ -1,6 +1,6 @@
-"""A cell of an audio column as samples; the cell holds bytes, the path of a file, or a range of bytes in a larger one.
+"""Reads the samples of a cell of an audio column: bytes, the path of a file, or a range of bytes in a larger file.
 
-S samples. soundfile decodes the bytes as they are stored; neither torchcodec nor FFmpeg is needed.
+S samples. soundfile decodes the bytes as they are stored; torchcodec and FFmpeg are not needed.
 """
 
 import io
@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 from sedtrain.data.headers import Claim, RefusedAudio, claim_of
 
 SUFFIXES = {*soundfile.available_formats()} - {"RAW"} | {"AIF", "AIFC", "MP2", "OGA", "OPUS", "SND", "SPH", "WAVE"}
-"""Suffixes of formats that can be read; raw audio does not say its sampling rate."""
+"""Suffixes of formats that can be read. RAW is none of them, because it does not store its sampling rate."""
 OTHER_SUFFIXES = {
     "3GP", "AAC", "AC3", "AMR", "APE", "AVI", "M4A", "M4B", "MKA", "MKV", "MOV", "MP4", "SPX", "TTA", "WEBM", "WMA", "WV",
 }  # fmt: skip
-"""Suffixes of other audio, which libsndfile does not read."""
-MP3_RESERVOIR = 11_520  # samples; a frame of MP3 needs up to 511 bytes of the frames before it
-RATES = range(1_000, 768_001)  # hertz; resampling from another rate could fill the memory
-AT_ONCE = 1 << 22  # values per read, since a header can claim any length
+"""Suffixes of audio formats that libsndfile does not read."""
+MP3_RESERVOIR = 11_520  # samples; an MP3 frame needs up to 511 bytes of the frames before it
+RATES = range(1_000, 768_001)  # hertz; resampling from a rate outside could fill the memory
+AT_ONCE = 1 << 22  # values per read; bounded because a header can claim any length
 STREAMED = 1 << 17  # values per block of a stream
-LOUDEST = 2.0**31  # reached by float audio that was never scaled down from integers
-TOLERATED_SECONDS = 0.1  # that may be missing at the end of a file, or in excess of what its header says
-LONGEST = 1 << 40  # samples; libsndfile gives 1 << 63 for a length that it does not know
+LOUDEST = 2.0**31  # amplitude of 32-bit integers that were stored as floats without scaling
+TOLERATED_SECONDS = 0.1  # a file may be shorter or longer than its header says by this much
+LONGEST = 1 << 40  # samples; libsndfile reports 1 << 63 for an unknown length
 
 
 def fault_of(error: RefusedAudio) -> str:
@@ -46,24 +46,24 @@ def is_audio_file(name: str) -> bool:
 
 
 def is_media_file(name: str) -> bool:
-    """True for the suffix of any format of audio; files that cannot be read are reported one by one."""
+    """True for the suffix of any audio format, readable or not: unreadable files are reported one by one."""
     return is_audio_file(name) or os.path.splitext(name)[1][1:].upper() in OTHER_SUFFIXES
 
 
 def leaves_folder(name: str) -> bool:
-    """True for a relative name that climbs out of its folder by `..`; links are not looked at."""
+    """True for a relative name that leaves its folder by `..`; does not follow links."""
     return os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def path_in(folder: Path, name: str) -> str:
-    """The path of `name`, which is absolute or stays in the folder. Raises RefusedAudio."""
+    """The path of `name` in the folder. Raises RefusedAudio for a relative name that leaves the folder."""
     if "\0" in name or (not os.path.isabs(name) and leaves_folder(name)):
         raise RefusedAudio("path outside the dataset's folder", name.replace("\0", "\\0"))
     return str(folder / name)
 
 
 class Content(io.BytesIO):
-    """Bytes as a file. Corrupt headers send readers before its beginning or far behind its end; they find these."""
+    """Bytes as a file. A seek beyond either end stops there, since corrupt headers make readers seek anywhere."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         size = len(self.getbuffer())
@@ -72,12 +72,12 @@ class Content(io.BytesIO):
 
 
 class ByteRange(io.FileIO):
-    """`size` bytes of a file from `offset` on, as a file of their own: a member of a tar is read without the tar.
+    """`size` bytes of a file from `offset` on, read as a separate file, such as a member of a tar.
 
-    at, patch: bytes that are read in place of those from `at` on
+    at, patch: `patch` replaces the stored bytes from position `at` on
     """
 
-    readall = io.RawIOBase.readall  # by way of readinto
+    readall = io.RawIOBase.readall  # calls readinto, which applies the range and the patch
 
     def __init__(self, path: str, offset: int, size: int, at: int = 0, patch: bytes = b"") -> None:
         super().__init__(path)
@@ -101,32 +101,32 @@ class ByteRange(io.FileIO):
 
 
 class Nameless(io.BufferedReader):
-    """A file by whose name soundfile cannot take it for raw samples."""
+    """A file without a name, since soundfile takes a file named .raw for raw samples."""
 
     name = ""
 
 
 class Sound(soundfile.SoundFile):
-    """An opened recording. `missing`: seconds that its header claims and the file lacks; below 0, seconds beyond the claim."""
+    """An opened recording. `missing`: seconds by which the file is shorter than its header claims; below 0: longer."""
 
     missing = 0.0
 
 
 def fields_of(cell: Any) -> dict[str, Any]:
-    """The `bytes` or the `path` of a cell of audio, with the `offset` and `size` of what is in a larger file."""
+    """The cell as a dict: `bytes` or `path`, with `offset` and `size` if the audio is a range of a larger file."""
     return cell if isinstance(cell, dict) else {"bytes" if isinstance(cell, bytes) else "path": cell}
 
 
 @contextmanager
 def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
-    """The audio of a cell: bytes, a path, or what an `Audio(decode=False)` cell or a member of a tar holds of these.
+    """Opens the audio of a cell: bytes, a path, or a dict of an `Audio(decode=False)` column or of a tar member.
 
-    folder: relative paths begin here and must stay inside; None: the user gave the path, which may lead anywhere
-    Raises RefusedAudio for what cannot be read, whatever its name says, and for an impossible sampling rate or length.
+    folder: relative paths start here and must stay inside; None: the user gave the path, which may lead anywhere
+    Raises RefusedAudio for unreadable audio and for an impossible sampling rate or length. The suffix does not matter.
     """
     try:
         file, claim = content_of(fields_of(cell), folder)
-        # libsndfile reads a FileIO by itself, without the lock of Python, and any other file by calls of its methods
+        # libsndfile reads a FileIO itself, without Python's lock; of any other file it calls the Python methods
         with file, Sound(file.fileno() if type(file) is io.FileIO else file, closefd=False) as sound:
             if sound.samplerate not in RATES:
                 raise RefusedAudio("impossible sampling rate", f"{sound.samplerate} Hz")
@@ -141,7 +141,7 @@ def opened(cell: Any, folder: Path | None = None) -> Iterator[Sound]:
 
 
 def content_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, Claim]:
-    """The audio of a cell as a file, and the claim of its header."""
+    """The audio of a cell as an open file, and the claim of its header."""
     if (content := fields.get("bytes")) is not None:
         refuse_empty(len(content), "0 bytes")
         claim = claim_of(Content(content), len(content))
@@ -152,13 +152,13 @@ def content_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBas
 
 
 def file_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, Claim]:
-    """The file of a cell with a `path`, or the part of it that the cell names, and the claim of its header."""
+    """The file that a cell names, or the named range of it, and the claim of its header."""
     path = str(fields["path"]) if folder is None else path_in(folder, str(fields["path"]))
     try:
         facts = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedAudio("missing file", path) from error
-    if not stat.S_ISREG(facts.st_mode):  # a pipe, for example, could be read for ever
+    if not stat.S_ISREG(facts.st_mode):  # a pipe might never end
         raise RefusedAudio("missing file", f"{path} is no file")
     is_part = fields.get("offset") is not None
     offset, size = (fields["offset"], fields["size"]) if is_part else (0, facts.st_size)
@@ -175,8 +175,11 @@ def file_of(fields: Mapping[str, Any], folder: Path | None) -> tuple[io.IOBase, 
 
 @lru_cache(maxsize=4096)
 def claim_at(path: str, offset: int, size: int, changed: int) -> Claim:
-    """The claim of bytes in a file, kept for the other segments of a recording; changed: the time of its last change."""
-    with ByteRange(path, offset, size) as file:  # unbuffered, as little is read here and there
+    """The header's claim for a range of a file, cached because the segments of a recording share it.
+
+    changed: modification time of the file, so that a changed file is read again
+    """
+    with ByteRange(path, offset, size) as file:  # unbuffered: the reads are few, short and far apart
         return claim_of(file, size)
 
 
@@ -192,9 +195,9 @@ def words_of(error: Exception) -> str:
 
 
 def frames_between(sound: Sound, start: float | None, end: float | None) -> tuple[int, int]:
-    """The first frame of a segment given in seconds, and the one after its last.
+    """The first frame of a segment given in seconds, and the frame after its last.
 
-    Raises RefusedAudio if it is empty, or reaches the end of audio that is not as long as its header says.
+    Raises RefusedAudio for an empty segment, and for one that reaches the end of audio whose header is wrong.
     """
     rate, total = sound.samplerate, sound.frames
     first = 0.0 if start is None else start
@@ -211,7 +214,7 @@ def frames_between(sound: Sound, start: float | None, end: float | None) -> tupl
 
 
 def refuse_missing(seconds: float) -> None:
-    """Raises RefusedAudio where audio is missing, to which the text would belong, or in excess (seconds below 0)."""
+    """Raises RefusedAudio if audio is missing, or in excess (seconds below 0): it would not match its text."""
     if seconds > TOLERATED_SECONDS:
         raise RefusedAudio("truncated audio", f"{seconds:.2f} s are missing")
     if -seconds > TOLERATED_SECONDS:
@@ -225,7 +228,7 @@ def seconds_between(
     end: float | None = None,
     declared: float | None = None,
 ) -> float:
-    """The length of the audio, or of a segment of it, by its header. Raises as `read_audio` does."""
+    """The length in seconds of the audio, or of a segment, by the header. Raises as `read_audio` does."""
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
         seconds = (last - first) / int(sound.samplerate)
@@ -248,10 +251,10 @@ def read_audio(
 ) -> torch.Tensor:
     """(S,) float32, finite: one channel (the mean of all) at `sampling_rate` hertz. Raises RefusedAudio.
 
-    start, end: seconds; only the frames between them are decoded, of MP3 also some before. In the last page of a
-        Vorbis file libsndfile seeks up to 20 ms too far back.
-    declared: the seconds that the dataset gives for it; where they are wrong, nothing is decoded, because batches are
-        planned by them and memory would not suffice for much more
+    start, end: seconds; only the frames between them are decoded, plus some earlier ones for MP3. In the last page of
+        a Vorbis file libsndfile seeks up to 20 ms too far back.
+    declared: the length in seconds by the dataset. Audio of another length is refused before it is decoded: batches
+        are planned by declared lengths, and much longer audio would not fit in memory.
     """
     with opened(cell, folder) as sound:
         first, last = frames_between(sound, start, end)
@@ -268,7 +271,7 @@ def read_audio(
 
 
 def audio_blocks(cell: Any, sampling_rate: int) -> Iterator[NDArray[np.float32]]:
-    """The samples of `read_audio` in blocks of bounded length. Raises RefusedAudio."""
+    """Yields the samples that `read_audio` returns, in blocks of bounded length. Raises RefusedAudio."""
     with opened(cell) as sound:
         first, last = frames_between(sound, None, None)
         stored_rate, num_read = sound.samplerate, 0
@@ -282,14 +285,14 @@ def audio_blocks(cell: Any, sampling_rate: int) -> Iterator[NDArray[np.float32]]
 
 
 def frames(sound: Sound, first: int, last: int) -> NDArray[np.float32]:
-    """(frames, channels) from `first` to `last`, or to where the audio ends."""
+    """(frames, channels) from `first` to `last`, or to the end of the audio."""
     earlier = min(first, MP3_RESERVOIR) if sound.format == "MP3" else 0
     blocks = list(frame_blocks(sound, first - earlier, last, AT_ONCE)) or [np.zeros((0, 1), np.float32)]
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[earlier:]
 
 
 def frame_blocks(sound: Sound, first: int, last: int, num_values: int) -> Iterator[NDArray[np.float32]]:
-    """(frames, channels) in blocks of at most so many values. Raises RefusedAudio."""
+    """Yields (frames, channels) in blocks of at most `num_values` values. Raises RefusedAudio."""
     missing, at_once = last - first, num_values // sound.channels
     try:
         if first:
@@ -303,13 +306,13 @@ def frame_blocks(sound: Sound, first: int, last: int, num_values: int) -> Iterat
 
 
 def refuse_silence(samples: torch.Tensor) -> None:
-    """Raises RefusedAudio where all samples are equal: nothing is said in it, whatever the text says."""
+    """Raises RefusedAudio if all samples are equal: such audio holds no speech."""
     if bool((samples == samples[0]).all()):
         raise RefusedAudio("silent audio", f"every sample is {float(samples[0]):g}")
 
 
 def one_channel(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(frames, channels) -> (frames,), the mean. Raises RefusedAudio for no samples, and for impossible ones."""
+    """(frames, channels) -> (frames,), the mean. Raises RefusedAudio for no samples and for impossible values."""
     if not len(samples):
         raise RefusedAudio("no samples", "the audio has no samples")
     if not np.isfinite(samples).all():

@@ -1,4 +1,4 @@
-"""The audio files of a folder, those that `audio=` names, and standard input. Needs neither `datasets` nor Arrow."""
+"""Finds audio files in a folder, by the option `audio=`, or on standard input. Needs neither `datasets` nor Arrow."""
 
 import glob
 import os
@@ -13,14 +13,14 @@ from sedtrain.data.headers import RefusedAudio
 from sedtrain.errors import UserError
 
 STANDARD_INPUT = "-"
-MOST_BYTES = 1 << 32  # of standard input, as of a WAV file
+MOST_BYTES = 1 << 32  # of standard input; a WAV file holds no more either
 AT_ONCE = 1 << 20
 
 
 def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
-    """The files that `audio` names, each once: files, globs, folders (searched through), and `-`, standard input.
+    """The files that `audio` names, without repeats. A name is a file, a glob, a folder (with subfolders) or `-`.
 
-    Raises UserError for a name that stands for no file, and for a single file that is no audio.
+    `-` is standard input. Raises UserError for a name that matches no file, and for a single file that is no audio.
     """
     if not audio:
         write = "write audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
@@ -46,7 +46,7 @@ def audio_paths(audio: str | Sequence[str] | None) -> list[str]:
 
 
 def matching_files(where: Path) -> list[str]:
-    """The audio in a folder, else the file, else the files that a glob matches."""
+    """The audio files of a folder, the file itself, or the files that a glob matches, sorted."""
     if where.is_dir():
         found = list(filter(is_media_file, files_in(where)))
     else:
@@ -56,7 +56,7 @@ def matching_files(where: Path) -> list[str]:
 
 @contextmanager
 def stored(path: str) -> Iterator[str]:
-    """The file of a recording; of `-`, a temporary one with what standard input gives. Raises UserError for too much of it."""
+    """The path of a recording. Standard input is copied to a temporary file first. Raises UserError if it is too long."""
     if path != STANDARD_INPUT:
         yield path
         return
@@ -75,7 +75,7 @@ def stored(path: str) -> Iterator[str]:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Every file in a folder and in those below it. Follows links, but none to a folder around itself."""
+    """Yields every file in a folder and its subfolders. Follows links, except to a folder that contains the link."""
     for root, folders, names in os.walk(folder, followlinks=True):
         outside = Path(root).parent.resolve()
         if root != str(folder) and outside.is_relative_to(Path(root).resolve()):
@@ -85,10 +85,10 @@ def files_in(folder: Path) -> Iterator[str]:
 
 
 def audio_files(option: str, folder: str, write: str) -> list[str]:
-    """The audio files of a folder and those below it, in one order everywhere.
+    """The audio files of a folder and its subfolders, sorted, so that the order is the same on every machine.
 
-    option, write: which option names the folder, and what to write where it holds no audio
-    Raises UserError where there are no files, or one that cannot be read.
+    option, write: the option that names the folder, and the advice of the message for a folder without audio
+    Raises UserError if there is no audio file, or if one cannot be read.
     """
     where = Path(folder).expanduser()
     files = sorted(filter(is_audio_file, files_in(where)))

@@ -1,8 +1,8 @@
-"""A chain of changes to the waveform, each drawn from (seed, epoch, id of the utterance, name of the augmentation) alone.
+"""Applies a chain of augmentations to the waveform; each depends on (seed, epoch, utterance id, its name) alone.
 
-S samples. Every augmentation has a random generator of its own, so neither workers, ranks, batches and order nor the
-other augmentations of the chain change what it does. No augmentation clips: audio that the chain leaves louder than
-full scale is scaled down to it as a whole, which keeps every ratio of signal to noise.
+S samples. Every augmentation has its own random generator. So its result does not depend on workers, ranks, batches,
+order or the other augmentations. Nothing clips: if the chain leaves audio louder than full scale, the whole utterance
+is scaled down, which keeps every signal-to-noise ratio.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ Samples = NDArray[np.float32]
 
 
 class Augmentation:
-    """A change of the waveform that is made with a `probability`; one of your own is a subclass.
+    """A change of the waveform, made with a `probability`. Subclass it to add your own.
 
-    longest: the factor by which it lengthens an utterance at most
+    longest: largest factor by which it lengthens an utterance
     """
 
     longest = 1.0
@@ -41,15 +41,15 @@ class Augmentation:
         self.probability = probability
 
     def __call__(self, audio: Samples, sampling_rate: int, random: Generator) -> Samples:
-        """Other (S,) samples at the same rate; draws from `random` alone and leaves `audio` as it is."""
+        """New (S,) samples at the same rate. Must draw from `random` only and must not change `audio`."""
         raise NotImplementedError
 
 
 class Augment:
-    """Applies augmentations in their order, by name, each with its probability; meant for training alone.
+    """Applies named augmentations in order, each with its probability. For training only.
 
-    max_seconds: an augmentation that would make an utterance longer is left out for it
-    longest:     the factor by which the chain lengthens an utterance at most
+    max_seconds: skips an augmentation that would make the utterance longer than this
+    longest:     largest factor by which the chain lengthens an utterance
     """
 
     def __init__(self, augmentations: Mapping[str, Augmentation], seed: int, max_seconds: float = inf) -> None:
@@ -57,7 +57,7 @@ class Augment:
         self.longest = prod(augmentation.longest for augmentation in augmentations.values())
 
     def __call__(self, utterance: Utterance, epoch: int) -> Utterance:
-        """The utterance as it sounds in this epoch, with its new length in `seconds`; the given one stays as it is."""
+        """A copy of the utterance as it sounds in this epoch, with its new length in `seconds`."""
         original: Samples = utterance.audio.numpy()
         audio, rate = original, utterance.sampling_rate
         for name, augmentation in self.augmentations.items():
@@ -72,14 +72,14 @@ class Augment:
 
 
 def generator(seed: int, epoch: int, id: str, name: str) -> Generator:
-    """The random numbers of one augmentation for one utterance in one epoch."""
-    key = ascii((seed, epoch, id, name)).encode()  # no two such tuples are written alike
+    """The random generator of one augmentation for one utterance in one epoch."""
+    key = ascii((seed, epoch, id, name)).encode()  # different tuples have different texts
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big"))
 
 
 @contextmanager
 def options_of(path: str) -> Iterator[None]:
-    """Puts the path of an augmentation, which it does not know itself, before the options that it refuses."""
+    """Completes the option in a UserError with the path of its augmentation, which the augmentation does not know."""
     try:
         yield
     except UserError as error:

@@ -18,20 +18,20 @@ from sedtrain.data.audio import frames, opened
 from sedtrain.data.audio_paths import audio_files
 from sedtrain.data.augment import Augmentation, Samples
 from sedtrain.data.headers import RefusedAudio
+from sedtrain.data.load_rows import load_rows
 from sedtrain.data.paths import local_path
 from sedtrain.data.readers import one_line
 from sedtrain.data.roles import check_columns
-from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError
 from sedtrain.ranges import Finite, Fraction, Positive, PositiveFraction, UpTo1000
 
 logger = logging.getLogger(__name__)
 
 LOUDEST_DB = 100.0
-MAX_DRAWS = 100  # of recordings until one can be read
+MAX_DRAWS = 100  # attempts to draw a readable recording
 SILENT_POWER = 1e-20  # 200 dB below full scale
-LOWEST_HERTZ = 20.0  # of coloured noise, most of whose power would otherwise lie where nobody hears it
-EXPONENTS = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # the amplitude falls with the frequency to that power
+LOWEST_HERTZ = 20.0  # of coloured noise; without this limit most of its power would be inaudible
+EXPONENTS = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # amplitude is proportional to frequency ** -exponent
 
 
 class Speed(Augmentation):
@@ -51,7 +51,7 @@ class Speed(Augmentation):
 
 
 class Gain(Augmentation):
-    """Makes an utterance louder or softer by a number of decibels within `gain_db`, drawn evenly."""
+    """Makes an utterance louder or softer by decibels drawn uniformly from the range `gain_db`."""
 
     def __init__(self, gain_db: tuple[Finite, Finite] = (-10.0, 6.0), probability: Fraction = 1.0) -> None:
         super().__init__(probability)
@@ -62,7 +62,7 @@ class Gain(Augmentation):
 
 
 class Noise(Augmentation):
-    """Adds noise at a ratio of signal to noise within `snr_db`, drawn evenly: of mean powers over the whole utterance."""
+    """Adds noise at a signal-to-noise ratio drawn uniformly from `snr_db`; powers are means over the utterance."""
 
     def __init__(self, snr_db: tuple[Finite, Finite], probability: Fraction) -> None:
         super().__init__(probability)
@@ -74,12 +74,12 @@ class Noise(Augmentation):
         return audio + with_power(noise, power(audio) / 10 ** (snr_db / 10))
 
     def noise(self, num_samples: int, sampling_rate: int, random: Generator) -> Samples:
-        """(num_samples,) of noise, however loud."""
+        """(num_samples,) of noise at any level; `__call__` scales it."""
         raise NotImplementedError
 
 
 class ColouredNoise(Noise):
-    """Adds noise of one of `colours`: the power in each hertz stays (white), halves (pink) or quarters (brown) an octave."""
+    """Adds noise of one of `colours`. Per octave, power per hertz is constant (white), halves (pink), quarters (brown)."""
 
     def __init__(
         self,
@@ -106,12 +106,12 @@ class ColouredNoise(Noise):
 
 
 class RecordedNoise(Noise):
-    """Adds a random stretch of a random recording, which repeats where it is shorter than the utterance.
+    """Adds a random stretch of a random recording, repeated if the recording is shorter than the utterance.
 
-    path: a folder, searched through for audio files; with a split, whatever `data.path` may name
-    split, name, column: the dataset's split, its configuration on the Hub, and the column of the audio
+    path: a folder with audio files, also in subfolders; with a `split`, any dataset that `data.path` accepts
+    split, name, column: the dataset's split, its configuration on the Hub, and its audio column
 
-    A recording that turns out to be unreadable is logged once, and the next one drawn takes its place.
+    An unreadable recording is logged once, and another one is drawn instead.
     """
 
     def __init__(
@@ -148,9 +148,9 @@ class RecordedNoise(Noise):
 
 
 class Reverb(Augmentation):
-    """Puts an utterance into a room: convolution with one of the impulse responses of `folder`.
+    """Puts an utterance into a room: convolves it with a random impulse response of `folder`.
 
-    The direct sound, the highest peak of the response, arrives when it did before; the length and the mean power stay.
+    The direct sound (the highest peak of the response) is not delayed. Length and mean power do not change.
     """
 
     def __init__(self, folder: str, probability: Fraction = 1.0) -> None:
@@ -161,7 +161,7 @@ class Reverb(Augmentation):
         file = self.files[random.integers(len(self.files))]
         with opened(file) as sound:
             samples, stored_rate = frames(sound, 0, sound.frames), sound.samplerate
-        response = resampled(samples[:, 0], stored_rate / sampling_rate)  # a mean of channels would comb
+        response = resampled(samples[:, 0], stored_rate / sampling_rate)  # mixing channels would comb
         direct = int(np.abs(response).argmax())
         if not 0 < abs(response[direct]) < inf:
             return audio
@@ -172,7 +172,7 @@ class Reverb(Augmentation):
 
 
 class TimeMask(Augmentation):
-    """Silences `num_masks` stretches of an utterance, each of up to `max_seconds` and up to `max_fraction` of it."""
+    """Silences `num_masks` stretches of an utterance; each is at most `max_seconds` and `max_fraction` of it long."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class TimeMask(Augmentation):
 
 
 def audio_cells(path: str, split: str, name: str | None, column: str) -> Sequence[Any]:
-    """A column of a dataset, whose cells are read when they are asked for. Raises UserError."""
+    """The audio column of a dataset; cells are read on access. Raises UserError."""
     option, value = "path", path
     try:
         rows = load_rows(path, split, name)
@@ -210,7 +210,7 @@ def audio_cells(path: str, split: str, name: str | None, column: str) -> Sequenc
 
 
 def decibels(option: str, bounds: Sequence[float]) -> tuple[float, float]:
-    """The lower and the higher bound. Raises UserError."""
+    """The two bounds, checked. Raises UserError if they are out of range or in the wrong order."""
     if len(bounds) != 2 or not -LOUDEST_DB <= bounds[0] <= bounds[1] <= LOUDEST_DB:
         wrong = "this has to be two numbers of decibels from -100 to 100, the lower one first"
         raise UserError(option, list(bounds), wrong, "write [LOW,HIGH]")
@@ -218,7 +218,7 @@ def decibels(option: str, bounds: Sequence[float]) -> tuple[float, float]:
 
 
 def stretch(recording: soundfile.SoundFile, num_samples: int, sampling_rate: int, random: Generator) -> Samples:
-    """(num_samples,) from anywhere in a recording, one channel, the mean of all."""
+    """(num_samples,) from a random place in a recording: one channel, the mean of all."""
     wanted = ceil(num_samples * recording.samplerate / sampling_rate)
     recording.seek(random.integers(max(1, recording.frames - wanted + 1)))
     samples = recording.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
@@ -226,7 +226,7 @@ def stretch(recording: soundfile.SoundFile, num_samples: int, sampling_rate: int
 
 
 def resampled(audio: Samples, factor: float) -> Samples:
-    """Every `factor`-th sample, anti-aliased; at least one, and at most S / factor of them."""
+    """Every `factor`-th sample, anti-aliased: at most S / factor samples, at least one."""
     if factor == 1 or not len(audio):
         return audio
     samples: Samples = soxr.resample(audio, factor, 1)[: max(1, int(len(audio) / factor))]
@@ -239,7 +239,7 @@ def power(audio: Samples) -> float:
 
 
 def with_power(audio: Samples, wanted: float) -> Samples:
-    """Scaled to a mean square; silence where `audio` has next to none, or samples that are not numbers."""
+    """Scales `audio` to the mean square `wanted`; returns silence for almost silent or non-finite audio."""
     found = power(audio)
     if not SILENT_POWER < found < inf:
         return np.zeros_like(audio)

@@ -1,4 +1,4 @@
-"""Decides which utterances may share a batch, and how many: by bounds of padded audio and text, or by measured buckets.
+"""Groups utterances that may share a batch, and sizes the batches by bounds of padded audio and text or by buckets.
 
 N utterances, G groups of utterances that may share a batch.
 """
@@ -20,8 +20,8 @@ from sedtrain.ranges import Count, Positive
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-NUM_CANDIDATES = 256  # durations tried as edges of buckets: as many spread over the utterances as over the seconds
-BUCKET_PRICE = 0.2  # of a full batch; small corpora get fewer buckets by it, else the same utterances would always meet
+NUM_CANDIDATES = 256  # bucket edges tried at equal steps of rank, and again at equal steps of duration
+BUCKET_PRICE = 0.2  # of a full batch; it gives small corpora fewer buckets, so that batches mix differently each epoch
 WRITE = (
     "write data.batches=FILE of task=fit_batches, or a list of {seconds: NUMBER, tokens: NUMBER, utterances: NUMBER} with "
     "rising seconds and tokens"
@@ -29,7 +29,7 @@ WRITE = (
 
 
 class Bucket(NamedTuple):
-    """Limits of a bucket: seconds and target tokens of an utterance at most, and utterances in a batch."""
+    """Limits of a bucket: most seconds and target tokens of an utterance, and the number of utterances in a batch."""
 
     seconds: Positive
     tokens: Count
@@ -37,7 +37,7 @@ class Bucket(NamedTuple):
 
 
 def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
-    """The buckets that `data.batches` lists, or the YAML file that it names. Raises UserError for anything else."""
+    """The buckets of `data.batches`, which is a list or a YAML file. Raises UserError for anything else."""
     listed = batches
     if isinstance(batches, str):
         listed = plain_value(Path(batches).expanduser(), "data.batches", batches, WRITE)
@@ -57,10 +57,10 @@ def buckets_of(batches: str | Sequence[Mapping[str, Any]]) -> list[Bucket]:
 
 
 def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Floats:
-    """The longest duration of each of at most `num_buckets` buckets, ascending, chosen so that padding is least.
+    """The longest duration of each bucket, ascending: at most `num_buckets` buckets with the least padding.
 
-    Counts the padded seconds of all batches as if each were full and as long as its bucket, plus a small price for each
-    bucket, since its last batch is seldom full. Dynamic programming finds the best choice among the candidates.
+    The cost is the padded seconds of all batches, as if each batch were full and as long as its bucket allows. Each
+    bucket adds a small price, since its last batch is seldom full. Dynamic programming finds the cheapest candidates.
     """
     if not len(seconds):
         return seconds
@@ -69,7 +69,7 @@ def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Flo
     by_length = ordered[np.searchsorted(ordered, np.linspace(ordered[0], ordered[-1], NUM_CANDIDATES))]
     edges = np.unique(np.concatenate([by_rank, by_length]))
     up_to = np.concatenate([[0], np.searchsorted(ordered, edges, side="right")])
-    inside = up_to[None, 1:] - up_to[:, None]  # [i, j]: utterances in a bucket from above edge i - 1 to edge j
+    inside = up_to[None, 1:] - up_to[:, None]  # [i, j]: utterances longer than edge i - 1 and up to edge j
     size = np.maximum(batch_seconds // edges, 1)
     num_batches = np.ceil(inside / size) + BUCKET_PRICE * (inside > 0)
     padded = np.where(inside >= 0, num_batches * size * edges, np.inf)
@@ -85,10 +85,10 @@ def bucket_edges(seconds: Floats, batch_seconds: float, num_buckets: int) -> Flo
 
 
 def groups_by_buckets(seconds: Floats, tokens: Integers, buckets: Sequence[Bucket]) -> tuple[Integers, Integers]:
-    """(N,) the group of each utterance, and (G,) how many of a group make a batch.
+    """(N,) the group of each utterance, and (G,) the batch size of each group.
 
-    An utterance goes to the first bucket that holds both its seconds and its tokens, so a long text moves to a later
-    one. An utterance beyond the last bucket is a batch of its own.
+    An utterance goes to the first bucket that allows both its seconds and its tokens. So a long text moves it to a
+    later bucket. An utterance beyond the last bucket makes a batch alone.
     """
     edges, most_tokens, sizes = zip(*buckets, strict=True)
     first = np.maximum(np.searchsorted(edges, seconds), np.searchsorted(most_tokens, tokens))
@@ -100,10 +100,10 @@ def groups_by_buckets(seconds: Floats, tokens: Integers, buckets: Sequence[Bucke
 class Bounds:
     """Limits of a batch.
 
-    batch_seconds, batch_tokens: seconds of audio and, if given, target tokens, padding included
-    num_buckets: of similar durations, each with batches of its own, at most
-    buckets:     bound the batches instead of these, where they are given
-    shortest_seconds: shorter utterances are padded to that by silence, and count so
+    batch_seconds, batch_tokens: most seconds of audio and, if given, most target tokens, padding included
+    num_buckets: most buckets of similar durations; a batch never mixes buckets
+    buckets:     measured buckets; if given, they replace the three bounds above
+    shortest_seconds: silence pads shorter utterances to this length, and they count as that long
     """
 
     batch_seconds: float = 24.0
@@ -120,11 +120,11 @@ class Bounds:
         num_buckets: int = 30,
         batches: str | Sequence[Mapping[str, Any]] | None = None,
     ) -> "Bounds":
-        """From these options of `data`. Raises UserError for what is no list of buckets."""
+        """Builds the bounds from options of `data`. Raises UserError if `batches` is no list of buckets."""
         return cls(batch_seconds, batch_tokens, num_buckets, None if batches is None else buckets_of(batches))
 
     def groups(self, seconds: Floats, tokens: Integers | None) -> tuple[Integers, Integers]:
-        """(N,) the group of each utterance, and (G,) how many of a group make a batch."""
+        """(N,) the group of each utterance, and (G,) the batch size of each group."""
         if self.buckets is not None:
             assert tokens is not None, "buckets bound tokens too"
             return groups_by_buckets(seconds, tokens, self.buckets)

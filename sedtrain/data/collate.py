@@ -1,4 +1,4 @@
-"""Makes a padded batch of utterances; features are computed one by one, so that none depends on its neighbours.
+"""Makes padded batches; computes features utterance by utterance, so that they do not depend on the batch.
 
 B batch, S samples, T frames, F features, U target tokens.
 """
@@ -20,18 +20,18 @@ from sedtrain.text.tags import Tags, WholePrompt
 from sedtrain.text.tokenizers import encode_target, encode_whisper
 
 MOST_AROUND = 8
-"""Label ids that stand around a text at most: the end token, tags, a language code, a first space."""
+"""Largest number of label ids around a text: the end token, tags, a language code, a first space."""
 
 
 class Collator:
     """Turns utterances into a Batch with the encoder's feature extractor and the decoder's tokenizer.
 
-    rewrite: normalizes a text before it becomes labels; the batch keeps the text itself, to score against
-    tags:    begin the labels and end the prompts
+    rewrite: normalizes a text before it becomes labels; the batch keeps the original text for scoring
+    tags:    stand at the start of the labels and at the end of the prompts
     max_seconds: longest audio that the model takes
-    behind_prompt: True if a text continues a prompt, and the tokenizer writes no token in front of it
-    pads:    lengthen all audio to `max_seconds` by silence, which the model hears
-    has_keys: True if batches have fingerprints of their inputs
+    behind_prompt: True if a text continues a prompt, so that the tokenizer must not put a start token before it
+    pads:    True if all audio is padded with silence to `max_seconds`, and the model does not mask the silence
+    has_keys: True if batches carry fingerprints of their inputs
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Collator:
 
     @property
     def shortest_seconds(self) -> float:
-        """Shorter audio is padded to that by silence: the first frame of an encoder can span 0.05 s."""
+        """The length to which silence pads shorter audio; the first frame of an encoder can span 0.05 s."""
         return self.max_seconds if self.pads else 0.1
 
     @property
@@ -62,7 +62,7 @@ class Collator:
         return int(self.feature_extractor.sampling_rate)
 
     def __call__(self, utterances: Sequence[Utterance], skipped: Sequence[Skipped] = ()) -> Batch:
-        """The padded Batch of `utterances`, of length 0 if there are none."""
+        """The padded Batch of `utterances`; a Batch of length 0 if there are none."""
         if not utterances:
             none = torch.zeros(0, 0, dtype=torch.long)
             return Batch(none.float(), none, none, [], [], 0.0, list(skipped))
@@ -87,7 +87,7 @@ class Collator:
         )
 
     def dummy_batch(self) -> Batch:
-        """A second of silence without text, for a rank that has no utterance left."""
+        """A second of silence without text, for a rank that has no utterances left."""
         frames = self.features(torch.zeros(self.sampling_rate))[None]
         return Batch(
             inputs=frames.transpose(1, 2) if self.time_is_last else frames,
@@ -105,11 +105,12 @@ class Collator:
     def too_long(
         self, text: str, seconds: float, most: int, in_front: Callable[[float], int] | None = None
     ) -> tuple[str, str] | None:
-        """Reason and detail for a text of more than `most` label ids; one that cannot have as many is not tokenized.
+        """Reason and detail if a text has more than `most` label ids, else None.
 
-        in_front: of those `most`, how many the audio of so many seconds takes
+        in_front: seconds of audio -> the number of those `most` positions that the audio takes
 
-        An ASCII character becomes one token at most. Others may become 33: the bytes of the longest ligature, written out.
+        A text that is clearly short enough is not tokenized. An ASCII character becomes at most one token; another
+        character at most 33, the bytes of the longest ligature, written out.
         """
         rewritten, audio = self.rewrite(text), 0 if in_front is None else in_front(seconds)
         if audio + len(rewritten) * (1 if rewritten.isascii() else 33) + MOST_AROUND <= most:
@@ -128,14 +129,14 @@ class Collator:
         return encode_target(self.tokenizer, self.rewrite(text), start)
 
     def features(self, audio: Tensor) -> Tensor:
-        """(S,) audio -> (S,) normalized audio or (T, F) features, time first, not cut to 30 s.
+        """(S,) audio -> (S,) normalized audio or (T, F) features, time first; never truncated to 30 s.
 
-        Only audio below `shortest_seconds` is padded.
+        Pads only audio shorter than `shortest_seconds`.
         """
         missing = round(self.sampling_rate * self.shortest_seconds) - len(audio)
         return features_of(self.feature_extractor, pad(audio, (0, missing)) if missing > 0 else audio)
 
 
 def fingerprint(features: Tensor) -> str:
-    """Equal for equal features alone."""
+    """A digest that is the same only for equal features."""
     return hashlib.blake2b(features.contiguous().numpy().data, digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""A corpus of one dataset or of several: which utterances can be used, and how often an epoch sees each dataset."""
+"""Finds the usable utterances of one dataset or of several, and how often an epoch visits each dataset."""
 
 import atexit
 import shutil
@@ -29,23 +29,23 @@ Pair = tuple[str | None, str]
 
 
 def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
-    """Visits of each dataset in an epoch, so that its share is proportional to size ** (1 / temperature).
+    """Visits of each dataset in an epoch; each dataset's share is proportional to size ** (1 / temperature).
 
-    The length of an epoch stays the sum of the sizes (arXiv 1907.05019, where the shares come from).
+    The length of an epoch stays the sum of the sizes. The shares are those of arXiv 1907.05019.
     """
     powers = [size ** (1 / temperature) for size in sizes]
     return [sum(sizes) * power / (sum(powers) * size) for size, power in zip(sizes, powers, strict=True)]
 
 
 class Corpus:
-    """The splits train, validation and test of one dataset or of several; each is opened when it is first asked for.
+    """The splits train, validation and test of one dataset or of several; a split is opened on first use.
 
     temperature: see `temperature_weights`
-    block_rows:  the training split is read shard after shard, in blocks of so many rows; None: as a whole, as all others
-    batch_seconds: the longest utterance that is scored lasts so long, or a multiple of what `limits` allow in training
-    copies:      a folder for what is fetched or converted, removed when the process ends
-    rewrite:     what is done to training texts before they are learnt
-    refused:     the reason for which a training text of so many seconds cannot be learnt, known once there is a model
+    block_rows:  rows of a block if the training split is streamed shard by shard; None: all splits are read whole
+    batch_seconds: scored utterances may be this long, or a multiple of what `limits` allow in training if that is longer
+    copies:      the folder for fetched and converted files, removed when the process ends
+    rewrite:     normalizes training texts before they are learnt
+    refused:     text and seconds -> the reason why the model cannot learn the utterance; set once there is a model
     """
 
     def __init__(
@@ -63,24 +63,25 @@ class Corpus:
         self.temperature, self.block_rows, self.copies = temperature, block_rows, copies
         self.rewrite: Callable[[str], str] = str
         self.refused: Callable[[str, float], Reason | None] = lambda text, seconds: None
-        if is_first_of_machine():  # the rank that outlives the others of its machine
+        if is_first_of_machine():  # this rank outlives the others of its machine
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
         self.parts = cache(self.find_parts)
         self.found: dict[str, Kept] = {}
 
     @property
     def path(self) -> str:
-        """The paths of its datasets, for messages."""
+        """The paths of the datasets, for messages."""
         return " + ".join(dict.fromkeys(source.path for source in self.sources))
 
     @property
     def public_name(self) -> str:
-        """The names of its datasets, for readers who do not have this machine's folders."""
+        """The names of the datasets without the folders of this machine, for readers elsewhere."""
         return " + ".join(dict.fromkeys(public_name(source.path) for source in self.sources))
 
     def described(self, split: str) -> str:
         """Names of the datasets that have the split, each with its own name for the split."""
-        names = [(public_name(each.path), each.name, each.splits[split]) for each in self.sources if each.splits[split]]
+        found = [source for source in self.sources if source.splits[split]]
+        names = [(public_name(source.path), source.name, source.splits[split]) for source in found]
         return " + ".join(dict.fromkeys(", ".join(filter(None, name)) for name in names))
 
     @property
@@ -91,9 +92,9 @@ class Corpus:
         return self.streaming and split == "train"
 
     def find_parts(self, split: str) -> Parts:
-        """The parts of all datasets; files in a stream and on a server. Of a stream those of two blocks stay open.
+        """The parts of all datasets; a part is one file if the dataset is streamed or on a server.
 
-        Raises UserError where no dataset has the split.
+        A stream keeps the parts of two blocks open. Raises UserError if no dataset has the split.
         """
         found: list[Part] = []
         for source in self.sources:
@@ -105,7 +106,7 @@ class Corpus:
         return Parts(found, 2 * self.block_rows if self.block_rows and self.is_streamed(split) else None)
 
     def texts(self, split: str) -> Iterator[str]:
-        """The target texts, read part by part; of a stream no more than their column, where files allow it."""
+        """The target texts, part by part. A stream reads only the column of texts, if the file format allows it."""
         if not self.is_streamed(split):
             for _, rows in self.open_all(split):
                 for chunk in rows.chunks():
@@ -117,27 +118,27 @@ class Corpus:
 
     @contextmanager
     def noting(self, split: str, number: int) -> Iterator[None]:
-        """Notes a part that turns out to be unreadable."""
+        """Notes the part as skipped if reading it raises BrokenFile."""
         try:
             yield
         except BrokenFile as error:
             part = self.parts(split).parts[number]
-            self.skipped.broken_file(part.name, part.path, str(error), len(self.parts(split)), split)
+            self.skipped.note_broken_file(part.name, part.path, str(error), len(self.parts(split)), split)
 
     def open(self, split: str, number: int) -> UtteranceRows | None:
-        """The rows of one part; None for a part that cannot be read, which is noted."""
+        """The rows of one part; notes an unreadable part and returns None."""
         with self.noting(split, number):
             return self.parts(split)[number]
         return None
 
     def open_all(self, split: str) -> Iterator[tuple[int, UtteranceRows]]:
-        """Numbers and rows of the parts that can be read; the others are noted."""
+        """Yields number and rows of each readable part; notes the others."""
         for number in range(len(self.parts(split))):
             if (rows := self.open(split, number)) is not None:
                 yield number, rows
 
     def refuse_unusable(self, splits: Iterable[str]) -> None:
-        """Raises one UserError of everything that is wrong with these splits; of a stream, with its first shard."""
+        """Raises one UserError that lists all faults of these splits. Of a stream, only the first shard is checked."""
         attempt = Attempts()
         for split in dict.fromkeys(splits):
             attempt(self.refuse_unreadable if self.is_streamed(split) else self.kept, split)
@@ -154,9 +155,9 @@ class Corpus:
         return self.found[split]
 
     def find_kept(self, split: str) -> Kept:
-        """The utterances of a split that are used; of a split that is scored, all that can be.
+        """The utterances of a split that are used. A scored split uses every utterance that it can.
 
-        Raises UserError where nothing is left of the split, or a split that is scored has no text at all.
+        Raises UserError if no utterance is left, or if all texts of a scored split are empty.
         """
         kept = joined(self.filtered(split))
         if not len(kept):
@@ -167,11 +168,11 @@ class Corpus:
             wrong = f"all {len(kept)} texts of {name!r} are empty: only insertions would be scored"
             write = "write data.columns of the texts, or data.min_characters=0 where nobody speaks in any of this audio"
             raise UserError("data.columns", column, wrong, write)
-        self.skipped.judge(split)
+        self.skipped.refuse_too_many(split)
         return kept
 
     def filtered(self, split: str) -> Iterator[Kept]:
-        """The rows of all parts that are used, some thousand at a time."""
+        """Yields the used rows of all parts, some thousand at a time."""
         for part, rows in self.open_all(split):
             lengths = durations(rows)
             for chunk in rows.chunks():
@@ -180,34 +181,34 @@ class Corpus:
     def usable(
         self, split: str, part: int, rows: UtteranceRows, indices: Sequence[int], seconds: Floats | None = None
     ) -> Kept:
-        """The rows that are used; the others are noted. seconds: of each row, where they are known already"""
+        """The rows that are used; notes the others. seconds: length of each row, if already known"""
         some = kept_rows(part, indices, rows.seconds(indices) if seconds is None else seconds)
         return self.noted(split, rows, some, self.reasons(split, rows, some), len(some))
 
     def noted(
         self, split: str, rows: UtteranceRows, some: Kept, reasons: Sequence[Reason | None], num_seen: int
     ) -> Kept:
-        """The rows without a reason against them; the others are noted."""
+        """The rows that have no reason to be skipped; notes the others."""
         pairs = zip(some.row.tolist(), reasons, strict=True)
-        self.skipped.planned(split, num_seen, [rows.skipped(index, *reason) for index, reason in pairs if reason])
+        self.skipped.note_planned(split, num_seen, [rows.skipped(index, *reason) for index, reason in pairs if reason])
         return some[[reason is None for reason in reasons]]
 
     def reasons(self, split: str, rows: UtteranceRows, some: Kept) -> list[Reason | None]:
-        """Why rows are not used, None for each that is; the length of one is NaN where it cannot be found."""
+        """The reason to skip each row, None if it is used. A length in `some` is NaN if it could not be found."""
         indices = some.row.tolist()
         cells = zip(indices, some.seconds.tolist(), rows.texts(indices), strict=True)
-        return [self.reason(split, rows, *each) for each in cells]
+        return [self.reason(split, rows, *row) for row in cells]
 
     def reason(self, split: str, rows: UtteranceRows, index: int, seconds: float, text: str) -> Reason | None:
         limits, is_learnt = self.limits_of(split), split == "train"
         reason = rows.problem(index, seconds) or limits.refused_length(seconds)
-        if reason and reason[0] in LIMITED:  # what a column declares is no reason before the audio bears it out
+        if reason and reason[0] in LIMITED:  # a declared length counts only if the audio confirms it
             reason = rows.misdeclared(index) or reason
         reason = reason or limits.refused_text(text, self.rewrite if is_learnt else str)
         return reason or (self.refused(text, seconds) if is_learnt else None)
 
     def leave_out(self, refused: Callable[[str, float], Reason | None]) -> None:
-        """Leaves out the training utterances for whose text and seconds `refused` gives a reason; of a stream, as they come.
+        """Skips the training utterances for which `refused(text, seconds)` gives a reason; in a stream, as they are read.
 
         Raises UserError as `kept` does.
         """
@@ -216,12 +217,12 @@ class Corpus:
         if kept is None:
             return
         self.found["train"] = joined([self.learnable(part, some) for part, some in chunks(kept)])
-        self.skipped.judge("train")
+        self.skipped.refuse_too_many("train")
         if not len(self.found["train"]):
             raise self.none_left("train")
 
     def learnable(self, part: int, some: Kept) -> Kept:
-        """Those of these training rows that can be learnt; notes the others, which have been counted as seen."""
+        """The training rows that can be learnt; notes the others. All have been counted as seen before."""
         rows = self.parts("train")[part]
         reasons = list(map(self.refused, rows.texts(some.row.tolist()), some.seconds.tolist()))
         return self.noted("train", rows, some, reasons, num_seen=0)
@@ -248,11 +249,11 @@ class Corpus:
         return [part.source.weight * factors.get(part.source.label, 1.0) for part in parts]
 
     def has_length(self) -> bool:
-        """True if every epoch has the same utterances, so that its steps can be counted."""
+        """True if every epoch has the same utterances, so that its steps can be counted beforehand."""
         return not self.streaming and self.temperature == 1 and all(source.weight == 1 for source in self.sources)
 
     def max_training_seconds(self) -> float:
-        """Length of the longest training utterance; of a stream, the longest that is used."""
+        """Length of the longest training utterance; for a stream, the longest that `limits` allow."""
         return self.limits.max_seconds if self.streaming else float(self.kept("train").seconds.max())
 
     def training_audio(self) -> str:
@@ -264,7 +265,7 @@ class Corpus:
 
 
 def learnt_pairs(corpus: Corpus) -> set[tuple[str, str]]:
-    """Languages and tasks of the training texts. Raises UserError where nothing says the language of a text."""
+    """Languages and tasks of the training texts. Raises UserError if the language of a text is unknown."""
     pairs = pairs_of(corpus, "train")
     if unknown := [task for language, task in pairs if language is None]:
         wrong = f"nothing says the language of the texts to {unknown[0]}"
@@ -274,18 +275,18 @@ def learnt_pairs(corpus: Corpus) -> set[tuple[str, str]]:
 
 
 def refuse_unlearnt(corpus: Corpus, splits: Iterable[str], tags: Tags | WholePrompt) -> None:
-    """Raises UserError where a split asks for a language or a task that a model never learnt to write."""
+    """Raises UserError if a split asks for a language or a task that the model never learnt to write."""
     for split in dict.fromkeys(splits):
         for pair in pairs_of(corpus, split):
             tags.of(*pair)
 
 
 def pairs_of(corpus: Corpus, split: str) -> set[Pair]:
-    """Languages and tasks of the texts that are used; of a stream, of all its texts."""
+    """Languages and tasks of the texts that are used; for a stream, of all texts."""
     found: set[Pair] = set()
     parts = corpus.parts(split)
     if corpus.is_streamed(split):
-        for part in parts.parts:  # of each, the column of languages alone; training reports one that cannot be read
+        for part in parts.parts:  # reads only the column of languages; training reports unreadable parts
             with suppress(BrokenFile):
                 texts = part.texts("language") if part.source.columns.language else [""]
                 found |= {(text or part.source.language, part.source.task) for text in texts}

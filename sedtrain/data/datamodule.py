@@ -1,4 +1,4 @@
-"""The splits of one dataset, or of a mix of several, as Lightning's loaders of Batch."""
+"""Builds Lightning's data loaders for the splits of one dataset or of a mix of datasets."""
 
 import hashlib
 import platform
@@ -36,17 +36,16 @@ BATCHES_UNTIL_ROOM = 8
 class SpeechTextDataModule(lightning.LightningDataModule):
     """Loads, filters and batches the splits of one dataset, or of several.
 
-    `build` sets `collator` (features, labels, padding) before the first loader is asked for.
+    `build` sets `collator` (features, labels, padding) before it asks for the first loader.
 
-    The options are those of conf/data_settings.yaml, which says what they mean and in which units.
+    conf/data_settings.yaml explains the options and their units.
 
-    columns: which column holds audio, transcription, translation, and where they exist id, speaker, language, seconds,
-        and for a segment of a long recording start and end, or start and seconds
-    mix: several datasets by name, each with the options that it does not share with the others, and `weight`
-    batches: bounds batches instead of batch_seconds, batch_tokens and num_buckets: a file of task=fit_batches, or
-        a list of buckets, each with the `seconds` and target `tokens` that its utterances have at most, and how many
-        `utterances` make a batch
-    folder: of the run, for `skipped.jsonl`
+    columns: the columns of audio, transcription and translation; if they exist, also of id, speaker, language and
+        seconds; for segments of long recordings, of start and end, or of start and seconds
+    mix: several datasets by name, each with its `weight` and the options that differ from the common ones
+    batches: replaces batch_seconds, batch_tokens and num_buckets: a file that task=fit_batches wrote, or a list of
+        buckets. A bucket gives the most `seconds` and target `tokens` of an utterance, and the `utterances` of a batch
+    folder: the folder of the run, where `skipped.jsonl` is written
     """
 
     @checked("data.")
@@ -103,7 +102,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         copies = cache_folder("streams") / run_key  # each machine makes and removes its own
         block_rows = block_utterances if streaming else None
         self.corpus = Corpus(sources, self.limits, self.skipped, temperature, block_rows, copies, batch_seconds)
-        self.num_batches = 0  # so far, in this process
+        self.num_batches = 0  # loaded so far in this process
         self.position: Position | None = None
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
@@ -125,9 +124,9 @@ class SpeechTextDataModule(lightning.LightningDataModule):
     def batches_of(
         self, dataset: SplitDataset, *, shuffle: bool, over_ranks: bool, most: float = inf
     ) -> BatchesWithEpoch:
-        """Batches of a split, with `over_ranks` those of this rank.
+        """Batches of a split; with `over_ranks`, only the batches of this rank.
 
-        most: longer utterances, in seconds, are in none
+        most: leaves out longer utterances, in seconds
         """
         kept = dataset.kept
         if most < inf:
@@ -138,7 +137,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         )
 
     def own_rank(self) -> tuple[int, int]:
-        """This rank, and how many there are."""
+        """This rank and the number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def stream(self) -> StreamedBatches:
@@ -165,44 +164,45 @@ class SpeechTextDataModule(lightning.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=start_worker,
-            generator=torch.Generator(),  # else every new iterator would draw from the one that dropout draws from
+            generator=torch.Generator(),  # else every new iterator would advance the global generator, which dropout uses
         )
 
     def batches(self, split: str, most: float = inf) -> Iterator[Batch]:
-        """The batches of a split, whatever the rank; notes the utterances that cannot be read.
+        """Yields all batches of a split, on any rank; notes the utterances that cannot be read.
 
-        most: longer utterances, in seconds, are for `long_utterances`
+        most: leaves longer utterances, in seconds, to `long_utterances`
         """
         for batch in self.loader(self.batches_of(self.split(split), shuffle=False, over_ranks=False, most=most)):
-            self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped)
+            self.skipped.note_decoded(split, len(batch) + len(batch.skipped), batch.skipped)
             self.make_room()
             yield batch
 
     def make_room(self, at_once: bool = False) -> None:
-        """Hands back, every few batches, what batches of other shapes left: it grows to half of all memory in 500 steps."""
+        """Returns freed memory every few batches; else batches of many shapes leave half of all memory unused in 500 steps."""
         self.num_batches += 1
         if at_once or self.num_batches % BATCHES_UNTIL_ROOM == 0:
             return_freed_memory()
 
     def long_utterances(self, split: str, most: float) -> Iterator[Utterance]:
-        """The utterances of a split that are longer than `most` seconds, one by one; notes those that cannot be read."""
+        """Yields the utterances of a split that are longer than `most` seconds; notes the unreadable ones."""
         dataset = self.split(split)
         for part, row, _ in dataset.kept[np.round(dataset.kept.seconds, 2) > most].tolist():
             found = dataset.decode((part, row), of_any_length=True)
-            self.skipped.decoded(split, 1, [found] if isinstance(found, Skipped) else [])
+            self.skipped.note_decoded(split, 1, [found] if isinstance(found, Skipped) else [])
             if isinstance(found, Utterance):
                 yield found
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Notes utterances that could not be decoded; all ranks call it equally often.
 
-        Measured batches find memory, on a CPU, as it was when they were measured: free of what earlier ones left.
+        On a CPU, measured batches need the memory that was free when they were measured. So freed memory is returned
+        before each of them.
         """
         if self.trainer and self.trainer.strategy.root_device.type == "cpu":
             self.make_room(at_once=self.bounds.buckets is not None)
         split = "train" if self.trainer is None or self.trainer.training else "validation"
         over_ranks = self.over_ranks if self.trainer and self.trainer.world_size > 1 else None
-        self.skipped.decoded(split, len(batch) + len(batch.skipped), batch.skipped, over_ranks)
+        self.skipped.note_decoded(split, len(batch) + len(batch.skipped), batch.skipped, over_ranks)
         return batch
 
     def over_ranks(self, numbers: list[int]) -> list[int]:
@@ -219,7 +219,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         else:
             batches = self.stream()
         if self.trainer:
-            batches.set_epoch(self.trainer.current_epoch)  # workers fetch before Lightning says it
+            batches.set_epoch(self.trainer.current_epoch)  # workers fetch batches before Lightning sets the epoch
         if self.position and self.position["epoch"] >= batches.epoch:
             batches.load_state_dict(self.position)
         self.train_batches = batches
@@ -229,7 +229,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return self.loader(self.batches_of(self.split("validation"), shuffle=False, over_ranks=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of training in the data: numbers and seeds, no samples."""
+        """The position of training in the data: only numbers and seeds, no audio."""
         if self.train_batches is None or self.trainer is None:
             return {}
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A split, made of parts of datasets: the utterances of it that are used, read and decoded in the workers."""
+"""Reads and decodes the used utterances of a split, whose rows lie in parts of datasets; runs in the workers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -22,18 +22,18 @@ from sedtrain.data.tables import BrokenFile
 from sedtrain.data.utterances import CELLS_AT_ONCE
 from sedtrain.errors import UserError
 
-NUM_COUNTED = 2000  # texts whose tokens are counted for a mean
-ROUNDED = 0.01  # seconds by which resampled audio may be longer than its header says
+NUM_COUNTED = 2000  # texts that are tokenized for the mean of tokens per second
+ROUNDED = 0.01  # seconds; resampled audio may be longer than its header says by this much
 
 Reference = tuple[int, int]
 """An utterance: the number of its part, and its row there."""
 KEPT = np.dtype([("part", np.int32), ("row", np.int32), ("seconds", np.float64)])
-Kept = Any  # NumPy's annotations know nothing of the fields of its slices
-"""(N,) the utterances of a split that are used, in order, as an array of KEPT."""
+Kept = Any  # NumPy's annotations do not know the fields of a slice
+"""(N,) the used utterances of a split, in order, as a record array of KEPT."""
 
 
 def kept_rows(part: int, rows: Sequence[int] | Integers, seconds: ArrayLike) -> Kept:
-    """Rows of one part, and the seconds of each."""
+    """Rows of one part with their seconds, as Kept."""
     kept = np.recarray(len(rows), dtype=KEPT)
     kept.part, kept.row, kept.seconds = part, rows, seconds
     return kept
@@ -44,26 +44,26 @@ def joined(several: Iterable[Kept]) -> Kept:
 
 
 def chunks(kept: Kept) -> Iterator[tuple[int, Kept]]:
-    """Parts and their utterances, in order; as many at a time as may be Python values at once."""
-    ends = np.flatnonzero(np.diff(kept.part, append=-1)) + 1  # of rows of one part
+    """Yields parts and their utterances in order, at most CELLS_AT_ONCE at a time."""
+    ends = np.flatnonzero(np.diff(kept.part, append=-1)) + 1  # end of each part
     for start, end in pairwise([0, *ends.tolist()]):
         for first in range(start, end, CELLS_AT_ONCE):
             yield int(kept.part[start]), kept[first : min(first + CELLS_AT_ONCE, end)]
 
 
 def among(kept: Kept, part: int, rows: Integers) -> Kept:
-    """Those of these rows of a part that are kept, of a split that is in order."""
+    """The given rows of a part that are in `kept`, which has to be in order."""
     known = kept[slice(*np.searchsorted(kept.part, [part, part + 1]))]
     return known[np.searchsorted(known.row, rows[np.isin(rows, known.row)])]
 
 
 class SplitDataset(Dataset[Batch | UserError]):
-    """Item `(epoch, [reference, ...])` is a Batch; a UserError is handed on.
+    """Item `(epoch, [reference, ...])` is a Batch; a UserError in place of an item is returned as it is.
 
-    kept:               the utterances that are used; None for a stream, where they are not known before
-    keep_decoded_hours: a split that is not longer is decoded once and kept in memory
-    limits:             audio that turns out longer is left out, although its header or column said otherwise
-    is_scored:          audio without a sound is used, and audio that the encoder cannot take is left out
+    kept:               the used utterances; None for a stream, where they are not known beforehand
+    keep_decoded_hours: a split up to this long is decoded once and kept in memory
+    limits:             decoded audio beyond these is skipped, even if its header or column gave a shorter length
+    is_scored:          True uses silent audio, and skips audio that is too long for the encoder
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class SplitDataset(Dataset[Batch | UserError]):
 
     @property
     def longest(self) -> float:
-        """The factor by which augmentation may lengthen an utterance."""
+        """Largest factor by which augmentation may lengthen an utterance."""
         return self.augment.longest if self.augment else 1.0
 
     def __getitem__(self, drawn: tuple[int, list[Reference]] | UserError) -> Batch | UserError:
@@ -104,12 +104,12 @@ class SplitDataset(Dataset[Batch | UserError]):
         return self.collator(utterances, [result for result in results if isinstance(result, Skipped)])
 
     def num_tokens(self, kept: Kept) -> Integers:
-        """(N,) target tokens of these utterances."""
+        """(N,) number of target tokens of each utterance."""
         texts = (text for part, some in chunks(kept) for text in self.parts[part].texts(some.row.tolist()))
         return np.fromiter(map(self.collator.num_tokens, texts), np.int64, len(kept))
 
     def tokens_per_second(self) -> float:
-        """The mean of some thousand utterances."""
+        """Mean number of target tokens per second over some thousand utterances."""
         step = len(self) // NUM_COUNTED + 1
         counted = self.kept[::step]
         return float(self.num_tokens(counted).sum() / counted.seconds.sum())
@@ -120,12 +120,12 @@ class SplitDataset(Dataset[Batch | UserError]):
         return rows.utterance(index, self.collator.sampling_rate, True)
 
     def audio_of(self, id: str) -> tuple[NDArray[np.float32], int]:
-        """The decoded samples (S,) of an utterance and their rate."""
+        """The decoded samples (S,) of an utterance and their sampling rate."""
         utterance = self.utterance_of(id)
         return utterance.audio.numpy(), utterance.sampling_rate
 
     def batch_of(self, id: str, text: str) -> Batch:
-        """An utterance as a batch of its own, with `text` instead of its reference."""
+        """A batch of one utterance, with `text` in place of its reference."""
         return self.collator([replace(self.utterance_of(id), text=text)])
 
     def read(self, reference: Reference) -> Utterance | Skipped:
@@ -136,11 +136,11 @@ class SplitDataset(Dataset[Batch | UserError]):
         return self.decoded[reference]
 
     def decode(self, reference: Reference, of_any_length: bool = False) -> Utterance | Skipped:
-        """The decoded utterance, or why there is none: as a value, since an error would lose its class in a worker."""
+        """The decoded utterance, or the reason to skip it, as a value: a raised error would lose its class in a worker."""
         part, index = reference
         try:
             rows = self.parts[part]
-        except (BrokenFile, UserError) as error:  # it could be read when the batches were planned
+        except (BrokenFile, UserError) as error:  # it was readable when the batches were planned
             broken = self.parts.parts[part]
             return Skipped(f"{broken.name}-{index}", "unreadable shard", str(error), broken.path)
         try:
@@ -157,9 +157,9 @@ class SplitDataset(Dataset[Batch | UserError]):
 
 
 class BatchesWithEpoch(DurationBatches):
-    """Batches of references, each with its epoch: workers outlive an epoch, and learn of the next one in no other way.
+    """Batches of references, each with its epoch. Workers outlive an epoch; only the batch tells them the next one.
 
-    kept: the utterances; bounds allow for audio that the augmentation of `dataset` lengthens
+    kept: the utterances; the bounds allow for the lengthening by the augmentation of `dataset`
     """
 
     def __init__(self, dataset: SplitDataset, kept: Kept, bounds: Bounds, **options: Any) -> None:
@@ -169,5 +169,5 @@ class BatchesWithEpoch(DurationBatches):
 
     def __iter__(self) -> Iterator[tuple[int, list[Reference]]]:
         epoch, batches = self.epoch, super().__iter__()
-        return_freed_memory()  # that the order was made in; workers are forked next
+        return_freed_memory()  # left from making the order; the workers are forked next
         return ((epoch, self.kept[["part", "row"]][numbers].tolist()) for numbers in batches)

@@ -1,4 +1,4 @@
-"""The length of each utterance, by columns or headers; lengths read from headers are kept in the cache of `datasets`."""
+"""Finds the length of each utterance by columns or headers; caches lengths of headers in the cache of `datasets`."""
 
 import hashlib
 import logging
@@ -24,16 +24,16 @@ from sedtrain.run_dir import write_whole
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # to be counted up where other lengths are read from the same headers
-SHOWN_AFTER_SECONDS = 1.0  # a bar, or a line in the log
-FILES_AT_ONCE = 1000  # files that one thread looks up at a time
+VERSION = 2  # increase it when the same headers give other lengths
+SHOWN_AFTER_SECONDS = 1.0  # until a progress bar, or a line in the log, appears
+FILES_AT_ONCE = 1000  # files whose facts one thread reads at a time
 
 FileFacts = tuple[str, int, int]
-"""The path of a file, its size in bytes (-1 where there is none), and the time of its last change."""
+"""The path of a file, its size in bytes (-1 if it does not exist), and the time of its last change."""
 
 
 def durations(rows: UtteranceRows) -> Floats:
-    """(N,) the seconds of each utterance; NaN where no column and no header gives them, to be tried again in the next run."""
+    """(N,) the seconds of each utterance; NaN if neither column nor header gives them. The next run tries NaN again."""
     lengths = rows.declared()
     if not np.isnan(lengths).any():
         return lengths
@@ -51,7 +51,7 @@ def durations(rows: UtteranceRows) -> Floats:
 
 
 def cache_file(rows: UtteranceRows) -> Path:
-    """The file that keeps the lengths of these rows; its name changes when a row or a file of audio does."""
+    """The file that caches the lengths of these rows; its name changes with any row or audio file."""
     key = hashlib.sha256(ascii((VERSION, rows.fingerprint, str(rows.folder.absolute()))).encode())
     names = names_in(rows.table["audio"])
     chunks = [names[first : first + FILES_AT_ONCE] for first in range(0, len(names), FILES_AT_ONCE)]
@@ -59,14 +59,14 @@ def cache_file(rows: UtteranceRows) -> Path:
     def facts_of(chunk: pa.Array) -> list[FileFacts]:
         return [facts_of_file(str(rows.folder / name)) for name in chunk.to_pylist() if name and "\0" not in name]
 
-    with ThreadPoolExecutor() as pool:  # some at a time: all of them would take more memory than the plan of an epoch
+    with ThreadPoolExecutor() as pool:  # in chunks: all facts at once take more memory than the plan of an epoch
         for facts in pool.map(facts_of, chunks):
             key.update(ascii(facts).encode())
     return cache_folder("durations") / f"{key.hexdigest()[:32]}.npy"
 
 
 def names_in(column: pa.ChunkedArray) -> pa.Array:
-    """The distinct paths in an audio column, in the order of the rows; bytes in it change the fingerprint of the rows."""
+    """The distinct paths in an audio column, in row order. Bytes need no path: the fingerprint of the rows covers them."""
     if pa.types.is_struct(column.type) and "path" in column.type.names:
         has_all_bytes = "bytes" in column.type.names and not pc.struct_field(column, "bytes").null_count
         column = pa.nulls(0) if has_all_bytes else pc.struct_field(column, "path")
@@ -82,7 +82,7 @@ def facts_of_file(path: str) -> FileFacts:
 
 
 def with_progress(lengths: Iterable[float], number: int, split: str) -> Iterator[float]:
-    """Yields the lengths; if they take long, shows a bar in a terminal, or writes a line to the log."""
+    """Yields the lengths; if that takes long, shows a bar in a terminal, or logs one line elsewhere."""
     started, bar = time.perf_counter(), None
     text = f"{split}: reading how long each of {number:,} utterances is"
     with ExitStack() as shown:

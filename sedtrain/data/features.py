@@ -1,7 +1,7 @@
-"""Features of one utterance as the feature extractors of `transformers` make them, at a fraction of their cost.
+"""Computes the features of the extractors of `transformers` for one utterance, at a fraction of their cost.
 
-S samples, T frames, F features. Windows, mel filters, floors and the precision of each step are the extractor's own.
-So even an almost silent recording, whose rounding errors normalisation magnifies, comes out alike.
+S samples, T frames, F features. Windows, mel filters, floors and the precision of each step equal the extractor's.
+So the features agree even for an almost silent recording, where normalisation magnifies rounding errors.
 """
 
 from collections.abc import Callable
@@ -26,24 +26,24 @@ Extractor = Any  # upstream's are untyped
 KALDI_FRAME, KALDI_HOP, KALDI_FFT = 400, 160, 512  # samples
 KALDI_PREEMPHASIS = 0.97
 KALDI_FLOOR = 1.192092955078125e-07
-NUM_GROUPS = 4  # of mel filters: the lower ones use few of the bins
-FRAMES_IN_CACHE = 200  # of 4 kB, several times
+NUM_GROUPS = 4  # of mel filters; lower filters use only few bins of the spectrum
+FRAMES_IN_CACHE = 200  # of 4 kB each, several copies at once
 
 
 def features_of(extractor: Extractor, audio: Tensor) -> Tensor:
-    """(S,) audio -> (S,) or (T, F) features, time first, without padding or truncation; NaN and infinity are 0."""
+    """(S,) audio -> (S,) or (T, F) features, time first, without padding or truncation; NaN and infinity become 0."""
     fast = FAST.get(type(extractor))
     return fast(extractor, audio) if fast and is_plain(extractor) else through_extractor(extractor, audio)
 
 
 def is_plain(extractor: Extractor) -> bool:
-    """True for an extractor without dither and torchaudio that groups frames in pairs, if at all."""
+    """True for an extractor without dither and without torchaudio that stacks frames in pairs or not at all."""
     has_filters = hasattr(extractor, "mel_filters") or not isinstance(extractor, Speech2TextFeatureExtractor)
     return not getattr(extractor, "dither", 0.0) and getattr(extractor, "stride", 2) == 2 and has_filters
 
 
 def through_extractor(extractor: Extractor, audio: Tensor) -> Tensor:
-    """The extractor's own features of one utterance; the only way for subclasses and for extractors from elsewhere."""
+    """The features that the extractor itself computes; used for subclasses and for extractors not in FAST."""
     no_limit = {"truncation": False} if isinstance(extractor, WhisperFeatureExtractor) else {}
     with np.errstate(divide="ignore", invalid="ignore"):
         made = extractor(
@@ -65,7 +65,7 @@ def samples(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def whisper(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Decibels down to 80 below the loudest, scaled to about -1..1; without the last frame, as upstream."""
+    """Decibels, at most 80 below the loudest, scaled to about -1..1; without the last frame, as upstream."""
     window = torch.hann_window(extractor.n_fft)
     spectrum = torch.stft(audio, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)[:, :-1]
     mels = torch.from_numpy(extractor.mel_filters).float().T @ power(spectrum)
@@ -74,9 +74,9 @@ def whisper(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def parakeet(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Each feature with mean 0 and deviation 1 over the utterance, whose last frame upstream takes for padding.
+    """Each feature has mean 0 and deviation 1 over the utterance. Upstream treats the last frame as padding.
 
-    In bands that hardly change the result is mostly rounding, so every sum is formed in upstream's order.
+    Bands that hardly change consist mostly of rounding errors, so every sum keeps upstream's order.
     """
     spectrum = torch.stft(
         torch.cat([audio[:1], audio[1:] - (extractor.preemphasis or 0.0) * audio[:-1]]),
@@ -98,7 +98,7 @@ def parakeet(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def speech_to_text(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Each feature with mean 0 and deviation 1 over the utterance; 0 for silence, which has no deviation."""
+    """Each feature has mean 0 and deviation 1 over the utterance; silence, which has deviation 0, becomes 0."""
     features = kaldi_mels(extractor, audio).contiguous().numpy()
     if extractor.do_ceptral_normalize:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -107,7 +107,7 @@ def speech_to_text(extractor: Extractor, audio: Tensor) -> Tensor:
 
 
 def pairs_of_mels(extractor: Extractor, audio: Tensor) -> Tensor:
-    """Each feature with mean 0 and variance 1 over the utterance; frames in pairs, without an odd last one."""
+    """Each feature has mean 0 and variance 1 over the utterance; frames are stacked in pairs, an odd last one is dropped."""
     logs = kaldi_mels(extractor, audio).numpy()
     centred = logs - logs.mean(0)
     centred /= np.sqrt(np.square(centred).sum(0) / (len(logs) - 1) + 1e-7)
@@ -123,10 +123,10 @@ def power(spectrum: Tensor) -> Tensor:
 
 
 def kaldi_mels(extractor: Extractor, audio: Tensor) -> Tensor:
-    """(S,) -> (T, F): logarithms of Kaldi's mel bands, in double precision from a spectrum that is kept in single.
+    """(S,) -> (T, F): logarithms of Kaldi's mel bands, in double precision; the spectrum is rounded to single.
 
     Upstream subtracts the mean of each frame, then emphasises the frame. Here the whole signal is emphasised, and the
-    emphasised mean is subtracted from each frame. Only the first sample would differ; its window weight is 0.
+    emphasised mean is subtracted from each frame. Only the first sample of a frame differs; its window weight is 0.
     """
     signal = audio.double() * 2**15
     emphasised = signal.clone()
@@ -146,7 +146,7 @@ def kaldi_mels(extractor: Extractor, audio: Tensor) -> Tensor:
 
 @cache
 def bands_of(extractor: Extractor) -> list[tuple[Tensor, slice]]:
-    """The mel filters in groups of neighbours, each with the bins of the spectrum that it uses."""
+    """Groups of neighbouring mel filters, each group with the bins of the spectrum that it uses."""
     groups = []
     for filters in torch.from_numpy(extractor.mel_filters).T.chunk(NUM_GROUPS):
         used = filters.any(0).nonzero().flatten().tolist() or [0]
@@ -167,4 +167,4 @@ FAST: dict[type, Callable[[Extractor, Tensor], Tensor]] = {
     Wav2Vec2FeatureExtractor: samples,
     WhisperFeatureExtractor: whisper,
 }
-"""By the class of the extractor, without its subclasses."""
+"""Fast functions by exact class of extractor; subclasses may compute something else."""

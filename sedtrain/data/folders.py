@@ -1,7 +1,7 @@
-"""A folder of audio files as rows: their texts stand in a metadata file, in *.trans.txt, in a .txt beside each, or as in Kaldi.
+"""Reads a folder of audio files as rows; texts are in a metadata file, in *.trans.txt, in .txt files or in Kaldi's files.
 
-Kaldi and ESPnet have wav.scp, text and, where they are there, segments, utt2spk, utt2lang and utt2dur. Each line of these is a
-name and its value. Commands, which Kaldi runs to get audio, are refused.
+A folder of Kaldi or ESPnet has wav.scp and text, and may have segments, utt2spk, utt2lang and utt2dur. Each line is a
+name and its value. Kaldi also runs commands to get audio; those are refused.
 """
 
 import os
@@ -28,21 +28,21 @@ from sedtrain.data.tables import (
 from sedtrain.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-ARCHIVED = re.compile(r":\d+$")  # ends a path with an offset in an archive
+ARCHIVED = re.compile(r":\d+$")  # matches a path that ends with an offset in an archive
 KALDI = {"text": "text", "speaker": "utt2spk", "language": "utt2lang", "seconds": "utt2dur"}
-"""Kaldi's file of each column."""
+"""Kaldi's file for each column."""
 
 
 def has_audio(folder: Path) -> bool:
-    """True if a folder, searched through, has audio or metadata of audio."""
+    """True if a folder or a subfolder holds audio or a metadata file."""
     return any(os.path.basename(file) in METADATA or is_media_file(file) for file in files_in(folder))
 
 
 def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
-    """The audio of a folder that has some, searched through, with texts: columns audio, text, id, or those of metadata files.
+    """Rows for the audio of a folder and its subfolders: columns audio, text, id, or the columns of metadata files.
 
-    above: a folder around it, whose metadata file may name its files too
-    Raises UserError where there is no transcript.
+    above: a parent folder; its metadata file is used if the folder has none
+    Raises UserError if there is no transcript.
     """
     files = sorted(files_in(folder))
     inside = [Path(file) for file in files if os.path.basename(file) in METADATA]
@@ -65,7 +65,7 @@ def read_folder(folder: Path, above: Path | None = None) -> datasets.Dataset:
 
 
 def by_stem(audio: Iterable[str]) -> dict[str, str]:
-    """The file of each name without suffix; where there are several, one that can be read."""
+    """Files by name without suffix; of several with one name, a readable one."""
     return {os.path.splitext(file)[0]: file for file in sorted(audio, key=is_audio_file)}
 
 
@@ -74,7 +74,7 @@ def metadata_of(folder: Path) -> Path | None:
 
 
 def metadata_rows(path: Path, folder: Path) -> Iterator[Row]:
-    """The rows of a metadata file for files in `folder`, with `audio` from its file_name, and that as `id` if it has none."""
+    """The rows of a metadata file for files in `folder`; file_name gives `audio`, and `id` if there is no such column."""
     rows = read_rows(path)
     if "file_name" not in rows.column_names:
         wrong = f"{path.name} has no column 'file_name', it has {in_words(rows.column_names)}"
@@ -89,12 +89,12 @@ def metadata_rows(path: Path, folder: Path) -> Iterator[Row]:
 
 
 def path_below(folder: Path, name: str) -> str:
-    """The path of a file of the folder; a name that leaves it stays as it is, to be refused when it is read."""
+    """The path of a file in the folder. A name that leaves the folder is returned as it is; reading it is refused."""
     return name if leaves_folder(name) else os.path.abspath(folder / name)
 
 
 def beside_row(audio: str, texts: Mapping[str, str], folder: Path) -> Row:
-    """The row of an audio file; texts: files of text by their name without its suffix."""
+    """The row of an audio file. texts: text files by name without suffix"""
     stem = os.path.splitext(audio)[0]
     row: Row = {"audio": os.path.abspath(audio), "text": None, "id": os.path.relpath(stem, folder)}
     if stem not in texts:
@@ -107,12 +107,12 @@ def beside_row(audio: str, texts: Mapping[str, str], folder: Path) -> Row:
 
 
 def listed_rows(path: Path, audio: Mapping[str, str]) -> Iterator[Row]:
-    """A row for every line `ID TEXT` of a .trans.txt; the audio is the file of that name in the same folder.
+    """Yields a row for every line `ID TEXT` of a .trans.txt; the audio file ID is in the same folder.
 
-    audio: files by their name without its suffix
+    audio: audio files by path without suffix
     """
     with path.open("rb") as file:
-        lines = [line for each in lines_of(file) for line in ([None] if each is None else each.splitlines())]
+        lines = [part for line in lines_of(file) for part in ([None] if line is None else line.splitlines())]
     for number, line in enumerate(lines, start=1):
         row = text_or_problem(line, f"{path.name}, line {number}")
         id, _, text = row.get("text", "").partition(" ")
@@ -145,7 +145,7 @@ def kaldi_rows(folder: Path) -> Iterator[Row]:
 
 
 def keyed_lines(file: Path, broken: list[Row]) -> dict[str, tuple[int, str]]:
-    """The number and the rest of each line `KEY REST`, by its key; rows of unreadable lines go into `broken`."""
+    """Number and rest of each line `KEY REST`, by key. Appends a row to `broken` for each unreadable line."""
     found: dict[str, tuple[int, str]] = {}
     if not file.is_file():
         return found
@@ -164,7 +164,7 @@ def keyed_lines(file: Path, broken: list[Row]) -> dict[str, tuple[int, str]]:
 
 
 def refuse_commands(folder: Path, recordings: Mapping[str, tuple[int, str]]) -> None:
-    """Raises UserError for a command in wav.scp, which nobody wants to run because a folder says so, and for archives."""
+    """Raises UserError for archives in wav.scp, and for commands: a dataset must not run programs."""
     for number, path in recordings.values():
         if path.endswith("|") or path.startswith("|") or path == "-":
             wrong = f"wav.scp, line {number} is a command ({path[:80]}), which is never run"
@@ -177,7 +177,7 @@ def refuse_commands(folder: Path, recordings: Mapping[str, tuple[int, str]]) -> 
 
 
 def segment(id: str, number: int, rest: str) -> Row:
-    """Recording, start and end of a line `UTTERANCE RECORDING START END`; the end -1 is that of the recording."""
+    """Recording, start and end of a line `UTTERANCE RECORDING START END`; END -1 is the end of the recording."""
     position, fields = f"segments, line {number}, {id}", rest.split()
     try:
         recording, start, end = fields[0], *map(float, fields[1:3])
@@ -189,7 +189,7 @@ def segment(id: str, number: int, rest: str) -> Row:
 
 
 def whole_row(row: Row, recordings: Mapping[str, tuple[int, str]]) -> Row:
-    """The row with the file of its recording, or what it lacks."""
+    """The row with the file of its recording, or with the problem that the file or the text is missing."""
     recording = row.pop("recording")
     number, file = recordings.get(recording, (0, ""))
     if not file:

@@ -1,7 +1,8 @@
-"""The length that the header of an audio file claims, against the bytes that are there.
+"""Compares the length that the header of an audio file claims with the bytes of the file.
 
-libsndfile believes headers. Writers to a pipe leave a length of 0 or the highest number, recorders that are killed one that is
-too small, joined files that of the first, and MP3 of varying bit rate often none.
+libsndfile believes headers, and headers can be wrong. A program that writes to a pipe leaves 0 or the highest number. A
+killed recorder leaves a length that is too small. Joined files keep the length of the first. MP3 of variable bit rate
+often has none.
 """
 
 import re
@@ -11,21 +12,21 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO, NamedTuple
 
-UNKNOWN_BYTES = 0x7FFF0000  # a file that was written to a pipe claims this size or a larger one
-ENDS = 1 << 16  # bytes at either end of what follows the audio, to tell zeros that fill a block from a recording
-TAIL = 1 << 17  # bytes; the last frame of FLAC begins in them
+UNKNOWN_BYTES = 0x7FFF0000  # a file that was written to a pipe claims at least this size
+ENDS = 1 << 16  # bytes read at either end of what follows the audio, to tell filling zeros from more audio
+TAIL = 1 << 17  # bytes at the end of a file, in which the last FLAC frame begins
 KBPS = (  # of MP3's layer III: MPEG 1, then 2 and 2.5
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 )
-MOST_CHUNKS = 1000  # before that of the audio
-LARGEST_FRAME = 1441  # bytes, of MP3
-RESYNC = 3 * LARGEST_FRAME + 4096  # bytes in which the first frames of MP3 are looked for
-MP3_RATES = (44_100, 48_000, 32_000)  # of MPEG 1; MPEG 2 has half of it, 2.5 a quarter
+MOST_CHUNKS = 1000  # before the audio's chunk
+LARGEST_FRAME = 1441  # bytes of an MP3 frame
+RESYNC = 3 * LARGEST_FRAME + 4096  # bytes searched for the first MP3 frames
+MP3_RATES = (44_100, 48_000, 32_000)  # hertz of MPEG 1; MPEG 2 has half of it, MPEG 2.5 a quarter
 
 
 class RefusedAudio(OSError):
-    """Audio that cannot be read, or is not used; `reason` is a short phrase, by which utterances are counted."""
+    """Audio that cannot be read or must not be used. `reason` is a short phrase; skipped utterances are counted by it."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -34,11 +35,11 @@ class RefusedAudio(OSError):
 
 @dataclass(frozen=True)
 class Claim:
-    """What is wrong with the length that a header claims.
+    """The error in the length that a header claims, and the repair of a header that leaves its length open.
 
-    missing:   what the file lacks of it, as a fraction of what libsndfile counts as frames; below 0, what is beyond it
-    at, patch: bytes of the header to be replaced from there on, so that it says a length it left open
-    prefix:    bytes that stand for all before `at`, for that
+    missing:   claimed audio that the file lacks, as a fraction of libsndfile's frame count; below 0: unclaimed audio
+    at, patch: `patch` replaces the header's bytes from position `at` on and fills in the length
+    prefix:    replaces all bytes before `at` for the same purpose
     """
 
     missing: float = 0.0
@@ -47,20 +48,20 @@ class Claim:
     prefix: bytes = b""
 
     def mended(self, content: bytes) -> bytes:
-        """The bytes of the file with the length that its header left open."""
+        """The bytes of the file with the repaired header."""
         if not self.patch and not self.prefix:
             return content
         return (self.prefix or content[: self.at]) + self.patch + content[self.at + len(self.patch) :]
 
 
 def claim_of(file: BinaryIO, size: int) -> Claim:
-    """The claim of a file of `size` bytes; an empty one for unknown formats and broken headers. Raises RefusedAudio."""
+    """The claim of a file of `size` bytes; an empty claim for unknown formats and broken headers. Raises RefusedAudio."""
     try:
         first = read_at(file, 0, 4)
         start = 0
         if first[:3] == b"ID3":
             tag = read_at(file, 0, 10)
-            start = 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])  # its size has seven bits a byte
+            start = 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])  # seven bits of each byte count
             first = read_at(file, start, 4)
         if first == b"fLaC":
             return flac_claim(file, start, size)
@@ -100,9 +101,9 @@ def other_format(first: bytes) -> str | None:
 
 
 class Layout(NamedTuple):
-    """The layout of a container of chunks: byte order, place of the first chunk, sizes in bytes, name of the audio's chunk.
+    """The layout of a file of chunks: byte order, position of the first chunk, sizes in bytes, name of the audio's chunk.
 
-    extra: bytes that the size of the audio's chunk counts beside the audio; in W64 those of the chunk's own header
+    extra: bytes that the size of the audio's chunk includes besides the audio; in W64 this is the chunk's header
     """
 
     order: str
@@ -127,15 +128,15 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Data:
-    """The audio of a file: its first byte, and its claimed size, which stands at `size_at` in `form`, `extra` included."""
+    """The audio of a file: its first byte and claimed size. The header stores size plus `extra` at `size_at` as `form`."""
 
     start: int
     claimed: int
     size_at: int
     form: str
     extra: int = 0
-    alignment: int = 0  # of the chunk after it; 0: nothing may follow
-    counts_all: bool = False  # libsndfile reads to the end of the file, whatever the header claims
+    alignment: int = 0  # of the next chunk; 0: no chunk may follow
+    counts_all: bool = False  # True if libsndfile ignores the claim and reads to the end of the file
 
     def claim(self, file: BinaryIO, size: int) -> Claim:
         room = size - self.start
@@ -152,7 +153,7 @@ class Data:
         return Claim((self.claimed - found) / max(1, counted))
 
     def is_end(self, tail: bytes, pad: int) -> bool:
-        """True if no audio follows: a chunk, whose name is letters, zeros that fill a block, or nothing."""
+        """True if the audio is followed by a chunk with a printable name, by filling zeros or by nothing."""
         names = [tail[at : at + 4] for at in (0, pad)] if self.alignment else []
         is_chunk = any(name.isascii() and name.decode().isprintable() and name not in LAYOUTS for name in names)
         return is_chunk or not tail.strip(b"\0")
@@ -176,7 +177,7 @@ def data_of(file: BinaryIO, first: bytes) -> Data | None:
 
 
 def chunk_of(file: BinaryIO, layout: Layout) -> Data | None:
-    """The chunk of the audio; RF64 gives its size in an earlier one. Raises struct.error where the file ends before it."""
+    """The audio's chunk. RF64 stores its size in an earlier chunk. Raises struct.error if the file ends before it."""
     form = layout.order + ("I" if layout.size == 4 else "q")
     at, long, is_w64 = layout.first, None, layout.name == 16
     for _ in range(MOST_CHUNKS):
@@ -200,7 +201,7 @@ def chunk_of(file: BinaryIO, layout: Layout) -> Data | None:
 
 
 def flac_claim(file: BinaryIO, start: int, size: int) -> Claim:
-    """The samples by the header against those up to the last frame; a header of 0 samples gets their number."""
+    """Compares the number of samples in the header with the end of the last frame; repairs a header of 0 samples."""
     info = read_at(file, start + 8, 18)
     [fields] = struct.unpack(">Q", info[10:18])
     claimed, block = fields & (1 << 36) - 1, struct.unpack(">H", info[:2])[0]
@@ -216,17 +217,17 @@ def flac_claim(file: BinaryIO, start: int, size: int) -> Claim:
 
 
 def last_frames(file: BinaryIO, start: int, size: int, block: int, number: int) -> list[range]:
-    """The samples of the frames that begin in the last `number` bytes."""
+    """The sample range of each frame that begins in the last `number` bytes."""
     tail = read_at(file, max(start + 42, size - number), number)
     starts = [match.start() for match in re.finditer(b"\xff[\xf8\xf9]", tail)]
     return [frame for at in starts if (frame := samples_of_frame(tail[at : at + 16].ljust(16, b"\0"), block))]
 
 
 def samples_of_frame(header: bytes, block: int) -> range | None:
-    """The samples of a frame, None for what is none (RFC 9639, 9.1); block: samples in a frame of a stream of fixed ones."""
+    """The sample range of a frame, None for other bytes (RFC 9639, 9.1). block: samples of a frame of fixed size"""
     if header[3] & 1 or not header[2] >> 4:
         return None
-    num_more = max(0, 7 - (header[4] ^ 0xFF).bit_length())  # bytes of the number after its first, as in UTF-8
+    num_more = max(0, 7 - (header[4] ^ 0xFF).bit_length())  # further bytes of the number, as in UTF-8
     number = header[4] & (0x7F >> num_more)
     for byte in header[5 : 5 + num_more]:
         number = number << 6 | byte & 0x3F
@@ -253,7 +254,7 @@ def crc8(content: bytes) -> int:
 
 
 def ogg_claim(file: BinaryIO, size: int) -> Claim:
-    """Raises RefusedAudio where the last page is cut off, or another stream follows, which libsndfile would not read."""
+    """Raises RefusedAudio if the last page is cut off, or if a second stream follows: libsndfile would not read it."""
     at, is_in_stream = 0, False
     while at < size and (page := read_at(file, at, 27)).startswith(b"OggS"):
         sizes = file.read(page[26]) if len(page) == 27 else b""
@@ -271,7 +272,7 @@ def ogg_claim(file: BinaryIO, size: int) -> Claim:
 
 
 class Frame(NamedTuple):
-    """A frame of MP3: its bytes, samples and bit rate, and where in it a Xing header stands."""
+    """An MP3 frame: its bytes, samples and bit rate, and the position of a Xing header in it."""
 
     size: int
     samples: int
@@ -280,7 +281,7 @@ class Frame(NamedTuple):
 
 
 def mp3_frame(header: bytes) -> Frame | None:
-    """The frame of layer III that begins with four bytes; None for what is none."""
+    """The frame of layer III with this header of four bytes; None for other bytes."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return None
     version, rate, kbps = header[1] >> 3 & 3, header[2] >> 2 & 3, header[2] >> 4
@@ -294,7 +295,7 @@ def mp3_frame(header: bytes) -> Frame | None:
 
 
 def mp3_start(content: bytes) -> int | None:
-    """The first byte of three frames in a row; a recording of a stream begins anywhere."""
+    """The position of the first three frames in a row. A recorded stream may begin in the middle of a frame."""
     for match in re.finditer(b"\xff[\xe2-\xff]", content):
         if len(list(islice(mp3_frames(content[match.start() :]), 3))) == 3:
             return match.start()
@@ -302,14 +303,14 @@ def mp3_start(content: bytes) -> int | None:
 
 
 def mp3_claim(file: BinaryIO, start: int, size: int) -> Claim:
-    """The bytes by the Xing header against those that are there; without one, the frames are counted."""
+    """Compares the bytes that the Xing header claims with the file; without a Xing header, counts the frames."""
     frame = mp3_frame(read_at(file, start, 4))
     assert frame is not None
     tag = read_at(file, start + frame.xing, 16)
     if tag[:4] not in (b"Xing", b"Info"):
         return counted_mp3(file, start, size, frame)
     [claimed] = struct.unpack(">I", tag[12:16])
-    if tag[7] & 3 != 3 or not claimed:  # it gives frames and bytes
+    if tag[7] & 3 != 3 or not claimed:  # it does not give both frames and bytes
         return Claim()
     tail = read_at(file, start + claimed, 4)
     is_audio = tail[:3] == b"ID3" or mp3_frame(tail) is not None
@@ -317,7 +318,7 @@ def mp3_claim(file: BinaryIO, start: int, size: int) -> Claim:
 
 
 def counted_mp3(file: BinaryIO, start: int, size: int, first: Frame) -> Claim:
-    """A Xing header for MP3 of varying bit rate, whose length libsndfile guesses by its first frame."""
+    """Adds a Xing header to MP3 of variable bit rate; without one, libsndfile guesses the length by the first frame."""
     content = read_at(file, start, size - start)
     frames = list(mp3_frames(content))
     if len({frame.kbps for frame in frames}) < 2:
@@ -331,7 +332,7 @@ def counted_mp3(file: BinaryIO, start: int, size: int, first: Frame) -> Claim:
 
 
 def mp3_frames(content: bytes) -> Iterator[Frame]:
-    """The whole frames, from the beginning on."""
+    """Yields the complete frames from the beginning on."""
     at = 0
     while (frame := mp3_frame(content[at : at + 4])) and at + frame.size <= len(content):
         yield frame

@@ -1,4 +1,4 @@
-"""The lengths of audio and text that an utterance needs to be used, and the reason for leaving out one that lacks them."""
+"""Limits on the lengths of audio and text, and the reason for skipping an utterance beyond them."""
 
 import sys
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from sedtrain.data.utterances import Reason
 from sedtrain.errors import UserError
 
 LIMITED = frozenset({"too short", "too long", "text too short", "text too long"})
-"""Reasons that are the user's own limits: they are no faults, and stop no run."""
+"""Reasons that come from the user's own limits. They are no faults and never stop a run."""
 SCORED = 4
-"""A scored utterance may be longer by this factor than one that is trained on: no activations are kept for gradients."""
+"""Factor by which a scored utterance may be longer than a training utterance: scoring keeps no activations."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The lengths of audio and text that an utterance needs to be used. Raises UserError for limits that none can keep.
+    """Limits on the lengths of audio and text. Raises UserError for limits that no utterance can meet.
 
-    min_characters: 0 allows texts that are empty
-    longest: the option that `max_seconds` is from, for messages
+    min_characters: 0 allows empty texts
+    longest: the option that gives `max_seconds`, for messages
     """
 
     min_seconds: float
@@ -40,7 +40,7 @@ class Limits:
             raise UserError("data.max_characters", self.max_characters, f"this has to be {or_more}", write)
 
     def scored(self, batch_seconds: float) -> "Limits":
-        """Limits of a split that is scored in batches: only audio too long for the memory is left out."""
+        """Limits of a split that is scored in batches: skips only audio that may not fit in memory."""
         by_length = (SCORED * self.max_seconds, f"{SCORED} * {self.longest}")
         most, option = max(by_length, (batch_seconds, "data.batch_seconds"))
         return Limits(0.0, most, 0, sys.maxsize, option)
@@ -51,7 +51,10 @@ class Limits:
         return too_long(seconds, self.max_seconds, self.longest) if seconds > self.max_seconds else None
 
     def refused_text(self, text: str, rewrite: Callable[[str], str] = str) -> Reason | None:
-        """rewrite: normalizes texts before they are learnt; a text of which it leaves nothing is not used"""
+        """The reason to skip a text, else None.
+
+        rewrite: normalizes texts before they are learnt; a text that becomes empty is skipped
+        """
         number = len(text.strip())
         if text.startswith(NOT_TEXT):
             return "text that is not text", shortened(text.removeprefix(NOT_TEXT))
@@ -66,7 +69,7 @@ class Limits:
 
 
 WHOLE = Limits(0.0, inf, 0, sys.maxsize)
-"""Limits of a split that is scored whole: its long utterances are cut to windows."""
+"""Limits of a test split, which skip nothing by length: decoding cuts long utterances into windows."""
 
 
 def too_long(seconds: float, most: float, option: str) -> Reason:

@@ -1,6 +1,7 @@
-"""Rows of a Parquet file in bounded memory: compression and dictionaries let a few bytes stand for any number of them.
+"""Reads the rows of a Parquet file in bounded memory: compression and dictionaries can unfold few bytes to any size.
 
-Arrow makes room for the pages of a column by their own headers, whatever the file says of all of them: these are read here.
+Arrow allocates each page of a column by the page's own header, and ignores the totals of the file. So the page headers
+are checked here first.
 """
 
 import os
@@ -17,36 +18,36 @@ import pyarrow.parquet
 from sedtrain.errors import UserError
 
 ROWS_AT_ONCE = 10_000
-MEMORY = 2**27  # bytes of the rows at once, unless a single row takes more
-ROW_BYTES = 64  # that a row takes at least, whatever it holds
-OF_COLUMN, OF_FILE = 100, 1000  # times that a column, or the copy of a file, may be larger than what is stored of it
-HEADER_BYTES = (2**8, 2**16, 2**24)  # most headers, those with long statistics, the longest that Arrow reads
+MEMORY = 2**27  # bytes of the rows read at once, unless a single row takes more
+ROW_BYTES = 64  # smallest cost of a row
+OF_COLUMN, OF_FILE = 100, 1000  # factors by which an unfolded column, or a file's copy, may exceed its stored size
+HEADER_BYTES = (2**8, 2**16, 2**24)  # enough for most headers; with long statistics; the longest that Arrow reads
 DEPTH = 3  # of structs: header, kind of page, statistics
 TRUE, FALSE, I16, I32, I64, BINARY, STRUCT = 1, 2, 4, 5, 6, 8, 12  # types of Thrift
 UNCOMPRESSED, COMPRESSED = (2, I32), (3, I32)
 NUM_VALUES = (1, I32)
-ENCODINGS = {(5, STRUCT): (2, I32), (8, STRUCT): (4, I32)}  # of a page of data, in its first and second version
-ONCE_EACH = {0, 3, 4}  # plain, RLE and bit-packed: encodings that store each cell by itself
+ENCODINGS = {(5, STRUCT): (2, I32), (8, STRUCT): (4, I32)}  # of data pages, versions 1 and 2
+ONCE_EACH = {0, 3, 4}  # plain, RLE and bit-packed: encodings that store every cell separately
 
 
 def batches(
     file: pa.parquet.ParquetFile, content: IO[bytes], place: str, group: int, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a row group, a few at a time. Raises UserError for columns that unfold beyond what data do.
+    """Yields the rows of a row group, a few at a time. Raises UserError for columns that unfold beyond OF_COLUMN.
 
-    content: the same file, from which the headers of pages are read
-    Other encodings repeat cells, each of which is in the column at least once: no row takes more than the columns.
+    content: the same file, to read the headers of pages
+    A column that repeats cells stores each distinct cell once. So one row never takes more than all stored columns.
     """
     stored = file.metadata.row_group(group)
     chunks = [stored.column(number) for number in range(stored.num_columns)]
-    chunks = [each for each in chunks if columns is None or each.path_in_schema.split(".")[0] in columns]
+    chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
     size = repeating = total = 0
-    for each in chunks:
-        unfolded, is_repeating = pages_of(content, each)
-        part = f"row group {group}, column {each.path_in_schema}"
-        refuse_beyond(OF_COLUMN, each.total_compressed_size, unfolded, place, part, MEMORY / 4)
+    for chunk in chunks:
+        unfolded, is_repeating = pages_of(content, chunk)
+        part = f"row group {group}, column {chunk.path_in_schema}"
+        refuse_beyond(OF_COLUMN, chunk.total_compressed_size, unfolded, place, part, MEMORY / 4)
         size, repeating = size + unfolded, repeating + unfolded * is_repeating
-        total += each.total_compressed_size
+        total += chunk.total_compressed_size
     refuse_beyond(OF_COLUMN, total, size, place, f"row group {group}")  # a page of each column is in memory at once
     average = size // max(1, stored.num_rows)
     num_rows = min(ROWS_AT_ONCE, max(1, MEMORY // max(1, repeating, average)))
@@ -54,7 +55,7 @@ def batches(
 
 
 def refuse_unfolding(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Table]:
-    """Yields the tables. Raises UserError where they have become more than a file of this size can mean."""
+    """Yields the tables. Raises UserError once they exceed OF_FILE times the size of the file."""
     stored, total = path.stat().st_size, 0
     for table in tables:
         total += table.nbytes + ROW_BYTES * len(table)
@@ -63,7 +64,7 @@ def refuse_unfolding(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Tabl
 
 
 def refuse_unpacking(path: str, place: str) -> None:
-    """Raises UserError for a packed file, such as .jsonl.gz, that unfolds beyond what data do."""
+    """Raises UserError for a packed file, such as .jsonl.gz, that unfolds beyond OF_COLUMN times its size."""
     stored, total = os.path.getsize(path), 0
     for size in unpacked_sizes(path, place):
         total += size
@@ -71,7 +72,7 @@ def refuse_unpacking(path: str, place: str) -> None:
 
 
 def unpacked_sizes(path: str, place: str) -> Iterator[int]:
-    """The bytes of a packed file, a block after the other; of a zip, those of its members, which are never exceeded."""
+    """Yields the unpacked bytes of each block; for a zip, the sizes listed for its members, which unpacking never exceeds."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as members:
             yield from (member.file_size for member in members.infolist())
@@ -82,21 +83,21 @@ def unpacked_sizes(path: str, place: str) -> Iterator[int]:
 
 
 def refuse_beyond(times: int, stored: int, size: int, place: str, part: str, least: float = 0) -> None:
-    """Raises UserError where what is stored unfolds to more than so many times as much, and to more than `least` or MEMORY."""
+    """Raises UserError if `stored` bytes unfold to more than `times` as many, and to more than `least` (else MEMORY)."""
     if size > max(least or MEMORY, times * stored):
         unfolded = f"{stored:,} bytes unfold to {size / 1e6:,.0f} MB or more"
         wrong = f"this file would fill memory and disk: of {part}, {unfolded}"
         raise UserError("data.path", place, wrong, "write data.path=FILE from a source that you trust")
 
 
-# --- headers of pages, structs in the compact protocol of Thrift
+# --- page headers: structs in the compact protocol of Thrift
 
 Fields = dict[tuple[int, int], Any]
 """The values of a struct, by number and type of the field."""
 
 
 def pages_of(content: IO[bytes], chunk: pa.parquet.ColumnChunkMetaData) -> tuple[int, bool]:
-    """Bytes that a column takes in memory at least, once all of its pages are read; and whether these repeat cells."""
+    """Least bytes of a column in memory with all its pages read, and True if its encoding repeats cells."""
     headers = list(page_headers(content, chunk))
     data = [(header[kind], encoding) for header in headers for kind, encoding in ENCODINGS.items() if kind in header]
     num_values = max(chunk.num_values, sum(page.get(NUM_VALUES, 0) for page, _ in data))
@@ -106,7 +107,7 @@ def pages_of(content: IO[bytes], chunk: pa.parquet.ColumnChunkMetaData) -> tuple
 
 
 def page_headers(content: IO[bytes], chunk: pa.parquet.ColumnChunkMetaData) -> Iterator[Fields]:
-    """The header of each page. Raises pyarrow.ArrowInvalid for one that no writer makes."""
+    """Yields the header of each page. Raises pyarrow.ArrowInvalid for a header that no writer makes."""
     at = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < at:
         at = chunk.dictionary_page_offset
@@ -128,9 +129,9 @@ def header_at(content: IO[bytes], at: int) -> tuple[Fields, int]:
 
 
 def struct_at(content: bytes, at: int, depth: int = DEPTH) -> tuple[Fields, int]:
-    """A struct in Thrift's compact protocol, without its texts, and where it ends.
+    """A struct in Thrift's compact protocol, without its texts, and the position of its end.
 
-    Raises IndexError where the content ends before it, and pyarrow.ArrowInvalid for what no page's header has.
+    Raises IndexError if the content ends inside it, and pyarrow.ArrowInvalid for fields that no page header has.
     """
     fields: Fields = {}
     number = 0
@@ -156,7 +157,7 @@ def integer_at(content: bytes, at: int) -> tuple[int, int]:
 
 
 def varint_at(content: bytes, at: int) -> tuple[int, int]:
-    """Seven bits in each byte, the lowest first; the eighth says that another byte follows."""
+    """A number and the position of its end. Each byte holds seven bits, lowest first; its eighth bit marks a further byte."""
     value = 0
     for shift in range(0, 70, 7):
         value |= (content[at] & 127) << shift

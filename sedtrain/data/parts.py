@@ -1,4 +1,4 @@
-"""Parts of a dataset that are opened one by one: the files of a split, here or on a server, or a whole split."""
+"""Opens a dataset part by part; a part is one file of a split, local or on a server, or a whole split."""
 
 import hashlib
 import shutil
@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet
 from filelock import FileLock
 
+from sedtrain.data.load_rows import load_rows, places_of
 from sedtrain.data.parquet import batches
 from sedtrain.data.paths import fetch, file_name, local_path, names_of, split_files
 from sedtrain.data.readers import read_rows, reading, suffix_of
 from sedtrain.data.roles import check_columns, cleaned
 from sedtrain.data.source import Source
-from sedtrain.data.sources import load_rows, places_of
 from sedtrain.data.tables import as_texts
 from sedtrain.data.utterances import UtteranceRows
 from sedtrain.errors import UserError
@@ -27,11 +27,11 @@ from sedtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are opened together: one file of a split of a dataset, or the split where it has no files of its own.
+    """Rows that are opened together: one file of a split, or the whole split.
 
-    name:   of the split, or of the file among those of the split; ids of rows that have none begin with it
-    place:  the path or URL of the file; None for a split
-    copies: the folder of all that is fetched or converted, in which each file has a folder
+    name:   name of the split, or of the file within the split; rows without an id get ids that begin with it
+    place:  path or URL of the file; None for a whole split
+    copies: folder for fetched and converted files; each file has a subfolder
     """
 
     source: Source
@@ -41,7 +41,7 @@ class Part:
 
     @property
     def path(self) -> str:
-        """The file or URL, where it is a single one, else what the dataset is read from."""
+        """The file or URL if the rows come from a single one, else the path of the dataset."""
         folder = local_path(self.source.path)
         if self.place is not None or not folder.exists():
             return self.place or self.source.path
@@ -58,20 +58,20 @@ class Part:
         return "://" in str(self.place)
 
     def open(self) -> UtteranceRows:
-        """Raises UserError where there are no rows of utterances, BrokenFile for a file that cannot be read."""
+        """Raises UserError if the rows are no utterances, and BrokenFile for a file that cannot be read."""
         return UtteranceRows(self.rows(), self.source, self.name, self.path)
 
     def rows(self) -> datasets.Dataset:
-        """Raises BrokenFile, and UserError for what is not found, cannot be fetched or is of no known format."""
+        """Raises BrokenFile, and UserError if the file is missing, cannot be fetched or has an unknown format."""
         if self.place is None:
             return load_rows(self.source.path, self.name, self.source.name, self.source.format)
         if not self.is_remote and suffix_of(self.place) == ".tar":
-            return read_rows(Path(self.place))  # makes no copy but an index, which other runs can use
-        with self.lock():  # no process removes a copy that another has half made
+            return read_rows(Path(self.place))  # makes only an index, which other runs can use
+        with self.lock():  # else a process could remove a copy that another is making
             return read_rows(self.fetched(), self.copy)
 
     def texts(self, role: str) -> Iterator[str]:
-        """The column of a role as text; of a Parquet file no other column is read or fetched. Raises as `open` does."""
+        """Yields the column of a role as text; reads only that column of a Parquet file. Raises as `open` does."""
         if self.place is not None and suffix_of(file_name(self.place)) == ".parquet":
             for cells in self.parquet_cells(role):
                 yield from (text or "" for text in cleaned(as_texts(cells)).to_pylist())
@@ -89,7 +89,7 @@ class Part:
             content = opened.enter_context(fsspec.open(self.place))
             try:
                 table = opened.enter_context(pa.parquet.ParquetFile(content))
-            except ValueError:  # its server does not give parts of files
+            except ValueError:  # the server does not send parts of files
                 content = opened.enter_context(self.fetched().open("rb"))
                 table = opened.enter_context(pa.parquet.ParquetFile(content))
             if not table.metadata.num_rows:
@@ -100,12 +100,12 @@ class Part:
                     yield batch.column(column)
 
     def lock(self) -> FileLock:
-        """A lock among the processes of a run on this machine; a process may take it twice."""
+        """A lock shared by the processes of a run on this machine; a process may take it twice."""
         self.copies.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self.copy}.lock", is_singleton=True)
 
     def fetched(self) -> Path:
-        """The file; a remote one as a copy, fetched once by all processes of a machine."""
+        """The local file, or the copy of a remote file, which one process of a machine fetches for all."""
         assert self.place is not None
         if not self.is_remote:
             return Path(self.place)
@@ -117,7 +117,7 @@ class Part:
         return file
 
     def fetch_ahead(self) -> None:
-        """Begins to fetch a remote file; an error is reported when the file is needed."""
+        """Starts to fetch a remote file in a thread; an error is reported when the file is needed."""
 
         def fetch_quietly() -> None:
             with suppress(UserError):
@@ -127,21 +127,21 @@ class Part:
             Thread(target=fetch_quietly, daemon=True).start()
 
     def remove_copy(self) -> None:
-        """Removes what was fetched or converted; the part can be opened anew."""
+        """Removes the fetched and converted files; the part can be opened again."""
         if self.place is not None and self.copy.exists():
             with self.lock():
                 shutil.rmtree(self.copy, ignore_errors=True)  # another process may have done it by now
 
 
 class Parts(Sequence[UtteranceRows]):
-    """The rows of each part, opened when they are asked for.
+    """The rows of each part, opened on first use.
 
-    num_rows: parts stay open that have at least so many rows together; None: all parts
+    num_rows: closes the least recently used part while the others have at least this many rows; None: closes none
     """
 
     def __init__(self, parts: Iterable[Part], num_rows: int | None = None) -> None:
         self.parts, self.num_rows = list(parts), num_rows
-        self.opened: dict[int, UtteranceRows] = {}  # where some are closed, those used last come last
+        self.opened: dict[int, UtteranceRows] = {}  # in order of last use if `num_rows` is given
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -167,10 +167,10 @@ class Parts(Sequence[UtteranceRows]):
 
 
 def parts_of(source: Source, split: str, copies: Path | None = None) -> list[Part]:
-    """The parts of a split (train, validation or test): one, or one for each file; none where the source has no such split.
+    """The parts of a split (train, validation or test); no parts if the source does not have the split.
 
-    copies: where files are opened one by one, the folder of what is fetched or converted for that
-    Raises UserError where the split is missing, or a slice of it is asked for file by file.
+    copies: folder for fetched and converted files, if each file is to be a part; None: the split is one part
+    Raises UserError if the split is missing, or if a slice of a split is to be read file by file.
     """
     name = source.splits[split]
     if name is None:
@@ -181,6 +181,6 @@ def parts_of(source: Source, split: str, copies: Path | None = None) -> list[Par
         wrong = f"{name!r} is a slice of a split, which neither a stream nor a URL has"
         write = "write data.streaming=false for what is not on a server, or a split of its own"
         raise UserError("data.path", source.path, wrong, write)
-    places = [place for each in name.split("+") for place in places_of(source, each)]
+    places = [place for summand in name.split("+") for place in places_of(source, summand)]
     names = zip(names_of(places), places, strict=True)
     return [Part(source, short, place, copies) for short, place in names] or [Part(source, name)]

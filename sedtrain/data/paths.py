@@ -1,4 +1,4 @@
-"""The files that a path, a pattern, a folder or a URL stands for; and copies of those on a server."""
+"""Finds the files that a path, a pattern, a folder or a URL stands for, and fetches remote files."""
 
 import glob
 import os
@@ -26,29 +26,29 @@ def local_path(path: str) -> Path:
 
 
 def is_here(path: str) -> bool:
-    """True for a file, a folder, and a pattern, whose files are looked for when they are read."""
+    """True for an existing file or folder, and for a pattern; its files are searched later, when they are read."""
     return local_path(path).exists() or is_pattern(path)
 
 
 def is_pattern(path: str) -> bool:
-    """True for a path that stands for files by globs, ranges `{000..127}`, lists `{a,b}` or `{split}`."""
+    """True for a path with globs, ranges `{000..127}`, lists `{a,b}` or `{split}`."""
     return any(character in path for character in "*?[{") and not local_path(path).exists()
 
 
 def absolute_path(path: str) -> str:
-    """`path` as it is found from any folder; a Hub id or a URL stays as it is."""
+    """`path` made absolute, so that it holds in any working folder; a Hub id or a URL stays as it is."""
     where = local_path(path)
     is_found_anywhere = where == EMBEDDED or "://" in path or not is_here(path)
     return path if is_found_anywhere else os.path.abspath(where)
 
 
 def public_name(path: str) -> str:
-    """`path` for readers elsewhere: the name alone of a file or folder."""
+    """`path` for readers elsewhere: only the name of a local file or folder."""
     return local_path(path).name if is_here(path) and "://" not in path else path
 
 
 def files_of(path: str, split: str) -> list[Path]:
-    """The files of a split: the file itself, those of the pattern, or those of the folder that are named after the split.
+    """The files of a split: the file itself, the matches of a pattern, or the files of a folder named after the split.
 
     Raises UserError for a pattern that matches nothing.
     """
@@ -64,10 +64,10 @@ def files_of(path: str, split: str) -> list[Path]:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The file of a folder that is named after the split, else its tars, else its numbered files."""
+    """The file in the folder named after the split, else the split's tars, else its numbered files."""
     patterns = [f"{split}{suffix}" for suffix in READERS]
     patterns += [f"{split}*.tar", f"{split}/*.tar", *(f"{split}-*{suffix}" for suffix in READERS)]
-    if Path(split).is_absolute():  # no name
+    if Path(split).is_absolute():  # a path is no name of a split, and glob refuses it
         return []
     return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
 
@@ -97,7 +97,7 @@ def expanded(pattern: str) -> Iterator[str]:
 
 
 def files_at(url: str) -> list[str]:
-    """The URL, or the URLs that match its glob. Raises UserError where none matches, or for files of an unknown format."""
+    """The URL, or the URLs that match its glob. Raises UserError if none matches, and for an unknown format."""
     if suffix_of(file_name(url)) is None:
         wrong = "this URL names no file of a format that can be read"
         raise UserError("data.path", url, wrong, f"write a URL of files of one of {', '.join(READERS)}")
@@ -115,7 +115,7 @@ def files_at(url: str) -> list[str]:
 
 
 def names_of(places: list[str]) -> list[str]:
-    """The name of each file without its suffix; with its folders if names alone are not distinct."""
+    """The name of each file without suffix; includes folders if the bare names are not distinct."""
     names = list(map(file_name, places))
     if len(set(map(without_format, names))) < len(names):
         common = os.path.commonpath([os.path.dirname(place) for place in places])
@@ -124,7 +124,7 @@ def names_of(places: list[str]) -> list[str]:
 
 
 def file_name(place: str) -> str:
-    """The name of a file by its path or URL."""
+    """The last component of a path or URL, without the query."""
     return Path(urlsplit(place).path if "://" in place else place).name
 
 
@@ -133,7 +133,7 @@ def without_format(name: str) -> str:
 
 
 def fetch(url: str, file: Path) -> None:
-    """Raises UserError when the last attempt fails; nothing incomplete is left under the name of `file`."""
+    """Downloads `url` to `file`, which never holds an incomplete copy. Raises UserError if the last attempt fails."""
     incomplete = file.with_name(f"{file.name}.incomplete")
     for attempt in range(NUM_ATTEMPTS):
         try:

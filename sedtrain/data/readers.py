@@ -1,9 +1,9 @@
-"""One file of rows: a reader for each format, which reads on whatever is wrong with some of the rows.
+"""Reads the rows of one file, with a reader for each format; broken rows do not stop a reader.
 
-A row that cannot be read becomes a row with PROBLEM alone, so that it is counted and listed like all others.
+An unreadable row becomes a row with nothing but PROBLEM, so that it is counted and listed like all others.
 
-To add a file format, write a function from a file to Arrow tables of one schema, and list it in READERS below, under
-its suffix. Folders, patterns, streams and messages take the suffixes from there.
+To add a file format, write a function that turns a file into Arrow tables of one schema, and list it in READERS below
+under its suffix. Folders, patterns, streams and messages take the suffixes from there.
 """
 
 import hashlib
@@ -42,15 +42,15 @@ from sedtrain.data.tables import (
 from sedtrain.errors import UserError
 
 Reader = Callable[[Path], Iterator[pa.Table]]
-BYTES_AT_ONCE = 2**24  # of rows that are written together
-VERSION = 4  # counted up when a reader changes, so that old copies are not used
+BYTES_AT_ONCE = 2**24  # of rows written together
+VERSION = 4  # increase it when a reader changes, so that old copies are not used
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
-KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot of the base name
+KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # of a WebDataset: ends at the first dot of the base name
 
 
 @contextmanager
 def reading(file: str | Path) -> Iterator[None]:
-    """Raises BrokenFile for errors that come from what a file holds; UserError stays."""
+    """Turns errors caused by the content of a file into BrokenFile; UserError passes unchanged."""
     try:
         yield
     except UserError:
@@ -67,10 +67,10 @@ def one_line(error: BaseException) -> str:
 
 
 def read_rows(file: Path, cache: Path | None = None, name: str | None = None) -> datasets.Dataset:
-    """The rows of a file, mapped into memory from a copy in Arrow, which is made once and again when the file changes.
+    """The rows of a file, memory-mapped from an Arrow copy. The copy is made once, and again if the file changes.
 
-    cache: the folder of the copy, if not that of `datasets`
-    name:  the name that tells the format, if not that of the file
+    cache: the folder of the copy; None: the cache of `datasets`
+    name:  the name whose suffix tells the format; None: the name of the file
     Raises UserError for a format that is not in READERS, and BrokenFile.
     """
     with reading(file):
@@ -85,7 +85,7 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
 
 
 def cache_folder(name: str = "") -> Path:
-    """The folder of what is kept of data on this machine, for all runs."""
+    """The folder for cached data that all runs on this machine share."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "sedtrain" / name
 
 
@@ -105,7 +105,7 @@ def write_copy(copy: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Joins the rows to larger tables: each chunk of a column costs a kilobyte of memory, however few rows it has."""
+    """Joins small tables into larger ones: each chunk of a column costs a kilobyte of memory, even for one row."""
     several: list[pa.Table] = []
     filled = 0.0
     for table in filter(len, tables):
@@ -140,7 +140,7 @@ def suffix_of(name: str) -> str | None:
 
 
 def read_parquet(path: Path) -> Iterator[pa.Table]:
-    """The rows. Where a page is broken, the rest of its row group is null, with a PROBLEM."""
+    """Yields the rows. After a broken page, the rest of its row group becomes null rows with a PROBLEM."""
     with path.open("rb") as content, pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         refuse_same_names(schema.names)
@@ -163,7 +163,7 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
 
 
 def read_json(path: Path) -> Iterator[pa.Table]:
-    """JSON lines, or one JSON list of objects. NeMo leaves out a duration that is not known and an offset of 0."""
+    """Reads JSON lines, or one JSON list of objects. Adds columns that NeMo omits for unknown durations or offset 0."""
     table = as_table(json_rows(path))
     for name in NEMO_OPTIONAL if NEMO_AUDIO in table.column_names else ():
         if name not in table.column_names:
@@ -197,7 +197,7 @@ def json_row(content: bytes | None, position: str) -> Row:
 
 
 def without_same_names(pairs: list[tuple[str, Any]]) -> Row:
-    """The object of these pairs. Raises ValueError where two have one name: JSON would take the last."""
+    """The object of these pairs. Raises ValueError if two have one name: `json` would silently take the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -209,9 +209,9 @@ def without_same_names(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def read_tar(path: Path) -> Iterator[pa.Table]:
-    """The samples of a WebDataset: columns audio (file, offset, size), text (of .txt), id, and the fields of a .json.
+    """The rows of a WebDataset: columns audio (file, offset, size), text (from .txt), id, and the fields of a .json.
 
-    Members are never unpacked; only where they begin is noted.
+    Audio is never unpacked; the row holds its position in the tar.
     """
     samples: dict[str, Row] = {}
     with tarfile.open(path, "r:") as tar:
@@ -233,7 +233,7 @@ def read_tar(path: Path) -> Iterator[pa.Table]:
 
 
 def fields_of_member(member: tarfile.TarInfo, suffix: str, content: IO[bytes], tar: str) -> Row:
-    """The fields that one member adds to its sample."""
+    """The fields that one member of the tar adds to its row."""
     if is_media_file(member.name):
         return {"audio": {"path": tar, "offset": member.offset_data, "size": member.size}}
     if suffix not in ("txt", "json"):
@@ -253,4 +253,4 @@ READERS: dict[str, Reader] = {
     ".tsv": partial(read_separated, delimiter="\t"),
     ".tar": read_tar,
 }
-"""By suffix; the first that a folder has for a split is read."""
+"""Readers by suffix. If a folder has several files for a split, the first suffix in this order is read."""

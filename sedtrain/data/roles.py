@@ -1,4 +1,4 @@
-"""Rows of any dataset as one table: a column for each role, of one type, and what is wrong with each row."""
+"""Turns rows of any dataset into one table with a typed column for each role and a column of problems."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,12 +16,12 @@ from sedtrain.errors import UserError
 NUMBERS_OR_TEXT = ("null", "int", "uint", "float", "decimal", "string", "large_string")
 TIMES = ("seconds", "start", "end")
 MOST_SECONDS = 1e9  # 32 years; no recording is longer
-CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # Unicode's Cc but tab, line feed, carriage return
-SEPARATING = r"[\x0b\x0c\x1c-\x1f\x{85}]"  # those of them that are white space, such as a form feed
+CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # Unicode's Cc except tab, line feed, carriage return
+SEPARATING = r"[\x0b\x0c\x1c-\x1f\x{85}]"  # control characters that are white space, such as a form feed
 
 
 def holds(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """True for a column of single values of one of these kinds of Arrow types."""
+    """True for a column of scalars whose Arrow type starts with one of `kinds`."""
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
 
 
@@ -37,15 +37,15 @@ WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "id": (partial(holds, kinds=(*NUMBERS_OR_TEXT, "bool")), "text or numbers"),
     **dict.fromkeys(TIMES, (partial(holds, kinds=NUMBERS_OR_TEXT), "numbers")),
 }
-"""Types that the column of a role may have."""
+"""For each role, a test of the column's type, and the allowed types in words."""
 
 
 def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any], place: str) -> None:
-    """Raises UserError for a missing column, with the names of the others, and for a column of another type.
+    """Raises UserError for a missing column, with the names of the others, and for a column of a wrong type.
 
-    columns: the column of each role; features: what each column holds; place: where they are, for the message
+    columns: column names by role; features: types by column name; place: file or split, for the message
     """
-    if not features.keys() - {PROBLEM}:  # of a file without a readable line
+    if not features.keys() - {PROBLEM}:  # no line of the file was readable
         return
     for role, column in columns.items():
         if column is None:
@@ -65,11 +65,11 @@ def check_columns(columns: Mapping[str, str | None], features: Mapping[str, Any]
 
 
 def by_role(rows: datasets.Dataset, source: Source) -> pa.Table:
-    """Columns audio, text, id, speaker, language, seconds, start, end and PROBLEM, null where the dataset has nothing.
+    """Columns audio, text, id, speaker, language, seconds, start, end and PROBLEM; null where the dataset has no value.
 
-    `seconds` is the length that columns give, also by start and end; `end` is also where they give start and length. Texts
-    that are not UTF-8 and impossible times are null, with a problem. Columns that are as they should be are not copied:
-    they stay in their file.
+    If the dataset has start and end, `seconds` is their difference. If it has start and seconds, `end` is their sum.
+    Texts that are not UTF-8 and impossible times become null, with a problem. Correct columns are not copied: they stay
+    memory-mapped.
     """
     columns = vars(source.columns)
     used = {PROBLEM, *columns.values()}
@@ -91,11 +91,11 @@ def by_role(rows: datasets.Dataset, source: Source) -> pa.Table:
 
 
 Cells = tuple[pa.ChunkedArray, ...]
-"""The cells of a column and, where something is wrong with some of them, the problem of each row."""
+"""The cells of a column; if some are wrong, also the problem of each row."""
 
 
 def cells_of(role: str, cells: pa.ChunkedArray, column: str) -> Cells:
-    """Numbers of seconds, names that are not empty, texts; of audio, also bytes and objects."""
+    """Times as seconds; speakers and languages as clean names or null; other roles as text; audio also as bytes or objects."""
     if role in TIMES:
         return times_of(cells, column)
     if role == "audio" and not is_text(cells.type):
@@ -113,7 +113,7 @@ def readable(cells: pa.ChunkedArray, column: str) -> Cells:
 
 
 def times_of(cells: pa.ChunkedArray, column: str) -> Cells:
-    """Seconds as numbers, also where text spells them. NaN is an empty cell, as tables of pandas have it."""
+    """Seconds as numbers, also from text. NaN becomes null, because pandas writes empty cells as NaN."""
     spelt, *problems = readable(cells, column) if is_text(cells.type) else (cells,)
     try:
         times = spelt.cast(pa.float64())
@@ -129,7 +129,7 @@ def times_of(cells: pa.ChunkedArray, column: str) -> Cells:
 
 
 def time_of(value: str | None) -> float | None:
-    """A spelt number; infinity for what is none."""
+    """The number that a text spells; infinity for other text."""
     try:
         return value if value is None else float(value) if "_" not in value else inf
     except ValueError:
@@ -137,14 +137,14 @@ def time_of(value: str | None) -> float | None:
 
 
 def known(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Clean texts without spaces around them, null where they are empty."""
+    """Clean texts without surrounding spaces; empty ones become null."""
     clean = pc.utf8_trim_whitespace(cleaned(texts))
     names = pc.if_else(pc.not_equal(clean, ""), clean, None)
     return texts if names.equals(texts) else names
 
 
 def cleaned(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Texts without control characters; those that separate become a space. Lists and objects stay marked as such."""
+    """Removes control characters from texts; separating ones become a space. Keeps the NOT_TEXT mark of lists and objects."""
     is_unclean = unclean(texts)
     if not pc.any(is_unclean).as_py():
         return texts
@@ -158,5 +158,5 @@ def unclean(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def rows_where(mask: pa.ChunkedArray) -> pa.Array:
-    """The numbers of the rows that a mask marks; pyarrow before 26 crashes on a mask without chunks."""
+    """Indices of the rows where the mask is true; pyarrow before 26 crashes on a mask without chunks."""
     return pc.indices_nonzero(mask.combine_chunks())

@@ -1,6 +1,6 @@
-"""Cuts an epoch into batches, by durations and text lengths alone; shuffles them, shares them among ranks, resumes.
+"""Cuts an epoch into batches by durations and text lengths, shuffles them, shares them among ranks, and resumes.
 
-N utterances, M batches, G groups of utterances that may share a batch, R ranks. A step takes a batch on every rank.
+N utterances, M batches, G groups of utterances that may share a batch, R ranks. Every rank takes one batch in a step.
 """
 
 import zlib
@@ -17,21 +17,21 @@ from sedtrain.data.buckets import Bounds, Floats, Integers
 from sedtrain.errors import UserError
 
 SHORTEST_SECONDS = 0.1  # the collator pads shorter audio with silence
-MAX_NEIGHBOURS = 4  # batches that are drawn together and sorted; 98.9 % of the audio is real, 95.6 % with 1
-EMPTY = -1  # the batch of a rank for which the last step has none left
+MAX_NEIGHBOURS = 4  # batches drawn together and sorted by length; 1.1 % of the audio is padding, 4.4 % with 1
+EMPTY = -1  # stands for the batch of a rank that gets none in the last step
 
 Segment = tuple[int, int]
-"""(number of ranks, number of steps): a run of steps made by equally many ranks."""
+"""(number of ranks, number of steps): consecutive steps made by the same number of ranks."""
 
 
 class Position(TypedDict):
-    """Position of training in its epochs, as a checkpoint keeps it.
+    """Position of training in its epochs, stored in a checkpoint.
 
     seed, epoch:  decide the order of the batches
-    segments:     the steps of this epoch so far; of a stream, those of its block
-    plan, corpus: digests of the batches, and of the files of a stream, that `segments` counts
-    block:        where the block of a stream begins: visits of parts before it, rows before it in the next one
-    steps_before: steps of this epoch before that block
+    segments:     steps made so far in this epoch; in a stream, so far in the current block
+    plan, corpus: digests of the batches and of a stream's files; a resumed run must have the same
+    block:        start of the current block of a stream: number of completed visits of parts, then rows of the next visit
+    steps_before: steps of this epoch before the current block
     """
 
     seed: int
@@ -44,16 +44,16 @@ class Position(TypedDict):
 
 
 class BatchPlan:
-    """Groups of utterances that may share a batch, and the batch sizes; equal in every epoch, so its length is too.
+    """Groups of utterances that may share a batch, and the batch sizes; the same in every epoch, as is its length.
 
-    A group is a bucket of durations. Utterances whose long texts would halve the bucket's batches (or quarter them, ...)
-    form a separate group. All batches of a group hold as many utterances as its longest ones allow; the last may hold
-    fewer. Measured buckets are groups themselves, with known batch sizes.
+    A group is a bucket of durations. Utterances whose long texts would halve (or quarter, ...) the bucket's batch size
+    form a separate group. The longest utterances of a group set its batch size; only its last batch may be smaller.
+    Measured buckets are groups with known batch sizes.
 
     groups:         (N,) the group of each utterance
-    starts:         (M + 1,) where each batch begins in `utterances`
+    starts:         (M + 1,) the start of each batch in `utterances`
     batch_groups:   (M,) the group of each batch, ascending
-    neighbourhoods: (N,) ascending numbers of the batches, one to four of a group, that are drawn together
+    neighbourhoods: (N,) the neighbourhood of each utterance, ascending: one to four batches of a group, drawn together
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class BatchPlan:
         self.neighbourhoods = np.cumsum(in_group % (neighbours * size) == 0, dtype=np.int32)
 
     def utterances(self, seed: Sequence[int] | None) -> Integers:
-        """(N,) utterances, batch after batch, each longest first; without a seed, longest first in every group."""
+        """(N,) utterances, batch after batch, longest first in each batch; without a seed, longest first in each group."""
         if seed is None:
             return np.lexsort((-self.seconds, self.groups))
         order = np.lexsort((random_keys(seed, len(self.seconds)), self.groups))
         return order[np.lexsort((-self.seconds[order], self.neighbourhoods))]
 
     def batch_order(self, seed: Sequence[int] | None) -> Integers:
-        """(M,) the order of the batches; without a seed, those with the longest utterances first."""
+        """(M,) the order of the batches; without a seed, batches with longer utterances first."""
         if seed is None:
             return np.argsort(-self.seconds[self.utterances(None)[self.starts[:-1]]], kind="stable")
         return np.argsort(random_keys(seed, len(self.batch_groups)), kind="stable")
 
     def digest(self) -> str:
-        """Eight hexadecimal digits that differ where the utterances or the bounds do."""
+        """Eight hexadecimal digits that change with the utterances and the bounds."""
         checksum = 0
         for numbers in (self.seconds, self.groups, self.starts):
             checksum = zlib.crc32(numbers.data, checksum)
@@ -96,16 +96,16 @@ class BatchPlan:
 
 
 def random_keys(seed: Sequence[int], number: int) -> NDArray[np.uint64]:
-    """Raw random numbers: NumPy promises the same ones in all its versions, unlike its `shuffle` and `permutation`."""
+    """Raw random numbers. All NumPy versions give the same ones; `shuffle` and `permutation` may change."""
     return np.random.PCG64(seed).random_raw(number)
 
 
 def steps_of(groups: NDArray[np.int32], num_ranks: int) -> Integers:
     """(M,) groups of the batches in their order -> (steps, R) the index of the batch that each rank takes, or EMPTY.
 
-    A step takes the first batch that is left and the next ones of its group; where these are too few, those of the groups
-    nearest to it in length. Only the last step of all may have fewer batches than ranks. The steps that follow depend
-    only on which batches are left.
+    A step takes the first remaining batch and the next ones of its group. If there are too few, it takes batches from
+    the groups nearest in length. Only the last step may have fewer batches than ranks. Each step depends only on the
+    remaining batches.
     """
     by_group = np.argsort(groups, kind="stable")
     distinct, firsts = np.unique(groups[by_group], return_index=True)
@@ -123,7 +123,7 @@ def steps_of(groups: NDArray[np.int32], num_ranks: int) -> Integers:
 
 
 def other_reading(written_by: str, streaming: bool) -> UserError:
-    """The error for a checkpoint from the middle of an epoch that was read in another way."""
+    """The error for a checkpoint from the middle of an epoch, whose run read the corpus in another way."""
     wrong = (
         f"the checkpoint is from the middle of an epoch of {written_by}, and this run reads its corpus in another way"
     )
@@ -132,7 +132,7 @@ def other_reading(written_by: str, streaming: bool) -> UserError:
 
 
 def refuse_other(digested: str, written: tuple[int, str], current: tuple[int, str]) -> None:
-    """Raises UserError where seed and digest of a checkpoint from the middle of an epoch are not those of this run."""
+    """Raises UserError if a checkpoint from the middle of an epoch has another seed or digest than this run."""
     if written != current:
         (old_seed, old_digest), (seed, digest) = written, current
         saved = f"the checkpoint was saved in the middle of an epoch of other {digested}"
@@ -142,14 +142,14 @@ def refuse_other(digested: str, written: tuple[int, str], current: tuple[int, st
 
 
 class DurationBatches(Sampler[Any]):
-    """The batches of one rank, as lists of utterance numbers; all ranks make equally many steps, in similar lengths.
+    """Batches of one rank, as lists of utterance numbers. All ranks make the same number of steps, on similar lengths.
 
-    A batch keeps the bounds unless it is a single utterance that passes them. The batches of an epoch and their order
-    are a function of (seed, epoch); ranks only share them. A rank for which the last step has no batch left gets an empty
-    list. Without `shuffle` the longest batches come first, so that too little memory shows at once.
+    A batch keeps the bounds, unless it is a single utterance beyond them. The batches of an epoch and their order
+    depend only on (seed, epoch), not on the number of ranks. In the last step a rank may get an empty list. Without
+    `shuffle` the longest batches come first, so that a lack of memory shows at once.
 
-    tokens: target tokens of each utterance, needed where they are bounded
-    block:  numbers that distinguish these utterances from those of other blocks of the same epoch
+    tokens: target tokens of each utterance, needed if the bounds limit tokens
+    block:  start of a block of a stream; makes the order differ between blocks of one epoch
     """
 
     def __init__(
@@ -176,9 +176,9 @@ class DurationBatches(Sampler[Any]):
             self.epoch, self.segments = epoch, []
 
     def state_dict(self, consumed_steps: int) -> Position:
-        """The position after `consumed_steps` of this epoch, those before it was resumed included.
+        """The position after `consumed_steps` of this epoch, including the steps before it was resumed.
 
-        The trainer counts them, since workers fetch batches ahead of it, and this sampler runs ahead of the workers.
+        The trainer counts the steps, because workers fetch batches ahead of it, and this sampler runs ahead of the workers.
         """
         if consumed_steps >= len(self):
             return Position(seed=self.seed, epoch=self.epoch + 1, segments=[])
@@ -195,7 +195,7 @@ class DurationBatches(Sampler[Any]):
     def load_state_dict(self, state: Position) -> None:
         """Continues from a position, with any number of ranks.
 
-        Raises UserError for a position in the middle of an epoch of other batches, or of a stream where this is none.
+        Raises UserError for a position in the middle of an epoch of other batches, or in the middle of a stream.
         """
         if "block" in state and not self.block and (state["steps_before"] or state["segments"]):
             raise other_reading("a stream, or a weighted mix", streaming=False)
@@ -211,11 +211,11 @@ class DurationBatches(Sampler[Any]):
         return sum(steps for _, steps in self.segments)
 
     def order_seed(self, number: int) -> tuple[int, ...] | None:
-        """The seed of one of the random orders of this epoch: 0 of the batches, 1 of the utterances."""
+        """The seed of a random order of this epoch: number 0 for the batches, 1 for the utterances."""
         return (self.seed, self.epoch, number, *self.block) if self.shuffle else None
 
     def batches_left(self) -> Integers:
-        """Numbers of this epoch's batches in their order, without those that were taken before it was resumed."""
+        """Numbers of this epoch's remaining batches in their order; a resumed epoch has taken some already."""
         left = self.plan.batch_order(self.order_seed(0))
         for num_ranks, number in self.segments:
             taken = steps_of(self.plan.batch_groups[left], num_ranks)[:number]
@@ -230,5 +230,5 @@ class DurationBatches(Sampler[Any]):
         return (utterances[batch].tolist() for batch in batches)
 
     def __len__(self) -> int:
-        """The steps of this whole epoch, those before it was resumed included, as Lightning counts."""
+        """The steps of this whole epoch, including the steps before it was resumed, as Lightning counts them."""
         return self.resumed_steps() + ceil(len(self.batches_left()) / self.num_ranks)

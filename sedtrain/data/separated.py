@@ -1,4 +1,4 @@
-"""Comma and tab separated values as rows, each cell as it is written; what is something else is named for what it is."""
+"""Reads comma and tab separated values as rows of text; errors name a wrong separator, an open quotation mark and the like."""
 
 import csv
 import io
@@ -20,25 +20,25 @@ FAULTS = {"unexpected end of data": OPEN, "expected after": "text behind a closi
 csv.field_size_limit(MAX_TEXT_BYTES)
 
 Cells = tuple[list[str], str | None]
-"""The cells of a record and None, or none and what is wrong."""
+"""The cells of a record and None, or no cells and the error."""
 
 
 def read_separated(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
-    """One table, text in every column. Empty cells are null, broken lines a problem of their own.
+    """Yields one table with text in every column. Empty cells are null; each broken line becomes a row with a problem.
 
-    A cell in quotation marks, with marks inside doubled, is what stands between them. Tab separated values are also
-    written without that, as in Common Voice: any other mark in them is text. Raises BrokenFile.
+    Quotation marks may enclose a cell; marks inside it are doubled. Files with tabs, such as Common Voice's, also have
+    unquoted cells with quotation marks; there, a mark that does not enclose a cell is text. Raises BrokenFile.
     """
     content = path.read_bytes()
     refuse_utf16(content[:1000])
-    text = content.decode("utf-8-sig", "surrogateescape")  # so that the line of what is not UTF-8 can be told
+    text = content.decode("utf-8-sig", "surrogateescape")  # so that the error can name the line that is not UTF-8
     lines = io.StringIO(text, newline="\n" if "\n" in text else "\r").readlines()
     header = header_of(without_end(lines[0]), delimiter) if lines else []
     yield as_table(separated_rows(lines, header, delimiter), filter(None, header))
 
 
 def header_of(line: str, delimiter: str) -> list[str]:
-    """The names of the columns. Raises BrokenFile for other separators, and for two columns of one name."""
+    """The column names. Raises BrokenFile for another separator, and for two columns of one name."""
     (cells, wrong), _ = cells_of([line], delimiter)
     header = line.split(delimiter) if wrong else cells
     others = [other for other in SEPARATORS if other != delimiter and any(other in name for name in header)]
@@ -71,7 +71,7 @@ def separated_rows(lines: list[str], header: list[str], delimiter: str) -> Itera
 
 
 def record(lines: list[str], at: int, delimiter: str, num_columns: int) -> tuple[Cells, int]:
-    """The cells of the record that begins in a line, and its number of lines."""
+    """The cells of the record that begins at line `at`, and its number of lines."""
     line = without_end(lines[at])
     if '"' not in line:
         return (line.split(delimiter), None), 1
@@ -80,12 +80,12 @@ def record(lines: list[str], at: int, delimiter: str, num_columns: int) -> tuple
         wrong, number = OPEN, 1
     if wrong and delimiter == "\t":
         found = line.split(delimiter)
-        return ([each[1:-1].replace('""', '"') if QUOTED.fullmatch(each) else each for each in found], None), 1
+        return ([cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell for cell in found], None), 1
     return (cells, wrong), number
 
 
 def cells_of(lines: Sequence[str], delimiter: str) -> tuple[Cells, int]:
-    """The cells of the record that the lines begin with, and its number of lines."""
+    """The cells of the first record in `lines`, and its number of lines."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         return (next(reader) or [""], None), reader.line_num
@@ -95,11 +95,11 @@ def cells_of(lines: Sequence[str], delimiter: str) -> tuple[Cells, int]:
 
 
 def is_left_open(lines: Sequence[str], delimiter: str, num_columns: int) -> bool:
-    """True if one of the lines that a mark joins to a record is a row itself: the mark was never closed."""
-    before = next(csv.reader(lines[:1], delimiter=delimiter))[:-1]  # the cells before that mark
+    """True if a record of several lines contains a complete row, so that its quotation mark was never closed."""
+    before = next(csv.reader(lines[:1], delimiter=delimiter))[:-1]  # the cells before the mark
     is_row = bool(before) and lines[-1].partition('"')[0].count(delimiter) == len(before)
     return is_row or any('"' not in line and line.count(delimiter) == num_columns - 1 for line in lines[1:])
 
 
 def without_end(line: str) -> str:
-    return line.removesuffix("\n").removesuffix("\r")  # some end in both
+    return line.removesuffix("\n").removesuffix("\r")  # Windows ends lines with both

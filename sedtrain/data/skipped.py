@@ -1,4 +1,4 @@
-"""Utterances that are left out, listed in a file and counted by reason; too many faults stop the run."""
+"""Lists skipped utterances in a file and counts them by reason; stops the run if too many are faulty."""
 
 import fcntl
 import hashlib
@@ -18,17 +18,17 @@ from sedtrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 MIN_SEEN = 100
-"""Fractions are of at least so many utterances, so that the first bad one of five stops nothing."""
+"""Smallest denominator of a fraction of bad utterances; else one bad utterance among the first five stops the run."""
 BATCHES_BETWEEN_SUMS = 16
-"""Interval at which ranks that decode different utterances add up their counts."""
+"""Batches between two sums of the ranks' counts; each rank decodes other utterances."""
 
 Key = bytes
-"""A digest of id, reason and path of an utterance, of which there may be millions."""
+"""A digest of an utterance's id, reason and path. It is short because there may be millions."""
 
 
 @dataclass
 class FilterCounts:
-    """Utterances that a filter has seen, and the faulty ones among them."""
+    """Numbers of utterances that a filter has seen and has found faulty."""
 
     num_seen: int = 0
     num_bad: int = 0
@@ -39,13 +39,13 @@ class FilterCounts:
 
 
 class SkippedUtterances:
-    """Lists each utterance that is left out once, whichever rank meets it, how often, and however often the run resumes.
+    """Lists every skipped utterance exactly once, even if several ranks, epochs or resumed runs skip it.
 
-    The file is the list of all ranks; what others have added to it is read before anything is written.
+    All ranks share the file. Each rank reads what the others have added before it writes.
 
-    file:             a line of JSON for each utterance
-    on_bad_utterance: `error` raises at the first one instead
-    max_bad_fraction: a larger share of a split raises; the user's own limits do not count
+    file:             one line of JSON for each utterance
+    on_bad_utterance: `error` raises at the first faulty utterance
+    max_bad_fraction: raises if a larger share of a split is faulty; utterances beyond the user's own limits do not count
     """
 
     def __init__(
@@ -59,15 +59,16 @@ class SkippedUtterances:
         self.broken_files: set[str | None] = set()
         self.before_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
         self.in_decoding: Mapping[str, FilterCounts] = defaultdict(FilterCounts)
-        self.num_batches: Counter[str] = Counter()  # decoded so far of each split
-        self.of_split: Mapping[str, Counter[str]] = defaultdict(Counter)  # by reason, in this process
-        self.met: Mapping[str, set[Key]] = defaultdict(set)  # those counted in `of_split`
+        self.num_batches: Counter[str] = Counter()  # decoded so far, by split
+        self.of_split: Mapping[str, Counter[str]] = defaultdict(Counter)  # counts by reason, in this process
+        self.met: Mapping[str, set[Key]] = defaultdict(set)  # utterances that `of_split` has counted
         self.read()
 
-    def planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
-        """Notes utterances left out of `num_seen` before they are decoded; all ranks call it alike, and `judge` after the last.
+    def note_planned(self, split: str, num_seen: int, skipped: Sequence[Skipped]) -> None:
+        """Notes the utterances, among `num_seen`, that are skipped before decoding.
 
-        Raises UserError if one faulty utterance stops the run.
+        All ranks make the same calls, and call `refuse_too_many` after the last. Raises UserError at the first skipped
+        utterance if `on_bad_utterance` is `error`.
         """
         self.note(skipped, split)
         if skipped and self.on_bad_utterance == "error":
@@ -75,16 +76,16 @@ class SkippedUtterances:
         self.before_decoding[split].num_seen += num_seen
         self.before_decoding[split].num_bad += num_faults(skipped)
 
-    def decoded(
+    def note_decoded(
         self,
         split: str,
         num_seen: int,
         skipped: Sequence[Skipped],
         over_ranks: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
-        """Notes the utterances of a batch that could not be decoded. Raises as `planned` and `judge` do, on all ranks at once.
+        """Notes the utterances of a batch that could not be decoded. Raises UserError, on all ranks at the same batch.
 
-        over_ranks: numbers of this rank -> their sums over all, where there are several; all call it at the same batch
+        over_ranks: sums a list of numbers over all ranks; None for a single rank. All ranks call it at the same batch.
         """
         self.note(skipped, split)
         own = self.in_decoding[split]
@@ -102,10 +103,10 @@ class SkippedUtterances:
             found = skipped[0] if skipped else self.last_noted
             assert found is not None, "the rank that met it has listed it"
             raise bad(found)
-        self.judge(split, total)
+        self.refuse_too_many(split, total)
 
-    def broken_file(self, name: str, path: str | None, error: str, num_files: int, split: str = "train") -> None:
-        """Notes a file of a split that cannot be read. Raises UserError if it, or so many, stop the run."""
+    def note_broken_file(self, name: str, path: str | None, error: str, num_files: int, split: str = "train") -> None:
+        """Notes an unreadable file of a split. Raises UserError if one such file, or their number, stops the run."""
         utterance = Skipped(name, "unreadable shard", error, path)
         self.note([utterance], split)
         if self.on_bad_utterance == "error":
@@ -119,13 +120,13 @@ class SkippedUtterances:
             )
             raise UserError("data.max_bad_fraction", self.max_bad_fraction, wrong, write)
 
-    def judge(self, split: str, decoded: FilterCounts | None = None) -> None:
-        """Raises UserError where more of a split is bad than `max_bad_fraction`, as far as it has been seen."""
+    def refuse_too_many(self, split: str, decoded: FilterCounts | None = None) -> None:
+        """Raises UserError if more than `max_bad_fraction` of a split, as far as it has been seen, is bad."""
         planned, decoded = self.before_decoding[split], decoded or self.in_decoding[split]
         if planned.fraction + (1 - planned.fraction) * decoded.fraction <= self.max_bad_fraction:
             return
         filters = {"could not be used": planned, "could not be decoded": decoded}
-        texts = [f"{each.num_bad:,} of {each.num_seen:,} {what}" for what, each in filters.items() if each.num_bad]
+        texts = [f"{seen.num_bad:,} of {seen.num_seen:,} {what}" for what, seen in filters.items() if seen.num_bad]
         faults = {reason: count for reason, count in self.totals().items() if reason not in LIMITED}
         in_all = f"(in all splits {in_words(faults)}; {self.file} lists them)"
         wrong = f"utterances of {split}: {', '.join(texts)}, which is more {in_all}"
@@ -134,7 +135,7 @@ class SkippedUtterances:
         raise UserError("data.max_bad_fraction", self.max_bad_fraction, wrong, write)
 
     def note(self, skipped: Sequence[Skipped], split: str = "") -> None:
-        """Lists the utterances that no rank has listed yet; warns of the first one of a reason."""
+        """Lists the utterances that no rank has listed yet; logs a warning for the first one with each reason."""
         distinct = {key_of(utterance): utterance for utterance in skipped}
         self.of_split[split].update(each.reason for key, each in distinct.items() if key not in self.met[split])
         self.met[split].update(distinct)
@@ -157,7 +158,7 @@ class SkippedUtterances:
             self.num_bytes_read = file.seek(0, os.SEEK_END)
 
     def totals(self) -> dict[str, int]:
-        """Utterances left out over all ranks, counted by reason, most frequent first."""
+        """Numbers of skipped utterances over all ranks by reason, most frequent first."""
         self.read()
         return dict(self.counts.most_common())
 
@@ -167,8 +168,8 @@ class SkippedUtterances:
                 self.read_more(file)
 
     def read_more(self, file: IO[bytes]) -> None:
-        """Counts the utterances that other ranks, or this run before it was resumed, have added to the list."""
-        if file.seek(0, os.SEEK_END) < self.num_bytes_read:  # the list of a run that has started from the beginning
+        """Counts the lines that other ranks, or this run before it was resumed, have added to the list."""
+        if file.seek(0, os.SEEK_END) < self.num_bytes_read:  # a run that started anew has replaced the list
             self.noted, self.counts, self.num_bytes_read = set(), Counter(), 0
         file.seek(self.num_bytes_read)
         for text in file:

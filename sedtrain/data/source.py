@@ -1,4 +1,4 @@
-"""Datasets as the options of the group `data` name them: where each is, its splits, and which of its columns hold what."""
+"""Describes each dataset by the options of `data`: its location, its splits and the roles of its columns."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ from sedtrain.text.tags import TASK_OF
 
 SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
 OPTIONS = ("path", "name", "format", "audio_folder", "columns", "target", "language", "weight", *SPLITS)
-"""Options that each dataset of a mix may set for itself."""
+"""Options that a dataset of a mix may set."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Columns:
 
     @classmethod
     def of(cls, columns: Mapping[str, str | None], target: str, where: str = "data") -> "Columns":
-        """`columns` by role, where `target`, transcription or translation, names the role of the text.
+        """The columns by role. `target`, transcription or translation, selects the column of the text.
 
-        where: the option that they belong to, for messages
+        where: the option group, `data` or `data.mix.NAME`, for messages
+        Raises UserError for an unknown role, and for a missing column of audio or text.
         """
         others = [field.name for field in fields(cls)[2:]]
         roles = ["audio", "transcription", "translation", *others]
@@ -54,13 +55,14 @@ class Source:
     """One dataset.
 
     path:   a file, a folder, a pattern of files, a URL or a Hub id
-    splits: its own names of train, validation and test; None for a split that it does not have
-    name:   the Hub's name of a configuration
-    audio_folder: where relative paths of audio files begin, which must not leave it; else the folder of `path`
-    weight: how often its training split is seen in an epoch
-    label:  its name in a mix, which its ids begin with
-    language, task: of its texts where no column says it; how they came from the speech, `transcribe` or `translate`
-    format: of another toolkit, a name of `toolkits.FORMATS`; None for files that say it themselves
+    splits: the dataset's names of train, validation and test; None for a split that it does not have
+    name:   the configuration on the Hub
+    audio_folder: the folder that relative audio paths start from and must not leave; None: the folder of `path`
+    weight: visits of the training split in an epoch
+    label:  the name in a mix; the dataset's ids begin with it
+    language: language of the texts if no column gives it
+    task:   relation of the texts to the speech, `transcribe` or `translate`
+    format: a format of another toolkit, one of `toolkits.FORMATS`; None: the suffix tells the format
     """
 
     path: str
@@ -76,7 +78,7 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder that paths of audio are relative to."""
+        """The folder that relative audio paths start from."""
         if self.audio_folder is not None:
             return Path(self.audio_folder).expanduser()
         where = local_path(self.path)
@@ -84,7 +86,7 @@ class Source:
 
 
 def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with absolute paths and the buckets themselves as `batches`, so that they mean the same in any folder."""
+    """The options with absolute paths, and with the buckets in place of their file, so that they hold in any folder."""
     lasting = dict(data)
     if lasting.get("path"):
         lasting["path"] = absolute_path(lasting["path"])
@@ -99,7 +101,7 @@ def lasting(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_same_for_all(sources: Iterable[Source]) -> None:
-    """Raises UserError where training, validation and test data would be the same files."""
+    """Raises UserError if training, validation and test data would be the same files."""
     errors = []
     for source in filter(is_same_for_all, sources):
         if names_several_files(source.path):
@@ -115,7 +117,7 @@ def refuse_same_for_all(sources: Iterable[Source]) -> None:
 
 
 def is_same_for_all(source: Source) -> bool:
-    """True where several splits would be one file or, by a pattern or URL without `{split}`, the same files.
+    """True if several splits would be the same file, or the same files of a pattern or URL without `{split}`.
 
     Different slices of a file, such as `train[:90%]` and `train[90%:]`, are not the same.
     """
@@ -131,7 +133,7 @@ def names_several_files(path: str) -> bool:
 
 
 def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str, Any]) -> list[Source]:
-    """The datasets of a mix by name, or the only one; `common` has the options that a dataset leaves out."""
+    """The datasets of a mix, or the only dataset. `common` holds the values of options that a dataset does not set."""
     if not mix:
         return [source_of(common, "data")]
     sources = []
@@ -147,7 +149,10 @@ def sources_of(mix: Mapping[str, Mapping[str, Any]] | None, common: Mapping[str,
 
 
 def source_of(options: Mapping[str, Any], where: str) -> Source:
-    """The dataset of some options, which stand in `where`. Raises UserError for values of a mix, which no signature checks."""
+    """The dataset that `options` describe. Raises UserError for wrong values, since no signature checks a mix.
+
+    where: the option group, `data` or `data.mix.NAME`, for messages
+    """
 
     def refuse(option: str, value: object, wrong: str, write: str) -> NoReturn:
         raise UserError(f"{where}.{option}", value, wrong, f"write {where}.{write}")

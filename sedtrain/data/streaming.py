@@ -1,6 +1,6 @@
-"""Streams a corpus: its shards in a random order, divided into blocks, each of them shuffled and batched.
+"""Streams a corpus: reads its shards in random order and cuts them into blocks; each block is shuffled and batched.
 
-The state of a stream is the start of a block and the steps made since; to resume there reads that one block again.
+The state of a stream is the start of a block and the steps made since. To resume, only that block is read again.
 """
 
 import sys
@@ -20,19 +20,19 @@ from sedtrain.data.dataset import BatchesWithEpoch, Kept, Reference, SplitDatase
 from sedtrain.data.sampler import Position, other_reading, random_keys, refuse_other
 from sedtrain.errors import UserError
 
-STEPS_BEHIND = 256  # for which blocks and copies of shards stay: more than the batches that workers prefetch
-NUM_AHEAD = 4  # remote shards that are fetched while the block before them is trained on
+STEPS_BEHIND = 256  # old blocks and copies of shards stay for so many steps, more than workers prefetch
+NUM_AHEAD = 4  # remote shards to fetch ahead while the block before them is trained on
 
 
 class BlockStart(NamedTuple):
-    """Start of a block: visits of parts before it in the epoch, and rows before it in the visit that it begins in."""
+    """Start of a block: number of completed visits of parts in the epoch, and of rows read in the next visit."""
 
     visit: int
     row: int
 
 
 class BegunBlock(NamedTuple):
-    """A block that batches are drawn from, and the steps of the epoch before it."""
+    """A block with its batches, and the number of the epoch's steps before it."""
 
     steps_before: int
     start: BlockStart
@@ -40,13 +40,13 @@ class BegunBlock(NamedTuple):
 
 
 class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
-    """One rank's batches of a corpus that is read in blocks, each with its epoch; `DurationBatches` cuts a block into them.
+    """One rank's batches, each with its epoch, of a corpus read in blocks. `DurationBatches` cuts a block into batches.
 
-    A block has as many rows as the corpus says, counting those that are left out; else the epoch is one block. A part of
-    weight 2 is visited twice in an epoch. Of a part of weight 0.5 one half is read, in the next epoch the other. How many
-    batches there are is not known before the blocks are read, so it has no length.
+    A block has `corpus.block_rows` rows, skipped ones included; if that is None, the epoch is one block. A part of weight
+    2 is visited twice in an epoch. A part of weight 0.5 is half read in one epoch, and its other half in the next. The
+    number of batches is unknown until the blocks are read, so this sampler has no length.
 
-    begun: the blocks of the last STEPS_BEHIND steps; what is consumed is of one of them
+    begun: the blocks of the last STEPS_BEHIND steps; the trainer's current batch is from one of them
     """
 
     def __init__(
@@ -61,20 +61,20 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
     # --- blocks
 
     def order(self, epoch: int) -> list[tuple[int, int]]:
-        """The visits of an epoch, shuffled: (part, number of earlier visits to it in this epoch)."""
+        """The visits of an epoch, shuffled: (part, number of its earlier visits in this epoch)."""
         visits = [(part, visit) for part, weight in enumerate(self.weights) for visit in range(ceil(weight))]
         keys = random_keys((self.seed, epoch, 2), len(visits))
         return [visits[i] for i in np.argsort(keys, kind="stable")]
 
     def digest(self) -> str:
-        """Eight hexadecimal digits that differ where files, their order or their weights do, but not by their folder."""
+        """Eight hexadecimal digits that change with the names, order or weights of files, but not with their folder."""
         names = [part.name for part in self.dataset.parts.parts]
         return f"{zlib.crc32(repr((names, self.weights, self.corpus.block_rows)).encode()):08x}"
 
     def read_block(self, epoch: int, start: BlockStart) -> tuple[Kept, BlockStart]:
-        """The utterances, of one part or several, of the block that begins at `start`, and where the next one starts.
+        """The utterances of the block that begins at `start`, and the start of the next block.
 
-        After the last visit blocks are empty.
+        A block may span several parts. After the last visit blocks are empty.
         """
         order = self.order(epoch)
         found = []
@@ -91,7 +91,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         return joined(found), end
 
     def rows_visited(self, part: int, visit: int, epoch: int) -> Integers:
-        """The rows that a visit reads, each once: the visits of all epochs go round and round through the part."""
+        """The rows that a visit reads, without repeats. The visits of all epochs cycle through the part."""
         num_rows = 0
         with self.corpus.noting("train", part):
             num_rows = len(self.dataset.parts[part])
@@ -103,17 +103,17 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         return rows
 
     def usable(self, part: int, rows: Integers) -> Kept:
-        """Those of these rows that are used."""
+        """The used ones among `rows` of a part."""
         if not len(rows):
             return joined([])
         if len(self.dataset):
             return among(self.dataset.kept, part, rows)
         used = self.corpus.usable("train", part, self.dataset.parts[part], rows.tolist())
-        self.corpus.skipped.judge("train")
+        self.corpus.skipped.refuse_too_many("train")
         return used
 
     def remove_copies_between(self, first: int, last: int) -> None:
-        """Removes the copies of parts that have a visit from `first` to before `last`, and none later in the epoch."""
+        """Removes the copies of parts with a visit in [first, last) and no later visit in the epoch."""
         if first == last:
             return
         order = self.order(self.epoch)
@@ -133,10 +133,10 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
             self.start_epoch(epoch)
 
     def state_dict(self, consumed_steps: int) -> Position:
-        """The position after `consumed_steps` of this epoch, those before it was resumed included."""
+        """The position after `consumed_steps` of this epoch, including the steps before it was resumed."""
         assert self.begun, "batches are drawn before they are consumed"
         steps_before, start, batches = next(
-            each for each in reversed(self.begun) if each.steps_before <= consumed_steps
+            block for block in reversed(self.begun) if block.steps_before <= consumed_steps
         )
         position = batches.position(consumed_steps - steps_before)
         position["block"], position["steps_before"] = (start.visit, start.row), steps_before
@@ -146,7 +146,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
     def load_state_dict(self, state: Position) -> None:
         """Continues from a position, with any number of ranks.
 
-        Raises UserError for a position in the middle of an epoch of other files, or of the same in another order.
+        Raises UserError for a position in the middle of an epoch of other files, or of the same files in another order.
         """
         is_streamed = "block" in state
         if not is_streamed and state["segments"]:
@@ -156,7 +156,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         self.start_epoch(state["epoch"], state if is_streamed else None)
 
     def begin(self, kept: Kept, steps: int, start: BlockStart) -> BatchesWithEpoch:
-        """The batches of a block that begins after so many steps; removes copies that no worker of any rank still reads."""
+        """The batches of a block that begins after `steps` steps; removes copies that no worker of any rank still reads."""
         batches = self.cut(kept, shuffle=True, block=start)
         batches.set_epoch(self.epoch)
         self.begun.append(BegunBlock(steps, start, batches))
@@ -167,9 +167,9 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
         return batches
 
     def __iter__(self) -> Iterator[tuple[int, list[Reference]] | UserError]:
-        """The batches; a UserError that ends them comes as the last item.
+        """Yields the batches; yields a UserError that ends them as the last item.
 
-        A DataLoader that is interrupted while it starts its workers would close the pipes of their queues twice.
+        A raised error would interrupt a DataLoader that starts its workers, which then closes its queues' pipes twice.
         """
         try:
             yield from self.draw()
@@ -177,7 +177,7 @@ class StreamedBatches(Sampler[tuple[int, list[Reference]] | UserError]):
             yield error
 
     def draw(self) -> Iterator[tuple[int, list[Reference]]]:
-        """Raises UserError at the end of an epoch without an utterance, and for a resumed block that has changed."""
+        """Yields the batches. Raises UserError if the epoch has no usable utterance, or if a resumed block has changed."""
         steps, start, resumed = 0, BlockStart(0, 0), self.resumed
         if resumed is not None:
             steps, start = resumed["steps_before"], BlockStart(*resumed["block"])

@@ -1,6 +1,6 @@
-"""Folders and manifests of other toolkits as rows with the same columns, whatever each toolkit calls them.
+"""Reads folders and manifests of other toolkits as rows with the same columns for all of them.
 
-A line that cannot be used becomes a row with PROBLEM alone, which names its file and line.
+An unusable line becomes a row with a PROBLEM that names its file and line.
 """
 
 import json
@@ -26,7 +26,7 @@ from sedtrain.errors import UserError
 
 COLUMNS = ("audio", "text", "translation", "id", "speaker", "language", "seconds", "start", "end")
 TRANSLATED = ("covost",)
-"""The formats that have translations."""
+"""Formats with translations."""
 SPELLINGS = {"validation": ("validation", "dev", "valid")}
 COMMON_VOICE = {"text": "sentence", "speaker": "client_id", "language": "locale", "translation": "translation"}
 NEMO = {
@@ -36,12 +36,12 @@ NEMO = {
 
 
 def formatted_rows(format: str, path: Path, split: str, name: str | None) -> datasets.Dataset:
-    """The rows of a split. Raises UserError where one of its files is missing, or holds something else than the format."""
+    """The rows of a split. Raises UserError if a file is missing or does not have the format."""
     return datasets.Dataset(as_table(FORMATS[format](path, split, name), COLUMNS))
 
 
 def recognised(path: str | None) -> str | None:
-    """The format of a folder that no other can be taken for."""
+    """The format of a folder if its files are unmistakable, else None."""
     folder = local_path(path or "")
     is_kaldi = path and folder.is_dir() and ((folder / "wav.scp").is_file() or any(folder.glob("*/wav.scp")))
     return "kaldi" if is_kaldi else None
@@ -52,9 +52,9 @@ def spellings(split: str) -> tuple[str, ...]:
 
 
 def split_file(folder: Path, patterns: Iterable[str], split: str) -> Path:
-    """The only file of a split. Raises UserError where there is none, or several."""
+    """The file of a split. Raises UserError if there is none, or if there are several."""
     names = [name for name in spellings(split) if not Path(name).is_absolute()]
-    found = [file for name in names for each in patterns for file in folder.glob(each.replace("SPLIT", name))]
+    found = [file for name in names for pattern in patterns for file in folder.glob(pattern.replace("SPLIT", name))]
     if not found:
         wrong = f"there is no file {' or '.join(patterns).replace('SPLIT', split)} in this folder"
         raise UserError("data.path", str(folder), wrong, "write data.path=FOLDER with it, or the name of another split")
@@ -65,12 +65,12 @@ def split_file(folder: Path, patterns: Iterable[str], split: str) -> Path:
 
 
 def split_folder(path: Path, split: str) -> Path:
-    """The folder of a split; else `path` itself."""
-    return next((path / each for each in spellings(split) if (path / each).is_dir()), path)
+    """The subfolder of a split if there is one, else `path`."""
+    return next((path / name for name in spellings(split) if (path / name).is_dir()), path)
 
 
 def named(row: Row, file: Path) -> Row:
-    """A row with a problem, which names the file before the line."""
+    """The row with the name of its file added to its problem, before the line."""
     return row | {PROBLEM: row[PROBLEM].replace(": ", f": {file.name}, ", 1)}
 
 
@@ -78,7 +78,7 @@ def named(row: Row, file: Path) -> Row:
 
 
 def rows_of_kaldi(path: Path, split: str, name: str | None) -> Iterator[Row]:
-    """wav.scp, text and, where they are there, segments, utt2spk, utt2lang and utt2dur, in the split's folder or in `path`."""
+    """Reads Kaldi's files in the split's folder or in `path`. Raises UserError if wav.scp or text is missing."""
     folder = split_folder(path, split)
     for needed in ("wav.scp", "text"):
         if not (folder / needed).is_file():
@@ -90,12 +90,12 @@ def rows_of_kaldi(path: Path, split: str, name: str | None) -> Iterator[Row]:
 
 
 def rows_of_librispeech(path: Path, split: str, name: str | None) -> Iterator[Row]:
-    """The `*.trans.txt` below the split's folder, or below `path`; a speaker is what an id begins with, `19-198-0000`."""
+    """Reads `*.trans.txt` below the split's folder or below `path`. The speaker of `19-198-0000` is `19`."""
     folder = split_folder(path, split)
     files = sorted(files_in(folder))
     audio = by_stem(filter(is_media_file, files))
     listed = [Path(file) for file in files if file.lower().endswith(".trans.txt")]
-    others = [each.name for each in path.iterdir() if each.is_dir() and not each.name.isdigit()]
+    others = [entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.isdigit()]
     if not listed or (folder == path and others):
         raise missing_split(path, split, sorted(others) or ["none with *.trans.txt"])
     rows = (row for file in listed for row in listed_rows(file, audio))
@@ -105,8 +105,8 @@ def rows_of_librispeech(path: Path, split: str, name: str | None) -> Iterator[Ro
 def rows_of_common_voice(
     path: Path, split: str, name: str | None, patterns: Iterable[str] = ("SPLIT.tsv",)
 ) -> Iterator[Row]:
-    """The .tsv of a split, with its audio in the folder `clips` beside it, else where data.audio_folder says."""
-    file = split_file(path, [each.replace("NAME", name or "*") for each in patterns], split)
+    """Reads the .tsv of a split; its audio is in the folder `clips` beside it, else in data.audio_folder."""
+    file = split_file(path, [pattern.replace("NAME", name or "*") for pattern in patterns], split)
     table = tabs_of(file)
     if missing := {"path", "sentence"} - set(table.column_names):
         wrong = f"{file.name} has no column {sorted(missing)[0]!r}, it has {', '.join(table.column_names)}"
@@ -130,7 +130,7 @@ def tabs_of(file: Path) -> pa.Table:
 
 
 def clip_seconds(folder: Path) -> dict[str | None, float]:
-    """The seconds of each clip by its name, of clip_durations.tsv, which newer releases have."""
+    """The seconds of each clip by name, from clip_durations.tsv; older releases do not have this file."""
     file = folder / "clip_durations.tsv"
     if not file.is_file():
         return {}
@@ -155,7 +155,7 @@ def nemo_row(row: Row) -> Row:
 
 
 def rows_of_lhotse(path: Path, split: str, name: str | None) -> Iterator[Row]:
-    """Cuts as JSON lines, also packed: FILE, a pattern, or of a folder the file whose name has `cuts` and the split's name."""
+    """Reads cuts as JSON lines, also packed: a file, a pattern, or a folder with a file named `cuts` and the split."""
     patterns = ["*cuts*SPLIT.jsonl", "*cuts*SPLIT.jsonl.gz", "SPLIT.jsonl.gz"]
     for file in files_of(str(path), split) or [split_file(path, patterns, split)]:
         with reading(file), fsspec.open(file, compression="infer") as lines:
@@ -168,7 +168,7 @@ def rows_of_lhotse(path: Path, split: str, name: str | None) -> Iterator[Row]:
 
 
 def rows_of_cut(cut: Row, position: str) -> Iterator[Row]:
-    """A row for each supervision of a cut, with its times in the recording; one row if something is wrong."""
+    """Yields a row for each supervision of a cut, with its times in the recording; a wrong cut yields one problem."""
     try:
         yield from list(supervision_rows(cut, position))
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
@@ -182,16 +182,16 @@ def supervision_rows(cut: Row, position: str) -> Iterator[Row]:
         return
     if not supervisions:
         yield {"id": cut["id"]} | problem("no transcript", f"{position}: the cut has no supervision")
-    for each in supervisions:
-        start = round(cut["start"] + each["start"], 8)
-        times = {"start": start, "end": round(start + each["duration"], 8)}
-        id = cut["id"] if len(supervisions) == 1 else f"{cut['id']}-{each['id']}"
-        said = {name: each.get(name) for name in ("text", "speaker", "language")}
+    for supervision in supervisions:
+        start = round(cut["start"] + supervision["start"], 8)
+        times = {"start": start, "end": round(start + supervision["duration"], 8)}
+        id = cut["id"] if len(supervisions) == 1 else f"{cut['id']}-{supervision['id']}"
+        said = {name: supervision.get(name) for name in ("text", "speaker", "language")}
         yield {"id": id, "audio": cut["recording"]["sources"][0]["source"], **said, **times}
 
 
 def wrong_with(cut: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Reason and detail for a cut whose audio is no part of a file."""
+    """Reason and detail for a cut whose audio is not a range of one single-channel file, else None."""
     if (kind := cut.get("type", "MonoCut")) not in ("MonoCut", "Cut"):
         return "cut of another kind", f"{kind}, of which only Lhotse makes audio"
     if not (recording := cut.get("recording")):

@@ -1,4 +1,4 @@
-"""Rows of a dataset as utterances: ids, texts, lengths, decoded audio, and what is wrong with a row."""
+"""Reads rows of a dataset as utterances: ids, texts, lengths, decoded audio, and the problems of rows."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,21 +24,21 @@ from sedtrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 64  # rows whose headers one thread reads at a time
-CELLS_AT_ONCE = 10_000  # rows whose cells may be Python values together, each many times larger than in a table
+CELLS_AT_ONCE = 10_000  # rows turned into Python values at a time; these are many times larger than Arrow cells
 
 Reason = tuple[str, str]
-"""A few words to be counted by, and a detail."""
+"""A short reason, by which skipped utterances are counted, and a detail."""
 
 
 class UtteranceRows:
     """Rows of a dataset as utterances, decoded one by one.
 
-    name:  of the split or of its file; rows without an id are named after it
-    file:  what the rows are read from, for the list of what is left out
-    table: as `by_role` makes it, with texts that have no control characters
-    problems: why rows cannot be used, by their number
+    name:  name of the split or of its file; rows without an id are named after it
+    file:  file of the rows, for the list of skipped utterances
+    table: result of `by_role`, with texts without control characters
+    problems: reasons why rows cannot be used, by row number
 
-    Raises UserError for a column that is missing or holds something else than it should, and for two rows with one id.
+    Raises UserError for a missing column, for a column of a wrong type, and for two rows with one id.
     """
 
     def __init__(self, rows: datasets.Dataset, source: Source, name: str, file: str | None = None) -> None:
@@ -58,7 +58,7 @@ class UtteranceRows:
         return len(self.table)
 
     def take_out_control(self) -> None:
-        """Takes control characters out of the texts, and warns of them; workers leave that to their parent."""
+        """Takes control characters out of the texts and logs a warning; workers leave the warning to their parent."""
         number, texts = self.table.column_names.index("text"), self.table["text"].cast(pa.large_string())
         found = rows_where(unclean(texts))
         if len(found):
@@ -81,7 +81,7 @@ class UtteranceRows:
                 raise UserError("data.columns.id", self.source.columns.id, wrong, write)
 
     def chunks(self) -> Iterator[range]:
-        """All rows, as many at a time as may be Python values at once."""
+        """Ranges of at most CELLS_AT_ONCE rows that cover all rows."""
         return (range(first, min(first + CELLS_AT_ONCE, len(self))) for first in range(0, len(self), CELLS_AT_ONCE))
 
     def row(self, index: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class UtteranceRows:
         return dict(row)
 
     def cells(self, role: str, indices: Sequence[int] | None = None) -> list[Any]:
-        """A column of all or of some rows."""
+        """The cells of a column, for all rows or for `indices`."""
         column = self.table[role]
         wanted = range(len(self)) if indices is None else indices
         first = wanted[0] if wanted else 0
@@ -99,15 +99,15 @@ class UtteranceRows:
         return [column[index].as_py() for index in wanted]
 
     def texts(self, indices: Sequence[int] | None = None) -> list[str]:
-        """The texts of all or of some rows; reads no audio."""
+        """The texts of all rows or of `indices`; reads no audio."""
         return [text or "" for text in self.cells("text", indices)]
 
     def ids(self) -> Iterator[str]:
         return (id for chunk in self.chunks() for id in map(self.id_of, chunk, self.cells("id", chunk)))
 
     def index_of(self, id: str) -> int | None:
-        """The row of an id, None where there is none."""
-        return next((index for index, each in enumerate(self.ids()) if each == id), None)
+        """The row with this id, None if there is none."""
+        return next((index for index, found in enumerate(self.ids()) if found == id), None)
 
     def id(self, index: int) -> str:
         return self.id_of(index, self.table["id"][index].as_py())
@@ -116,7 +116,7 @@ class UtteranceRows:
         return self.prefix + (f"{self.name}-{index}" if given is None else given)
 
     def seconds(self, indices: Sequence[int] | None = None) -> Floats:
-        """(N,) the length of each utterance, from its columns, else from the header of its audio, else NaN."""
+        """(N,) the seconds of each utterance from its columns, else from the header of its audio, else NaN."""
         among = np.array(range(len(self)) if indices is None else indices, np.int64)
         lengths = self.declared()[among]
         missing = np.isnan(lengths)
@@ -124,29 +124,29 @@ class UtteranceRows:
         return lengths
 
     def declared(self) -> Floats:
-        """(N,) the lengths by columns alone; NaN where they give none."""
+        """(N,) the seconds that columns declare, else NaN."""
         return np.array(self.table["seconds"].cast(pa.float64()).fill_null(nan).to_numpy(), dtype=np.float64)
 
     def by_header(self, indices: Integers) -> Iterator[float]:
-        """The lengths by the headers of the audio, read in threads; NaN where a header cannot be read."""
+        """Yields the seconds by the headers of the audio, read in threads; NaN for an unreadable header."""
 
         def of_some(chunk: Integers) -> list[float]:
             found = (self.length_or_reason(self.row(index)) for index in chunk.tolist())
-            return [nan if isinstance(each, tuple) else each for each in found]
+            return [nan if isinstance(length, tuple) else length for length in found]
 
         with ThreadPoolExecutor() as pool:
             for lengths in pool.map(of_some, np.split(indices, range(ROWS_AT_ONCE, len(indices), ROWS_AT_ONCE))):
                 yield from lengths
 
     def length_or_reason(self, row: Mapping[str, Any], declared: float | None = None) -> float | Reason:
-        """The length by the header of the audio, or the reason for which there is none, with a detail."""
+        """The seconds by the header of the audio, or reason and detail if the audio is refused."""
         try:
             return seconds_between(row["audio"], self.folder, row["start"], row["end"], declared)
         except RefusedAudio as error:
             return error.reason, str(error)
 
     def problem(self, index: int, seconds: float) -> Reason | None:
-        """Reason and detail for a row that cannot be used, else None; seconds: its length, NaN where none was found."""
+        """Reason and detail for a row that cannot be used, else None. seconds: length of the row, NaN if unknown"""
         if text := self.problems.get(index):
             reason, _, detail = text.partition(": ")
             return reason, detail
@@ -156,17 +156,17 @@ class UtteranceRows:
         return None
 
     def misdeclared(self, index: int) -> Reason | None:
-        """Reason and detail for a row whose columns give another length than the header of its audio, if it has any."""
+        """Reason and detail if a declared length differs from the header, or if the audio is refused; else None."""
         row = self.row(index)
         found = None if row["seconds"] is None else self.length_or_reason(row, row["seconds"])
         return found if isinstance(found, tuple) else None
 
     def skipped(self, index: int, reason: str, detail: str) -> Skipped:
-        """The row as an utterance that is left out."""
+        """The row as a skipped utterance."""
         return Skipped(self.id(index), reason, detail, self.location(self.table["audio"][index].as_py()))
 
     def location(self, cell: Any) -> str:
-        """The file of a cell's audio, with the byte where it begins in a larger file; for bytes, the file of their row."""
+        """The file of a cell's audio, with its first byte in a larger file; for a cell of bytes, the file of the row."""
         values = fields_of(cell)
         if values.get("bytes") is not None or not values.get("path"):
             return self.file
@@ -176,7 +176,7 @@ class UtteranceRows:
     def utterance(self, index: int, sampling_rate: int, may_be_silent: bool = False) -> Utterance:
         """Row `index`, decoded, mixed down and resampled to `sampling_rate`.
 
-        Raises RefusedAudio for audio that cannot be decoded, is not as long as the columns say, or is silent.
+        Raises RefusedAudio for audio that cannot be decoded, has another length than declared, or is silent.
         """
         row = self.row(index)
         audio = read_audio(row["audio"], sampling_rate, self.folder, row["start"], row["end"], row["seconds"])

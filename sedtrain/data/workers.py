@@ -1,4 +1,4 @@
-"""The loader of batches and its worker processes: the signals that they take, and the errors that they hand on."""
+"""Loads batches in worker processes; handles their signals and passes on their errors."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ from sedtrain.batch import Batch
 from sedtrain.errors import UserError
 
 SIGNALS_OF_RUN = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals for the process that trains, which its workers ignore."""
-SECONDS_BETWEEN_LOOKS = 0.2  # at the parent of a worker
+"""Signals for the training process; its workers ignore them."""
+SECONDS_BETWEEN_LOOKS = 0.2  # interval at which a worker checks that its parent is alive
 
 
 def usual_workers() -> int:
-    """Processes that load audio for a GPU: its share of the cores, 8 at most; none where training itself runs on the cores."""
+    """Number of loader processes for a GPU: its share of the cores, at most 8; 0 on a CPU, where training uses the cores."""
     if not torch.cuda.is_available():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -29,11 +29,11 @@ def usual_workers() -> int:
 
 
 class Loader(DataLoader[Batch | UserError]):
-    """A DataLoader whose workers, and the threads that libraries start in them, begin with SIGTERM blocked.
+    """A DataLoader whose workers start with SIGTERM blocked, also in the threads that libraries start in them.
 
-    Raises the UserError that a sampler yields in place of a batch, where that batch was due.
+    If a sampler yields a UserError in place of a batch, the loader raises it when that batch is due.
 
-    waited: seconds in which its user has waited for batches
+    waited: total seconds that the caller has waited for batches
     """
 
     waited = 0.0
@@ -65,7 +65,7 @@ def sigterm_blocked() -> Iterator[None]:
 
 
 def start_worker(worker_id: int) -> None:
-    """The first call in a worker of a DataLoader."""
+    """Seeds a new worker of a DataLoader and sets up its signals."""
     pl_worker_init_function(worker_id)
     for number in SIGNALS_OF_RUN:
         signal.signal(number, signal.SIG_IGN)
@@ -76,9 +76,9 @@ def start_worker(worker_id: int) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Ends the process when its parent sends SIGTERM, as a DataLoader does to workers that are stuck, or has died.
+    """Ends the process when its parent has died or sends SIGTERM, as a DataLoader does to stuck workers.
 
-    A worker holds the connections of its parent open, so other ranks notice the death only after this.
+    A worker keeps the connections of its parent open, so other ranks notice the parent's death only after this.
     """
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)

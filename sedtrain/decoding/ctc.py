@@ -37,6 +37,10 @@ class Lattice:
         log_probs[..., blank].masked_fill_(padded, 0.0)
         return cls(log_probs, num_frames, blank)
 
+    def rows(self, order: list[int]) -> "Lattice":
+        """The utterances at the indices `order`."""
+        return Lattice(self.log_probs[order], self.num_frames[order], self.blank)
+
     @cached_property
     def best_path(self) -> tuple[list[list[int]], list[float]]:
         """The most probable token of each frame, without repetitions and blanks: ids and log-probability per utterance.
@@ -103,9 +107,10 @@ def lattice_of_tokens(model: SpeechEncoderDecoder, encoded: EncodedSpeech, colum
     return Lattice(torch.cat(rows).mT.contiguous(), num_frames, 0)
 
 
-def best_path(lattice: Lattice, max_tokens: int) -> list[Hypotheses]:
-    """The best path of each utterance, cut to `max_tokens`."""
-    return [Hypotheses([ids[:max_tokens]], [score]) for ids, score in zip(*lattice.best_path, strict=True)]
+def best_path(lattice: Lattice, limits: Sequence[int]) -> list[Hypotheses]:
+    """The best path of each utterance, cut to its limit of tokens."""
+    rows = zip(*lattice.best_path, limits, strict=True)
+    return [Hypotheses([ids[:limit]], [score]) for ids, score, limit in rows]
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,10 @@ def recurrence(decay: Tensor, gain: Tensor) -> Tensor:
     return gain
 
 
-def prefix_beam(lattice: Lattice, num_beams: int, num_best: int, max_tokens: int) -> list[Hypotheses]:
-    """The `num_best` texts of at most `max_tokens` that are most probable, summed over their paths; keeps `num_beams` prefixes.
+def prefix_beam(lattice: Lattice, num_beams: int, num_best: int, limits: Tensor) -> list[Hypotheses]:
+    """The `num_best` texts that are most probable, summed over their paths; keeps `num_beams` prefixes.
 
+    limits: (B,) most tokens of each text
     A prefix is at least as probable as any text that begins with it, so the search ends once no prefix beats the texts found.
     Source: Graves et al. 2006, prefix search, with a beam.
     """
@@ -193,14 +199,16 @@ def prefix_beam(lattice: Lattice, num_beams: int, num_best: int, max_tokens: int
     prefixes = Prefixes.empty(lattice)
     ids = torch.zeros(*prefixes.scores.shape, 0, dtype=torch.long, device=prefixes.scores.device)
     best_ids, best_scores = ids[:, :0], prefixes.scores[:, :0]
-    for num_tokens in range(min(max_tokens, frames) + 1):
+    for num_tokens in range(min(int(limits.max()), frames) + 1):
         best_ids = torch.cat([pad(best_ids, (0, num_tokens - best_ids.shape[2]), value=lattice.blank), ids], 1)
-        best_scores = torch.cat([best_scores, prefixes.whole], 1)
+        whole = prefixes.whole.masked_fill((num_tokens > limits)[:, None], IMPOSSIBLE)
+        best_scores = torch.cat([best_scores, whole], 1)
         best_scores, order = best_scores.topk(min(num_best, best_scores.shape[1]))
         best_ids = rows_of(best_ids, order)
         extensions = prefixes.extensions().flatten(1)
         scores, flat = extensions.topk(min(num_beams, extensions.shape[1]))
-        if best_scores.shape[1] == num_best and bool((scores[:, 0] <= best_scores[:, -1]).all()):
+        is_over = (scores[:, 0] <= best_scores[:, -1]) | (num_tokens >= limits)
+        if best_scores.shape[1] == num_best and bool(is_over.all()):
             break
         parents, tokens = flat // vocabulary, flat % vocabulary
         ids = torch.cat([rows_of(ids, parents), tokens[..., None]], 2)

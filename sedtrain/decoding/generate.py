@@ -35,9 +35,11 @@ def decode_batch(
     options: DecodingOptions,
     with_confidence: bool = False,
     with_words: bool = False,
+    encoded: EncodedSpeech | None = None,
 ) -> list[Hypotheses]:
     """The best `num_return_sequences` hypotheses of each of the B utterances, without prompts, in the order of the batch.
 
+    encoded: the batch as `model.encode` returns it in evaluation mode, if the caller has it
     with_confidence: ask CTC how sure it is of each best hypothesis; with_words: and where its words are. Both need a CTC head
     The model keeps its training or evaluation mode. Raises UserError for a search whose CTC head the model lacks.
     """
@@ -45,7 +47,8 @@ def decode_batch(
     was_training = model.training
     if was_training:  # each change of the mode visits all modules
         model.eval()
-    encoded = model.encode(batch.inputs, batch.padding_mask)
+    if encoded is None:
+        encoded = model.encode(batch.inputs, batch.padding_mask)
     prompts = with_heard_languages(model, encoded, prompts_of(model, batch))
     limits = token_limits(model, encoded, batch.durations, prompts.shape[1], options)
     lattice = None if options.search == "attention" else lattice_of(model, encoded)
@@ -105,20 +108,24 @@ def token_limits(
     if model.ctc_head is not None:
         by_frames = frames_of(encoded) + 1  # one token per frame, and the end
         limits = by_frames if most is None and options.search in ("ctc", "rescore") else limits.minimum(by_frames)
-    return limits.clamp(max=most_new_tokens(int(limits.max()), model.room(encoded), num_given))
+    if (rooms := model.rooms(encoded)) is not None:
+        num_given += options.search == "rescore"  # which also reads the last token
+        rows = zip(limits.tolist(), rooms, strict=True)
+        limits = limits.new_tensor([most_new_tokens(limit, room, num_given) for limit, room in rows])
+    return limits
 
 
 def by_ctc(model: SpeechEncoderDecoder, inputs: SearchInputs) -> list[Hypotheses]:
     """Texts that CTC finds, in its own order; with search=rescore, in the order of their joint scores."""
-    options, lattice, most = inputs.options, inputs.lattice, inputs.most
+    options, lattice, limits = inputs.options, inputs.lattice, inputs.limits
     assert lattice is not None
     num_beams, num_best = options.num_beams, options.num_return_sequences
     if options.search == "rescore":
-        found = prefix_beam(lattice, num_beams, num_beams, most)
+        found = prefix_beam(lattice, num_beams, num_beams, limits)
         return rescored(model, inputs.encoded, inputs.prompts, found, options.ctc_weight, num_best)
     if num_beams == 1:
-        return best_path(lattice, most)
-    return prefix_beam(lattice, num_beams, num_best, most)
+        return best_path(lattice, limits.tolist())
+    return prefix_beam(lattice, num_beams, num_best, limits)
 
 
 def added_scores(

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 from sedtrain.decoding.ctc import IMPOSSIBLE, Lattice, Prefixes
 from sedtrain.decoding.hypotheses import Hypotheses
 from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.prefix import is_prefixed
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 
 
@@ -87,6 +88,11 @@ def decoder_scores(
     """(B,) log-probabilities of one text per utterance, after its prompt."""
     targets = pad_sequence([torch.tensor(ids, device=prompts.device) for ids in texts], True, -1)
     inputs = torch.cat([prompts, targets[:, :-1].clamp(min=0)], 1)
-    logits = model(encoder_outputs=encoded, decoder_input_ids=inputs, use_cache=False).logits
+    mask = None
+    if is_prefixed(model.config.decoder):  # there padding would take positions
+        mask = torch.cat([torch.ones_like(prompts), (targets[:, 1:] >= 0).long()], 1)
+    logits = model(
+        encoder_outputs=encoded, decoder_input_ids=inputs, decoder_attention_mask=mask, use_cache=False
+    ).logits
     log_probs: Tensor = logits[:, prompts.shape[1] - 1 :].float().log_softmax(-1)
     return log_probs.gather(2, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0.0).sum(1)

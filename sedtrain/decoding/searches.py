@@ -5,7 +5,7 @@ B batch, N beams, P prompt, U generated tokens.
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.speculative import speculate
 from sedtrain.errors import UserError
 from sedtrain.models.encoder import EncodedSpeech
+from sedtrain.models.positions import most_new_tokens
 from sedtrain.models.speech_encoder_decoder import SpeechEncoderDecoder
 from sedtrain.models.steps import Steps, decoder_steps
 
@@ -43,6 +44,12 @@ class SearchInputs:
     options: DecodingOptions
     lattice: Lattice | None = None
     added: Sequence[LogitsProcessor] = ()
+
+    def rows(self, order: list[int]) -> "SearchInputs":
+        """The utterances at the indices `order`."""
+        lattice = None if self.lattice is None else self.lattice.rows(order)
+        encoded, prompts, limits = self.encoded.rows(order), self.prompts[order], self.limits[order]
+        return replace(self, encoded=encoded, prompts=prompts, limits=limits, lattice=lattice)
 
     @property
     def most(self) -> int:
@@ -131,13 +138,30 @@ def by_loop(model: SpeechEncoderDecoder, steps: Steps, inputs: SearchInputs) -> 
 
 
 def by_generate(model: SpeechEncoderDecoder, inputs: SearchInputs) -> Found:
-    """The rows that `generate` writes. A speculative search becomes greedy search here, which writes the same ids."""
+    """The rows that `generate` writes, each within its own limit.
+
+    Behind a prefix, `generate` needs a position of every row in every step, ended texts included. So all rows end where the
+    longest audio leaves no more positions; rows that may go on are then searched again, without it.
+    """
+    rooms, limits, num_given = model.rooms(inputs.encoded), inputs.limits.tolist(), inputs.prompts.shape[1]
+    most = max(limits) if rooms is None else most_new_tokens(max(limits), min(rooms), num_given)
+    ended = OwnLimit(num_given + inputs.limits.clamp(max=most))
+    rows, scores = generated(model, inputs, ended)
+    longer = [row for row, limit in enumerate(limits) if limit > most] if ended.num_tokens >= num_given + most else []
+    if longer:
+        for row, texts, of_texts in zip(longer, *by_generate(model, inputs.rows(longer)), strict=True):
+            rows[row], scores[row] = texts, of_texts
+    return rows, scores
+
+
+def generated(model: SpeechEncoderDecoder, inputs: SearchInputs, ended: "OwnLimit") -> Found:
+    """The rows of one call of `generate`. A speculative search becomes greedy search here, which writes the same ids."""
     options, prompts, num_best = inputs.options, inputs.prompts, inputs.options.num_return_sequences
     kwargs: dict[str, Any] = {
         **options.generation_kwargs(),
         "num_return_sequences": num_best,
         "max_new_tokens": inputs.most + 1,  # never reached: there BART is forced to end its text
-        "stopping_criteria": StoppingCriteriaList([OwnLimit(prompts.shape[1] + inputs.limits)]),
+        "stopping_criteria": StoppingCriteriaList([ended]),
         "logits_processor": LogitsProcessorList(inputs.processors(end_tokens(model.generation_config))),
     }
     if is_scored := num_best > 1 and options.num_beams > 1:  # only then, as the scores of all steps stay in memory
@@ -158,10 +182,13 @@ class OwnLimit(StoppingCriteria):
     """Ends each text at the limit of its utterance, whatever else is in the batch.
 
     limits: (B,) tokens, prompt included
+    num_tokens: tokens of the longest text so far
     """
 
     limits: Tensor
+    num_tokens: int = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """(B N, U) tokens of N beams -> (B N,)"""
+        self.num_tokens = input_ids.shape[1]
         return input_ids.shape[1] >= self.limits.repeat_interleave(len(input_ids) // len(self.limits))

@@ -113,8 +113,8 @@ class MetricSet:
         return values
 
     def ranking(self) -> str:
-        """The metric that ranks single utterances; BLEU comes last, since it says little about one."""
-        return next(name for name in ("wer", "cer", "mer", "wil", "chrf", "ter", "bleu") if name in self.metrics)
+        """The metric that ranks single utterances: the first of METRICS, but BLEU, which says little about one, comes last."""
+        return min((name for name in METRICS if name in self.metrics), key=lambda name: name == "bleu")
 
     def named(self, counts: Sequence[int], name: str) -> dict[str, int]:
         """Counts of one metric by their names, from the counts (K,) of an utterance."""

@@ -22,7 +22,6 @@ Counts = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
 TRANSCRIPTION = ("wer", "cer")
-TRANSLATION = ("bleu", "chrf")
 EDITS = ("substitutions", "deletions", "insertions", "hits")
 
 

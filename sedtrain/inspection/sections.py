@@ -1,4 +1,4 @@
-"""Says what an inspection shows: problems first, then what was counted."""
+"""Arranges an inspection in sections: problems first, then the counts."""
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +9,8 @@ from sedtrain.inspection import summary
 from sedtrain.inspection.summary import Histogram, Inspection, Sounds, SplitSummary
 
 DRAWN = ("seconds", "characters", "characters per second")
-NUM_NAMES = 5  # shown of many speakers, languages, datasets or characters
-RARE_SHARE = 0.01  # of decoded utterances; fewer clipped ones are no finding
+NUM_NAMES = 5  # of speakers, languages, datasets or characters that are shown
+RARE_SHARE = 0.01  # of decoded utterances; a smaller share of clipped ones is not reported
 WIDEBAND = 16_000  # hertz; nearly every speech encoder was pretrained on such audio
 
 Cell = str | int | float | None
@@ -18,13 +18,13 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Section:
-    """A table, or without headings a list.
+    """A table; without headings, a list.
 
-    rows:       a first cell is left blank where it repeats the one above
-    num_texts:  columns of words, from the left; the others hold numbers
+    rows:       a first cell that repeats the cell above is shown blank
+    num_texts:  number of text columns, from the left; the other columns hold numbers
     histograms: by title, such as `train: seconds`
     sounds:     audio of each row, for the page
-    folded:     closed until clicked on the page, left out in the terminal
+    folded:     True if the page shows it closed and the terminal leaves it out
     """
 
     title: str
@@ -66,7 +66,7 @@ def sections(inspection: Inspection, sounds: Sequence[html.Audio | None] = ()) -
 
 
 def sizes(splits: Sequence[SplitSummary]) -> Iterator[Section]:
-    """Splits, Lengths, and Who speaks."""
+    """Sections on splits, lengths and speakers."""
     rows: list[Sequence[Cell]] = []
     for s in splits:
         numbers = [len(s.groups[by]) or "unknown" for by in ("speaker", "language")]
@@ -126,7 +126,7 @@ def audio(splits: Sequence[SplitSummary]) -> Section:
 
 
 def texts(splits: Sequence[SplitSummary]) -> Iterator[Section]:
-    """Texts, Rarest characters, and Most frequent texts."""
+    """Sections on texts, rarest characters and most frequent texts."""
     rows = []
     for s in splits:
         total, speakers, shared = max(s.num_utterances, 1), len(s.groups["speaker"]), s.overlap
@@ -146,7 +146,7 @@ def texts(splits: Sequence[SplitSummary]) -> Iterator[Section]:
 
 
 def split_findings(split: SplitSummary) -> Iterator[str]:
-    """Problems to check before training, with numbers; omits everything normal."""
+    """Yields problems to check before training, with numbers; omits everything normal."""
     overlap, sounds, decoded = split.overlap, split.sounds, f"{split.sounds.num_decoded:,} decoded"
     if not split.num_utterances:
         yield "there is no utterance that can be used"
@@ -174,13 +174,13 @@ def split_findings(split: SplitSummary) -> Iterator[str]:
 
 
 def largest(groups: Sequence[summary.Group]) -> str:
-    """Names of the groups with most audio."""
+    """The groups with most audio as text."""
     names = [f"{group.name} {duration(group.hours)} ({group.num_utterances:,})" for group in groups[:NUM_NAMES]]
     return ", ".join(names + ["…"] * (len(groups) > NUM_NAMES))
 
 
 def stored_as(sounds: Sounds) -> str:
-    """Stored formats, such as `16 kHz, mono, OGG OPUS`, with counts where they differ."""
+    """Stored formats as text, such as `16 kHz, mono, OGG OPUS`; with counts if there are several."""
     rates = {f"{rate / 1000:g} kHz": count for rate, count in sounds.sampling_rates.items()}
     channels = {{1: "mono", 2: "stereo"}.get(of, f"{of} channels"): count for of, count in sounds.channels.items()}
     parts = [

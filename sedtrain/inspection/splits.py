@@ -1,4 +1,7 @@
-"""Reads the utterances of each split, used or skipped, decodes some to hear them, finds outliers. S samples, N utterances."""
+"""Reads the used and skipped utterances of each split, decodes some of them, and finds outliers.
+
+S samples, N utterances.
+"""
 
 import os
 from collections.abc import Sequence
@@ -26,14 +29,14 @@ Samples = NDArray[np.float32]  # (S,) in -1..1
 
 SPLITS = ("train", "validation", "test")
 NUM_DECODED = 200  # utterances of a split, drawn at random
-FULL_SCALE, CLIPPED_RUN = 0.999, 3  # so many samples in a row at full scale are clipped
+FULL_SCALE, CLIPPED_RUN = 0.999, 3  # audio is clipped if CLIPPED_RUN samples in a row are at full scale
 QUIETEST = -100.0  # dBFS of digital silence
-WINDOW_SECONDS, SILENCE = 0.02, 40.0  # a window so many decibels below the loudest one is silent
-PLAYED_RATE, PLAYED_SECONDS = 48_000, 60  # at most
+WINDOW_SECONDS, SILENCE = 0.02, 40.0  # a window is silent if it is SILENCE decibels below the loudest one
+PLAYED_RATE, PLAYED_SECONDS = 48_000, 60  # limits of the audio on the page
 NUM_STRANGE = 10
 NORMAL_MAD, NORMAL_MEAN_DEVIATION = 1.4826, 1.2533  # sigma of a normal distribution, in units of these deviations
-STRANGE = 3.5  # robust standard deviations; of normal values one in 2,000 is farther off
-FEATURES = (  # text with value and median, smallest standard deviation, whether it is that of the logarithm
+STRANGE = 3.5  # robust standard deviations; one normal value in 2,000 is farther off
+FEATURES = (  # text with value and median, smallest standard deviation, True if deviations are of the logarithm
     ("{:.2f} s long, median {:.2f} s", 0.05, True),
     ("{:.0f} characters, median {:.0f}", 0.05, True),
     ("{:.1f} characters per second, median {:.1f}", 0.05, True),
@@ -44,7 +47,7 @@ FEATURES = (  # text with value and median, smallest standard deviation, whether
 
 
 class Sound(NamedTuple):
-    """Describes a decoded utterance: root mean square level in dBFS, and the share of its windows that are silent."""
+    """Describes a decoded utterance. level: root mean square in dBFS; silence: share of its windows that are silent"""
 
     sampling_rate: int
     num_channels: int
@@ -56,7 +59,7 @@ class Sound(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A usable utterance; `sound` is known of those that were decoded."""
+    """A usable utterance; `sound` is None unless it was decoded."""
 
     reference: Reference
     id: str
@@ -70,7 +73,13 @@ class Entry(NamedTuple):
 
 @dataclass
 class SplitEntries:
-    """Usable utterances of one split, `num_drawn` of which were decoded, and skipped ones with their seconds or NaN."""
+    """Usable and skipped utterances of one split.
+
+    skipped:   utterances with their seconds, NaN if unknown
+    num_drawn: usable utterances that were drawn to be decoded
+    num_read:  rows that were read
+    is_whole:  True if all rows of the split were read
+    """
 
     split: str
     parts: Parts
@@ -78,10 +87,10 @@ class SplitEntries:
     skipped: list[tuple[Skipped, float]] = field(default_factory=list)
     num_drawn: int = 0
     num_read: int = 0
-    is_whole: bool = True  # whether all rows of the split were read
+    is_whole: bool = True
 
     def add(self, corpus: Corpus, part: int, rows: UtteranceRows, indices: range) -> None:
-        """Filters rows of a part as for training."""
+        """Adds rows of a part, filtered as for training."""
         seconds = rows.seconds(indices) if corpus.streaming else durations(rows)[: len(indices)]
         some = kept_rows(part, indices, seconds)
         roles = (rows.cells(role, indices) for role in ("id", "text", "speaker", "language"))
@@ -92,18 +101,18 @@ class SplitEntries:
             if reason:
                 self.skipped.append((rows.skipped(index, *reason), length))
                 continue
-            told = (text or "").strip(), speaker, language or rows.source.language, rows.source.label or None
-            self.entries.append(Entry((part, index), rows.id_of(index, id), length, *told))
+            facts = (text or "").strip(), speaker, language or rows.source.language, rows.source.label or None
+            self.entries.append(Entry((part, index), rows.id_of(index, id), length, *facts))
         self.num_read += len(indices)
         self.is_whole = self.is_whole and len(indices) == len(rows)
 
     def decode_some(self, seed: int) -> None:
-        """Decodes utterances drawn at random; those that training would refuse count as skipped."""
+        """Decodes utterances drawn at random; counts an utterance as skipped if training would refuse it."""
         self.num_drawn = min(NUM_DECODED, len(self.entries))
         drawn = sorted(np.random.default_rng(seed).choice(len(self.entries), self.num_drawn, replace=False).tolist())
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             references = (self.entries[index].reference for index in drawn)
-            found = threads.map(lambda each: hear(self.parts, each, self.split != "train"), references)
+            found = threads.map(lambda reference: hear(self.parts, reference, self.split != "train"), references)
             for index, sound in zip(drawn, found, strict=True):
                 if isinstance(sound, Sound):
                     self.entries[index] = self.entries[index]._replace(sound=sound)
@@ -114,10 +123,10 @@ class SplitEntries:
 def read_corpus(corpus: Corpus, most: int | None) -> tuple[list[SplitEntries], dict[str, str]]:
     """Readable splits, and the error of each unreadable one.
 
-    most: rows of a streamed split; None: all
-    Raises UserError where no split can be read.
+    most: rows to read of a streamed split; None: all
+    Raises UserError if no split can be read.
     """
-    # Single files hold whatever split is asked for, unless splits are slices of them.
+    # A single file stands for every split, unless the splits are slices of it. So it is read once.
     are_files = all(local_path(source.path).is_file() for source in corpus.sources)
     are_sliced = any("[" in str(name) for source in corpus.sources for name in source.splits.values())
     splits, errors = [], {}
@@ -132,7 +141,7 @@ def read_corpus(corpus: Corpus, most: int | None) -> tuple[list[SplitEntries], d
 
 
 def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
-    """Raises UserError where the split is missing or unusable."""
+    """The utterances of a split. Raises UserError if it is missing or unusable."""
     found = SplitEntries(split, corpus.parts(split))
     for part, described in enumerate(found.parts.parts):
         room = most - found.num_read if corpus.streaming and most is not None else None
@@ -147,7 +156,7 @@ def read_split(corpus: Corpus, split: str, most: int | None) -> SplitEntries:
 
 
 def hear(parts: Parts, reference: Reference, may_be_silent: bool) -> Sound | Skipped:
-    """Measures one utterance as it is stored; Skipped, with the reason that training gives, where decoding fails."""
+    """Measures one utterance at its stored rate; returns Skipped, with training's reason, if decoding fails."""
     part, index = reference
     rows = parts[part]
     try:
@@ -161,7 +170,7 @@ def hear(parts: Parts, reference: Reference, may_be_silent: bool) -> Sound | Ski
 
 
 def playable(parts: Parts, entry: Entry) -> tuple[Samples, int] | None:
-    """Samples and sampling rate of an utterance, cut off where it is long; None where it cannot be decoded."""
+    """The first PLAYED_SECONDS of an utterance and their sampling rate; None if it cannot be decoded."""
     sound = entry.sound or hear(parts, entry.reference, may_be_silent=True)
     if isinstance(sound, Skipped):
         return None
@@ -182,7 +191,7 @@ def is_clipped(samples: Samples) -> bool:
 
 
 def silence(samples: Samples, sampling_rate: int) -> float:
-    """Share of windows that are silent; 1 for digital silence."""
+    """Share of silent windows; 1 for digital silence."""
     size = max(1, round(WINDOW_SECONDS * sampling_rate))
     windows = samples[: max(1, len(samples) // size) * size].reshape(-1, min(size, len(samples)))
     power = np.square(windows, dtype=np.float64).mean(axis=1)
@@ -194,7 +203,7 @@ def silence(samples: Samples, sampling_rate: int) -> float:
 
 @dataclass(frozen=True)
 class Strange:
-    """An outlier with the reasons, such as `38.07 s long, median 1.50 s`, worst first; `score` belongs to the first reason."""
+    """An outlier with its reasons, worst first, such as `38.07 s long, median 1.50 s`. `score`: of the first reason"""
 
     split: str
     number: int
@@ -206,7 +215,7 @@ class Strange:
 
 
 def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
-    """Utterances of all splits with the highest scores; each is scored by its most unusual feature."""
+    """The NUM_STRANGE utterances of all splits with the highest scores. The most unusual feature gives the score."""
     located = [(split.split, number, entry) for split in splits for number, entry in enumerate(split.entries)]
     if not located:
         return []
@@ -228,7 +237,7 @@ def strangest(splits: Sequence[SplitEntries]) -> list[Strange]:
 
 
 def features(entry: Entry) -> list[float]:
-    """Values in the order of FEATURES; NaN where an utterance was not decoded."""
+    """Values in the order of FEATURES; features of sound are NaN for an utterance that was not decoded."""
     seconds, characters, sound = max(entry.seconds, 1e-3), max(len(entry.text), 1), entry.sound
     heard = (sound.level, 100 * sound.silence, sound.seconds - entry.seconds) if sound else [np.nan] * 3
     return [seconds, characters, characters / seconds, *heard]
@@ -237,7 +246,7 @@ def features(entry: Entry) -> list[float]:
 def robust_scores(values: Floats, least_sigma: float) -> Floats:
     """(N,) deviations from the median, in robust sigmas of at least `least_sigma`; NaN stays NaN.
 
-    The sigma comes from the median deviation, or from the mean one if more than half of the values are equal
+    The sigma comes from the median deviation; if that is 0 because half of the values are equal, from the mean deviation
     (Iglewicz and Hoaglin, 1993).
     """
     if np.isnan(values).all():

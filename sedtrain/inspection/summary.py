@@ -1,4 +1,4 @@
-"""Summarizes the splits of a corpus, as `inspect.json` holds them."""
+"""Summarizes the splits of a corpus for `inspect.json`."""
 
 import json
 from collections import Counter
@@ -35,9 +35,9 @@ class Spread:
 
 
 class Histogram:
-    """Counts between round edges, whole ones for whole numbers.
+    """Counts between round edges; edges are integers if the values are.
 
-    The last bin includes its upper edge, and is wider when it holds far outliers.
+    The last bin includes its upper edge. It is wider than the others if it holds far outliers.
     """
 
     def __init__(self, values: Numbers) -> None:
@@ -79,7 +79,7 @@ class Batching:
 def batchings(seconds: Floats, bounds: Bounds, seed: int, *, shuffle: bool, block: int | None) -> list[Batching]:
     """One epoch batched as in training, then in a single bucket, then into as many random batches.
 
-    block: how many utterances of a stream are batched together; None: all
+    block: number of utterances of a stream that are batched together; None: all
     """
 
     def planned(number: int) -> Batching:
@@ -106,7 +106,7 @@ class Group:
 
 
 def groups_of(names: Sequence[str | None], seconds: Floats) -> list[Group]:
-    """Groups utterances by name, longest total audio first; leaves out those named None."""
+    """Groups utterances by name, most audio first; leaves out utterances without a name."""
     lengths: dict[str | None, list[float]] = {}
     for name, length in zip(names, seconds.tolist(), strict=True):
         lengths.setdefault(name, []).append(length)
@@ -125,7 +125,7 @@ class Use:
 
 
 class Texts:
-    """Distinct texts, utterances that share theirs, the most frequent texts; characters, rarest and invisible ones."""
+    """Counts of distinct and repeated texts, and of characters; lists frequent texts, rare and invisible characters."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         texts = Counter(entry.text for entry in entries)
@@ -141,7 +141,7 @@ class Texts:
 
 
 class Overlap:
-    """Speakers, and utterances with texts, that also occur in training."""
+    """Numbers of speakers, and of utterances by their texts, that also occur in training."""
 
     def __init__(self, entries: Sequence[Entry], train: Sequence[Entry]) -> None:
         self.num_speakers = len({entry.speaker for entry in entries} & {entry.speaker for entry in train} - {None})
@@ -150,10 +150,11 @@ class Overlap:
 
 
 class Sounds:
-    """Decoded utterances: counts by stored format, level in dBFS, share of silence; ids where something is wrong.
+    """Measures of the decoded utterances: counts by stored format, level in dBFS, share of silence.
 
-    num_refused: those that could not be decoded, or that training refuses
-    misdeclared: of another length than their row says
+    num_refused: number of drawn utterances that could not be decoded or that training refuses
+    clipped:     ids of clipped utterances
+    misdeclared: ids of utterances of another length than declared
     """
 
     def __init__(self, split: SplitEntries) -> None:
@@ -174,7 +175,7 @@ class Sounds:
 
 @dataclass(frozen=True)
 class SkippedFor:
-    """Utterances that training would skip for one reason; `hours` counts those whose length is known."""
+    """Utterances that training would skip for one reason. `hours` leaves out utterances of unknown length."""
 
     reason: str
     num_utterances: int
@@ -183,7 +184,7 @@ class SkippedFor:
 
 
 def group_skipped(skipped: Iterable[tuple[Skipped, float]]) -> list[SkippedFor]:
-    """Groups by reason, the most frequent first."""
+    """Groups skipped utterances by reason, most frequent first."""
     groups: dict[str, list[tuple[str, float]]] = {}
     for (id, reason, detail, _), seconds in skipped:
         groups.setdefault(reason, []).append((f"{id} ({detail})" if detail else id, 0.0 if isnan(seconds) else seconds))
@@ -194,7 +195,7 @@ def group_skipped(skipped: Iterable[tuple[Skipped, float]]) -> list[SkippedFor]:
 
 
 class SplitSummary:
-    """One split: training would use `num_utterances` of `num_read` rows.
+    """Summary of one split; training would use `num_utterances` of its `num_read` rows.
 
     spreads, histograms: of seconds, characters, words, characters per second
     groups:              by dataset, language, speaker
@@ -236,9 +237,9 @@ class Inspection:
 
 
 def inspected(data: SpeechTextDataModule, most: int | None) -> tuple[Inspection, list[SplitEntries]]:
-    """Inspects all readable splits, and returns their entries too. Raises UserError if there is none.
+    """Inspects all readable splits; also returns their entries. Raises UserError if no split is readable.
 
-    most: rows of a streamed split; None: all
+    most: rows to read of a streamed split; None: all
     """
     splits, absent = read_corpus(data.corpus, most)
     for split in splits:

@@ -19,7 +19,7 @@ BAR = 20  # characters of the longest bar
 
 
 def write_page(path: Path, inspection: Inspection, splits: Iterable[SplitEntries]) -> None:
-    """Writes one HTML file without links to anything outside it."""
+    """Writes one self-contained HTML file."""
     by_name = {split.split: split for split in splits}
     strangest = [(by_name[strange.split], strange.number) for strange in inspection.strangest]
     sounds = [playable(split.parts, split.entries[number]) for split, number in strangest]
@@ -45,7 +45,7 @@ def on_page(section: Section) -> str:
 
 
 def tables(inspection: Inspection) -> list[RenderableType]:
-    """Tables for the terminal, with the problems last, where they stay in view."""
+    """Tables for the terminal. The problems come last, because the end stays in view."""
     first, *others = (section for section in sections(inspection) if not section.folded)
     return [in_terminal(section) for section in (*others, first)]
 
@@ -73,6 +73,6 @@ def histogram(title: str, counts: Histogram) -> RenderableType:
     grid = Table.grid(Column(justify="right"), Column(width=BAR), Column(justify="right"), padding=(0, 1))
     labels, most = counts.labels(), max(counts.counts)
     for low, high, count in zip(labels, labels[1:], counts.counts, strict=False):
-        seen = max(count, most / BAR / 8) if count else 0  # an eighth of a character wherever there is something
+        seen = max(count, most / BAR / 8) if count else 0  # at least an eighth of a character if there is a value
         grid.add_row(f"{low}–{high}", Bar(most, 0, seen, width=BAR, color="cyan"), f"{count:,}")
     return Group(Text(title, style="italic"), grid)

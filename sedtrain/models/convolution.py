@@ -7,8 +7,6 @@ B batch, T frames, C channels; a tap is one of the frames that a kernel spans.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,28 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
+from sedtrain.models.products import add_product
+
 AT_ONCE = 2**18  # numbers: a megabyte, the frames that are taken at once
 
 aten: Any = torch.ops.aten
-
-
-@cache
-def multiplies_by_onednn() -> bool:
-    """True on AMD's processors, for which MKL, where torch.mm is MKL's, has no kernels of their own."""
-    info = Path("/proc/cpuinfo")
-    is_amd = info.is_file() and "AuthenticAMD" in info.read_text()
-    return is_amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right in place; 16 bits are added up in 32."""
-    if total.dtype != left.dtype:
-        total += left @ right
-    elif multiplies_by_onednn() and total.dtype == torch.float32:
-        linear: Any = torch.ops.mkldnn._linear_pointwise
-        total += linear(left, right.mT, None, "none", [], "")
-    else:
-        total.addmm_(left, right)
 
 
 def tap_views(frames: Tensor, num_frames: int, kernel: int, stride: int) -> list[Tensor]:

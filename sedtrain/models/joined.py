@@ -24,7 +24,7 @@ from sedtrain.models.mixins import on_device, with_zero_gradients
 from sedtrain.models.no_sync_masks import one_text_a_row
 from sedtrain.models.output_layer import deferred_output_layer, make_deferrable, mean_loss
 from sedtrain.models.positions import decoder_positions, max_tokens, refuse_longer
-from sedtrain.models.prefix import is_prefixed, num_in_front, refuse_long_row
+from sedtrain.models.prefix import is_prefixed, num_frames, num_in_front, refuse_long_row
 
 
 class JoinedModel(transformers.SpeechEncoderDecoderModel):
@@ -230,10 +230,13 @@ class JoinedModel(transformers.SpeechEncoderDecoderModel):
             )
         return decoder_inputs(labels, self.config)
 
-    def room(self, encoded: EncodedSpeech) -> int | None:
-        """Positions that the decoder has left for a text; None for no limit."""
-        frames = encoded.last_hidden_state.shape[1]
-        return None if self.max_tokens is None else self.max_tokens - num_in_front(self.config.decoder, frames)
+    def rooms(self, encoded: EncodedSpeech) -> list[int] | None:
+        """Positions that the decoder has left for each of the B texts; None for no limit. Padding takes none."""
+        if self.max_tokens is None:
+            return None
+        config = self.config.decoder
+        frame_counts = num_frames(encoded) if is_prefixed(config) else [0] * len(encoded.last_hidden_state)
+        return [self.max_tokens - num_in_front(config, number) for number in frame_counts]
 
     @one_text_a_row
     def decode(self, encoded: EncodedSpeech, **inputs: Any) -> Any:

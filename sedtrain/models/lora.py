@@ -15,10 +15,12 @@ from transformers.utils import cached_file
 
 from sedtrain.errors import UserError
 from sedtrain.models.parts import READ_AS_WEIGHTS, selected
+from sedtrain.models.products import FAST_LINEAR
 from sedtrain.plain import plain_value
 
 logger = logging.getLogger(__name__)
 
+LINEAR = nn.Linear, Conv1D, FAST_LINEAR
 FOLDER = "adapter"  # within a saved model, for matrices that are not merged
 PREFIX = "base_model.model."  # peft's, before the names of matrices in its file
 OPTIONS = {"r": int, "lora_alpha": int | float, "lora_dropout": float, "fan_in_fan_out": bool, "target_modules": list}
@@ -58,7 +60,7 @@ def linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
     layers = [
         name
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and f"{name}.weight" in all_weights and not name.startswith(uncalled)
+        if type(module) in LINEAR and f"{name}.weight" in all_weights and not name.startswith(uncalled)
     ]
     if not layers:
         wrong = "these have no linear layer that can be adapted"

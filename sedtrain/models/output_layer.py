@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sedtrain.batch import IGNORE_INDEX
 from sedtrain.models.losses import token_cross_entropy
+from sedtrain.models.products import add_product, product
+
+AT_ONCE = 2**18  # logits that become gradients at once: a megabyte, which stays near the processor
 
 # The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
 ENDS_WITH_OUTPUT_LAYER = {
@@ -116,17 +118,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             torch.zeros_like(each, dtype=torch.float32) if each is not None and has_gradients and needed else None
             for each, needed in zip((inputs, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
+        few = (AT_ONCE // len(weight) or 1) if inputs.device.type == "cpu" else num_rows
         sums = []
         with torch.autocast(device, enabled=False):
             layer = weight.to(dtype), None if bias is None else bias.to(dtype)
             backward = weight if dtype is torch.float16 else layer[0]  # float16 cannot hold small gradients
             for first in range(0, max(len(targets), 1), num_rows):
                 rows = slice(first, first + num_rows)
-                logits = F.linear(inputs[rows].to(dtype), *layer).float()
-                sums.append(torch.stack(to_gradients(logits, targets[rows, None], label_smoothing, cap)))
+                logits = product(inputs[rows].to(dtype), layer[0].mT, layer[1]).float()
+                for piece, targeted in zip(logits.split(few), targets[rows, None].split(few), strict=True):
+                    sums.append(torch.stack(to_gradients(piece, targeted, label_smoothing, cap)))
                 of_logits = logits.to(backward.dtype)
                 if of_inputs is not None:
-                    of_inputs[rows] = of_logits @ backward
+                    of_inputs[rows] = product(of_logits, backward)
                 if of_weight is not None:
                     add_product(of_weight, of_logits.T, inputs[rows].to(backward.dtype))
                 if of_bias is not None:
@@ -169,14 +173,6 @@ def to_gradients(logits: Tensor, targets: Tensor, label_smoothing: float, cap: f
         logits.mul_(slopes)
     plain = (sums.log() - of_target).sum()
     return plain + label_smoothing * (of_target - mean).sum(), plain
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds a product of matrices, whose precision may be lower, in place."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
 
 
 def mean_loss(

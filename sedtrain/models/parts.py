@@ -14,6 +14,7 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 from sedtrain.errors import UserError
 from sedtrain.models.loading import CROSS_ATTENTION
 from sedtrain.models.packing import choose_packing
+from sedtrain.models.products import quicken
 
 # every parameter belongs to one; `decoder` excludes its cross-attention, `encoder` its family's own adapter
 PARTS = ("encoder", "adapter", "cross_attention", "decoder", "ctc_head")
@@ -151,6 +152,7 @@ class Execution:
                 compile_layers(name, part, self.backend)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        quicken(model)
 
 
 def compile_layers(name: str, part: Any, backend: str) -> None:

@@ -124,6 +124,12 @@ def num_in_front(config: PreTrainedConfig, num_frames: int) -> int:
     return num_frames + sum(map(len, prompt_of(config))) if is_prefixed(config) else 0
 
 
+def num_frames(encoded: Any) -> list[int]:
+    """Number of real frames of each of the B utterances."""
+    frames, real = encoded.last_hidden_state, encoded.attention_mask
+    return [frames.shape[1]] * len(frames) if real is None else real.sum(1).tolist()
+
+
 def refuse_long_row(
     config: PreTrainedConfig, most: int | None, encoded: Any, tokens: Tensor | None, mask: Tensor | None
 ) -> None:
@@ -131,13 +137,12 @@ def refuse_long_row(
 
     tokens: (B, U) ids or (B, U, D) embeddings; mask: of the text so far
     """
-    frames, real = encoded.last_hidden_state, encoded.attention_mask
+    frames = encoded.last_hidden_state
     if most is None or tokens is None or num_in_front(config, frames.shape[1]) + tokens.shape[1] <= most:
         return
-    frame_counts = [frames.shape[1]] * len(frames) if real is None else real.sum(1).tolist()
     token_counts = [tokens.shape[1]] * len(frames) if mask is None else mask.sum(1).tolist()
-    for num_frames, num_tokens in zip(frame_counts, token_counts, strict=True):
-        if (in_front := num_in_front(config, int(num_frames))) + num_tokens > most:
+    for number, num_tokens in zip(num_frames(encoded), token_counts, strict=True):
+        if (in_front := num_in_front(config, number)) + num_tokens > most:
             wrong = f"a text of {num_tokens} tokens is too long for the decoder's {most} positions"
             wrong += f" after {in_front} of audio and prompt"
             write = "write adapter=stack_mlp adapter.stride=NUMBER for fewer frames, or a smaller data.max_seconds"

@@ -39,7 +39,10 @@ class SpeechEncoderDecoder(JoinedModel):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The base class's `generate`, with encoder, adapter and frame mask computed once per utterance, not per token."""
+        """The base class's `generate`, with encoder, adapter and frame mask computed once per utterance, not per token.
+
+        All texts of a batch end at the last position that the text of its longest audio has.
+        """
         source, encoder_outputs = None, kwargs.get("encoder_outputs")
         if encoder_outputs is None:
             source = given_input(inputs, kwargs.pop("input_values", None), kwargs.pop("input_features", None))
@@ -48,7 +51,7 @@ class SpeechEncoderDecoder(JoinedModel):
             encoded = self.encode(source, kwargs.get("attention_mask"), **states)
         else:
             encoded = self.as_encoded(encoder_outputs, kwargs.get("attention_mask"))
-        self.room_for_text = self.room(encoded)
+        self.room_for_text = min(self.rooms(encoded) or [], default=None)
         # beams would copy the encoder's own frames too
         kwargs["encoder_outputs"] = replace(encoded, encoder_frames=None, encoder_mask=None)
         self.settle_generation_config()

@@ -14,9 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.pytorch_utils import Conv1D
 
 from sedtrain.models.output_layer import DeferrableLinear
+from sedtrain.models.products import FAST_LINEAR
 
 Function = Callable[[Tensor], Tensor]
-PLAIN = (nn.Linear, Conv1D, DeferrableLinear)
+PLAIN = (nn.Linear, Conv1D, DeferrableLinear, FAST_LINEAR)
 FIRST_SLOTS = 32
 """Slots that a memory has room for at first; the room doubles when it is full."""
 

@@ -207,9 +207,9 @@ class SpeechSeq2SeqModule(LightningModule):
             return None
         # torch.compile would compile anew for every token.
         with memory_for(batch, self.data), torch.compiler.set_stance("force_eager"), self.cached(batch):
-            encoded = self.model.encode(batch.inputs, batch.attention_mask)
+            encoded = self.model.encode(batch.inputs, batch.padding_mask)
             self.validation_sums += self.probe(encoded, batch.labels).cpu()
-            found = decode_batch(self.model, self.tokenizer, batch, self.decoding)
+            found = decode_batch(self.model, self.tokenizer, batch, self.decoding, encoded=encoded)
         hypotheses = [decoded.texts[0] for decoded in found]
         self.metrics.update(batch.texts, hypotheses)
         return {"hypotheses": hypotheses}
@@ -217,14 +217,17 @@ class SpeechSeq2SeqModule(LightningModule):
     def probe(self, encoded: EncodedSpeech, labels: Tensor) -> Tensor:
         """(4,): summed cross-entropy, its tokens, its increase with other utterances' audio, the tokens of that comparison.
 
-        Texts are cut to the decoder's positions.
+        Texts are cut to the decoder's positions, for the comparison to those that both audios leave.
         """
-        labels = labels[:, : self.model.room(encoded)]
-        other = self.other_audio.exchanged(encoded)
+        labels, other = cut(labels, self.model.rooms(encoded)), self.other_audio.exchanged(encoded)
         loss, _ = self.cross_entropy(encoded, labels)
-        other_loss, _ = self.cross_entropy(encoded if other is None else other, labels)
-        num_tokens = (labels != IGNORE_INDEX).sum()
-        return torch.stack([loss, num_tokens, other_loss - loss, num_tokens * (other is not None)])
+        num_tokens, zero = (labels != IGNORE_INDEX).sum(), torch.zeros_like(loss)
+        if other is None:
+            return torch.stack([loss, num_tokens, zero, zero])
+        compared = cut(labels, self.model.rooms(other))
+        num_compared = (compared != IGNORE_INDEX).sum()
+        own_loss = loss if num_compared == num_tokens else self.cross_entropy(encoded, compared)[0]
+        return torch.stack([loss, num_tokens, self.cross_entropy(other, compared)[0] - own_loss, num_compared])
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores. Raises UserError if no utterance could be decoded."""
@@ -251,6 +254,14 @@ class SpeechSeq2SeqModule(LightningModule):
         if self.trainer.world_size == 1:
             return sums
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+
+
+def cut(labels: Tensor, rooms: list[int] | None) -> Tensor:
+    """(B, U) labels, each text cut to its room; None for any length."""
+    if rooms is None:
+        return labels
+    positions = torch.arange(max(rooms), device=labels.device)[: labels.shape[1]]
+    return labels[:, : len(positions)].where(positions < labels.new_tensor(rooms)[:, None], IGNORE_INDEX)
 
 
 def time_fraction(trainer: Trainer) -> float | None:

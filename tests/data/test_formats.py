@@ -22,10 +22,10 @@ from sedtrain.data.audio_paths import audio_paths
 from sedtrain.data.datamodule import SpeechTextDataModule
 from sedtrain.data.dataset import SplitDataset
 from sedtrain.data.headers import RefusedAudio
+from sedtrain.data.load_rows import load_rows
 from sedtrain.data.parts import parts_of
 from sedtrain.data.readers import READERS
 from sedtrain.data.source import Columns, Source
-from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import NOT_TEXT, PROBLEM
 from sedtrain.errors import UserError
 

@@ -16,10 +16,10 @@ from corpora import wav
 
 from sedtrain.data import parquet, tables
 from sedtrain.data.folders import read_folder
+from sedtrain.data.load_rows import load_rows
 from sedtrain.data.parts import Part
 from sedtrain.data.readers import read_rows
 from sedtrain.data.source import Columns, Source
-from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM
 from sedtrain.errors import UserError
 

@@ -11,10 +11,10 @@ from corpora import COLUMNS, data_module, known, refused, utterance_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sedtrain.data.load_rows import load_rows
 from sedtrain.data.readers import read_rows
 from sedtrain.data.separated import read_separated
 from sedtrain.data.source import Columns
-from sedtrain.data.sources import load_rows
 from sedtrain.data.tables import PROBLEM, BrokenFile
 
 NAMES = ["audio", "text", "id"]

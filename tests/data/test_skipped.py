@@ -409,9 +409,9 @@ def test_a_run_is_stopped_where_the_fraction_is_passed_and_not_before(tmp_path_f
         those = [Skipped(f"{number}-{each}", "bad") for each in range(min(bad, size))]
         if num_bad / max(num_seen, 100) > most:
             with pytest.raises(UserError):
-                skipped.decoded("train", size, those)
+                skipped.note_decoded("train", size, those)
             return
-        skipped.decoded("train", size, those)
+        skipped.note_decoded("train", size, those)
 
 
 class Ranks:
@@ -454,7 +454,7 @@ def test_ranks_stop_at_the_same_step_whichever_of_them_met_the_bad_utterances(tm
         skipped = SkippedUtterances(tmp_path / "skipped.jsonl", policy, 0.1)
         for step in range(100):
             bad = [Skipped(f"bad-{step}", "silent audio", "", "/a.wav")] if rank == 1 and step >= 5 else []
-            skipped.decoded("train", 2, bad, ranks.sums)
+            skipped.note_decoded("train", 2, bad, ranks.sums)
             yield step
 
     ended = ranks.run(steps)

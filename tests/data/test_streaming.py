@@ -76,10 +76,10 @@ class Opened(Parts):
 
 
 class Noted(list):
-    def planned(self, split, num_seen, skipped):
+    def note_planned(self, split, num_seen, skipped):
         self.extend(skipped)
 
-    def judge(self, split):
+    def refuse_too_many(self, split):
         assert split == "train"
 
 

@@ -13,6 +13,7 @@ from lattices import BLANK, END, A, B, collapsed, frames_of, heard, lattices, pa
 from sedtrain.decoding.ctc import Lattice, Prefixes, best_path, prefix_beam, recurrence
 
 CLOSE = {"rel": 1e-4, "abs": 1e-4}
+TEN = torch.tensor([10, 10])
 
 
 @given(lattices(), st.lists(st.sampled_from([A, B]), max_size=4))
@@ -42,7 +43,7 @@ def test_several_prefixes_are_extended_together_each_behind_its_parent(lattice):
 
 @given(lattices())
 def test_a_wide_enough_prefix_beam_finds_all_texts_in_order(lattice):
-    found = prefix_beam(lattice, num_beams=32, num_best=32, max_tokens=10)
+    found = prefix_beam(lattice, num_beams=32, num_best=32, limits=TEN)
     for row, hypotheses in enumerate(found):
         expected = {text: score for text, score in texts(frames_of(lattice, row)).items() if score > -np.inf}
         assert {tuple(ids) for ids in hypotheses.ids} == set(expected)
@@ -53,21 +54,26 @@ def test_a_wide_enough_prefix_beam_finds_all_texts_in_order(lattice):
 
 @given(lattices(), st.integers(1, 4))
 def test_the_best_texts_of_a_beam_are_those_of_all(lattice, num_best):
-    for row, hypotheses in enumerate(prefix_beam(lattice, num_beams=32, num_best=num_best, max_tokens=10)):
+    for row, hypotheses in enumerate(prefix_beam(lattice, num_beams=32, num_best=num_best, limits=TEN)):
         scores = sorted(texts(frames_of(lattice, row)).values(), reverse=True)[:num_best]
         possible = [score for score in scores if score > -np.inf]
         assert hypotheses.scores == pytest.approx(possible, **CLOSE)
 
 
-@given(lattices(), st.integers(0, 3))
-def test_no_text_is_longer_than_asked(lattice, most):
-    for hypotheses in (*prefix_beam(lattice, 32, 32, most), *best_path(lattice, most)):
-        assert max(map(len, hypotheses.ids)) <= most
+@given(lattices(), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.integers(1, 4))
+def test_no_text_is_longer_than_its_own_limit_and_shorter_ones_are_all_found(lattice, limits, num_best):
+    for row, (path, beam) in enumerate(
+        zip(best_path(lattice, limits), prefix_beam(lattice, 32, num_best, torch.tensor(limits)), strict=True)
+    ):
+        assert len(path.ids[0]) <= limits[row]
+        found = texts(frames_of(lattice, row)).items()
+        scores = sorted((score for text, score in found if len(text) <= limits[row] and score > -np.inf), reverse=True)
+        assert beam.scores == pytest.approx(scores[:num_best], **CLOSE)
 
 
 @given(lattices())
 def test_the_best_path_is_the_most_probable_of_all(lattice):
-    for row, hypotheses in enumerate(best_path(lattice, 10)):
+    for row, hypotheses in enumerate(best_path(lattice, [10, 10])):
         path, score = max(paths(frames_of(lattice, row)), key=lambda each: each[1])
         assert hypotheses.ids == [list(collapsed(path))]
         assert hypotheses.scores == pytest.approx([score], **CLOSE)
@@ -78,7 +84,7 @@ def test_padded_frames_change_nothing(given, more):
     logits, num_frames = given
     lattice = Lattice.of(logits, num_frames, BLANK, END)
     padded = Lattice.of(torch.cat([logits, torch.randn(2, more, 4)], 1), num_frames, BLANK, END)
-    for search in (lambda each: best_path(each, 9), lambda each: prefix_beam(each, 2, 2, 9)):
+    for search in (lambda each: best_path(each, [10, 10]), lambda each: prefix_beam(each, 2, 2, TEN)):
         for one, other in zip(search(lattice), search(padded), strict=True):
             assert one.ids == other.ids
             assert one.scores == pytest.approx(other.scores, **CLOSE)
@@ -102,7 +108,7 @@ def test_a_text_stays_probable_over_a_thousand_frames():
     for number, token in enumerate(text):
         logits[0, 25 + 50 * number, [BLANK, token]] = torch.tensor([-20.0, 0.0])
     lattice = Lattice.of(logits, torch.tensor([1_000]), BLANK, END)
-    [found] = prefix_beam(lattice, num_beams=4, num_best=2, max_tokens=100)
+    [found] = prefix_beam(lattice, num_beams=4, num_best=2, limits=torch.tensor([100]))
     assert found.ids[0] == text
     expected = -torch.nn.functional.ctc_loss(
         lattice.log_probs.double().clamp(min=-1e4).transpose(0, 1),

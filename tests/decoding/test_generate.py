@@ -52,6 +52,21 @@ def test_an_utterance_has_its_text_alone_and_in_a_batch(model, search):
         assert decode_batch(model, TOKENIZER, alone(batch, row), options)[0].ids == found.ids
 
 
+@pytest.mark.parametrize("search", [each for each in SEARCHES if each.get("search") != "speculative"], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_longer_neighbour_takes_no_position_of_a_text_behind_a_prefix(name, search):
+    """44 positions: the longest audio leaves room for a few tokens, the others for more than they may have."""
+    model = joined(tiny_decoder(name, listens="prefix", options={"max_position_embeddings": 44}))
+    batch, options = batch_of(TEXTS), DecodingOptions(**search)
+    assert model.max_tokens == 44 and num_frames(model, batch) == [40, 16, 8]
+    together = decode_batch(model, TOKENIZER, batch, options)
+    apart = [decode_batch(model, TOKENIZER, alone(batch, row), options)[0] for row in range(len(TEXTS))]
+    longest = 3 if search.get("search") == "rescore" else 4  # the decoder also reads the last token of a rescored text
+    assert [each.limit for each in together] == [each.limit for each in apart] == [longest, 17, 9]
+    assert [each.ids for each in together] == [each.ids for each in apart]
+    assert search.get("search") == "ctc" or max(len(each.ids[0]) for each in together) > 4
+
+
 @pytest.mark.parametrize("search", SEARCHES, ids=str)
 def test_a_text_has_no_more_tokens_than_frames_and_than_asked(model, search):
     batch = batch_of(TEXTS)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from math import nan
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from sedtrain.errors import UserError
 from sedtrain.evaluation import statistics
 from sedtrain.evaluation.comparison import compare_runs, differences_of
 from sedtrain.evaluation.metric_set import MetricSet
+from sedtrain.evaluation.metrics import METRICS, Metric
 from sedtrain.evaluation.results import Evaluation, Hypothesis, write_hypotheses
 from sedtrain.evaluation.scored_runs import ScoredRun
-from sedtrain.evaluation.statistics import chances_of_swaps, confidence_intervals, holm, paired_test
+from sedtrain.evaluation.statistics import Interval, chances_of_swaps, confidence_intervals, holm, paired_test
 
 WER = MetricSet(["wer"])
 WORDS = ["one", "two", "three", "four", "five", "six"]
@@ -38,7 +40,7 @@ def write_run(folder, rate, names=("wer", "cer"), number=60, seed=0, **changed):
     metrics = confidence_intervals(metric_set, counts)
     folder.mkdir(parents=True)
     of_set = {"normalizer": metric_set.normalize.label(), "signatures": metric_set.signatures()}
-    replace(RESULTS, metrics=metrics, **{**of_set, **changed}).write(folder / "results.json")
+    replace(RESULTS, **{"metrics": metrics, **of_set, **changed}).write(folder / "results.json")
     write_hypotheses(folder / "hypotheses.jsonl", Evaluation({}, hypotheses, counts, 1.0, 1.0), metric_set)
     return str(folder)
 
@@ -120,6 +122,32 @@ def test_confusions_and_utterances_that_changed_are_named(tmp_path):
     assert word in WORDS and (wrote, none) == ("zero", 0) and times > 1
     assert [(each.first, each.other) for each in origin.changes] == [(1.0, 0.0)] * 4
     assert origin.changes[0].utterance.id == "test-3"  # the longest
+
+
+@pytest.mark.parametrize("name", [*METRICS, "zeros"])
+def test_any_metric_alone_is_compared(tmp_path, monkeypatch, name):
+    """`zeros` is a new row of METRICS."""
+
+    def count(reference, hypothesis):
+        return [hypothesis.count("zero"), len(hypothesis.split())]
+
+    def value(counts):
+        return counts[..., 0] / np.maximum(counts[..., 1], 1)
+
+    monkeypatch.setitem(METRICS, "zeros", Metric("Zeros", ("zeros", "words"), False, count, value))
+    folders = [write_run(tmp_path / run, rate, [name], number=10) for run, rate in (("a", 0.5), ("b", 0.0))]
+    compare(folders, tmp_path)
+    stored = json.loads((tmp_path / "compare.json").read_text())
+    assert stored["ranking"] == name and len(stored["origins"][0]["changes"]) > 5
+    assert f"{METRICS[name].title} by length" in (tmp_path / "compare.html").read_text()
+
+
+def test_a_metric_of_the_users_alone_is_refused_since_it_needs_the_function(tmp_path):
+    own = {"metrics": {"mine": Interval(0.5, nan, nan)}}
+    runs = [ScoredRun.read(write_run(tmp_path / name, 0.1, number=5, **own)) for name in "ab"]
+    assert [each.own for each in runs] == [["mine"], ["mine"]]
+    with pytest.raises(UserError, match="no metric is common to all"):
+        compare_runs(runs, ["a", "b"])
 
 
 def test_chances_of_swaps_are_those_of_all_swaps():

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from sedtrain.errors import UserError
 from sedtrain.evaluation.metric_set import CorpusMetrics, MetricSet
-from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, TRANSLATION
+from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION
 from sedtrain.evaluation.metrics_of_run import of_evaluate, of_function
 from sedtrain.text.normalizers import normalizer
 
 REFERENCES = ["the cat sat on the mat", "one two three four five", "hello there , my friend", "yes"]
 HYPOTHESES = ["the cat sat on mat", "one too three three four five", "hello my friend", "no sir"]
+TRANSLATION = ("bleu", "chrf")
 
 words = st.lists(st.sampled_from(["a", "b", "c", "d", "ee"]), max_size=6).map(" ".join)
 corpora = st.lists(st.tuples(words.filter(bool), words), min_size=1, max_size=8)

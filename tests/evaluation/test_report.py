@@ -11,7 +11,7 @@ import soundfile
 
 from sedtrain.evaluation.attention_picture import Listening
 from sedtrain.evaluation.metric_set import MetricSet
-from sedtrain.evaluation.metrics import TRANSCRIPTION, TRANSLATION
+from sedtrain.evaluation.metrics import METRICS, TRANSCRIPTION, Metric
 from sedtrain.evaluation.report import write_report
 from sedtrain.evaluation.results import Evaluation, Hypothesis, Results, TrainingTotals
 from sedtrain.evaluation.statistics import confidence_intervals
@@ -31,6 +31,7 @@ CURVES = """epoch,step,train/loss,train/cross_entropy,val/loss,val/wer
 1,199,,,1.7,0.5
 """
 VOID = {"meta", "br"}
+TRANSLATION = ("bleu", "chrf")
 
 
 def evaluated(pairs, names=TRANSCRIPTION, more=None):
@@ -101,6 +102,21 @@ def test_every_tag_is_closed_in_order(report, tmp_path):
     page = Page(report(PAIRS, metrics_csv=tmp_path / "metrics.csv", audio_of=tone))
     assert page.crossed == []
     assert page.open == []
+
+
+@pytest.mark.parametrize("name", [*METRICS, "length"])
+def test_any_metric_alone_ranks_the_utterances(report, monkeypatch, name):
+    """`length` is a new row of METRICS."""
+
+    def count(reference, hypothesis):
+        return [abs(len(reference) - len(hypothesis)), len(reference)]
+
+    def value(counts):
+        return counts[..., 0] / np.maximum(counts[..., 1], 1)
+
+    monkeypatch.setitem(METRICS, "length", Metric("Length", ("apart", "letters"), False, count, value))
+    html = report(PAIRS, [name])
+    assert f"worst utterances, by {METRICS[name].title}" in html and "utterance-5" in html
 
 
 def test_text_of_others_is_escaped(report):

@@ -12,6 +12,7 @@ from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
 from sedtrain.models import convolution as kernels
+from sedtrain.models import products
 from sedtrain.models.convolution import strided_convolution
 from sedtrain.models.encoder import encoder_from_config
 from sedtrain.models.masking import MatrixProductFeatureEncoder
@@ -54,7 +55,7 @@ def test_in_32_bits_either_matrix_product_is_as_exact_as_transformers(by_onednn,
     front_end = tiny_encoder(norm).feature_extractor
     audio = torch.nn.utils.rnn.pad_sequence([torch.randn(length) for length in lengths], batch_first=True)
     with (
-        mock.patch.object(kernels, "multiplies_by_onednn", lambda: by_onednn),
+        mock.patch.object(products, "multiplies_by_onednn", lambda: by_onednn),
         mock.patch.object(kernels, "AT_ONCE", 500),
     ):
         results = frames_and_gradients(front_end, front_end(audio))

@@ -156,7 +156,9 @@ def test_memory_holds_one_chunk_beside_the_gradients(monkeypatch):
 
 def peak_bytes(step):
     """The most bytes that an allocator had handed out while `step` ran, beside those from before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         step()
     changes = [each.nbytes() for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
     return max(accumulate(changes))

@@ -13,6 +13,7 @@ from sedtrain import build
 from sedtrain.batch import Utterance
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.data.datamodule import SpeechTextDataModule
+from sedtrain.decoding.generate import decode_batch
 from sedtrain.decoding.options import DecodingOptions
 from sedtrain.decoding.recordings import RecordingDecoder
 from sedtrain.errors import UserError
@@ -112,6 +113,19 @@ def test_without_ctc_there_is_no_ctc_head(built, batch):
     sums = module.losses(batch)
     assert 1024 * module.training_step(batch, 0) == sums.cross_entropy
     assert sums.ctc == sums.num_aligned == 0
+
+
+def test_a_validation_encodes_each_batch_once_and_writes_the_texts_of_decoding_alone(run, batch):
+    module = run.module.eval()
+    assert not batch.attention_mask.all()
+    alone = decode_batch(module.model, module.tokenizer, batch, module.decoding)
+    calls = []
+    hook = module.model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    found = module.validation_step(batch, 0)
+    hook.remove()
+    assert len(calls) == 1 and found == {"hypotheses": [each.texts[0] for each in alone]}
+    loss, num_tokens = module.validation_sums.tolist()[:2]
+    assert loss / num_tokens == pytest.approx(per_token(module, batch).item(), rel=1e-5)
 
 
 def test_a_batch_with_nothing_readable_adds_nothing(run):

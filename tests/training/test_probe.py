@@ -30,11 +30,11 @@ def sums_of(module, *batches):
     return total.tolist()
 
 
-def loss_of(module, text, audio):
-    """The summed cross-entropy of one utterance's text with the audio of another, alone and unpadded."""
+def loss_of(module, text, audio, most=100):
+    """The summed cross-entropy of the first tokens of an utterance's text with the audio of another, alone and unpadded."""
     with torch.no_grad():
         encoded = module.model.encode(batch([audio]).inputs, batch([audio]).attention_mask)
-        return module.cross_entropy(encoded, batch([text]).labels)[0].item()
+        return module.cross_entropy(encoded, batch([text]).labels[:, :most])[0].item()
 
 
 @pytest.mark.parametrize("decoder", ["bert", "llama"])
@@ -55,6 +55,17 @@ def test_of_a_text_longer_than_the_decoder_the_first_tokens_count(module):
     module.model.max_tokens = 4
     loss, num_tokens, *_ = sums_of(module, audio)
     assert (loss, num_tokens) == (pytest.approx(expected, rel=1e-6), 4)
+
+
+def test_behind_a_prefix_each_text_is_cut_to_the_positions_that_its_own_audio_leaves():
+    module = listening("llama")
+    module.model.max_tokens = module.model.encode(batch([3]).inputs).last_hidden_state.shape[1] + 4
+    loss, num_tokens, gain, num_compared = sums_of(module, batch([1, 3]))
+    assert (num_tokens, num_compared) == (8 + 4, 4 + 4)
+    assert loss == pytest.approx(loss_of(module, 1, audio=1) + loss_of(module, 3, audio=3, most=4), rel=1e-5)
+    pairs = [(1, 3), (3, 1)]
+    expected = sum(loss_of(module, text, audio, 4) - loss_of(module, text, text, 4) for text, audio in pairs)
+    assert gain == pytest.approx(expected, abs=3e-5)
 
 
 def test_an_utterance_alone_in_its_batch_gets_the_audio_of_the_previous_batch(module):

@@ -1,4 +1,4 @@
-"""The rows of a dataset: the embedded corpus, files, folders, or the Hub."""
+"""Loads the rows of a split from the embedded corpus, files, folders or the Hub."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ from sedtrain.data.audio_paths import files_in
 from sedtrain.data.folders import has_audio, read_folder
 from sedtrain.data.parquet import refuse_unpacking
 from sedtrain.data.paths import expanded, files_at, files_of, is_here, is_pattern, local_path, missing_split
-from sedtrain.data.readers import cache_folder, one_line, read_rows, suffix_of
+from sedtrain.data.readers import READERS, cache_folder, one_line, read_rows, suffix_of
 from sedtrain.data.source import Source
 from sedtrain.data.tables import BrokenFile, joined
 from sedtrain.data.toolkits import formatted_rows
@@ -31,13 +31,13 @@ def load_rows(path: str, split: str, name: str | None = None, format: str | None
     """The rows of one split.
 
     path:  `spoken_digits` (embedded), a file, a folder, a pattern of files, or a Hub id, `ID@REVISION` for a branch. A
-           file and a pattern hold whatever split is asked for; in a pattern `{split}` stands for its name. A folder
-           holds files or a folder named after each split, or whatever else `datasets.load_dataset` reads.
-    split: may be sliced (`train[:90%]`) or, where splits have files of their own, added up (`train-clean-100+train-clean-360`)
-    name:  the Hub's configuration
-    format: of another toolkit, a name of `toolkits.FORMATS`
+           file or a pattern is used for every split; `{split}` in a pattern stands for the split's name. A folder
+           holds files or a folder named after each split, or anything that `datasets.load_dataset` reads.
+    split: may be a slice (`train[:90%]`); if splits have separate files, also a sum (`train-clean-100+train-clean-360`)
+    name:  the configuration on the Hub
+    format: a format of another toolkit, one of `toolkits.FORMATS`
 
-    Raises UserError where nothing is there, where the split is missing or empty, or where the Hub cannot be reached.
+    Raises UserError if nothing is found, if the split is missing or empty, or if the Hub cannot be reached.
     """
     datasets.disable_progress_bars()
     if format is not None and not local_path(path).exists():
@@ -45,7 +45,7 @@ def load_rows(path: str, split: str, name: str | None = None, format: str | None
         raise UserError("data.path", path, f"format={format} reads files, and there are none", write)
     holds_any = local_path(path).is_file() or (is_pattern(path) and "{split}" not in path)
     with readable(path, split):
-        slices = [each.partition("[") for each in ([split] if holds_any else split.split("+"))]
+        slices = [name.partition("[") for name in ([split] if holds_any else split.split("+"))]
         rows = joined([cut(whole_rows(path, whole, name, format), mark + rest) for whole, mark, rest in slices])
     if len(rows) == 0:
         raise UserError("data.path", path, f"the split {split!r} is empty", "write a split with at least one row")
@@ -101,7 +101,7 @@ def readable(path: str, split: str) -> Iterator[None]:
 
 
 def cut(rows: datasets.Dataset, part: str) -> datasets.Dataset:
-    """The part of a split that is asked for, such as `[:90%]`; all of it where nothing is."""
+    """The rows of a slice such as `[:90%]`; all rows if `part` is empty."""
     [wanted] = datasets.ReadInstruction.from_spec(f"rows{part}").to_absolute({"rows": len(rows)})
     return rows.select(range(wanted.from_, wanted.to))
 
@@ -112,7 +112,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_rows(folder: Path, split: str) -> datasets.Dataset:
-    """A split of what `save_to_disk` wrote; a single Dataset holds whatever split is asked for."""
+    """A split of a folder that `save_to_disk` wrote; a single Dataset is used for every split."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.Dataset):
         return saved
@@ -122,7 +122,10 @@ def saved_rows(folder: Path, split: str) -> datasets.Dataset:
 
 
 def folder_rows(folder: Path, split: str) -> datasets.Dataset | None:
-    """The audio of the subfolder named after the split, or of a folder without subfolders named after splits."""
+    """The rows of the subfolder named after the split; of the folder itself, if nothing in it is named like a split.
+
+    None if there is no audio. Raises UserError if only other splits are there.
+    """
     if (folder / split).is_dir():
         return read_folder(folder / split, folder) if has_audio(folder / split) else None
     if not has_audio(folder):
@@ -151,7 +154,7 @@ def from_datasets(path: str, split: str, name: str | None) -> datasets.Dataset:
 
 
 def places_of(source: Source, split: str) -> list[str]:
-    """The paths or URLs of the files of one split; none for a split that is not stored in files."""
+    """The paths or URLs of the files of one split; empty for a split that is not stored in readable files."""
     if "://" in source.path:
         return [place for url in expanded(source.path.replace("{split}", split)) for place in files_at(url)]
     if files := files_of(source.path, split):
@@ -164,15 +167,18 @@ def places_of(source: Source, split: str) -> list[str]:
 
 
 def own_files(builder: datasets.DatasetBuilder, split: str) -> list[str]:
-    """The files of a split that are read here: `datasets` guesses the types of text, and unfolds Parquet without a bound."""
+    """The files of a split, if our own readers can read them all; else none.
+
+    `datasets` would guess the types of text, and would unfold Parquet without a bound.
+    """
     by_split, separator = builder.config.data_files or {}, getattr(builder.config, "sep", None)
     files = list(map(str, by_split.get(split, ())))
-    wanted = {".csv": ",", ".tsv": "\t", ".json": None, ".jsonl": None, ".parquet": None}
+    wanted = {**dict.fromkeys(READERS), ".csv": ",", ".tsv": "\t", ".tar": ""}  # separators; `datasets` reads tars
     return files if all(wanted.get(suffix_of(file) or "", "") == separator for file in files) else []
 
 
 def builder_of(path: str, name: str | None) -> datasets.DatasetBuilder:
-    """What `datasets` reads a folder by, or a Hub id with its revision."""
+    """The builder by which `datasets` reads a folder or a Hub id with its revision."""
     where = local_path(path)
     hub_id, _, revision = path.partition("@")
     repository, version = (str(where), None) if where.exists() else (hub_id, revision or None)
@@ -180,7 +186,10 @@ def builder_of(path: str, name: str | None) -> datasets.DatasetBuilder:
 
 
 def cache_of(folder: Path) -> str | None:
-    """The cache of a folder with a card: `datasets` would know it by its name alone, whatever it holds now."""
+    """The cache folder for a folder with a README.md; None: the default one.
+
+    By default `datasets` finds such a folder in its cache by name alone, even if the files have changed.
+    """
     if not (folder / "README.md").is_file():
         return None
     files = sorted(Path(file) for file in files_in(folder))

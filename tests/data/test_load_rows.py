@@ -15,9 +15,10 @@ from corpora import known, utterance_rows
 from sedtrain.data.audio import read_audio
 from sedtrain.data.audio_paths import audio_paths
 from sedtrain.data.headers import RefusedAudio
+from sedtrain.data.load_rows import load_rows
 from sedtrain.data.paths import absolute_path
+from sedtrain.data.readers import READERS
 from sedtrain.data.source import Columns
-from sedtrain.data.sources import load_rows
 from sedtrain.errors import UserError
 
 PLAIN = Columns(audio="audio", text="text")
@@ -335,6 +336,18 @@ def test_a_path_is_found_from_any_folder(tmp_path, monkeypatch):
 def test_a_path_to_nothing_is_no_such_file(path):
     write = "write data.path=FOLDER_OR_FILE_OR_HUB_ID"
     assert refused(load_rows, path, "train") == ("data.path", path, "there is no such file or folder", write)
+
+
+def test_a_reader_of_ones_own_also_reads_files_that_a_card_names(tmp_path, monkeypatch):
+    def read_lines(file):
+        yield pa.table({"text": [f"own {line}" for line in file.read_text().splitlines()]})
+
+    monkeypatch.setitem(READERS, ".ndjson", read_lines)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/all.ndjson").write_text('{"text": "one"}\n{"text": "two"}\n')
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: rows/all.ndjson}\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert load_rows(str(tmp_path), "train")["text"][:] == ['own {"text": "one"}', 'own {"text": "two"}']
 
 
 def test_a_hub_id_without_network_is_told_the_offline_ways():
