@@ -12,7 +12,7 @@ from sedtrain.models import products
 from sedtrain.models.lora import linear_layers
 from sedtrain.models.parts import Execution
 from sedtrain.models.products import FastLinear, add_product, product, quicken
-from sedtrain.models.steps import steps_of
+from sedtrain.models.steps import decoder_steps
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_large_plain_layers_of_a_model_are_quickened_once_and_keep_name_and_weig
     layer = model.get_submodule("decoder.bert.encoder.layer.0.output.dense")
     assert type(pickle.loads(pickle.dumps(layer))) is type(copy.deepcopy(layer)) is type(layer)
     assert linear_layers(model, ["decoder"]) == linear_layers(plain, ["decoder"])
-    assert steps_of(model.eval()) is not None  # decoding multiplies with the same weights
+    assert decoder_steps(model.eval()) is not None  # decoding multiplies with the same weights
 
     monkeypatch.setattr(products, "multiplies_by_onednn", lambda: False)
     monkeypatch.setattr(products, "LEAST_WEIGHTS", 24 * 32)
