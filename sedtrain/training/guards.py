@@ -16,6 +16,7 @@ from sedtrain.annotations import checked
 from sedtrain.batch import Batch
 from sedtrain.errors import UserError
 from sedtrain.ranges import Count, Finite, Fraction, Positive
+from sedtrain.training.callbacks import is_logged
 from sedtrain.training.gradients import Update, on_host
 from sedtrain.training.strategies import gather_states
 
@@ -89,7 +90,7 @@ class Guards(Callback):
         if not pl_module.is_read:
             return
         self.judge_all(trainer)
-        if not trainer._logger_connector.should_update_logs:
+        if not is_logged(trainer):
             return  # log_dict takes milliseconds even if no logger receives the values
         logged = {"train/bad_steps": float(self.num_bad), "train/loss_rises": float(self.num_rises)}
         if update.gradient_is_finite:

@@ -16,6 +16,7 @@ from sedtrain.evaluation.provenance import commit, installed_versions
 from sedtrain.evaluation.results import Hypothesis, Results
 from sedtrain.launch import is_first
 from sedtrain.models.parts import part_of
+from sedtrain.training.callbacks import is_logged
 from sedtrain.training.gradients import on_host
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Tracking(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs the highest learning rate of each part of the model, in the steps that are logged."""
-        if not trainer._logger_connector.should_update_logs:
+        if not is_logged(trainer):
             return
         rates = [group["lr"] for group in optimizer.param_groups]
         highest = {f"learning_rate/{part}": max(rates[index] for index in self.groups[part]) for part in self.groups}
