@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, Whis
 
 from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
 from sedtrain.data.features import features_of
+from sedtrain.data.sampler import SHORTEST_SECONDS
 from sedtrain.text.tags import Tags, WholePrompt
 from sedtrain.text.tokenizers import encode_target, encode_whisper
 
@@ -55,7 +56,7 @@ class Collator:
     @property
     def shortest_seconds(self) -> float:
         """The length to which silence pads shorter audio; the first frame of an encoder can span 0.05 s."""
-        return self.max_seconds if self.pads else 0.1
+        return self.max_seconds if self.pads else SHORTEST_SECONDS
 
     @property
     def sampling_rate(self) -> int:
