@@ -69,7 +69,8 @@ class Collator:
             return Batch(none.float(), none, none, [], [], 0.0, list(skipped))
         features = [self.features(utterance.audio) for utterance in utterances]
         tags = [self.tags.of(utterance.language, utterance.task) if self.tags else [] for utterance in utterances]
-        labels = [torch.tensor(ids + self.target(each.text)) for ids, each in zip(tags, utterances, strict=True)]
+        pairs = zip(tags, utterances, strict=True)
+        labels = [torch.tensor(ids + self.target(utterance.text)) for ids, utterance in pairs]
         inputs = pad_sequence(features, batch_first=True)
         masks = [torch.ones(len(frames), dtype=torch.long) for frames in features]
         return Batch(

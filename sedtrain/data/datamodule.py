@@ -148,7 +148,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def stream(self) -> StreamedBatches:
-        """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
+        """This rank's batches of a training corpus that is streamed, or that differs between epochs."""
         dataset = self.split("train", self.augment)
         return StreamedBatches(dataset, self.corpus, self.bounds, self.seed, *self.own_rank())
 
