@@ -162,9 +162,8 @@ def trainer_maker(cfg: DictConfig) -> Callable[..., lightning.Trainer]:
 def trainer_factory(cfg: DictConfig, world_size: int) -> Callable[..., lightning.Trainer]:
     """A function that makes the run's own Trainer with some arguments replaced, for a run of `world_size` processes."""
     several = {"strategy": "ddp"} if cfg.trainer.get("strategy", "auto") == "auto" and world_size > 1 else {}
-    return lambda **replaced: trainer_maker(cfg)(
-        **several, **replaced
-    )  # each Trainer needs a strategy object of its own
+    # Each Trainer needs a strategy object of its own.
+    return lambda **replaced: trainer_maker(cfg)(**several, **replaced)
 
 
 def report_vocabulary(data: SpeechTextDataModule, metrics: MetricSet, max_texts: int | None) -> None:

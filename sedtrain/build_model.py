@@ -80,6 +80,7 @@ def connect_new_model(cfg: DictConfig, data: SpeechTextDataModule, saved: SavedM
     if saved.model.max_tokens is not None and data.collator is not None:
         too_long = partial(data.collator.too_long, most=saved.model.max_tokens, in_front=positions_of_audio(saved))
         data.corpus.leave_out(too_long)
+    # Not kept by `data.split`: training reads this split with augmentation, and would keep it twice.
     counted = data.load_split("validation" if data.corpus.streaming else "train")
     saved.model.config.tokens_per_second = round(counted.tokens_per_second(), 2)
     return saved

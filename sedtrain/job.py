@@ -40,9 +40,8 @@ def run(cfg: DictConfig) -> None:
     except Unfinished as end:
         if end.status == 128 + signal.SIGUSR2:
             logger.info(str(end))
-            signal.raise_signal(
-                signal.SIGUSR2
-            )  # tells the launcher, which waited for the checkpoint, to requeue the job
+            # Tells the launcher, which waited for the checkpoint, to requeue the job.
+            signal.raise_signal(signal.SIGUSR2)
         fail(str(end), end.status)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PEER):

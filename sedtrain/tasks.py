@@ -70,9 +70,8 @@ def evaluate(cfg: DictConfig) -> None:
     settings = build.settings_of(cfg)
     scoring, saved, data = build_saved.evaluation(cfg)
     results, evaluation = scoring.score(saved, data)
-    keep_configuration(
-        cfg.run_dir, settings
-    )  # comes last: after an error or a stop, the folder stays free for another try
+    # Comes last: after an error or a stop, the folder stays free for another try.
+    keep_configuration(cfg.run_dir, settings)
     terminal.show(*terminal.scored(results, evaluation, scoring.folder))
 
 

@@ -33,12 +33,8 @@ CUTS = {
     "2 × 2 × 2 ranks": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
     "6, 1 and 1, none × 2 ranks": [[[0, 1, 2, 3, 4, 5], [6]], [[7], []]],
 }
-KINDS = [
-    "whole whisper",
-    "m2m_100",
-    "t5",
-    "llama",
-]  # decoders out of whole models, of each kind of positions; a language model
+KINDS = ["whole whisper", "m2m_100", "t5", "llama"]
+"""Decoders out of whole models, of each kind of positions, and a language model."""
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 
 

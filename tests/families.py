@@ -47,9 +47,8 @@ def option_file(group, name):
     return {key: value for key, value in values.items() if key not in ("_target_", "_partial_")}
 
 
-STACKS = [
-    name for name in OPTIONS if option_file("decoder", name)["model_type"] in DECODERS_OF_WHOLE
-]  # of whole models
+STACKS = [name for name in OPTIONS if option_file("decoder", name)["model_type"] in DECODERS_OF_WHOLE]
+"""Decoders of whole models."""
 
 
 def tiny_encoder(name, seed=0, **options):

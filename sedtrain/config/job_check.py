@@ -27,9 +27,11 @@ OF_WHOLE = re.compile(
 
 
 class JobCheck:
-    """The mistakes of the jobs checked so far, and the keys they set that no option file lists.
+    """Checks jobs one after another, and collects their mistakes.
 
     search_path: the override of Hydra's search path, if any
+    errors: mistakes of the jobs so far
+    added: keys that these jobs set and no option file lists
     """
 
     def __init__(self, config_name: str, search_path: list[str]) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, SequenceFeatureExtractor, Whis
 
 from sedtrain.batch import IGNORE_INDEX, Batch, Skipped, Utterance
 from sedtrain.data.features import features_of
+from sedtrain.data.sampler import SHORTEST_SECONDS
 from sedtrain.text.tags import Tags, WholePrompt
 from sedtrain.text.tokenizers import encode_target, encode_whisper
 
@@ -55,7 +56,7 @@ class Collator:
     @property
     def shortest_seconds(self) -> float:
         """The length to which silence pads shorter audio; the first frame of an encoder can span 0.05 s."""
-        return self.max_seconds if self.pads else 0.1
+        return self.max_seconds if self.pads else SHORTEST_SECONDS
 
     @property
     def sampling_rate(self) -> int:
@@ -68,7 +69,8 @@ class Collator:
             return Batch(none.float(), none, none, [], [], 0.0, list(skipped))
         features = [self.features(utterance.audio) for utterance in utterances]
         tags = [self.tags.of(utterance.language, utterance.task) if self.tags else [] for utterance in utterances]
-        labels = [torch.tensor(ids + self.target(each.text)) for ids, each in zip(tags, utterances, strict=True)]
+        pairs = zip(tags, utterances, strict=True)
+        labels = [torch.tensor(ids + self.target(utterance.text)) for ids, utterance in pairs]
         inputs = pad_sequence(features, batch_first=True)
         masks = [torch.ones(len(frames), dtype=torch.long) for frames in features]
         return Batch(

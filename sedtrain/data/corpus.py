@@ -65,7 +65,7 @@ class Corpus:
         self.refused: Callable[[str, float], Reason | None] = lambda text, seconds: None
         if is_first_of_machine():  # this rank outlives the others of its machine
             atexit.register(shutil.rmtree, copies, ignore_errors=True)
-        self.parts = cache(self.find_parts)
+        self.kept_parts = cache(self.find_parts)
         self.found: dict[str, Kept] = {}
 
     @property
@@ -90,6 +90,10 @@ class Corpus:
 
     def is_streamed(self, split: str) -> bool:
         return self.streaming and split == "train"
+
+    def parts(self, split: str) -> Parts:
+        """The parts of all datasets, found once and kept; see `find_parts`."""
+        return self.kept_parts(split)
 
     def find_parts(self, split: str) -> Parts:
         """The parts of all datasets; a part is one file if the dataset is streamed or on a server.

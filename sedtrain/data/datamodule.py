@@ -107,7 +107,14 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         self.train_batches: BatchesWithEpoch | StreamedBatches | None = None
         self.collator: Collator | None = None
         self.augment: Augment | None = None
-        self.split, self.texts = cache(self.load_split), self.corpus.texts
+        self.kept_split = cache(self.load_split)
+
+    def texts(self, split: str) -> Iterator[str]:
+        return self.corpus.texts(split)
+
+    def split(self, split: str, augment: Augment | None = None) -> SplitDataset:
+        """The rows of a split, loaded once and kept."""
+        return self.kept_split(split, augment)
 
     def load_split(self, split: str, augment: Augment | None = None) -> SplitDataset:
         assert self.collator is not None, "build hands the collator over"
@@ -141,7 +148,7 @@ class SpeechTextDataModule(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def stream(self) -> StreamedBatches:
-        """This rank's batches of a training corpus that is streamed, or whose epochs differ."""
+        """This rank's batches of a training corpus that is streamed, or that differs between epochs."""
         dataset = self.split("train", self.augment)
         return StreamedBatches(dataset, self.corpus, self.bounds, self.seed, *self.own_rank())
 

@@ -1,4 +1,4 @@
-"""Reads and decodes the used utterances of a split, whose rows lie in parts of datasets; runs in the workers."""
+"""Reads and decodes the used utterances of a split, which consists of parts of datasets; runs in the workers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 UNKNOWN_BYTES = 0x7FFF0000  # a file that was written to a pipe claims at least this size
-ENDS = 1 << 16  # bytes read at either end of what follows the audio, to tell filling zeros from more audio
+ENDS = 1 << 16  # bytes read at both ends of the part behind the audio, to tell filling zeros from more audio
 TAIL = 1 << 17  # bytes at the end of a file, in which the last FLAC frame begins
 KBPS = (  # of MP3's layer III: MPEG 1, then 2 and 2.5
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),

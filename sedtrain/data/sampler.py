@@ -123,7 +123,7 @@ def steps_of(groups: NDArray[np.int32], num_ranks: int) -> Integers:
 
 
 def other_reading(written_by: str, streaming: bool) -> UserError:
-    """The error for a checkpoint from the middle of an epoch, whose run read the corpus in another way."""
+    """The error for resuming in the middle of an epoch if the run that saved it read the corpus in another way."""
     wrong = (
         f"the checkpoint is from the middle of an epoch of {written_by}, and this run reads its corpus in another way"
     )

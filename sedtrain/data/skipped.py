@@ -137,7 +137,8 @@ class SkippedUtterances:
     def note(self, skipped: Sequence[Skipped], split: str = "") -> None:
         """Lists the utterances that no rank has listed yet; logs a warning for the first one with each reason."""
         distinct = {key_of(utterance): utterance for utterance in skipped}
-        self.of_split[split].update(each.reason for key, each in distinct.items() if key not in self.met[split])
+        new = (utterance.reason for key, utterance in distinct.items() if key not in self.met[split])
+        self.of_split[split].update(new)
         self.met[split].update(distinct)
         if self.noted.issuperset(distinct):
             return

@@ -20,7 +20,7 @@ from sedtrain.data.dataset import BatchesWithEpoch, Kept, Reference, SplitDatase
 from sedtrain.data.sampler import Position, other_reading, random_keys, refuse_other
 from sedtrain.errors import UserError
 
-STEPS_BEHIND = 256  # old blocks and copies of shards stay for so many steps, more than workers prefetch
+STEPS_BEHIND = 256  # steps for which old blocks and copies of shards are kept; more than workers prefetch
 NUM_AHEAD = 4  # remote shards to fetch ahead while the block before them is trained on
 
 

@@ -7,6 +7,7 @@ from math import ceil
 import torch
 
 from sedtrain.data.collate import Collator
+from sedtrain.data.sampler import SHORTEST_SECONDS
 from sedtrain.decoding.timestamps import FrameTimes
 from sedtrain.models.prefix import is_prefixed, num_in_front
 from sedtrain.models.saved import SPARE_TOKENS, SavedModel
@@ -43,7 +44,9 @@ def longest_audio(saved: SavedModel) -> float:
     in_front, most = positions_of_audio(saved), saved.model.max_tokens
     if in_front is None or most is None:
         return saved.max_seconds
-    return min(saved.max_seconds, max(0.1, (most - SPARE_TOKENS - in_front(0.0)) / frames_per_second(saved)))
+    return min(
+        saved.max_seconds, max(SHORTEST_SECONDS, (most - SPARE_TOKENS - in_front(0.0)) / frames_per_second(saved))
+    )
 
 
 def collator_of(saved: SavedModel, rewrite: Callable[[str], str] = str, detects: bool = False) -> Collator:

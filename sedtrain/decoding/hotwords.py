@@ -104,8 +104,9 @@ class HotWords(LogitsProcessor):
 
 @lru_cache(maxsize=1)
 def tree_of(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> Node:
-    """The tree of the words at the beginning of a text; its `shorter` is the tree of the same words after another word.
+    """The tree of the hot words as a text begins with them.
 
+    Many tokenizers write a word differently after another word. The tree of those tokens is the `shorter` of this tree's root.
     Raises UserError for words that the tokenizer cannot write.
     """
     first, later = Node(), Node()

@@ -77,7 +77,7 @@ class DecodingOptions:
         activity_of(self.pauses)
 
     def generation_kwargs(self) -> dict[str, Any]:
-        """The options that matter for this search, as `generate` takes them; it warns of any others."""
+        """Arguments for `generate` of transformers: only those that this search reads, since it warns of others."""
         sampling = {"temperature", "top_k", "top_p"} if not self.do_sample else set()
         beams = {"length_penalty"} if self.num_beams == 1 else set()
         return {name: value for name, value in asdict(self).items() if name not in sampling | beams | NOT_PASSED_ON}

@@ -54,9 +54,9 @@ def sections(inspection: Inspection, sounds: Sequence[html.Audio | None] = ()) -
     yield audio(splits)
     yield from texts(splits)
     skipped = [
-        (s.split, each.reason, "; ".join(each.examples), each.num_utterances, duration(each.hours))
+        (s.split, group.reason, "; ".join(group.examples), group.num_utterances, duration(group.hours))
         for s in splits
-        for each in s.skipped
+        for group in s.skipped
     ]
     yield Section("Skipped", ("split", "reason", "first of them", "utterances", "audio"), skipped, num_texts=3)
     strange = [(s.split, s.id, "; ".join(s.reasons), s.text, f"{s.score:.1f}") for s in inspection.strangest]
@@ -151,7 +151,7 @@ def split_findings(split: SplitSummary) -> Iterator[str]:
     if not split.num_utterances:
         yield "there is no utterance that can be used"
     if split.skipped:
-        reasons = ", ".join(f"{each.num_utterances:,} {each.reason}" for each in split.skipped)
+        reasons = ", ".join(f"{group.num_utterances:,} {group.reason}" for group in split.skipped)
         yield f"{split.num_skipped:,} of {counted(split.num_read, 'utterance')} would be skipped: {reasons}"
     if unseen := split.texts.unseen:
         names = ", ".join(named(use.character) for use in unseen[:NUM_NAMES])

@@ -133,7 +133,7 @@ class Texts:
         times = Counter(chain.from_iterable(texts.elements()))
         first = {character: entry for entry in reversed(entries) for character in set(entry.text)}
         rarest = sorted(times, key=lambda character: (times[character], character))
-        uses = [Use(each, times[each], first[each].id, first[each].text) for each in rarest]
+        uses = [Use(character, times[character], first[character].id, first[character].text) for character in rarest]
         self.num_distinct, self.num_repeated = len(texts), sum(shared.values())
         self.repeated = dict(list(shared.items())[:NUM_REPEATED])
         self.num_characters, self.rarest = len(uses), uses[:NUM_RAREST]

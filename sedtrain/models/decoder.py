@@ -99,7 +99,7 @@ def load_decoder(
 
 
 def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """A decoder with cross-attention and random weights."""
+    """A decoder with random weights, which reads the audio by cross-attention or as a prefix."""
     settle_config(config)
     with building("decoder", config):
         return as_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))

@@ -84,9 +84,8 @@ def load_encoder(
     if "mask_time_prob" in options:
         options = with_spec_augment(model_type, options)
     if name is None:
-        encoder_class(
-            encoder_config(default_config("encoder", model_type))
-        )  # refuses a family without a speech encoder
+        # Refuses a family without a speech encoder.
+        encoder_class(encoder_config(default_config("encoder", model_type)))
     config = load_config("encoder", name, model_type, tiny, **options)
     config._attn_implementation = attention
     if name is None or not pretrained:

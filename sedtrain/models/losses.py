@@ -87,7 +87,9 @@ def positions(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, each divided by the number of target tokens.
+    """The training loss: (1 - ctc_weight) · cross-entropy + ctc_weight · CTC, each a mean over the target tokens of the step.
+
+    Losses are summed here; `gradients.divide_gradients` divides their gradients by the number of tokens.
 
     ctc_weight: None stands for 0.3 if the encoder starts with random weights, since CTC makes cross-attention align; else
         for 0. The cross-attention of a whole speech model is aligned already, and its format has no place for a CTC head
@@ -101,6 +103,6 @@ class LossWeights:
         refuse_misfits("loss.", type(self), vars(self))
 
     def joint(self, cross_entropy: Tensor, ctc: Tensor) -> Tensor:
-        """The weighted sum of both losses."""
+        """The weighted sum of two summed losses; nothing is divided here."""
         weight = self.ctc_weight or 0.0
         return (1 - weight) * cross_entropy + weight * ctc

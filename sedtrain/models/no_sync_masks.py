@@ -16,7 +16,10 @@ ONE_TEXT_A_ROW: ContextVar[bool] = ContextVar("ONE_TEXT_A_ROW", default=False)
 
 
 def is_unread(tensor: Any = None) -> bool:
-    """True for a tensor that `transformers` must not read; it would only find out that nothing is padded."""
+    """True if `transformers` must not look into the tensor: one that is traced, or on a device that the host would wait for.
+
+    It would only learn whether a mask has padding.
+    """
     return is_traced(tensor) or (isinstance(tensor, Tensor) and tensor.device.type != "cpu")
 
 

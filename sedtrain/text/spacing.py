@@ -20,9 +20,8 @@ CONTINUED = "##"  # prefix of a token that continues a word
 IDEOGRAPHS = (
     "\u2e80-\u2fff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-UNSPACED = re.compile(
-    rf"[{IDEOGRAPHS}\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]"
-)  # Thai, Lao, Tibetan, Burmese, Khmer
+# Thai, Lao, Tibetan, Burmese and Khmer follow.
+UNSPACED = re.compile(rf"[{IDEOGRAPHS}\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]")
 LETTER, NUMBER, IDEOGRAPH, MARK = "letter", "number", "ideograph", "mark"
 CLASSES = {
     LETTER: rf"[\p{{L}}\p{{M}}&&[^{IDEOGRAPHS}]]",

@@ -20,6 +20,8 @@ MARK = b"\nsha256:"
 TRAILER_BYTES = len(MARK) + 64
 """MARK and digest follow the zip archive, where zip readers ignore them."""
 CHUNK_BYTES = 1 << 22
+INTACT: set[tuple[int, ...]] = set()
+"""Device, inode, size and times of the files that this process has verified."""
 
 
 class Hashed:
@@ -65,19 +67,31 @@ def set_aside_damaged(folder: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """True if the file ends with the digest of its content."""
-    size = path.stat().st_size - TRAILER_BYTES
-    if size <= 0:
+    """True if the file ends with the digest of its content. An intact file is read once per process, until it changes."""
+    found = path.stat()
+    facts = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    if facts in INTACT:
+        return True
+    if not has_digest(path, found.st_size - TRAILER_BYTES):
         return False
+    INTACT.add(facts)
+    return True
+
+
+def has_digest(path: Path, size: int) -> bool:
+    """True if the digest of the first `size` bytes follows them."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(min(CHUNK_BYTES, size - file.tell())):
+        while chunk := file.read(max(min(CHUNK_BYTES, size - file.tell()), 0)):
             sha256.update(chunk)
-        return file.read() == MARK + sha256.hexdigest().encode()
+        return size > 0 and file.read() == MARK + sha256.hexdigest().encode()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a whole checkpoint, on the CPU. Raises UserError for any other file."""
+def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """The content of a whole checkpoint, on the CPU. Raises UserError for any other file.
+
+    mapped: leave each tensor in the file until it is used, for a reader of few of them
+    """
     if not path.is_file():
         instead = "write resume=auto, or resume=FILE of a run's checkpoints"
         raise UserError("resume", str(path), "there is no such checkpoint", instead)
@@ -86,7 +100,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         instead = f"write resume={path.with_name(PREVIOUS)} or {BEST}; resume=auto takes the newest that is whole"
         raise UserError("resume", str(path), wrong, instead)
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wrong = f"this checkpoint could run code, since it holds more than numbers and plain values: {error}"
         raise UserError("resume", str(path), wrong, "write resume=FILE that sedtrain has written") from error
@@ -104,7 +118,7 @@ def newest_whole(folder: Path) -> Path | None:
     found = [path for path in (folder / BEST, last, folder / PREVIOUS) if path.is_file()]
     if not found:
         return None
-    steps = {path: read_checkpoint(path)["global_step"] for path in found if is_intact(path)}
+    steps = {path: read_checkpoint(path, mapped=True)["global_step"] for path in found if is_intact(path)}
     if not steps:
         names = ", ".join(path.name for path in found)
         wrong = f"every checkpoint of this run is damaged: {names}"

@@ -40,7 +40,9 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step over all its micro-batches and ranks. Reading the first number waits for the device.
+    """The sums and gradient norms of one optimizer step, over its micro-batches and ranks.
+
+    They stay on the device: the first property that returns plain numbers waits for it.
 
     sums:          (5,) LossSums of all micro-batches and ranks
     norms:         (P,) gradient norms by part, before division and clipping

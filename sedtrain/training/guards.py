@@ -19,6 +19,7 @@ from sedtrain.models.encoder import EncodedSpeech
 from sedtrain.ranges import Count, Finite, Fraction, Positive
 from sedtrain.training.gradients import Update, on_host
 from sedtrain.training.strategies import gather_states
+from sedtrain.training.tracking import is_logged
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Guards(Callback):
         if not pl_module.is_read:
             return
         self.judge_all(trainer)
-        if not trainer._logger_connector.should_update_logs:
+        if not is_logged(trainer):
             return  # log_dict takes milliseconds even if no logger receives the values
         logged = {"train/bad_steps": float(self.num_bad), "train/loss_rises": float(self.num_rises)}
         if update.gradient_is_finite:

@@ -30,7 +30,7 @@ from sedtrain.training.guards import OtherAudio
 from sedtrain.training.memory import memory_for
 from sedtrain.training.optim import build_optimizer, parameter_groups
 from sedtrain.training.strategies import FullySharded, gather_states
-from sedtrain.training.tracking import callbacks_of
+from sedtrain.training.tracking import callbacks_of, is_logged
 
 
 class SpeechSeq2SeqModule(LightningModule):
@@ -137,7 +137,7 @@ class SpeechSeq2SeqModule(LightningModule):
         update = self.update = divide_gradients(self.model, micro_batches, self.over_ranks, self.trainer.world_size)
         skip(update, optimizer, self.model)
         self.running_statistics.keep_or_restore(update)
-        self.is_read = self.device.type == "cpu" or self.trainer._logger_connector.should_update_logs
+        self.is_read = self.device.type == "cpu" or is_logged(self.trainer)
         if self.is_read and update.num_tokens and update.loss_is_finite:
             losses = {"train/loss": update.cross_entropy, "train/cross_entropy": update.unsmoothed}
             self.log_dict(on_host(losses | ({"train/ctc_loss": update.ctc} if self.weights.ctc_weight else {})))

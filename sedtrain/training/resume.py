@@ -47,7 +47,7 @@ def starting_point(resume: str, run_dir: Path, settings: Mapping[str, Any]) -> P
         remove_leftovers(run_dir)
         return None
     refuse_other_settings(run_dir, settings)
-    step = read_checkpoint(start)["global_step"]
+    step = read_checkpoint(start, mapped=True)["global_step"]
     logger.info("continuing from %s, step %d", start, step)
     if is_first():
         for name in LISTS:
@@ -62,7 +62,7 @@ def checkpoint_of(name: str) -> Path:
     if newest is None or not newest.is_file():
         instead = f"write resume=auto, resume=none or resume=RUN/checkpoints/{LAST}"
         raise UserError("resume", name, "there is no such checkpoint", instead)
-    if "optimizer_states" not in read_checkpoint(newest):
+    if "optimizer_states" not in read_checkpoint(newest, mapped=True):
         instead = f"write resume=RUN, or its checkpoints/{LAST}"
         raise UserError("resume", str(newest), "this checkpoint holds only weights", instead)
     return newest

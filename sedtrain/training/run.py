@@ -180,7 +180,7 @@ class TrainingRun:
 
     def refuse_other_model(self, start: Path) -> None:
         """Raises UserError for a checkpoint with other weights than this model, or other trained weights."""
-        checkpoint = read_checkpoint(start)
+        checkpoint = read_checkpoint(start, mapped=True)
         states = (self.module.state_dict(), checkpoint["state_dict"])
         shapes, checkpoint_shapes = ({name: weight.shape for name, weight in state.items()} for state in states)
         if names := {name for name, _ in shapes.items() ^ checkpoint_shapes.items()}:
@@ -196,7 +196,7 @@ class TrainingRun:
 
     def load_best(self) -> None:
         """Loads the weights of the best validation (without one, the last weights), in float32 after any precision."""
-        weights = mean_weights(read_checkpoint(path)["state_dict"] for path in self.best_paths())
+        weights = mean_weights(read_checkpoint(path, mapped=True)["state_dict"] for path in self.best_paths())
         self.saved.model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
         self.saved.model.float()
         self.finetuning.finish(self.saved.model)

@@ -119,7 +119,7 @@ class Tracking(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs the highest learning rate of each part of the model, in the steps that are logged."""
-        if not trainer._logger_connector.should_update_logs:
+        if not is_logged(trainer):
             return
         rates = [group["lr"] for group in optimizer.param_groups]
         highest = {f"learning_rate/{part}": max(rates[index] for index in self.groups[part]) for part in self.groups}
@@ -162,3 +162,8 @@ def log_scores(trainer: Trainer, results: Results) -> None:
 def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
     """The callbacks of a Trainer that are instances of `kind`."""
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def is_logged(trainer: Trainer) -> bool:
+    """True if loggers take the values of this step (`trainer.log_every_n_steps`). Only a private part of Lightning knows."""
+    return bool(trainer._logger_connector.should_update_logs)

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sedtrain.batch import IGNORE_INDEX, Batch
 from sedtrain.models.prefix import is_prefixed
 from sedtrain.training.gradients import on_host
+from sedtrain.training.tracking import is_logged
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 LONGEST = 16.0, 64
@@ -142,7 +143,7 @@ class Utilization(Callback):
         if self.trained is None or self.peak is None:
             return
         self.operations += self.cost(batch)
-        if trainer._logger_connector.should_update_logs:
+        if is_logged(trainer):
             seconds = time.perf_counter() - self.started
             pl_module.log_dict(on_host({"train/mfu": self.operations / seconds / self.peak}), batch_size=1)
             self.measure(pl_module)

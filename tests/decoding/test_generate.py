@@ -53,7 +53,7 @@ def test_an_utterance_has_its_text_alone_and_in_a_batch(model, search):
 
 
 @pytest.mark.parametrize("search", [each for each in SEARCHES if each.get("search") != "speculative"], ids=str)
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neo"])
 def test_a_longer_neighbour_takes_no_position_of_a_text_behind_a_prefix(name, search):
     """44 positions: the longest audio leaves room for a few tokens, the others for more than they may have."""
     model = joined(tiny_decoder(name, listens="prefix", options={"max_position_embeddings": 44}))

@@ -184,9 +184,8 @@ def test_equally_good_runs_are_told_apart_7_times_in_100_at_most_by_either_test(
 
 
 def test_holm_corrects_for_the_number_of_runs():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx(
-        [0.03, 0.06, 0.06]
-    )  # Holm's own steps: 3 x 0.01, 2 x 0.03, 1 x 0.04
+    # Holm's own steps: 3 x 0.01, 2 x 0.03, 1 x 0.04
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
 
 

@@ -91,10 +91,11 @@ def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
+# wav2vec2's weight norm cannot be pickled: torch refuses
 @pytest.mark.parametrize(
     ("parts", "twin_of"),
     [*((parts, copy.deepcopy) for parts in [*PAIRS, ("whisper", "bart")]), (("whisper", "bart"), pickled)],
-)  # wav2vec2's weight norm cannot be pickled: torch refuses
+)
 def test_a_copy_trains_alike_with_weights_of_its_own(parts, twin_of, batch):
     batch = mel_batch() if parts[0] == "whisper" else batch
     model = joined(*parts)

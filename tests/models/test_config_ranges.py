@@ -137,9 +137,8 @@ def noise(feature_extractor):
 
 
 @pytest.mark.timeout(300 + EXAMPLES)
-@pytest.mark.filterwarnings(
-    "ignore:At least one mel filter has all zero values"
-)  # so many bands can be trained all the same
+# So many bands can be trained all the same.
+@pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
 @settings(max_examples=EXAMPLES or 25, phases=[Phase.generate])
 @given(st.data())
 def test_options_build_a_model_that_trains_or_are_refused_with_place_and_remedy(data):

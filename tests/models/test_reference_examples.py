@@ -114,9 +114,8 @@ def blocks():
     places = {}
     for page in sorted((SHARED / "reference").glob("*")):
         for number, text in enumerate(re.findall(r"```\w*\s(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
-            lines = (
-                text if "\n" in text.strip() else re.sub(r" (?=>>> |\.\.\. )", "\n", text)
-            )  # a page lost its line ends
+            # a page lost its line ends
+            lines = text if "\n" in text.strip() else re.sub(r" (?=>>> |\.\.\. )", "\n", text)
             lines = re.sub(r"^(>>> print\(\w+\)) .*", r"\1", lines, flags=re.MULTILINE)
             examples = doctest.DocTestParser().get_examples(lines)
             code = ast.unparse(ast.parse("".join(each.source for each in examples) if examples else text))

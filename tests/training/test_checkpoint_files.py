@@ -53,6 +53,30 @@ def test_any_bit_that_flips_is_found(tmp_path_factory, written, place, bit):
     assert not is_intact(path)
 
 
+def test_a_whole_file_is_hashed_once_and_again_where_it_or_its_times_change(tmp_path, monkeypatch):
+    hashed, path, has_digest = [], tmp_path / "last.ckpt", checkpoint_files.has_digest
+    monkeypatch.setattr(checkpoint_files, "has_digest", lambda *given: hashed.append(1) or has_digest(*given))
+    write_checkpoint(content(7), path)
+    assert is_intact(path) and step_of(path) == 7 and read_checkpoint(path, mapped=True)["global_step"] == 7
+    assert len(hashed) == 1
+    facts, damaged = path.stat(), bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**6))
+    assert path.stat().st_size == facts.st_size and not is_intact(path) and not is_intact(path)
+    assert len(hashed) == 3  # a damaged file is not remembered
+    write_checkpoint(content(8), path)
+    assert is_intact(path) and step_of(path) == 8 and len(hashed) == 4
+
+
+def test_a_mapped_checkpoint_holds_the_same_tensors(tmp_path):
+    path = tmp_path / "best.ckpt"
+    write_checkpoint(content(7), path)
+    weight = read_checkpoint(path, mapped=True)["state_dict"]["weight"]
+    path.unlink()  # the mapped file stays readable
+    assert torch.equal(weight, content(7)["state_dict"]["weight"])
+
+
 @given(length=st.integers(min_value=0))
 def test_a_file_cut_anywhere_is_found(tmp_path_factory, written, length):
     path = tmp_path_factory.getbasetemp() / "cut.ckpt"

@@ -203,7 +203,7 @@ def test_lengths_are_those_that_training_batches(tmp_path):
     seconds, tokens = lengths(data, None)
     assert seconds.tolist() == [0.3, 0.51, 1.2] and tokens.tolist() == [4, 4, 6]  # one, two, three
     data.augment = Augment({"speed": Speed([0.5])}, 0, max_seconds=30)
-    data.split.cache_clear()
+    data.kept_split.cache_clear()
     assert lengths(data, None)[0].tolist() == pytest.approx([0.6, 1.01, 2.4])
     assert kept_audio(data) == pytest.approx(2 * 4 * 16_000 * 2.004)
 

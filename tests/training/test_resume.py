@@ -18,6 +18,7 @@ from sedtrain.build import settings_of
 from sedtrain.config.schema import conf_dir, register
 from sedtrain.errors import UserError
 from sedtrain.run_dir import keep_until
+from sedtrain.training import checkpoint_files
 from sedtrain.training.checkpoint_files import newest_whole, read_checkpoint, write_checkpoint
 from sedtrain.training.resume import FREE, decisive, refuse_other_settings
 
@@ -116,6 +117,22 @@ def test_a_run_killed_after_training_is_scored_without_training_again(command, t
     assert again["train"] == first["train"]
     log = (stopped / "sedtrain.log").read_text()
     assert log.startswith((trained / "sedtrain.log").read_text().splitlines()[0])
+
+
+def test_resuming_hashes_and_loads_the_checkpoint_once(command, stopped, monkeypatch):
+    hashed, loaded, has_digest, load = [], [], checkpoint_files.has_digest, torch.load
+
+    def counted(path, mmap=False, **options):
+        loaded.append((path.name, mmap))
+        return load(path, mmap=mmap, **options)
+
+    monkeypatch.setattr(
+        checkpoint_files, "has_digest", lambda *given: hashed.append(given[0].name) or has_digest(*given)
+    )
+    monkeypatch.setattr(checkpoint_files.torch, "load", counted)
+    ended = command(stopped, *decoding())
+    assert ended.status == 0, ended.err
+    assert hashed.count("last.ckpt") == 1 and loaded.count(("last.ckpt", False)) == 1
 
 
 def test_where_there_is_no_checkpoint_it_starts(command, tmp_path):
