@@ -112,7 +112,7 @@ def export_parts(
 
 
 def card_facts(cfg: DictConfig, settings: dict[str, Any], saved: SavedModel) -> CardFacts:
-    """What the card of a model says about its training.
+    """Facts about the training of a model, for its card.
 
     settings: of its training
     """

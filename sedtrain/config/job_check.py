@@ -154,7 +154,7 @@ class JobCheck:
             self.report(key, value, "this cannot be merged into the present value", f"correct or leave out {key}")
 
     def unknown_key(self, config: DictConfig, node: Any, path: str, lacking: str) -> tuple[str, str]:
-        """What is wrong with a key that the configuration lacks, and what to write instead."""
+        """Says what is wrong with a key that the configuration lacks, and what to write instead."""
         if not path:
             names = dict.fromkeys([*map(str, config.keys()), *self.loader.list_groups("")])
             known = [name for name in names if name != "hydra"]

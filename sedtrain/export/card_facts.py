@@ -1,4 +1,4 @@
-"""What a model card says about training and data, from a run's options and scores; the metadata that the Hub reads.
+"""Facts about training and data for a model card, from a run's options and scores, and the metadata that the Hub reads.
 
 The options may be a stranger's.
 """
@@ -58,7 +58,7 @@ class CardFacts:
 def card_facts_of(
     settings: Mapping[str, Any], language: str | None, license: str | None, tags: Tags | WholePrompt | None
 ) -> CardFacts:
-    """What a card says about the training of a model.
+    """Facts about the training of a model, for its card.
 
     settings: its run's configuration as plain values; empty if there is none
     language: language of the texts, in addition to those that the model's tags name

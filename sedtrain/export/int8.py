@@ -1,6 +1,6 @@
-"""A Hugging Face folder in 8 bits: weights of linear layers by torchao, which `transformers` saves and loads.
+"""Writes a Hugging Face folder with the weights of linear layers in 8 bits, which `transformers` loads with torchao.
 
-The layers compute in float32 with these weights. Embeddings are in bfloat16 on disk, and float32 once loaded.
+The layers compute in float32 from these weights. Embeddings are stored in bfloat16 and loaded as float32.
 """
 
 from functools import partial
@@ -22,11 +22,11 @@ WITHOUT = "write export.dtype=bfloat16"
 
 
 def refuse_int8(saved: SavedModel, lora: str) -> None:
-    """Raises UserError where `transformers` could not load the folder, and for a missing extra."""
+    """Raises UserError if `transformers` could not load such a folder, or if torchao is missing."""
     wrong = ""
     if not (saved.is_stock or isinstance(saved.model, WholeSpeechModel)):
         kinds = f"{saved.model.config.encoder.model_type} + {saved.model.config.decoder.model_type}"
-        wrong = f"a folder in 8 bits is for models that transformers loads without sedtrain, which is not so of this {kinds}"
+        wrong = f"a folder in 8 bits is for models that transformers loads without sedtrain, unlike this {kinds}"
     elif lora == "apart" and lora_layers(saved.model):
         wrong = "matrices of LoRA that stay apart belong to weights in float32"
     if wrong:
@@ -38,9 +38,9 @@ def refuse_int8(saved: SavedModel, lora: str) -> None:
 
 
 def to_int8(saved: SavedModel, folder: Path) -> str:
-    """Replaces the weights in the folder of the model; returns how far texts are from those of float32.
+    """Replaces the weights in the folder of the model; returns a sentence that compares the texts with those in float32.
 
-    Raises UserError where the folder in 8 bits cannot be loaded and run.
+    Raises UserError if the folder in 8 bits cannot be loaded and run.
     """
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -49,7 +49,7 @@ def to_int8(saved: SavedModel, folder: Path) -> str:
     model = load().eval()
     wanted = texts(saved, model)
     left = [name for name, module in model.named_modules() if isinstance(module, READ_AS_WEIGHTS)]
-    output = model.get_output_embeddings()  # often those of the input
+    output = model.get_output_embeddings()  # often tied to the input embeddings
     left += [name for name, module in model.named_modules() if module is output]
     weights = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left)
     model = load(quantization_config=weights)
@@ -59,13 +59,13 @@ def to_int8(saved: SavedModel, folder: Path) -> str:
     model.save_pretrained(folder)
     try:
         return compared(wanted, texts(saved, load().eval()))
-    except RuntimeError as error:  # of a layer that reads its weights in its own way
+    except RuntimeError as error:  # a layer reads its weights in its own way
         wrong = f"torchao cannot run this model: {one_line(error, 160)}"
         raise UserError("export.dtype", "int8", wrong, WITHOUT) from error
 
 
 def texts(saved: SavedModel, model: Any) -> list[str]:
-    """What a model of `transformers` writes for utterances of the embedded corpus, one at a time, by greedy search."""
+    """Texts of a model of `transformers` for utterances of the embedded corpus, one at a time, by greedy search."""
     batch, found = check_set(saved), list[str]()
     prompts = prompts_of(saved.model, batch)
     settings = {"num_beams": 1, "do_sample": False, "max_new_tokens": room_of(saved, prompts)}

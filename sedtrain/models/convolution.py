@@ -1,7 +1,7 @@
 """A convolution over time with the layer norm and GELU behind it, forward and backward, on CPUs.
 
-oneDNN convolves frames where they lie. The rest, forward and backward, goes through the frames a few at a time, so that
-what one step writes is still near the processor when the next one reads it, and no other copy of the frames is made.
+oneDNN convolves the frames in place. Everything else takes a few frames at a time, forward and backward: each step finds the
+output of the one before in the processor's cache, and the frames are not copied.
 
 B batch, T frames, C channels; a tap is one of the frames that a kernel spans.
 """
@@ -17,20 +17,21 @@ from transformers.activations import GELUActivation
 
 from sedtrain.models.products import add_product
 
-AT_ONCE = 2**18  # numbers: a megabyte, the frames that are taken at once
+AT_ONCE = 2**18
+"""Numbers in the frames that are taken at once: a megabyte."""
 
 aten: Any = torch.ops.aten
 
 
 def tap_views(frames: Tensor, num_frames: int, kernel: int, stride: int) -> list[Tensor]:
-    """(T, C) -> a view (num_frames, taps · C) for every `stride` taps of the kernel: the frames that they are applied to."""
+    """(T, C) -> for every `stride` taps of the kernel, a view (num_frames, taps · C) of the frames that they multiply."""
     dim, start = frames.shape[-1], frames.storage_offset()
     taps = [(first, min(stride, kernel - first)) for first in range(0, kernel, stride)]
     return [frames.as_strided((num_frames, n * dim), (stride * dim, 1), start + first * dim) for first, n in taps]
 
 
 def pieces(frames: Tensor) -> Iterator[slice]:
-    """Slices of the frames (T, C)."""
+    """Slices of (T, C) frames, each of at most AT_ONCE numbers."""
     num_frames, num_rows = len(frames), AT_ONCE // frames.shape[1] or 1
     return (slice(first, min(first + num_rows, num_frames)) for first in range(0, num_frames, num_rows))
 
@@ -45,9 +46,9 @@ def convolved(frames: Tensor, weight: Tensor, bias: Tensor | None, stride: int) 
 
 
 class Behind:
-    """What stands behind the convolution: nothing, GELU, or a layer norm and GELU.
+    """The layers behind the convolution: none, GELU, or a layer norm and GELU.
 
-    norm: weight and bias of a layer norm; empty: there is none
+    norm: weight and bias of the layer norm; empty without one
     """
 
     def __init__(self, norm: Sequence[Tensor], eps: float, has_gelu: bool) -> None:
@@ -55,12 +56,12 @@ class Behind:
         self.gradients = [torch.zeros_like(each) for each in norm]
 
     def normed(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """(N, C) -> (N, C), means, reciprocals of deviations."""
+        """(N, C) -> (N, C), means and reciprocals of standard deviations."""
         weight, bias = self.norm
         return torch.native_layer_norm(rows, rows.shape[1:], weight, bias, self.eps)
 
     def write(self, before: Tensor, output: Tensor) -> Tensor:
-        """Writes the output, which may be `before` itself: (B, T, C)."""
+        """Writes the (B, T, C) output for `before`, possibly into `before` itself."""
         if self.has_gelu:
             rows, written = before.flatten(0, 1), output.flatten(0, 1)
             for piece in pieces(rows):
@@ -68,7 +69,7 @@ class Behind:
         return output
 
     def back(self, gradient: Tensor, before: Tensor) -> Tensor:
-        """(N, C) gradient of the output -> (N, C) that of the convolution; adds to those of the norm."""
+        """(N, C) gradient of the output -> (N, C) gradient of the convolution; adds to the gradients of the norm."""
         if not self.has_gelu:
             return gradient
         if not self.norm:
@@ -84,10 +85,10 @@ class Behind:
 
 
 class Gradients:
-    """Those of a convolution, to which pieces of the gradient of its output are added, the last of an utterance first.
+    """Sums up the gradients of a convolution over pieces of its output, from the end of an utterance to its beginning.
 
-    frames: (B, T, C_in), its input
-    needed: of its input, weight and bias; None stands for what is not
+    frames: (B, T, C_in), the input of the convolution
+    needed: whether the gradients of input, weight and bias are needed; the others stay None
     """
 
     def __init__(self, frames: Tensor, weight: Tensor, stride: int, needed: Sequence[bool]) -> None:
@@ -104,7 +105,7 @@ class Gradients:
             self.of_frames[:, num_frames * stride :] = 0.0
 
     def add(self, number: int, piece: slice, rows: Tensor) -> None:
-        """rows: (N, C_out) of a piece of the utterance of this number."""
+        """rows: (N, C_out) gradient of a piece of the output of one utterance"""
         first = piece.start * self.stride
         shape = len(rows), self.kernel, self.stride
         if self.of_bias is not None:
@@ -114,12 +115,12 @@ class Gradients:
                 add_product(total, view.T, rows)
         if self.of_frames is not None:
             inputs = self.of_frames[number, first:]
-            inputs[: len(rows) * self.stride] = 0.0  # the frames behind belong to the piece that came before this one
+            inputs[: len(rows) * self.stride] = 0.0  # the frames after these belong to the piece added before
             for view, matrix in zip(tap_views(inputs, *shape), self.matrices, strict=True):
                 add_product(view, rows, matrix.T)
 
     def all(self) -> tuple[Tensor | None, ...]:
-        """Of the input, the weight, laid out as it is for DDP, and the bias."""
+        """Gradients of input, weight and bias. That of the weight has the memory layout of the weight, as DDP needs it."""
         taps, bias, weight = self.of_taps, self.of_bias, self.weight
         if taps is not None:
             taps = torch.empty_like(weight).copy_(taps.view(self.kernel, *weight.shape[1::-1]).permute(2, 1, 0))
@@ -127,11 +128,11 @@ class Gradients:
 
 
 class ConvolutionLayer(torch.autograd.Function):
-    """(B, T, C_in) -> (B, T_out, C_out); keeps its input and the convolution of it for the backward pass."""
+    """(B, T, C_in) -> (B, T_out, C_out); keeps input and output of the convolution for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, stride: int, has_gelu: bool, eps: float, *tensors: Tensor) -> Tensor:
-        """tensors: frames, weight, bias or None, and the weight and bias of the norm, if there is one"""
+        """tensors: frames, weight, bias or None, then weight and bias of the norm if there is one"""
         frames, weight, bias, *norm = tensors
         frames = frames.contiguous()
         before = convolved(frames, weight, bias, stride)
@@ -156,9 +157,9 @@ class ConvolutionLayer(torch.autograd.Function):
 def strided_convolution(
     frames: Tensor, convolution: nn.Conv1d, norm: nn.LayerNorm | None = None, has_gelu: bool = False
 ) -> Tensor:
-    """(B, T, C_in) -> (B, T_out, C_out): `convolution` of the transposed input (no padding, no dilation), and what is behind.
+    """(B, T, C_in) -> (B, T_out, C_out): `convolution` of the transposed input (no padding, no dilation), then norm and GELU.
 
-    norm: only with GELU
+    norm: needs `has_gelu`
     """
     if torch.compiler.is_compiling():
         output: Tensor = convolution(frames.transpose(1, 2)).transpose(1, 2)

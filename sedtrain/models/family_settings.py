@@ -1,4 +1,4 @@
-"""What a family or a checkpoint decides: the configuration of an encoder or decoder, the feature extractor of an encoder.
+"""Settings that a family or a checkpoint decides: the configuration of an encoder or decoder, and the feature extractor.
 
 The user's options overwrite the configuration. `part` is "encoder" or "decoder"; options in error messages begin with it.
 """

@@ -15,7 +15,8 @@ from sedtrain.batch import IGNORE_INDEX
 from sedtrain.models.losses import token_cross_entropy
 from sedtrain.models.products import add_product, product
 
-AT_ONCE = 2**18  # logits that become gradients at once: a megabyte, which stays near the processor
+AT_ONCE = 2**18
+"""Logits that become gradients at once on a CPU: a megabyte, which stays in the processor's cache."""
 
 # The families whose logits are what their output layer returns, nothing after it. For others every logit is computed.
 ENDS_WITH_OUTPUT_LAYER = {
@@ -88,12 +89,12 @@ def labelled_cross_entropy(
 
 
 def rows_of_chunk(vocab_size: int, device: torch.device) -> int:
-    """Positions of a chunk: what keeps its logits near the processor, but enough to repay reading all weights."""
+    """Positions in a chunk: few enough for the cache, and enough to be worth reading all weights."""
     return max((2**22 if device.type == "cpu" else 2**25) // vocab_size, 64)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed loss of an output layer, and the same without smoothing; gradients are made with it, chunk by chunk.
+    """The summed loss of an output layer, with and without smoothing; computes the gradients too, chunk by chunk.
 
     The logits of a chunk become their own gradients, so memory holds one chunk beside the gradients of inputs and weights,
     and nothing is computed twice. Source: Hsu et al. 2024 (arXiv 2410.10989).
@@ -142,7 +143,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, of_plain: Tensor) -> tuple[Tensor | None, ...]:
-        """Hands the gradients over, and keeps none. Raises RuntimeError for a second time, and for gradients of gradients."""
+        """Hands over the gradients and forgets them. Raises RuntimeError the second time, and for gradients of gradients."""
         if torch.is_grad_enabled():
             raise RuntimeError("gradients of gradients need the logits: pass output_logits=True")
         if ctx.gradients is None:
@@ -154,7 +155,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def to_gradients(logits: Tensor, targets: Tensor, label_smoothing: float, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Puts the gradients of the summed loss into (N, V) logits of (N, 1) targets; returns it, and the one without smoothing.
+    """Replaces (N, V) logits by gradients of their summed loss on (N, 1) targets; returns the loss with and without smoothing.
 
     cap: bounds the logits smoothly, before the loss
     """

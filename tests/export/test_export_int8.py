@@ -127,8 +127,8 @@ def with_lora():
 @pytest.mark.parametrize(
     ("make", "lora", "words"),
     [
-        (lambda: small("whisper"), "merged", "which is not so of this whisper-encoder + bert"),
-        (lambda: small("hubert", "t5"), "merged", "which is not so of this hubert + t5-decoder"),
+        (lambda: small("whisper"), "merged", "unlike this whisper-encoder + bert"),
+        (lambda: small("hubert", "t5"), "merged", "unlike this hubert + t5-decoder"),
         (with_lora, "apart", "matrices of LoRA that stay apart belong to weights in float32"),
     ],
 )
