@@ -12,8 +12,8 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ from sedtrain.data.tables import (
 )
 from sedtrain.errors import UserError
 
-Reader = Callable[[Path], Iterator[pa.Table]]
+Reader = Callable[[Path], Generator[pa.Table]]
 BYTES_AT_ONCE = 2**24  # of rows that are written together
 VERSION = 4  # counted up when a reader changes, so that old copies are not used
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
@@ -85,7 +85,8 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
         key = (VERSION, os.path.abspath(file), facts.st_size, facts.st_mtime_ns)
         copy = (cache or cache_folder()) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
-            write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
+            with closing(reader_of(Path(name or file))(file)) as tables:
+                write_copy(copy, refuse_unfolding(tables, file))
     rows = datasets.Dataset.from_file(str(copy))
     is_whole = PROBLEM in rows.column_names and rows.data.column(PROBLEM).null_count == len(rows)
     return rows.remove_columns(PROBLEM) if is_whole else rows
@@ -146,7 +147,7 @@ def suffix_of(name: str) -> str | None:
 # --- Parquet
 
 
-def read_parquet(path: Path) -> Iterator[pa.Table]:
+def read_parquet(path: Path) -> Generator[pa.Table]:
     """The rows. Where a page is broken, the rest of its row group is null, with a PROBLEM."""
     with path.open("rb") as content, pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
@@ -169,7 +170,7 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
 # --- manifests
 
 
-def read_json(path: Path) -> Iterator[pa.Table]:
+def read_json(path: Path) -> Generator[pa.Table]:
     """JSON lines, or one JSON list of objects. NeMo leaves out a duration that is not known and an offset of 0."""
     table = as_table(json_rows(path))
     for name in NEMO_OPTIONAL if NEMO_AUDIO in table.column_names else ():
@@ -215,7 +216,7 @@ def without_same_names(pairs: list[tuple[str, Any]]) -> Row:
 # --- tars
 
 
-def read_tar(path: Path) -> Iterator[pa.Table]:
+def read_tar(path: Path) -> Generator[pa.Table]:
     """The samples of a WebDataset: columns audio (file, offset, size), text (of .txt), id, and the fields of a .json.
 
     Members are never unpacked; only where they begin is noted.

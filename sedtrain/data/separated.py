@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ Cells = tuple[list[str], str | None]
 """The cells of a record and None, or none and what is wrong."""
 
 
-def read_separated(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
+def read_separated(path: Path, delimiter: str = ",") -> Generator[pa.Table]:
     """One table, text in every column. Empty cells are null, broken lines a problem of their own.
 
     A cell in quotation marks, with marks inside doubled, is what stands between them. Tab separated values are also
