@@ -12,8 +12,8 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ from sedtrain.data.tables import (
 )
 from sedtrain.errors import UserError
 
-Reader = Callable[[Path], Iterator[pa.Table]]
+Reader = Callable[[Path], Generator[pa.Table]]
 BYTES_AT_ONCE = 2**24  # of rows written together
 VERSION = 4  # increase it when a reader changes, so that old copies are not used
 NEMO_AUDIO, NEMO_OPTIONAL = "audio_filepath", ("duration", "offset")
@@ -80,7 +80,8 @@ def read_rows(file: Path, cache: Path | None = None, name: str | None = None) ->
         key = (VERSION, os.path.abspath(file), facts.st_size, facts.st_mtime_ns)
         copy = (cache or cache_folder()) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
         if not copy.exists():
-            write_copy(copy, refuse_unfolding(reader_of(Path(name or file))(file), file))
+            with closing(reader_of(Path(name or file))(file)) as tables:
+                write_copy(copy, refuse_unfolding(tables, file))
     return datasets.Dataset.from_file(str(copy))
 
 
@@ -139,7 +140,7 @@ def suffix_of(name: str) -> str | None:
 # --- Parquet
 
 
-def read_parquet(path: Path) -> Iterator[pa.Table]:
+def read_parquet(path: Path) -> Generator[pa.Table]:
     """Yields the rows. After a broken page, the rest of its row group becomes null rows with a PROBLEM."""
     with path.open("rb") as content, pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
@@ -162,7 +163,7 @@ def read_parquet(path: Path) -> Iterator[pa.Table]:
 # --- manifests
 
 
-def read_json(path: Path) -> Iterator[pa.Table]:
+def read_json(path: Path) -> Generator[pa.Table]:
     """Reads JSON lines, or one JSON list of objects. Adds columns that NeMo omits for unknown durations or offset 0."""
     table = as_table(json_rows(path))
     for name in NEMO_OPTIONAL if NEMO_AUDIO in table.column_names else ():
@@ -208,7 +209,7 @@ def without_same_names(pairs: list[tuple[str, Any]]) -> Row:
 # --- tars
 
 
-def read_tar(path: Path) -> Iterator[pa.Table]:
+def read_tar(path: Path) -> Generator[pa.Table]:
     """The rows of a WebDataset: columns audio (file, offset, size), text (from .txt), id, and the fields of a .json.
 
     Audio is never unpacked; the row holds its position in the tar.

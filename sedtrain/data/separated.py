@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ Cells = tuple[list[str], str | None]
 """The cells of a record and None, or no cells and the error."""
 
 
-def read_separated(path: Path, delimiter: str = ",") -> Iterator[pa.Table]:
+def read_separated(path: Path, delimiter: str = ",") -> Generator[pa.Table]:
     """Yields one table with text in every column. Empty cells are null; each broken line becomes a row with a problem.
 
     Quotation marks may enclose a cell; marks inside it are doubled. Files with tabs, such as Common Voice's, also have

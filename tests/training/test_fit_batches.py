@@ -249,7 +249,9 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 if __name__ == "__main__":
-    sedtrain("task=fit_batches", "memory_gb=0.95", "run_dir=fit", "callbacks=[default]")
+    budget = (ProcessMemory().peak() / 1e9 + 0.25) / 0.9  # torch for GPUs alone takes 0.3 GB more than torch for CPUs
+    Path("budget.txt").write_text(f"{budget:.2f}")
+    sedtrain("task=fit_batches", f"memory_gb={budget:.2f}", "run_dir=fit", "callbacks=[default]")
     ProcessMemory().reset()
     sedtrain("data.batches=fit/batches.yaml", "trainer.max_steps=8", "run_dir=run", "+callbacks.sizes._target_=commands.Sizes")
     threading.Thread(target=interrupt).start()
@@ -279,7 +281,8 @@ def test_what_is_found_fills_the_budget_and_is_written_with_the_command_to_use_i
     folder, run = ended
     peaks = [float(peak) for peak in re.findall(r"# (\S+) GB", (folder / "fit/batches.yaml").read_text())]
     assert len(peaks) == len(buckets_in(folder)) == 2, run
-    assert all(0.75 < peak <= 0.9 * 0.95 for peak in peaks)
+    budget = float((folder / "budget.txt").read_text())
+    assert all(0.9 * budget - 0.1 < peak <= 0.9 * budget for peak in peaks)
     command = "python -m sedtrain data.path=data data.num_buckets=2 'callbacks=[default]' data.batches=fit/batches.yaml"
     assert f"to train with them:\n  {command}\n" in run.stdout
 
@@ -294,7 +297,8 @@ def test_training_stays_in_the_budget_with_batches_as_large_as_written(ended):
         largest_of[bucket] = max(largest_of.get(bucket, 0), int(size))
     assert largest_of == {bucket: bucket.utterances for bucket in buckets_in(folder)}
     searched, trained = map(float, (folder / "peaks.txt").read_text().split())
-    assert 0.5 < trained <= 0.95 and searched <= 1.0
+    budget = float((folder / "budget.txt").read_text())
+    assert 0.5 < trained <= budget and searched <= budget + 0.05
 
 
 def test_the_buckets_themselves_are_kept_with_the_run(ended):
