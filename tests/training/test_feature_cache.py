@@ -323,9 +323,9 @@ def test_a_run_that_resumes_ends_with_the_bits_of_one_that_never_stopped_whateve
 @pytest.mark.parametrize(
     ("frozen", "augment", "strategy", "wrong"),
     [
-        ("decoder", {}, None, "the encoder and its front end are trained from the first step on"),
+        ("decoder", {}, None, "the encoder and its front end train from the first step on"),
         ("encoder", {"speed": {}, "noise": {}}, None, "speed, noise changes the audio in every epoch"),
-        ("encoder", {}, FullySharded(), "a rank whose utterances are cached would not gather the encoder's weights"),
+        ("encoder", {}, FullySharded(), "a rank with cached utterances would not gather the encoder's weights"),
     ],
     ids=["nothing is frozen", "augmented", "sharded"],
 )
