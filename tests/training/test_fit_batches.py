@@ -225,6 +225,8 @@ def test_noise_has_the_shape_that_it_is_asked_for(tmp_path):
 # --- the command, three times in one process
 
 
+BUDGET = 1.3 if torch.version.cuda else 0.95
+"""GB of a search: torch for GPUs takes 0.35 more at rest."""
 COMMANDS = """
 import os, re, signal, sys, threading, time
 from pathlib import Path
@@ -249,9 +251,7 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 if __name__ == "__main__":
-    budget = (ProcessMemory().peak() / 1e9 + 0.25) / 0.9  # torch for GPUs alone takes 0.3 GB more than torch for CPUs
-    Path("budget.txt").write_text(f"{budget:.2f}")
-    sedtrain("task=fit_batches", f"memory_gb={budget:.2f}", "run_dir=fit", "callbacks=[default]")
+    sedtrain("task=fit_batches", "memory_gb=BUDGET", "run_dir=fit", "callbacks=[default]")
     ProcessMemory().reset()
     sedtrain("data.batches=fit/batches.yaml", "trainer.max_steps=8", "run_dir=run", "+callbacks.sizes._target_=commands.Sizes")
     threading.Thread(target=interrupt).start()
@@ -266,7 +266,7 @@ def ended(tmp_path_factory):
         pytest.skip("the peak of a process's memory is counted on Linux alone")
     folder = tmp_path_factory.mktemp("commands")
     cut_corpus(EMBEDDED, folder / "data", train=64, validation=4, test=4)
-    (folder / "commands.py").write_text(COMMANDS)
+    (folder / "commands.py").write_text(COMMANDS.replace("BUDGET", str(BUDGET)))
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{folder}"}
     return folder, subprocess.run(
         [sys.executable, "commands.py"], cwd=folder, env=environment, capture_output=True, text=True
@@ -281,8 +281,7 @@ def test_what_is_found_fills_the_budget_and_is_written_with_the_command_to_use_i
     folder, run = ended
     peaks = [float(peak) for peak in re.findall(r"# (\S+) GB", (folder / "fit/batches.yaml").read_text())]
     assert len(peaks) == len(buckets_in(folder)) == 2, run
-    budget = float((folder / "budget.txt").read_text())
-    assert all(0.9 * budget - 0.1 < peak <= 0.9 * budget for peak in peaks)
+    assert all(0.9 * BUDGET - 0.11 < peak <= 0.9 * BUDGET for peak in peaks)
     command = "python -m sedtrain data.path=data data.num_buckets=2 'callbacks=[default]' data.batches=fit/batches.yaml"
     assert f"to train with them:\n  {command}\n" in run.stdout
 
@@ -297,8 +296,7 @@ def test_training_stays_in_the_budget_with_batches_as_large_as_written(ended):
         largest_of[bucket] = max(largest_of.get(bucket, 0), int(size))
     assert largest_of == {bucket: bucket.utterances for bucket in buckets_in(folder)}
     searched, trained = map(float, (folder / "peaks.txt").read_text().split())
-    budget = float((folder / "budget.txt").read_text())
-    assert 0.5 < trained <= budget and searched <= budget + 0.05
+    assert 0.5 < trained <= BUDGET and searched <= BUDGET + 0.05
 
 
 def test_the_buckets_themselves_are_kept_with_the_run(ended):
