@@ -121,9 +121,10 @@ def times_of(cells: pa.ChunkedArray, column: str) -> Cells:
         times = pa.chunked_array([[time_of(value) for value in spelt.to_pylist()]], pa.float64())
     is_wrong = pc.or_(pc.less(times, 0), pc.greater(times, MOST_SECONDS)).fill_null(False)
     if pc.any(is_wrong).as_py():
-        shown = spelt if is_text(spelt.type) else times
+        shown = (spelt if is_text(spelt.type) else times).filter(is_wrong)
         wrong = [f"impossible time: {column} = {str(value)[:12]}" for value in shown.to_pylist()]
-        problems.append(pc.if_else(is_wrong, pa.array(wrong), None))
+        nothing = pa.nulls(len(times), pa.string())
+        problems.append(pa.chunked_array([pc.replace_with_mask(nothing, is_wrong.combine_chunks(), pa.array(wrong))]))
     is_empty = pc.or_(is_wrong, pc.is_nan(times))
     return pc.if_else(is_empty, None, times) if pc.any(is_empty).as_py() else times, *problems
 
