@@ -166,3 +166,11 @@ def syllables(seconds, level=0.1, seed=0):
     """(S,) noise at 16 kHz whose loudness goes up and down four times a second, as that of speech does."""
     loudness = np.sin(4 * np.pi * np.arange(round(seconds * 16_000)) / 16_000) ** 2
     return (level * loudness * np.random.default_rng(seed).standard_normal(len(loudness))).astype(np.float32)
+
+
+def mistake(call, *arguments):
+    """The option that a call refuses, its value, what is wrong and what to write instead."""
+    with pytest.raises(UserError) as raised:
+        call(*arguments)
+    error = raised.value
+    return error.option, error.value, error.wrong, error.write

@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import soundfile
-from corpora import known, utterance_rows
+from corpora import known, mistake, refused, utterance_rows
 
 from sedtrain.batch import Skipped
 from sedtrain.data.audio import ByteRange, path_in, read_audio
@@ -27,7 +27,6 @@ from sedtrain.data.parts import parts_of
 from sedtrain.data.readers import READERS
 from sedtrain.data.source import Columns, Source
 from sedtrain.data.tables import NOT_TEXT, PROBLEM
-from sedtrain.errors import UserError
 
 PLAIN = Columns(audio="audio", text="text")
 WITH_ID = Columns(audio="audio", text="text", id="id")
@@ -80,20 +79,6 @@ def problems(path, columns=PLAIN, split="train"):
     return {id: reason for id, reason in found.items() if reason}
 
 
-def message(call, *arguments):
-    with pytest.raises(UserError) as raised:
-        call(*arguments)
-    return str(raised.value)
-
-
-def refused(call, *arguments):
-    """The option that a call refuses, its value, what is wrong and what to write instead."""
-    with pytest.raises(UserError) as raised:
-        call(*arguments)
-    error = raised.value
-    return error.option, error.value, error.wrong, error.write
-
-
 # --- saved by datasets
 
 
@@ -106,7 +91,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
     datasets.DatasetDict({"train": rows, "test": rows.select([2])}).save_to_disk(tmp_path / "several")
     assert_same(read(tmp_path / "several"), expected)
     assert_same(read(tmp_path / "several", split="test"), {"test-0": ("c", clips[2])})
-    assert refused(load_rows, str(tmp_path / "several"), "dev") == (
+    assert mistake(load_rows, str(tmp_path / "several"), "dev") == (
         "data.path",
         str(tmp_path / "several"),
         "there is no split 'dev', there are train, test",
@@ -141,7 +126,7 @@ def test_a_metadata_file_without_file_names_is_told(tmp_path):
     (tmp_path / "metadata.csv").write_text("name,text\na.wav,hello\n")
     wrong = "metadata.csv has no column 'file_name', it has name, text"
     write = "write a metadata.csv with file_name, relative to its folder, and text"
-    assert refused(load_rows, str(tmp_path), "train") == ("data.path", str(tmp_path), wrong, write)
+    assert mistake(load_rows, str(tmp_path), "train") == ("data.path", str(tmp_path), wrong, write)
 
 
 def test_a_folder_has_a_text_file_beside_each_audio_file(tmp_path):
@@ -238,10 +223,10 @@ def test_metadata_files_may_stand_in_folders_below(tmp_path):
 def test_ljspeech_as_unpacked_is_told_its_separator(tmp_path):
     save(tmp_path / "wavs/LJ001-0001.wav", speech(0))
     (tmp_path / "metadata.csv").write_text("LJ001-0001|Printing, in 1850|Printing, in eighteen fifty\n")
-    told = message(load_rows, str(tmp_path), "train[:90%]")
+    told = refused(load_rows, str(tmp_path), "train[:90%]")
     assert f"{tmp_path}/metadata.csv: its columns are separated by |, not by commas\n    write .csv with commas" in told
     (tmp_path / "metadata.csv").write_text("name,text\na.wav,one,two\n")
-    assert "has no column 'file_name', it has name, text\n" in message(load_rows, str(tmp_path), "train")
+    assert "has no column 'file_name', it has name, text\n" in refused(load_rows, str(tmp_path), "train")
 
 
 def test_librispeech_as_unpacked_is_read(tmp_path):
@@ -263,7 +248,7 @@ def test_a_folder_of_folders_for_other_splits_does_not_stand_for_a_missing_one(t
     for split in ("train", "test_clean"):
         save(tmp_path / split / "a.wav", speech(0))
         (tmp_path / split / "a.txt").write_text("one")
-    option, value, wrong, _ = refused(load_rows, str(tmp_path), "validation")
+    option, value, wrong, _ = mistake(load_rows, str(tmp_path), "validation")
     assert (option, value) == ("data.path", str(tmp_path))
     assert wrong == "there is no split 'validation', there are test_clean, train"
 
@@ -282,14 +267,14 @@ def test_a_folder_without_transcripts_is_told(tmp_path):
     write = (
         "write metadata.csv or metadata.jsonl with file_name and text, a .txt beside each audio file, or *.trans.txt"
     )
-    assert refused(load_rows, str(tmp_path), "train") == ("data.path", str(tmp_path), wrong, write)
+    assert mistake(load_rows, str(tmp_path), "train") == ("data.path", str(tmp_path), wrong, write)
 
 
 def test_a_format_that_is_not_known_is_told(tmp_path):
     (tmp_path / "x.docx").write_text("hello")
     wrong = ".docx is no format that can be read"
     write = "write data.path=FILE, unpacked, one of .parquet, .jsonl, .json, .csv, .tsv, .tar, or data.path=FOLDER"
-    assert refused(load_rows, str(tmp_path / "x.docx"), "train") == ("data.path", f"{tmp_path}/x.docx", wrong, write)
+    assert mistake(load_rows, str(tmp_path / "x.docx"), "train") == ("data.path", f"{tmp_path}/x.docx", wrong, write)
 
 
 def test_parquet_under_another_suffix_is_read(tmp_path):
@@ -531,15 +516,15 @@ def test_two_texts_or_recordings_of_one_sample_are_a_problem_and_not_the_last_of
 def test_shards_that_are_missing_or_compressed_are_told(tmp_path):
     path = f"{tmp_path}/train-*.tar"
     write = "write 'data.path=\"SHARDS-{000..127}.tar\"', or a glob, of files that are there"
-    assert refused(load_rows, path, "train") == ("data.path", path, "there is no such file", write)
+    assert mistake(load_rows, path, "train") == ("data.path", path, "there is no such file", write)
     for name in ("x.tar.gz", "x.tgz", "y.tar"):
         with tarfile.open(tmp_path / name, "w:gz") as file:
             file.addfile(tarfile.TarInfo("a.wav"), io.BytesIO())
     for name in ("x.tar.gz", "x.tgz", "x*gz"):
-        option, _, wrong, write = refused(load_rows, f"{tmp_path}/{name}", "train")
+        option, _, wrong, write = mistake(load_rows, f"{tmp_path}/{name}", "train")
         assert (option, wrong.partition(" is ")[2]) == ("data.path", "no format that can be read")
         assert write.startswith("write data.path=FILE, unpacked, one of .parquet, ")
-    _, _, wrong, _ = refused(load_rows, f"{tmp_path}/y.tar", "train")
+    _, _, wrong, _ = mistake(load_rows, f"{tmp_path}/y.tar", "train")
     assert wrong.startswith(f"split 'train': {tmp_path}/y.tar: ReadError: ")
 
 
@@ -635,7 +620,7 @@ def test_a_row_group_of_a_parquet_that_is_destroyed_costs_its_rows_alone(tmp_pat
     assert {id: reason for id, (reason, _) in found.items()} == dict.fromkeys(["train-2", "train-3"], "broken Parquet")
     rows = rows_of(path)
     assert rows.texts() == ["a", "b", "", "", "e", "f"]
-    assert PROBLEM not in message(
+    assert PROBLEM not in refused(
         utterance_rows, load_rows(str(path), "train"), Columns("sound", "text"), str(path), "train"
     )
     assert np.array_equal(rows.utterance(5, RATE).audio, speech(5))
@@ -726,7 +711,7 @@ def test_a_dataset_that_is_a_script_is_told(monkeypatch):
     write = (
         "write data.path=HUB_ID of a copy as Parquet, or data.path=HUB_ID@REVISION where the branch REVISION is Parquet"
     )
-    assert refused(load_rows, "google/fleurs", "train", "en_us") == ("data.path", "google/fleurs", wrong, write)
+    assert mistake(load_rows, "google/fleurs", "train", "en_us") == ("data.path", "google/fleurs", wrong, write)
 
 
 @pytest.mark.parametrize(

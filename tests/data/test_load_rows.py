@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from corpora import known, utterance_rows
+from corpora import known, mistake, refused, utterance_rows
 
 from sedtrain.data.audio import read_audio
 from sedtrain.data.audio_paths import audio_paths
@@ -19,7 +19,6 @@ from sedtrain.data.load_rows import load_rows
 from sedtrain.data.paths import absolute_path
 from sedtrain.data.readers import READERS
 from sedtrain.data.source import Columns
-from sedtrain.errors import UserError
 
 PLAIN = Columns(audio="audio", text="text")
 
@@ -43,20 +42,6 @@ def parquet(path, **columns):
 def utterances(path, columns=PLAIN, split="train", rate=16_000):
     rows = utterance_rows(load_rows(str(path), split), columns, str(path), split)
     return [rows.utterance(index, rate) for index in range(len(rows))]
-
-
-def message(call, *arguments, **options):
-    with pytest.raises(UserError) as raised:
-        call(*arguments, **options)
-    return str(raised.value)
-
-
-def refused(call, *arguments):
-    """The option that a call refuses, its value, what is wrong and what to write instead."""
-    with pytest.raises(UserError) as raised:
-        call(*arguments)
-    error = raised.value
-    return error.option, error.value, error.wrong, error.write
 
 
 # --- where rows come from
@@ -252,7 +237,7 @@ def test_a_column_that_holds_something_else_is_told(tmp_path, role):
     cells, wrong, wanted = WRONG_TYPES[role]
     path = parquet(tmp_path / "x.parquet", audio=[b""], text=["a"], x=cells)
     columns = Columns(**{"audio": "audio", "text": "text", role: "x"})
-    assert message(utterance_rows, load_rows(path, "train"), columns, path, "train") == (
+    assert refused(utterance_rows, load_rows(path, "train"), columns, path, "train") == (
         f"1 problem:\n\n  data.columns = 'x'\n    {path} (train) has {wrong}\n"
         f"    write data.columns.NAME=COLUMN that holds {wanted}"
     )
@@ -261,13 +246,13 @@ def test_a_column_that_holds_something_else_is_told(tmp_path, role):
 def test_names_of_classes_are_no_text(tmp_path):
     classes = datasets.Features({"audio": datasets.Value("binary"), "text": datasets.ClassLabel(names=["no", "yes"])})
     rows = datasets.Dataset.from_dict({"audio": [b""], "text": [1]}, classes)
-    assert "ClassLabel(names=['no', 'yes']) in the column 'text'" in message(utterance_rows, rows, PLAIN, "x", "train")
+    assert "ClassLabel(names=['no', 'yes']) in the column 'text'" in refused(utterance_rows, rows, PLAIN, "x", "train")
 
 
 def test_an_id_of_two_rows_is_told(tmp_path):
     path = parquet(tmp_path / "x.parquet", audio=[b""] * 3, text=["a"] * 3, name=["p", "q", "p"])
     columns = Columns(audio="audio", text="text", id="name")
-    assert message(utterance_rows, load_rows(path, "train"), columns, path, "train") == (
+    assert refused(utterance_rows, load_rows(path, "train"), columns, path, "train") == (
         "1 problem:\n\n  data.columns.id = 'name'\n    rows 0 and 2 of 'train' have the same id, 'p'\n"
         "    write data.columns.id=COLUMN of ids that differ, or data.columns.id=null to name rows by their number"
     )
@@ -290,7 +275,7 @@ def test_text_that_a_manifest_wrote_as_numbers_is_text(tmp_path):
 
 def test_a_missing_column_is_told_with_those_that_are_there(tmp_path):
     path = parquet(tmp_path / "x.parquet", speech=[encoded(tone())], text=["a"])
-    assert message(utterance_rows, load_rows(path, "train"), PLAIN, path, "train") == (
+    assert refused(utterance_rows, load_rows(path, "train"), PLAIN, path, "train") == (
         f"1 problem:\n\n  data.columns = 'audio'\n    {path} (train) has no column 'audio' for the audio, it has speech, text\n"
         "    write data.columns.NAME=ONE_OF_THESE, where NAME is audio, transcription, translation, id, "
         "speaker, language, seconds, start or end"
@@ -304,15 +289,15 @@ def test_columns_are_given_by_role_and_the_target_is_the_text():
 
 
 def test_a_role_that_is_missing_or_unknown_is_told():
-    assert message(Columns.of, {"audio": "a", "transcription": "t", "translation": None}, "translation") == (
+    assert refused(Columns.of, {"audio": "a", "transcription": "t", "translation": None}, "translation") == (
         "1 problem:\n\n  data.columns.translation = null\n    target=translation needs this column\n"
         "    write data.columns.translation=COLUMN"
     )
-    assert message(Columns.of, {"audio": None, "transcription": "t"}, "transcription") == (
+    assert refused(Columns.of, {"audio": None, "transcription": "t"}, "transcription") == (
         "1 problem:\n\n  data.columns.audio = null\n    target=transcription needs this column\n"
         "    write data.columns.audio=COLUMN"
     )
-    assert message(Columns.of, {"audio": "a", "transcription": "t", "speeker": "s"}, "transcription") == (
+    assert refused(Columns.of, {"audio": "a", "transcription": "t", "speeker": "s"}, "transcription") == (
         "1 problem:\n\n  data.columns.speeker = 's'\n    there is no such role\n"
         "    write data.columns.NAME, NAME one of audio, transcription, translation, id, speaker, language, "
         "seconds, start, end"
@@ -335,7 +320,7 @@ def test_a_path_is_found_from_any_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["./nowhere", "/no/where", "nowhere.parquet", "nowhere.jsonl", "my/data/train"])
 def test_a_path_to_nothing_is_no_such_file(path):
     write = "write data.path=FOLDER_OR_FILE_OR_HUB_ID"
-    assert refused(load_rows, path, "train") == ("data.path", path, "there is no such file or folder", write)
+    assert mistake(load_rows, path, "train") == ("data.path", path, "there is no such file or folder", write)
 
 
 def test_a_reader_of_ones_own_also_reads_files_that_a_card_names(tmp_path, monkeypatch):
@@ -351,21 +336,21 @@ def test_a_reader_of_ones_own_also_reads_files_that_a_card_names(tmp_path, monke
 
 
 def test_a_hub_id_without_network_is_told_the_offline_ways():
-    option, value, wrong, write = refused(load_rows, "some/corpus", "train")
+    option, value, wrong, write = mistake(load_rows, "some/corpus", "train")
     assert (option, value) == ("data.path", "some/corpus")
     assert wrong.startswith("neither a folder here nor a dataset that can be read (ConnectionError")
     assert write == "write data.path=FOLDER with Parquet files, or data=spoken_digits, which needs no network"
 
 
 def test_a_folder_without_data_is_told(tmp_path):
-    option, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    option, value, wrong, _ = mistake(load_rows, str(tmp_path), "train")
     assert (option, value) == ("data.path", str(tmp_path))
     assert wrong.startswith("this folder holds no dataset that can be read (EmptyDatasetError")
 
 
 def test_a_split_that_is_missing_is_told(tmp_path):
     parquet(tmp_path / "train.parquet", audio=[b""], text=["a"])
-    option, value, wrong, write = refused(load_rows, str(tmp_path), "validation")
+    option, value, wrong, write = mistake(load_rows, str(tmp_path), "validation")
     assert (option, value) == ("data.path", str(tmp_path))
     assert wrong.startswith("split 'validation': ValueError: Unknown split")
     assert write.endswith("data.validation_split, data.test_split that the dataset has, in files that can be read")
@@ -377,13 +362,13 @@ def test_an_empty_dataset_is_told(tmp_path, name):
     path = parquet(tmp_path / "y.parquet", audio=pa.array([], pa.binary()), text=pa.array([], pa.string()))
     for empty in (str(tmp_path / name), path):
         told = ("data.path", empty, "the split 'train' is empty", "write a split with at least one row")
-        assert refused(load_rows, empty, "train") == told
+        assert mistake(load_rows, empty, "train") == told
 
 
 def test_a_file_that_is_no_parquet_is_told(tmp_path):
     parquet(tmp_path / "train-0.parquet", audio=[b""], text=["a"])
     (tmp_path / "train-1.parquet").write_text("this is not a table")
-    option, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    option, value, wrong, _ = mistake(load_rows, str(tmp_path), "train")
     assert (option, value) == ("data.path", str(tmp_path))
     assert wrong.startswith(f"split 'train': {tmp_path}/train-1.parquet: ArrowInvalid: Parquet magic bytes not found")
     assert "\n" not in wrong
@@ -392,7 +377,7 @@ def test_a_file_that_is_no_parquet_is_told(tmp_path):
 def test_a_column_of_numbers_in_one_parquet_file_and_of_text_in_the_next_is_told_by_its_name(tmp_path):
     for number, ids in enumerate(([1], ["b"])):
         parquet(tmp_path / f"train-{number}.parquet", audio=[b""], text=["a"], id=ids)
-    _, value, wrong, _ = refused(load_rows, str(tmp_path), "train")
+    _, value, wrong, _ = mistake(load_rows, str(tmp_path), "train")
     assert value == str(tmp_path)
     assert wrong.endswith("Unable to merge: Field id has incompatible types: int64 vs string")
     parquet(tmp_path / "train-1.parquet", audio=[b""], text=["a"], id=[2.5])
@@ -442,16 +427,16 @@ def test_audio_that_is_not_there_is_told(clips, missing):
     name = f"{clips}/{missing}"
     write = "write audio=FILE, a glob that matches or a folder"
     wrong = "this folder holds no audio" if missing == "empty" else "there is no such audio file"
-    assert refused(audio_paths, [f"{clips}/b.wav", name]) == ("audio", name, wrong, write)
+    assert mistake(audio_paths, [f"{clips}/b.wav", name]) == ("audio", name, wrong, write)
 
 
 def test_a_pipe_is_not_waited_for(clips):
     os.mkfifo(clips / "pipe.wav")
     write = "write audio=FILE, a glob that matches or a folder"
     for pipe in (f"{clips}/pipe.wav", "/dev/null"):
-        assert refused(audio_paths, pipe) == ("audio", pipe, "this is a pipe or a device", write)
+        assert mistake(audio_paths, pipe) == ("audio", pipe, "this is a pipe or a device", write)
         of_data = "write data.path=FOLDER_OR_FILE_OR_HUB_ID"
-        assert refused(load_rows, pipe, "train") == ("data.path", pipe, "this is a pipe or a device", of_data)
+        assert mistake(load_rows, pipe, "train") == ("data.path", pipe, "this is a pipe or a device", of_data)
     assert names(clips, f"{clips}/*.wav") == ["b.wav"]
 
 
@@ -460,14 +445,14 @@ def test_among_others_a_file_that_is_no_audio_is_left_to_the_reader(clips):
 
 
 def test_a_file_that_is_no_audio_is_told(clips):
-    option, value, wrong, write = refused(audio_paths, f"{clips}/notes.txt")
+    option, value, wrong, write = mistake(audio_paths, f"{clips}/notes.txt")
     assert (option, value, write) == ("audio", f"{clips}/notes.txt", "write audio=FILE that libsndfile can read")
     assert wrong == "unreadable audio: Format not recognised."
     (clips / "empty.wav").touch()
-    assert refused(audio_paths, f"{clips}/empty.wav")[2] == f"empty file: {clips}/empty.wav"
+    assert mistake(audio_paths, f"{clips}/empty.wav")[2] == f"empty file: {clips}/empty.wav"
 
 
 @pytest.mark.parametrize("audio", [None, "", []])
 def test_no_audio_at_all_is_told(audio):
     write = "write audio=FILE, audio='FOLDER/*.wav' or 'audio=[a.wav,b.flac]'"
-    assert refused(audio_paths, audio) == ("audio", audio, "task=transcribe needs audio", write)
+    assert mistake(audio_paths, audio) == ("audio", audio, "task=transcribe needs audio", write)
